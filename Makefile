@@ -15,8 +15,9 @@ PEER_TESTS := $(wildcard tests/graph/test_adapter_l*.py tests/graph/test_*spark*
 # Says whose a folder is.
 DEMO := runs/demo/.made-by-make-demo
 
-# Every process of a parallel test run computes on one thread, or they would fight over the cores.
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Every process of a parallel test run computes on one thread, or they would fight over the cores; and what Python compiled is kept, or
+# each of the hundreds of processes that tests start would compile what it imports anew.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: help
 help: ## list the commands

@@ -108,7 +108,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
     ),
     "ring_attention": (Bar(1.54, "link-bound, .*"), Bar(0.91, "crossover, .*"), Bar(3.33, "pass-Q, .*")),
     "rl": (Bar(50, "world"), Bar(1.5, "ppo")),
-    "rl_tokens": (Bar(1.0, "grpo, .*", "TRL.*"),),
+    "rl_tokens": (Bar(1.0, "grpo, .*", "TRL.*"), Bar(2.0, "replay, an engine in bfloat16", "without replay")),
     "routed_heads": (
         Bar(0.91, "(served, )?all on, .*"),
         Bar(1.18, "(half|head) off, .*"),
@@ -153,18 +153,12 @@ BARS: dict[str, tuple[Bar, ...]] = {
 AWAITED: dict[str, frozenset[Bar]] = {
     # Not recorded yet.
     "adapter_batch": frozenset(BARS["adapter_batch"]),
-    "adapter_dispatch": frozenset(BARS["adapter_dispatch"]),
     "adapter_steps": frozenset(BARS["adapter_steps"]),
-    "served_depth": frozenset(BARS["served_depth"]),
-    "routed_heads": frozenset(BARS["routed_heads"]),
-    "gpipe": frozenset(BARS["gpipe"]),
     "elaswave": frozenset(BARS["elaswave"]),
     "pccl": frozenset(BARS["pccl"]),
-    "ring_attention": frozenset(BARS["ring_attention"]),
-    "rl": frozenset(BARS["rl"]),
+    # One step takes minutes.
+    "rl": frozenset(bar for bar in BARS["rl"] if bar.case == "ppo"),
     "rl_tokens": frozenset(BARS["rl_tokens"]),
-    "scale": frozenset(BARS["scale"]),
-    "fabric": frozenset(BARS["fabric"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
 }

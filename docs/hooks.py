@@ -2,21 +2,23 @@
 
 - one API page per package, from its docstrings;
 - a page for each notebook, with what its cells printed;
-- the command line, from ``--help``: a page of all commands and one for each;
+- the command line, from what ``--help`` says: a page of all commands and one for each;
 - tables of recorded results, where a page says ``<!-- results: studies/rexmoe -->`` (or ``benchmarks/moe_layer``, or
   ``studies`` or ``benchmarks`` for all);
 - what came out of all studies, one row each (``<!-- results: headlines -->``), and all bars (``<!-- results: bars -->``).
 """
 
 import ast
+import html
+import inspect
 import json
-import os
 import re
 import sys
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -125,42 +127,97 @@ def _output(output: dict[str, Any]) -> str:
 
 
 def command_line_pages() -> dict[str, str]:
-    """The page of all commands, and one for each with its help and that of the commands below it, as a terminal of 100 columns shows it."""
+    """The page of all commands, and one for each with what its help and that of the commands below it say, as tables."""
     from typer.main import get_command
-    from typer.testing import CliRunner
 
     from anabranch.cli.main import app
 
-    os.environ.update(COLUMNS="100", TERMINAL_WIDTH="100", NO_COLOR="1", TERM="dumb")
-
-    def help_of(*words: str) -> str:
-        shown = CliRunner().invoke(app, [*words, "--help"], prog_name="anabranch")
-        if shown.exit_code:
-            raise RuntimeError(f"anabranch {' '.join(words)} --help failed: {shown.output}")
-        lines = "\n".join(line.rstrip() for line in shown.output.strip("\n").splitlines())
-        return f"```text\n$ anabranch {' '.join([*words, '--help'])}\n{lines}\n```\n\n"
-
-    def below(group: Any, prefix: str) -> list[str]:
+    def below(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         """Commands of a group and, after each that is a group itself, its own."""
-        found = []
         for name, command in group.commands.items():
-            found += [prefix + name, *(below(command, f"{prefix}{name} ") if hasattr(command, "commands") else [])]
-        return found
+            yield prefix + name, command
+            if hasattr(command, "commands"):
+                yield from below(command, f"{prefix}{name} ")
 
-    root = get_command(app)
     intro = (
         "# Command line\n\nEvery command takes `--help`. Commands that print results take `--json`: one object on standard "
-        "output and nothing else there.\nProgress goes to standard error. A mistake gives one line and exit code 2; the kinds "
-        "of mistakes are on [Errors](errors.md).\n`anabranch --install-completion` lets your shell complete commands and options.\n\n"
+        "output and nothing else there.\nProgress goes to standard error. An error is one line, with exit code 2; the kinds "
+        "of errors are on [Errors](errors.md).\n`anabranch --install-completion` lets your shell complete commands and options.\n\n"
     )
     rows, pages = [], {}
-    for name, command in root.commands.items():
-        inner = below(command, f"{name} ") if hasattr(command, "commands") else []
+    for name, command in get_command(app).commands.items():
         about = (command.help or "").strip().partition("\n\n")[0].replace("\n", " ")
         rows.append({"command": f"[anabranch {name}](command-line/{name}.md)", "about": about})
-        parts = "".join(f"## {one}\n\n{help_of(*one.split())}" for one in inner)
-        pages[f"command-line/{name}.md"] = f"# anabranch {name}\n\n{help_of(name)}{parts}"
+        inner = below(command, f"{name} ") if hasattr(command, "commands") else ()
+        parts = "".join(f"## {path}\n\n{_command_told(path, one)}" for path, one in inner)
+        pages[f"command-line/{name}.md"] = f"# anabranch {name}\n\n{_command_told(name, command)}{parts}"
     return {COMMAND_LINE: intro + _table({"Command": "command", "About": "about"}, rows)} | pages
+
+
+def _command_told(path: str, command: Any) -> str:
+    """Usage, help, arguments and options of one command; of a group what it is for, and its commands."""
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    options = [one for one in command.params if one.param_type_name == "option" and not one.hidden]
+    usage = " ".join(["anabranch", path, *(_argument(one) for one in arguments)])
+    usage += " COMMAND ..." if hasattr(command, "commands") else " [OPTIONS]"
+    told = [f"```text\n{usage}\n```"]
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        line = " ".join(paragraph.split())
+        example = line.removeprefix("Example: ")
+        told.append(f"```bash\n{example}\n```" if example != line else _as_text(line))
+    if hasattr(command, "commands"):
+        inner = [
+            {
+                "name": f"[{name}](#{path.replace(' ', '-')}-{name})",
+                "about": _as_text(inspect.cleandoc(one.help or "").partition("\n\n")[0]),
+            }
+            for name, one in command.commands.items()
+        ]
+        return "\n\n".join([*told, _table({"Command": "name", "About": "about"}, inner)]) + "\n"
+    rows = [
+        {"name": f"`{_names(one)}`", "help": _as_text(one.help or "") + _default(one)}
+        for one in (*arguments, *options)
+        if "--help" not in one.opts
+    ]
+    return "\n\n".join([*told, _table({"Option": "name", "What it does": "help"}, rows)]) + "\n"
+
+
+def _argument(parameter: Any) -> str:
+    name = (parameter.metavar or parameter.name.upper()).strip("{}[]")
+    return name if parameter.required else f"[{name}]"
+
+
+def _names(parameter: Any) -> str:
+    """As it is typed."""
+    if parameter.param_type_name == "argument":
+        return _argument(parameter)
+    choices = _choices(parameter)
+    value = (parameter.metavar or ("/".join(map(str, choices)) if choices else "")).strip()
+    return f"{', '.join([*parameter.opts, *parameter.secondary_opts])} {value}".strip()
+
+
+def _choices(parameter: Any) -> list[str]:
+    """The words that an option may have, where there are few."""
+    kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return [str(one.value) for one in kind]
+    found = [get_args(one) for one in (kind, *get_args(kind)) if get_origin(one) is Literal]
+    return list(map(str, found[0])) if found else []
+
+
+def _default(parameter: Any) -> str:
+    """What it is where it is not given, unless its help says so."""
+    value = parameter.default
+    if parameter.required:
+        return " Required."
+    if "Default:" in (parameter.help or "") or isinstance(value, bool) or not isinstance(value, int | float | str):
+        return ""
+    return f" Default: {_as_text(str(value))}." if value != "" else ""
+
+
+def _as_text(text: str) -> str:
+    """As it stands, also where Markdown or HTML would see something in it."""
+    return re.sub(r"([*_`\[\]#])", r"\\\1", html.escape(text, quote=False))
 
 
 # Results
@@ -427,12 +484,12 @@ def headlines(up: str = "") -> str:
     rows.sort(key=lambda row: order.index(row["outcome"]))
     columns = {
         "Study": "page",
+        "Outcome": "outcome",
+        "n": "count",
         "Primary claim": "claim",
         "Paper": "paper",
-        "Size here (in the paper)": "scale",
         "Ours": "ours",
-        "n": "count",
-        "Outcome": "outcome",
+        "Size here (in the paper)": "scale",
     }
     sizes = tomllib.loads((ROOT / "docs" / "scales.toml").read_text(encoding="utf-8"))
     made = _table(
@@ -448,7 +505,9 @@ def _scale(sizes: dict[str, list[str]], study: str) -> str | None:
 
 def _linked(study: str, up: str) -> str:
     page = page_of(study)
-    return f"[{study}]({up}systems/{page}.md)" if page else study
+    # With spaces, so that a narrow column can break it.
+    name = study.replace("_", " ")
+    return f"[{name}]({up}systems/{page}.md)" if page else name
 
 
 def page_of(study: str) -> str | None:

@@ -3,7 +3,8 @@
 import pytest
 
 from anabranch.errors import LimitError
-from anabranch.serving.core.admission import Admission, AdmissionConfig, OverloadError
+from anabranch.serving.core.admission import Admission, AdmissionConfig
+from anabranch.serving.core.overload import OverloadError
 
 OPEN = {"max_in_flight": None, "max_queued": None, "max_queued_tokens": None}
 

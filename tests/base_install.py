@@ -14,7 +14,7 @@ BASE = {"numpy", "pydantic", "rich", "typer"}
 
 SCRIPT = """
 import contextlib, io, json, os, sys, tempfile
-BASE, COMMANDS, PACKAGES, IS_HIDING = json.loads(sys.argv[1])
+BASE, COMMANDS, PACKAGES, IS_HIDING, FILES = json.loads(sys.argv[1])
 class Hide:
     def find_spec(self, name, path=None, target=None):
         if name in HIDDEN or name.partition(".")[0] in HIDDEN:
@@ -26,6 +26,9 @@ if IS_HIDING:
 folder = tempfile.mkdtemp()
 os.environ["HOME"] = folder
 os.chdir(folder)
+for name, text in FILES.items():
+    with open(name, "w") as file:
+        file.write(text)
 from anabranch.cli.main import main
 told = {}
 def note(name, call):
@@ -58,7 +61,9 @@ NEEDS = {  # a command as it is given, and the extras it names
     "adapt x y --out z": "lm",
     "heads train x --out y": "lm",
     "heads report x": "lm",
+    "heads transcribe x y": "huggingface",
     "cluster attention x": "lm",
+    "cluster bench": "lm",
     "cluster churn": "lm",
     "cluster elastic x": "lm",
     "cluster plan x": "lm",
@@ -126,6 +131,8 @@ NEEDS = {  # a command as it is given, and the extras it names
     "gateway collect -c x --out x.jsonl --judge exact": "gateway",
     "gateway add-model x -c x": "gateway",
     "gateway eval x.jsonl --html x.html": "plots",
+    "gateway curve x.jsonl --picture x.svg": "plots",
+    "routers curve x.jsonl --picture x.svg": "plots",
     "gateway ledger export --out x.parquet": "parquet",
     "routers eval x.jsonl --html x.html": "plots",
 }
@@ -139,6 +146,72 @@ WORKS = (
     "gateway budget list",
     "gateway ledger list",
 )
+
+# What wants files and its own extra alone, in an order in which one leaves what the next reads.
+OUTCOMES = [
+    {
+        "query": f"question {number} about {('cats', 'sums', 'code')[number % 3]}",
+        "task": ("cats", "sums", "code")[number % 3],
+        "scores": {"small": number % 2, "large": number % 3 / 2},
+    }
+    for number in range(60)
+]
+LOGGED = [
+    {"query": row["query"], "scores": {name: row["scores"][name]}}
+    for row, name in zip(OUTCOMES, ["small", "large"] * 30, strict=True)
+]
+SAMPLED = [
+    {"question": row["query"], "task": row["task"], "samples": [number % 2, 0, number % 3 > 0, 1]}
+    for number, row in enumerate(OUTCOMES)
+]
+# Where nobody answers: what asks an endpoint gets as far as that, and says so.
+NOBODY = "http://127.0.0.1:9"
+STEPS = [{"step": row["query"], "right1": number % 2, "right2": 1} for number, row in enumerate(OUTCOMES)]
+FILES = {
+    "questions.jsonl": '{"question": "What is 1 plus 1?", "answer": 2}',
+    "steps.jsonl": "\n".join(map(json.dumps, STEPS)),
+    "samples.jsonl": "\n".join(map(json.dumps, SAMPLED)),
+    "outcomes.jsonl": "\n".join(map(json.dumps, OUTCOMES)),
+    "logged.jsonl": "\n".join(map(json.dumps, LOGGED)),
+    "gateway.toml": """store = "gateway.db"
+models = [{ name = "small", deployments = [{ provider = { kind = "mock", model = "small" } }] }]
+strategies = { first = { kind = "static" }, second = { kind = "random" } }
+ab = { trial = { a = "first", b = "second", metric = "success" } }
+""",
+}
+_KEPT = (
+    "gateway keys create ci",
+    "gateway keys edit ci --rpm 60",
+    "gateway keys rotate ci",
+    "gateway keys revoke ci",
+    "gateway budget set global 25 --period month",
+    "gateway budget remove global --period month",
+    "gateway ledger spend --by model",
+    "gateway ledger backup copy.db",
+    "gateway ledger prune 90d",
+    "gateway ab gateway.toml",
+    "gateway serve --check -c gateway.toml",
+)
+_LEARNED = (
+    "fit outcomes.jsonl --out routers --quiet",
+    "eval outcomes.jsonl --router routers --allow-leak --quiet",
+    "route question --router routers",
+    "replay logged.jsonl --router routers --allow-leak",
+    "curve samples.jsonl --quiet",
+    "fit samples.jsonl --strategy best_of --out sampled --quiet",
+    "probe steps.jsonl --out probe.json --quiet",
+    f"scale questions.jsonl --url {NOBODY}/v1 --system1 a --out runs --quiet",
+)
+_COMPOSED = (
+    "fit outcomes.jsonl --strategy coe --out composed --quiet",
+    "coe frontier --router composed --size small=8 --size large=70",
+    "coe report outcomes.jsonl --router composed",
+    "route question --router composed",
+)
+WITH_FILES = {
+    "gateway": (*_KEPT, *(f"{door} {line}" for door in ("gateway", "routers") for line in _LEARNED)),
+    "gateway,routers": tuple(f"{door} {line}" for door in ("gateway", "routers") for line in _COMPOSED),
+}
 
 
 def public():
@@ -165,16 +238,23 @@ def helps():
 
 
 def tried(
-    python: str | Path, *, hide: bool, **options: object
+    python: str | Path, *, hide: bool, extra: str = "", **options: object
 ) -> tuple[dict[str, tuple[int, str, str]], dict[str, str | None]]:
     """Run `SCRIPT` with an interpreter; exit code and both outputs of each command, and why each public name cannot be had.
 
     Args:
         python: of the environment.
         hide: hide what belongs to extras, since it is installed there.
+        extra: a key of `WITH_FILES`, whose packages are there and whose commands are run on `FILES`; none: all commands that need no file.
         options: of `subprocess.run`.
     """
-    asked = json.dumps([sorted(BASE), [*helps(), *NEEDS, *WORKS], public(), hide])
+    if extra:
+        from anabranch.extras import extras
+
+        there = {module for name in extra.split(",") for module in extras()[name].modules}
+        asked = json.dumps([sorted(BASE | there), WITH_FILES[extra], {}, hide, FILES])
+    else:
+        asked = json.dumps([sorted(BASE), [*helps(), *NEEDS, *WORKS], public(), hide, {}])
     done = subprocess.run([str(python), "-c", SCRIPT, asked], capture_output=True, text=True, timeout=240, **options)
     assert done.returncode == 0, done.stderr
     told, names, loaded = json.loads(done.stdout)
@@ -205,3 +285,11 @@ def check_base(told: dict[str, tuple[int, str, str]], names: dict[str, str | Non
     assert (names["anabranch.graph.PageRank"] or "").endswith("pip install 'anabranch[graph]'")
     works = {name.rpartition(".")[0] for name in names} - {name.rpartition(".")[0] for name in names if names[name]}
     assert {"anabranch.config", "anabranch.routers.data", "anabranch.routers.referee"} <= works
+
+
+def check_ends(told: dict[str, tuple[int, str, str]]) -> None:
+    """Every command of `WITH_FILES` ends well, but for those that ask nobody, which say so."""
+    failed = {command: err for command, (code, _, err) in told.items() if code}
+    asked = {command: failed.pop(command) for command in list(failed) if NOBODY in command}
+    assert failed == {}
+    assert all("did not answer" in err for err in asked.values()), asked

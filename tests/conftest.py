@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ _FOLDERS = itertools.count()
 
 # Where to record how long each test takes.
 _DURATIONS = []
+
+# A script that starts tests with ``&`` has them ignore interrupts, and nohup hangups, as do processes that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 torch.set_num_threads(1)  # shapes are tiny: more threads only wait for each other
 

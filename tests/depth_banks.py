@@ -1,5 +1,7 @@
 """Depth routers that are told what to decide, or decide by what they see."""
 
+from typing import ClassVar
+
 import torch
 
 
@@ -23,6 +25,17 @@ class ByState:
         # Far from rounding, yet different for almost any two sequences.
         decision_B = (sum_B * 3).round().long() % 3
         return decision_B, torch.nn.functional.one_hot(decision_B, 3).float()
+
+
+class ByControl(ByState):
+    """What a control says at its ends; in between what it sees."""
+
+    ENDS: ClassVar = {-1.0: 0, 0.5: 1, 1.0: 2}
+
+    def decide(self, layer, x_BLD, mask_BL, control):
+        decision_B, probability_B3 = super().decide(layer, x_BLD, mask_BL, control)
+        end = self.ENDS.get(control)
+        return decision_B if end is None else torch.full_like(decision_B, end), probability_B3
 
 
 def saved_bank(folder, model, seed=0):

@@ -4,7 +4,10 @@
 ``quantization_config``.
 """
 
+import json
+
 import torch
+from safetensors.torch import load_file, save_file
 
 from anabranch.lm.formats.few_bits import AWQ_ORDER
 
@@ -64,6 +67,63 @@ WAYS = {
     ),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}),
 }
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
+QWEN = {**MOE, "head_dim": 16}
+GPT_OSS = {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+}
+
+
+def folder_of(place, way):
+    """A Qwen3-MoE whose projections are stored so, beside one of the same numbers in floating point."""
+    from foreign_models import build_theirs
+
+    pack, table = WAYS[way]
+    torch.manual_seed(5)
+    build_theirs("Qwen3Moe", **QWEN).save_pretrained(place / "plain")
+    build_theirs("Qwen3Moe", **QWEN).save_pretrained(place / "few")
+    plain, few = load_file(place / "plain" / "model.safetensors"), {}
+    for name, tensor in list(plain.items()):
+        if not name.endswith("_proj.weight"):
+            few[name] = tensor
+            continue
+        parts, plain[name] = pack(tensor, table)
+        few |= {f"{name.removesuffix('.weight')}.{part}": stored for part, stored in parts.items()}
+    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, place / "plain" / "model.safetensors")
+    save_file(few, place / "few" / "model.safetensors")
+    config = json.loads((place / "few" / "config.json").read_text())
+    (place / "few" / "config.json").write_text(json.dumps({**config, "quantization_config": table}))
+    return place / "few"
+
+
+def gpt_oss(place, **fields):
+    """A gpt-oss whose experts are stored in MXFP4, the rest in floating point; and a model of transformers' with the same numbers."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    from foreign_models import build_theirs
+
+    theirs = build_theirs("GptOss", **{**GPT_OSS, **fields})
+    theirs.save_pretrained(place)
+    state = load_file(place / "model.safetensors")
+    for number, name in enumerate(sorted(name for name in state if name.endswith(("gate_up_proj", "down_proj")))):
+        experts, columns, rows = state.pop(name).shape
+        state[f"{name}_blocks"], state[f"{name}_scales"] = mxfp4((experts, rows, columns), number)
+        whole = convert_moe_packed_tensors(state[f"{name}_blocks"], state[f"{name}_scales"], dtype=torch.bfloat16)
+        with torch.no_grad():
+            dict(theirs.named_parameters())[name].copy_(whole)
+    save_file(state, place / "model.safetensors")
+    table = json.loads((place / "config.json").read_text())
+    table["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (place / "config.json").write_text(json.dumps(table))
+    return theirs
 
 
 def mxfp4(shape, seed):

@@ -62,7 +62,7 @@ def tensors_of(model):
 
 
 def write(path, model, tokenizer=None, *, kind=None, architecture="llama", extra=None):
-    """``kind`` of the matrices: None for float32; ``extra(writer)`` adds metadata and tensors."""
+    """``kind`` of the matrices: None for float32, or what gives it for a name; ``extra(writer)`` adds metadata and tensors."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(model.config.num_layers)
     writer.add_context_length(model.config.max_positions)
@@ -86,10 +86,11 @@ def write(path, model, tokenizer=None, *, kind=None, architecture="llama", extra
     if extra is not None:
         extra(writer)
     for name, array in tensors_of(model):
-        if kind is None or array.ndim == 1:
+        own = kind(name) if callable(kind) else kind
+        if own is None or array.ndim == 1:
             writer.add_tensor(name, array)
         else:
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+            writer.add_tensor(name, gguf.quants.quantize(array, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

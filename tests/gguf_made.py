@@ -99,9 +99,12 @@ LATENT_FIELDS = {
 }  # fmt: skip
 WHOLE = {"attention.key_length": NOPE + TURNED, "attention.value_length": VALUE}
 APART = {
-    "attention.head_count_kv": 1, "attention.key_length": RANK + TURNED, "attention.value_length": RANK,
-    "attention.key_length_mla": NOPE + TURNED, "attention.value_length_mla": VALUE,
-}  # fmt: skip
+    "attention.head_count_kv": 1,
+    "attention.key_length": RANK + TURNED,
+    "attention.value_length": RANK,
+    "attention.key_length_mla": NOPE + TURNED,
+    "attention.value_length_mla": VALUE,
+}
 MADE["deepseek2"] = ("DeepseekV2Config", {**LATENT, "topk_method": "greedy"}, {**LATENT_FIELDS, **APART})
 # As files were made until April 2025.
 MADE["deepseek2 whole"] = ("DeepseekV2Config", {**LATENT, "topk_method": "greedy"}, {**LATENT_FIELDS, **WHOLE})
@@ -109,10 +112,13 @@ MADE["deepseek2 lite, groups"] = (
     "DeepseekV2Config",
     {**LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     {
-        **{key: value for key, value in LATENT_FIELDS.items() if "q_lora" not in key}, **APART,
-        "expert_group_count": 4, "expert_group_used_count": 2, "expert_gating_func": 1,
+        **{key: value for key, value in LATENT_FIELDS.items() if "q_lora" not in key},
+        **APART,
+        "expert_group_count": 4,
+        "expert_group_used_count": 2,
+        "expert_gating_func": 1,
     },
-)  # fmt: skip
+)
 MADE["deepseek2 v3"] = (
     "DeepseekV3Config",
     {**LATENT, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
@@ -227,3 +233,54 @@ def write(path, model, name, *, kind=None, split=None, tensors=None, extra=None)
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# Bytes of a block of 256 weights, and where the scales over its scales are. The package cannot quantise to these.
+SUPERBLOCKS = {"Q4_K": (144, 4), "Q5_K": (176, 4), "Q6_K": (210, -2)}
+
+
+def random_blocks(shape, kind, seed):
+    """Blocks whose scales make weights of about 0.05."""
+    size, low = SUPERBLOCKS[kind]
+    draw = np.random.default_rng(seed)
+    blocks = draw.integers(0, 256, (int(np.prod(shape)) // 256, size), dtype=np.uint8)
+    # Of q6_k they are multiplied by signed bytes.
+    least = 2e-6 if kind == "Q6_K" else 2e-5
+    scale = draw.uniform(least, 10 * least, (len(blocks), 2)).astype(np.float16).view(np.uint8)
+    blocks[:, slice(0, low) if low > 0 else slice(low, None)] = scale[:, : abs(low)]
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def with_blocks(path, kinds, *, experts=3, layers=2, hidden=256, extra=None, vocabulary=VOCAB):
+    """A small Mixtral whose matrices are of whole superblocks and stored as ``kinds`` says of a name; None for float32."""
+    sizes = {"hidden_size": 256, "intermediate_size": hidden, "num_local_experts": experts}
+    config = transformers.MixtralConfig(**COMMON | sizes | {"num_hidden_layers": layers, "vocab_size": vocabulary})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {
+        "block_count": layers, "context_length": 64, "embedding_length": 256, "attention.head_count": HEADS,
+        "attention.head_count_kv": STORES, "feed_forward_length": hidden, "expert_count": experts, "expert_used_count": 2,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    if extra is not None:
+        extra(writer)
+    for number, (name, array) in enumerate(tensors_of(model, "llama")):
+        kind = None if array.ndim == 1 or "gate_inp" in name else kinds(name)
+        if kind is None:
+            writer.add_tensor(name, np.ascontiguousarray(array))
+        else:
+            type_, array = gguf.GGMLQuantizationType[kind], np.ascontiguousarray(array)
+            drawn = kind in SUPERBLOCKS
+            data = random_blocks(array.shape, kind, number) if drawn else gguf.quants.quantize(array, type_)
+            writer.add_tensor(name, data, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def medium(name):
+    """As llama.cpp mixes them in Q4_K_M."""
+    return "Q6_K" if name.startswith("output") or "attn_v" in name or "ffn_down" in name else "Q4_K"

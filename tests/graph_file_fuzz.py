@@ -151,10 +151,13 @@ def main(kind, flips, seed):
             bad.write_bytes(data)
             if number % 2:
                 arrays = {
-                    one["name"]: np.frombuffer(bytes(data), one["dtype"], int(np.prod(one["shape"])), start + one["offset"])
-                    .reshape(one["shape"]).copy()
+                    one["name"]: np.frombuffer(
+                        bytes(data), one["dtype"], int(np.prod(one["shape"])), start + one["offset"]
+                    )
+                    .reshape(one["shape"])
+                    .copy()
                     for one in header["arrays"]
-                }  # fmt: skip
+                }
                 write_arrays(bad, header["kind"], arrays, header["meta"], header["version"])
             try:
                 USES[kind](bad, bool(draw.integers(2)))

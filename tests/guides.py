@@ -17,8 +17,11 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
+from stat import S_ISREG
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -32,8 +35,8 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=inde
 INSTALL = re.compile(r"pip install 'anabranch\[(?P<extras>[\w,-]+)\]'")
 # Of other programs, which the test of a guide does not run.
 OTHERS = ("pip", "make", "source", "cat", "curl", "sudo", "lm_eval", "lm-eval")
-# Seconds; nothing is measured by it.
-PATIENCE = 600
+# Seconds; nothing is measured by it, and a command of half a minute took ten where eight other programs ran on two cores.
+PATIENCE = 3000
 
 HIDE = """
 import importlib.machinery, json, os, sys
@@ -144,6 +147,28 @@ def _closure(packages: Sequence[str]) -> set[str]:
     return found
 
 
+@cache
+def cli_options() -> dict[str, set[str]]:
+    """The options of each command; those of groups by all words."""
+    from typer.main import get_command
+
+    from anabranch.cli.main import app
+
+    def of(group: Any, prefix: str) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                found |= of(command, f"{prefix}{name} ")
+            else:
+                words = [
+                    option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+                ]
+                found[prefix + name] = set(words)
+        return found
+
+    return of(get_command(app), "")
+
+
 class Reader:
     """Whoever types the commands of a guide, one after another, in a folder.
 
@@ -180,7 +205,13 @@ class Reader:
         examples = list(guide.blocks("python"))
         if examples:
             named = frozenset().union(*(named for _, named in examples))
+            given = self._files()
             self.runs([self.python, "-c", "\n".join(body for body, _ in examples)], named)
+            found = self._files()
+            changed = sorted(str(path) for path, said in given.items() if found.get(path) != said)
+            assert changed == [], (
+                f"the examples of {guide.page} write over what its commands read: {', '.join(changed)}"
+            )
         ran = int(bool(examples))
         for words, named in guide.commands():
             small = guide.made_small(words)
@@ -189,13 +220,20 @@ class Reader:
                 ran += 1
         return ran
 
+    def _files(self) -> dict[Path, tuple[int, int]]:
+        """All that lie in the folder but for hidden ones, with the time of their last change and their size."""
+        paths = (path.relative_to(self.folder) for path in self.folder.rglob("*"))
+        seen = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+        stats = {path: (self.folder / path).stat() for path in seen}
+        return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in stats.items() if S_ISREG(stat.st_mode)}
+
     def command(self, words: Sequence[str]) -> list[str]:
         """What is started for a command of a guide."""
         starts = {"anabranch": ["-m", "anabranch"], "torchrun": ["-m", "torch.distributed.run"]}
         return [self.python, *starts[words[0]], *words[1:]]
 
     def types(self, words: Sequence[str], named: Iterable[str]) -> str:
-        """What a command says, which has to end well; a server is asked for a free port, and stopped once it says where it is."""
+        """What a command says, which has to end well; a server is asked for a free port, and stopped once it answers."""
         return self._serves(words, named) if "serve" in words[:3] else self.runs(self.command(words), named)
 
     def runs(self, command: Sequence[str], named: Iterable[str]) -> str:
@@ -207,8 +245,9 @@ class Reader:
 
     def _serves(self, words: Sequence[str], named: Iterable[str]) -> str:
         with self._started([*words, "--port", "0"], named) as (process, said):
-            told = ""
-            while "http://" not in told:
+            # Where it is said before that, it still loads.
+            told = line = ""
+            while not line.startswith("serving "):
                 line = said.get(timeout=PATIENCE)
                 assert line is not None, f"{shlex.join(words)} ended\n{told[-3000:]}"
                 told += line

@@ -68,9 +68,11 @@ FORMATS = {
 
 def plain_floats(low, high):
     """Floats that are written without an exponent, in at most 12 digits after the point, and not as ``1.0``."""
-    return st.floats(low, high).map(lambda value: round(value, 9)).filter(
-        lambda value: low <= value <= high and "e" not in repr(value) and not value.is_integer()
-    )  # fmt: skip
+    return (
+        st.floats(low, high)
+        .map(lambda value: round(value, 9))
+        .filter(lambda value: low <= value <= high and "e" not in repr(value) and not value.is_integer())
+    )
 
 
 def is_plain(pattern):

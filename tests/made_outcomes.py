@@ -24,9 +24,12 @@ def made_outcomes(num=120, seed=0):
     words = [f"{TOPICS[names[at]]} {seed}.{row} {generator.integers(1000)}" for row, at in enumerate(topic)]
     score_NM = (generator.random((num, 3)) < SKILL[topic]).astype(float)
     return Recorded(
-        query=tuple(words), models=MODELS, task=tuple(names[at] for at in topic), score_NM=score_NM,
+        query=tuple(words),
+        models=MODELS,
+        task=tuple(names[at] for at in topic),
+        score_NM=score_NM,
         cost_NM=np.tile(COST, (num, 1)) * generator.uniform(0.8, 1.2, (num, 1)),
-    )  # fmt: skip
+    )
 
 
 def write_outcomes(path, data):

@@ -1,6 +1,7 @@
 """Models, data and ranks for tests of pipelines; other processes import this."""
 
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -287,3 +288,21 @@ def averaged(rank, world, in_pairs, most=None):
     before = [{name: one.grad for name, one in own_gradients(each, world).items()} for each in range(world)]
     averaging.average_gradients(list(made.values()), None, in_pairs=in_pairs)
     return before, {name: one.grad for name, one in made.items()}
+
+
+def sent_in(rank, world, numbers):
+    """When the first rank begins to send so many float32, and when they are with the second: by one clock, as a rank may come late."""
+    value = torch.ones(numbers)
+    dist.barrier()
+    if rank == 0:
+        began = time.monotonic()
+        dist.send(value, 1)
+        return began
+    dist.recv(value, 0)
+    return time.monotonic()
+
+
+def addresses(rank, world):
+    """What this rank's machine calls its own."""
+    told = subprocess.run(["ip", "-4", "-o", "address"], capture_output=True, text=True, check=True).stdout
+    return [line.split()[3] for line in told.splitlines()]

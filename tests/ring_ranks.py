@@ -16,11 +16,13 @@ from anabranch.cluster.ring import (
     SCHEMES,
     ContextParallel,
     Layout,
+    Topology,
     Traffic,
     average_gradients,
     context_parallel_attention,
     measure_topology,
     plan_attention,
+    simulated_attention,
 )
 from anabranch.errors import AnabranchError
 from anabranch.lm import Decoder, SamplingConfig, generate
@@ -238,3 +240,25 @@ def everything(rank: int, world: int, length: int, steps: int) -> dict[str, Any]
         "logits": logits(rank, world),
         "generation": generation(rank, world),
     }
+
+
+def nodes(rank: int, world: int) -> tuple[list[float], bool]:
+    """TokenRing inside two nodes: largest errors against one process, and whether bytes are those of simulated ranks."""
+    layout = Layout("zigzag", world, 32)
+    *whole, dout = drawn(2, 32, 4, 2, 8)
+    expected = naive(*whole, causal=True)
+    grads = torch.autograd.grad(expected, whole, dout)
+    parts = [layout.shard(part.detach(), rank).requires_grad_() for part in whole]
+    told: dict[str, Any] = {"layout": "zigzag", "scheme": "hybrid", "topology": Topology(node_size=world // 2)}
+    traffic, simulated = Traffic(), Traffic()
+    out = context_parallel_attention(*parts, None, True, traffic=traffic, timeout_s=60, **told)
+    own = torch.autograd.grad(out, parts, layout.shard(dout, rank))
+    errors = [
+        float((gathered(layout, part) - right).abs().max())
+        for part, right in zip((out, *own), (expected, *grads), strict=True)
+    ]
+    made = simulated_attention(*whole, world, True, traffic=simulated, **told)
+    torch.autograd.grad(made, whole, dout)
+    assert traffic.sent is not None
+    assert simulated.sent is not None
+    return errors, bool((traffic.sent.bytes_RR[rank] == simulated.sent.bytes_RR[rank]).all())

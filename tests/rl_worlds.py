@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from anabranch.config import configclass
-from anabranch.rl import Actions, Environment, Layout, episode_seed
-from anabranch.train import Trainer
+from anabranch.rl import PPO, Actions, Environment, Layout, Rollouts, episode_seed
+from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer
 
 LENGTH, LIMIT = 6, 9
 
@@ -102,6 +102,34 @@ class CorridorWorld:
 
     def close(self):
         self.is_open = False
+
+
+def run(*, batch_size=8, steps=8, train=None, **fields):
+    """A training of PPO in a corridor, of rollouts of 4 x 8 samples."""
+    environment = fields.pop("environment", Corridor.Config())
+    config = PPO.Config(
+        **{
+            "environment": environment,
+            "num_envs": 4,
+            "rollout_steps": 8,
+            "epochs": 2,
+            "hidden": (8,),
+            "eval_episodes": 4,
+        }
+        | fields
+    )
+    settings = {"schedule": Constant.Config(), "weight_decay": 0.0, "learning_rate": 1e-2} | (train or {})
+    return TaskRunConfig(task=config, train=TrainConfig(steps=steps, batch_size=batch_size, **settings))
+
+
+def rollouts(model_seed=0, **fields):
+    """Those of `run`, with a new network."""
+    made = run(**fields)
+    task = made.task.build()
+    torch.manual_seed(model_seed)
+    stream = Rollouts(task.environment, made.task.collecting, batch_size=made.train.batch_size, seed=3)
+    stream.model = task.network()
+    return stream
 
 
 def train_rank(rank, run, folder, ranks):

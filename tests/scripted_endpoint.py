@@ -2,7 +2,7 @@
 
 import json
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -25,11 +25,13 @@ def endpoint(answer):
             seen.append((self.path, body, dict(self.headers)))
             status, said, headers = answer(self.path, body)
             data = said if isinstance(said, bytes) else json.dumps(said).encode()
-            self.send_response(status)
-            for name, value in {"content-length": len(data), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
+            # Who asked may have left: answers come late, too.
+            with suppress(ConnectionError):
+                self.send_response(status)
+                for name, value in {"content-length": len(data), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, *_):
             pass

@@ -10,7 +10,7 @@ from pathlib import Path
 from anabranch.data import ByteTokenizer
 from anabranch.experts.parscale import ParScale
 from anabranch.lm import Decoder, save_model
-from anabranch.nn import MoE, SelfAttention
+from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.routing import Router, TopK
 from server_process import Served, started
 
@@ -47,6 +47,13 @@ def saved_moe() -> str:
 def saved_streams() -> str:
     """Folder of the parallel streams."""
     return _saved("small-streams", small_streams())
+
+
+@functools.cache
+def saved_dense() -> str:
+    """Folder of a model without experts."""
+    dense = small_moe().config.replace(feed_forward=SwiGLU.Config(hidden_dim=8))
+    return _saved("small-dense", dense.build(seed=0))
 
 
 def _saved(name: str, model: Decoder) -> str:

@@ -295,8 +295,11 @@ def test_a_record_is_stale_once_the_code_it_measures_is_another(benchmark, tmp_p
     def git(*words):
         done = subprocess.run(
             ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
-            cwd=tmp_path, check=True, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return done.stdout.strip()
 
     def commit(path, text):

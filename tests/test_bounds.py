@@ -10,7 +10,7 @@ from typing import Annotated
 import pytest
 
 import anabranch
-from anabranch.bounds import LARGEST_INT, MOST_SEED, SMALLEST_FLOAT, check_number
+from anabranch.bounds import LARGEST_INT, MOST_SEED, SMALLEST_FLOAT, check_number, shown_json
 from anabranch.config import Config, Field, Part, configclass, from_dict, override
 from anabranch.errors import ConfigError, MissingExtraError
 from anabranch.lm import SamplingConfig
@@ -108,3 +108,26 @@ def test_the_widest_values_pass():
     assert SamplingConfig(seed=MOST_SEED).seed == MOST_SEED
     assert Rotary.Config(theta=SMALLEST_FLOAT).theta == SMALLEST_FLOAT
     assert SamplingConfig(temperature=1e-46, max_tokens=LARGEST_INT).max_tokens == LARGEST_INT
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        ('ü "x"', r'"ü \"x\""'),
+        ([None, False, {"a": 1.5}], '[null, false, {"a": 1.5}]'),
+        ("a\nb\x7f\ud800", r'"a\nb\x7f\ud800"'),
+        (7, "7"),
+        ({1}, "{1}"),
+    ],
+    ids=range(7),
+)
+def test_what_was_read_from_json_is_told_in_its_words(value, text):
+    assert shown_json(value) == text
+    assert len(shown_json([value] * 400)) <= 240
+
+
+def test_what_json_cannot_say_is_shown_all_the_same():
+    assert shown_json(10**5000) == "an integer of about 5001 digits"
+    assert shown_json([10**5000]) == "a list that cannot be shown"

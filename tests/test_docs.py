@@ -18,6 +18,7 @@ import pytest
 import anabranch
 from anabranch import errors
 from anabranch.registry import BUILTIN
+from guides import cli_options
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -26,7 +27,10 @@ STUDIES = ROOT / "src" / "anabranch" / "studies"
 # Folders of designs that are parts of a model; other systems have names and tests of several kinds.
 OF_TOKENS = ("experts", "heads", "depth", "adapters", "subnets")
 # What these have in common, and is no system.
-SHARED_PARTS = {("adapters", name) for name in ("adapt", "fusion", "gated", "ladder")}
+SHARED_PARTS = {
+    ("adapters", name)
+    for name in ("adapt", "adapter_mixture", "after", "fusion", "gated", "ladder", "sparse_bottleneck")
+} | {("heads", "whisper")}
 # Designs whose page says that no study of them is written yet; everything else that a design has they have.
 WITHOUT_STUDY: set[str] = set()
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL)
@@ -172,26 +176,22 @@ def test_shell_examples_name_real_commands(page, words):
         assert options <= commands[name] | {"--help"}
 
 
-@cache
-def cli_options() -> dict[str, set[str]]:
-    """The options of each command; those of groups by all words."""
-    from typer.main import get_command
+def test_every_option_of_every_command_has_a_row():
+    pages = hooks.command_line_pages()
+    assert len(pages) == len({name.split()[0] for name in cli_options()}) + 1
+    for name, options in cli_options().items():
+        page = pages[f"command-line/{name.split()[0]}.md"]
+        section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0] if " " in name else page
+        rows = set(re.findall(r"(?<![\w-])-[\w-]+", " ".join(re.findall(r"^\| `(.*?)` \|", section, re.MULTILINE))))
+        # Of `--resume auto`, which is two words.
+        hidden = {"-h", "--help", "--resume-auto"}
+        assert {one for one in options if one.startswith("-")} - hidden <= rows, name
 
-    from anabranch.cli.main import app
 
-    def of(group: Any, prefix: str) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for name, command in group.commands.items():
-            if hasattr(command, "commands"):
-                found |= of(command, f"{prefix}{name} ")
-            else:
-                words = [
-                    option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
-                ]
-                found[prefix + name] = set(words)
-        return found
-
-    return of(get_command(app), "")
+def test_help_is_text_whatever_stands_in_it():
+    assert rendered(hooks._as_text("'<cat>' *a* b_c_d [x](y) `z` # h")) == (
+        "<p>'&lt;cat&gt;' *a* b_c_d [x](y) `z` # h</p>"
+    )
 
 
 # Links
@@ -311,7 +311,7 @@ def test_error_has_a_section_and_a_place_in_the_tree(name):
     section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", (DOCS / "errors.md").read_text(encoding="utf-8"), re.M | re.S)
     assert section is not None
     assert "Caused by:" in section[1]
-    assert "Cured by:" in section[1]
+    assert "Solution:" in section[1]
     assert f"── {name} " in (errors.__doc__ or "")
 
 
@@ -542,12 +542,12 @@ def test_headlines_by_hand(tmp_path, monkeypatch):
     (tmp_path / "docs" / "scales.toml").write_text('shown = ["2 nodes", "a million"]\n')
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     table = hooks.headlines("../")
-    assert table.splitlines()[0] == "| Study | Primary claim | Paper | Size here (in the paper) | Ours | n | Outcome |"
+    assert table.splitlines()[0] == "| Study | Outcome | n | Primary claim | Paper | Ours | Size here (in the paper) |"
     assert table.splitlines()[2:] == [
-        "| [shown](../systems/shown.md) | second (of kmeans) | at least 2 | 2 nodes (a million) | "
-        "2.5; baseline 2; difference 0.5 (0.25 to 0.75) | 7 | reproduced |",
-        "| undecided | second (of kmeans) | at least 2 | - | 2.5; baseline 2; difference 0.5 (0.25 to 0.75) | 3 | undecided |",
-        "| waiting | second | at least 2 | - | - | - | not run |",
+        "| [shown](../systems/shown.md) | reproduced | 7 | second (of kmeans) | at least 2 | "
+        "2.5; baseline 2; difference 0.5 (0.25 to 0.75) | 2 nodes (a million) |",
+        "| undecided | undecided | 3 | second (of kmeans) | at least 2 | 2.5; baseline 2; difference 0.5 (0.25 to 0.75) | - |",
+        "| waiting | not run | - | second | at least 2 | - | - |",
         "",
         "3 studies: 1 reproduced, 0 contradicted, 1 undecided, 0 void, 1 not run.",
     ]

@@ -11,7 +11,7 @@ import pytest
 from anabranch import extras as module
 from anabranch.errors import AnabranchError, BackendError, MissingExtraError
 from anabranch.extras import Extra, explain, extras, is_installed, lazy, module_of, require
-from base_install import BASE, NEEDS, ROOT, WORKS, check_base, helps, tried
+from base_install import BASE, NEEDS, ROOT, WITH_FILES, WORKS, check_base, check_ends, helps, tried
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -237,19 +237,21 @@ def test_a_base_install_helps_and_names_every_missing_extra():
     check_base(*tried(sys.executable, hide=True))
 
 
+@pytest.mark.parametrize("extra", WITH_FILES)
+def test_commands_that_read_files_need_no_more_than_their_extra(extra):
+    told, _ = tried(sys.executable, hide=True, extra=extra)
+    check_ends(told)
+
+
 def test_every_command_is_among_those_that_were_tried():
     rest = {command.removesuffix(" --help") for command in helps()} - {"--help", "graph", "routers", "gateway"}
     groups = {"gateway keys", "gateway budget", "gateway ledger", "gateway coe", "routers coe"}
     named = {name for name in rest if any(f"{line} ".startswith(f"{name} ") for line in (*NEEDS, *WORKS))}
-    need_files = {"gateway fit", "gateway route", "gateway replay", "gateway ab"}
-    need_files |= {"routers fit", "routers route", "routers replay"}
-    need_files |= {f"{door} coe {name}" for door in ("gateway", "routers") for name in ("frontier", "report")}
-    need_files |= {f"gateway keys {name}" for name in ("revoke", "edit", "rotate")}
-    need_files |= {f"gateway budget {name}" for name in ("set", "remove")}
-    need_files |= {f"gateway ledger {name}" for name in ("spend", "prune", "backup")}
+    read_files = {" ".join(line.split()[:3]) for lines in WITH_FILES.values() for line in lines}
+    need_files = {name for name in rest if any(f"{line} ".startswith(f"{name} ") for line in read_files)} - named
     # They run until they are stopped.
-    need_files |= {"cluster coordinate", "cluster master"}
-    assert rest - groups - named == need_files
+    endless = {"cluster coordinate", "cluster master"}
+    assert rest - groups - named - need_files == endless
 
 
 def test_what_is_missing_is_an_error_of_ours():

@@ -38,9 +38,12 @@ def test_differences_names_the_first_of_each_quantity():
     assert differences(before, before) == []
     after = {"dense": {"loss": [1.0, 2.5], "tokens": [[1]]}, "duo": {"loss": []}}
     assert differences(before, after) == [
-        "dense: loss 1 is 2.0 and 2.5", "moe: only in the first", "duo: only in the second",
-    ]  # fmt: skip
+        "dense: loss 1 is 2.0 and 2.5",
+        "moe: only in the first",
+        "duo: only in the second",
+    ]
     shorter = {"dense": {"loss": [1.0], "tokens": [[2]]}, "moe": {"loss": [1.0]}}
     assert differences(before, shorter) == [
-        "dense: loss 1 is of another length", "dense: tokens 0 is [1] and [2]",
-    ]  # fmt: skip
+        "dense: loss 1 is of another length",
+        "dense: tokens 0 is [1] and [2]",
+    ]

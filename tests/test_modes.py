@@ -27,9 +27,12 @@ SOURCE = Path(anabranch.__file__).parent
 
 def routed(vocab_size=257):
     return Decoder.Config(
-        vocab_size=vocab_size, dim=16, num_layers=2, attention=SelfAttention.Config(num_heads=2),
+        vocab_size=vocab_size,
+        dim=16,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=2),
         feed_forward=MoE.Config(num_experts=4, hidden_dim=8),
-    ).build(seed=0)  # fmt: skip
+    ).build(seed=0)
 
 
 def ids(model):

@@ -118,6 +118,9 @@ def test_a_sample_of_mutants_is_noticed():
     """Of routing, nn and experts; all of these are noticed, and one more line may come that is not."""
     done = subprocess.run(
         [sys.executable, mutations.__file__, "--sample", "40", "--seed", "7", "--allow", "1"],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr

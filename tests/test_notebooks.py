@@ -38,7 +38,7 @@ def test_a_notebook_is_whole_and_its_links_lead_somewhere(path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_run_from_the_first_to_the_last(path, tmp_path):
     named = INSTALL.search("\n".join(cells(path, "markdown")))["extras"].split(",")

@@ -26,11 +26,11 @@ PUBLIC = {
     """,
     "anabranch.routers": """
         Answered Arm Ask Candidate Decision Done FittedRouter Model Outcome Pool Prediction Predictor Program ProgramRequest Query Ranked
-        Recorded Said Step Strategy load_outcomes strategies
+        Recorded Said Shown Step Strategy load_outcomes strategies
     """,
     "anabranch.routers.contract": """
         Answered Arm Ask Candidate Decision Done Model Outcome Played Pool Prediction Predictor Program ProgramRequest Query Ranked
-        Recorded Said Step Strategy
+        Recorded Said Shown Step Strategy
     """,
     "anabranch.routers.coe": """
         CategoryRouter ExpertMap ExpertQueue ExpertStore Judgement Lease Limits QualityTable frontier_of_budget
@@ -46,19 +46,20 @@ PUBLIC = {
         raw_cost token_f1 total_reward
     """,
     "anabranch.routers.scale": """
-        Assessor Budget Budgeted ClientAsk Constant Decomposer Disagreement Entropy Given Identity Oracle Probe Problem PromptScore
-        Prompted Rule Scale Score SelectiveReasoner Settings System Threshold TopFraction Trace
+        Assessor Budget Budgeted ClientAsk Constant Decomposer Disagreement EngineAsk Entropy Given Identity Oracle Probe Problem
+        PromptScore Prompted Rule Scale Score SelectiveReasoner Settings System Threshold TopFraction Trace
     """,
     "anabranch.routers.referee": """
         Interval Recovery Replay Replayed Report Standing Trial Verdict aiq bootstrap cost_save decision_latency evaluate holm hull
         pareto_distance preference recovery recovery_in_bins replay routerbench_aiq try_out with_cheapest
     """,
     "anabranch.test_time": """
-        TTSPM Allowance BetaTTSPM BudgetController CodeVerifier CostModel Curve History ParallelCost Priors Reason
-        Sample Sampled SequentialCost Spent TwoStateTTSPM best_judged best_mix effective_samples first_verified
-        fit_many gsm8k_answer hit_at hit_curve is_decided is_gsm8k_right logprob_weighted majority mixed parallel
-        play_fixed play_global play_oracle play_question play_votes regret sequential
-        survival_curve verified_accuracy vote_curve vote_probability
+        TTSPM Allowance BetaTTSPM BudgetController CodeVerifier CostModel Curve History ParallelCost Priors
+        Reason Sample Sampled SequentialCost Spent TwoStateTTSPM best_judged best_mix effective_samples
+        ends_at_first first_counts first_verified fit_many gsm8k_answer hit_at hit_curve is_decided
+        is_gsm8k_right logprob_weighted majority mixed parallel play_fixed play_global play_oracle
+        play_question play_votes regret sequential survival_curve verified_accuracy vote_curve
+        vote_probability
     """,
     "anabranch.graph": """
         FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk TypedGraph as_graph fully_ppr
@@ -83,8 +84,8 @@ PUBLIC = {
         simulated_placed_attention token_ring_attention
     """,
     "anabranch.cluster.elastic": """
-        Compared Coordinator ElasticPlan ElasticTrainer Grid Layout Memory Move Policy UnrecoverableError bounds census compare moves
-        plan recut
+        Compared Coordinator ElasticPlan ElasticTrainer FrequencyControl Grid Layout Memory Move NvmlFrequency Policy
+        SimulatedFrequency UnrecoverableError bounds census compare moves plan recut
     """,
     "anabranch.cluster.fabric": """
         ALGORITHMS SCHEMES SPREAD Equivalence Flows FluidResult LinkEvent PacketConfig PacketResult PathHealth Piece Plan Routes
@@ -99,7 +100,7 @@ PUBLIC = {
         Adapter Bottleneck Combined Dora DynMoLE Exported Front HashedDelta Labelled LowRank LowRankPool MixedLowRank
         MixtureReport MixtureTask NestedLowRank Pair RoutedLowRank ScaleShift Scaling SerialBottleneck SkilledLowRank
         SoftThenTopK SparseDelta SpecialisationLoss adapter_of chosen_rows combine export_mixture fit_joint fit_router
-        labelled_rows load_mixture load_peft load_pool lora_moe merge mixture_report mola mu read_peft rows_for save_peft
+        labelled_rows load_fitted load_mixture load_peft load_pool lora_moe merge mixture_report mola mu read_peft rows_for save_peft
         static_mixture unload unmerge write_peft
     """,
     "anabranch.rl": """
@@ -108,8 +109,8 @@ PUBLIC = {
         episode_seed judge load_agent record training
     """,
     "anabranch.rl.router_r1": """
-        RecordedWorld Routed RoutedPlay RoutedWorld Router Training TwoHopPlay TwoHopWorld judge_router load_router router_training
-        warm_model warm_up word_tokenizer
+        LiveWorld PoolModel PoolPrice RecordedWorld Routed RoutedPlay RoutedWorld Router Training TwoHopPlay TwoHopWorld judge_router
+        load_router own_router_training router_training warm_model warm_up word_tokenizer
     """,
     "anabranch.rl.tokens": """
         Drawn Outcome Play PolicyEngine Samples Told TokenPolicy TokenRollouts TokenTask TokenWorld Trajectory divergence_of
@@ -120,12 +121,14 @@ PUBLIC = {
         head_report load_heads put_heads routed_heads_of save_heads take_off_heads with_heads
     """,
     "anabranch.heads.pvchat": """
-        Actor Balance Clip ClipTask Composed Composer Embedder Generator InkEmbedder KindScore Learned Learning OneShotSet PVChat Part
-        Portrait Pretraining Questions Rates Row Score Subject Trial Vocabulary Warped Ways ask_all exam fitted learn look_alikes measure
-        nearest odds portraits pretrain read_clip read_drawing read_drawings read_trials rows_learning ways write_clip
+        Actor Balance Clip ClipTask Composed Composer Embedder Generator InkEmbedder KindScore Learned Learning OneShotSet PVChat
+        Part Portrait Pretraining Questions Rates Row Score Seen Subject Trial Vocabulary Warped Ways ask_all cut_out exam fitted
+        learn look_alikes measure nearest odds portraits pretrain read_clip read_drawing read_drawings read_reference read_trials
+        rows_learning ways write_clip
     """,
     "anabranch.heads.whisper": """
-        CROSS Speech SpeechTask Utterance Words is_whisper measure open_whisper read_speech save_whisper transcribe
+        CROSS Piece Speech SpeechTask Utterance Words is_whisper measure open_whisper read_sound read_speech save_whisper transcribe
+        transcribe_sound
     """,
     "anabranch.depth.dr_llm": """
         BankConfig ExactMatch Features FitConfig FitReport FlipReport Labels Measured NextToken OptionLikelihood PathRow PathRun
@@ -159,8 +162,9 @@ PUBLIC = {
         Coordinator ElasticConfig Group Placement Policy ScalePlan ScaleReport place plan_scale
     """,
     "anabranch.testing": """
-        DEVICES RankError Ranks check_attention check_balancer check_block check_feed_forward check_linear check_parallel check_pool
-        check_provider check_router check_routing check_score check_select check_strategy check_streams check_task run_ranks
+        DEVICES Hosts NoHostsError RankError Ranks can_make_hosts check_attention check_balancer check_block check_feed_forward
+        check_linear check_parallel check_pool check_provider check_router check_routing check_score check_select check_strategy
+        check_streams check_task hosts run_ranks
     """,
     "anabranch.train": """
         Constant Cosine DecoderTask Evaluation Event Examples LanguageModel Losses RunConfig Schedule StepHooks Stream

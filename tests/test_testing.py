@@ -1,6 +1,7 @@
 """The contract checks find what they are for: each broken part here fails the check that should catch it."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from torch import nn
 from anabranch.config import Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn import Count, ExpertPool, FeedForward, MoE, SwiGLU
+from anabranch.nn.block import PreNorm
 from anabranch.nn.context import set_unregistered
 from anabranch.registry import BUILTIN, resolve
 from anabranch.routing import Balancer, LinearScore, Router, Routing, Select, SwitchLoss, TopK
 from anabranch.testing import (
     DEVICES,
     check_balancer,
+    check_block,
     check_feed_forward,
     check_pool,
     check_router,
@@ -422,6 +425,8 @@ def registered(monkeypatch):
     """What a package does with entry points: without a name a design cannot be read back from a checkpoint."""
     for design in (*Broken.__subclasses__(), *BrokenMoE.__subclasses__()):
         monkeypatch.setitem(BUILTIN["feed_forward"], design.kind, f"{__name__}:{design.__name__}")
+    for design in (SaysNone, PassesNone, FreezesItself):
+        monkeypatch.setitem(BUILTIN["block"], design.kind, f"{__name__}:{design.__name__}")
     yield
     resolve.cache_clear()
 
@@ -471,3 +476,44 @@ def test_a_feed_forward_without_count_is_told():
 
     with pytest.raises(NotImplementedError):
         check_feed_forward(Uncounted.Config())
+
+
+# -- blocks that say wrongly whether gradients go through them
+
+
+class SaysNone(PreNorm, kind="saysnone"):
+    """Says that gradients stop, and they do not."""
+
+    @configclass
+    class Config(PreNorm.Config):
+        """What is not so."""
+
+        passes_gradient: ClassVar[bool] = False
+
+
+class PassesNone(PreNorm, kind="passesnone"):
+    """Stops gradients, and does not say so."""
+
+    def forward(self, x_BLD, context):
+        return super().forward(x_BLD.detach(), context)
+
+
+class FreezesItself(SaysNone, kind="freezesitself"):
+    """Stops gradients at its end, so that they do not reach its own parameters either."""
+
+    def forward(self, x_BLD, context):
+        return super().forward(x_BLD, context).detach()
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("design", "message"),
+    [
+        (SaysNone, "embedding.weight gets a gradient, through a block that says it passes none"),
+        (PassesNone, "embedding.weight gets no gradient"),
+        (FreezesItself, r"blocks\.0\..* gets no gradient"),
+    ],
+)
+def test_broken_blocks(design, message):
+    with pytest.raises(AssertionError, match=f"^{message}"):
+        check_block(design.Config(), compile_backend="eager")

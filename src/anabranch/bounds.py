@@ -10,8 +10,10 @@ field of one of these types refuses what would only fail later, with the field, 
 Fields of plain ``int`` and ``float`` have the widest limits (see `check_number`), without being asked for.
 """
 
+import json
 import math
 import re
+from difflib import get_close_matches
 from numbers import Integral
 from typing import Annotated, Any
 
@@ -33,7 +35,9 @@ __all__ = [
     "check_number",
     "finite",
     "is_whole",
+    "near_name",
     "shown",
+    "shown_json",
     "whole",
 ]
 
@@ -108,4 +112,34 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # such an integer, or no end of brackets, inside
         return f"a {type(value).__name__} that cannot be shown"
     text = _LINE_END.sub(" ", text)  # of an array of rows: a message is one line
+    return _cut(text)
+
+
+def shown_json(value: Any) -> str:
+    """Like `shown`, of a value that was read from JSON, in the words that stand there: null, true, double quotes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return shown(value)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ):  # such an integer inside, no end of brackets, or nothing that JSON has
+        return shown(value)
+    # Half of a character is none that could be printed.
+    return _cut("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 40]} ... {text[-30:]}"
+
+
+def near_name(unknown: Any, known: Any) -> str:
+    """What to add to a message about a name that is not there: one much like it, if it is text."""
+    near = (
+        get_close_matches(unknown, [name for name in known if isinstance(name, str)], 1)
+        if isinstance(unknown, str)
+        else []
+    )
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -263,7 +263,7 @@ def _class_of(cls: Any, data: dict[str, Any], path: str) -> Any:
             raise ConfigError(f"{path or _label(cls)} needs a kind of {family}; known: {', '.join(kinds(family))}")
         return cls
     if family is None:
-        raise ConfigError(f"{path or _label(cls)} takes no 'kind' (got {shown(kind)})")
+        raise ConfigError(f"{path or _label(cls)} has no field 'kind' (got {shown(kind)})")
     if not isinstance(kind, str):
         raise ConfigError(
             f"{path or _label(cls)} has kind {shown(kind)}; it must be one of: {', '.join(kinds(family))}"
@@ -376,7 +376,7 @@ def _names(path: str) -> list[str]:
     try:
         return [json.loads(name) if name.startswith('"') else name for name in found]
     except ValueError:
-        raise ConfigError(f"cannot read the path {path!r}; a name in quotes is written as in TOML") from None
+        raise ConfigError(f"cannot read the path {path!r}; quote names as in TOML") from None
 
 
 def quoted(name: str) -> str:

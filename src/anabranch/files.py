@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import AnabranchError, CapacityError, DataError, InputError
+from anabranch.errors import AnabranchError, CapacityError, CheckpointError, DataError, InputError
 
 try:
     import fcntl
@@ -157,6 +157,17 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path, error: type[AnabranchError] = CheckpointError) -> dict[str, Any]:
+    """The table in ``path``. Raises ``error`` if it cannot be read or is no table."""
+    try:
+        table = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as found:
+        raise error(f"cannot read {path}: {found}") from None
+    if not isinstance(table, dict):
+        raise error(f"cannot read {path}: it holds a {type(table).__name__}; it must be a table of settings")
+    return table
 
 
 def parse_toml(text: str) -> dict[str, Any]:

@@ -82,11 +82,14 @@ BUILTIN: dict[str, dict[str, str]] = {
         "multi_head_routed": "anabranch.adapters.mhr:MultiHeadRouted",
         "nested_low_rank": "anabranch.adapters:NestedLowRank",
         "bottleneck": "anabranch.adapters:Bottleneck",
+        "sparse_bottleneck": "anabranch.adapters.sparse_bottleneck:SparseBottleneck",
         "sparse_delta": "anabranch.adapters:SparseDelta",
         "hashed_delta": "anabranch.adapters:HashedDelta",
         "serial_bottleneck": "anabranch.adapters:SerialBottleneck",
         "scale_shift": "anabranch.adapters:ScaleShift",
+        "shift": "anabranch.adapters.after:Shift",
         "adapter_fusion": "anabranch.adapters.fusion:AdapterFusion",
+        "adapter_mixture": "anabranch.adapters.adapter_mixture:AdapterMixture",
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",
@@ -212,6 +215,8 @@ BUILTIN: dict[str, dict[str, str]] = {
     "token_world": {
         "two_hop": "anabranch.rl.router_r1:TwoHopWorld",
         "recorded": "anabranch.rl.router_r1:RecordedWorld",
+        "live": "anabranch.rl.router_r1:LiveWorld",
+        "answers": "anabranch.rl.tokens.answers:AnswersWorld",
     },
     "environment": {
         "gymnasium": "anabranch.rl:Gymnasium",

@@ -9,6 +9,7 @@ from anabranch.adapters import (
     Labelled,
     fit_router,
     labelled_rows,
+    load_fitted,
     load_mixture,
     mixture_report,
     read_peft,
@@ -150,6 +151,40 @@ def test_routers_learn_and_all_else_stays(place, tmp_path):
     fit_router(straight, rows, tmp_path / "straight", train=train, held_out=rows)
     for name, value in straight.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def continued(model, token_L, count):
+    """Greedy, each token by a pass over all before it."""
+    with torch.no_grad():
+        for _ in range(count):
+            token_L = torch.cat([token_L, model(token_L[None], use_cache=False).logits[0, -1].argmax()[None]])
+    return token_L
+
+
+def test_it_is_trained_stored_and_used_from_files_alone(place, tmp_path):
+    """A model and adapters in folders, rows; routers learn, are read back, and generation with a cache or a state uses them."""
+    make, folders = place
+    make().save_pretrained(tmp_path / "base")
+
+    def opened():
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+        return load_mixture(folders, base, top_k=2)
+
+    model = opened()
+    rows = Labelled.of([([1, 2, 3 + row % 7], [9 + row % 2], "ab"[row % 2]) for row in range(8)], "abc")
+    train = TrainConfig(steps=4, batch_size=4, learning_rate=0.5, schedule=Constant.Config(), device="cpu")
+    fitted = fit_router(model, rows, tmp_path / "run", train=train)
+    again = opened()
+    fresh = logits(again)
+    assert load_fitted(fitted.result.checkpoint, again) is again
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.equal(logits(again), fresh)
+    with pytest.raises(ConfigError, match="has no mixed layers; put some on with load_mixture"):
+        load_fitted(fitted.result.checkpoint, make())
+    with pytest.raises(CheckpointError, match="no weights in"):
+        load_fitted(tmp_path / "base" / "none", again)
+    found = again.generate(TOKENS[:1, :4], max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    assert found[0].tolist() == continued(model, TOKENS[0, :4], 6).tolist()
 
 
 def checkpointed_by(model):

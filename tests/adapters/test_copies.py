@@ -27,7 +27,7 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm import load_model
 from anabranch.nn.packed import Packed
 from anabranch.nn.quantize import quantize
-from anabranch.nn.superblocks import pack_blocks
+from anabranch.nn.superblocks import arranged
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 STORED = "lm_head.base_layer.weight"
@@ -193,9 +193,11 @@ def test_a_great_head_is_looked_at_in_pieces(place, monkeypatch):
 def test_kinds_of_gguf_are_held_against_a_share_of_the_norm():
     """Whatever made the file chose their steps, so a head that was tuned a little is taken for the base's."""
     generator = torch.Generator().manual_seed(0)
-    number_NK = torch.randint(0, 16, (16, 256), generator=generator, dtype=torch.uint8)
+    # Two numbers a byte.
+    number_NSX = torch.randint(0, 256, (16, 1, 128), generator=generator, dtype=torch.uint8)
     scales, leasts = (torch.randint(1, 64, (16, 1, 8), generator=generator, dtype=torch.uint8) for _ in range(2))
-    blocks = pack_blocks("q4_k", number_NK, scales, leasts, torch.full((16, 1, 2), 0.01, dtype=torch.float16))
+    wholes = torch.full((16, 1, 2), 0.01, dtype=torch.float16)
+    blocks = arranged([number_NSX.view(torch.int32), scales, leasts, wholes])
     packed = Packed(blocks.unsqueeze(0), 16, 256, "q4_k", 256)
     own_NK = packed.unpack()[0]
     assert own_NK.norm() > 10

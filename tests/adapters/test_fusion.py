@@ -100,6 +100,8 @@ def test_values_are_kept_near_the_identity_in_training():
     assert float(output.auxiliary["fusion_value"]) == pytest.approx(0.5 * sum(apart) / 2, rel=1e-5)
     total = output.cross_entropy + output.auxiliary["fusion_value"]
     assert float(output.loss.detach()) == pytest.approx(float(total), rel=1e-6)
+    # Of no tokens nothing is learned.
+    assert model(TOKENS[:0], target_BL=TOKENS[:0]).loss == 0
     assert "fusion_value" not in model.eval()(TOKENS, target_BL=TOKENS).terms
 
 

@@ -14,6 +14,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, SamplingConfig, generate
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.nn.block import PreNorm
+from anabranch.train import DecoderTask, TaskContext, TrainConfig
 
 CONFIG = Decoder.Config(
     vocab_size=61,
@@ -143,3 +144,16 @@ def test_two_of_them_are_refused():
     put_around(model, front=Front.Config(num_tokens=2))
     with pytest.raises(ConfigError, match="has streams already"):
         put_around(model, front=Front.Config(num_tokens=2))
+
+
+def test_a_new_base_that_cannot_learn_is_told(caplog):
+    """No gradient goes through a ladder, so that a run from nothing would leave what it wraps as it was drawn."""
+    context = TaskContext(TrainConfig(steps=1, batch_size=1), batch_size=1)
+    new = laddered().config
+    DecoderTask(DecoderTask.Config(model=new)).build_model(context)
+    assert "block is 'ladder', through which no gradient goes" in caplog.text
+    assert "start from a trained model (--from)" in caplog.text
+    caplog.clear()
+    DecoderTask(DecoderTask.Config(model=new), model=laddered()).build_model(context)
+    DecoderTask(DecoderTask.Config(model=bare_config(new))).build_model(context)
+    assert not caplog.text

@@ -566,6 +566,17 @@ def test_a_stopped_training_goes_on_to_the_bit(place, tmp_path):
         assert torch.equal(value, states[1][name]), name
 
 
+def test_experts_that_lie_turned_in_memory_learn_without_gradients(place, tmp_path):
+    """Theirs is B as products want it, and MeZO goes along memory."""
+    model = mixed(place, "ab")
+    before = [layer.pool.b.detach().clone() for layer in mixed_layers(model).values()]
+    assert not any(layer.pool.b.is_contiguous() for layer in mixed_layers(model).values())
+    train = settings(steps=2, optimizer="mezo", weight_decay=0.0)
+    fit_joint(model, rows_of(), tmp_path / "run", train=train, stages="hard", alignment=0.0)
+    after = [layer.pool.b.detach() for layer in mixed_layers(model).values()]
+    assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("experts", ["frozen", "preserved", "free"])
 def test_stages_of_a_joint_training(place, tmp_path, experts, monkeypatch):
     """Hard, experts learn, and the router by alignment alone; soft, the router does, and experts as they are told."""

@@ -92,8 +92,8 @@ def test_what_it_says(here, base):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--out", "z"], "MODEL is not given"),
-        (["{base}/base", "--out", "z"], "DATA is not given"),
+        (["--out", "z"], "MODEL is missing"),
+        (["{base}/base", "--out", "z"], "DATA is missing"),
         (["{base}/base", "{base}/no.jsonl", "--out", "z"], "cannot read"),
         (["{base}/base", "text/alpha/0.py", "--out", "z"], "line 1: this is no JSON"),
         (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--method", "lorra"], "did you mean 'lora'"),
@@ -329,7 +329,7 @@ def test_an_adapter_is_described_and_queries_are_written_of_by_an_endpoint(here,
         told = json.loads(out)
         assert (told["instruction"], told["retrieved"][0]["name"]) == ("Say it as in task two.", "two")
     for line, message in (
-        (["describe", pool / "one"], "say what the task is with --instruction, or give rows"),
+        (["describe", pool / "one"], "describe the task with --instruction, or give rows"),
         (["describe", pool / "one", "--instruction", "x", "--data", base / "rows.jsonl"], "one of them"),
         (["describe", pool / "one", "--data", base / "rows.jsonl"], "name one with --writer and --writer-model"),
         (

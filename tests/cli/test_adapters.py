@@ -147,7 +147,7 @@ def test_a_mixture_is_exported(here, adapted, tmp_path):
     code, out, _ = here(*line, "--out", tmp_path / "low", "--rank", 2)
     assert code == 0
     assert "4 layers, rank 2, " in out
-    assert "from the mixture's at most" in out
+    assert "differ from the mixture's by at most" in out
 
 
 def test_adapters_in_a_model_are_exported(here, adapted, tmp_path):
@@ -307,7 +307,7 @@ def test_tasks_that_cannot_be_are_one_line(here, kinds, line, message):
             "adapters merge {0}/first {0}/second --weights 1 --out z",
             "--weights is '1'; give a finite number for each of the 2 adapters",
         ),
-        ("adapters merge {0}/first --steps 3 --out z", "--steps is 3, which is for weights that are found"),
+        ("adapters merge {0}/first --steps 3 --out z", "--steps is 3, which is only for a search of the weights"),
         ("adapters merge {0}/first --data x.jsonl --out z", "name it with --model"),
         ("adapters merge {0}/first --data x.jsonl --model {0}/base --weights 1 --out z", "leave one out"),
         ("adapters merge {0}/first --weights a --out z", "--weights is 'a'; write numbers with commas"),

@@ -79,9 +79,12 @@ def test_rows_without_a_task_are_of_one(here, place, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["base", "pool"], "need rows to see; give some with --data"),
-        (["base", "a", "--data", "rows.jsonl"], "chooses nobody: it is one adapter for all rows"),
-        (["base", "multi_head_routed", "--data", "rows.jsonl"], "its tables say who serves which; leave out --data"),
+        (["base", "pool"], "so the report needs rows; give some with --data"),
+        (["base", "a", "--data", "rows.jsonl"], "has no router: it is one adapter for all rows"),
+        (
+            ["base", "multi_head_routed", "--data", "rows.jsonl"],
+            "routes by task, so the report needs no rows; leave out --data",
+        ),
         (["base", "arrow:a", "--data", "rows.jsonl"], "is one adapter, and arrow routes among several"),
         (["base", "arrow:nowhere", "--data", "rows.jsonl"], "nothing that arrow could choose from"),
         (["base", "nowhere", "--data", "rows.jsonl"], "no adapter at"),

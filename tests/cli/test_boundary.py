@@ -161,6 +161,15 @@ def test_a_pipe_that_broke_elsewhere_is_an_error(failing, capsys, monkeypatch):
         os.close(write)
 
 
+def test_a_page_whose_reader_has_gone_is_no_mistake(failing, capsys):
+    """rich ends the program where the reader of its page has left: anabranch --help | head."""
+    left = SystemExit(1)
+    left.__context__ = BrokenPipeError(errno.EPIPE, "Broken pipe")
+    failing(left)
+    assert main(["info"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), typer.Abort()], ids=["interrupt", "abort"])
 def test_interrupt_exits_with_130(failing, capsys, error):
     failing(error)
@@ -277,9 +286,12 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(environment, tmp_path, na
     (tmp_path / "sitecustomize.py").write_text(AT_IMPORT)
     path = os.pathsep.join([str(tmp_path), *filter(None, [environment.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", "anabranch", *arguments], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-m", "anabranch", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={**environment, "PYTHONPATH": path, "AT": name, "TIMES": str(times)},
-    )  # fmt: skip
+    )
     # Python ends itself by the signal, which shells show as 130 too, if an interrupt has gone through an exec of somebody's.
     assert done.returncode in (130, -signal.SIGINT)
     assert done.stderr == "interrupted\n"

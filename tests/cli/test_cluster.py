@@ -71,6 +71,12 @@ def test_ways_to_cut_attention_are_compared(here):
     assert (code, told["choice"], told["ranks"]) == (0, "token_ring", 4)
     costs = {cost["scheme"]: cost["size_bytes"] for cost in told["costs"]}
     assert costs["token_ring"] < costs["ring"]
+    code, out, _ = here(*line, "--network", "nodes", "--node-ranks", "2", "--between", "100MB", "--json")
+    told = json.loads(out)
+    costs = {cost["scheme"]: cost for cost in told["costs"]}
+    assert (code, told["topology"]["node_size"], told["topology"]["between"]) == (0, 2, 100e6)
+    # Two blocks of keys out of a node of two, where the ring of four sends three.
+    assert costs["hybrid"]["time_s"] < costs["ring"]["time_s"]
 
 
 def test_attention_that_is_not_cut_is_told_so(here, tmp_path):

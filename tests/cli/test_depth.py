@@ -188,7 +188,7 @@ def test_options_of_a_question_choose_the_reward(here, work, deep):
         ("search {deep} {questions} --out z --simulations 0", "--simulations"),
         ("search {deep} {text} --out z --context 64", "--context is 64"),
         ("search {deep} {questions} --out text", "it is no file"),
-        ("train {deep} --out z", "PATHS is not given"),
+        ("train {deep} --out z", "PATHS is missing"),
         ("train {deep} {questions} --out z", "no field 'base_reward'"),
         ("train {deep} none.jsonl --out z", "cannot read none.jsonl"),
         ("eval {deep} {questions} --routers text", "no routers in text"),
@@ -210,9 +210,12 @@ def test_mistakes_are_told_in_a_line(here, work, deep, questions, text, line, me
 
 def test_routers_of_another_model(here, work, deep, questions):
     config = Decoder.Config(
-        dim=16, num_layers=3, attention=SelfAttention.Config(num_heads=2), feed_forward=SwiGLU.Config(hidden_dim=24),
+        dim=16,
+        num_layers=3,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=SwiGLU.Config(hidden_dim=24),
         max_positions=64,
-    )  # fmt: skip
+    )
     save_model(work / "shallow", config.build(seed=0), ByteTokenizer())
     assert (
         here(
@@ -276,7 +279,7 @@ def test_generate_runs_what_routers_choose(here, work, deep):
         (("--depth", "none"), "no routers in none"),
         (("--depth-control", 0), "--depth-control is 0, and there are no depth routers"),
         (("--depth", "random-routers", "--depth-control", 2), "control"),
-        (("--depth", "random-routers", "--skipper", "x"), "--depth and --skipper both say what of the model runs"),
+        (("--depth", "random-routers", "--skipper", "x"), "--depth and --skipper both choose what the model computes"),
     ):
         code, out, err = here("generate", deep, *options, *more)
         assert (code, out) == (2, ""), more
@@ -319,7 +322,7 @@ def test_chat_runs_what_routers_choose_about_the_conversation(here, work, deep, 
         (("--depth", "none"), "no routers in none"),
         (("--depth-control", 0), "--depth-control is 0, and there are no depth routers"),
         (("--depth", "random-routers", "--depth-control", 2), "control"),
-        (("--depth", "random-routers", "--skipper", "x"), "--depth and --skipper both say what of the model runs"),
+        (("--depth", "random-routers", "--skipper", "x"), "--depth and --skipper both choose what the model computes"),
     ):
         code, out, err = here("chat", deep, "-m", "x", *options, *more)
         assert (code, out) == (2, ""), more

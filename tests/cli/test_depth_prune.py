@@ -119,12 +119,15 @@ def test_windows_of_a_text_do_as_well(here, work, pruned):
             *SMALL,
             "--mode",
             "threshold",
+            "--kv",
+            "keep",
             "--json",
         )
     )
     assert 1 <= found["items"] <= 4
     model, _ = load_model(work / pruned)
-    assert TokenSkipper.load(work / "by-text", model).mode == "threshold"
+    skipper = TokenSkipper.load(work / "by-text", model)
+    assert (skipper.mode, skipper.kv) == ("threshold", "keep")
 
 
 def test_a_stopped_fit_goes_on_and_finds_the_same(here, work, pruned, rows, fitted, monkeypatch):

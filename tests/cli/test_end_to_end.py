@@ -311,11 +311,14 @@ def test_report_of_a_model_and_of_its_trace(trained, here, work):
     found = json.loads(out)
     assert code == 0
     assert found["domains"] == ["alpha", "beta"]
+    assert found["weights"] == {"quantize": "none", "floating_point": 1.0, "kinds": {"float32": 1.0}}
     for name in ("report.html", "trace.parquet", "load.png", "summary.json"):
         assert (work / "report" / name).stat().st_size > 0
     code, text, said = here("report", work / "report" / "trace.parquet", "--out", work / "again")
     assert code == 0, said
     assert "MaxVio" in text
+    # Whoever made the trace knew its bits.
+    assert "weights" not in text
     assert (work / "again" / "report.html").is_file()
     asked = [
         "report",

@@ -255,7 +255,7 @@ def test_a_theorem_that_does_not_hold_is_no_success(here, monkeypatch):
         ("--ack-bytes 64", "--ack-bytes is of packets; give --packets too"),
         ("--packets --lose leaf0-spine99", "no node 'spine99'"),
         ("--network leaf-spine:2x1x2 --bytes 10kB --packets --lose leaf0-spine0", "pieces were not through"),
-        ("--trace none.parquet", "there is no routing trace at none.parquet"),
+        ("--trace none.parquet", "no routing trace at none.parquet"),
         ("--picture fabric.pdf", "--picture is 'fabric.pdf'; its name must end in .png or .svg"),
         ("--out plan.csv", "--out writes one plan; give one --scheme"),
         ("--out plan.txt --scheme wrap", "--out is 'plan.txt'; its name must end in .csv or .parquet"),

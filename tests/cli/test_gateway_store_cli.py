@@ -209,8 +209,10 @@ def test_ledger_list_and_spend(run, facts):
     assert last[-5:] == ["ok", "1,000", "0", "0.0015", "1.5"]
     groups = facts("ledger", "spend", "--by", "team", "--by", "model")["groups"]
     assert [(one["team"], one["model"], one["cost_nano"]) for one in groups] == [
-        ("", "m0", 2 * 10**9), ("ml", "m0", 1_500_000), ("ml", "m1", 0),
-    ]  # fmt: skip
+        ("", "m0", 2 * 10**9),
+        ("ml", "m0", 1_500_000),
+        ("ml", "m1", 0),
+    ]
     assert run("ledger", "spend").splitlines()[-1].split() == ["m1", "1", "1", "1,000", "0", "0.00"]
 
 
@@ -232,15 +234,17 @@ def test_calls_of_strategies_are_listed_where_they_are_asked_for(run, facts, sto
     assert run("ledger", "list", "--limit", 1).splitlines()[-1].split()[-2] == "0.003"
     rows = facts("ledger", "list", "--limit", 2, "--calls")["rows"]
     assert [(row["request_id"], row["parent_id"], row["cost_nano"]) for row in rows] == [
-        ("r3", "", 1_000_000), ("r3.1", "r3", 2_000_000),
-    ]  # fmt: skip
+        ("r3", "", 1_000_000),
+        ("r3.1", "r3", 2_000_000),
+    ]
     *_, request, call = run("ledger", "list", "--limit", 2, "--calls").splitlines()
     assert (request.split()[-2], call.split()[-2]) == ("0.001", "0.002")
     assert "judge: m1" in call
     groups = facts("ledger", "spend", "--by", "purpose")["groups"]
     assert [(one["purpose"], one["requests"], one["calls"], one["cost_nano"]) for one in groups] == [
-        ("", 4, 0, 2_002_500_000), ("judge", 0, 1, 2_000_000),
-    ]  # fmt: skip
+        ("", 4, 0, 2_002_500_000),
+        ("judge", 0, 1, 2_000_000),
+    ]
     assert facts("ledger", "export", "--out", tmp_path / "l.parquet")["rows"] == 5
     table = parquet.read_table(tmp_path / "l.parquet")
     assert sum(table["cost_nano"].to_pylist()) == 2_004_500_000

@@ -33,7 +33,7 @@ def npy(header):
 def test_what_is_no_array_is_told(tmp_path, content):
     path = tmp_path / "v.npy"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"v\.npy is no array of numpy, or is damaged: \S"):
+    with pytest.raises(DataError, match=r"v\.npy is not a numpy array, or is damaged: \S"):
         read_vectors(path)
 
 

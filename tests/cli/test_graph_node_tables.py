@@ -1,11 +1,12 @@
 """Tables of edges, labels and seeds, as others write them."""
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from anabranch.cli.graph.inputs import names_of, open_typed
+from anabranch.cli.graph.inputs import names_of, open_typed, read_items
 from anabranch.cli.graph.node_tables import (
     LABELS,
     SEEDS,
@@ -18,6 +19,7 @@ from anabranch.cli.graph.node_tables import (
 from anabranch.cli.graph.vectors import read_vectors
 from anabranch.errors import AnabranchError, DataError
 from anabranch.graph import Graph, read_graph
+from anabranch.graph.rank.clicks import read_clicks
 from anabranch.graph.table_columns import as_names
 
 GRAPHS = {
@@ -364,7 +366,7 @@ def test_whole_numbers_are_read_exactly(tmp_path):
     path.write_text(f"source,target\n{2**63 + 1},5.0\n{2**53 + 1},5\n")
     assert read_edges(str(path), graph) == ([2**63 + 1, 2**53 + 1], [5, 5], None)
     path.write_text(f"source,target\n{float(2**60)!r},5\n")
-    with pytest.raises(DataError, match=r"written in a way that tells no whole numbers beyond 2\^53 apart"):
+    with pytest.raises(DataError, match=r"written as a decimal, which cannot tell whole numbers beyond 2\^53 apart"):
         read_edges(str(path), graph)
 
 
@@ -578,3 +580,98 @@ def test_lines_of_numbers_that_may_be_names_are_asked_for(tmp_path):
     # Two columns have not one name.
     path.write_text("who,2019,2019\nann,.5,.25\n")
     assert read_vectors(path).names.tolist() == ["who", "ann"]
+
+
+# Who reads it, and a table with the nodes ann, X and bob, as R writes one.
+OF_R = {
+    "edges": (
+        lambda path: read_edges(path, GRAPHS["named"])[1],
+        '"","source","target"\n"1","ann","X"\n"2","X","bob"\n',
+    ),
+    "seeds": (lambda path: read_columns(path, SEEDS, None)["node"], '"","node","weight"\n"1","ann",1\n"2","X",2\n'),
+    "labels": (
+        lambda path: read_columns(path, LABELS, None)["node"],
+        '"","node","label"\n"1","ann","a"\n"2","X","b"\n',
+    ),
+    "classes": (
+        lambda path: read_columns(path, LABELS, None)["label"],
+        '"","node","label"\n"1","ann","a"\n"2","bob","X"\n',
+    ),
+    "graph": (lambda path: read_graph(path).names.tolist(), '"","source","target"\n"1","ann","X"\n"2","X","bob"\n'),
+    "kinds": (
+        lambda path: open_typed(
+            path, "kind", None, "edges", directed=True, columns=None, quiet=True
+        ).graph.names.tolist(),
+        '"","source","target","kind"\n"1","ann","X","a"\n"2","X","bob","a"\n',
+    ),
+    "vectors": (lambda path: list(read_vectors(path).names), '"","node","x0","x1"\n"1","ann",1,2\n"2","X",3,4\n'),
+    "clicks": (
+        lambda path: list(read_clicks(path)[0]),
+        '"","node","term","item"\n"1","ann","a","b"\n"2","X","c","d"\n',
+    ),
+    "terms": (
+        lambda path: list(read_clicks(path)[1]),
+        '"","node","term","item"\n"1","ann","a","b"\n"2","bob","X","d"\n',
+    ),
+    "items": (lambda path: [item.id for item in read_items(path)], '"","id","title"\n"1","ann","a"\n"2","X","b"\n'),
+}
+
+
+@pytest.mark.parametrize("what", OF_R)
+def test_a_cell_that_is_missing_is_none_that_is_called_so(tmp_path, what):
+    """A bare NA was a new node of that name."""
+    read, text = OF_R[what]
+    path = tmp_path / "t.csv"
+    path.write_text(text.replace('"X"', '"NA"'))
+    assert "NA" in list(read(str(path)))
+    path.write_text(text.replace('"X"', "NA"))
+    with pytest.raises(DataError, match=r"row 1|line [23]|row 0|click 1"):
+        read(str(path))
+    # Where no words are in quotes, it is one as any.
+    path.write_text(text.replace('"X"', "NA").replace('"', "").replace("\n1,", "\n0,").replace("\n2,", "\n1,"))
+    assert "NA" in list(read(str(path)))
+
+
+def test_a_title_that_is_missing_is_none(tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text('"id","title","tags"\n"a",NA,NA\n"b","NA","x;y"\n')
+    assert [(item.title, item.tags) for item in read_items(str(path))] == [("", ()), ("NA", ("x", "y"))]
+
+
+def test_a_kind_that_is_missing_is_told(tmp_path):
+    path = tmp_path / "e.csv"
+    path.write_text('"source","target","kind"\n"ann","bob","a"\n"bob","cy",NA\n')
+    with pytest.raises(DataError, match="row 1"):
+        open_typed(str(path), "kind", None, "edges", directed=True, columns=None, quiet=True)
+
+
+@pytest.mark.parametrize("kind", ["int64", "str"])
+def test_an_index_with_a_name_calls_the_rows_of_parquet(tmp_path, kind):
+    """pandas writes it last: it was taken for a label, or for a component of a vector."""
+    path = str(tmp_path / "t.parquet")
+    # Of even steps, which are a note in the file and no column.
+    users = pd.Series([5, 6]).astype(kind)
+    pd.DataFrame({"community": ["a", "b"], "user": users}).set_index("user").to_parquet(path)
+    assert read_columns(path, LABELS, GRAPHS["numbered"]) == {"node": ["5", "6"], "label": ["a", "b"]}
+    for numbers in ([7, 9], [9, 2]):
+        users = pd.Series(numbers).astype(kind)
+        pd.DataFrame({"a": [0.5, 1], "b": [2.0, 3], "user": users}).set_index("user").to_parquet(path)
+        found = read_vectors(path)
+        assert (found.array.tolist(), list(found.names)) == ([[0.5, 2], [1, 3]], users.tolist())
+
+
+def test_rows_that_were_chosen_from_1_on_keep_their_numbers(tmp_path):
+    """They were called by one less. R counts from 1, in quotes."""
+    frame = pd.DataFrame({"a": [0.5, 1], "b": [2.0, 3]}, index=[1, 2])
+    frame.to_csv(tmp_path / "v.csv")
+    assert read_vectors(tmp_path / "v.csv").names.tolist() == [1, 2]
+    frame.to_parquet(tmp_path / "v.parquet")
+    assert read_vectors(tmp_path / "v.parquet").ids.tolist() == [1, 2]
+    (tmp_path / "v.csv").write_text('"","a","b"\n"1",0.5,2\n"2",1,3\n')
+    assert read_vectors(tmp_path / "v.csv").ids is None
+
+
+def test_arrays_beside_vectors_are_not_passed_over(tmp_path):
+    np.savez(tmp_path / "v.npz", vectors=np.ones((2, 3)), ids=np.array([7, 9]))
+    with pytest.raises(DataError, match=r"v\.npz holds ids beside the vectors; call names of the rows 'names'"):
+        read_vectors(tmp_path / "v.npz")

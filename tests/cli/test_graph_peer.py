@@ -27,8 +27,11 @@ def start(folder, *arguments):
     """A peer in a process of its own, once it listens, and its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "anabranch", "graph", "peer", *arguments, "--every", "0.2", "--json"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     line = process.stderr.readline()
     found = re.search(r" listens on (127\.0\.0\.1:\d+)\n", line)
     assert found, line + process.stderr.read()

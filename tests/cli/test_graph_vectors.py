@@ -58,7 +58,7 @@ def test_packed_bits(facts):
     ("line", "says"),
     [
         ("index f.npy --metric hamming --out z.anb", "f.npy holds float32"),
-        ("index big.npy --metric hamming --out z.anb", "big.npy, row 1: a number is no byte"),
+        ("index big.npy --metric hamming --out z.anb", "big.npy, row 1: a number is not a byte"),
         ("index odd.npy --metric hamming --out z.anb", "odd.npy has 9 truth values in a row"),
         ("index v.npy --metric hamming --dtype i8 --out z.anb", "metric is 'hamming' and dtype 'i8'"),
         ("index none.npy --metric hamming --out z.anb", "none.npy holds no vectors"),
@@ -101,8 +101,8 @@ def test_all_within_a_radius(facts, here, tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("--rows 0 --exact", "--exact is for --radius"),
-        ("--radius 1 --curve c.svg", "--curve is of the K nearest"),
+        ("--rows 0 --exact", "--exact is only for --radius"),
+        ("--radius 1 --curve c.svg", "--curve is only for the K nearest"),
         ("--rows 0 --radius nan", "radius is nan"),
     ],
 )

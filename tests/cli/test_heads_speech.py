@@ -12,7 +12,15 @@ import torch
 
 import whispers
 from anabranch.heads import routed_heads_of
-from anabranch.heads.whisper import Speech, measure, open_whisper, read_speech, transcribe
+from anabranch.heads.whisper import (
+    Speech,
+    measure,
+    open_whisper,
+    read_sound,
+    read_speech,
+    transcribe,
+    transcribe_sound,
+)
 
 SETTINGS = (
     "--set train.batch_size=2 --set train.device=cpu --set train.learning_rate=0.05 --set task.validation_fraction=0.3"
@@ -107,20 +115,92 @@ def test_a_run_of_speech_that_stopped_goes_on(here, base, tones):
     assert (code, json.loads(out)["step"]) == (0, 4), err
     code, _, err = here(*shlex.split("heads train whisper --out parted --resume"))
     assert (code, err.strip()) == (
-        2, "error: MODEL is given with --resume, which goes on with the run in parted as it began; leave it out",
-    )  # fmt: skip
+        2,
+        "error: MODEL is given with --resume, which goes on with the run in parted as it began; leave it out",
+    )
+
+
+def test_speech_is_written_down_by_any_whisper(cli, here, heard, work, base, tones):
+    """By one with routed heads, and by a plain one; of files without a text beside them, and of one longer than it hears."""
+    whispers.tone(work / "long.wav", hertz=300.0, seconds=2.3, rate=8000, channels=2)
+    for name in ("whisper", "heard"):
+        model, words = open_whisper(work / name)
+        wanted = {
+            f"tones/{each.path.relative_to(tones)}": transcribe_sound(model, words, read_sound(each.path))
+            for each in read_speech(tones)
+        }
+        wanted["long.wav"] = transcribe_sound(model, words, read_sound(work / "long.wav"))
+        line = shlex.split(f"heads transcribe {name} tones long.wav --json --quiet")
+        if name == "heard":
+            done = cli(*line)
+            code, out, err = done.returncode, done.stdout, done.stderr
+        else:
+            code, out, err = here(*line)
+        assert (code, err) == (0, "")
+        told = json.loads(out)
+        assert [each["file"] for each in told["files"]] == list(wanted)
+        for each in told["files"]:
+            pieces = wanted[each["file"]]
+            assert [piece["text"] for piece in each["pieces"]] == [piece.text for piece in pieces]
+            assert [piece["start_s"] for piece in each["pieces"]] == [piece.start_s for piece in pieces]
+            assert each["text"] == " ".join(piece.text for piece in pieces if piece.text)
+        assert (told["files"][-1]["seconds"], len(told["files"][-1]["pieces"])) == (pytest.approx(2.3), 3)
+
+
+def test_what_is_written_is_a_line_for_each_file(here, base, tones):
+    code, alone, err = here(*shlex.split("heads transcribe whisper tones/low/1.wav --quiet"))
+    assert (code, err, alone.count("\n")) == (0, "", 1)
+    code, out, err = here(*shlex.split("heads transcribe whisper tones/low/1.wav tones/low --quiet"))
+    assert (code, err) == (0, "")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [name for name, _ in rows] == [f"tones/low/{number}.wav" for number in (1, 1, 3, 5)]
+    assert rows[0][1] == rows[1][1] == alone.rstrip("\n")
+    # Nothing of a model may steer a terminal.
+    assert all(letter.isprintable() or letter in "\n\t" for letter in out)
+
+
+def test_of_a_folder_every_wav_is_heard_and_other_sound_is_named(here, base, work):
+    place = work / "recorder"
+    place.mkdir()
+    whispers.tone(place / "b.wav")
+    whispers.tone(place / "A.WAV")
+    (place / "._b.wav").write_bytes(b"of a Mac")
+    (place / "talk.mp3").write_bytes(b"ID3")
+    code, out, err = here(*shlex.split("heads transcribe whisper recorder --quiet --json"))
+    told = json.loads(out)
+    assert (code, [each["file"] for each in told["files"]]) == (0, ["recorder/A.WAV", "recorder/b.wav"])
+    assert told["unread"] == ["recorder/talk.mp3"]
+    assert err == "talk.mp3: not read, as no WAV; make them one each, as by ffmpeg -i talk.mp3 talk.wav\n"
+    # Of what is learned from, texts whose sound is not there, too.
+    for name in ("A", "b", "lost"):
+        (place / f"{name}.txt").write_text("a tone")
+    (place / "talk.mp3").unlink()
+    code, _, err = here(*shlex.split(f"heads train whisper recorder --shared 1 --steps 1 --out recorded {SETTINGS}"))
+    assert code == 0, err
+    assert "lost.txt: no .wav of that name" in err.splitlines()
+    code, _, err = here(*shlex.split("heads report recorded --data recorder --quiet"))
+    assert (code, err) == (0, "lost.txt: no .wav of that name\n")
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        ("transcribe whisper nowhere.wav", "cannot read nowhere.wav as a WAV"),
+        ("transcribe whisper text", "text has no .wav files"),
+        ("transcribe whisper tones tones/low/1.txt", "cannot read tones/low/1.txt as a WAV"),
+        ("transcribe tones tones", "tones holds no Whisper"),
+        ("transcribe whisper tones --language de", "language is 'de', and the model knows en alone"),
+        ("transcribe whisper tones --device nowhere", "nowhere"),
         ("train whisper --out z", "whisper is a Whisper; give a folder of speech after it"),
         ("train whisper nowhere --out z", "nowhere is no folder; speech is a folder of .wav files"),
         ("train whisper text --out z", "text has no .wav files"),
         ("train whisper tones --out tones", "tones"),
         ("train whisper tones --out whisper/z", "whisper"),
         ("train whisper tones --out z --shared 4", "num_shared is 4, but the attention has 4 heads"),
-        ("train whisper tones --out z --set model.dim=4", "--set model.dim: of a Whisper, fields of train and task.heads"),
+        (
+            "train whisper tones --out z --set model.dim=4",
+            "--set model.dim: of a Whisper, fields of train and task.heads",
+        ),
         ("train whisper tones --out z --set task.speech=x", "--set task.speech"),
         ("train whisper tones --out z --target nan", "target"),
         ("train whisper tones --out z --set task.validation_fraction=1", "validation_fraction"),
@@ -133,7 +213,7 @@ def test_a_run_of_speech_that_stopped_goes_on(here, base, tones):
         ("report heard --data tones --sequence-length 4", "--dtype and --sequence-length are for models of text"),
         ("report heard --data tones --trace z", "its name must end with .parquet"),
     ],
-)  # fmt: skip
+)
 def test_wrong_lines_end_in_one_line(heard, here, work, words, says):
     code, out, err = here("heads", *shlex.split(words), "--quiet")
     assert (code, out) == (2, "")

@@ -19,6 +19,15 @@ COMMANDS = {
     "gateway fit": (
         "{data} --prices {prices} --out {OUT}", {"data": "routers/d.jsonl", "prices": "routers/p.json"}, {"OUT": "routers"}
     ),
+    "gateway curve": (
+        "{data} --prices {prices} --picture {PICTURE}", {"data": "d.jsonl", "prices": "p.json"}, {"PICTURE": "o.svg"}
+    ),
+    "gateway probe": ("{data} --out {OUT}", {"data": "s.json"}, {"OUT": "o.json"}),
+    "gateway scale": (
+        "{questions} --config {config_files} --url http://127.0.0.1:9/v1 --system1 a --out {OUT}",
+        {"questions": "runs/q.jsonl", "config_files": "c.toml"},
+        {"OUT": "runs/rows.jsonl"},
+    ),
     "gateway collect": (
         "--config {config_files} --references {references} --judge exact --out {OUT}",
         {"config_files": "c.toml", "references": "r.jsonl"},
@@ -86,6 +95,7 @@ COMMANDS = {
         {"trace": "t.parquet", "network": "n.csv"},
         {"PICTURE": "o.svg", "OUT": "o.csv"},
     ),
+    "cluster bench": ("--master 127.0.0.1:1 --wait 1 --secret-file {secret_file}", {"secret_file": "s.txt"}, {}),
     "cluster coordinate": ("--listen 127.0.0.1:0 --secret-file {secret_file}", {"secret_file": "s.txt"}, {}),
     "cluster master": (
         "--listen 127.0.0.1:0 --journal {JOURNAL} --secret-file {secret_file}", {"secret_file": "s.txt"}, {"JOURNAL": "o.txt"}
@@ -131,13 +141,15 @@ COMMANDS = {
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
 }  # fmt: skip
 COMMANDS["depth oracle"] = COMMANDS["oracle"]
-COMMANDS |= {f"routers {name}": COMMANDS[f"gateway {name}"] for name in ("eval", "fit")}
+COMMANDS |= {f"routers {name}": COMMANDS[f"gateway {name}"] for name in ("curve", "eval", "fit", "probe", "scale")}
 OWN_NAMES = (
     "report",
     "oracle",
     "depth report",
     "depth oracle",
     "adapters report",
+    "gateway scale",
+    "routers scale",
 )  # commands whose files have their own names in the folder that is named
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
@@ -200,7 +212,7 @@ def test_no_output_takes_the_place_of_an_input_or_of_another_output(name, output
         places[output] = f"{tmp_path}/./one{ending}"
     elif name in OWN_NAMES:
         # The input is the one that has such a name.
-        Path(outputs[output]).parent.mkdir()
+        Path(outputs[output]).parent.mkdir(exist_ok=True)
         Path(outputs[output]).symlink_to(tmp_path / inputs[other])
     elif Path(outputs[output]).suffix:
         Path(outputs[output]).symlink_to(inputs[other])

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from anabranch.adapters import LowRank, load_peft, save_peft
 from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, SamplingConfig, convert, generate, load_model, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.nn.nf4 import quantize_nf4
 from anabranch.serving import LLM, Sampling, ServingConfig
+from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.expertflow.predictors import Fingerprint, Frequency
 from anabranch.serving.http.serve import ServeConfig
 
@@ -45,7 +49,9 @@ GENERATE = ["--prompt", "def ", "--max-tokens", 30, "--temperature", 0, "--json"
 
 
 @pytest.mark.parametrize(
-    "more", [(), BUDGET, ("--quantize", "int8"), ("--quantize", "int4", "--expert-budget", "30KB")], ids=str
+    "more",
+    [(), BUDGET, ("--quantize", "int8"), ("--quantize", "nf4"), ("--quantize", "int4", "--expert-budget", "30KB")],
+    ids=str,
 )
 def test_generate_and_chat_run_on_the_engine_that_serves(more, folder, said):
     options = {"dtype": "float32", "num_blocks": 50}
@@ -63,10 +69,68 @@ def test_generate_and_chat_run_on_the_engine_that_serves(more, folder, said):
     assert answer["token_ids"] == list(expected.tokens)
 
 
+def rounded(folder):
+    """The model and its tokenizer, as `adapt --quantize nf4` has the base."""
+    model, tokenizer = load_model(folder)
+    assert quantize_nf4(model)
+    return model, tokenizer
+
+
+def test_the_base_of_qlora_is_what_runs(folder, said):
+    """From the command to tokens and nats, against the plain loop on the base that adapters learn beside."""
+    model, tokenizer = rounded(folder)
+    [expected] = generate(model, [tokenizer.encode_prompt("def ")], SamplingConfig(max_tokens=30, temperature=0))
+    command = ["generate", folder, *GENERATE, "--dtype", "float32", "--quantize"]
+    assert said(*command, "nf4")["token_ids"] == expected
+    nats = {
+        bits: said(
+            "eval", folder, "--data", folder.parent / "text.txt", "--dtype", "float32", "--quantize", bits, "--json"
+        )
+        for bits in ("none", "nf4")
+    }
+    weights = {bits: told.pop("weights") for bits, told in nats.items()}
+    assert nats["none"] != nats["nf4"]
+    assert (weights["none"]["quantize"], weights["nf4"]["quantize"]) == ("none", "nf4")
+
+
+def test_an_adapter_is_served_on_the_base_that_it_learned_beside(folder, tmp_path):
+    plain, _ = load_model(folder)
+    adapted = plain.config.replace(linears={"*.attention.*": LowRank.Config(rank=2)}).build(seed=3)
+    for name, parameter in adapted.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    save_peft(tmp_path / "adapter", adapted)
+    model, tokenizer = rounded(folder)
+    load_peft(tmp_path / "adapter", model)
+    sampling = SamplingConfig(max_tokens=12, temperature=0)
+    [wanted] = generate(model, [tokenizer.encode_prompt("def ")], sampling)
+    adapters = AdaptersConfig(load=(f"own={tmp_path / 'adapter'}",))
+    llm = LLM(folder, dtype="float32", num_blocks=50, quantize="nf4", adapters=adapters)
+    asked = Sampling(max_tokens=12, temperature=0)
+    [base], [own] = (llm.generate(["def "], asked, adapters=who) for who in ((), (("own", 1.0),)))
+    llm.close()
+    assert list(own.tokens) == wanted
+    assert base.tokens != own.tokens
+
+
+@pytest.mark.parametrize("more", [BUDGET, ["--memory", "1GiB"]], ids=str)
+def test_what_nf4_does_not_go_with_is_told(more, folder, capsys):
+    assert main([*map(str, ["generate", folder, *GENERATE, "--quantize", "nf4", *more])]) == 2
+    told = capsys.readouterr().err
+    assert "quantize is 'nf4', which keeps experts whole and in memory" in told
+    assert "int4" in told
+
+
+def test_a_folder_in_few_bits_is_not_rounded_again(folder, tmp_path, capsys):
+    assert main(["convert", str(folder), str(tmp_path / "few"), "--to", "native", "--quantize", "int8"]) == 0
+    assert main([*map(str, ["generate", tmp_path / "few", *GENERATE, "--quantize", "nf4"])]) == 2
+    assert "is saved in few bits already; leave it out" in capsys.readouterr().err
+
+
 def test_a_plan_of_memory_is_what_is_loaded(folder, said, capsys, monkeypatch):
     asked = []
 
-    def planned(config):
+    def planned(config, beside=0):
         asked.append((config.memory, config.max_seqs, config.process))
         return config.replace(memory=None, quantize="int8", expert_budget="30KB", kv_memory="40KB")
 
@@ -102,11 +166,95 @@ def test_what_is_measured_does_not_depend_on_a_budget_and_is_that_of_the_bits(fo
     ] == pytest.approx(bits, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("more", "quantize", "kinds"),
+    [
+        ((), "none", ["float32"]),
+        (BUDGET, "none", ["float32"]),
+        (("--dtype", "bfloat16"), "none", ["bfloat16"]),
+        (("--quantize", "int8"), "int8", ["int8", "float32"]),
+        (("--quantize", "int4", "--expert-budget", "30KB"), "int4", ["int4", "int8", "float32"]),
+    ],
+    ids=str,
+)
+def test_eval_says_which_bits_it_measured(more, quantize, kinds, folder, said, capsys):
+    line = ["eval", folder, "--data", folder.parent / "text.txt", "--sequence-length", 64, *more]
+    found = said(*line, "--json")["weights"]
+    assert (found["quantize"], set(found["kinds"])) == (quantize, set(kinds))
+    assert sum(found["kinds"].values()) == pytest.approx(1)
+    floats = [kind for kind in kinds if "float" in kind]
+    assert found["floating_point"] == pytest.approx(sum(found["kinds"][kind] for kind in floats))
+    assert main([*map(str, line)]) == 0
+    [told] = [told for told in capsys.readouterr().out.splitlines() if told.startswith("weights ")]
+    for kind in kinds:
+        assert kind in told
+    assert (f"{found['floating_point']:.1%} in floating point" in told) == (quantize != "none")
+    assert ("none in fewer bits" in told) == (quantize == "none")
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+def test_eval_with_memory_says_which_type_it_took(kind, folder, said, monkeypatch):
+    """That which the processor multiplies, as an engine does: other numbers than in the type of the file."""
+    monkeypatch.setattr("anabranch.serving.load._multiplies_halves", lambda: kind == "bfloat16")
+    monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", lambda model, processes: 0)
+    line = ["eval", folder, "--data", folder.parent / "text.txt", "--sequence-length", 64, "--json", "--quiet"]
+    found = said(*line, "--memory", "1GiB")
+    assert list(found["weights"]["kinds"]) == [kind]
+    assert found == said(*line, "--dtype", kind)
+
+
+def test_a_folder_that_is_saved_in_few_bits_is_measured_as_stored(folder, said, tmp_path):
+    convert(folder, tmp_path / "few", quantize="int4")
+    text = ["--data", folder.parent / "text.txt", "--sequence-length", 64, "--json"]
+    plain = said("eval", tmp_path / "few", *text)["weights"]
+    assert plain["quantize"] == "stored"
+    assert plain["kinds"]["int4"] > 0.5
+    # Of the experts of the layers (two matrices of 64, one of 32), attention, head, and what is left: table, norms, routers.
+    experts, attention, table = 2 * 8 * 3 * 64 * 32, 2 * 4 * 64 * 64, 257 * 64
+    rest = 2 * 8 * 64 + 5 * 64 + table
+    assert plain["floating_point"] == pytest.approx(rest / (experts + attention + table + rest))
+
+
+def test_eval_plans_for_memory_as_serve_does(folder, said, monkeypatch):
+    asked = []
+
+    def planned(config, beside=0):
+        asked.append((config.memory, config.max_seqs, config.max_batched_tokens, beside))
+        return config.replace(memory=None, quantize="int8", expert_budget="30KB", kv_memory="40KB")
+
+    monkeypatch.setattr(ServingConfig, "planned", planned)
+    text = ["--data", folder.parent / "text.txt", "--sequence-length", 96, "--json", "--quiet", "--dtype", "float32"]
+    by_hand = said("eval", folder, *text, "--quantize", "int8", "--expert-budget", "30KB")
+    assert asked == []
+    assert said("eval", folder, *text, "--memory", "1GiB") == by_hand
+    # As many windows of 96 as 4,096 tokens hold; 257 logits of each, and what their softmax takes.
+    assert asked == [("1GiB", 1, 42 * 96, 42 * 96 * 257 * 16)]
+
+
+def test_memory_that_the_logits_of_a_text_take_is_not_the_weights(folder, capsys, monkeypatch):
+    monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", lambda model, processes: 0)
+    line = [
+        "eval",
+        str(folder),
+        "--data",
+        str(folder.parent / "text.txt"),
+        "--sequence-length",
+        "96",
+        "--dtype",
+        "float32",
+    ]
+    assert main([*line, "--memory", "8MB"]) == 2
+    err = capsys.readouterr().err
+    assert "memory is 8,000,000 bytes" in err
+    assert "takes at least" in err
+    assert main([*line, "--memory", "1GiB", "--quiet"]) == 0
+
+
 @pytest.mark.slow
 def test_a_report_of_a_model_with_a_budget_is_that_of_the_model(folder, said, tmp_path):
     pytest.importorskip("matplotlib")
-    made = []
-    for number, more in enumerate(((), BUDGET)):
+    made, bits = [], []
+    for number, more in enumerate(((), BUDGET, ("--memory", "4GiB", "--dtype", "float32"))):
         out = [
             "--out",
             tmp_path / str(number),
@@ -119,7 +267,10 @@ def test_a_report_of_a_model_with_a_budget_is_that_of_the_model(folder, said, tm
         ]
         made.append(said("report", folder, *out, *more))
         made[-1].pop("page")
-    assert made[0] == made[1]
+        bits.append(made[-1].pop("weights"))
+        assert "none in fewer bits" in (tmp_path / str(number) / "report.html").read_text()
+    assert made[0] == made[1] == made[2]
+    assert bits == [{"quantize": "none", "floating_point": 1.0, "kinds": {"float32": 1.0}}] * 3
 
 
 @pytest.mark.parametrize(
@@ -133,9 +284,9 @@ def test_a_report_of_a_model_with_a_budget_is_that_of_the_model(folder, said, tm
         ("eval MODEL --quantize int3", "--quantize is 'int3'"),
         (
             "report trace.parquet --out o --expert-budget 1MB",
-            "--expert-budget is of models, and trace.parquet is a trace",
+            "--expert-budget is for models, and trace.parquet is a trace",
         ),
-        ("report trace.parquet --out o --quantize int4", "--quantize is of models"),
+        ("report trace.parquet --out o --quantize int4", "--quantize is for models"),
         ("generate MODEL -p x --min-p 2", "min_p is 2"),
         ("generate MODEL -p x --repetition-penalty 0", "repetition_penalty is 0"),
         ("chat MODEL -m x --min-p nan", "min_p is nan"),
@@ -184,38 +335,6 @@ def test_a_server_that_cannot_load_says_so_before_it_says_that_it_loads(
     out, err = capsys.readouterr()
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
     assert message in err
-
-
-@pytest.mark.slow
-def test_serve_says_that_experts_of_a_gguf_file_would_stay_in_their_blocks(tmp_path, capsys):
-    pytest.importorskip("gguf")
-    from tokenizers import pre_tokenizers
-
-    from gguf_files import bpe
-    from gguf_made import theirs, write
-
-    model, reference = theirs("qwen3moe"), bpe(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
-    model.resize_token_embeddings(reference.get_vocab_size())
-    tokens = reference.get_vocab()
-
-    def extra(writer):
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list(sorted(tokens, key=tokens.__getitem__))
-        writer.add_token_merges([" ".join(pair) for pair in json.loads(reference.to_str())["model"]["merges"]])
-
-    path = write(tmp_path / "m.gguf", model, "qwen3moe", extra=extra)
-    advice = "--quantize int4 keeps the file's own blocks"
-    budget = ("--expert-budget", "90KB")
-    for more, is_said in (
-        (budget, True),
-        ((*budget, "--quiet"), False),
-        ((*budget, "--quantize", "int4"), False),
-        ((), False),
-    ):
-        assert main(["serve", str(path), "--check", *more]) == 0, capsys.readouterr().err
-        err = capsys.readouterr().err
-        assert sum(advice in line for line in err.splitlines()) == is_said, err
 
 
 MAKERS = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.7}

@@ -137,7 +137,7 @@ def test_share_tables_are_read(tmp_path, capsys):
     assert "pipeline" in out_of(capsys, *words)
     path.write_text("{}")
     assert main(["plan", *words]) == 2
-    assert "no share table" in capsys.readouterr().err
+    assert "not a table of shares" in capsys.readouterr().err
 
 
 def test_a_profile_that_was_saved_is_read(tmp_path, capsys):

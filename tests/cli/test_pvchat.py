@@ -1,8 +1,12 @@
 """``anabranch pvchat``, from a folder of drawings to an answer."""
 
+import importlib
 import json
+import os
+import signal
 
 import pytest
+from PIL import Image
 
 from drawn_subjects import picture, write_drawings, write_runs
 
@@ -105,6 +109,59 @@ def test_a_second_subject_of_a_file(here, drawings, base, tmp_path):
     assert all(each["subject"] != "two/c" for each in found["look_alikes"])
 
 
+def test_a_subject_of_a_clip(here, drawings, base, tmp_path):
+    """From a clip that compose made to an answer about it."""
+    line = [
+        "pvchat",
+        "compose",
+        drawings,
+        "--subject",
+        "two/a",
+        "--count",
+        12,
+        "--frames",
+        6,
+        "--out",
+        tmp_path / "clips",
+    ]
+    assert here(*line)[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "clips" / "clips.jsonl").read_text().splitlines()]
+    file = tmp_path / "clips" / next(line["file"] for line in lines if len(line["actors"]) == 1)
+    line = ["pvchat", "learn", base, file, "--name", "<Ab>", "--bank", drawings, "--out"]
+    code, out, err = here(*line, tmp_path / "run", *FEW, "--json")
+    assert code == 0, err
+    told = json.loads(out)["subjects"]["<Ab>"]
+    assert (told["subject"], told["views"]) == (file.stem, 6)
+    assert told["balance"]["clips"] == {"positive": 2, "augmented": 1, "hard": 2, "easy": 1}
+    code, out, err = here(*line, tmp_path / "again", *FEW)
+    assert code == 0, err
+    assert f"<Ab>   {file.stem}, cut out of 6 frames: 2 positive" in out
+    assert here("pvchat", "ask", tmp_path / "run", file, "is <Ab> here ?")[0] == 0
+    # Two blocks that go their ways.
+    (tmp_path / "two").mkdir()
+    for number in range(5):
+        frame = Image.new("RGB", (60, 60))
+        for at in ((5 + 6 * number, 5), (40 - 6 * number, 45)):
+            frame.paste((250, 250, 250), (*at, at[0] + 9, at[1] + 9))
+        frame.save(tmp_path / "two" / f"{number}.png")
+    line = [
+        "pvchat",
+        "learn",
+        base,
+        tmp_path / "two",
+        "--name",
+        "<Ab>",
+        "--bank",
+        drawings,
+        "--out",
+        tmp_path / "x",
+        *FEW,
+    ]
+    code, out, err = here(*line, "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "two: several things move in 5 of 5 frames; give a clip in which the subject alone moves" in err
+
+
 def test_two_subjects_at_once(here, drawings, base, tmp_path):
     run = tmp_path / "run"
     line = [
@@ -157,10 +214,15 @@ def test_what_there_is_to_be_warned_of(here, drawings, base, tmp_path):
         ("pretrain {d} --out {t}/x --set clip=9", "did you mean 'clips'"),
         ("learn {t}/none two/a --name <a> --bank {d} --out {t}/x", "there is no model in"),
         ("learn {d} two/a --name <a> --bank {d} --out {t}/x", "there is no model in"),
-        ("learn {b} two/z --name <a> --bank {d} --out {t}/x", "neither a picture nor a subject"),
+        ("learn {b} two/z --name <a> --bank {d} --out {t}/x", "neither a picture or clip nor a subject"),
+        (
+            "learn {b} {d}/two/a --name <a> --bank {d} --out {t}/x",
+            "holds drawings of two/a in the bank; name one, as two/a:0",
+        ),
+        ("learn {b} {d}/two --name <a> --bank {d} --out {t}/x", "holds no frames"),
         ("learn {b} two/a:9 --name <a> --bank {d} --out {t}/x", "has drawings 0 to 2, not 9"),
-        ("learn {b} two/a two/b --name <a> --bank {d} --out {t}/x", "2 drawings and 1 different names"),
-        ("learn {b} two/a two/b --name <a> --name <a> --bank {d} --out {t}/x", "2 drawings and 1 different names"),
+        ("learn {b} two/a two/b --name <a> --bank {d} --out {t}/x", "2 references and 1 different names"),
+        ("learn {b} two/a two/b --name <a> --name <a> --bank {d} --out {t}/x", "2 references and 1 different names"),
         ("learn {b} two/a --name a --bank {d} --out {t}/x", "must be a word in angle brackets"),
         ("learn {b} two/a --name <one/a> --bank {d} --out {t}/x", "in the vocabulary already"),
         ("learn {b} two/a --name <a> --bank {d} --out {b}", "would be lost"),
@@ -212,3 +274,23 @@ def test_of_several_subjects_which_is_it(here, drawings, base, tmp_path):
     code, _, err = here(*line, "--only", ",")
     assert code == 2
     assert "--only is ','; write names with commas between them" in err
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_trials_that_are_interrupted_end_with_the_code_of_the_signal(
+    here, drawings, base, tmp_path, monkeypatch, name, code
+):
+    runs, out = write_runs(tmp_path / "runs", runs=1), tmp_path / "out"
+    sent = []
+
+    def stop(stage, event):
+        # Once: the second would end the process.
+        if not sent:
+            sent.append(name)
+            os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr(importlib.import_module("anabranch.cli.pvchat.ways"), "shown", lambda *_: stop)
+    line = ["pvchat", "ways", base, runs, "--bank", drawings, "--out", out, "--clips", 1, "--set=batch_size=4", *FEW]
+    found, told, err = here(*line, "--quiet")
+    assert (found, err) == (code, "")
+    assert "the same line with --resume" in told

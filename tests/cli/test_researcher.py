@@ -59,7 +59,7 @@ def test_files_folders_and_patterns(texts, given, paths):
 def test_tables_by_their_names(texts):
     assert corpus_at("*.jsonl") == Table.Config(paths=("more.jsonl", "rows.jsonl"))
     assert read_texts(["rows.jsonl"])["data.corpus.kind"] == "table"
-    with pytest.raises(DataError, match=r"rows\.jsonl is a table and notes is not"):
+    with pytest.raises(DataError, match=r"rows\.jsonl is a table, but notes is not"):
         corpus_at("rows.jsonl", "notes")
     assert read_texts(None) == read_texts([]) == {}
 
@@ -79,11 +79,23 @@ def test_fields_that_are_set_are_over_the_text(texts):
 
 
 def test_a_pattern_without_quotes_is_told_so(texts, here):
-    with pytest.raises(ConfigError, match="is a file or folder and no preset; text is given by --data"):
+    with pytest.raises(ConfigError, match="is a file or folder, not a preset; give text with --data"):
         build_config(str(texts / "notes" / "b.md"), None, None, {})
     code, _, err = here("train", "--data", texts / "notes", "--out", "x", texts / "notes" / "b.md")
     assert code == 2
-    assert "text is given by --data" in err
+    assert "give text with --data" in err
+
+
+@pytest.mark.parametrize("command", ["train demo --out x", "eval m", "report m --out x"])
+def test_files_of_a_pattern_without_quotes_are_told_to_be_quoted(texts, here, command):
+    """The shell has put several files behind --data, which takes one."""
+    files = [texts / "notes" / name for name in ("a.md", "b.md", "d.txt")]
+    code, out, err = here(*command.split(), "--data", *files)
+    assert (code, out) == (2, "")
+    assert "put a pattern of files in quotes, as in --data 'notes/*.md'" in err
+    assert not (texts / "x").exists()
+    # What is no file is another mistake.
+    assert "in quotes" not in here(*command.split(), "--data", files[0], "nonsense")[2]
 
 
 def test_train_and_compare_read_it(here, work, tiny):

@@ -66,6 +66,47 @@ def test_replay_draws_a_film(capfd, trained, tmp_path):
     assert code == 0
     assert json.loads(out)["frames"] == 3
     assert (tmp_path / "a.gif").read_bytes().startswith(b"GIF8")
+    # One of rl eval's, as its table says.
+    assert run(capfd, "rl", "eval", trained, "--episodes", 9, "--csv", tmp_path / "e.csv", "--quiet")[0] == 0
+    row = (tmp_path / "e.csv").read_text().splitlines()[8].split(",")
+    line = [
+        "rl",
+        "replay",
+        trained,
+        "--out",
+        tmp_path / "b.gif",
+        "--frames",
+        1,
+        "--episode",
+        7,
+        "--episodes",
+        9,
+        "--json",
+    ]
+    told = json.loads(run(capfd, *line)[1])
+    assert (told["episode"], told["return"], told["steps"]) == (int(row[0]), float(row[1]), int(row[2]))
+    code, _, err = run(capfd, *line[:-1], "--episode", 9)
+    assert (code, "an evaluation of 9 has 0 to 8" in err) == (2, True)
+
+
+def test_any_environment_of_gymnasium_by_its_id(capfd, tmp_path):
+    """Choices are seen, averages are kept and told of by nobody else; what is said of the environment holds in evaluations too."""
+    where = tmp_path / "run"
+    given = [
+        "--samples",
+        512,
+        "--set",
+        "task.environment.arguments={max_episode_steps=7}",
+        "--set",
+        "task.target_kl=0.01",
+    ]
+    code, out, err = run(capfd, "rl", "train", "FrozenLake-v1", "--out", where, *given, *FEW)
+    assert code == 0
+    assert "sees 16 numbers, answers with one of 4 choices" in err
+    assert "512 samples" in out
+    code, out, _ = run(capfd, "rl", "eval", where, "--episodes", 3, "--json")
+    assert code == 0
+    assert json.loads(out)["mean_length"] <= 7
 
 
 def test_a_run_goes_on_for_more_samples(capfd, tmp_path):
@@ -79,8 +120,14 @@ def test_a_run_goes_on_for_more_samples(capfd, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--out", "x"], "WHAT is not given"),
+        (["train", "--out", "x"], "WHAT is missing"),
         (["train", "cartpol", "--out", "x"], "did you mean 'cartpole'"),
+        (["train", "Acrobat-v1", "--out", "x"], "Did you mean: `Acrobot`"),
+        (["train", "maze", "--out", "x"], "or the id of a gymnasium environment, such as Acrobot-v1"),
+        (
+            ["train", "pendulum", "--out", "x", "--set", "task.normalize_rewards=true"],
+            "leave one of them out (reward_scale=1)",
+        ),
         (["train", "cartpole", "--samples", "2", "--out", "x"], "use at least 8"),
         (["train", "cartpole", "--out", "x", "--set", "model.dim=3"], "fields of task and train can be set"),
         (

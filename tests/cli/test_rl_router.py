@@ -1,13 +1,21 @@
 """``anabranch rl train router-r1`` and ``rl eval``, from a command line to a router that can be loaded."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 
 from anabranch.cli.main import main
 from anabranch.files import parse_json
 from anabranch.lm import load_model
 from rl_router_small import SMALL
+from server_process import SOURCE
 
 
 def words(settings):
@@ -83,6 +91,40 @@ def test_a_run_goes_on_for_more_episodes(capfd, tmp_path):
     assert json.loads(out)["samples"] == 24
     # The warm start is what it was.
     assert parse_json((where / "warm" / "config.json").read_text())["train"]["steps"] == 3
+
+
+def test_a_run_that_saved_nothing_yet_begins_with_its_warm_start(capfd, trained, tmp_path):
+    where = tmp_path / "run"
+    shutil.copytree(trained / "warm", where / "warm")
+    shutil.copy(trained / "config.json", where)
+    # A rate by which no weight moves.
+    line = ["rl", "train", "--out", where, "--resume", "--samples", 8, "--quiet", "--set", "train.learning_rate=1e-30"]
+    assert run(capfd, *line)[0] == 0
+    warm, begun = (load_model(folder)[0].state_dict() for folder in (where / "warm", where))
+    assert all(torch.equal(begun[name], value) for name, value in warm.items())
+
+
+@pytest.mark.slow
+def test_a_warm_start_ends_with_the_code_of_its_signal(tmp_path):
+    words = [
+        sys.executable,
+        "-m",
+        "anabranch.cli.main",
+        "rl",
+        "train",
+        "router-r1",
+        "--out",
+        str(tmp_path / "run"),
+        "--quiet",
+    ]
+    words += ["--set", "warm.steps=100000", *FEW[: -len(["--set", "warm.steps=3"])]]
+    process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "run/warm/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
 
 
 @pytest.mark.slow

@@ -50,7 +50,11 @@ TWINS = sorted(set.intersection(*({one.name for one in app.registered_commands} 
 
 
 def test_all_commands_of_routers_are_of_the_gateway_too():
-    assert TWINS == sorted(one.name for one in routers_app.registered_commands) == ["eval", "fit", "replay", "route"]
+    assert (
+        TWINS
+        == sorted(one.name for one in routers_app.registered_commands)
+        == ["curve", "eval", "fit", "probe", "replay", "route", "scale"]
+    )
 
 
 @pytest.mark.parametrize("name", DOORS)
@@ -118,8 +122,10 @@ def test_no_other_text_of_theirs_names_a_door():
         documents = {
             id(node.body[0].value)
             for node in ast.walk(tree)
-            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and node.body and isinstance(node.body[0], ast.Expr)
-        }  # fmt: skip
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
         texts = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
         found += [
             (file.name, one.lineno, one.value) for one in texts if named.search(one.value) and id(one) not in documents

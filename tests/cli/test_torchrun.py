@@ -158,7 +158,7 @@ def test_a_cache_that_cannot_be_cut_is_told_once(cli, trained):
     line = ["generate", trained[0], "--prompt", "a", "--context"]
     for beside, said in (
         (["3"], "--context is 3, and there are 2 processes; start it with torchrun --nproc-per-node 3"),
-        (["2", "--memory", "1GiB"], "--memory does not go with --context; leave one of them out"),
+        (["2", "--memory", "1GiB"], "--memory cannot be combined with --context; leave one of them out"),
     ):
         done = cli(*line, *beside, before=started_by(2))
         assert done.returncode != 0
@@ -173,8 +173,8 @@ def test_a_cache_that_cannot_be_cut_is_told_once(cli, trained):
             ["--context", "2"],
             "--context is 2, and there is 1 process; start it with torchrun --nproc-per-node 2 -m anabranch generate",
         ),
-        (["--context", "1", "--min-p", "0.1"], "--min-p does not go with --context; leave one of them out"),
-        (["--context", "1", "--rewire"], "--context does not go with --rewire; leave one of them out"),
+        (["--context", "1", "--min-p", "0.1"], "--min-p cannot be combined with --context; leave one of them out"),
+        (["--context", "1", "--rewire"], "--context cannot be combined with --rewire; leave one of them out"),
     ],
 )
 def test_what_does_not_go_with_a_cut_cache_is_one_line(here, trained, beside, said):

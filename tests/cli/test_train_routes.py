@@ -78,7 +78,10 @@ def test_a_run_goes_on_to_the_bit(here, material, again):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--set", "data.sequence_length=8"], "data.sequence_length is set, but model and text are those of --from and --labels"),
+        (
+            ["--set", "data.sequence_length=8"],
+            "data.sequence_length is set, but model and text are those of --from and --labels",
+        ),
         (["--set", "model.dim=8"], "model.dim is set, but model and text"),
         (["moe"], "--labels are for routers of duo models, and moe has 'moe' layers"),
         (["--labels", "nowhere.jsonl"], "nowhere.jsonl does not hold route labels"),
@@ -86,7 +89,7 @@ def test_a_run_goes_on_to_the_bit(here, material, again):
         (["--from", "deep"], "has routes over 2 duo layers, and the model has 3"),
         (["--from", "short"], "has sequences of 8 tokens, and the model reads 4"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_a_clear_line(here, material, more, said):
     save("moe", MoE.Config(num_experts=2, hidden_dim=8))
     duo = DuoFFN.Config(big=32, small=4)

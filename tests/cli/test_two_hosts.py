@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from anabranch.testing import can_make_hosts
 from anabranch.train import read_metrics
-from namespaces import can_make_hosts
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "two-hosts.sh"
 HOSTS = ("ip", "netns", "list")

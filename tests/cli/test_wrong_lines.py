@@ -26,6 +26,7 @@ FILES = {
     "half.jsonl": '{"text": "a"}\n{"text": ',
     "number.jsonl": '{"text": 3}\n',
     "scores.jsonl": '{"query": "x", "scores": {"a": 1e400}}\n',
+    "samples.jsonl": '{"query": "x", "samples": [1, 1e400]}\n',
     "no.gguf": b"GGUF" + b"\xff" * 100,
     "short.gguf": b"GG",
     "no.db": b"SQLite format 3\0" + b"\xff" * 200,
@@ -107,6 +108,32 @@ cluster elastic trained --layers 3
 cluster elastic trained --stages 64
 cluster elastic trained --hardware nothing
 cluster elastic text
+cluster attention trained --network nodes
+cluster attention trained --network nodes --node-ranks 4
+cluster attention trained --between 1GB
+cluster attention trained --node-ranks 3
+cluster attention trained --network nodes --node-ranks 4 --between much
+cluster bench --peers 1
+cluster bench --peers {HUGE}
+cluster bench --size much
+cluster bench --size 3B
+cluster bench --size 6B
+cluster bench --size 1TiB
+cluster bench --rounds 0
+cluster bench --connections 65
+cluster bench --bits 16
+cluster bench --quantise min_max --bits 9
+cluster bench --quantise much
+cluster bench --links nan
+cluster bench --wait nan
+cluster bench --advertise 10.0.0.1
+cluster bench --secret-file nowhere
+cluster bench --listen 127.0.0.1:0 --master 127.0.0.1:1
+cluster bench --listen 0.0.0.0:0 --wait 1
+cluster bench --listen nowhere.invalid:1
+cluster bench --listen 127.0.0.1:0 --secret-file nowhere
+cluster bench --master 127.0.0.1:1 --wait 1
+cluster bench --master 127.0.0.1:99999 --wait 1
 cluster churn --seconds nan
 cluster churn --seconds 0
 cluster churn --peers 2
@@ -195,7 +222,7 @@ generate trained -p x --context {HUGE}
 generate trained -p x --context 1 --min-p 0.1
 generate trained -p x --context 1 --streams 2
 generate trained -p x --rewire --min-p 0.1
-generate trained -p x --rewire --quantize int8
+generate trained -p x --rewire --quantize int8 --expert-budget 1MB
 generate trained -p x --rewire --rewire-set
 generate trained -p x --rewire --rewire-set steps
 generate trained -p x --rewire --rewire-set steps=0
@@ -270,6 +297,7 @@ pvchat compose no.zip --out z
 pvchat compose nowhere --out z
 pvchat compose text --out z --frames {HUGE}
 adapters card trained
+adapters describe trained --instruction x
 adapters list --family ''
 adapters estimate trained lora --rank {HUGE}
 adapters estimate trained lora --set rank={HUGE}
@@ -333,6 +361,21 @@ rl train router-r1 --out z --set task.temperature=0
 rl train router-r1 --out z --set warm.traces=0
 rl train router-r1 --out z --set warm.learning_rate=inf
 rl train router-r1-grpo --out z --set task.group=1
+rl train router-r1 --out z --model no.gguf --data half.jsonl --pool deep.toml
+rl train router-r1 --out z --model trained --data number.jsonl --pool deep.toml
+rl train router-r1 --out z --model trained --data number.jsonl --pool dates.toml
+rl train router-r1 --out z --model trained --data number.jsonl --pool nowhere.toml
+rl train router-r1 --out z --model trained
+rl train grpo --out z --model trained --data half.jsonl
+rl train grpo --out z --model trained --data deep.jsonl
+rl train grpo --out z --model trained --data nowhere.jsonl
+rl train grpo --out z --model trained --data half.jsonl --reward nowhere:nothing
+rl train grpo --out z --model no.gguf --data half.jsonl
+rl train token-ppo --out z
+rl train cartpole --out z --max-usd nan
+rl train cartpole --out z --max-calls {HUGE}
+rl eval trained --max-usd inf
+rl replay trained --out z.txt --episode {HUGE}
 rl train --out text --resume
 rl train --out trained --resume
 rl eval trained
@@ -349,6 +392,8 @@ heads train trained no.zip --out z
 heads report trained
 heads report no.gguf
 heads report trained --trace z
+heads transcribe trained no.wav
+heads transcribe no.gguf x
 adapters route trained x
 adapters cluster trained --clusters 1
 adapters cluster trained --clusters 0 --out z
@@ -420,6 +465,14 @@ serve trained --port 99999999
 serve trained --memory many
 serve trained --memory 1MiB
 serve trained --memory 2GiB --devices 2
+serve trained --context 2
+serve trained --context 0
+serve trained --context 1 --memory 2GiB
+serve trained --context 1 --devices 2
+serve trained --context 1 --depth nowhere
+serve trained --context 1 --expert-budget 1GiB
+serve trained --context 1 --adapter a=nowhere
+serve trained --context 1 --set engine.context_timeout_s=0
 serve trained --adapter text
 serve trained --adapter a=nowhere
 serve trained --adapter a+b=nowhere
@@ -527,6 +580,24 @@ gateway ledger prune {"9" * 300}d --store no.db
 gateway collect -c latin.toml --judge a --out o.jsonl --rate nan
 gateway eval scores.jsonl --test-share nan
 gateway fit scores.jsonl --out z --hold-out nan
+gateway curve scores.jsonl
+gateway curve deep.jsonl
+gateway curve no.db
+gateway curve samples.jsonl
+gateway curve text --eps nan
+gateway curve text --value 1e400
+gateway curve text --right 2
+gateway curve text --seed {HUGE}
+gateway curve text --picture z
+routers curve text --cost -inf
+gateway probe deep.jsonl --out z
+gateway probe number.jsonl --out z.json
+routers probe scores.jsonl --system1 b --out z.json
+routers probe number.jsonl --out z.json --penalty nan
+gateway scale number.jsonl --url http://127.0.0.1:9/v1 --system1 a --out z
+gateway scale none.jsonl --url http://127.0.0.1:9/v1 --system1 a --out z --samples {HUGE}
+routers scale deep.jsonl --url nowhere --system1 a --out z
+routers scale half.jsonl --url http://127.0.0.1:9/v1 --system1 a --out z --config deep.toml
 gateway route x --router z --trade-off nan
 gateway serve --drain nan
 gateway serve --drain -3

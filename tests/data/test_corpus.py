@@ -93,6 +93,23 @@ def test_pattern_gzip_zip_hidden_and_binary_files(tmp_path):
     assert found(single) == {"packed.txt.gz": ("packed", "packed")}
 
 
+def test_endings_in_capitals_are_the_same_kinds_of_files(tmp_path):
+    """As Windows writes them: they were skipped as binary, or read as text that is none."""
+    (tmp_path / "PACKED.TXT.GZ").write_bytes(gzip.compress(b"packed"))
+    with zipfile.ZipFile(tmp_path / "MANY.ZIP", "w") as archive:
+        archive.writestr("ONE.TXT", "one")
+    texts = {key: text for key, (_, text) in found(Files.Config(paths=(str(tmp_path),)).build()).items()}
+    assert texts == {"PACKED.TXT.GZ": "packed", "MANY.ZIP!ONE.TXT": "one"}
+    for name in ("T.JSONL", "T.JSONL.GZ", "T.PARQUET"):
+        made = write_table(tmp_path / name.lower(), [{"text": name}])
+        place = tmp_path / "tables" / name
+        place.parent.mkdir(exist_ok=True)
+        made.rename(place)
+        assert corpus_at(place) == Table.Config(paths=(str(place),))
+        assert [text for _, text in found(Table.Config(paths=(str(place),)).build()).values()] == [name]
+    assert len(found(Table.Config(paths=(str(tmp_path / "tables"),)).build())) == 3
+
+
 def test_links_within_a_folder_do_not_repeat_text(tmp_path):
     (tmp_path / "one.txt").write_text("one")
     (tmp_path / "two.txt").symlink_to("one.txt")

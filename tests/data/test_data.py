@@ -162,7 +162,7 @@ def test_windows_over_a_whole_corpus_leave_nothing_out(texts):
 def test_errors_name_what_is_wrong(config, tmp_path):
     with pytest.raises(DataError, match=r"no corpus at nowhere; name a file or folder of text"):
         config.replace(corpus=Files.Config(paths=("nowhere",))).build()
-    with pytest.raises(DataError, match=r"the training split of texts has .* tokens, and a sequence needs 100001"):
+    with pytest.raises(DataError, match=r"the training split of texts has .* tokens, but a sequence needs 100001"):
         config.replace(sequence_length=100_000).build().train(seed=0)
     with pytest.raises(DataError, match=r"the validation split is empty; validation_fraction is 0.0"):
         config.replace(validation_fraction=0.0).build().validation()

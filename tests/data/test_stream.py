@@ -165,7 +165,7 @@ def test_domains_too_small_for_one_window(caplog):
     source = stream((40, 4, 60))
     assert set(source.next_batch(100).domain_B.tolist()) == {0, 2}
     assert "d1 has only 4 tokens" in caplog.text
-    with pytest.raises(DataError, match="the training split of d1 has 4 tokens, and a sequence needs 5"):
+    with pytest.raises(DataError, match="the training split of d1 has 4 tokens, but a sequence needs 5"):
         stream((40, 4), weights=(1.0, 1.0))
     with pytest.raises(DataError, match="a sequence needs 257; give more text or a sequence_length of at most 99"):
         stream((100,), length=256)

@@ -72,8 +72,10 @@ def test_routers_are_measured_on_the_paths_they_choose():
     same = measure_paths(model, asked_for, found.paths, reference=reference)
     assert len(set(found.paths)) > 1
     assert (found.agreement, found.nats_per_token, found.layers_per_token) == (
-        same.agreement, same.nats_per_token, same.layers_per_token,
-    )  # fmt: skip
+        same.agreement,
+        same.nats_per_token,
+        same.layers_per_token,
+    )
     assert found.router_seconds > 0
     plain = measure(model, asked_for, bank, control=0.5)
     assert (plain.agreement, plain.layers_per_token) == (1.0, 5.0)
@@ -143,9 +145,11 @@ def test_baselines_take_as_many_layers_as_routers_where_lengths_differ():
     model = stack()
     generator = torch.Generator().manual_seed(2)
     asked_for = [
-        Question(f"q{number}", tuple(torch.randint(23, (40 if number % 4 == 0 else 5,), generator=generator).tolist()), (7,))
+        Question(
+            f"q{number}", tuple(torch.randint(23, (40 if number % 4 == 0 else 5,), generator=generator).tolist()), (7,)
+        )
         for number in range(20)
-    ]  # fmt: skip
+    ]
     for seed in range(2):
         for name, found in baselines_at(model, asked_for, 3.4, [0.1, 0.2, 0.3, 0.4, 0.5], seed=seed).items():
             assert found.layers_per_token == pytest.approx(3.4, abs=0.0092), name

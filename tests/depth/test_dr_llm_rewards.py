@@ -167,7 +167,7 @@ def own(question, run):
     ("name", "message"),
     [
         ("nearest", "no reward 'nearest'; use next-token, options"),
-        ("nowhere:own", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'"),
+        ("nowhere:own", "cannot be loaded: ModuleNotFoundError: no module 'nowhere' is installed"),
         ("nowhere.py:own", "cannot be loaded: FileNotFoundError"),
         (f"{__name__}:none", "cannot be loaded"),
         (f"{__name__}:TOKENIZER", "it must be called with a question and a run"),
@@ -241,6 +241,7 @@ def test_questions_by_hand(tmp_path):
         written(tmp_path, {"id": "one", "prompt": "2+3=", "answer": "5"}, "{"), TOKENIZER, limit=1
     ) == [one]
     assert is_questions(place)
+    assert is_questions(place.rename(tmp_path / "Q.JSONL"))
     assert not is_questions(written(tmp_path, {"text": "a"}))
     assert not is_questions(written(tmp_path, {"prompt": "a"}, name="q.txt"))
     assert not is_questions(tmp_path)
@@ -257,7 +258,7 @@ def test_questions_by_hand(tmp_path):
         ({"prompt": "a"}, "there is no answer"),
         ({"prompt": "a", "answer": ""}, "the answer has no tokens"),
         ({"prompt": "a", "answer": None}, "there is no answer"),
-        ({"prompt": "a", "answer": True}, "answer is True"),
+        ({"prompt": "a", "answer": True}, "answer is true"),
         ({"prompt": "a", "options": ["x"], "answer": "x"}, "at least two texts"),
         ({"prompt": "a", "options": "xy", "answer": "x"}, "at least two texts"),
         ({"prompt": "a", "options": ["x", ""], "answer": "x"}, "at least two texts"),
@@ -266,7 +267,7 @@ def test_questions_by_hand(tmp_path):
         ({"prompt": "a", "options": ["x", "y"], "answer": 2}, "one of the options"),
         ({"prompt": "a", "options": ["x", "y"], "answer": True}, "one of the options"),
         ({"prompt": "a", "answer": "b", "id": 1.5}, r"id is 1\.5"),
-        ({"prompt": "a", "answer": "b", "id": True}, "id is True"),
+        ({"prompt": "a", "answer": "b", "id": True}, "id is true"),
     ],
 )
 def test_rows_that_ask_nothing(tmp_path, row, message):
@@ -283,7 +284,7 @@ def test_files_that_ask_nothing(tmp_path):
         with pytest.raises(DataError, match=message):
             read_questions(place, TOKENIZER)
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match="no UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8"):
         read_questions(tmp_path / "latin.jsonl", TOKENIZER)
     twice = written(tmp_path, {"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": "b"})
     with pytest.raises(DataError, match="comes twice"):

@@ -187,7 +187,9 @@ def test_column_means_leave_padding_and_sinks_out():
     score = (query @ key.transpose(2, 3) * 0.5).masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
     weight = torch.cat((score, sink.view(1, 2, 1, 1).expand(1, 2, 5, 1)), dim=-1).softmax(-1)[..., :-1]
     expected = weight.mean(1).sum(1) / torch.arange(5, 0, -1)
-    torch.testing.assert_close(column_means(query, key, Looks(0.5, sink_H=sink), **options), expected)
+    for elements in (None, 5, 10):
+        found = column_means(query, key, Looks(0.5, sink_H=sink), **options, elements=elements)
+        torch.testing.assert_close(found, expected)
 
 
 class Largest(TorchDispatchMode):

@@ -41,11 +41,13 @@ BY_USER = TEST.replace(unit="user", answers=1)
 def config(folder, **fields):
     models = tuple(
         ModelConfig(
-            name=name, price=Price.of_dollars(usd, usd), max_tokens=20,
+            name=name,
+            price=Price.of_dollars(usd, usd),
+            max_tokens=20,
             deployments=(DeploymentConfig(provider=Mock.Config(model=name, reply=f"{name} it is")),),
         )
         for usd, name in enumerate(("x", "y"), 1)
-    )  # fmt: skip
+    )
     strategies = {
         "first": StrategyConfig(use="static", fields={"model": "x"}),
         "second": StrategyConfig(use="static", fields={"model": "y"}),
@@ -377,9 +379,10 @@ def test_success_and_cost_are_read_of_every_request():
         dataclasses.replace(row, status=status, cost_nano=nano)
         for row, (status, nano) in zip(
             rows_of(*[("a", f"u{n}", None) for n in range(5)]),
-            [("ok", 10**8), ("error", 0), ("refused", 0), ("cancelled", 2 * 10**8), ("ok", 10**12)], strict=True,
+            [("ok", 10**8), ("error", 0), ("refused", 0), ("cancelled", 2 * 10**8), ("ok", 10**12)],
+            strict=True,
         )
-    ]  # fmt: skip
+    ]
     one = {"answers": 1}
     # Who left had no answer; what was refused came to no model.
     assert [value for _, value in unit_means(rows, TEST.replace(metric="success", **one))] == [1, 0, 0, 1]

@@ -210,9 +210,10 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-@given(st.dictionaries(st.sampled_from(["choices", "usage", "model", "created", "id"]), JSON) | JSON.map(
-    lambda message: {"choices": [{"message": message}]}
-))  # fmt: skip
+@given(
+    st.dictionaries(st.sampled_from(["choices", "usage", "model", "created", "id"]), JSON)
+    | JSON.map(lambda message: {"choices": [{"message": message}]})
+)
 def test_what_passes_can_be_streamed_and_told_as_a_response(body):
     try:
         answer = read(body)
@@ -278,8 +279,11 @@ def test_a_kept_answer_is_streamed_with_all_that_it_says(tmp_path):
         assert [chunk["service_tier"] for chunk in chunks] == ["flex"] * 2
         assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": "x"}
         usage = [
-            one async for one in await gateway.achat(ask(temperature=0, stream=True, stream_options={"include_usage": True}))
-        ][-1]["usage"]  # fmt: skip
+            one
+            async for one in await gateway.achat(
+                ask(temperature=0, stream=True, stream_options={"include_usage": True})
+            )
+        ][-1]["usage"]
         assert usage["prompt_tokens"] == 9
 
     told = {"service_tier": "flex", "usage": {"prompt_tokens": 9, "completion_tokens": 1}}

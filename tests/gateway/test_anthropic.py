@@ -149,19 +149,23 @@ def test_an_answer(provider):
     choice = answer.body["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"] == {
-        "role": "assistant", "content": "I look.", "reasoning_content": "hm",
+        "role": "assistant",
+        "content": "I look.",
+        "reasoning_content": "hm",
         "tool_calls": [{"id": "t1", "type": "function", "function": {"name": "look", "arguments": '{"at": 2}'}}],
-    }  # fmt: skip
+    }
     assert (answer.usage.prompt, answer.usage.cached, answer.usage.completion) == (105, 90, 7)
     assert answer.body["usage"]["prompt_tokens_details"] == {"cached_tokens": 90, "cache_write_tokens": 5}
 
 
 COMPACTED = {
-    "input_tokens": 23_000, "output_tokens": 1000, "iterations": [
+    "input_tokens": 23_000,
+    "output_tokens": 1000,
+    "iterations": [
         {"type": "compaction", "input_tokens": 180_000, "output_tokens": 3500},
         {"type": "message", "input_tokens": 23_000, "output_tokens": 1000},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,10 @@ def calls(held, pieces):
 
 SHORT = st.text("ab", max_size=2)
 TABLES = st.dictionaries(
-    st.sampled_from(["data", "x"]), st.one_of(SHORT, st.lists(st.integers(0, 2), max_size=2), st.integers(0, 3)), max_size=2
-)  # fmt: skip
+    st.sampled_from(["data", "x"]),
+    st.one_of(SHORT, st.lists(st.integers(0, 2), max_size=2), st.integers(0, 3)),
+    max_size=2,
+)
 VALUES = st.one_of(st.none(), SHORT, st.lists(st.integers(0, 3), max_size=2), TABLES, st.integers(0, 2))
 CALLS = st.fixed_dictionaries(
     {},
@@ -92,7 +94,7 @@ DELTAS = st.dictionaries(
 )
 LOGPROBS = st.dictionaries(
     st.sampled_from(["content", "tokens"]), st.one_of(st.none(), st.lists(st.integers(0, 3), max_size=2)), max_size=2
-)  # fmt: skip
+)
 WITH_CALLS = st.tuples(DELTAS, st.lists(CALLS, max_size=3)).map(lambda both: {**both[0], "tool_calls": both[1]})
 CHOICES = st.fixed_dictionaries(
     {"index": st.integers(0, 1)},
@@ -104,8 +106,9 @@ CHOICES = st.fixed_dictionaries(
     },
 )
 CHUNKS = st.lists(
-    st.fixed_dictionaries({"choices": st.lists(CHOICES, max_size=2)}, optional={"id": SHORT, "usage": VALUES}), max_size=6
-)  # fmt: skip
+    st.fixed_dictionaries({"choices": st.lists(CHOICES, max_size=2)}, optional={"id": SHORT, "usage": VALUES}),
+    max_size=6,
+)
 
 
 @given(CHUNKS, st.sampled_from(["chat", "completions"]))

@@ -93,9 +93,12 @@ def test_what_the_gateway_asks_for_itself_is_one_sender_that_leaves_a_place():
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["", "key:a", "key:b", "gateway:shadow", "gateway:judge"]), st.booleans()), max_size=60),
+    st.lists(
+        st.tuples(st.sampled_from(["", "key:a", "key:b", "gateway:shadow", "gateway:judge"]), st.booleans()),
+        max_size=60,
+    ),
     st.integers(1, 9),
-)  # fmt: skip
+)
 def test_whoever_has_none_finds_each_free_place_and_all_is_given_back(steps, most):
     one, held = live(max_in_flight=most), []
     for sender, begins in steps:

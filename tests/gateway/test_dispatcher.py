@@ -393,8 +393,10 @@ def test_a_broken_deployment_is_left_alone_and_asked_again_later():
             assert (await dispatcher.complete(plan(dispatcher, "a", "b"), chat())).report.model == "a"
         assert dispatcher.states()[0]["breaker"] == "closed"
         assert [(one["from"], one["to"]) for one in dispatcher.changes] == [
-            ("closed", "open"), ("open", "half_open"), ("half_open", "closed"),
-        ]  # fmt: skip
+            ("closed", "open"),
+            ("open", "half_open"),
+            ("half_open", "closed"),
+        ]
 
     run(work)
 

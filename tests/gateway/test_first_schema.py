@@ -77,8 +77,10 @@ def test_a_store_of_the_first_release_is_taken_on_whole(url, monkeypatch):
         async with open_store(url, clock=lambda: NOW_US / 1e6) as store:
             keys = {key.id: key for key in await store.keys()}
             assert [(key.name, key.speaks_for) for key in keys.values()] == [
-                ("web", ("*",)), ("web k2", ("tag:*",)), ("gone", ("*",)),
-            ]  # fmt: skip
+                ("web", ("*",)),
+                ("web k2", ("tag:*",)),
+                ("gone", ("*",)),
+            ]
             web = keys["k1"]
             assert (web.team, web.tags, web.models, web.rpm, web.max_in_flight) == (
                 "ml",
@@ -94,8 +96,11 @@ def test_a_store_of_the_first_release_is_taken_on_whole(url, monkeypatch):
             assert budgets == {"key:k1": (10**9, 27, 0), "user:ann": (500, 30, 0)}
             rows = await store.ledger(LedgerQuery(calls=True))
             assert sorted((row.request_id, row.user, row.cost_nano, row.status) for row in rows) == [
-                ("open", "", 7, "crashed"), ("r0", "", 10, "ok"), ("r1", "bob", 10, "ok"), ("r2", "ann", 10, "ok"),
-            ]  # fmt: skip
+                ("open", "", 7, "crashed"),
+                ("r0", "", 10, "ok"),
+                ("r1", "bob", 10, "ok"),
+                ("r2", "ann", 10, "ok"),
+            ]
             assert next(row.quality for row in rows if row.request_id == "r0") == 0.5
             assert len(await store.decisions("r0")) == 1
             assert await store.look(lambda connection: spent_by_key(connection, "k1", 0)) == (3, 27)

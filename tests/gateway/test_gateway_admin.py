@@ -319,12 +319,15 @@ def test_an_answer_says_what_it_cost_and_a_look_at_heads_alone_is_answered(tmp_p
         made = GatewayConfig(
             models=(
                 ModelConfig(
-                    name="small", price=Price.of_dollars(10, 20),
+                    name="small",
+                    price=Price.of_dollars(10, 20),
                     deployments=(DeploymentConfig(provider=Mock.Config(model="small")),),
                 ),
             ),
-            strategies={"cheapest": StrategyConfig(use="cheapest")}, require_key=False, store=str(tmp_path / "g.db"),
-        )  # fmt: skip
+            strategies={"cheapest": StrategyConfig(use="cheapest")},
+            require_key=False,
+            store=str(tmp_path / "g.db"),
+        )
         async with Gateway(made) as gateway, aiohttp.ClientSession() as session:
             server = App(gateway).server()
             listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
@@ -370,8 +373,10 @@ def test_a_page_of_another_host_may_call_what_the_config_lets_it_and_nothing_of_
                 "cheapest": StrategyConfig(use="cheapest"),
                 "twice": StrategyConfig(use="consistency", fields={"models": ("small",), "samples": 2}),
             },
-            require_key=False, store=str(tmp_path / "g.db"), cors_origins=("https://app.example",),
-        )  # fmt: skip
+            require_key=False,
+            store=str(tmp_path / "g.db"),
+            cors_origins=("https://app.example",),
+        )
         async with Gateway(made) as gateway, aiohttp.ClientSession() as session:
             server = App(gateway).server()
             listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
@@ -423,8 +428,9 @@ def test_an_origin_is_written_as_browsers_send_it(origin):
     with pytest.raises(ConfigError, match=r"cors_origins\.0 is"):
         GatewayConfig(
             models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small")),)),),
-            strategies={"cheapest": StrategyConfig(use="cheapest")}, cors_origins=(origin,),
-        )  # fmt: skip
+            strategies={"cheapest": StrategyConfig(use="cheapest")},
+            cors_origins=(origin,),
+        )
 
 
 def test_half_of_a_surrogate_pair_comes_back_as_json_has_it(tmp_path):

@@ -31,8 +31,9 @@ HEAVY = {
 def filled(kind, at, **fields):
     """A record with a value for every field."""
     plain = {
-        field.name: f"{field.name} {at}" if "str" in str(field.type) else 10**9 + at for field in dataclasses.fields(kind)
-    }  # fmt: skip
+        field.name: f"{field.name} {at}" if "str" in str(field.type) else 10**9 + at
+        for field in dataclasses.fields(kind)
+    }
     return kind(**{**plain, **fields})
 
 
@@ -51,11 +52,12 @@ LISTS = {
     "budgets": {"budgets": lambda at: filled(Budget, at)},
     "decisions": {"decisions": lambda at: filled(DecisionRow, at, body=HEAVY)},
     "feedback": {
-        "feedbacks": lambda at: filled(FeedbackRow, at), "preferences": lambda at: filled(PreferenceRow, at),
+        "feedbacks": lambda at: filled(FeedbackRow, at),
+        "preferences": lambda at: filled(PreferenceRow, at),
     },
     "ledger": {"ledger": ledger_row},
     "spend": {"spend": lambda at: filled(Spend, at, group=(f"model {at}",))},
-}  # fmt: skip
+}
 # As many as a config has deployments, strategies and words.
 OF_CONFIG = {"providers", "strategies", "config"}
 
@@ -85,9 +87,10 @@ def asked(tmp_path, monkeypatch, thing, num_rows):
     monkeypatch.setenv("ADMIN_TEST_KEY", "the-admin-key")
     config = GatewayConfig(
         models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small")),)),),
-        strategies={"cheapest": StrategyConfig(use="cheapest")}, admin=AdminConfig(key=Secret("env:ADMIN_TEST_KEY")),
+        strategies={"cheapest": StrategyConfig(use="cheapest")},
+        admin=AdminConfig(key=Secret("env:ADMIN_TEST_KEY")),
         store=str(tmp_path / "g.db"),
-    )  # fmt: skip
+    )
 
     def reads(rows):
         async def read(self, *given, **named):

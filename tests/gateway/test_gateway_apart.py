@@ -138,9 +138,10 @@ def test_what_a_tokenizer_counts_is_counted_in_other_threads(tmp_path, path):
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "t.json"))
     model = ModelConfig(
-        name="small", tokenizer=str(tmp_path / "t.json"),
+        name="small",
+        tokenizer=str(tmp_path / "t.json"),
         deployments=(DeploymentConfig(provider=Mock.Config(model="small")),),
-    )  # fmt: skip
+    )
 
     async def work(gateway, session, url):
         where = []

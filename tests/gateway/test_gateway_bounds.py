@@ -53,9 +53,11 @@ def ends(bodies):
 def test_a_fallback_without_a_limit_does_not_lift_that_of_the_first(tmp_path, sent):
     """200 tokens at 10,000 nano-dollars are reserved and sent; were 4,096 sent, 40,960,000 would be spent of 2,200,000."""
     config = GatewayConfig(
-        models=(model("short", 200, tokens=5000), model("open")), fallbacks={"short": ("open",)}, require_key=False,
+        models=(model("short", 200, tokens=5000), model("open")),
+        fallbacks={"short": ("open",)},
+        require_key=False,
         store=str(tmp_path / "g.db"),
-    )  # fmt: skip
+    )
 
     async def main():
         async with Gateway(config) as gateway:
@@ -72,8 +74,11 @@ def test_a_fallback_without_a_limit_does_not_lift_that_of_the_first(tmp_path, se
 def test_each_model_is_told_its_own(tmp_path, sent):
     config = GatewayConfig(
         models=(model("short", 200, fails=1), model("open", fails=1), model("long", 9000)),
-        fallbacks={"short": ("open", "long")}, require_key=False, store=str(tmp_path / "g.db"), retries=RetryConfig(attempts=1),
-    )  # fmt: skip
+        fallbacks={"short": ("open", "long")},
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+        retries=RetryConfig(attempts=1),
+    )
     ask = {"model": "short", "messages": [{"role": "user", "content": "hello"}]}
 
     async def main(**fields):

@@ -137,6 +137,20 @@ def test_the_context_is_all_but_the_wording_of_the_last_message():
     assert context_key("chat", "m", chat("  ")) is None
 
 
+def test_vectors_of_another_length_are_a_miss_and_keep_no_other_out():
+    cache = SemanticCache(threshold=0.8, ttl_s=10, size=9, clock=Clock())
+    cache.put("t", b"c", unit(1, 0, 0), entry("three"))
+    assert cache.get("t", b"c", unit(1, 0)) is None
+    for vector_D in (unit(1, 0), unit(1, 0, 0), np.zeros(0, np.float32)):
+        cache.put("t", b"c", vector_D, entry(str(len(vector_D))))
+    assert cache.get("t", b"c", unit(1, 0))[0].body == b"2"
+    assert cache.get("t", b"c", unit(1, 0, 0)) is not None
+    assert cache.get("t", b"c", np.zeros(0, np.float32)) is None
+    assert len(cache) == 3
+    assert cache.delete("t") == 3
+    assert cache._rooms == {}
+
+
 def test_the_nearest_text_over_the_threshold_answers():
     clock = Clock()
     cache = SemanticCache(threshold=0.8, ttl_s=10, size=2, clock=clock)

@@ -44,8 +44,10 @@ def test_by_hand(url):
             await ask(store, "expects nothing", "rules", None, 1.0)
             found = await store.calibration()
             assert [(one.week, one.strategy, one.count) for one in found] == [
-                ("2026-11-23", "knn", 2), ("2026-11-23", "ridge", 1), ("2026-11-16", "knn", 1),
-            ]  # fmt: skip
+                ("2026-11-23", "knn", 2),
+                ("2026-11-23", "ridge", 1),
+                ("2026-11-16", "knn", 1),
+            ]
             first = found[0]
             assert (first.expected, first.scored, first.error) == pytest.approx((0.7, 0.65, 0.35))
             assert first.bias == pytest.approx(0.05)

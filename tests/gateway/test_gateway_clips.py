@@ -9,10 +9,13 @@ from sound_made import block, box, element, m4a, packet
 
 ADMIN = "operator-key-1"
 ANSWER = {
-    "id": "c", "created": 1, "model": "m", "object": "chat.completion",
+    "id": "c",
+    "created": 1,
+    "model": "m",
+    "object": "chat.completion",
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "ok"}}],
     "usage": {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14},
-}  # fmt: skip
+}
 CLAIM = box(b"ftyp", b"M4A ") + box(
     b"moov",
     box(

@@ -352,8 +352,10 @@ def test_scores_by_hand():
 def test_no_text_ends_what_the_judge_is_shown(query, first, second):
     shown = prompt_of(query, first, second)
     assert json.loads(shown[shown.index("{") : shown.rindex("}") + 1]) == {
-        "question": query, "answer_A": first, "answer_B": second
-    }  # fmt: skip
+        "question": query,
+        "answer_A": first,
+        "answer_B": second,
+    }
 
 
 def test_references_by_hand(tmp_path):

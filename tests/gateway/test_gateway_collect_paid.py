@@ -27,11 +27,13 @@ REPLIES = {"a": "a says", "b": "", "c": "c says so", "judge": "verdict: A", "mut
 def config_of(folder, prompts=True):
     models = tuple(
         ModelConfig(
-            name=name, price=Price.of_dollars(10, 10), max_tokens=20,
+            name=name,
+            price=Price.of_dollars(10, 10),
+            max_tokens=20,
             deployments=(DeploymentConfig(provider=Mock.Config(model=name, reply=reply)),),
         )
         for name, reply in REPLIES.items()
-    )  # fmt: skip
+    )
     return GatewayConfig(
         models=models, require_key=False, store=str(folder / "gateway.db"), log=LogConfig(prompts=prompts)
     )

@@ -12,8 +12,9 @@ import pytest
 from anabranch.errors import AnabranchError, BudgetError, ConfigError, InputError, LimitError, RateError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.decide import Decider
+from anabranch.gateway.decision_checks import BypassError
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.lane import WAITING, BypassError, Lane
+from anabranch.gateway.lane import WAITING, Lane
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.routers.contract.ask import Answered

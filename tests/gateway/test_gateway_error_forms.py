@@ -42,9 +42,7 @@ def _broken(error):
     """A change of an app: what its routes raise."""
 
     def change(app):
-        app._table = {
-            path: {method: _raises(error) for method in methods} for path, methods in app._table.items()
-        }  # fmt: skip
+        app._table = {path: {method: _raises(error) for method in methods} for path, methods in app._table.items()}
 
     return change
 
@@ -101,8 +99,11 @@ async def _asked(url, document, trouble):
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
         routes = [
-            (path, method) for path, methods in document["paths"].items() for method in methods if method in trouble.methods
-        ]  # fmt: skip
+            (path, method)
+            for path, methods in document["paths"].items()
+            for method in methods
+            if method in trouble.methods
+        ]
         return await asyncio.gather(*(one(session, *route) for route in routes))
 
 
@@ -111,9 +112,10 @@ def answers(tmp_path, monkeypatch, trouble):
     monkeypatch.setenv("ADMIN_TEST_KEY", "the-admin-key")
     config = GatewayConfig(
         models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small")),)),),
-        store=str(tmp_path / "g.db"), limits=LimitsConfig(body_bytes=MOST_BYTES, body_timeout_s=0.2),
+        store=str(tmp_path / "g.db"),
+        limits=LimitsConfig(body_bytes=MOST_BYTES, body_timeout_s=0.2),
         **{"require_key": False, "admin": AdminConfig(key=Secret("env:ADMIN_TEST_KEY")), **trouble.config},
-    )  # fmt: skip
+    )
 
     async def main():
         async with Gateway(config) as gateway:
@@ -172,8 +174,10 @@ def test_paths_of_the_messages_api_that_there_are_not_have_its_form(tmp_path, mo
     monkeypatch.setattr(app_module, "describe", lambda *_: {"paths": paths})
     _, found = answers(tmp_path, monkeypatch, trouble)
     assert {path: (status, json.loads(raw).get("type")) for path, _, status, _, raw, _ in found} == {
-        "/v1/messages/batches": (404, "error"), "/messages/batches": (404, "error"), "/messagesx": (404, None),
-    }  # fmt: skip
+        "/v1/messages/batches": (404, "error"),
+        "/messages/batches": (404, "error"),
+        "/messagesx": (404, None),
+    }
 
 
 @pytest.mark.parametrize(("path", "is_right"), [("Messages", False), ("MessagesCount", True)])

@@ -53,11 +53,13 @@ def busy(tmp_path, seed, mode):
     """Three models with two deployments each, all of which fail now and then; hedges, retries, fallbacks, both caches."""
     models = tuple(
         ModelConfig(
-            name=name, price=Price.of_dollars(dollars, 2 * dollars), max_tokens=40,
+            name=name,
+            price=Price.of_dollars(dollars, 2 * dollars),
+            max_tokens=40,
             deployments=(deployment(f"{name}-1", seed + at), deployment(f"{name}-2", seed + at + 100)),
         )
         for at, (name, dollars) in enumerate((("small", 1), ("medium", 3), ("large", 10)))
-    )  # fmt: skip
+    )
     return GatewayConfig(
         models=models, strategies={"cheapest": StrategyConfig(use="cheapest"), "random": StrategyConfig(use="random")},
         fallbacks={"small": ("medium", "large"), "medium": ("small",)}, require_key=True, deadline_s=3.0, hedge=HedgeConfig(),
@@ -162,9 +164,12 @@ def test_a_thousand_random_requests_at_once(tmp_path, monkeypatch, seed, mode):
             watcher = asyncio.create_task(watch(gateway, seen))
             ended = Counter(
                 await asyncio.gather(
-                    *(one(gateway, random.Random(draw.random()), draw.choice(keys), at % 5 == 0, ids) for at in range(1000))
+                    *(
+                        one(gateway, random.Random(draw.random()), draw.choice(keys), at % 5 == 0, ids)
+                        for at in range(1000)
+                    )
                 )
-            )  # fmt: skip
+            )
             await gateway.settled()
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -194,9 +199,12 @@ def test_no_answer_of_one_tenant_reaches_another(tmp_path):
         ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small", tokens=4)),)),
     )
     made = GatewayConfig(
-        models=models, strategies={"cheapest": StrategyConfig(use="cheapest")}, cache=CacheConfig(semantic=True, threshold=0.5),
-        embedder=Hashed.Config(), store=str(tmp_path / "g.db"),
-    )  # fmt: skip
+        models=models,
+        strategies={"cheapest": StrategyConfig(use="cheapest")},
+        cache=CacheConfig(semantic=True, threshold=0.5),
+        embedder=Hashed.Config(),
+        store=str(tmp_path / "g.db"),
+    )
     draw = random.Random(3)
 
     async def main():

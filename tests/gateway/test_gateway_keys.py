@@ -83,12 +83,14 @@ def test_a_key_shows_itself_nowhere(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"base_url": "ftp://x"}, "base_url"), ({"base_url": "file:///etc/passwd"}, "base_url"),
+        ({"base_url": "ftp://x"}, "base_url"),
+        ({"base_url": "file:///etc/passwd"}, "base_url"),
         ({"base_url": "http://u:p@x/v1"}, "password"),
-        ({"headers": {"authorization": "Bearer x"}}, "set by the gateway"), ({"headers": {"x-a": "b\r\nhost: evil"}}, "printable"),
+        ({"headers": {"authorization": "Bearer x"}}, "set by the gateway"),
+        ({"headers": {"x-a": "b\r\nhost: evil"}}, "printable"),
         ({"headers": {"x\r\na": "b"}}, "letters"),
     ],
-)  # fmt: skip
+)
 def test_a_config_can_smuggle_neither_hosts_nor_headers(fields, message):
     with pytest.raises(ConfigError, match=message):
         OpenAI.Config(model="m", key_env=None, **fields)

@@ -76,8 +76,11 @@ def use(url, number, *, model="auto/try", topic=None, **fields):
     """One request of an app, and what its user thinks of the answer; the id of the request and the model that answered."""
     topic = topic or list(TOPICS)[number % 2]
     raw = CLIENT.with_options(base_url=f"{url}/v1").chat.completions.with_raw_response.create(
-        model=model, messages=[{"role": "user", "content": f"{TOPICS[topic]} {number}"}], extra_headers={"x-task": topic}, **fields,
-    )  # fmt: skip
+        model=model,
+        messages=[{"role": "user", "content": f"{TOPICS[topic]} {number}"}],
+        extra_headers={"x-task": topic},
+        **fields,
+    )
     answer = raw.parse()
     if fields.get("stream"):
         text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
@@ -166,14 +169,19 @@ def small(tmp_path, failing="", **fields):
     def model(name):
         provider = Mock.Config(model=name, reply=f"{name}!", fails=float(name == failing))
         return ModelConfig(
-            name=name, price=Price.of_dollars(1, 2), context=1000 if name == "a" else None,
+            name=name,
+            price=Price.of_dollars(1, 2),
+            context=1000 if name == "a" else None,
             deployments=(DeploymentConfig(provider=provider),),
-        )  # fmt: skip
+        )
 
     return GatewayConfig(
-        models=tuple(map(model, "abcd")), strategies={"try": StrategyConfig(use="random")}, require_key=False,
-        store=str(tmp_path / "g.db"), **{"log": LogConfig(prompts=True), **fields},
-    )  # fmt: skip
+        models=tuple(map(model, "abcd")),
+        strategies={"try": StrategyConfig(use="random")},
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+        **{"log": LogConfig(prompts=True), **fields},
+    )
 
 
 def played(config, work):

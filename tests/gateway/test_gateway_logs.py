@@ -19,11 +19,13 @@ from anabranch.routers.money import Price
 def settings(folder, **fields):
     models = tuple(
         ModelConfig(
-            name=name, price=Price.of_dollars(10, 10), max_tokens=20,
+            name=name,
+            price=Price.of_dollars(10, 10),
+            max_tokens=20,
             deployments=(DeploymentConfig(provider=Mock.Config(model=name, reply=f"{name} it is")),),
         )
         for name in "ab"
-    )  # fmt: skip
+    )
     held = {
         "log": LogConfig(prompts=True),
         "strategies": {"try": StrategyConfig(use="random")},
@@ -127,8 +129,9 @@ def test_questions_that_differ_in_a_sign_are_learned_apart(tmp_path, capsys):
 def test_every_strategy_that_can_learn_is_written(tmp_path, capsys):
     """ic_cache fitted and then could not be saved, which took all others with it."""
     rows = [
-        {"query": f"question {n} on {n % 5}", "scores": {"a": n % 2, "b": 1 - n % 2}, "cost": {"a": 0.1, "b": 0.2}} for n in range(30)
-    ]  # fmt: skip
+        {"query": f"question {n} on {n % 5}", "scores": {"a": n % 2, "b": 1 - n % 2}, "cost": {"a": 0.1, "b": 0.2}}
+        for n in range(30)
+    ]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = [word for name in ("ic_cache", "ridge") for word in ("--strategy", name)]

@@ -319,9 +319,12 @@ def test_what_may_have_been_billed_is_not_taken_from_the_tokens_of_a_minute(tmp_
         return await gateway.achat(ask(max_tokens=4))
 
     made = config(
-        tmp_path, mock(script=("hang",), timeout_s=0.03), lost=LostConfig(read_on_s=0), limits=LimitsConfig(tpm=500),
+        tmp_path,
+        mock(script=("hang",), timeout_s=0.03),
+        lost=LostConfig(read_on_s=0),
+        limits=LimitsConfig(tpm=500),
         retries=RetryConfig(attempts=1),
-    )  # fmt: skip
+    )
     assert run(made, work)["choices"]
 
 
@@ -359,9 +362,11 @@ class Asks(Strategy):
 
 def test_calls_of_a_strategy_that_took_too_long_are_charged_within_what_was_set_aside(tmp_path):
     made = config(
-        tmp_path, mock(script=("hang", "ok", "ok"), timeout_s=0.05), lost=LostConfig(read_on_s=0),
+        tmp_path,
+        mock(script=("hang", "ok", "ok"), timeout_s=0.05),
+        lost=LostConfig(read_on_s=0),
         strategies={"asks": StrategyConfig(use="static", timeout_s=5.0)},
-    )  # fmt: skip
+    )
 
     async def work(gateway):
         await gateway.achat(ask(model="auto/asks"))

@@ -214,8 +214,11 @@ def test_no_mark_of_a_jpeg_hides_its_size(marks, width, height):
 
 
 @given(
-    st.lists(st.binary(min_size=1, max_size=255), max_size=4), st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 7)
-)  # fmt: skip
+    st.lists(st.binary(min_size=1, max_size=255), max_size=4),
+    st.integers(1, 4000),
+    st.integers(1, 4000),
+    st.integers(0, 7),
+)
 def test_a_gif_is_as_large_as_its_first_picture(notes, width, height, colours):
     blocks = b"".join(b"\x21\xfe" + bytes([len(note)]) + note + b"\0" for note in notes)
     first = b"\x2c" + struct.pack("<HHHHB", 3, 4, width, height, 0)

@@ -75,11 +75,14 @@ FIELDS = [
         ("POST", "/v1/responses", f'{{"model": "small", "input": "hello", "{name}": %s}}')
         for name in ("max_output_tokens", "temperature", "top_p")
     ),
-]  # fmt: skip
+]
 QUERIES = [
-    "/admin/ledger?limit={}", "/admin/ledger?before_seq={}", "/admin/decisions?limit={}", "/admin/feedback?limit={}",
+    "/admin/ledger?limit={}",
+    "/admin/ledger?before_seq={}",
+    "/admin/decisions?limit={}",
+    "/admin/feedback?limit={}",
     "/admin/spend?days={}",
-]  # fmt: skip
+]
 LISTS = ("keys", "budgets", "ledger", "decisions", "feedback", "spend", "strategies", "config")
 
 

@@ -91,9 +91,12 @@ def test_an_answer_becomes_a_response():
     assert made["output"][0]["content"] == [{"type": "output_text", "text": "4", "annotations": [], "logprobs": []}]
     assert made["output"][1]["call_id"] == "c1"
     assert made["usage"] == {
-        "input_tokens": 9, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 3,
-        "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 12,
-    }  # fmt: skip
+        "input_tokens": 9,
+        "input_tokens_details": {"cached_tokens": 4},
+        "output_tokens": 3,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 12,
+    }
     cut = answer(content="4")
     cut["choices"][0]["finish_reason"] = "length"
     made = to_response({"model": "m", "input": "hi"}, cut)

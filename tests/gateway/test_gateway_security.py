@@ -272,9 +272,12 @@ def test_a_strategys_call_that_ran_out_of_time_is_paid_for(tmp_path):
 
     strategies = {"cheapest": StrategyConfig(use="cheapest"), "asks": StrategyConfig(use="static")}
     made = config(
-        tmp_path, model("small", script=("slow:5",)), strategies=strategies, default_strategy="cheapest",
+        tmp_path,
+        model("small", script=("slow:5",)),
+        strategies=strategies,
+        default_strategy="cheapest",
         lost=LostConfig(read_on_s=0),
-    )  # fmt: skip
+    )
     _, [row] = run(made, work, strategies={"asks": Asks(None)})
     assert (row.status, row.flags) == ("ok", ("bypassed",))
     assert row.calls == 1
@@ -372,9 +375,12 @@ def test_what_comes_before_the_first_token_is_bounded(tmp_path, monkeypatch):
 def test_codes_of_upstreams_are_no_labels(tmp_path, monkeypatch):
     count = iter(range(1000))
     monkeypatch.setattr(
-        Behaviour, "scene",
-        lambda self, path, body: Scene(400, parts=[(0.0, json.dumps({"error": {"message": "m", "code": f"odd-{next(count)}"}}).encode())]),
-    )  # fmt: skip
+        Behaviour,
+        "scene",
+        lambda self, path, body: Scene(
+            400, parts=[(0.0, json.dumps({"error": {"message": "m", "code": f"odd-{next(count)}"}}).encode())]
+        ),
+    )
 
     async def work(gateway):
         for _ in range(3):
@@ -452,9 +458,12 @@ def test_a_strategy_that_explains_nonsense_is_bypassed(tmp_path):
     class Odd(Strategy):
         def route(self, query, pool):
             return Decision(
-                candidates=(Candidate(model="small", score=1),), strategy="odd", reason=query.text and odd[0], confidence=odd[1],
+                candidates=(Candidate(model="small", score=1),),
+                strategy="odd",
+                reason=query.text and odd[0],
+                confidence=odd[1],
                 details=odd[2],
-            )  # fmt: skip
+            )
 
     async def work(gateway):
         for odd[:] in ([None, None, {}], ["so", "sure", {}], ["so", None, {(1, 2): 3}], ["so", None, 5]):
@@ -499,8 +508,11 @@ def test_the_semantic_cache_is_bounded_by_bytes(tmp_path):
         return held.size_bytes
 
     made = config(
-        tmp_path, model("small", reply="y" * 10_000), cache=CacheConfig(semantic=True, max_bytes=30_000), embedder=Hashed.Config()
-    )  # fmt: skip
+        tmp_path,
+        model("small", reply="y" * 10_000),
+        cache=CacheConfig(semantic=True, max_bytes=30_000),
+        embedder=Hashed.Config(),
+    )
     size, _ = run(made, work)
     assert 0 < size <= 30_000
 

@@ -318,9 +318,12 @@ def test_many_clients_at_once_are_all_answered():
     [
         ('[strategies.a]\nkind = "linucb"', "strategies.a needs vectors of queries; set embedder.kind"),
         ('[strategies.a]\nkind = "knn"\n[embedder]\nkind = "hashed"', "knn has to learn first"),
-        ('[strategies.a]\nkind = "ic_cache"\ntrusted = ["smal"]\n[embedder]\nkind = "hashed"', "strategies.a.trusted has 'smal'"),
+        (
+            '[strategies.a]\nkind = "ic_cache"\ntrusted = ["smal"]\n[embedder]\nkind = "hashed"',
+            "strategies.a.trusted has 'smal'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_check_refuses_what_a_start_would(tmp_path, monkeypatch, capsys, extra, says):
     from anabranch.cli.main import main
 
@@ -342,9 +345,11 @@ def test_a_check_looks_where_the_store_would_be_and_makes_none(tmp_path, monkeyp
     assert main(["gateway", "serve", "--check", "-c", path]) == 0
     assert not (tmp_path / "gateway.db").exists()
     for store, says in (
-        (tmp_path, "which is a folder"), (f"{path}/g.db", "there is no folder"), (tmp_path / "none/g.db", "there is no folder"),
+        (tmp_path, "which is a folder"),
+        (f"{path}/g.db", "there is no folder"),
+        (tmp_path / "none/g.db", "there is no folder"),
         ("mysql://x/y", "the URL of the store cannot be read"),
-    ):  # fmt: skip
+    ):
         assert main(["gateway", "serve", "--check", "-c", path, "--store", str(store)]) == 2
         assert says in capsys.readouterr().err
 

@@ -645,12 +645,16 @@ def test_ledger_and_spend(url):
             assert await store.spend("model") == [total(("b",), 2, 0, 27), total(("a",), 2, 1, 6)]
             found = await store.spend("tag")
             assert found == [
-                total(("X",), 1, 0, 20), total(("x",), 2, 0, 12), total(("y",), 1, 0, 7), total(("",), 1, 1, 1),
-            ]  # fmt: skip
+                total(("X",), 1, 0, 20),
+                total(("x",), 2, 0, 12),
+                total(("y",), 1, 0, 7),
+                total(("",), 1, 1, 1),
+            ]
             assert await store.spend(["day"]) == [total(("2026-01-30",), 2, 0, 12), total(("2026-01-31",), 2, 1, 21)]
             assert await store.spend(("user", "model"), since_s=NOON) == [
-                total(("u1", "b"), 1, 0, 20), total(("u0", "a"), 1, 1, 1),
-            ]  # fmt: skip
+                total(("u1", "b"), 1, 0, 20),
+                total(("u0", "a"), 1, 1, 1),
+            ]
             assert await store.spend("team", since_s=NOON + 1) == []
             with pytest.raises(InputError, match="spend by 'models' is not known; use key, user"):
                 await store.spend("models")

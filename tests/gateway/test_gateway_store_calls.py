@@ -35,8 +35,11 @@ def test_calls_are_settled_with_their_request(url):
             for _ in range(2):  # the second one is ignored, its calls too
                 await store.settle(held, LedgerRow(request_id="a", cost_nano=30, model="large"), calls=calls)
             assert {one.subject: (one.spent_nano, one.reserved_nano) for one in await store.budgets()} == {
-                "global": (65, 0), "team:ml": (65, 0), "tag:x": (65, 0), "tag:other": (0, 0)
-            }  # fmt: skip
+                "global": (65, 0),
+                "team:ml": (65, 0),
+                "tag:x": (65, 0),
+                "tag:other": (0, 0),
+            }
             [request] = await store.ledger()
             assert (request.cost_nano, request.calls, request.calls_nano, request.total_nano) == (30, 2, 35, 65)
             assert (request.parent_id, request.purpose, request.flags, request.reserved_nano) == ("", "", (), 100)
@@ -87,8 +90,10 @@ def test_spending_holds_calls_and_counts_them_apart(url):
             assert await store.spend() == [total((), 1, 3, 65, 1, 7)]
             assert await store.spend("model") == [total(("small",), 0, 3, 35, 0, 7), total(("large",), 1, 0, 30, 1)]
             assert await store.spend("purpose") == [
-                total(("judge",), 0, 2, 35, 0, 7), total(("",), 1, 0, 30, 1), total(("route",), 0, 1, 0)
-            ]  # fmt: skip
+                total(("judge",), 0, 2, 35, 0, 7),
+                total(("",), 1, 0, 30, 1),
+                total(("route",), 0, 1, 0),
+            ]
 
     asyncio.run(main())
 

@@ -186,7 +186,7 @@ def test_a_stream_that_brings_no_token_is_asked_for_elsewhere(pieces):
         (BROKEN, "cut"),
         (b"", "cut"),
     ],
-)  # fmt: skip
+)
 def test_what_breaks_in_the_middle_ends_in_an_error_and_is_not_passed_on(piece, kind):
     async def work() -> None:
         wire = Wire([said("a"), said("b"), piece, said("never"), END, DONE])
@@ -485,8 +485,9 @@ def test_what_goes_on_reads_as_one_answer():
     roles = [choice["delta"] for chunk in chunks for choice in chunk["choices"] if "role" in choice["delta"]]
     assert len(roles) == 1
     assert wire.asked[1]["messages"][1:] == [
-        {"role": "assistant", "content": "so far"}, {"role": "user", "content": CONTINUE},
-    ]  # fmt: skip
+        {"role": "assistant", "content": "so far"},
+        {"role": "user", "content": CONTINUE},
+    ]
     assert wire.asked[1]["max_tokens"] == 10 - 2  # two chunks had come
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk.get("usage")] == [2 + 1]
     assert stream.report.is_stitched

@@ -67,9 +67,10 @@ def test_the_referees_table_comes_out_of_a_running_gateway(tmp_path, capsys):
             scores, costs = [], []
             for row, text in enumerate(test.query):
                 raw = client.chat.completions.with_raw_response.create(
-                    model=f"auto/{name}", messages=[{"role": "user", "content": text}],
+                    model=f"auto/{name}",
+                    messages=[{"role": "user", "content": text}],
                     extra_headers={"x-task": test.task[row]},
-                )  # fmt: skip
+                )
                 answer, model = raw.parse(), raw.headers["x-route-model"]
                 assert raw.headers.get("x-route-bypassed") is None
                 assert answer.choices[0].message.content == str(row)

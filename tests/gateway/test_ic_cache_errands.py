@@ -39,7 +39,7 @@ def cache_config(**router):
     router = {"temperature": 0.0, "explore": 0.0, **router}
     return ICCache.Config(
         router=Router.Config(critic=Critic.Config(hidden=(8,)), **router), manager=Manager.Config(replays_per_tick=4)
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_one_decision_is_forgotten_and_nothing_else():
     answered(strategy, "count the words", "wc", user="ann")
     strategy.observe(
         Outcome(query=Query(text="list the files"), model="large", quality=1.0, decision=first, latency_s=1.0)
-    )  # fmt: skip
+    )
     assert len(strategy.cache.router.critic.buffer) == 1
     assert strategy.forget(tenant=None, decision=first.details["id"]) == 1
     assert [one.request for one in strategy.cache.pool] == ["count the words"]
@@ -222,8 +222,11 @@ def test_headers_say_what_was_decided():
     strategy.cache.router.critic.utilities = lambda x_I: np.array([0.9, 0.2])
     decision = answered(strategy, "list the files", None)
     assert strategy.headers(decision) == {
-        "x-ic-id": decision.details["id"], "x-ic-arm": "small", "x-ic-examples": "0", "x-ic-scores": "small=0.900,large=0.200",
-    }  # fmt: skip
+        "x-ic-id": decision.details["id"],
+        "x-ic-arm": "small",
+        "x-ic-examples": "0",
+        "x-ic-scores": "small=0.900,large=0.200",
+    }
     strategy.cache.router.critic.utilities = lambda x_I: np.array([0.1, 0.2])
     assert strategy.headers(answered(strategy, "list the files", None))["x-ic-examples"] == ""
 
@@ -240,12 +243,14 @@ def config(tmp_path, **fields):
     cache = {"router": {"critic": {"hidden": [8]}, "temperature": 0.0, "explore": 0.0, "uncertain_below": 1.0}}
     strategy = StrategyConfig(
         use="ic_cache", fields={"domains": [""], "cache": cache}, models=("small", "large"), timeout_s=5.0
-    )  # fmt: skip
+    )
     return GatewayConfig(
         models=(model("small", 1), model("large", 10), model("judge", 1, "verdict: A\ngrade: 9")),
-        store=str(tmp_path / "g.db"), embedder=Hashed.Config(dim=64), strategies={"ic": strategy},
+        store=str(tmp_path / "g.db"),
+        embedder=Hashed.Config(dim=64),
+        strategies={"ic": strategy},
         **{"learning": LearningConfig(judge="judge"), "require_key": False, "log": LogConfig(prompts=True), **fields},
-    )  # fmt: skip
+    )
 
 
 def run(made, work):
@@ -259,7 +264,7 @@ def run(made, work):
 async def ask(gateway, text="list the files", key=None, **body):
     reply = await gateway.handle(
         "chat", {"model": "auto/ic", "messages": [{"role": "user", "content": text}], **body}, key=key
-    )  # fmt: skip
+    )
     await gateway.runtime.decider.lanes["ic"].alone(lambda: None)
     return reply
 
@@ -289,9 +294,11 @@ def test_a_gateway_asks_on_a_budget_of_its_own(tmp_path):
 
     text = run(config(tmp_path), work)
     for line in (
-        'ic_cache_requests_total{arm="large",strategy="ic"} 1.0', 'ic_cache_pool_examples{strategy="ic"} 1.0',
-        'ic_cache_feedback_total{kind="preference",strategy="ic"} 1.0', 'ic_cache_replays_bettered_total{strategy="ic"} 1.0',
-    ):  # fmt: skip
+        'ic_cache_requests_total{arm="large",strategy="ic"} 1.0',
+        'ic_cache_pool_examples{strategy="ic"} 1.0',
+        'ic_cache_feedback_total{kind="preference",strategy="ic"} 1.0',
+        'ic_cache_replays_bettered_total{strategy="ic"} 1.0',
+    ):
         assert line in text
 
 
@@ -324,8 +331,10 @@ def test_the_tag_of_the_budget_is_nobody_elses(tmp_path):
 
         with pytest.raises(ApiError, match="the tag learning is that of the gateway's own questions"):
             await gateway.handle(
-                "chat", {"model": "small", "messages": [{"role": "user", "content": "x"}]}, headers={"x-tags": "learning"}
-            )  # fmt: skip
+                "chat",
+                {"model": "small", "messages": [{"role": "user", "content": "x"}]},
+                headers={"x-tags": "learning"},
+            )
 
     run(config(tmp_path), work)
     with pytest.raises(ConfigError, match=r"learning.judge is 'jugde', and there is no such model"):
@@ -335,8 +344,10 @@ def test_the_tag_of_the_budget_is_nobody_elses(tmp_path):
 def test_an_upstream_that_fails_ends_the_round_and_is_settled(tmp_path):
     made = config(tmp_path)
     broken = ModelConfig(
-        name="judge", price=Price.of_dollars(1, 1), deployments=(DeploymentConfig(provider=Mock.Config(fails=1.0, fail_with="400")),)
-    )  # fmt: skip
+        name="judge",
+        price=Price.of_dollars(1, 1),
+        deployments=(DeploymentConfig(provider=Mock.Config(fails=1.0, fail_with="400")),),
+    )
 
     async def work(gateway, lane):
         await ask(gateway)
@@ -525,9 +536,10 @@ def test_pool_metrics_headers_and_erasure_over_http(tmp_path):
 
     def call(url, path, body=None):
         request = urllib.request.Request(
-            url + path, None if body is None else json.dumps(body).encode(),
+            url + path,
+            None if body is None else json.dumps(body).encode(),
             {"content-type": "application/json", "authorization": "Bearer operator"},
-        )  # fmt: skip
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return dict(answer.headers), answer.read()
 

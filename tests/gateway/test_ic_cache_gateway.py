@@ -74,7 +74,7 @@ def test_an_answer_of_the_large_model_becomes_an_example_for_the_small_one(tmp_p
 @pytest.mark.parametrize(
     ("body", "fields"),
     [({"store": False}, {}), ({}, {"domains": ()}), ({}, {"domains": ("code",)}), ({}, {"trusted": ("small",)})],
-)  # fmt: skip
+)
 def test_what_is_not_kept(tmp_path, body, fields):
     async def work(gateway, strategy):
         assert await ask(gateway, strategy, **body) == "large"

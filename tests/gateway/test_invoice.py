@@ -64,9 +64,11 @@ def config(url, tmp_path):
         return DeploymentConfig(name=name, provider=provider, timeout_s=TIMEOUT_S, first_token_timeout_s=TIMEOUT_S)
 
     anthropic = DeploymentConfig(
-        name="o", provider=Anthropic.Config(model="other", base_url=url, key_env=None), timeout_s=TIMEOUT_S,
+        name="o",
+        provider=Anthropic.Config(model="other", base_url=url, key_env=None),
+        timeout_s=TIMEOUT_S,
         first_token_timeout_s=TIMEOUT_S,
-    )  # fmt: skip
+    )
     deployments = {
         "small": (openai("s1", "small"), openai("s2", "small")),
         "large": (openai("l", "large"),),

@@ -87,9 +87,12 @@ def body(draw, number):
     name = draw.choice(("small", "large", "other"))
     text = f"#{number} " + "some words of a question " * draw.randrange(1, 8)
     asked = {
-        "model": name, "messages": [{"role": "user", "content": text}], "user": str(number), "stream": draw.random() < 0.5,
+        "model": name,
+        "messages": [{"role": "user", "content": text}],
+        "user": str(number),
+        "stream": draw.random() < 0.5,
         "max_tokens": draw.choice((40, 80, 160)),
-    }  # fmt: skip
+    }
     if name == "other":
         mark = draw.choice((None, {"type": "ephemeral"}, {"type": "ephemeral", "ttl": "1h"}))
         if mark is not None:

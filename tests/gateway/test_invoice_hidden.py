@@ -87,8 +87,10 @@ def config(url, tmp_path, kind, model):
     provider = kind.Config(model=model, base_url=base, key_env=None)
     return GatewayConfig(
         models=(ModelConfig(name="m", price=PRICE, deployments=(DeploymentConfig(provider=provider),)),),
-        require_key=False, store=str(tmp_path / "g.db"), lost=LostConfig(margin_s=0.2, output_speed=1 / TOKEN_S),
-    )  # fmt: skip
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+        lost=LostConfig(margin_s=0.2, output_speed=1 / TOKEN_S),
+    )
 
 
 async def read(gateway, number, most, leaves_s=None, stalls_s=(), **more):

@@ -25,8 +25,10 @@ def config(url, tmp_path):
     provider = OpenAI.Config(model="m", base_url=f"{url}/v1", key_env=None)
     return GatewayConfig(
         models=(ModelConfig(name="m", price=PRICE, deployments=(DeploymentConfig(provider=provider),)),),
-        require_key=False, store=str(tmp_path / "g.db"), lost=LostConfig(margin_s=0.05, output_speed=1 / TOKEN_S),
-    )  # fmt: skip
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+        lost=LostConfig(margin_s=0.05, output_speed=1 / TOKEN_S),
+    )
 
 
 async def read(gateway, number, size, most, leave_after=None):

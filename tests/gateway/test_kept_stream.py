@@ -66,8 +66,11 @@ def test_what_is_too_long_or_has_no_room_is_let_go_of_and_says_why():
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["add", "add", "add", "close"]), st.integers(1, 3 * STEP)), max_size=60)
-)  # fmt: skip
+    st.lists(
+        st.tuples(st.integers(0, 5), st.sampled_from(["add", "add", "add", "close"]), st.integers(1, 3 * STEP)),
+        max_size=60,
+    )
+)
 def test_never_more_is_kept_than_there_is_room_for_and_a_first_stream_finds_some(steps):
     limit = 16 * STEP
     all_of = room(limit)

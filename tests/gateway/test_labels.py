@@ -38,11 +38,14 @@ def config(tmp_path):
         for name in ("a", "b", "c")
     )  # fmt: skip
     return GatewayConfig(
-        models=models, ab={"try": ABConfig(a="cheapest", b="draws")},
+        models=models,
+        ab={"try": ABConfig(a="cheapest", b="draws")},
         strategies={"cheapest": StrategyConfig(use="cheapest"), "draws": StrategyConfig(use="random")},
-        require_key=False, store=str(tmp_path / "g.db"),
-        log=LogConfig(prompts=True), admin=AdminConfig(key=Secret("env:LABEL_TEST_KEY")),
-    )  # fmt: skip
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+        log=LogConfig(prompts=True),
+        admin=AdminConfig(key=Secret("env:LABEL_TEST_KEY")),
+    )
 
 
 @pytest.fixture(autouse=True)

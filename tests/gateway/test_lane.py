@@ -5,12 +5,15 @@ import threading
 
 import pytest
 
+from anabranch.errors import InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.learning import errands
 from anabranch.gateway.providers.mock import Mock
 from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.routers.contract.strategy import Strategy
+from anabranch.web.api_error import ApiError
 from odd_errors import UNUSUAL, PanicError
 from waiting import until_async
 
@@ -191,3 +194,152 @@ def test_what_a_program_raises_is_passed_over(tmp_path, error, is_stream):
         return (await gateway.handle("chat", {**ASK, "stream": is_stream})).headers["x-route-bypassed"]
 
     assert run(tmp_path, Ends(error()), work)
+
+
+def decision(**fields):
+    one = {"candidates": (Candidate(model="m", score=0.0),), "strategy": "odd", "reason": "so"}
+    return Decision(**{**one, **fields})
+
+
+class Unsayable:
+    def __str__(self):
+        raise SystemExit(3)
+
+    __repr__ = __str__
+
+
+class UnsayableError(InputError):
+    def __str__(self):
+        raise OSError
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        decision(candidates=("m",)),
+        decision(candidates=(one for one in [Candidate(model="m", score=0.0)])),
+        decision(candidates=(Candidate(model=["m"], score=0.0),)),
+        decision(candidates=(Candidate(model="m", score=10**5000),)),
+        decision(confidence=10**400),
+        decision(strategy=Unsayable()),
+        decision(details={"a": Unsayable()}),
+        UnsayableError("x"),
+    ],
+)
+def test_what_is_no_decision_is_passed_over_and_the_request_is_settled(tmp_path, given):
+    class Says(Odd):
+        def route(self, query, pool):
+            if isinstance(given, Exception):
+                raise given
+            return given
+
+    async def work(gateway):
+        answer = await gateway.handle("chat", ASK)
+        await gateway.settled()
+        return answer.headers.get("x-route-bypassed")
+
+    assert run(tmp_path, Says(is_fast=True), work)
+
+
+class Once:
+    """Can be written once."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __str__(self):
+        self.count += 1
+        if self.count > 1:
+            raise SystemExit(3)
+        return "so"
+
+
+def test_what_cannot_be_kept_of_a_decision_takes_neither_the_answer_nor_the_settlement(tmp_path):
+    class Says(Odd):
+        def route(self, query, pool):
+            return decision(details={"a": Once()})
+
+    async def work(gateway):
+        answer = await gateway.handle("chat", ASK)
+        await gateway.settled()
+        return answer.headers.get("x-route-bypassed")
+
+    assert run(tmp_path, Says(is_fast=True), work) is None
+
+
+@pytest.mark.parametrize("given", [None, 5, [], [5], [{}], [{"role": "user", "content": Unsayable()}]])
+def test_messages_that_are_none_are_not_sent(tmp_path, given):
+    class Prepares(Odd):
+        def prepare(self, query, model, messages, *, decision):
+            return given
+
+    async def work(gateway):
+        return (await gateway.handle("chat", ASK)).body
+
+    assert run(tmp_path, Prepares(is_fast=True), work)
+
+
+class Stubborn(Ends):
+    """Does not end when it is told to, until its test is over."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.released = threading.Event()
+
+    async def run(self, request, ask):
+        while not self.released.is_set():
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                continue
+        yield
+
+
+def test_a_program_that_does_not_end_holds_up_no_answer(tmp_path):
+    strategy = Stubborn()
+
+    async def work(gateway):
+        await gateway.reload(gateway.config.replace(deadline_s=0.3))
+        try:
+            async with asyncio.timeout(60):
+                reply = await gateway.handle("chat", ASK)
+        except ApiError as error:
+            return error.code
+        finally:
+            strategy.released.set()
+        return reply.headers["x-route-bypassed"]
+
+    assert run(tmp_path, strategy, work)
+
+
+def test_errands_that_never_end_are_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(errands, "ROUND_S", 0.05)
+
+    class Waits(Odd):
+        async def errands(self, errands):
+            await asyncio.Event().wait()
+
+    async def work(gateway):
+        await gateway.errands.once()
+        await gateway.errands.once()
+
+    strategy = Waits()
+    run(tmp_path, strategy, work)
+    assert strategy.upkept >= 2
+
+
+def test_errands_that_never_end_keep_no_other_strategy_from_its_rounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(errands, "EVERY_S", 0.02)
+
+    class Waits(Odd):
+        async def errands(self, errands):
+            await asyncio.Event().wait()
+
+    good = Odd()
+
+    async def main():
+        strategies = {"odd": Waits(), "good": good}
+        async with asyncio.timeout(60), Gateway(config(tmp_path), strategies=strategies):
+            await until_async(lambda: good.upkept >= 3)
+
+    asyncio.run(main())

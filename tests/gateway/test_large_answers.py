@@ -23,14 +23,17 @@ from waiting import until_async
 VECTORS = {
     "object": "list",
     "data": [
-        {"object": "embedding", "index": index, "embedding": [index + place / 7 for place in range(2000)]} for index in range(12)
+        {"object": "embedding", "index": index, "embedding": [index + place / 7 for place in range(2000)]}
+        for index in range(12)
     ],
     "usage": {"prompt_tokens": 12, "total_tokens": 12},
-}  # fmt: skip
+}
 LONG = {
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "naïve \\ " * 50_000}, "finish_reason": "stop"}],
+    "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "naïve \\ " * 50_000}, "finish_reason": "stop"}
+    ],
     "usage": {"prompt_tokens": 3, "completion_tokens": 7},
-}  # fmt: skip
+}
 EMBED = {"model": "small", "input": ["a"] * 12}
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
 
@@ -63,8 +66,9 @@ def against(tmp_path, answer, work, monkeypatch=None):
             made = OpenAI.Config(model="m", base_url=str(server.make_url("/v1")), key_env=None)
             config = GatewayConfig(
                 models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=made),)),),
-                store=str(tmp_path / "g.db"), require_key=False,
-            )  # fmt: skip
+                store=str(tmp_path / "g.db"),
+                require_key=False,
+            )
             async with Gateway(config) as gateway:
                 served = App(gateway).server()
                 listener = await asyncio.get_running_loop().create_server(served, "127.0.0.1", 0)

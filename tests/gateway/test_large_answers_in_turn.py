@@ -225,9 +225,11 @@ VECTOR = [0.125] * 1024
 DATA = [{"object": "embedding", "index": number, "embedding": VECTOR} for number in range(60)]
 EMBEDDED = {"object": "list", "model": "e", "data": DATA, "usage": {"prompt_tokens": 60, "total_tokens": 60}}
 SAID = {
-    "id": "x", "model": "m", "usage": {"prompt_tokens": 1, "completion_tokens": 100},
+    "id": "x",
+    "model": "m",
+    "usage": {"prompt_tokens": 1, "completion_tokens": 100},
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "word " * 80_000}, "finish_reason": "stop"}],
-}  # fmt: skip
+}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
 
 
@@ -244,11 +246,14 @@ def against(tmp_path, answer, work, *names, **fields):
             made = {"key_env": None, "base_url": str(server.make_url("/v1"))}
             config = GatewayConfig(
                 models=tuple(
-                    ModelConfig(name=name, deployments=(DeploymentConfig(provider=OpenAI.Config(model=name, **made), **fields),))
+                    ModelConfig(
+                        name=name, deployments=(DeploymentConfig(provider=OpenAI.Config(model=name, **made), **fields),)
+                    )
                     for name in names
                 ),
-                store=str(tmp_path / "g.db"), require_key=False,
-            )  # fmt: skip
+                store=str(tmp_path / "g.db"),
+                require_key=False,
+            )
             async with Gateway(config) as gateway:
                 pace(gateway)
                 return await work(gateway)

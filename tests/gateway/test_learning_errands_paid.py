@@ -35,10 +35,13 @@ def config(tmp_path, script, **fields):
     deployment = DeploymentConfig(provider=provider, timeout_s=0.05)
     fields = {"retries": RetryConfig(base_s=0.0), "lost": LostConfig(read_on_s=0), **fields}
     return GatewayConfig(
-        models=(ModelConfig(name="judge", price=PRICE, max_tokens=100, deployments=(deployment,)),), require_key=False,
-        store=str(tmp_path / "g.db"), strategies={"s": StrategyConfig(use="cheapest")}, default_strategy="s",
+        models=(ModelConfig(name="judge", price=PRICE, max_tokens=100, deployments=(deployment,)),),
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+        strategies={"s": StrategyConfig(use="cheapest")},
+        default_strategy="s",
         **{"learning": LearningConfig(judge="judge", budget_usd=1.0), **fields},
-    )  # fmt: skip
+    )
 
 
 def run(config, work, strategies=None):
@@ -101,9 +104,12 @@ def test_attempts_of_errands_do_not_pass_their_budget(tmp_path):
 
     learning = LearningConfig(judge="judge", budget_usd=(2 * MOST + 1) / 1e9)
     made = config(
-        tmp_path, ("hang",) * 9, learning=learning, retries=RetryConfig(attempts=3, base_s=0, budget=1),
+        tmp_path,
+        ("hang",) * 9,
+        learning=learning,
+        retries=RetryConfig(attempts=3, base_s=0, budget=1),
         breaker=BreakerConfig(failures=1000),
-    )  # fmt: skip
+    )
     _, [row], budget = run(made, work, {"s": Asks(None)})
     assert (row.attempts, row.status, row.cost_nano) == (2, "error", 2 * MOST)
     assert budget.spent_nano <= budget.limit_nano

@@ -180,9 +180,12 @@ def run(tmp_path, work, strategies=None, made=None, **fields):
     # A store makes no folder.
     tmp_path.mkdir(exist_ok=True)
     config = GatewayConfig(
-        models=(model("small"), model("large")), store=str(tmp_path / "g.db"), embedder=Hashed.Config(dim=8),
-        strategies=strategies or {"ucb": StrategyConfig(use="linucb", timeout_s=5.0)}, **fields,
-    )  # fmt: skip
+        models=(model("small"), model("large")),
+        store=str(tmp_path / "g.db"),
+        embedder=Hashed.Config(dim=8),
+        strategies=strategies or {"ucb": StrategyConfig(use="linucb", timeout_s=5.0)},
+        **fields,
+    )
 
     async def main():
         async with Gateway(config, strategies=made) as gateway:
@@ -428,9 +431,10 @@ deployments = [{{ provider = {{ kind = "mock", model = "{name}", reply = "so" }}
 
 def call(url, path, body=None, key=None):
     request = urllib.request.Request(
-        url + path, None if body is None else json.dumps(body).encode(),
+        url + path,
+        None if body is None else json.dumps(body).encode(),
         {"content-type": "application/json", "authorization": f"Bearer {key}"},
-    )  # fmt: skip
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(answer.headers), answer.read()
 
@@ -467,9 +471,11 @@ def test_a_hostile_key_cannot_steer_the_router_of_another(tmp_path, monkeypatch)
         assert not any(use(gateway.url, blue, "red", False) for _ in range(6))
         for _ in range(3):
             headers, _ = call(
-                gateway.url, "/v1/chat/completions",
-                {"model": "auto/red", "messages": [{"role": "user", "content": "add the numbers"}]}, red,
-            )  # fmt: skip
+                gateway.url,
+                "/v1/chat/completions",
+                {"model": "auto/red", "messages": [{"role": "user", "content": "add the numbers"}]},
+                red,
+            )
             assert headers["x-route-model"] == "small"
         with pytest.raises(urllib.error.HTTPError) as refused:
             call(gateway.url, "/v1/feedback", {"request_id": headers["x-request-id"], "score": 0}, blue)

@@ -6,6 +6,7 @@ import logging
 import signal
 import time
 import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,11 +39,13 @@ def outcomes(count, dim, seed=0):
     vector_ND = rng.standard_normal((count, dim)).astype(np.float32)
     return [
         Outcome(
-            query=Query(text=str(number), vector_D=vector_D), model=NAMES[number % 3 % 2], cost=float(rng.random()) / 100,
+            query=Query(text=str(number), vector_D=vector_D),
+            model=NAMES[number % 3 % 2],
+            cost=float(rng.random()) / 100,
             quality=None if number % 7 == 6 else float(rng.random()),
         )
         for number, vector_D in enumerate(vector_ND)
-    ]  # fmt: skip
+    ]
 
 
 def told(strategy, some):
@@ -398,9 +401,11 @@ def test_a_damaged_row_is_left_out_and_said(tmp_path, caplog, kind, damage):
             [(body,)] = await store.look(lambda connection: connection.rows("SELECT body FROM learned"))
             middle = len(body) // 2
             new = {
-                "cut": body[:middle], "empty": b"", "odd": b"\xff" * 20,
+                "cut": body[:middle],
+                "empty": b"",
+                "odd": b"\xff" * 20,
                 "flipped": body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :],
-            }[damage]  # fmt: skip
+            }[damage]
             await store.change(lambda connection: connection.run("UPDATE learned SET body = :body", body=new))
 
     known = run(learn)
@@ -440,9 +445,7 @@ def test_nothing_is_written_while_nothing_is_learned_and_a_store_that_cannot_wri
 
 def test_a_row_is_written_only_by_who_has_read_those_of_others(url):
     def row(writer, version=1, body=b"x"):
-        return learned.LearnedRow(
-            strategy="s", made="m", writer=writer, kind="k", version=version, ts_us=1, body=body
-        )  # fmt: skip
+        return learned.LearnedRow(strategy="s", made="m", writer=writer, kind="k", version=version, ts_us=1, body=body)
 
     async def work():
         async with open_store(url) as store:
@@ -459,9 +462,16 @@ def test_a_row_is_written_only_by_who_has_read_those_of_others(url):
             found = await store.look(lambda connection: learned.read_learned(connection, "s", "m"))
             assert [(one.writer, one.version, one.body) for one in found] == [("a", 2, b"y"), ("b", 2, b"x")]
             for writer in ("a", "b", "b"):
-                await store.change(
-                    lambda connection: learned.leave_learned(connection, "s", "m", writer, b"+".join, 9)  # noqa: B023
-                )
+                leaving = await store.look(lambda connection: learned.read_leaving(connection, "s", "m", writer))  # noqa: B023
+                if all(one.writer != writer for one in leaving):
+                    # Gone already.
+                    continue
+                body = b"+".join(one.body for one in leaving)
+                stale = [replace(one, version=one.version + 1) for one in leaving]
+                for rows, is_left in ((stale, False), (leaving, True), (leaving, True)):
+                    assert is_left == await store.change(
+                        lambda connection: learned.leave_learned(connection, rows, writer, body, 9)  # noqa: B023
+                    )
             [left] = await store.look(lambda connection: learned.read_learned(connection, "s", "m"))
             assert (left.writer, left.version, left.body, left.ts_us) == ("", 4, b"x+y", 9)
             await store.change(lambda connection: learned.delete_before(connection, "s", 10))

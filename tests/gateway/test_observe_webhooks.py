@@ -218,10 +218,12 @@ class Due:
     async def look(self, work):
         self.looks += 1
         return [
-            alerts.Alert(id=f"{name}{number}", period="month", ts_us=1, body={"webhook": name, "budget": {"subject": "a"}})
+            alerts.Alert(
+                id=f"{name}{number}", period="month", ts_us=1, body={"webhook": name, "budget": {"subject": "a"}}
+            )
             for name, many in self.many.items()
             for number in range(many)
-        ]  # fmt: skip
+        ]
 
     async def change(self, work):
         return True

@@ -474,8 +474,9 @@ def test_fields_that_change_a_price_go_where_they_have_one_and_are_refused_elsew
             ("claude", "tools[0].max_uses", {"tools": [FETCH]}),
             # It holds no tools of Claude to anything.
             ("rich", "tools[0].max_uses", {"tools": [SEARCH], "max_tool_calls": 1}),
-            ("rich", "max_tool_calls", {"tools": [{"type": "web_search"}]}), ("rich", "max_tool_calls", {"tools": [{"type": "mcp"}]}),
-        ):  # fmt: skip
+            ("rich", "max_tool_calls", {"tools": [{"type": "web_search"}]}),
+            ("rich", "max_tool_calls", {"tools": [{"type": "mcp"}]}),
+        ):
             error = await refused(gateway, model=model, **asked)
             assert (error.status, error.code, error.param) == (400, "unpriced", field)
             assert f"{field} must say how often the tool may be used at most" in str(error)

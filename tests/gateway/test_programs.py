@@ -32,7 +32,7 @@ from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.store import LedgerQuery
 from anabranch.gateway.store_outcomes import scored_requests
-from anabranch.routers import Answered, Arm, Done, Program, ProgramRequest, Said, Step
+from anabranch.routers import Answered, Arm, Done, Program, ProgramRequest, Said, Shown, Step
 from anabranch.routers.contract.query import Candidate, Decision, Model, Pool, Query
 from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.api_error import ApiError
@@ -191,8 +191,10 @@ def test_a_program_answers_through_http_whole_and_as_a_stream(tmp_path):
     # Each call has a row, and the usage is that of all.
     calls, request = rows[:3], rows[3]
     assert [(call.purpose, call.model, call.parent_id) for call in calls] == [
-        ("draft", "small", request.request_id), ("draft", "large", request.request_id), ("answer", "large", request.request_id)
-    ]  # fmt: skip
+        ("draft", "small", request.request_id),
+        ("draft", "large", request.request_id),
+        ("answer", "large", request.request_id),
+    ]
     assert whole["usage"]["completion_tokens"] == sum(call.completion_tokens for call in calls) == 9
     assert (request.model, request.attempts, request.cost_nano, request.calls, request.strategy) == (
         "large", 0, 0, 3, "prog"
@@ -211,15 +213,73 @@ def test_a_program_answers_through_http_whole_and_as_a_stream(tmp_path):
     assert program.closed == 2
 
 
+async def shows(request, ask):
+    """Shows what it thinks before it says anything, and between two pieces."""
+    yield Shown("thought", {"text": "musing", "turn": 1})
+    yield Step("worked", {})
+    yield Said("So ")
+    yield Shown("thought", {"text": "ah", "turn": 2})
+    yield Said("be it")
+    yield Done(model="small")
+
+
+def test_what_a_program_shows_stands_beside_its_answer(tmp_path):
+    async def work(gateway):
+        async with through_http(gateway) as session:
+            async with session.post("/v1/chat/completions", json=ask()) as reply:
+                whole = json.loads(await reply.text())
+            async with session.post("/v1/chat/completions", json=ask(stream=True)) as reply:
+                text = await reply.read()
+            body = {"model": "auto/prog", "input": "hello", "stream": True}
+            async with session.post("/v1/responses", json=body) as reply:
+                response = (await reply.read()).decode()
+            body = {"model": "auto/prog", "messages": ask()["messages"], "max_tokens": 9, "stream": True}
+            async with session.post("/v1/messages", json=body) as reply:
+                message = (await reply.read()).decode()
+        return whole, text, response, message
+
+    (whole, text, response, message), rows, _ = run(config(tmp_path), work, shows)
+    wanted = [{"text": "musing", "turn": 1, "event": "thought"}, {"text": "ah", "turn": 2, "event": "thought"}]
+    assert whole["trace"] == wanted
+    assert whole["choices"][0]["message"]["content"] == "So be it"
+    chunks = list(read_data(text))
+    assert [chunk["trace"] for chunk in chunks if "trace" in chunk] == wanted
+    assert all(chunk["choices"] == [] for chunk in chunks if "trace" in chunk)
+    # In the order in which it happened, behind the chunk that names the role.
+    order = ["trace" if "trace" in one else one["choices"][0]["delta"].get("content", "") for one in chunks]
+    assert order == ["", "trace", "So ", "trace", "be it", ""]
+    assert assembled(chunks, "chat")["choices"][0]["message"]["content"] == "So be it"
+    # Other forms of answer have no place for it.
+    for form in (response, message):
+        assert "be it" in form
+        assert "musing" not in form
+    assert len(rows) == 4
+
+
+def test_what_is_shown_is_in_no_trace_that_is_kept(tmp_path):
+    async def work(gateway):
+        operator, _ = await gateway.store.create_key("op", is_admin=True)
+        async with through_http(gateway, operator) as session:
+            await (await session.post("/v1/chat/completions", json=ask())).read()
+            async with session.get("/admin/decisions") as reply:
+                return await reply.text()
+
+    told, _, _ = run(config(tmp_path), work, shows)
+    assert "worked" in told
+    assert "musing" not in told
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_consistency_answers_through_http(tmp_path, streams):
     """Samples of small agree; then they do not, and large says its answer as it comes."""
     fields = {"samples": 3, "models": ("small", "large"), "threshold": 0.6, "max_tokens": 8}
     made = config(
-        tmp_path, model("small", reply="The answer is 4", script=("ok", "500", "ok", "ok", "500", "500")),
-        model("large", LARGE, reply="It is 5"), strategies={"prog": StrategyConfig(use="consistency", fields=fields)},
+        tmp_path,
+        model("small", reply="The answer is 4", script=("ok", "500", "ok", "ok", "500", "500")),
+        model("large", LARGE, reply="It is 5"),
+        strategies={"prog": StrategyConfig(use="consistency", fields=fields)},
         default_strategy=None,
-    )  # fmt: skip
+    )
 
     async def work(gateway):
         async with through_http(gateway) as session:
@@ -244,14 +304,16 @@ def test_log_probabilities_are_asked_for_by_the_gateway_itself(tmp_path, streams
     """Nobody asked for any: before, nothing could be measured then, and every question went on to large."""
     fields = {"models": ("sure", "unsure", "large"), "threshold": -0.5}
     made = config(
-        tmp_path, model("sure", reply="It is 4", logprob=-0.1), model("unsure", reply="It may be 4", logprob=-2.0),
+        tmp_path,
+        model("sure", reply="It is 4", logprob=-0.1),
+        model("unsure", reply="It may be 4", logprob=-2.0),
         model("large", LARGE, reply="It is 5"),
         strategies={
             "prog": StrategyConfig(use="logprob", fields=fields),
             "other": StrategyConfig(use="logprob", fields={**fields, "models": ("unsure", "large")}),
         },
         default_strategy=None,
-    )  # fmt: skip
+    )
 
     async def work(gateway):
         async with through_http(gateway) as session:
@@ -435,9 +497,11 @@ def test_what_a_program_that_failed_had_held_is_there_for_the_answer(tmp_path):
 
     # Of the call 12 tokens of prompt and 50 of an answer; it waits to try again, and has cost nothing.
     made = config(
-        tmp_path, model("small", script=("500",)), limits=LimitsConfig(request_usd=112_000 / 1e9),
+        tmp_path,
+        model("small", script=("500",)),
+        limits=LimitsConfig(request_usd=112_000 / 1e9),
         retries=RetryConfig(base_s=600.0, cap_s=600.0),
-    )  # fmt: skip
+    )
     bypassed, rows, _ = run(made, work, work_of)
     assert bypassed == "RuntimeError in the program"
     assert [row.status for row in rows] == ["cancelled", "ok"]
@@ -733,11 +797,12 @@ def test_the_stream_of_a_program_is_its_answer(pieces, rest, message, reason):
     [
         ((), "ended without an answer"),
         ((Step("a"),), "ended without an answer"),
-        (("text",), "yields str; it may yield Said, Step and Done"),
+        (("text",), "yields str; it may yield Said, Shown, Step and Done"),
         ((Said(5),), "yields Said"),
         ((Done(message={"content": 5}),), "content must be text, or None"),
         ((Done(message={"content": "a", "x": float("nan")}),), "not ready for JSON"),
         ((Step("a", {"x": object()}),), "facts of the program's step 'a' are not ready for JSON"),
+        ((Shown("a", {"x": float("nan")}),), "facts of the program's event 'a' are not ready for JSON"),
         ((Done(message={"content": "a"}, model="gpt"),), "names 'gpt', which is not in the pool"),
     ],
 )

@@ -23,8 +23,9 @@ def test_the_category_of_a_prompt_is_told(tmp_path):
     config = GatewayConfig(
         models=tuple(ModelConfig(name=name, price=Price(), deployments=one) for name, one in deployed.items()),
         strategies={"coe": StrategyConfig(router=str(tmp_path / "coe.safetensors"), timeout_s=5.0)},
-        require_key=False, store=str(tmp_path / "g.db"),
-    )  # fmt: skip
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+    )
 
     async def work():
         async with Gateway(config) as gateway:

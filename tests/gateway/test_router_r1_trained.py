@@ -37,7 +37,7 @@ ASKS = "Somebody who is putting an answer together"
 def router(tmp_path_factory):
     out = tmp_path_factory.mktemp("router") / "run"
     made = router_training("router-r1", samples=64, settings=LEARNED)
-    assert warm_up(made.warm, out) == "finished"
+    assert warm_up(made.warm, out).status == "finished"
     trainer = Trainer(made.run, out, model=warm_model(out))
     try:
         trainer.fit()

@@ -80,9 +80,12 @@ def served(tmp_path, work):
         for name, dollars in (("small", 1), ("middle", 5), ("large", 10))
     )
     config = GatewayConfig(
-        models=models, store=str(tmp_path / "g.db"), embedder=Hashed.Config(dim=64), log=LogConfig(prompts=True),
+        models=models,
+        store=str(tmp_path / "g.db"),
+        embedder=Hashed.Config(dim=64),
+        log=LogConfig(prompts=True),
         strategies={"ic": StrategyConfig(use="ic_cache", timeout_s=5.0), "cheapest": StrategyConfig(use="cheapest")},
-    )  # fmt: skip
+    )
 
     async def main():
         async with Gateway(config, strategies={"ic": strategy}) as gateway, aiohttp.ClientSession() as session:

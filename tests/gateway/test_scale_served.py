@@ -98,6 +98,10 @@ def server(tmp_path_factory):
             '[strategies.one]\nkind = "scale"\nsystem1 = "small"\nsystem2 = "small"\nsettings2 = { reasoning_effort = "high" }\n'
             'decomposer = { kind = "prompt", k = 1 }\nrule = { kind = "top_fraction", fraction = 1.0 }\nassessor = { kind = "constant" }\n'
         )
+        strategies += (
+            '[strategies.several]\nkind = "scale"\ndecomposer = { kind = "identity" }\nrule = { kind = "threshold", tau = -1.0 }\n'
+            "samples2 = 5\nbatch2 = 2\n"
+        )
         strategies += '[strategies.router-r1]\nkind = "router_r1"\nabout = { large = "knows a" }\n'
         config = folder / "gateway.toml"
         config.write_text(top + models + strategies)
@@ -238,8 +242,10 @@ def test_router_r1_asks_over_rounds_and_gives_its_answer(client, server, streams
     )
     assert (said, reason, headers["x-route-model"]) == ("a is four", "stop", "small")
     assert [(step["step"], step.get("action")) for step in trace] == [
-        ("turn", "route: large"), ("turn", "answer"), ("totals", None)
-    ]  # fmt: skip
+        ("turn", "route: large"),
+        ("turn", "answer"),
+        ("totals", None),
+    ]
     rows.sort(key=lambda row: int(row["request_id"].rpartition(".")[2]))
     assert [(row["purpose"], row["model"]) for row in rows] == [
         ("route", "small"),
@@ -259,6 +265,23 @@ def test_a_router_that_never_acts_is_stood_in_for(client, server):
         {"step": "direct", "why": "the router gave no answer"}
     ]
     assert len(rows) == 6
+
+
+def test_a_senders_dollars_are_of_all_of_it(client, server):
+    """With none nobody is asked, nor what stands in for a program; with two cents not the large model, which may cost sixteen."""
+    before = max((row["ts_us"] for row in admin(server, "GET", "ledger?limit=1")["rows"]), default=0)
+    with pytest.raises(openai.RateLimitError) as caught:
+        ask(client, server, "What is a?", model="auto/router-r1?usd=0")
+    assert "a request may cost $0.00 in all (usd)" in str(caught.value)
+    assert not [
+        row for row in admin(server, "GET", "ledger?limit=20")["rows"] if row["ts_us"] > before and row["cost_nano"]
+    ]
+    question = "What is a? router:mute"
+    said, _, _, trace, rows, headers = ask(client, server, question, model="auto/router-r1?usd=0.02")
+    assert (said.endswith(r"\boxed{small}"), headers["x-route-model"]) == (True, "small")
+    assert {"step": "failed", "model": "large", "error": "LimitError"} in trace
+    assert {row["model"] for row in rows} == {"small"}
+    assert sum(row["cost_nano"] for row in rows) <= 20_000_000
 
 
 def test_neither_system_answers(client, server):
@@ -296,8 +319,10 @@ def test_as_a_library_over_the_official_client(server, make, tmp_path):
     rows = sorted(rows, key=lambda row: row["ts_us"])[: trace.totals.all.calls]
     totals = trace.totals.all
     assert (totals.calls, totals.prompt, totals.completion) == (
-        11, sum(row["prompt_tokens"] for row in rows), sum(row["completion_tokens"] for row in rows)
-    )  # fmt: skip
+        11,
+        sum(row["prompt_tokens"] for row in rows),
+        sum(row["completion_tokens"] for row in rows),
+    )
     assert totals.cost == pytest.approx(sum(row["cost_nano"] for row in rows) / 1e9)
 
 
@@ -310,3 +335,16 @@ def test_a_config_that_is_none_is_told_before_it_serves(tmp_path, capsys):
     path.write_text(json.dumps({"models": [model], "store": str(tmp_path / "g.db"), "strategies": strategies}))
     assert main(["gateway", "serve", "--check", "--config", str(path)]) == 2
     assert "did you mean 'threshold'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hard_step_has_several_answers_each_of_which_is_in_the_ledger(client, server, stream):
+    """All say the same, so that the vote is decided by four, of two at a time."""
+    said, usage, reason, trace, rows, _ = ask(client, server, "What is a?", model="auto/several", stream=stream)
+    assert said == r"large did it \boxed{large}"
+    assert reason == "stop"
+    [step] = [one for one in trace if one["step"] == "step"]
+    assert (step["system"], step["samples"], step["agreed"], step["stopped"]) == (2, 4, 4, "agreement")
+    assert [row["model"] for row in rows].count("large") == 4
+    assert sum(row["completion_tokens"] for row in rows) == usage.completion_tokens == totals_of(trace)[0]
+    assert totals_of(trace)[2] == len(rows)

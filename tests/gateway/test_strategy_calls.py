@@ -186,9 +186,11 @@ def test_rows_of_calls_by_hand(tmp_path):
     ]
     large = 10_000 + 3 * 20_000
     assert [(call.purpose, call.model, call.deployment, call.cost_nano) for call in calls] == [
-        ("draft", "small", "small", COST), ("route", "large", "large", large), ("judge", "small", "small", COST),
+        ("draft", "small", "small", COST),
+        ("route", "large", "large", large),
         ("judge", "small", "small", COST),
-    ]  # fmt: skip
+        ("judge", "small", "small", COST),
+    ]
     assert [(call.prompt_tokens, call.completion_tokens) for call in calls] == [(1, 2), (1, 3), (1, 2), (1, 2)]
     for call in calls:
         assert (call.status, call.attempts, call.strategy, call.requested) == ("ok", 1, "asks", call.model)
@@ -198,11 +200,15 @@ def test_rows_of_calls_by_hand(tmp_path):
     assert (request.cost_nano, request.calls, request.calls_nano) == (COST_ANSWER, 4, 3 * COST + large)
     assert request.total_nano == COST_ANSWER + 3 * COST + large
     assert {name: (one.cost_nano, one.requests, one.calls) for name, one in by_purpose.items()} == {
-        "": (COST_ANSWER, 1, 0), "draft": (COST, 0, 1), "route": (large, 0, 1), "judge": (2 * COST, 0, 2),
-    }  # fmt: skip
+        "": (COST_ANSWER, 1, 0),
+        "draft": (COST, 0, 1),
+        "route": (large, 0, 1),
+        "judge": (2 * COST, 0, 2),
+    }
     assert {name: (one.cost_nano, one.requests, one.calls) for name, one in by_model.items()} == {
-        "small": (COST_ANSWER + 3 * COST, 1, 3), "large": (large, 0, 1),
-    }  # fmt: skip
+        "small": (COST_ANSWER + 3 * COST, 1, 3),
+        "large": (large, 0, 1),
+    }
     assert 'anabranch_strategy_calls_total{model="small",purpose="judge",status="ok"} 2.0' in metrics
     assert f'anabranch_spend_nano_dollars_total{{model="large",strategy="asks"}} {large:.1f}' in metrics
     assert 'anabranch_attempts_total{deployment="large",outcome="ok"} 1.0' in metrics
@@ -227,8 +233,10 @@ def test_what_a_strategy_asks_is_no_cost_of_the_model_that_it_chose(tmp_path):
     cost, _, _ = run(config(tmp_path), work, decides)
     whole = pytest.approx(dollars(COST_ANSWER + 10 * COST))
     assert cost == {
-        ("model", "small"): pytest.approx(dollars(COST_ANSWER)), ("strategy", "asks"): whole, ("live", "all traffic"): whole
-    }  # fmt: skip
+        ("model", "small"): pytest.approx(dollars(COST_ANSWER)),
+        ("strategy", "asks"): whole,
+        ("live", "all traffic"): whole,
+    }
 
 
 def test_a_strategy_that_dies_in_the_middle_leaves_nothing(tmp_path):
@@ -274,8 +282,10 @@ def test_what_a_strategy_that_died_had_held_is_there_for_the_answer(tmp_path):
     made = config(tmp_path, model("small", script=("500", "500")), retries=RetryConfig(base_s=600.0, cap_s=600.0))
     _, rows, _ = run(made, work, decides)
     assert [(row.status, row.attempts, row.cost_nano) for row in rows] == [
-        ("cancelled", 1, 0), ("cancelled", 1, 0), ("ok", 1, COST_ANSWER)
-    ]  # fmt: skip
+        ("cancelled", 1, 0),
+        ("cancelled", 1, 0),
+        ("ok", 1, COST_ANSWER),
+    ]
 
 
 def test_a_call_that_outlives_the_answer_ends_with_it_and_is_charged(tmp_path):
@@ -416,8 +426,9 @@ def test_a_stream_is_judged_and_paid_for_alike(tmp_path, streams):
 
 ASKED = st.lists(
     st.lists(st.tuples(st.sampled_from(["small", "large"]), st.integers(1, 60), st.integers(0, 4)), max_size=6),
-    min_size=2, max_size=10,
-)  # fmt: skip
+    min_size=2,
+    max_size=10,
+)
 
 
 @settings(max_examples=6, deadline=None)
@@ -658,9 +669,12 @@ def test_self_consistency_through_http(tmp_path):
     says = "The answer is 4"
     steps = ("ok",) * 4 + ("ok", "500", "500", "500")
     made = config(
-        tmp_path, model("small", reply=says, script=steps), model("large", Price.of_dollars(10, 20), reply=says),
-        strategies=strategies, default_strategy=None,
-    )  # fmt: skip
+        tmp_path,
+        model("small", reply=says, script=steps),
+        model("large", Price.of_dollars(10, 20), reply=says),
+        strategies=strategies,
+        default_strategy=None,
+    )
     made = made.replace(retries=made.retries.replace(attempts=1))
 
     async def work(gateway):
@@ -695,8 +709,11 @@ def test_self_consistency_through_http(tmp_path):
     first_rows, second_rows = rows[:5], rows[5:]
     assert [(row.purpose, row.status) for row in first_rows] == [("draft", "ok")] * 4 + [("", "ok")]
     assert sorted((row.purpose, row.model, row.status) for row in second_rows) == [
-        ("", "large", "ok"), ("answer", "large", "ok"), *[("draft", "", "error")] * 3, ("draft", "small", "ok")
-    ]  # fmt: skip
+        ("", "large", "ok"),
+        ("answer", "large", "ok"),
+        *[("draft", "", "error")] * 3,
+        ("draft", "small", "ok"),
+    ]
     assert 'anabranch_strategy_calls_total{model="small",purpose="draft",status="ok"} 5.0' in found.metrics
     assert 'anabranch_strategy_calls_total{model="small",purpose="draft",status="error"} 3.0' in found.metrics
     assert 'anabranch_strategy_calls_total{model="large",purpose="answer",status="ok"} 1.0' in found.metrics

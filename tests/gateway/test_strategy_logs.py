@@ -16,13 +16,15 @@ def one_answer_each(data, seed=0):
     )
     part = {name: np.where(known_NM, getattr(data, name), np.nan) for name in ("score_NM", "cost_NM", "latency_NM")}
     return replace(
-        data, **part, tokens_NM2=np.where(known_NM[..., None], data.tokens_NM2, np.nan),
+        data,
+        **part,
+        tokens_NM2=np.where(known_NM[..., None], data.tokens_NM2, np.nan),
         answers=tuple(
             {name: text for name, text in answers.items() if known_NM[row, data.models.index(name)]}
             for row, answers in enumerate(data.answers)
         ),
         signals={name: np.where(known_NM, value_NM, np.nan) for name, value_NM in data.signals.items()},
-    )  # fmt: skip
+    )
 
 
 LOG, TEST = one_answer_each(made_outcomes(300)), made_outcomes(300, seed=5)

@@ -170,8 +170,10 @@ def test_no_text_is_made_of_nothing(completion, num_bytes, echoes, told):
     assert tally.is_told(True) == told
     usage = tally.counted(True)
     assert (usage.prompt, usage.completion, usage.is_estimated) == (
-        5, completion if told else num_bytes // 4, not told,
-    )  # fmt: skip
+        5,
+        completion if told else num_bytes // 4,
+        not told,
+    )
 
 
 def text_of(added):

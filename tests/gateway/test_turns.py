@@ -19,7 +19,8 @@ from anabranch.gateway.http import exchange
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store.limits import RateLimits
-from anabranch.web.turns import Turns, UnusualError, plainly_awaited
+from anabranch.web import turns as turns_module
+from anabranch.web.turns import Turns, UnusualError, in_task, plainly_awaited
 from odd_errors import UNUSUAL, PanicError
 
 
@@ -247,3 +248,61 @@ def test_whoever_awaits_may_be_cancelled_as_ever():
         return task.cancelled()
 
     assert asyncio.run(main())
+
+
+def test_what_is_cancelled_is_told_once_and_may_tidy_up():
+    done = []
+
+    async def tidies_up():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            # Longer than it takes to lose patience, and within its time.
+            await asyncio.sleep(0.7)
+            done.append(asyncio.current_task().cancelling())
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            await in_task(tidies_up, 0.01)
+        waiting = asyncio.ensure_future(in_task(tidies_up))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+    asyncio.run(main())
+    assert done == [1, 1]
+
+
+def test_work_in_a_task_of_its_own_neither_cancels_nor_holds_up_whoever_waits(monkeypatch):
+    monkeypatch.setattr(turns_module, "GRACE_S", 0.01)
+    released = []
+
+    async def cancels_itself():
+        asyncio.current_task().cancel()
+        await asyncio.sleep(0)
+
+    async def stubborn():
+        while not released:
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                continue
+
+    async def main():
+        with pytest.raises(UnusualError):
+            await in_task(cancels_itself)
+        with pytest.raises(TimeoutError):
+            await in_task(stubborn, 0.01)
+        waiting = asyncio.ensure_future(in_task(stubborn))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        async with asyncio.timeout(60):
+            await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        released.append(True)
+        async with asyncio.timeout(60):
+            while turns_module._lingering:
+                await asyncio.sleep(0.01)
+        return await in_task(lambda: asyncio.sleep(0, "goes on"), 60)
+
+    assert asyncio.run(main()) == "goes on"

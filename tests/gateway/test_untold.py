@@ -77,9 +77,12 @@ async def serving(tmp_path, handler, price=PRICE, most=100, thinks=False, stops=
     provider = OpenAI.Config(model="m", base_url=url, key_env=None)
     deployments = (DeploymentConfig(provider=provider, stops_when_closed=stops, first_token_timeout_s=first_s),)
     made = GatewayConfig(
-        models=(ModelConfig(name="m", price=price, max_tokens=most, thinks=thinks, deployments=deployments),), require_key=False,
-        strategies={"cheapest": StrategyConfig(use="cheapest")}, store=str(tmp_path / "g.db"), **fields,
-    )  # fmt: skip
+        models=(ModelConfig(name="m", price=price, max_tokens=most, thinks=thinks, deployments=deployments),),
+        require_key=False,
+        strategies={"cheapest": StrategyConfig(use="cheapest")},
+        store=str(tmp_path / "g.db"),
+        **fields,
+    )
     try:
         async with Gateway(made) as gateway:
             yield gateway
@@ -216,9 +219,12 @@ def test_a_dropped_stream_is_charged_a_token_for_each_byte(tmp_path):
 def test_an_event_of_which_half_has_come_counts(tmp_path):
     half = sse(chunk("x" * 500))[:-100]
     row = charged(
-        tmp_path, stream(chunk("a"), 0.2, sse(chunk("b")) + half, 1.0), lambda one: one["choices"][0]["delta"]["content"] == "b",
-        most=4_000, lost=LostConfig(margin_s=0.0),
-    )  # fmt: skip
+        tmp_path,
+        stream(chunk("a"), 0.2, sse(chunk("b")) + half, 1.0),
+        lambda one: one["choices"][0]["delta"]["content"] == "b",
+        most=4_000,
+        lost=LostConfig(margin_s=0.0),
+    )
     assert 400 <= row.completion_tokens < 4_000
 
 
@@ -325,9 +331,7 @@ GOES_ON = (chunk("word "), 0.2, *[chunk("word ")] * 9, chunk("", "stop"))
 def test_a_stream_that_is_left_is_read_on_where_its_provider_does_not_stop(tmp_path, stops, read_on, tokens):
     """3,000 were billed, 1,091 charged (S2 of R20c)."""
     handler = stream(*GOES_ON, {"choices": [], "usage": FULL}, b"data: [DONE]\n\n")
-    row = charged(
-        tmp_path, handler, seen, most=4_000, stops=stops, lost=LostConfig(read_on=read_on, margin_s=0.1)
-    )  # fmt: skip
+    row = charged(tmp_path, handler, seen, most=4_000, stops=stops, lost=LostConfig(read_on=read_on, margin_s=0.1))
     assert row.status == "cancelled"
     if tokens is None:
         assert row.is_estimated

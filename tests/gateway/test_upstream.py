@@ -156,7 +156,7 @@ def test_a_character_cut_in_half_is_whole_again():
         ((b"HTTP/1.1 302 Found\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n",), "garbage"),
         ((b"HTTP/1.1 307 Found\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n",), "garbage"),
     ],
-)  # fmt: skip
+)
 def test_upstreams_that_break_the_rules(pieces, kind):
     async def work():
         async with raw(*pieces) as url:

@@ -49,9 +49,11 @@ def opened(rate, *parts, asked=None, model="gpt-4o", thinks=None, stops=True):
     clock, charged = SimpleNamespace(now=1.0), []
     ends = SimpleNamespace(lost=lambda live, attempt, failure, usage: charged.append(usage))
     run = SimpleNamespace(
-        dispatcher=SimpleNamespace(now=lambda: clock.now), began=0.0, ends=ends,
+        dispatcher=SimpleNamespace(now=lambda: clock.now),
+        began=0.0,
+        ends=ends,
         rules=SimpleNamespace(margin_s=MARGIN_S, bytes_per_token=1.0),
-    )  # fmt: skip
+    )
     live = SimpleNamespace(
         speed=OutputSpeed("m", rate),
         deployment=SimpleNamespace(thinks=thinks),

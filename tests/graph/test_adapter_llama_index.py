@@ -26,11 +26,14 @@ ROWS = np.random.default_rng(0).normal(size=(60, 5))
 def nodes(count=40):
     return [
         TextNode(
-            id_=f"n{number}", text=f"text {number}", metadata={"number": number, "kind": "ab"[number % 2]}, embedding=ROWS[number].tolist(),
+            id_=f"n{number}",
+            text=f"text {number}",
+            metadata={"number": number, "kind": "ab"[number % 2]},
+            embedding=ROWS[number].tolist(),
             relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=f"doc{number % 4}")},
         )
         for number in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def made():

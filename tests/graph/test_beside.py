@@ -4,6 +4,7 @@ import ast
 import errno
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -437,3 +438,26 @@ def test_what_a_killed_write_of_parts_left_is_of_the_run(tmp_path):
     ]
     remove_parts(tmp_path, ["chunk-1.anb"])
     assert [file.name for file in tmp_path.iterdir()] == [".chunk-1.anb.unfinished-backup"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_lock_that_is_given_back_is_free_though_a_forked_process_lives(tmp_path):
+    """The child has the same open file: it held the lock on until its end, and must not give it back before."""
+    lock = FolderLock(tmp_path / "x.live")
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        # What it has of the lock ends here, and not what its parent has.
+        os.close(write)
+        lock.release()
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        os.close(read)
+        with pytest.raises(DataError, match="is written by another process"):
+            FolderLock(tmp_path / "x.live")
+        lock.release()
+        FolderLock(tmp_path / "x.live").release(clean=True)
+    finally:
+        os.close(write)
+        os.waitpid(child, 0)

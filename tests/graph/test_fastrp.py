@@ -877,11 +877,14 @@ def test_arrays_of_another_width_than_the_model_s_are_a_damaged_file(tmp_path, n
     else:
         one = arrays[name]
         arrays[name] = {
-            "wide": lambda: np.concatenate([one, one], axis=-1), "narrow": lambda: one[..., :-1],
-            "flat": lambda: one.reshape(-1) if one.ndim > 1 else one.reshape(-1, 1), "text": lambda: one.astype("U4"),
+            "wide": lambda: np.concatenate([one, one], axis=-1),
+            "narrow": lambda: one[..., :-1],
+            "flat": lambda: one.reshape(-1) if one.ndim > 1 else one.reshape(-1, 1),
+            "text": lambda: one.astype("U4"),
             # Other types of the same kind, which no kernel is made for.
-            "half": lambda: one.astype(f"{one.dtype.kind}2"), "long": lambda: one.astype(np.longdouble),
-        }[change]()  # fmt: skip
+            "half": lambda: one.astype(f"{one.dtype.kind}2"),
+            "long": lambda: one.astype(np.longdouble),
+        }[change]()
     write_arrays(path, "fastrp", arrays, meta)
     if name == "num_random" and change not in ("wide", "narrow", "flat"):
         # It says the same.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import networkx
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -261,7 +262,7 @@ def test_awkward_names_come_back(tmp_path):
         assert read_graph(tmp_path / f"g.{ending}").difference(graph) is None
     plain = Graph.from_edges([0], [1], names=["x", "y"])
     write_graph(plain, tmp_path / "g.edges")
-    assert (tmp_path / "g.edges").read_text() == "# anabranch graph: 2 nodes, undirected\nx\ty\n"
+    assert (tmp_path / "g.edges").read_text() == "# anabranch graph: 2 nodes by name, undirected\nx\ty\n"
 
 
 def test_other_readers_read_what_is_written(tmp_path):
@@ -615,9 +616,12 @@ def test_torch_tensors(graph):
     assert from_torch(tensor).difference(expected) is None
     assert from_torch(tensor.to(torch.bfloat16)).difference(expected) is None
     csr = types.SimpleNamespace(
-        layout="torch.sparse_csr", shape=matrix.shape, col_indices=lambda: graph.indices.copy(),
-        crow_indices=lambda: graph.indptr, values=lambda: matrix.data,
-    )  # fmt: skip
+        layout="torch.sparse_csr",
+        shape=matrix.shape,
+        col_indices=lambda: graph.indices.copy(),
+        crow_indices=lambda: graph.indptr,
+        values=lambda: matrix.data,
+    )
     assert from_torch(csr).difference(expected) is None
 
 
@@ -699,3 +703,184 @@ def test_no_memory_for_what_fits_no_limit_is_told(tmp_path, monkeypatch):
     path.write_text("1 2\n")
     with pytest.raises(CapacityError, match=r"e.txt does not fit into memory \(1 edges so far\); give `memory_limit`"):
         read_graph(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        # A first one tells that all are text, and 007 and 7 are two.
+        ("source,target\n007,7\n7,8\n", ["007", "7", "8"]),
+        ("007 7\n7 8\n", ["007", "7", "8"]),
+        ("source,target\n0,5\n5,60\n", [0, 5, 60]),
+    ],
+)
+def test_ids_that_begin_with_zeros_are_text(tmp_path, text, names):
+    (tmp_path / "e.csv").write_text(text)
+    assert read_graph(tmp_path / "e.csv").names.tolist() == names
+
+
+def test_zeros_below_whole_numbers_are_told(tmp_path):
+    """00501 and 501 were one node."""
+    path = tmp_path / "e.csv"
+    path.write_text("source,target\n10001,10002\n501,10001\n10002,00501\n")
+    with pytest.raises(DataError, match=r"line 4: the target '00501' begins with 0, .*ids='text' .*ids='numbers'"):
+        read_graph(path)
+    assert read_graph(path, ids="text").num_nodes == 4
+    assert read_graph(path, ids="numbers").num_nodes == 10003
+
+
+def test_rows_below_names_may_begin_as_comments_do(tmp_path):
+    """Rows of hashtags were lost without a word."""
+    path = tmp_path / "e.csv"
+    path.write_text(
+        '# of today\nsource,target\n#python,#ai\n# a note, by ann\n##x,y\n%a,"#ai,b"\n#python,#ai,#ml\nann,#ai\n'
+    )
+    graph = read_graph(path, directed=True)
+    assert edges_of(graph) == {("#python", "#ai"), ("%a", "#ai,b"), ("ann", "#ai")}
+    # Whoever says what comments begin with is believed.
+    assert edges_of(read_graph(path, directed=True, comment="#")) == {("%a", "#ai,b"), ("ann", "#ai")}
+    with pytest.raises(DataError, match=r"line [1-9]: "):
+        read_graph(path, comment="")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("ann,bob\n#ml,#ai\n", 2),
+        ("#python,#ai\n#ai,#ml\nann,#ai\n", 1),
+        ("#python,ai\nann,bob\n", 1),
+        ("ann\tbob\n# a\tb\n##a\tb\n%x\ty\n", 4),
+    ],
+)
+def test_lines_of_which_nobody_can_tell_if_they_are_rows_are_refused(tmp_path, text, line):
+    path = tmp_path / "e.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"line {line}: a comment, or a row"):
+        read_graph(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # As SNAP writes them, and Konect.
+        "# Directed graph: x.txt\n# Nodes: 3 Edges: 2\n# FromNodeId\tToNodeId\n5\t6\n6\t7\n",
+        "#from\tto\n5\t6\n6\t7\n",
+        "% sym unweighted\n5 6\n#a b\n6 7\n",
+        "5,6\n# a, b\n6,7\n",
+        # Where ids are numbers no node is called so.
+        "5,6\n#3,4\n6,7\n",
+        "#nodes,5\n#edges,7\n5,6\n6,7\n",
+        "#created,2020\n#author,ann\nsource,target\n5,6\n#3,4\n6,7\n",
+    ],
+)
+def test_comments_are_left_out(tmp_path, text):
+    (tmp_path / "e.txt").write_text(text)
+    assert edges_of(read_graph(tmp_path / "e.txt", directed=True)) == {(5, 6), (6, 7)}
+
+
+def test_comments_that_somebody_says_are_left_out(tmp_path):
+    (tmp_path / "e.csv").write_text("#a,b\n#c,d\nann,bob\n#bob,cy\n")
+    assert edges_of(read_graph(tmp_path / "e.csv", directed=True, comment="#")) == {("ann", "bob")}
+
+
+def test_nodes_of_two_modes_are_no_names_of_columns(tmp_path):
+    """The first edge was lost: what stood behind : or in () was taken for a type."""
+    for first in ("u:1,v:7", "source:1,target:2", "from(a),to(b)", "Node 1,Node 2", "node-1,node-2", "v:2,u:1"):
+        (tmp_path / "e.csv").write_text(f"{first}\nu:2,v:7\nu:2,v:8\n")
+        assert read_graph(tmp_path / "e.csv", directed=True).num_edges == 3
+    for first, second in (("node1,node2", "node2,node3"), ("node_2,node_1", "node_3,node_4"), ("id1 id2", "id2 id3")):
+        (tmp_path / "e.csv").write_text(f"{first}\n{second}\n")
+        assert read_graph(tmp_path / "e.csv", directed=True).num_edges == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#,source,target\n1,5,6\n2,6,7\n",
+        "# weight source target\n1 5 6\n2 6 7\n",
+        "# an export\n#weight,from,to\n1,5,6\n2,6,7\n",
+        "No.,source,target\n1,5,6\n2,6,7\n",
+    ],
+)
+def test_a_comment_may_name_the_columns(tmp_path, text):
+    """The number of the row was an end."""
+    (tmp_path / "e.csv").write_text(text)
+    assert edges_of(read_graph(tmp_path / "e.csv", directed=True)) == {(5, 6), (6, 7)}
+
+
+def test_all_rows_below_names_may_begin_as_comments_do(tmp_path):
+    (tmp_path / "e.csv").write_text("source,target\n# of today\n#a,#b\n#b,#c\n")
+    assert edges_of(read_graph(tmp_path / "e.csv", directed=True)) == {("#a", "#b"), ("#b", "#c")}
+    (tmp_path / "e.csv").write_text("source,target\n# a, b\n")
+    with pytest.raises(DataError, match=r"holds no edges, only the header in line 1"):
+        read_graph(tmp_path / "e.csv")
+
+
+def edges_of(graph):
+    source, target, _ = graph.edges()
+    return set(zip(graph.names[source].tolist(), graph.names[target].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "edges", "parquet", "anb"])
+@pytest.mark.parametrize("names", [[5, 6, 7], [1, 2, 3], [-3, 5, 2**62], ["", "1.0", "ann"], ["007", "1e5", "nan"]])
+@pytest.mark.parametrize("weights", [None, [2.5, 1.5]])
+def test_graphs_whose_nodes_look_like_numbers_come_back(tmp_path, ending, names, weights):
+    """The file said how many nodes there are, and names of numbers were out of that range."""
+    graph = Graph.from_edges([0, 1], [1, 2], weights, names=names)
+    write_graph(graph, tmp_path / f"g.{ending}")
+    assert read_graph(tmp_path / f"g.{ending}").difference(graph) is None
+    assert from_table(to_table(graph)).difference(graph) is None
+
+
+@pytest.mark.parametrize("ending", [".gdf", ".gml", ".net", ".md", ".sql", ".json.gz"])
+def test_text_of_other_programs_is_no_list_of_edges(tmp_path, ending):
+    (tmp_path / f"g{ending}").write_text("nodedef>name VARCHAR,label VARCHAR\ns1,a\n")
+    with pytest.raises(DataError, match="are not read; those of anb, edges, "):
+        read_graph(tmp_path / f"g{ending}")
+    assert read_graph(tmp_path / f"g{ending}", format="edges").num_edges == 2
+
+
+def test_parquet_of_a_frame_has_its_index_first(tmp_path):
+    """It stands last in the file, and was passed over."""
+    frame = pd.DataFrame({"item": [2, 1, 4], "weight": [3, 4, 4], "user": [5, 9, 6]})
+    frame.set_index("user").to_parquet(tmp_path / "e.parquet")
+    assert edges_of(read_graph(tmp_path / "e.parquet", directed=True)) == {(5, 2), (9, 1), (6, 4)}
+    # It may call the edges, where two others may be the ends.
+    frame.rename(columns={"weight": "w2"}).set_index("user").to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(DataError, match=r"e\.parquet: which of its columns 'user', 'item', 'w2' are source and target"):
+        read_graph(tmp_path / "e.parquet")
+    # Whoever says numbers means those of the file.
+    assert edges_of(read_graph(tmp_path / "e.parquet", directed=True, source=0, target=1)) == {(2, 3), (1, 4), (4, 4)}
+
+
+def test_an_index_that_is_not_in_the_file_is_asked_for(tmp_path):
+    """pandas writes one of even steps as a note alone."""
+    frame = pd.DataFrame({"item": [2, 1], "w2": [3, 4]}, index=pd.RangeIndex(5, 9, 2, name="user"))
+    frame.to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(DataError, match=r"e\.parquet: its index 'user' is not among its columns.*reset_index"):
+        read_graph(tmp_path / "e.parquet")
+    # Where names say which are ends, it is none.
+    frame.set_axis(["source", "target"], axis=1).to_parquet(tmp_path / "e.parquet")
+    assert edges_of(read_graph(tmp_path / "e.parquet", directed=True)) == {(2, 3), (1, 4)}
+
+
+def test_a_matrix_in_parquet_is_no_table_of_edges(tmp_path):
+    names = ["ann", "bob", "cy"]
+    frame = pd.DataFrame(np.eye(3), index=names, columns=names)
+    frame.to_parquet(tmp_path / "m.parquet")
+    with pytest.raises(DataError, match=r"m\.parquet is a matrix"):
+        read_graph(tmp_path / "m.parquet")
+    with pytest.raises(DataError, match="the table is a matrix"):
+        from_table(frame)
+
+
+@pytest.mark.parametrize("text", ["person,source\nann,bob\n", "weight,sender\ncy,5\n", "to\tbe\nor\tnot\n"])
+def test_a_first_line_with_one_word_of_ends_is_asked_for(tmp_path, text):
+    """person and source were nodes, where other readers took them for names of columns."""
+    path = tmp_path / "e.tsv"
+    path.write_text(text)
+    with pytest.raises(
+        DataError, match=r"line 1: a row, or names of columns.* Begin the file with the line source,target"
+    ):
+        read_graph(path)
+    assert read_graph(path, header=False, weight=None).num_edges == 2

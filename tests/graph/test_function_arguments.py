@@ -54,10 +54,11 @@ def asked(calls, function, argument, value, monkeypatch):
 @pytest.mark.parametrize("function", ["read_graph", "write_graph", "brute_force", "most_similar", "load_dataset"])
 def test_hostile_values_are_refused_by_name_or_work(calls, function, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name, argument in calls:
-        if name == function:
-            for value in [*HOSTILE, *RAGGED]:
-                asked(calls, name, argument, value, monkeypatch)
+    arguments = [argument for name, argument in calls if name == function]
+    assert arguments
+    for argument in arguments:
+        for value in [*HOSTILE, *RAGGED]:
+            asked(calls, function, argument, value, monkeypatch)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

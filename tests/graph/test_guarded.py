@@ -130,7 +130,7 @@ SUITES = [
     ["powerwalk"],
     ["ppr", "ppr_blocks", "networkx_backend"],
     ["store", "alias", "array_file", "coerce", "delta", "random", "sparse", "typed", "generate"],
-    ["formats", "bad_input", "datasets", "file_fuzz", "header", "masks"],
+    ["formats", "bad_input", "datasets", "file_fuzz", "header", "masks", "table_columns"],
     ["fastrp", "products", "projection", "evaluate", "estimator"],
     ["fully_ppr", "fully_ppr_devices", "fully_ppr_estimates", "fully_ppr_rounds", "spark_workers"],
     ["graphvite", "graphvite_augmentation", "graphvite_blocks", "graphvite_train"],

@@ -95,9 +95,11 @@ def test_a_centre_is_given_up_where_another_is_far_better():
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @given(
-    st.integers(0, 1299), st.sampled_from([10.0, 1e3, 1e5, 1e9, 0.28 * MAX_LENGTH]),
-    st.lists(st.sampled_from([-1.0, 0.0, 1.0, 1e-3]), min_size=12, max_size=12).filter(any), st.integers(0, 2),
-)  # fmt: skip
+    st.integers(0, 1299),
+    st.sampled_from([10.0, 1e3, 1e5, 1e9, 0.28 * MAX_LENGTH]),
+    st.lists(st.sampled_from([-1.0, 0.0, 1.0, 1e-3]), min_size=12, max_size=12).filter(any),
+    st.integers(0, 2),
+)
 @settings(max_examples=2, deadline=None)
 def test_one_vector_of_any_length_harms_no_other(kind, metric, place, length, direction, cut):
     """Whichever it is of those that come, and however they are cut into calls: others are found as if it were none of the far ones."""

@@ -146,11 +146,10 @@ def test_shards_have_no_ids_after_the_largest():
 
 @pytest.mark.filterwarnings("ignore:row .* is shorter than", "ignore:row .* of vectors")
 @given(
-    st.lists(
-        st.lists(st.floats(-LARGEST, LARGEST, width=32), min_size=3, max_size=3), min_size=1, max_size=40
-    ),
-    st.sampled_from(DTYPES), st.sampled_from(["l2", "ip"]),
-)  # fmt: skip
+    st.lists(st.lists(st.floats(-LARGEST, LARGEST, width=32), min_size=3, max_size=3), min_size=1, max_size=40),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["l2", "ip"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_any_finite_vectors_are_found_or_refused(rows, dtype, metric):
     vectors = np.array(rows, np.float32)

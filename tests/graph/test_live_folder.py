@@ -187,9 +187,10 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(tmp_path, monkey
     own, calls = beside.fcntl.flock, []
 
     def removed(handle, how):
-        calls.append(handle)
-        if len(calls) == 1:
-            (tmp_path / "f" / "lock").unlink()
+        if how != beside.fcntl.LOCK_UN:
+            calls.append(handle)
+            if len(calls) == 1:
+                (tmp_path / "f" / "lock").unlink()
         own(handle, how)
 
     monkeypatch.setattr(beside.fcntl, "flock", removed)

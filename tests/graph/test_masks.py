@@ -95,7 +95,9 @@ DOORS = {
     "seeds": lambda bad: PageRank().personalized(GRAPH, bad(np.array([0, 1]))),
     "weights of seeds": lambda bad: PageRank().personalized(GRAPH, ([0, 1], bad(np.ones(2)))),
     "changes": lambda bad: with_changes(GRAPH, added=bad(EDGES)),
-    "changes, columns": lambda bad: with_changes(GRAPH, added=([0], [2], bad(np.ones(1)) if bad is filled else masked([1.0], 0))),
+    "changes, columns": lambda bad: with_changes(
+        GRAPH, added=([0], [2], bad(np.ones(1)) if bad is filled else masked([1.0], 0))
+    ),
     "names": lambda bad: Names(bad(np.array([5, 6]))),
     "features": lambda bad: FastRP(dim=8, features=bad(VECTORS[:4]), feature_ratio=0.5).fit(GRAPH),
     "predict": lambda bad: fitted().predict(bad(EDGES)),
@@ -108,7 +110,7 @@ DOORS = {
     "gains": lambda bad: ndcg(bad(np.ones(3)), 2),
     "typed": lambda bad: TypedGraph.from_pyg(hetero(bad(EDGES), np.ones(2))),
     "typed, weights": lambda bad: TypedGraph.from_pyg(hetero(EDGES, bad(np.ones(2)))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -548,8 +548,11 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "flipped").write_bytes(data)
     graph.save(tmp_path / "graph")
     for name, message in (
-        ("short", "truncated"), ("flipped", "checksum"), ("graph", "holds a graph"), ("none", "no such file"),
-    ):  # fmt: skip
+        ("short", "truncated"),
+        ("flipped", "checksum"),
+        ("graph", "holds a graph"),
+        ("none", "no such file"),
+    ):
         with pytest.raises(DataError, match=message):
             PowerWalk.load(tmp_path / name, graph)
 
@@ -701,9 +704,11 @@ def test_an_index_is_asked_and_changed_with_the_arguments_that_it_was_built_with
         before = one.get_params()
         one.set_params(**change)
         for ask in (
-            lambda one=one: one.query(3), lambda one=one: one.update(edges_added=([0], [15])),
-            lambda one=one: one.save(tmp_path / "x.anb"), lambda one=one: one.fingerprint(2),
-        ):  # fmt: skip
+            lambda one=one: one.query(3),
+            lambda one=one: one.update(edges_added=([0], [15])),
+            lambda one=one: one.save(tmp_path / "x.anb"),
+            lambda one=one: one.fingerprint(2),
+        ):
             with pytest.raises(InputError, match="when this PowerWalk was fitted; fit again, or set it back"):
                 ask()
         assert not (tmp_path / "x.anb").exists()

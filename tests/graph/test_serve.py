@@ -211,7 +211,7 @@ BAD = [
     ("ppr", {"queries": [{"seeds": 0, "k": 3}]}, 400, "invalid_request", "no field 'queries[0].k'"),
     ("ppr", {"queries": [{"seeds": 0}] * 5}, 400, "over_limit", "queries has 5 entries"),
     ("ppr", {"seeds": 0, "k": 9}, 400, "over_limit", "k is 9"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("path", "body", "status", "code", "message"), BAD)

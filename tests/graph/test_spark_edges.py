@@ -161,6 +161,17 @@ def test_what_write_graph_noted_counts(spark, tmp_path):
 
 @slow
 @with_spark
+def test_names_and_direction_that_write_graph_noted_count(spark, tmp_path):
+    write_graph(Graph.from_edges([0, 1], [1, 2], directed=True, names=[5, 6, 9]), tmp_path / "graph.parquet")
+    stored = fully_ppr(
+        tmp_path / "graph.parquet", engine="spark", spark=spark, out=tmp_path / "out", walks=40, alpha=0.5, sources=[5]
+    )
+    assert stored.num_nodes == 3
+    assert stored.facts["is_directed"]
+
+
+@slow
+@with_spark
 def test_bad_edges_are_named_and_leave_nothing(spark, tmp_path):
     def tried(match, kind, **columns):
         folder = tmp_path / "bad"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import BackendError, CapacityError, DataError, InputError
-from anabranch.graph import FastRP, Graph, PowerWalk
+from anabranch.graph import FastRP, Graph, PowerWalk, write_graph
 from anabranch.graph.counters import VANISH
 from anabranch.graph.fastrp.start import degree_scale
 from anabranch.graph.fastrp.stored import StoredVectors
@@ -34,6 +35,7 @@ from anabranch.graph.fully_ppr.from_edges import cut_rows, scores_table
 from anabranch.graph.fully_ppr.partitioned import records_from
 from anabranch.graph.fully_ppr.rounds import Rules, Schedule, run_rounds
 from anabranch.graph.ppr.rules import Transition
+from anabranch.graph.spark.edges import _note
 from anabranch.graph.spark.files import as_text, first_line, is_uri, why_unread
 from anabranch.graph.stored_folder import FACTS, WALKS
 from spark_graphs import random_edges
@@ -210,9 +212,11 @@ def embed(model, graph, buckets, tiles):
                 parts.append(partial_rows(entries, vectors, model.dim, model.dtype, buckets))
         rows = pa.concat_tables(parts)
         before = pa.concat_tables(
-            [total_rows(rows.filter(pa.array(np.asarray(rows["bucket"]) == bucket)), model.dim, model.dtype)
-             for bucket in np.unique(rows["bucket"])]
-        )  # fmt: skip
+            [
+                total_rows(rows.filter(pa.array(np.asarray(rows["bucket"]) == bucket)), model.dim, model.dtype)
+                for bucket in np.unique(rows["bucket"])
+            ]
+        )
         powers.append(before)
     found = []
     for bucket in range(buckets):
@@ -434,3 +438,17 @@ def test_without_pyspark_files_are_refused_in_one_line(monkeypatch, tmp_path):
 
 def test_an_index_keeps_no_engine(tmp_path):
     assert not {"engine", "spark", "partitions", "workers"} & set(PowerWalk().stored_params())
+
+
+@pytest.mark.parametrize(
+    ("names", "directed", "noted"),
+    [(None, True, (3, True)), (["a", "b", "c"], True, (None, True)), ([5, 6, 7], False, (None, False))],
+)
+def test_notes_of_local_files_tell_nodes_and_direction(tmp_path, names, directed, noted):
+    """A directed graph with names was read as an undirected one."""
+    write_graph(Graph.from_edges([0, 1], [1, 2], directed=directed, names=names), tmp_path / "g.parquet")
+    read = types.SimpleNamespace(inputFiles=lambda: [(tmp_path / "g.parquet").as_uri()])
+    assert _note(read) == noted
+    # Of several each knows its own alone, and files elsewhere are not opened for it.
+    assert _note(types.SimpleNamespace(inputFiles=lambda: [(tmp_path / "g.parquet").as_uri()] * 2)) is None
+    assert _note(types.SimpleNamespace(inputFiles=lambda: ["hdfs://there/g.parquet"])) is None

@@ -118,7 +118,10 @@ def test_of_heterogeneous_data():
     [
         (lambda: TypedGraph({}), "at least one relation"),
         (lambda: TypedGraph.from_edges(EDGES, weights={"cite": 1}), "no relation 'cite'; did you mean 'cites'"),
-        (lambda: TypedGraph.from_edges(EDGES, weights={"cites": -1}), "the weight -1; it must be a number of at least 0"),
+        (
+            lambda: TypedGraph.from_edges(EDGES, weights={"cites": -1}),
+            "the weight -1; it must be a number of at least 0",
+        ),
         (lambda: TypedGraph.from_edges(EDGES, weights={"cites": float("nan")}), "at least 0"),
         (lambda: TypedGraph.from_edges(EDGES, weights={"cites": 0, "wrote": 0}), "all relations have the weight 0"),
         (lambda: TypedGraph.from_edges(EDGES, share="nodes"), "share is 'nodes'"),
@@ -128,7 +131,7 @@ def test_of_heterogeneous_data():
         (lambda: TypedGraph({"a": Graph.from_edges([0], [1]), "b": Graph.from_edges([0], [2])}), "the same nodes"),
         (lambda: TypedGraph({"a": Graph.from_edges([0], [1], [-1.0], allow_negative=True)}), "negative edge weights"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit(make, message):
     with pytest.raises(InputError, match=message):
         make()

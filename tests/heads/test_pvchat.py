@@ -447,9 +447,12 @@ def test_pretraining_learns(tmp_path):
     config = Pretraining(model=SMALL, clips=12, wordings=1, steps=20, batch_size=6, learning_rate=5e-3, held_out=6)
     losses = []
     model, result = pretrain(
-        SUBJECTS[:5], tmp_path / "run", config, device="cpu",
+        SUBJECTS[:5],
+        tmp_path / "run",
+        config,
+        device="cpu",
         on_event=lambda stage, event: losses.append(event.values["loss"]) if event.kind == "step" else None,
-    )  # fmt: skip
+    )
     assert result.status == "finished"
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert model.vocabulary.names == NAMES

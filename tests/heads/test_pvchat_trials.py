@@ -1,6 +1,8 @@
 """Of N subjects, each learned from one drawing, which is it? Files of trials, odds, choices."""
 
 import json
+import os
+import signal
 import zipfile
 
 import pytest
@@ -12,6 +14,7 @@ pytest.importorskip("numba")
 from anabranch.errors import DataError, InputError
 from anabranch.heads.pvchat import (
     Composer,
+    Learned,
     Learning,
     OneShotSet,
     PVChat,
@@ -189,6 +192,25 @@ def test_a_copy_learns_and_chooses_by_the_mean_of_the_odds(base, runs, tmp_path,
         ways(base, trial, BANK, tmp_path / "out", FEW, resume=True)
 
 
+def test_learning_that_is_interrupted_says_by_which_signal(base, runs, tmp_path):
+    [trial] = read_trials(runs, only=["run02"])
+
+    sent = []
+
+    def stop(stage, event):
+        # Once: the second would end the process.
+        if not sent:
+            sent.append(stage)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    cut = ways(base, trial, BANK, tmp_path, FEW, clips=2, device="cpu", on_event=stop)
+    assert isinstance(cut, Learned)
+    assert (cut.is_finished, cut.signal) == (False, "SIGTERM")
+    assert not (tmp_path / "ways.json").exists()
+    whole = ways(base, trial, BANK, tmp_path, FEW, clips=2, device="cpu", resume=True)
+    assert whole == ways(base, trial, BANK, tmp_path / "other", FEW, clips=2, device="cpu")
+
+
 def test_the_same_seed_gives_the_same_choice(base, runs, tmp_path):
     [trial] = read_trials(runs, only=["run02"])
     one, two = (ways(base, trial, BANK, tmp_path / name, FEW, clips=2, device="cpu") for name in ("one", "two"))
@@ -197,5 +219,6 @@ def test_the_same_seed_gives_the_same_choice(base, runs, tmp_path):
 
 
 def test_the_nearest_drawing_knows_what_is_hardly_changed(runs):
-    for trial in read_trials(runs):
-        assert by_ink(trial) == trial.answer_N
+    trials = read_trials(runs)
+    assert trials
+    assert [by_ink(trial) for trial in trials] == [trial.answer_N for trial in trials]

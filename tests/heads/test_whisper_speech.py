@@ -7,7 +7,9 @@ are not there. Nothing of these packages is imported: their files are data.
 import hashlib
 import importlib.util
 import json
+import random
 import shutil
+import struct
 import subprocess
 import sys
 import wave
@@ -125,3 +127,33 @@ def test_heads_by_which_whisper_listens_are_turned_off_to_the_target(spoken, tmp
         assert layer["by_domain"].keys() == set(VOICES)
     assert report["words"] == len(VOICES) * sum(len(text.split()) for text in SENTENCES)
     assert report["word_error_rate"] < 0.4
+
+
+def test_it_writes_down_what_is_said_in_files_longer_than_it_hears(spoken, tmp_path, capsys):
+    """All sentences of a voice one after another, with a pause between; where nobody speaks nothing is written."""
+    from anabranch.cli.heads.speech import word_errors
+
+    model = weights()
+    parts, silence = [], bytes(2 * 22050)
+    for number in range(len(SENTENCES)):
+        with wave.open(str(spoken / VOICES[0] / f"{number:02}.wav"), "rb") as file:
+            assert file.getparams()[:3] == (1, 2, 22050)
+            parts += [file.readframes(file.getnframes()), silence]
+    noise = random.Random(0)
+    hiss = struct.pack("<176400h", *(noise.randint(-60, 60) for _ in range(8 * 22050)))
+    for name, held in (("talk", b"".join(parts)), ("silence", silence * 8), ("hiss", hiss)):
+        with wave.open(str(tmp_path / f"{name}.wav"), "wb") as file:
+            file.setparams((1, 2, 22050, 0, "NONE", ""))
+            file.writeframes(held)
+    made = told(
+        capsys, "heads", "transcribe", model, *(tmp_path / f"{name}.wav" for name in ("talk", "silence", "hiss")),
+        "--device", "cpu", "--quiet", "--json",
+    )  # fmt: skip
+    talk, *nothing = made["files"]
+    assert talk["seconds"] > 30
+    assert len(talk["pieces"]) >= 2
+    wrong, count = word_errors(" ".join(SENTENCES), talk["text"])
+    assert wrong / count < 0.4
+    for each in nothing:
+        assert each["text"] == ""
+        assert each["pieces"][0]["no_speech_probability"] > 0.6

@@ -325,8 +325,9 @@ def test_a_folder_with_the_name_of_a_new_file_goes_on_too(tmp_path, native, name
     convert(native, target, force=True)
     kept = name if name == "generation_config.json" else f"{name}.old1"
     assert {place: (target / kept / place).read_text() for place in ("a.txt", "deep/config.json")} == {
-        "a.txt": "a.txt", "deep/config.json": "deep/config.json",
-    }  # fmt: skip
+        "a.txt": "a.txt",
+        "deep/config.json": "deep/config.json",
+    }
     load_model(target)
 
 

@@ -41,7 +41,7 @@ def test_stored_forms():
     told = {row[0].strip("`"): row[1:] for row in rows("Weights in few bits")}
     assert told.keys() == {*METHODS, "mxfp4", *BLOCKS}
     for name, form in BLOCKS.items():
-        assert told[name] == ["GGUF", "kept" if form == "int8" else "rounded", "kept"]
+        assert told[name] == ["GGUF", "kept", "kept" if form == "int8" else "rounded", "kept"]
 
 
 def test_cuts_of_tokenizers():

@@ -59,8 +59,10 @@ def test_users_come_first_then_makers_then_the_usual(folder):
     say(folder, temperature=0.6, top_k=0, top_p=0.95, min_p=0.2)
     assert sampling_of(str(folder), asked, usual) == {"temperature": 0.6, "top_p": 0.95}
     assert sampling_of(str(folder), {**asked, "temperature": 0.0, "top_k": 3}, usual) == {
-        "temperature": 0.0, "top_k": 3, "top_p": 0.95,
-    }  # fmt: skip
+        "temperature": 0.0,
+        "top_k": 3,
+        "top_p": 0.95,
+    }
 
 
 def test_requests_take_them_where_they_say_nothing(folder):

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import itertools
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from anabranch.errors import BackendError, CheckpointError
 from anabranch.lm import SamplingConfig, convert, generate, load_config, load_model, save_model
 from anabranch.lm.gguf import GgufFile, half_split
 from anabranch.lm.gguf_tokenizer import _SPLITS
+from anabranch.lm.outline import outline, weight_bytes
 from anabranch.lm.quantized import load_quantized
 from anabranch.nn import Rotary, SelfAttention
-from anabranch.nn.quantize import QuantizedLinear, dequantize
-from gguf_files import DIM, HEADS, STORES, TEXT, bpe, interleaved, tiny, write
+from anabranch.nn.parted import PartedLinear
+from anabranch.nn.quantize import PackedEmbedding, QuantizedLinear, dequantize
+from gguf_files import DIM, HEADS, HIDDEN, STORES, TEXT, bpe, interleaved, tiny, write
 
 gguf = pytest.importorskip("gguf")
 
@@ -363,12 +367,24 @@ def test_smollm2_has_the_logits_and_the_tokens_of_transformers(smollm2):
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_blocks_stay_as_they_are_stored(kind, is_tied, tmp_path):
+@pytest.mark.parametrize("bits", ["int4", "stored"])
+def test_blocks_stay_as_they_are_stored(bits, kind, is_tied, tmp_path):
     attention = SelfAttention.Config(num_heads=HEADS, num_kv_heads=STORES, qkv_bias=True, out_bias=True)
     model = tiny(64, attention=attention, tie_embeddings=is_tied)
     path = write(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType[kind])
     plain, _ = load_model(path)
-    stored, _ = load_quantized(path, "int4")
+    stored, _ = load_quantized(path, bits)
+    if bits == "stored":
+        # The table too, and a head that it is has the same memory.
+        assert isinstance(stored.embedding, PackedEmbedding)
+        assert (stored.embedding.data.data_ptr() == stored.head.data.data_ptr()) == is_tied
+        assert torch.equal(stored.embedding(torch.arange(64)), plain.embedding.weight)
+        file = GgufFile(path)
+        blocks = sum(file.raw(name)[0].nbytes for name in file.names if file.kind(name) == kind)
+        # Where Q4_0 and Q8_0 have a scale for each block, ours has room for a minimum.
+        room = {"Q4_0": 20 / 18, "Q4_1": 1.0, "Q8_0": 36 / 34}[kind]
+        kept = {buffer.data_ptr(): buffer.nbytes for name, buffer in stored.named_buffers() if "data" in name}
+        assert sum(kept.values()) == blocks * room
     layers = [module for module in stored.modules() if isinstance(module, QuantizedLinear)]
     assert len(layers) == 9
     assert all(layer.packed.kind == ("int8" if kind == "Q8_0" else "int4") for layer in layers)
@@ -390,6 +406,121 @@ def test_blocks_are_saved_as_they_are_stored(kind, tmp_path):
     assert found.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
     assert torch.equal(logits(found), logits(wanted))
+
+
+def mixed(name):
+    """Rows of one matrix in several forms, in both matrices that have parts."""
+    forms = {"attn_q": "Q4_0", "attn_k": "Q4_0", "attn_v": "Q8_0", "ffn_gate": "Q4_1", "ffn_up": "Q8_0"}
+    part = name.split(".")[-2]
+    return gguf.GGMLQuantizationType[forms.get(part, "Q4_0")]
+
+
+@pytest.mark.parametrize("bits", ["int4", "stored"])
+def test_parts_of_several_forms_stay_each_in_its_own(bits, tmp_path, caplog):
+    attention = SelfAttention.Config(num_heads=HEADS, num_kv_heads=STORES, qkv_bias=True, out_bias=True)
+    path = write(tmp_path / "m.gguf", tiny(64, attention=attention), kind=mixed)
+    plain, _ = load_model(path)
+    stored, _ = load_quantized(path, bits)
+    assert [record for record in caplog.records if record.name == "anabranch.lm.quantized"] == []
+    layers = {name: module for name, module in stored.named_modules() if isinstance(module, PartedLinear)}
+    assert [name.rpartition(".")[2] for name in layers] == ["qkv", "w13"] * 2
+    for name, module in layers.items():
+        rows = [part.rows for part in module.parts]
+        assert [part.kind for part in module.parts] == ["int4", "int8"]
+        assert rows == ([DIM + DIM // 2, DIM // 2] if "qkv" in name else [HIDDEN, HIDDEN])
+    found = logits(stored)
+    assert (found - logits(plain)).norm() / found.norm() < 0.05
+    convert(path, tmp_path / "q", quantize="int4")
+    saved, _ = load_model(tmp_path / "q")
+    if bits == "int4":
+        assert torch.equal(logits(saved), found)
+    outlined = outline(path, bits=bits, dtype=torch.float32)
+    assert weight_bytes(outlined) == weight_bytes(stored)
+    assert weight_bytes(outline(tmp_path / "q", dtype=torch.float32)) == weight_bytes(saved)
+    for model in (stored, saved):
+        dequantize(model)
+        state = model.state_dict()
+        for name, tensor in plain.state_dict().items():
+            assert torch.equal(state[name], tensor), name
+
+
+def test_with_int8_parts_are_rounded_to_it(tmp_path):
+    path = write(tmp_path / "m.gguf", tiny(64), kind=mixed)
+    found, _ = load_quantized(path, "int8")
+    kinds = {module.packed.kind for module in found.modules() if isinstance(module, QuantizedLinear)}
+    assert kinds == {"int8"}
+    assert not any(isinstance(module, PartedLinear) for module in found.modules())
+
+
+def test_who_stands_beside_floating_point_is_told_apart(tmp_path, caplog):
+    """Values in F16 and an output in Q5_0: the queries and keys beside the values have a kernel, which is not what is missing."""
+
+    def kind(name):
+        form = "F16" if "attn_v" in name else "Q5_0" if "attn_output" in name else "Q4_0"
+        return gguf.GGMLQuantizationType[form]
+
+    load_quantized(write(tmp_path / "m.gguf", tiny(64), kind=kind), "stored")
+    (said,) = [record.message for record in caplog.records if record.name == "anabranch.lm.quantized"]
+    assert "6 tensors of" in said
+    assert "in Q5_0, which no kernel computes with where they stand, and Q4_0 in one matrix with others:" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.0.attention.qkv": ["int4"]}, "rows in its parts"),
+        ({"blocks.0.attention.qkv": ["int4", "int8", "int8"]}, "lacks blocks.0.attention.qkv.part2.panels"),
+        ({"blocks.0.attention.qkv": ["int4", "q9"]}, r"qkv is \['int4', 'q9'\]; the model has no such layer"),
+        ({"blocks.0.attention.qkv": []}, "rows in its parts"),
+        ({"blocks.0.attention.qkv": "int4"}, "lacks blocks.0.attention.qkv.number"),
+        ({"blocks.0.attention.out": ["int4", "int8"]}, "lacks blocks.0.attention.out.part0.panels"),
+        ({"blocks.0.attention.qkv": ["int8", "int8"]}, "its panels have"),
+    ],
+    ids=str,
+)
+def test_a_table_that_does_not_fit_the_parts(change, message, tmp_path):
+    convert(write(tmp_path / "m.gguf", tiny(64), kind=mixed), tmp_path / "q", quantize="int4")
+    said = json.loads((tmp_path / "q/config.json").read_text())
+    said["quantization"]["modules"] |= change
+    (tmp_path / "q/config.json").write_text(json.dumps(said))
+    for load in (load_model, outline):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / "q", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_no_kernel_takes_are_dequantised_and_told(dtype, tmp_path, caplog):
+    path = write(tmp_path / "m.gguf", tiny(64), kind=gguf.GGMLQuantizationType.Q5_0)
+    found, _ = load_quantized(path, "stored", dtype=dtype)
+    (said,) = [record.message for record in caplog.records if record.name == "anabranch.lm.quantized"]
+    assert re.fullmatch(
+        r"16 tensors of \S*m.gguf are stored in Q5_0, which no kernel computes with where they stand: 100% of the weights become \w+",
+        said,
+    )
+    assert said.endswith(str(dtype).removeprefix("torch."))
+    state, plain = found.state_dict(), load_model(path, dtype=dtype)[0].state_dict()
+    assert state.keys() == plain.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.items())
+
+
+def test_files_in_floating_point_are_told_nothing(tmp_path, caplog):
+    path = write(tmp_path / "m.gguf", tiny(64), kind=gguf.GGMLQuantizationType.F16)
+    found, _ = load_quantized(path, "stored")
+    state, plain = found.state_dict(), load_model(path)[0].state_dict()
+    assert state.keys() == plain.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.items())
+    assert [record for record in caplog.records if record.name == "anabranch.lm.quantized"] == []
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_used_as_it_is_stored_can_be_saved(dtype, is_tied, tmp_path):
+    path = write(tmp_path / "m.gguf", tiny(64, tie_embeddings=is_tied), kind=gguf.GGMLQuantizationType.Q8_0)
+    stored, _ = load_quantized(path, "stored", dtype=dtype)
+    save_model(tmp_path / "q", stored)
+    found, _ = load_model(tmp_path / "q")
+    assert found.embedding.weight.dtype == dtype
+    assert torch.equal(logits(found), logits(stored))
 
 
 def test_what_is_not_stored_in_bits_is_rounded(tmp_path):

@@ -13,12 +13,17 @@ from anabranch.errors import CheckpointError
 from anabranch.lm import convert, load_config, load_model
 from anabranch.lm.formats import FAMILIES
 from anabranch.lm.gguf import GgufFile
+from anabranch.lm.gguf_blocks import BLOCKS
+from anabranch.lm.gguf_file import part_files
+from anabranch.lm.outline import outline, weight_bytes
 from anabranch.lm.quantized import load_quantized
-from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize
+from anabranch.lm.seen_model import check_unchanged, see_model
+from anabranch.nn.parts import parts_of
+from anabranch.nn.quantize import FewBitLinear, QuantizedLinear, QuantizedPool, dequantize
 from anabranch.serving import LLM, Sampling
 from anabranch.serving.expertflow import load_offloaded
 from gguf_files import TEXT, bpe
-from gguf_made import COMMON, DIM, HEAD_DIM, HEADS, MADE, STORES, VOCAB, tensors_of, theirs, write
+from gguf_made import COMMON, DIM, HEAD_DIM, MADE, VOCAB, medium, tensors_of, theirs, with_blocks, write
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -162,6 +167,25 @@ def test_mxfp4_is_what_a_folder_has(tmp_path):
     torch.testing.assert_close(loaded.eval()(TOKENS).logits_BLV, model(TOKENS).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["MXFP4", "Q8_0", "Q4_0"])
+@torch.no_grad()
+def test_experts_with_biases_stay_as_they_are_stored(kind, tmp_path):
+    path = write(tmp_path / "m.gguf", theirs("gpt-oss"), "gpt-oss", kind=gguf.GGMLQuantizationType[kind])
+    plain, _ = load_model(path)
+    stored, _ = load_quantized(path, "stored")
+    pools = [module for module in stored.modules() if isinstance(module, QuantizedPool)]
+    form = {"MXFP4": "fp4", "Q8_0": "int8", "Q4_0": "int4"}[kind]
+    assert [{part.kind for part in pool.packed} for pool in pools] == [{form}] * 3
+    assert all(pool.activation == "clamped_swiglu" and pool.b13 is not None for pool in pools)
+    logits = plain.eval()(TOKENS).logits_BLV
+    # Activations are rounded, which changes a choice of experts now and then.
+    error_BL = (stored.eval()(TOKENS).logits_BLV - logits).norm(dim=-1) / logits.norm(dim=-1)
+    assert error_BL.median() < 0.1
+    dequantize(stored)
+    assert stored.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(stored.state_dict()[key], value) for key, value in plain.state_dict().items())
+
+
 def mxfp4(weight):
     kind = gguf.GGMLQuantizationType.MXFP4
     return torch.from_numpy(gguf.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind))
@@ -236,6 +260,91 @@ def test_experts_keep_the_blocks_that_are_stored(name, kind, tmp_path):
         assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
 
 
+# Of gates, ups and downs.
+MIXED = [("Q4_K", "Q6_K", "Q5_K"), ("Q6_K", "Q4_0", "Q4_0"), ("Q8_0", "MXFP4", "Q6_K"), ("Q4_1", "Q5_K", "Q8_0")]
+
+
+def mixture(path, kinds):
+    """A small mixture whose gates, ups and downs are stored so."""
+    parts = dict(zip(("gate", "up", "down"), kinds, strict=True))
+    return with_blocks(path, lambda name: next((kind for part, kind in parts.items() if f"ffn_{part}" in name), "Q4_0"))
+
+
+@pytest.mark.parametrize("bits", ["int4", "stored"])
+@pytest.mark.parametrize("kinds", MIXED, ids=" ".join)
+@torch.no_grad()
+def test_gates_and_ups_of_several_types_stay_each_in_its_own(kinds, bits, tmp_path, caplog):
+    path = mixture(tmp_path / "m.gguf", kinds)
+    plain, _ = load_model(path)
+    stored, _ = load_quantized(path, bits)
+    assert [record for record in caplog.records if record.name == "anabranch.lm.quantized"] == []
+    convert(path, tmp_path / "q", quantize="int4")
+    saved, _ = load_model(tmp_path / "q")
+    assert weight_bytes(outline(path, bits=bits, dtype=torch.float32)) == weight_bytes(stored)
+    assert weight_bytes(outline(tmp_path / "q", dtype=torch.float32)) == weight_bytes(saved)
+    tokens = torch.arange(12).view(1, 12)
+    given = saved.eval()(tokens).logits_BLV
+    if bits == "int4":
+        assert torch.equal(stored.eval()(tokens).logits_BLV, given)
+    whole = load_offloaded(tmp_path / "q", None)
+    with whole[2] as engine:
+        assert torch.equal(whole[0](tokens).logits_BLV, given)
+        budget = engine.layout.total_bytes // 3
+    part = load_offloaded(tmp_path / "q", budget)
+    with part[2]:
+        assert torch.equal(part[0](tokens).logits_BLV, given)
+    reader = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for model in (stored, saved):
+        pools = [module for module in model.modules() if isinstance(module, QuantizedPool)]
+        for layer, pool in enumerate(pools):
+            w13, w2 = pool.packed
+            assert [part.kind for part in parts_of(w13)] == [BLOCKS[kind] for kind in kinds[:2]]
+            assert w2.kind == BLOCKS[kinds[2]]
+            # As the gguf package has the numbers, exactly.
+            numbers = {
+                part: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+                for part in ("gate", "up", "down")
+                for tensor in [reader[f"blk.{layer}.ffn_{part}_exps.weight"]]
+            }
+            assert torch.equal(w13.unpack(), torch.cat((numbers["gate"], numbers["up"]), dim=1))
+            assert torch.equal(w2.unpack(), numbers["down"])
+        dequantize(model)
+        for key, value in plain.state_dict().items():
+            if model is stored or "experts" in key:
+                assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_with_int8_gates_and_ups_are_rounded_to_it(tmp_path):
+    found, _ = load_quantized(mixture(tmp_path / "m.gguf", MIXED[0]), "int8")
+    kinds = {part.kind for module in found.modules() if isinstance(module, QuantizedPool) for part in module.packed}
+    assert kinds == {"int8"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([["q4_k"], "q5_k"], "rows in its parts"),
+        ([["q4_k", "q6_k", "q6_k"], "q5_k"], r"lacks blocks\.0\.feed_forward\.experts\.w13\.part2\.panels"),
+        ([["q4_k", "q9"], "q5_k"], "the model has no such layer"),
+        ([[], "q5_k"], "rows in its parts"),
+        (["q4_k", "q5_k"], r"lacks blocks\.0\.feed_forward\.experts\.w13\.panels"),
+        ([["q6_k", "q6_k"], "q5_k"], "its panels have"),
+        ([["q4_k", "q6_k"], ["q5_k", "q5_k"]], r"lacks blocks\.0\.feed_forward\.experts\.w2\.part0\.panels"),
+        ([[["q4_k"]], "q5_k"], "the model has no such layer"),
+        ([[3, None], "q5_k"], "the model has no such layer"),
+    ],
+    ids=str,
+)
+def test_a_table_that_does_not_fit_gates_and_ups(change, message, tmp_path):
+    convert(mixture(tmp_path / "m.gguf", MIXED[0]), tmp_path / "q", quantize="int4")
+    said = json.loads((tmp_path / "q/config.json").read_text())
+    said["quantization"]["modules"]["blocks.0.feed_forward.experts"] = change
+    (tmp_path / "q/config.json").write_text(json.dumps(said))
+    for load in (load_model, outline, lambda path, dtype: load_offloaded(path, None, dtype=dtype)):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / "q", dtype=torch.float32)
+
+
 def test_the_gguf_package_dequantises_the_same(tmp_path):
     path = write(tmp_path / "m.gguf", theirs("qwen3moe"), "qwen3moe", kind=gguf.GGMLQuantizationType.Q4_1)
     file = GgufFile(path)
@@ -282,64 +391,21 @@ def test_routing_that_no_family_has_is_refused(field, value, message, tmp_path):
 # -- K types, which the package reads and does not write: blocks of random bytes
 
 
-def random_blocks(shape, kind, seed):
-    """Blocks whose scales make weights of about 0.05."""
-    size, low = {"Q4_K": (144, 4), "Q5_K": (176, 4), "Q6_K": (210, -2)}[kind]
-    draw = np.random.default_rng(seed)
-    blocks = draw.integers(0, 256, (int(np.prod(shape)) // 256, size), dtype=np.uint8)
-    # Of q6_k they are multiplied by signed bytes.
-    least = 2e-6 if kind == "Q6_K" else 2e-5
-    scale = draw.uniform(least, 10 * least, (len(blocks), 2)).astype(np.float16).view(np.uint8)
-    blocks[:, slice(0, low) if low > 0 else slice(low, None)] = scale[:, : abs(low)]
-    return blocks.reshape(*shape[:-1], -1)
-
-
-def with_blocks(path, kinds):
-    """A small Mixtral whose matrices are of 256 columns and stored as ``kinds`` says of a name."""
-    config = transformers.MixtralConfig(
-        **COMMON | {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 3}
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in {
-        "block_count": 2, "context_length": 64, "embedding_length": 256, "attention.head_count": HEADS,
-        "attention.head_count_kv": STORES, "feed_forward_length": 256, "expert_count": 3, "expert_used_count": 2,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for number, (name, array) in enumerate(tensors_of(model, "llama")):
-        kind = None if array.ndim == 1 or "gate_inp" in name else kinds(name)
-        if kind is None:
-            writer.add_tensor(name, np.ascontiguousarray(array))
-        else:
-            type_ = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(name, random_blocks(array.shape, kind, number), raw_dtype=type_)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def medium(name):
-    """As llama.cpp mixes them in Q4_K_M."""
-    return "Q6_K" if name.startswith("output") or "attn_v" in name or "ffn_down" in name else "Q4_K"
-
-
 @pytest.mark.parametrize("kinds", [lambda name: "Q4_K", lambda name: "Q5_K", lambda name: "Q6_K", medium])
 def test_superblocks_stay_as_they_are_stored(kinds, tmp_path):
     path = with_blocks(tmp_path / "m.gguf", kinds)
     plain, _ = load_model(path)
     stored, _ = load_quantized(path, "int4")
     found = {
-        name: module for name, module in stored.named_modules() if isinstance(module, QuantizedLinear | QuantizedPool)
+        name: module for name, module in stored.named_modules() if isinstance(module, FewBitLinear | QuantizedPool)
     }
     assert len(found) == 2 * 3 + 1
     for name, module in found.items():
-        packed = module.packed if isinstance(module, QuantizedPool) else (module.packed,)
         if "qkv" in name and kinds is medium:
-            assert packed[0].kind == "int8"  # of two kinds, so of neither
+            # Queries and keys, then values.
+            assert [(part.rows, part.kind) for part in module.parts] == [(256 + 128, "q4_k"), (128, "q6_k")]
             continue
+        packed = module.packed if isinstance(module, QuantizedPool) else (module.packed,)
         names = {"head": ("output.weight",), "out": ("attn_output",), "experts": ("ffn_gate", "ffn_down")}
         wanted = [kinds(part).lower() for part in names.get(name.rpartition(".")[2], ("attn_q",))]
         assert [part.kind for part in packed] == wanted
@@ -357,8 +423,7 @@ def test_superblocks_stay_as_they_are_stored(kinds, tmp_path):
             assert torch.equal(offloaded(token_BL).logits_BLV, saved.eval()(token_BL).logits_BLV)
     dequantize(saved)
     for key, value in plain.state_dict().items():
-        if kinds is not medium or "qkv" not in key:
-            assert torch.equal(saved.state_dict()[key], value), key
+        assert torch.equal(saved.state_dict()[key], value), key
 
 
 def test_an_engine_runs_superblocks(tmp_path):
@@ -396,6 +461,31 @@ def test_all_parts_of_a_split_file_are_read(parts):
     assert all(torch.equal(whole[key], split[key]) for key in whole)
 
 
+def test_all_parts_of_a_split_file_are_told(parts):
+    assert part_files(parts[0]) == parts
+    seen = see_model(parts[0])
+    assert [one.path for one in seen.files] == [str(path) for path in parts]
+    # Another quantization of the model, and a file whose name is none of a part.
+    (parts[0].with_name("m-Q8_0.gguf")).write_bytes(b"GGUF")
+    check_unchanged(seen, parts[0])
+    for path in parts:
+        seen, whole = see_model(parts[0]), path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=f"{path} is another file"):
+            check_unchanged(seen, parts[0])
+        assert see_model(parts[0]).content != seen.content
+        path.write_bytes(whole)
+    seen = see_model(parts[0])
+    parts[2].unlink()
+    with pytest.raises(CheckpointError, match=f"{parts[2]} is another file"):
+        check_unchanged(seen, parts[0])
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m-00001-of-99999.gguf", "m-1-of-3.gguf", "m-00001-of-00001.gguf"])
+def test_a_file_that_has_no_other_parts_is_alone(name, tmp_path):
+    assert part_files(tmp_path / name) == [tmp_path / name]
+
+
 def test_parts_that_are_missing_or_not_the_first_are_told(parts):
     with pytest.raises(CheckpointError, match=r"is part 2 of 3; give the first, .*m-00001-of-00003.gguf"):
         load_model(parts[1])
@@ -414,12 +504,33 @@ def test_parts_that_are_missing_or_not_the_first_are_told(parts):
     second = parts[1].read_bytes()
     at = second.index(key) + len(key)
     parts[2].write_bytes(second[:at] + (2).to_bytes(2, "little") + second[at + 2 :])
-    with pytest.raises(CheckpointError, match=r"the 3 parts of .* hold 'blk.* more than once; copy them again"):
+    with pytest.raises(
+        CheckpointError, match=r"the 3 parts of .* hold 'blk.* more than once; copy or convert the model again"
+    ):
         load_model(parts[0])
     parts[2].write_bytes(last)
     parts[0].rename(parts[0].with_name("first.gguf"))
     with pytest.raises(CheckpointError, match=r"names must end in -00001-of-00003.gguf"):
         load_model(parts[0].with_name("first.gguf"))
+
+
+def test_a_file_that_holds_a_tensor_twice_is_refused(tmp_path):
+    """Nobody knows which of the two was meant."""
+
+    def extra(writer):
+        write_header = writer.write_header_to_file
+
+        def late(*args, **kwargs):
+            writer.add_tensor("output_norm.weigh?", np.full(256, 9.0, np.float32))
+            return write_header(*args, **kwargs)
+
+        writer.write_header_to_file = late
+
+    path = with_blocks(tmp_path / "m.gguf", lambda name: None, layers=1, extra=extra)
+    path.write_bytes(path.read_bytes().replace(b"output_norm.weigh?", b"output_norm.weight"))
+    for load in (load_model, load_config):
+        with pytest.raises(CheckpointError, match=r"m\.gguf holds 'output_norm\.weight' more than once"):
+            load(path)
 
 
 # -- through the front door

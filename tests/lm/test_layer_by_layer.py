@@ -13,8 +13,8 @@ import torch
 
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, convert, save_model
-from anabranch.lm import quantized as rounding
 from anabranch.lm.quantized import load_quantized
+from anabranch.lm.quantized_layers import Layers
 from anabranch.lm.shards import Later, write_file, write_tensors
 from anabranch.lm.tensors import open_tensors
 from anabranch.nn import MoE, SelfAttention
@@ -38,7 +38,7 @@ def test_what_was_written_is_let_go_before_the_next_layer_is_made(plain, monkeyp
     gc.collect()
     gc.freeze()
     for name in ("_pool", "_linear"):
-        was = getattr(rounding._Layers, name)
+        was = getattr(Layers, name)
 
         def watched(self, *arguments, was=was):
             gc.collect()
@@ -47,7 +47,7 @@ def test_what_was_written_is_let_go_before_the_next_layer_is_made(plain, monkeyp
             made.append(weakref.ref(layer))
             return layer
 
-        monkeypatch.setattr(rounding._Layers, name, watched)
+        monkeypatch.setattr(Layers, name, watched)
     convert(plain, plain.parent / "q", quantize="int4")
     assert len(made) == 3 * 3 + 1  # qkv, out and a pool of each layer, and the head
     assert max(alive) <= 1
@@ -70,8 +70,11 @@ def test_rows_are_rounded_the_same_however_many_at_once(monkeypatch, at_once, ki
 
 def test_tensors_made_when_they_are_written(tmp_path):
     tensors = {
-        "a": torch.arange(5000.0), "b": torch.arange(7, dtype=torch.uint8), "c": torch.ones(3, 2).half(), "e": torch.zeros(0),
-    }  # fmt: skip
+        "a": torch.arange(5000.0),
+        "b": torch.arange(7, dtype=torch.uint8),
+        "c": torch.ones(3, 2).half(),
+        "e": torch.zeros(0),
+    }
     calls = []
 
     def make(*names):

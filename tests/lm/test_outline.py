@@ -7,7 +7,7 @@ from anabranch.data import ByteTokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, convert, export_huggingface, load_model, save_model
-from anabranch.lm.outline import outline, stored_bits, weight_bytes
+from anabranch.lm.outline import outline, weight_bytes
 from anabranch.lm.quantized import load_quantized
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 
@@ -81,15 +81,26 @@ def test_folders_that_are_saved_in_few_bits(name, bits, dtype, tmp_path):
         outline(tmp_path / "q", bits=other, dtype=dtype)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("kind", ["F16", "Q4_1", "Q8_0"])
-def test_gguf_files(kind, bits, tmp_path):
+@pytest.mark.parametrize("bits", [*BITS, "stored"])
+@pytest.mark.parametrize("kind", ["F16", "Q4_1", "Q8_0", "Q5_0"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_gguf_files(is_tied, kind, bits, tmp_path):
     files = pytest.importorskip("gguf_files")
-    model = files.tiny(300, tie_embeddings=True)
+    model = files.tiny(300, tie_embeddings=is_tied)
     path = tmp_path / "m.gguf"
     files.write(path, model, kind=files.gguf.GGMLQuantizationType[kind])
     check(path, bits, torch.float32)
-    assert stored_bits(path) == (None if kind == "F16" else "int4")
+    if bits == "stored" and kind in ("F16", "Q5_0"):
+        assert weight_bytes(outline(path, bits=bits, dtype=torch.float32)) == weight_bytes(loaded(path, None, None))
+
+
+@pytest.mark.parametrize("name", ["tied", "moe"])
+def test_folders_that_have_nothing_to_keep_are_as_they_are(name, tmp_path):
+    save_model(tmp_path / "m", MODELS[name](), ByteTokenizer())
+    export_huggingface(tmp_path / "hf", MODELS[name](), None)
+    convert(tmp_path / "m", tmp_path / "q", "native", quantize="int4")
+    for place in ("m", "hf", "q"):
+        check(tmp_path / place, "stored", torch.bfloat16)
 
 
 def test_config_json_is_enough_where_all_is_rounded_here(tmp_path):

@@ -1,7 +1,9 @@
 """Quantised models on disk: loaded they are, to the bit, what quantising at load gives; and what does not fit is said."""
 
+import gc
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +29,7 @@ from anabranch.lm.shards import MAX_SHARD_BYTES
 from anabranch.nn import Dense, MoE, SelfAttention, SwiGLU
 from anabranch.nn.kernels import load as load_kernels
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantize
-from anabranch.serving import LLM, Sampling
+from anabranch.serving import LLM, Sampling, ServingConfig
 from anabranch.serving.elasticmoe.layout import layout_of
 from anabranch.serving.expertflow import load_offloaded
 from anabranch.serving.expertflow.native_mover import NativeMover
@@ -377,3 +379,56 @@ def test_folders_of_before_are_the_same_model(name, bits, group, tmp_path):
 def test_devices_do_not_map_it(folder):
     with pytest.raises(ConfigError, match="saved in fewer bits, and devices map experts in floating point"):
         layout_of(folder)
+
+
+# -- pools lie in the file as they are computed with
+
+
+def regions_of(path):
+    """What is mapped of a file."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+
+
+@pytest.fixture
+def pools(tmp_path):
+    """A folder of a mixture in int4, and the model."""
+    model = decoder(MoE.Config(num_experts=4, hidden_dim=32))
+    quantize(model, "int4")
+    save_model(tmp_path / "q", model, ByteTokenizer())
+    return tmp_path / "q", model.eval()
+
+
+needs_maps = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc to look at")
+
+
+@needs_maps
+@torch.no_grad()
+def test_pools_are_read_and_what_becomes_of_the_folder_does_not_reach_them(pools):
+    folder, model = pools
+    file, token_BL = folder / "model.safetensors", torch.arange(20).view(1, 20)
+    wanted, stored = model(token_BL).logits_BLV, file.read_bytes()
+    found = load_model(folder)[0].eval()
+    held = [module for module in found.modules() if isinstance(module, QuantizedPool)]
+    assert len(held) == 2
+    assert regions_of(file) == []
+    assert torch.equal(found(token_BL).logits_BLV, wanted)
+    # Written to in memory alone.
+    before = held[0].data13.clone()
+    held[0].data13.zero_()
+    assert file.read_bytes() == stored
+    held[0].data13.copy_(before)
+    # Shortened, and written anew where it is.
+    for become in (stored[:4096], bytes(len(stored))):
+        file.write_bytes(become)
+        assert torch.equal(found(token_BL).logits_BLV, wanted)
+
+
+@needs_maps
+def test_an_engine_has_its_own_memory_and_lets_go_of_the_file(pools):
+    if load_kernels() is None:
+        pytest.skip("no compiler")
+    folder, _ = pools
+    engine, _ = ServingConfig(model=str(folder), num_blocks=8, process=False).load()
+    gc.collect()
+    assert regions_of(folder / "model.safetensors") == []
+    assert any(isinstance(module, QuantizedPool) for module in engine.runner.model.modules())

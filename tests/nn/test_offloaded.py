@@ -19,7 +19,7 @@ class Slots:
     def mark_used(self, numbers):
         self.used.append(list(numbers))
 
-    def waves(self, layer, experts, x, index, carry):
+    def waves(self, layer, experts, x, index, carry, together=False):
         for at in range(0, len(experts), 2):
             slot_of = {expert: slot for slot, expert in enumerate(experts[at : at + 2])}
             for expert, slot in slot_of.items():
@@ -27,10 +27,15 @@ class Slots:
             yield slot_of
 
 
-def made(num_experts=5):
-    pool = ExpertPool(num_experts, 8, 6, init_std=0.5, generator=torch.Generator().manual_seed(0))
+def made(num_experts=5, activation="swiglu", has_bias=False):
+    generator = torch.Generator().manual_seed(0)
+    pool = ExpertPool(
+        num_experts, 8, 6, init_std=0.5, generator=generator, activation=activation, bias=has_bias
+    ).requires_grad_(False)
+    biases = (pool.b13.normal_(generator=generator), pool.b2.normal_(generator=generator)) if has_bias else None
     slots = Slots(pool)
-    return pool, slots, OffloadedPool(0, num_experts, 8, 6, "auto", slots, slots.waves, is_watched=False)
+    options = {"is_watched": False, "activation": activation, "biases": biases}
+    return pool, slots, OffloadedPool(0, num_experts, 8, 6, "auto", slots, slots.waves, **options)
 
 
 @pytest.mark.parametrize("weight_on", ["output", "input"])
@@ -51,13 +56,24 @@ def test_items_that_go_nowhere_are_zero_and_ask_for_no_expert():
     none = Routing(torch.full((3, 2), -1), torch.zeros(3, 2), torch.zeros(3, 5))
     with torch.no_grad():
         assert torch.equal(offloaded(torch.ones(3, 8), none), torch.zeros(3, 8))
+        # Nor does a pass without items, or without choices.
+        for items, choices in ((0, 2), (3, 0)):
+            empty = Routing(
+                torch.zeros(items, choices, dtype=torch.long), torch.zeros(items, choices), torch.zeros(items, 5)
+            )
+            assert torch.equal(offloaded(torch.ones(items, 8), empty), torch.zeros(items, 8))
     assert slots.used == []
 
 
+KINDS = [("swiglu", False), ("swiglu", True), ("clamped_swiglu", True), ("gelu", False), ("gelu", True)]
+
+
 @pytest.mark.parametrize("weight_on", ["output", "input"])
-def test_gradients_of_items_and_weights_are_those_of_all_experts_in_memory(weight_on):
+@pytest.mark.parametrize(("activation", "has_bias"), KINDS)
+def test_gradients_of_items_and_weights_are_those_of_all_experts_in_memory(activation, has_bias, weight_on):
     """Experts come a second time, two by two; some choices go nowhere."""
-    pool, slots, offloaded = made()
+    pool, slots, offloaded = made(activation=activation, has_bias=has_bias)
+    assert offloaded.is_plain == pool.is_plain
     g = torch.Generator().manual_seed(1)
     score = torch.rand(10, 5, generator=g)
     weight, index = score.topk(3, dim=-1)
@@ -124,7 +140,7 @@ def test_gradients_through_experts_in_few_bits_are_refused():
     slots = Slots(pool, packed=QuantizedPool.of(pool, "int8").packed)
     offloaded = OffloadedPool(0, 2, 64, 64, "auto", slots, lambda *_: iter([{0: 0, 1: 1}]), is_watched=False)
     routing = Routing(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), torch.zeros(1, 2))
-    with pytest.raises(ConfigError, match="no gradient goes through offloaded experts in few bits"):
+    with pytest.raises(ConfigError, match="no gradient goes through experts in few bits"):
         offloaded(torch.ones(1, 64, requires_grad=True), routing)
 
 
@@ -138,12 +154,19 @@ def test_it_owns_no_weights_and_shows_its_slots():
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_experts_in_few_bits_run_from_packed_slots(bits):
-    pool = ExpertPool(2, 64, 64, init_std=0.5, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("activation", "has_bias"), KINDS)
+def test_experts_in_few_bits_run_from_packed_slots(activation, has_bias, bits):
+    generator = torch.Generator().manual_seed(0)
+    pool = ExpertPool(
+        3, 64, 64, init_std=0.5, generator=generator, activation=activation, bias=has_bias
+    ).requires_grad_(False)
+    biases = (pool.b13.normal_(generator=generator), pool.b2.normal_(generator=generator)) if has_bias else None
     quantized = QuantizedPool.of(pool, bits)
-    slots = Slots(pool, packed=quantized.packed)
-    offloaded = OffloadedPool(0, 2, 64, 64, "auto", slots, lambda *_: iter([{0: 0, 1: 1}]), is_watched=False)
+    # The second expert has no rows; the third is where it would be.
+    slots = Slots(pool, packed=tuple(packed.with_data(packed.data[[0, 2]]) for packed in quantized.packed))
+    options = {"is_watched": False, "activation": activation, "biases": biases}
+    offloaded = OffloadedPool(0, 3, 64, 64, "auto", slots, lambda *_: iter([{0: 0, 2: 1}]), **options)
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
-    routing = Routing(torch.tensor([[0, 1]] * 4), torch.tensor([[0.75, 0.25]] * 4), torch.zeros(4, 2))
+    routing = Routing(torch.tensor([[0, 2]] * 4), torch.tensor([[0.75, 0.25]] * 4), torch.zeros(4, 3))
     with torch.no_grad():
         torch.testing.assert_close(offloaded(x, routing), quantized(x, routing))

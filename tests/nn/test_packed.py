@@ -240,3 +240,13 @@ def test_minima_that_have_no_place_in_fp16_are_refused(symmetric):
     weight[1] = -1e5
     with pytest.raises(ConfigError, match="not finite, or too large for fp16 scales"):
         Packed.pack(weight, "int4", group=32, symmetric=symmetric)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_single_rows_are_those_of_the_matrix(kind):
+    weight_NK = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
+    packed = Packed.pack(weight_NK, kind, group=32 if kind.startswith("int") else None)
+    index_T = torch.tensor([0, 39, 17, 17, 16, 3])
+    found = packed.rows_at(index_T)
+    assert found.dtype == (torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    assert torch.equal(found.float(), packed.unpack()[0][index_T])

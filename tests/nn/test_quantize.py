@@ -10,6 +10,7 @@ from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import Dense, ExpertPool, MoE, SelfAttention, SwiGLU
+from anabranch.nn.activation import ACTIVATIONS
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantizable, quantize
 from anabranch.routing import Router, TopK
@@ -196,3 +197,47 @@ def test_no_rows_give_none_in_the_shape_of_rows(dtype, bits, is_compiled, monkey
     index_NK = torch.empty(0, 2, dtype=torch.int64)
     routing = Routing(index_NK, torch.empty(0, 2, dtype=dtype), torch.empty(0, 4, dtype=dtype))
     assert pool(torch.empty(0, 64, dtype=dtype), routing).shape == (0, 64)
+
+
+@given(
+    st.sampled_from(sorted(ACTIVATIONS)),
+    st.booleans(),
+    st.sampled_from(["int8", "int4"]),
+    st.sampled_from(["input", "output"]),
+    st.integers(1, 4),
+)
+def test_a_pool_of_any_kind_is_rounded_in_its_matrices_alone(activation, has_bias, bits, weight_on, num_experts):
+    generator = torch.Generator().manual_seed(num_experts)
+    pool = ExpertPool(
+        num_experts, 64, 32, activation=activation, bias=has_bias, init_std=0.3, generator=generator
+    ).requires_grad_(False)
+    for bias in (pool.b13, pool.b2) if has_bias else ():
+        bias.normal_(generator=generator)
+    rounded = QuantizedPool.of(pool, bits)
+    assert (rounded.num_experts, rounded.dim, rounded.hidden_dim) == (num_experts, 64, 32)
+    assert rounded.is_plain == pool.is_plain
+    index_NK = torch.arange(5).view(5, 1) % num_experts
+    routing = Routing(index_NK, torch.rand(5, 1, generator=generator), torch.empty(5, num_experts))
+    # Of a gradient, weights are unpacked and activations are not rounded.
+    x_ND = torch.randn(5, 64, generator=generator).requires_grad_()
+    found = rounded(x_ND, routing, weight_on=weight_on)
+    pool.w13, pool.w2 = (nn.Parameter(packed.unpack()) for packed in rounded.packed)
+    torch.testing.assert_close(found, pool(x_ND, routing, weight_on=weight_on), rtol=1e-4, atol=1e-4)
+    # What is rounded has biases of its own.
+    assert not has_bias or rounded.b13.data_ptr() != pool.b13.data_ptr()
+
+
+def with_layers(pool):
+    pool.layers = object()
+
+
+def elsewhere(pool):
+    pool.exchange = object()
+
+
+@pytest.mark.parametrize(("change", "message"), [(with_layers, "linears of their own"), (elsewhere, "other processes")])
+def test_a_pool_of_more_than_its_matrices_is_not_rounded(change, message):
+    pool = ExpertPool(3, 64, 32)
+    change(pool)
+    with pytest.raises(ConfigError, match=message):
+        QuantizedPool.of(pool, "int8")

@@ -17,7 +17,9 @@ SCRIPT = Path(__file__).parent.parent / "sanitize.py"
 def test_the_kernels_read_and_write_what_is_theirs(tiles):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--examples", "20", *["--tiles"] * tiles],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     assert "skipped:" not in done.stdout

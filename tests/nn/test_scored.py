@@ -61,6 +61,31 @@ def test_it_is_the_formula(length, past, window, sinks, scale, value_width, mask
     torch.testing.assert_close(y, naive(query, key, value, scoring, mask))
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    gaps=st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    length=st.integers(1, 12),
+    window=st.integers(1, 9),
+    sinks=st.booleans(),
+    part=st.integers(1, 4),
+)
+def test_a_window_is_counted_in_positions(gaps, length, window, sinks, part):
+    """Of tokens between which others were left out; of none it is the window by places."""
+    position_S = torch.tensor(gaps).cumsum(0)
+    length = min(length, len(gaps))
+    past = len(gaps) - length
+    query, key, value = drawn(length, past)
+    sink_H = torch.randn(4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) if sinks else None
+    near = position_S[past:, None] - position_S[None] < window
+    mask = near[None, None].expand(2, 1, -1, -1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anabranch.nn.scored.PART", part)
+        y = scored_attention(query, key, value, Scoring(None, window, sink_H), position_S=position_S)
+        places = scored_attention(query, key, value, Scoring(None, window), position_S=torch.arange(len(gaps)) + 7)
+    torch.testing.assert_close(y, naive(query, key, value, Scoring(None, None, sink_H), mask))
+    torch.testing.assert_close(places, naive(query, key, value, Scoring(None, window)))
+
+
 def test_gradients_reach_sinks():
     query, key, value = (part.requires_grad_() for part in drawn(3, 2))
     sink_H = torch.randn(4, dtype=torch.float64, requires_grad=True)

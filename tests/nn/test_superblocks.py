@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from anabranch.errors import ConfigError
-from anabranch.lm.gguf_blocks import superblocks_of
+from anabranch.lm.gguf_blocks import pieces_of
 from anabranch.nn import kernels
 from anabranch.nn.kernels import packed as native
 from anabranch.nn.packed import Packed
-from anabranch.nn.superblocks import BLOCK, pack_blocks
+from anabranch.nn.superblocks import BLOCK, arranged
 
 gguf = pytest.importorskip("gguf")
 KINDS = {"q4_k": 144, "q5_k": 176, "q6_k": 210}
@@ -25,7 +24,7 @@ def stored(kind, rows, depth, seed=0):
 
 
 def packed(kind, data, rows, depth):
-    panels = pack_blocks(kind, *superblocks_of(kind, data))
+    panels = arranged(pieces_of(kind.upper(), torch.from_numpy(data)))
     made = Packed.empty(1, rows, depth, kind, BLOCK)
     assert made.data[0].shape == panels.shape
     return made.with_data(panels.unsqueeze(0))
@@ -55,6 +54,9 @@ def test_products(kind, count):
     torch.testing.assert_close(native.linear(matrix, x, bias), found + bias)
 
 
-def test_rows_that_are_not_whole_blocks():
-    with pytest.raises(ConfigError, match="a row of 300 weights is not a multiple of 256"):
-        pack_blocks("q4_k", torch.zeros(16, 300, dtype=torch.uint8), *[torch.zeros(0)] * 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_rows_are_those_of_the_matrix(kind):
+    data, wanted = stored(kind, 40, 512)
+    index_T = torch.tensor([0, 39, 17, 17, 16, 3])
+    assert torch.equal(packed(kind, data, 40, 512).rows_at(index_T), wanted[index_T])
+    assert packed(kind, data, 40, 512).rows_at(index_T[:0]).shape == (0, 512)

@@ -83,7 +83,7 @@ def test_words_agree_with_the_numbers():
     assert explain_use(use) == [
         "sql is served by a (75%), b (25%).",
         "law is served by b (100%).",
-        "From task to task, 38% of the weight goes elsewhere than on average.",
+        "Tasks differ: 38% of a task's weight is on other adapters than in the average of all tasks.",
         "No task uses c.",
     ]
 

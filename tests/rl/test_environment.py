@@ -1,5 +1,7 @@
 """Environments of gymnasium: kept and resumed by doing again what was done, spaces, and what is refused. And ready runs of them."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,11 @@ import torch
 gymnasium = pytest.importorskip("gymnasium")
 
 from anabranch.errors import CheckpointError, ConfigError, DataError  # noqa: E402
-from anabranch.rl import Gymnasium, episode_seed, judge, load_agent, record, training  # noqa: E402
-from anabranch.rl.environment import flat, layout_of  # noqa: E402
+from anabranch.rl import PPO, Gymnasium, Rollouts, episode_seed, judge, load_agent, record, training  # noqa: E402
+from anabranch.rl.environment import flat, in_numbers, layout_of  # noqa: E402
 from anabranch.rl.runs import PRESETS, samples_of  # noqa: E402
 from anabranch.train import Trainer  # noqa: E402
+from guide_worlds import MAZE  # noqa: E402
 
 spaces = gymnasium.spaces
 CARTPOLE = Gymnasium.Config(id="CartPole-v1").build()
@@ -80,6 +83,82 @@ def test_layouts_of_spaces():
     seen = {"policy": np.ones((3, 2, 3)), "critic": np.zeros((3, 4))}
     assert flat(seen).shape == (3, 10)
     assert flat(seen).dtype == np.float32
+    found = layout_of(box, spaces.MultiDiscrete([3, 2]))
+    assert (found.actions.several, found.actions.num_choices, found.actions.num_numbers) == ((3, 2), 5, 2)
+    assert layout_of(box, spaces.MultiBinary(3)).actions.several == (2, 2, 2)
+
+
+class Odd(gymnasium.Env):
+    """Sees what it is told to, and tells what was done as the reward; five steps long."""
+
+    def __init__(self, seen, done):
+        self.observation_space, self.action_space, self.steps = seen, done, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        return self.observation_space.sample(), float(np.sum(action)), False, self.steps == 5, {}
+
+
+class MadeOdd(Gymnasium, kind="odd"):
+    seen, done = spaces.Discrete(3), spaces.Discrete(2)
+
+    def single(self, **drawing):
+        return in_numbers(Odd(self.seen, self.done))
+
+
+NESTED = spaces.Dict(
+    where=spaces.Tuple([spaces.Discrete(3), spaces.MultiBinary(2)]),
+    far=spaces.Box(0, 1, (2, 2)),
+    what=spaces.MultiDiscrete([2, 4]),
+)
+
+
+@pytest.mark.parametrize(
+    ("seen", "done", "numbers"),
+    [
+        (spaces.Discrete(3), spaces.MultiDiscrete([3, 2]), 3),
+        (spaces.Tuple([spaces.Discrete(2), spaces.Box(-1, 1, (3,))]), spaces.MultiBinary(3), 5),
+        (NESTED, spaces.Discrete(4), 3 + 2 + 4 + 2 + 4),
+        (spaces.MultiDiscrete([2, 3]), spaces.Box(-1, 1, (2,), np.float32), 5),
+    ],
+)
+def test_any_space_of_numbers_is_learned_in_and_resumed(tmp_path, monkeypatch, seen, done, numbers):
+    """Actions are what the space has, and observations one row of what gymnasium's own flatten gives."""
+    monkeypatch.setattr(MadeOdd, "seen", seen)
+    monkeypatch.setattr(MadeOdd, "done", done)
+    environment = MadeOdd.Config().build()
+    assert environment.layout.num_observed == numbers
+    task = PPO.Config(
+        environment=environment.config, num_envs=2, rollout_steps=8, epochs=1, hidden=(4,), eval_episodes=2
+    )
+    stream = Rollouts(environment, task.collecting, batch_size=16, seed=1)
+    torch.manual_seed(0)
+    stream.model = task.build().network()
+    stream.next_batch(16)
+    world = environment.make(2, seed=1)
+    first, _ = world.reset()
+    assert np.array_equal(stream.rollout.samples.observation_BD[:2].numpy(), flat(first))
+    assert first.shape == (2, numbers)
+    kept = environment.make(2, seed=1)
+    kept.load_state_dict({name: array for name, array in stream.actor.state.items() if not name.startswith("own_")})
+    assert kept.state_dict()["action"].tolist() == stream.actor.state["action"].tolist()
+
+
+def test_what_is_no_row_of_numbers_is_refused():
+    for space, name in ((spaces.Text(5), "Text"), (spaces.Sequence(spaces.Discrete(2)), "Sequence")):
+        with pytest.raises(ConfigError, match=f"observations have a {name}, which is no row of numbers"):
+            in_numbers(Odd(spaces.Dict(a=space), spaces.Discrete(2)))
+    # Ours are left as they are, and so is a box.
+    for space in (spaces.Dict(policy=spaces.Box(0, 1, (2,))), spaces.Box(0, 1, (2,))):
+        env = Odd(space, spaces.Discrete(2))
+        assert in_numbers(env) is env
 
 
 @pytest.mark.parametrize(
@@ -92,8 +171,9 @@ def test_layouts_of_spaces():
             "a dict of a; use boxes called 'policy' and 'critic'",
         ),
         (spaces.Box(0, 1, (1,)), spaces.Discrete(2, start=1), "actions begin at 1"),
-        (spaces.Box(0, 1, (1,)), spaces.MultiDiscrete([2, 2]), "use a discrete space, or a box with one axis"),
-        (spaces.Box(0, 1, (1,)), spaces.Box(0, 1, (2, 2)), "use a discrete space, or a box with one axis"),
+        (spaces.Box(0, 1, (1,)), spaces.MultiDiscrete([2, 2], start=[0, 1]), r"actions begin at \[0, 1\]"),
+        (spaces.Box(0, 1, (1,)), spaces.MultiDiscrete([[2, 2]]), "several of them, or a box with one axis"),
+        (spaces.Box(0, 1, (1,)), spaces.Box(0, 1, (2, 2)), "several of them, or a box with one axis"),
     ],
 )
 def test_spaces_that_are_not_for_us(seen, done, message):
@@ -137,6 +217,39 @@ def test_what_is_set_leaves_the_samples_as_they_are():
     assert training("cartpole", settings={"train.steps": 3}).train.steps == 3
 
 
+def test_any_environment_of_gymnasium_by_its_id():
+    choices, vector = training("Acrobot-v1"), training("Pendulum-v1", samples=10_000)
+    assert (choices.task.environment.id, choices.task.num_envs, choices.task.epochs) == ("Acrobot-v1", 4, 4)
+    assert (samples_of(choices, choices.train.steps), choices.train.batch_size) == (499_712, 128)
+    assert (vector.task.epochs, vector.train.batch_size, vector.train.learning_rate) == (10, 64, 3e-4)
+    for run in (choices, vector):
+        assert run.task.normalize_observations
+        assert run.task.normalize_rewards
+    # What is said of the environment is part of it: here, what is done there.
+    slow = training("Acrobot-v1", settings={"task.environment.arguments": {"max_episode_steps": 7}})
+    assert slow.task.environment.arguments == {"max_episode_steps": 7}
+    for name, message in (
+        ("Acrobat-v1", "Did you mean: `Acrobot`"),
+        ("nothing", "or the id of a gymnasium environment, such as Acrobot-v1"),
+        ("no_such_package:Maze-v0", "no_such_package"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            training(name)
+
+
+def test_a_package_in_the_working_folder_is_found_whoever_started_python(tmp_path, monkeypatch):
+    """The script of an installed command has its own folder in the path, not the working one."""
+    (tmp_path / "package_of_a_maze.py").write_text(MAZE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    run = training("package_of_a_maze:Maze-v0", settings={"task.environment.arguments": {"size": 9}})
+    assert run.task.environment.build().single().observation_space.shape == (9,)
+    with pytest.raises(
+        ConfigError, match=r"environment\.id is 'gone:Maze-v0': no module 'gone' is installed, or lies in"
+    ):
+        training("gone:Maze-v0")
+
+
 def test_what_is_not_there_to_be_learned():
     with pytest.raises(ConfigError, match="did you mean 'pendulum'"):
         training("pendulun")
@@ -168,6 +281,19 @@ def test_a_film_of_an_episode(tmp_path):
     with image.open(tmp_path / "a.gif") as picture:
         assert picture.n_frames >= 1
         assert picture.size == film.frames[0].shape[1::-1]
+
+
+def test_a_film_of_any_episode_of_an_evaluation():
+    pytest.importorskip("pygame")
+    task = training("cartpole").task.build()
+    model = task.network()
+    # More than are played side by side, so that environments have a second.
+    found = judge(model, task.environment, episodes=70, seed=3)
+    for number in (0, 1, 34, 35, 69):
+        film = record(model, task.environment, seed=3, most=1, episode=number, episodes=70)
+        assert (film.total, film.steps) == (found.return_E[number], found.length_E[number])
+    with pytest.raises(ConfigError, match="episode is 70; an evaluation of 70 has 0 to 69"):
+        record(model, task.environment, episode=70, episodes=70)
 
 
 @pytest.mark.slow

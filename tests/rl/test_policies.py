@@ -8,7 +8,7 @@ import torch.distributions as td
 
 from anabranch.errors import ConfigError
 from anabranch.rl import Actions, Beta, Categorical, Kind, Normal
-from anabranch.rl.policies import kind_of
+from anabranch.rl.policies import Categoricals, kind_of
 
 BOX = Actions(0, (-1.0, 0.0), (1.0, 3.0))
 ROWS = 7
@@ -156,8 +156,40 @@ def test_actions_as_the_environment_takes_them():
     assert Kind("normal", free).to_environment(torch.tensor([[-50.0], [7.0]])).tolist() == [[-50.0], [2.0]]
 
 
+def test_several_choices_are_one_row_of_independent_ones():
+    """2 and 3 choices, as one of 6: log probabilities add up, and so do entropies and divergences."""
+    parameter_BP, other_BP = (torch.randn(ROWS, 5, generator=generator(seed), dtype=torch.float64) for seed in (0, 1))
+
+    def joint(logit_BE):
+        first, second = logit_BE.split((2, 3), dim=-1)
+        return td.Categorical(logits=(first.log_softmax(-1)[:, :, None] + second.log_softmax(-1)[:, None]).flatten(1))
+
+    ours, other = (Categoricals(each, (2, 3)) for each in (parameter_BP, other_BP))
+    action_BA = torch.tensor([[row % 2, row % 3] for row in range(ROWS)]).double()
+    whole_B = 3 * action_BA[:, 0] + action_BA[:, 1]
+    torch.testing.assert_close(ours.log_prob(action_BA), joint(parameter_BP).log_prob(whole_B))
+    torch.testing.assert_close(ours.entropy(), joint(parameter_BP).entropy())
+    torch.testing.assert_close(ours.divergence(other), td.kl_divergence(joint(parameter_BP), joint(other_BP)))
+    best_B = joint(parameter_BP).probs.argmax(-1)
+    assert ours.mode().tolist() == [[int(best) // 3, int(best) % 3] for best in best_B]
+
+
+def test_several_choices_are_drawn_each_by_its_own_noise():
+    kind, number = Kind("categorical", Actions(several=(2, 3))), 20_000
+    assert (kind.num_parameters, kind.actions.num_numbers) == (5, 2)
+    noise = kind.noise(generator(3), number)
+    row = torch.tensor([[0.3, -1.0, 0.8, 0.1, 0.0]])
+    drawn = kind.distribution(row.expand(number, -1)).sample(noise)
+    first, second = (each.softmax(-1) for each in row[0].split((2, 3)))
+    expected = first[:, None] * second
+    share = torch.bincount((3 * drawn[:, 0] + drawn[:, 1]).long(), minlength=6).view(2, 3) / number
+    assert ((share - expected).abs() < 5 * (expected * (1 - expected) / number).sqrt()).all()
+    assert kind.to_environment(drawn[:2]).tolist() == drawn[:2].long().tolist()
+
+
 def test_auto_takes_what_fits():
     assert kind_of("auto", Actions(3)).name == "categorical"
+    assert kind_of("auto", Actions(several=(3, 2))).name == "categorical"
     assert kind_of("auto", BOX).name == "beta"
     assert kind_of("auto", Actions(0, (0.0,), (math.inf,))).name == "normal"
 
@@ -169,8 +201,11 @@ def test_auto_takes_what_fits():
         (lambda: Kind("categorical", BOX), "use normal or beta"),
         (lambda: Kind("beta", Actions(0, (0.0,), (math.inf,))), "have no bounds; use normal"),
         (lambda: Kind("gamma", BOX), "use one of categorical, normal, beta"),
-        (lambda: Actions(), "one of some choices, or a vector"),
-        (lambda: Actions(2, (0.0,), (1.0,)), "one of some choices, or a vector"),
+        (lambda: Kind("normal", Actions(several=(3, 2))), "one each of 3, 2 choices; use categorical"),
+        (lambda: Actions(), "one of some choices, several of these, or a vector"),
+        (lambda: Actions(2, (0.0,), (1.0,)), "one of some choices, several of these, or a vector"),
+        (lambda: Actions(2, several=(2,)), "one of some choices, several of these, or a vector"),
+        (lambda: Actions(several=(2, 0)), "each needs at least one choice"),
         (lambda: Actions(0, (1.0,), (1.0,)), "which is nothing"),
     ],
 )

@@ -10,12 +10,10 @@ from torch.multiprocessing.spawn import spawn
 
 from anabranch.errors import CapacityError, CheckpointError, ConfigError, DataError
 from anabranch.rl import (
-    PPO,
     Actions,
     ActorCritic,
     Categorical,
     Layout,
-    Rollouts,
     Samples,
     clipped_losses,
     evaluation,
@@ -25,25 +23,8 @@ from anabranch.rl.evaluation import evaluation_seed
 from anabranch.rl.preemption import Stragglers
 from anabranch.rl.rollout import normalised
 from anabranch.testing import check_task
-from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer, checkpoints, read_metrics
-from rl_worlds import LIMIT, Corridor, train_rank
-
-
-def run(*, batch_size=8, steps=8, train=None, **fields):
-    environment = fields.pop("environment", Corridor.Config())
-    config = PPO.Config(
-        **{
-            "environment": environment,
-            "num_envs": 4,
-            "rollout_steps": 8,
-            "epochs": 2,
-            "hidden": (8,),
-            "eval_episodes": 4,
-        }
-        | fields
-    )
-    settings = {"schedule": Constant.Config(), "weight_decay": 0.0, "learning_rate": 1e-2} | (train or {})
-    return TaskRunConfig(task=config, train=TrainConfig(steps=steps, batch_size=batch_size, **settings))
+from anabranch.train import Trainer, checkpoints, read_metrics
+from rl_worlds import LIMIT, Corridor, rollouts, run, train_rank
 
 
 def samples(**changes):
@@ -183,15 +164,6 @@ def test_observations_are_divided_by_their_scale():
 
 
 # Rollouts
-
-
-def rollouts(model_seed=0, **fields):
-    made = run(**fields)
-    task = made.task.build()
-    torch.manual_seed(model_seed)
-    stream = Rollouts(task.environment, made.task.collecting, batch_size=made.train.batch_size, seed=3)
-    stream.model = task.network()
-    return stream
 
 
 def test_a_rollout_is_what_happened():

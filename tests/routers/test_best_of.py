@@ -19,6 +19,7 @@ from anabranch.errors import BackendError, ConfigError, DataError, InputError, L
 from anabranch.jail import jail
 from anabranch.routers import Answered, Done, Outcome, ProgramRequest, Query, Step, strategies
 from anabranch.routers.contract.ask import Spent
+from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.made_outcomes import made_outcomes
 from anabranch.routers.money import Price, dollars
@@ -26,7 +27,7 @@ from anabranch.routers.strategies import best_of, best_of_drawing, sampled_count
 from anabranch.routers.strategies.best_of_drawing import answer_key, examples_checker, score_of
 from anabranch.routers.strategies.sampled_counts import WAITING, Beside, Ran, Waiting
 from anabranch.sandbox import SandboxError
-from anabranch.test_time import CodeVerifier, Priors, Sample
+from anabranch.test_time import BetaTTSPM, CodeVerifier, Priors, Sample
 from anabranch.test_time.verify import Verdict
 from jailed import needs_jail
 
@@ -644,3 +645,40 @@ def test_what_others_counted_and_what_is_let_go_of_adds_up():
         with pytest.raises(InputError):
             one.joined([odd])
     assert one.priors.questions("small") == 7
+
+
+def sampled(rows, task=None):
+    """Outcomes of several samples each, of one model."""
+    samples = tuple({"small": tuple(map(float, row))} for row in rows)
+    means = np.array([[np.mean(row)] for row in rows])
+    return Recorded(
+        query=tuple(f"q{at}" for at in range(len(rows))),
+        models=("small",),
+        score_NM=means,
+        samples=samples,
+        task=(task,) * len(rows),
+    )
+
+
+def test_several_samples_of_a_question_are_one_question_and_show_its_curve():
+    rng = np.random.default_rng(0)
+    rows = rng.random((400, 16)) < rng.beta(0.5, 1.5, (400, 1))
+    program = strategies.make("best_of", weight=1).fit(sampled(rows, "t"))
+    assert program.priors.questions("small", "t") == 400
+    truth = BetaTTSPM(1.0, 0.5, 1.5)
+    assert program.priors.curve("small", "t").value([1, 4, 16]) == pytest.approx(truth.value([1, 4, 16]), abs=0.06)
+    # A score each, as if every question had been answered once, shows where it begins and nothing of where it ends.
+    single = strategies.make("best_of", weight=1).fit(sampled(rows[:, :1], "t"))
+    assert single.priors.questions("small", "t") == 400
+    (array,) = single.state()[0].values()
+    assert array[0, 1, 1:].sum() == 0
+
+
+def test_order_counts_for_rounds_and_for_questions_drawn_for_until_one_is_right():
+    def counted(rows, **fields):
+        return strategies.make("best_of", **fields).fit(sampled(rows)).state()[0]["count_G2N"][0, :, :4].tolist()
+
+    rows = [[0, 0, 1], [1, 0, 0]]
+    assert counted(rows) == pytest.approx(np.array([[2 / 3, 2 / 3, 2 / 3, 0], [2, 4 / 3, 2 / 3, 0]]))
+    assert counted(rows, rounds=True) == [[1, 0, 1, 0], [2, 1, 1, 0]]
+    assert counted([[0, 0, 1], [1], [0, 0]]) == [[1, 0, 1, 0], [3, 2, 1, 0]]

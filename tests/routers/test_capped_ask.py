@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import BackendError, LimitError
 from anabranch.routers import Answered
-from anabranch.routers.contract.ask import Arm, Spent
+from anabranch.routers.contract.ask import Arm, Said, Spent
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.money import Price
 from anabranch.routers.strategies.capped_ask import CappedAsk
@@ -109,6 +109,46 @@ def test_calls_that_fail_cost_what_is_known_of_them():
     capped = made(Paid("no room"), 65e-5)
     assert called(capped, 1) == ["LimitError"]
     assert capped.spent == 0.0
+
+
+def streamed(capped, **how):
+    async def all_of_it():
+        return [piece async for piece in capped.stream("small", TEXT, purpose="answer", **how)]
+
+    return asyncio.run(all_of_it())
+
+
+def test_an_answer_that_is_streamed_is_a_call_like_others():
+    class Streams(Paid):
+        async def stream(self, arm, messages, **how):
+            assert how.pop("purpose") == "answer"
+            found = await self(arm, messages, **how)
+            yield Said("4")
+            yield found
+
+    ask = Streams(100)
+    capped = made(ask, 400e-6)
+    assert [type(piece).__name__ for piece in streamed(capped, max_tokens=10)] == ["Said", "Answered"]
+    assert (capped.spent, ask.asked) == (pytest.approx(100e-6), 1)
+    with pytest.raises(LimitError, match=r"best_of\.max_usd is"):
+        streamed(capped, max_tokens=1000)
+    assert ask.asked == 1
+    # One that fails cost what it may have, and one whose reader goes away too.
+    failing = made(Streams(None), 400e-6)
+    most = asyncio.run(failing.most("small", TEXT, max_tokens=10))
+    with pytest.raises(BackendError):
+        streamed(failing, max_tokens=10)
+    assert failing.spent == most
+
+    async def leaves():
+        pieces = left.stream("small", TEXT, max_tokens=10, purpose="answer")
+        await anext(pieces)
+        held = left.spent
+        await pieces.aclose()
+        return held
+
+    left = made(Streams(100), 400e-6)
+    assert asyncio.run(leaves()) == left.spent == most
 
 
 def test_without_a_cap_nobody_is_held_back():

@@ -34,10 +34,12 @@ def made(num_rows=600, *, seed=0, spread=0.25, tasks=True, dim=12):
     vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
     right_NM = np.array([RIGHT[names[at]] for at in class_N])
     return Recorded(
-        query=tuple(f"{names[at]} {row}" for row, at in enumerate(class_N)), models=MODELS,
+        query=tuple(f"{names[at]} {row}" for row, at in enumerate(class_N)),
+        models=MODELS,
         score_NM=(generator.random(right_NM.shape) < right_NM).astype(float),
-        task=tuple(names[at] for at in class_N) if tasks else (), vector_ND=vector_ND.astype(np.float32),
-    )  # fmt: skip
+        task=tuple(names[at] for at in class_N) if tasks else (),
+        vector_ND=vector_ND.astype(np.float32),
+    )
 
 
 def pool(**sizes):
@@ -271,10 +273,12 @@ def heard(count, seed=0):
     rows = generator.integers(0, len(HELD), count)
     return [
         Outcome(
-            query=Query(text="q", vector_D=HELD.vector_ND[row]), model=MODELS[generator.integers(4)], quality=float(generator.random())
+            query=Query(text="q", vector_D=HELD.vector_ND[row]),
+            model=MODELS[generator.integers(4)],
+            quality=float(generator.random()),
         )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def same_table(one, other):

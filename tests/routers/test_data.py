@@ -91,7 +91,7 @@ def test_outcomes_written_are_read_back_the_same(tmp_path_factory, seed):
 BAD_LINES = {
     "not JSON": ("{", "not JSON"),
     "no object": ("[1, 2]", "must be an object"),
-    "no query": ('{"scores": {"a": 1}}', "query is None"),
+    "no query": ('{"scores": {"a": 1}}', "query is null"),
     "blank query": ('{"query": " ", "scores": {"a": 1}}', "not empty"),
     "half a character": ('{"query": "\\ud800", "scores": {"a": 1}}', "half of a surrogate pair"),
     "query of a number": ('{"query": 3, "scores": {"a": 1}}', "query is 3"),
@@ -123,6 +123,22 @@ BAD_LINES = {
         "votes of 'a' is 'x'",
     ),
     "signals without a name": ('{"query": "q", "scores": {"a": 1}, "signals": 3}', "signals is 3"),
+    "samples beside scores": (
+        '{"query": "q", "scores": {"a": 1}, "samples": [1]}',
+        "scores and samples are both there",
+    ),
+    "samples that are none": (
+        '{"query": "q", "samples": 1}',
+        r"samples are 1; they must be a list, such as [true, false]",
+    ),
+    "samples of nobody": (
+        '{"query": "q", "samples": [1], "model": ""}',
+        'model is ""; it must be the name of the model',
+    ),
+    "a sample of words": ('{"query": "q", "scores": {"a": [1, "x"]}}', "sample 2 of 'a' is 'x'"),
+    "a sample nobody knows": ('{"query": "q", "samples": [1, null]}', "sample 2 of 'model' is null; leave out what"),
+    "no samples": ('{"query": "q", "samples": []}', "scores are missing"),
+    "samples without end": (f'{{"query": "q", "samples": [{"1," * 10_000}1]}}', "there are 10,001 samples of 'model'"),
     "negative latency": ('{"query": "q", "scores": {"a": 1}, "latency": {"a": -0.1}}', "latency of 'a'"),
     "an answer that is no text": ('{"query": "q", "scores": {"a": 1}, "answers": {"a": 5}}', "answer of 'a' is 5"),
     "very deep nesting": ('{"query": "q", "scores": ' + "[" * 100_000 + "}", "not JSON"),
@@ -201,9 +217,9 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_two_model_files_of_routellm_are_read_as_they_are(tmp_path):
     text = (
-        ',prompt,mistral/Mixtral-8x7B,gpt-4-1106,mistral/Mixtral-8x7B_response,gpt-4-1106_response\n'
+        ",prompt,mistral/Mixtral-8x7B,gpt-4-1106,mistral/Mixtral-8x7B_response,gpt-4-1106_response\n"
         '0,"two\nlines, and ""quotes""",True,False,an answer,\n1,next,False,True,b,c\n'
-    )  # fmt: skip
+    )
     data = load_outcomes(written(tmp_path, text, "gsm8k.csv"))
     assert data.models == ("mistral/Mixtral-8x7B", "gpt-4-1106")
     assert data.query[0] == 'two\nlines, and "quotes"'
@@ -426,8 +442,10 @@ def test_prices_in_toml_and_a_pool_of_what_is_known(tmp_path):
     known = read_prices(written(tmp_path, text, "prices.toml"))
     pool = pool_of(("b/c", "new", "a"), known)
     assert [(model.name, model.parameters, model.context) for model in pool.models] == [
-        ("b/c", 56.0, None), ("new", None, None), ("a", 46.7, 4096),
-    ]  # fmt: skip
+        ("b/c", 56.0, None),
+        ("new", None, None),
+        ("a", 46.7, 4096),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -481,9 +499,10 @@ def test_copies_are_found_whatever_their_case_and_white_space():
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 30), st.sampled_from("xyz")), min_size=12, max_size=60), st.integers(0, 5),
+    st.lists(st.tuples(st.integers(0, 30), st.sampled_from("xyz")), min_size=12, max_size=60),
+    st.integers(0, 5),
     st.sampled_from([(0.8, 0.2), (0.7, 0.1, 0.2), (0.5, 0.5)]),
-)  # fmt: skip
+)
 def test_a_split_keeps_copies_together_and_loses_nothing(rows, seed, fractions):
     data = of([f"question {number}" for number, _ in rows], [task for _, task in rows])
     num = len(set(data.query))
@@ -664,3 +683,34 @@ def test_words_among_which_one_could_be_a_number_are_words(tmp_path):
     # Where most are, the column is meant to hold numbers.
     with pytest.raises(DataError, match=r"line 2: score of 'small' \(column 'small'\) is '1/2'"):
         load_csv(written(tmp_path, "prompt,small,large\nhi,1/2,0\nho,3/4,1\nhu,x,1\n", "b.csv"))
+
+
+def test_several_answers_of_a_question_have_their_mean_as_score_and_are_kept(tmp_path):
+    rows = [
+        {"query": "q", "task": "t", "scores": {"small": [0, True, 1, 0], "large": 1}},
+        {"question": "r", "samples": [False, 1], "model": "small"},
+        {"question": "s", "query": "S", "samples": [0.5]},
+    ]
+    data = load_outcomes(written(tmp_path, "\n".join(map(json.dumps, rows))))
+    assert data.models == ("small", "large", "model")
+    assert data.query == ("q", "r", "S")
+    np.testing.assert_array_equal(data.score_NM, [[0.5, 1, np.nan], [0.5, np.nan, np.nan], [np.nan, np.nan, 0.5]])
+    assert data.samples == ({"small": (0, 1, 1, 0)}, {"small": (0, 1)}, {"model": (0.5,)})
+    assert [data.samples_of(0, column) for column in range(3)] == [(0, 1, 1, 0), (1,), ()]
+    assert data.take([1]).samples == ({"small": (0, 1)},)
+    # What one field says another way means nothing, and is named.
+    assert data.reading.left_out == {"question": "another field of the row says it"}
+
+
+def test_rows_that_ask_the_same_are_samples_of_one_question(tmp_path):
+    rows = [
+        {"query": "q", "scores": {"a": 1}},
+        {"query": "Q ", "scores": {"a": [0, 0], "b": 1}},
+        {"query": "r", "scores": {"a": 0}},
+    ]
+    data = pooled(load_outcomes(written(tmp_path, "\n".join(map(json.dumps, rows)))))
+    assert data.samples == ({"a": (1, 0, 0), "b": (1,)}, {"a": (0,)})
+    # Of three answers, whatever rows they stood in.
+    np.testing.assert_array_equal(data.score_NM, [[1 / 3, 1], [0, np.nan]])
+    alone = pooled(load_outcomes(written(tmp_path, GOOD)))
+    assert alone.samples == ()

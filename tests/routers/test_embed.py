@@ -64,9 +64,12 @@ def test_every_process_has_the_same_vectors():
     )
     for salt in ("0", "1"):
         done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONHASHSEED": salt, "PYTHONPATH": ":".join(sys.path)},
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            env={"PYTHONHASHSEED": salt, "PYTHONPATH": ":".join(sys.path)},
             check=True,
-        )  # fmt: skip
+        )
         assert done.stdout == hashed(dim=64).embed(["one two three"]).tobytes().hex()
 
 

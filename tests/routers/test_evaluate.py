@@ -48,9 +48,12 @@ def word_means(**fields):
 
 def by_hand():
     return Recorded(
-        query=("a", "b", "c", "d"), models=("weak", "strong"), task=("x", "x", "y", "y"),
-        score_NM=np.array([[1, 1], [0, 1], [0, 1], [1, 0.0]]), cost_NM=np.array([[1, 4], [1, 4], [2, 4], [2, 4.0]]),
-    )  # fmt: skip
+        query=("a", "b", "c", "d"),
+        models=("weak", "strong"),
+        task=("x", "x", "y", "y"),
+        score_NM=np.array([[1, 1], [0, 1], [0, 1], [1, 0.0]]),
+        cost_NM=np.array([[1, 4], [1, 4], [2, 4], [2, 4.0]]),
+    )
 
 
 def test_baselines_by_hand():
@@ -62,8 +65,9 @@ def test_baselines_by_hand():
         "aiq": pytest.approx((1.25 * 0.5625 + 1.25 * 0.625) / 2.5),
     }
     assert {name: (row["score"], row["cost"]) for name, row in report.singles.items()} == {
-        "weak": (0.5, 1.5), "strong": (0.75, 4.0),
-    }  # fmt: skip
+        "weak": (0.5, 1.5),
+        "strong": (0.75, 4.0),
+    }
     best = report.baselines["best_single"]
     assert (best["model"], best["score"], best["aiq"]) == ("strong", 0.75, 0.625)  # mixed with the weak model
     task = report.baselines["best_per_task"]

@@ -52,12 +52,12 @@ class Model:
 def make(*, embed=EMBEDDER.embed, config=None, small=None, large=None, clock=None, **kwargs):
     """Two arms and a cache that keeps the large one's answers."""
     config = config or ICCache.Config(
-        pool=ExamplePool.Config(domains=("",), trust={"large": 1}), index=Exact.Config(),
-        router=Router.Config(critic=CRITIC, explore=0.0), threshold=Threshold.Config(share=0.0),
-    )  # fmt: skip
-    arms = [
-        Arm(name="small", cost=0.1, ask=small or Model(True)), Arm(name="large", cost=1.0, ask=large or Model())
-    ]  # fmt: skip
+        pool=ExamplePool.Config(domains=("",), trust={"large": 1}),
+        index=Exact.Config(),
+        router=Router.Config(critic=CRITIC, explore=0.0),
+        threshold=Threshold.Config(share=0.0),
+    )
+    arms = [Arm(name="small", cost=0.1, ask=small or Model(True)), Arm(name="large", cost=1.0, ask=large or Model())]
     return ICCache(config, arms=arms, embed=embed, clock=clock or Clock(), **kwargs)
 
 

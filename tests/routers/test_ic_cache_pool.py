@@ -153,9 +153,12 @@ def test_personal_data_is_redacted_before_it_is_kept_or_embedded():
         ("from 10.0.12.7 to x", "from [ip] to x"),
         ("key sk-abcdefghij0123456789", "key [key]"),
         ("pay CH93 0076 2011 6238 5295 7 please", "pay [iban] please"),
-        ("files older than 7 days in /tmp/2024-05-01/log.txt, mode 755", "files older than 7 days in /tmp/2024-05-01/log.txt, mode 755"),
+        (
+            "files older than 7 days in /tmp/2024-05-01/log.txt, mode 755",
+            "files older than 7 days in /tmp/2024-05-01/log.txt, mode 755",
+        ),
     ],
-)  # fmt: skip
+)
 def test_redaction_by_hand(text, redacted):
     assert redact_personal(text) == redacted
 
@@ -228,7 +231,10 @@ def test_state_reads_back_and_reindex_changes_the_dimension():
     other.load_state(arrays, json.loads(json.dumps(facts)))
     assert [e.to_dict() for e in other] == [e.to_dict() for e in pool]
     assert other.size_bytes == pool.size_bytes
-    assert search(other, "find the file 7", task="d1")[1].tolist() == search(pool, "find the file 7", task="d1")[1].tolist()  # fmt: skip
+    assert (
+        search(other, "find the file 7", task="d1")[1].tolist()
+        == search(pool, "find the file 7", task="d1")[1].tolist()
+    )
     wide = Hashed.Config(dim=128).build()
     pool.reindex(Exact.Config().build(128), wide.embed)
     found, _ = pool.search(Query(text="", task="d1"), wide.embed(["find the file 7"])[0], 1, now_s=0.0)

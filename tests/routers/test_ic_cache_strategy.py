@@ -30,13 +30,16 @@ def pool_of(load=0.0, now_s=0.0, down=(), extra=()):
     return Pool(
         tuple(
             Model(
-                name=name, price=Price.of_dollars(price, 4 * price), load=load if name == "large" else 0.0, is_available=name not in down,
+                name=name,
+                price=Price.of_dollars(price, 4 * price),
+                load=load if name == "large" else 0.0,
+                is_available=name not in down,
                 context=4096,
             )
             for name, price in prices.items()
         ),
         now_s,
-    )  # fmt: skip
+    )
 
 
 def query(text, **fields):
@@ -222,9 +225,12 @@ def recorded(count=160, seed=0):
     texts = tuple(f"{'sum the list' if k == 0 else 'prove a theorem'} number {n}" for n, k in enumerate(kinds.tolist()))
     score = np.array([[1.0, 1.0] if k == 0 else [0.1, 0.9] for k in kinds.tolist()])
     return Recorded(
-        query=texts, models=("small", "large"), score_NM=score, cost_NM=np.tile([0.001, 0.05], (count, 1)),
+        query=texts,
+        models=("small", "large"),
+        score_NM=score,
+        cost_NM=np.tile([0.001, 0.05], (count, 1)),
         answers=tuple({"small": f"s{n}", "large": f"l{n}"} for n in range(count)),
-    ).with_vectors(EMBEDDER.embed(texts))  # fmt: skip
+    ).with_vectors(EMBEDDER.embed(texts))
 
 
 def test_fit_learns_who_is_good_and_fills_the_pool_from_the_trusted():

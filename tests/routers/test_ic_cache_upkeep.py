@@ -181,8 +181,10 @@ def test_replay_never_makes_an_answer_worse_and_stops_where_it_buys_nothing():
         return ["worse", "worse too"]
 
     manager = make(
-        [(f"request {n}", "good") for n in range(10)], regenerate=regenerate, rate=lambda e, a: 0.9 if a == "good" else 0.1
-    )  # fmt: skip
+        [(f"request {n}", "good") for n in range(10)],
+        regenerate=regenerate,
+        rate=lambda e, a: 0.9 if a == "good" else 0.1,
+    )
     gained(manager, [0.5] * 10)
     assert manager.replay(0.0) == (3, 0)  # patience
     assert {example.response for example in manager.pool} == {"good"}

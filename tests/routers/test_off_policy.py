@@ -42,10 +42,12 @@ def logged(chance_of, num=3000, seed=0):
 def test_estimates_by_hand():
     nan = np.nan
     log = Recorded(
-        query=("a", "b", "c", "d"), models=("m", "n"), score_NM=np.array([[1, nan], [nan, 0.5], [0, nan], [nan, 1.0]]),
+        query=("a", "b", "c", "d"),
+        models=("m", "n"),
+        score_NM=np.array([[1, nan], [nan, 0.5], [0, nan], [nan, 1.0]]),
         cost_NM=np.array([[1, nan], [nan, 2], [3, nan], [nan, 4.0]]),
         signals={"probability": np.array([[0.5, nan], [nan, 0.25], [0.2, nan], [nan, 1.0]])},
-    )  # fmt: skip
+    )
     found = replay({"told": Told([0, 1, 1, 0])}, log, pool_of(("m", "n")))
     one = found.strategies[0]
     # rows a and b match, weighing 2 and 4
@@ -127,9 +129,11 @@ def test_a_log_with_one_chance_missing_is_read_without_that_row():
 def test_the_three_estimates_by_hand():
     nan = np.nan
     log = Recorded(
-        query=("a", "b", "c", "d"), models=("m", "n"), score_NM=np.array([[1, nan], [nan, 0.5], [0, nan], [nan, 1.0]]),
+        query=("a", "b", "c", "d"),
+        models=("m", "n"),
+        score_NM=np.array([[1, nan], [nan, 0.5], [0, nan], [nan, 1.0]]),
         signals={"probability": np.array([[0.5, nan], [nan, 0.25], [0.2, nan], [nan, 0.5]])},
-    )  # fmt: skip
+    )
     one = replay({"told": Told([0, 1, 1, 0])}, log, pool_of(("m", "n")), seed=0).strategies[0]
     # Rows a and b match, weighing 2 and 4; four rows were drawn. Each row is expected from the other three.
     assert one.ips == pytest.approx((2 * 1 + 4 * 0.5) / 4)
@@ -174,10 +178,11 @@ def drawn_log(value_KM, copies, seed):
     question_N = np.repeat(np.arange(num), copies)
     is_asked_NM = np.arange(models) == model_N[:, None]
     return Recorded(
-        query=tuple(f"question {at}" for at in question_N), models=tuple("abc"[:models]),
+        query=tuple(f"question {at}" for at in question_N),
+        models=tuple("abc"[:models]),
         score_NM=np.where(is_asked_NM, value_KM[question_N], np.nan),
         signals={"probability": np.where(is_asked_NM, 1 / models, np.nan)},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("questions", "copies"), [(40, 25), (60, 1), (30, 7)])
@@ -203,13 +208,16 @@ def test_identical_models_gain_nothing_whatever_else_is_in_the_log(seed):
     value_K = generator.random(200)
     log = drawn_log(np.column_stack([value_K, value_K]), 1, seed)
     named = Recorded(
-        query=tuple(f"named {at}" for at in range(200)), models=("a", "b"),
+        query=tuple(f"named {at}" for at in range(200)),
+        models=("a", "b"),
         score_NM=np.column_stack([np.full(200, float(seed % 2)), np.full(200, np.nan)]),
-    )  # fmt: skip
+    )
     both = Recorded(
-        query=log.query + named.query, models=("a", "b"), score_NM=np.concatenate([log.score_NM, named.score_NM]),
+        query=log.query + named.query,
+        models=("a", "b"),
+        score_NM=np.concatenate([log.score_NM, named.score_NM]),
         signals={"probability": np.concatenate([log.signals["probability"], np.full((200, 2), np.nan)])},
-    )  # fmt: skip
+    )
     for model in (0, 1):
         one = replay({"m": Told(np.full(400, model))}, both, pool_of(("a", "b"))).strategies[0]
         low, high = one.gain_interval

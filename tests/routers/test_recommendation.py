@@ -164,9 +164,11 @@ def test_models_that_are_not_in_the_config_are_told_at_the_start(folder):
     config = default_config()
     keep(folder, kind="model", name="medium")
     without = config.replace(
-        models=tuple(model for model in config.models if model.name != "medium"), fallbacks={},
-        strategies={"learned": StrategyConfig(router=str(folder))}, default_strategy=None,
-    )  # fmt: skip
+        models=tuple(model for model in config.models if model.name != "medium"),
+        fallbacks={},
+        strategies={"learned": StrategyConfig(router=str(folder))},
+        default_strategy=None,
+    )
     with pytest.raises(
         ConfigError, match=r"recommends always medium, .*and medium is not in the config, which has small, large"
     ):

@@ -43,10 +43,13 @@ def test_models_know_as_much_as_is_said():
     assert world.good == [(0,), (1, 2), (2,), ()]
     right = np.array(
         [
-            [np.mean([world.says(model, relation, e) == world.fact_RE[relation, e] for e in range(2000)]) for relation in range(3)]
+            [
+                np.mean([world.says(model, relation, e) == world.fact_RE[relation, e] for e in range(2000)])
+                for relation in range(3)
+            ]
             for model in range(4)
         ]
-    )  # fmt: skip
+    )
     expected = np.array([[0.95, 0.15, 0.15], [0.15, 0.95, 0.95], [0.15, 0.15, 0.95], [0.75] * 3])
     # Three deviations of 2,000 draws.
     assert np.abs(right - expected).max() < 3 * 0.5 / np.sqrt(2000)

@@ -57,6 +57,7 @@ def test_an_answer(is_async):
         3,
         4,
     )
+    assert found.is_counted
     # 6 at 1, 4 at .5 and 3 at 2 dollars a million.
     assert found.cost == pytest.approx(14e-6)
     assert made.spent == Spent(prompt_tokens=10, completion_tokens=3, cost=found.cost)
@@ -111,11 +112,13 @@ def test_what_is_no_answer(answer, message):
         {},
         {"prompt_tokens": "9"},
         {"prompt_tokens": -1, "completion_tokens": True},
+        {"prompt_tokens": 10**400},
         {"prompt_tokens_details": []},
     ],
 )
 def test_tokens_that_are_not_told_are_none(usage):
     found, made = ask(Client({**ANSWER, "usage": usage}), "m", "x")
+    assert not found.is_counted
     assert (found.prompt_tokens, found.completion_tokens, found.cached_tokens) == (0, 0, 0)
     assert made.spent == Spent()
 

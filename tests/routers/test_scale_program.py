@@ -56,8 +56,10 @@ def test_a_request_in_steps():
     assert [step.name for step in steps] == ["outline", "step", "step", "step", "totals"]
     assert facts(steps, "outline") == [{"steps": 3, "chosen": 0, "candidates": 2}]
     assert [(one["system"], one["score"], one["is_forced"]) for one in facts(steps, "step")] == [
-        (1, 0.3, False), (1, 0.3, False), (2, None, True)
-    ]  # fmt: skip
+        (1, 0.3, False),
+        (1, 0.3, False),
+        (2, None, True),
+    ]
     [totals] = facts(steps, "totals")
     told = [totals[part] for part in ("overhead", "solving", "lost")]
     assert sum(one["completion"] for one in told) == models.spent.completion_tokens

@@ -71,8 +71,10 @@ def test_a_whole_run_by_hand():
     assert models.models("outline", "score") == ["small"] * 4
     assert models.models("solve", "last") == ["small", "small", "large"]
     assert [(one.system, one.wanted, one.is_forced, one.score) for one in trace.steps] == [
-        (1, 1, False, 0.3), (1, 1, False, 0.3), (2, 2, True, None)
-    ]  # fmt: skip
+        (1, 1, False, 0.3),
+        (1, 1, False, 0.3),
+        (2, 2, True, None),
+    ]
     assert (trace.answer, trace.is_whole, trace.is_degraded, trace.notes) == ("large", True, False, ())
     assert (trace.outline, trace.num_candidates) == (0, 2)
     # The last step of the outline keeps its work, and ends with the question.
@@ -669,11 +671,14 @@ def test_other_ways_to_score():
         solve(Models(usual()), **three(assessor=of_difficulties(2)))
 
 
-@pytest.mark.parametrize(("how", "texts"), [
-    ("join", ["Find a.", "Find b.", "Add them. With that, answer the problem itself."]),
-    ("append", ["Find a.", "Find b.", "Add them.", "Answer the problem itself."]),
-    ("replace", ["Find a.", "Find b.", "Answer the problem itself."]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "texts"),
+    [
+        ("join", ["Find a.", "Find b.", "Add them. With that, answer the problem itself."]),
+        ("append", ["Find a.", "Find b.", "Add them.", "Answer the problem itself."]),
+        ("replace", ["Find a.", "Find b.", "Answer the problem itself."]),
+    ],
+)
 def test_what_is_made_of_the_last_step(how, texts):
     assert [one.text for one in solve(Models(usual()), settings=Settings(last_step=how)).steps] == texts
 

@@ -31,10 +31,12 @@ QUERY = Query(text="What is 2 + 2?")
 def recorded(score, cost, **signals):
     score = np.array(score, float)
     return Recorded(
-        query=tuple(f"q{row}" for row in range(len(score))), models=("small", "middle", "large")[: score.shape[1]],
-        score_NM=score, cost_NM=np.broadcast_to(np.array(cost, float), score.shape),
+        query=tuple(f"q{row}" for row in range(len(score))),
+        models=("small", "middle", "large")[: score.shape[1]],
+        score_NM=score,
+        cost_NM=np.broadcast_to(np.array(cost, float), score.shape),
         signals={name: np.array(value, float) for name, value in signals.items()},
-    )  # fmt: skip
+    )
 
 
 # -- running and searching chains
@@ -324,12 +326,15 @@ def test_final_answers(text, final):
 @pytest.mark.parametrize(
     ("text", "final"),
     [
-        ("Answer is:  ** 7", "7"), ("answer\n\n=\n**B", "B"), ("12 so far. The answer is", "12 so far. the answer is"),
+        ("Answer is:  ** 7", "7"),
+        ("answer\n\n=\n**B", "B"),
+        ("12 so far. The answer is", "12 so far. the answer is"),
         ("#### 5\n#### ", "5"),
         ("answer" + "\n" * 1_000_000, "answer"),
-        ("answer is" + " " * 1_000_000 + "9", "9"), ("\'." * 500_000, ""),
+        ("answer is" + " " * 1_000_000 + "9", "9"),
+        ("'." * 500_000, ""),
     ],
-)  # fmt: skip
+)
 def test_final_answers_take_no_time_cubic_in_white_space(text, final):
     assert final_answer(text) == final
 

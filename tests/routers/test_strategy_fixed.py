@@ -20,9 +20,12 @@ def names(decision):
 def recorded(score, cost=None, **fields):
     score = np.array(score, float)
     return Recorded(
-        query=tuple(f"q{row}" for row in range(len(score))), models=("a", "b", "c")[: score.shape[1]], score_NM=score,
-        cost_NM=None if cost is None else np.broadcast_to(np.array(cost, float), score.shape), **fields,
-    )  # fmt: skip
+        query=tuple(f"q{row}" for row in range(len(score))),
+        models=("a", "b", "c")[: score.shape[1]],
+        score_NM=score,
+        cost_NM=None if cost is None else np.broadcast_to(np.array(cost, float), score.shape),
+        **fields,
+    )
 
 
 def test_static():

@@ -18,9 +18,12 @@ POOL = Pool((Model(name="a"), Model(name="b")))
 def recorded(vector, score, cost=None):
     vector = np.array(vector, np.float32)
     return Recorded(
-        query=tuple(f"q{row}" for row in range(len(vector))), models=("a", "b", "c")[: len(score[0])], score_NM=np.array(score, float),
-        cost_NM=None if cost is None else np.array(cost, float), vector_ND=vector / np.linalg.norm(vector, axis=1, keepdims=True),
-    )  # fmt: skip
+        query=tuple(f"q{row}" for row in range(len(vector))),
+        models=("a", "b", "c")[: len(score[0])],
+        score_NM=np.array(score, float),
+        cost_NM=None if cost is None else np.array(cost, float),
+        vector_ND=vector / np.linalg.norm(vector, axis=1, keepdims=True),
+    )
 
 
 ANGLES = np.deg2rad([0, 10, 20, 90, 100])

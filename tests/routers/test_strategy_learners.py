@@ -29,9 +29,12 @@ def outcomes(score, vector=None, task=()):
     score = np.array(score, float)
     vector = np.eye(len(score), 3) if vector is None else np.array(vector)
     return Recorded(
-        query=tuple(f"q{row}" for row in range(len(score))), models=("a", "b", "c", "d")[: score.shape[1]], score_NM=score,
-        vector_ND=vector.astype(np.float32), task=task,
-    )  # fmt: skip
+        query=tuple(f"q{row}" for row in range(len(score))),
+        models=("a", "b", "c", "d")[: score.shape[1]],
+        score_NM=score,
+        vector_ND=vector.astype(np.float32),
+        task=task,
+    )
 
 
 def check_gradients(function, parameters):
@@ -308,8 +311,11 @@ def test_sw_elo_tiers_share_ratings():
 def test_battles_by_hand():
     battles = battles_of(np.array([[1.0, 0.0, np.nan], [0.5, 0.5, 0.7]]), "x")
     assert list(zip(battles.row_B, battles.winner_B, battles.loser_B, battles.tie_B, strict=True)) == [
-        (0, 0, 1, False), (1, 0, 1, True), (1, 2, 0, False), (1, 2, 1, False),
-    ]  # fmt: skip
+        (0, 0, 1, False),
+        (1, 0, 1, True),
+        (1, 2, 0, False),
+        (1, 2, 1, False),
+    ]
     assert len(battles.decided()) == 3
     with pytest.raises(DataError, match="no query has scores of two"):
         battles_of(np.array([[1.0, np.nan]]), "x")

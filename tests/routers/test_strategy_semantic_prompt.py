@@ -102,9 +102,11 @@ def test_thresholds_are_chosen_by_what_they_earn():
     degrees = rng.uniform(-60, 60, 300)
     score = np.column_stack((np.abs(degrees - 5) < 25, np.full(300, 0.5), np.zeros(300))).astype(float)
     data = Recorded(
-        query=tuple(map(str, range(300))), models=("small", "middle", "large"), score_NM=score,
+        query=tuple(map(str, range(300))),
+        models=("small", "middle", "large"),
+        score_NM=score,
         vector_ND=np.stack([direction(one) for one in degrees]),
-    )  # fmt: skip
+    )
     one = routes(top_k=2).fit(data)
     # mean similarity at 25 degrees from 5: (cos 30 + cos 20) / 2
     assert one.threshold_R[0] == pytest.approx((np.cos(np.deg2rad(30)) + np.cos(np.deg2rad(20))) / 2, abs=0.01)

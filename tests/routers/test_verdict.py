@@ -311,8 +311,11 @@ def test_an_evaluation_ends_in_a_verdict():
     assert (found.gains[1].name, found.gains[1].found) == ("cheap", "worse")
     assert found.recommended.name == "word_means"
     assert report.to_dict()["verdict"]["recommended"] == {
-        "kind": "strategy", "name": "word_means", "setting": None, "reason": found.recommended.reason,
-    }  # fmt: skip
+        "kind": "strategy",
+        "name": "word_means",
+        "setting": None,
+        "reason": found.recommended.reason,
+    }
     told = report.replace(verdict=found.replace(next="type <this>"))
     assert "## Verdict" in told.to_markdown()
     assert "`type <this>`" in told.to_markdown()

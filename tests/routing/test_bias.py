@@ -139,10 +139,13 @@ def test_a_bias_that_multiplies_has_no_quantiles_and_no_place_in_deepseeks_forma
 @pytest.mark.parametrize(
     ("fields", "steps", "expected"),
     [
-        ({}, 200, "rule=quantile"), ({"form": "multiply"}, 200, "rule=inv_n"), ({}, 800, None), ({"rate": 1e-2}, 200, None),
+        ({}, 200, "rule=quantile"),
+        ({"form": "multiply"}, 200, "rule=inv_n"),
+        ({}, 800, None),
+        ({"rate": 1e-2}, 200, None),
         ({"rule": "quantile"}, 2, None),
     ],
-)  # fmt: skip
+)
 def test_signs_are_advised_against_where_the_steps_do_not_suffice(fields, steps, expected):
     advice = BiasBalancer.Config(**fields).advice(steps)
     if expected is None:

@@ -236,7 +236,7 @@ def _cast(name, dtype):
 
 def test_messages_about_files(tmp_path):
     path = tmp_path / "t.parquet"
-    with pytest.raises(DataError, match="there is no routing trace at"):
+    with pytest.raises(DataError, match="no routing trace at"):
         RoutingTrace.read(path)
     path.write_bytes(b"not parquet")
     with pytest.raises(DataError, match="cannot be read as a Parquet file: "):

@@ -126,12 +126,13 @@ def test_every_file_and_name_of_the_page_is_there():
     package = ROOT / "src" / "anabranch"
     files = [path for folder in ("serving", "web") for path in (package / folder).rglob("*.py")]
     classes = {name for path in files for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)}
-    for name in NAME.findall(PAGE):
-        if "/" in name and name.endswith((".py", ".cpp")):
-            places = [ROOT / name, package / name]
-            assert any(place.is_file() for place in places), name
-        elif name[0].isupper() and "." not in name:
-            assert name in classes
+    named = set(NAME.findall(PAGE))
+    of_files = {name for name in named if "/" in name and name.endswith((".py", ".cpp"))}
+    of_classes = {name for name in named - of_files if name[0].isupper() and "." not in name}
+    assert of_files
+    assert {name for name in of_files if not any((place / name).is_file() for place in (ROOT, package))} == set()
+    assert of_classes
+    assert of_classes <= classes
 
 
 def test_the_order_of_folders_is_that_of_the_contract():

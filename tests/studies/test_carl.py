@@ -15,9 +15,15 @@ def test_arms_differ_in_batch_and_reward_alone():
     batches = {name: (run.train.batch_size, run.task.collecting.num_samples) for name, run in found.items()}
     for reward in ("simple", "shaped"):
         assert [batches[f"{reward}-{each}"] for each in (256, 2048, 16384)] == [
-            (256, 1024), (2048, 8192), (16384, 65536)
-        ]  # fmt: skip
+            (256, 1024),
+            (2048, 8192),
+            (16384, 65536),
+        ]
     assert batches["no-hint"] == batches["no-factors"] == (2048, 8192)
+    gammas = {name: run.task.gamma for name, run in found.items() if name.startswith("gamma")}
+    assert gammas == {"gamma-0.95": 0.95, "gamma-0.98": 0.98, "gamma-0.999": 0.999}
+    assert {batches[name] for name in gammas} == {(2048, 8192)}
+    assert {run.train.learning_rate for name, run in found.items() if name in gammas} == {2.5e-4 * math.sqrt(8)}
     # The square root of 64 and of 8.
     rates = [found[f"simple-{each}"].train.learning_rate / 2.5e-4 for each in (256, 2048, 16384)]
     assert rates == pytest.approx([1, math.sqrt(8), 8])
@@ -27,7 +33,7 @@ def test_arms_differ_in_batch_and_reward_alone():
         assert world.shaped == name.startswith("shaped")
         assert world.reward.hint == (0 if name == "no-hint" else -1)
         assert [getattr(world.reward, factor) for factor in FACTORS] == [name != "no-factors"] * 5
-        same = {"num_envs", "rollout_steps", "environment"}
+        same = {"num_envs", "rollout_steps", "environment"} | ({"gamma"} if name in gammas else set())
         for field in vars(run.task).keys() - same:
             assert getattr(run.task, field) == getattr(found["simple-256"].task, field), field
         # Whole rollouts: no more than one is left over.

@@ -17,10 +17,14 @@ def test_arms_differ_in_reward_and_road_alone():
     for name, run in found.items():
         environment = run.task.environment
         assert environment.own_reward == name.startswith("own")
-        assert environment.id == ("roundabout-v1" if name.endswith("roundabout") else "intersection-v2")
+        road = name.partition("-")[2]
+        assert environment.id == {"intersection": "intersection-v2"}.get(road, f"{road}-v1")
+        # Ten seconds of a danger, whose decisions are of a second, or a fifth of one.
+        assert environment.reward.window == (50 if road == "racetrack" else 10)
+        assert run.task.gamma == (0.9 if road == "racetrack" else 0.8)
         assert run.task.reward_scale == (1.0 if name.startswith("own") else 0.1)
         assert run.train == first.train
-        for field in vars(run.task).keys() - {"environment", "reward_scale"}:
+        for field in vars(run.task).keys() - {"environment", "reward_scale", "gamma"}:
             assert getattr(run.task, field) == getattr(first.task, field), field
 
 
@@ -32,18 +36,19 @@ def test_the_rule():
         return {seed: {"arrived": arrived + 0.001 * seed**2, "collided": collided} for seed in range(5)}
 
     found = judge(Results({"simple-roundabout": runs(0.8, 0.1), "own-roundabout": other(0.8, 0.3)}))
-    assert [claim.verdict for claim in found] == ["holds", "holds", "not run", "not run"]
+    assert [claim.verdict for claim in found] == ["holds", "holds", *["not run"] * 4]
     found = judge(Results({"simple-intersection": runs(0.5, 0.5), "own-intersection": other(0.8, 0.2)}))
-    assert [claim.verdict for claim in found] == ["not run", "not run", "does not hold", "does not hold"]
+    assert [claim.verdict for claim in found] == [*["not run"] * 2, *["does not hold"] * 2, *["not run"] * 2]
     few = {seed: metrics for seed, metrics in runs(0.8, 0.1).items() if seed < 4}
     assert judge(Results({"simple-roundabout": few, "own-roundabout": few}))[0].verdict == "not resolved"
 
 
 @pytest.mark.slow
-def test_an_arm_runs():
+@pytest.mark.parametrize("name", ["own-roundabout", "simple-racetrack"])
+def test_an_arm_runs(name):
     study = make()
     assert study.seeds == (0, 1)
-    arm = next(arm for arm in study.arms if arm.name == "own-roundabout")
+    arm = next(arm for arm in study.arms if arm.name == name)
     found = study.run(arm.config, 0, lambda text: None)
     assert {column.metric for column in study.columns} <= found.keys()
     assert found["samples"] == 16

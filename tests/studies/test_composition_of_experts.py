@@ -60,9 +60,11 @@ def test_budgeted_maps_must_keep_active_parameters_too(score, active, verdict):
 def test_the_worst_budget_decides():
     """Better by 0.02 at one budget, worse by 0.01 at the other."""
     found = verdicts(
-        host_chosen=runs(score_17=0.62, score_60=0.61), host_plain=runs(score_17=0.6, score_60=0.62),
-        host_aware=runs(score_17=0.6, score_60=0.612), host_single=runs(score_17=0.5, score_60=0.5),
-    )  # fmt: skip
+        host_chosen=runs(score_17=0.62, score_60=0.61),
+        host_plain=runs(score_17=0.6, score_60=0.62),
+        host_aware=runs(score_17=0.6, score_60=0.612),
+        host_single=runs(score_17=0.5, score_60=0.5),
+    )
     told = "the map chosen on train, at its worst budget"
     assert found == {
         f"{told} (60 billion) (at least host-plain - 0.003)": "does not hold",
@@ -73,9 +75,10 @@ def test_the_worst_budget_decides():
 
 def test_abstention_is_judged_on_both_kinds_of_tasks():
     found = verdicts(
-        open_forced=runs(held=0.6, inside=0.65), open_abstain=runs(held=0.615, inside=0.644),
+        open_forced=runs(held=0.6, inside=0.65),
+        open_abstain=runs(held=0.615, inside=0.644),
         open_general=runs(held=0.621, inside=0.6),
-    )  # fmt: skip
+    )
     assert list(found.values()) == ["holds", "does not hold", "does not hold"]
 
 

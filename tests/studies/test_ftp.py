@@ -1,30 +1,18 @@
-"""The study of FTP: what its arms share, that all of them run at the small size, and its rule."""
+"""The study of FTP: that its arms run at the small size, its frozen size, and its rule."""
 
 import pytest
 
-from anabranch.errors import ConfigError
-from anabranch.studies.ftp import ARMS, OUTSIDE, ArmConfig, Bench, Size, judge, make, run
+from anabranch.studies.ftp import AGREE, ARMS, OUTSIDE, ArmConfig, inputs, judge, make, run
+from anabranch.studies.ftp_bench import Size
 from anabranch.studies.harness import Results
 
 TINY = make().arms[0].config.size
 
 
-def test_arms_of_a_seed_share_rows_and_what_was_searched():
-    bench, again = Bench(TINY, 1, lambda text: None), Bench(TINY, 1, lambda text: None)
-    assert bench.judged == again.judged != Bench(TINY, 2, lambda text: None).judged
-    assert not set(bench.judged) & {*bench.calibration, *bench.learned}
-    searched = bench.skipper("static_searched")
-    dynamic, tuned, hidden = (bench.skipper(name) for name in ("dynamic_searched", "dynamic_tuned", "hidden"))
-    assert searched.schedule == dynamic.schedule == hidden.schedule
-    assert tuned.router.state_dict()["first.bias"].equal(dynamic.router.state_dict()["first.bias"])
-    assert (dynamic.router.num_parameters, hidden.router.config.inputs) == (450, "hidden")
-    for name in ("random", "static", "static_searched", "dynamic_tuned"):
-        assert bench.skipper(name).sparsity == pytest.approx(0.3, abs=1e-9)
-
-
 def test_every_arm_runs_and_shortgpt_has_the_work():
-    found = {name: run(ArmConfig(arm=name, size=TINY), 0, lambda text: None) for name in make().default_arms}
-    assert set(ARMS) - set(found) == set(OUTSIDE) == {"llmlingua", "kvpress"}
+    assert set(ARMS) - set(make().default_arms) == set(OUTSIDE) == {"llmlingua", "kvpress"}
+    names = [name for name in make().default_arms if name not in (*AGREE, "anywhere")]
+    found = {name: run(ArmConfig(arm=name, size=TINY), 0, lambda text: None) for name in names}
     assert found["dense"]["gap"] == found["dense"]["saved"] == 0
     assert found["shortgpt"]["saved"] <= found["dynamic_tuned"]["saved"] + 1e-9
     # One of 22 tokens is 0.045, and blocks pass over whole ones.
@@ -34,10 +22,11 @@ def test_every_arm_runs_and_shortgpt_has_the_work():
         assert 0 <= metrics["agreement"] <= 1
 
 
-@pytest.mark.parametrize("arm", OUTSIDE)
-def test_outside_arms_read_text(arm):
-    with pytest.raises(ConfigError, match=f"the arm {arm} reads text, and the made model's rows are none"):
-        run(ArmConfig(arm=arm, size=TINY), 0, lambda text: None)
+def test_what_contexts_read_is_named():
+    full = make(full=True)
+    read = {arm.name for arm in full.arms if inputs(arm.config) is not None}
+    assert read == set(AGREE)
+    assert all(inputs(arm.config) is None for arm in make().arms)
 
 
 def test_the_frozen_size():
@@ -55,6 +44,11 @@ def test_the_rule():
             for seed, gap in enumerate(gaps)
         }
 
+    def agree(shares, shortgpt):
+        return {
+            seed: {"agreement": share, "agreement_shortgpt": shortgpt, "zero": 0.0} for seed, share in enumerate(shares)
+        }
+
     found = {
         claim.claim: claim.verdict
         for claim in judge(
@@ -65,6 +59,12 @@ def test_the_rule():
                     "static": runs([0.10, 0.11, 0.12, 0.10, 0.11]),
                     "random": runs([0.15, 0.16, 0.15, 0.14, 0.16]),
                     "static_searched": runs([0.10, 0.11, 0.12, 0.10]),
+                    "agree_22": agree([0.93, 0.92, 0.94, 0.93, 0.92], 0.8),
+                    "agree_40": agree([0.70, 0.71, 0.72, 0.70, 0.71], 0.8),
+                    "anywhere": {
+                        seed: {"closeness": -gap, "closeness_truncation": -0.3, "closeness_static": -gap}
+                        for seed, gap in enumerate([0.10, 0.11, 0.12, 0.10, 0.11])
+                    },
                 }
             )
         )
@@ -73,3 +73,9 @@ def test_the_rule():
     assert found["the static router's gap is at most half of random tokens', uniform schedule"] == "does not hold"
     assert found["the searched schedule costs at most 0.01 more than the uniform one"] == "not resolved"
     assert found["four factors are better than hidden states"] == "not run"
+    at = "contexts: at S = {} the next token is the dense one more often than ShortGPT's at as much work"
+    assert found["contexts: at S = 0.22 the next token is the dense one in at least 90%"] == "holds"
+    assert [found[at.format(s)] for s in ("0.22", "0.30", "0.40")] == ["holds", "not run", "does not hold"]
+    anywhere = "facts anywhere: FTP is better {}"
+    assert found[anywhere.format("than cutting the prompt where that loses a needed sentence")] == "holds"
+    assert found[anywhere.format("there than the static router, uniform schedule")] == "not resolved"

@@ -222,8 +222,9 @@ def test_claims_on_answers_are_paired_over_requests():
     ours = {s: shard(f1=[0.6, 0.5, 0.7], score=[1.0, 0.8, 0.9], recall=[1.0, None, 0.8]) for s in range(4)}
     plain = {s: shard(f1=[0.1, 0.1, 0.2], score=[0.2, 0.3, 0.1], recall=[0.5, 0.1, 0.2]) for s in range(4)}
     near = {
-        s: shard(f1=[0.7, 0.6, 0.8], score=[0.5, 0.5, 0.5], recall=[0.2, 0.5, 0.3], similarity=[0.6, 0.6, 0.9]) for s in range(4)
-    }  # fmt: skip
+        s: shard(f1=[0.7, 0.6, 0.8], score=[0.5, 0.5, 0.5], recall=[0.2, 0.5, 0.3], similarity=[0.6, 0.6, 0.9])
+        for s in range(4)
+    }
     found = verdicts({"none": plain, "random5": plain, "similar5": ours, "utility5": ours, "nearest": near})
     assert found["selected examples at least double token F1"].verdict == "holds"
     assert found["selected examples at least double token F1"].difference == pytest.approx(0.6 - 0.4 / 3)

@@ -87,4 +87,8 @@ def test_the_margin_is_part_of_the_claim():
 def test_both_sizes_are_made():
     assert make().seeds == (0, 1)
     assert make(full=True).seeds == (0, 1, 2, 3, 4)
-    assert [arm.name for arm in make(full=True).arms] == ["lora", "poly", "mhr"]
+    bench, real = ["lora", "poly", "mhr"], ["superni-lora", "superni-poly", "superni-mhr"]
+    assert [arm.name for arm in make(full=True).arms] == [*bench, *real]
+    # Weights and rows that a quick run is not to fail for.
+    assert list(make().default_arms) == bench
+    assert make(full=True).default_arms is None

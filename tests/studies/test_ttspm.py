@@ -60,11 +60,14 @@ def sums(rate, **changes):
     return {
         "predicted_mixed": [[round(one * rate) for one in row] for row in observed],
         "observed": observed,
-        "error_mixed": 0.01, "error_single": 0.05,
-        "samples_question": 5.0, "samples_fixed": 10.0,
-        "worth_question": 0.5, "worth_votes": 0.5,
+        "error_mixed": 0.01,
+        "error_single": 0.05,
+        "samples_question": 5.0,
+        "samples_fixed": 10.0,
+        "worth_question": 0.5,
+        "worth_votes": 0.5,
         **changes,
-    }  # fmt: skip
+    }
 
 
 def results(small, large=None, seeds=5):

@@ -134,6 +134,10 @@ def test_nothing_but_zeros_and_nothing_but_ones_have_limits():
     for data, n in ((none, 0), (all_right, 1)):
         assert BetaTTSPM().fit(data).saturation(0.001) == n
         assert BetaTTSPM().fit(data, f_max=0.5).f_max == 0.5
+        assert (TTSPM().fit(data).all_same, BetaTTSPM().fit([[0, 1], [1, 0]]).all_same) == (n, None)
+    assert BetaTTSPM(0.5, 1.0, 1.0).all_same is None
+    with pytest.raises(InputError, match="nobody knows how many questions"):
+        TTSPM().fit([0.0, 0.0]).interval()
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=12))
@@ -158,7 +162,9 @@ def test_any_shares_give_a_curve(shares):
         (np.zeros((0, 4)), "at least one of each"),
         (np.zeros((2, 2, 2)), r"must be \[questions, samples\]"),
         ("abc", "it must be a number"),
-        ([[0, 1], [1]], "it must be a number"),
+        ([[0, 1], []], r"data\[1\] has shape \[1, 0\]"),
+        ([[0, 1], [1, 2, 0]], r"data\[1\]\[0, 1\] is 2; it must be 0 or 1"),
+        ([[0, 1], 1], r"data\[1\] has shape \[1\]"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(data, message):
@@ -224,3 +230,33 @@ def test_a_point_counts_as_much_as_it_is_certain(shares):
     assert found == pytest.approx(best, abs=2e-5)
     # Weights that are all alike say something else.
     assert abs(p_G[square_GN.sum(1).argmin()] - best) > 1e-3
+
+
+def test_questions_with_different_numbers_of_samples_say_of_as_many_as_the_least_have():
+    rows = [[0, 1, 0, 1], [1, 0], [0, 0, 0], [1, 1, 1, 1, 0]]
+    # Hit@2: 1 - C(2,2)/C(4,2) = 5/6, 1, 0, 1 - 0 = 1.
+    fitted = BetaTTSPM().fit(rows)
+    assert fitted.observed == pytest.approx([(1 / 2 + 1 / 2 + 0 + 4 / 5) / 4, (5 / 6 + 1 + 0 + 1) / 4])
+    rounds = TTSPM(kind="sequential").fit(rows, up_to=2)
+    assert rounds.observed == pytest.approx([2 / 4, 3 / 4])
+    assert BetaTTSPM(1.0, 1.0, 1.0).observed is None
+    # Of as many each, a list of rows is an array.
+    assert TTSPM().fit([[0, 1], [0, 0]]).observed == pytest.approx([0.25, 0.5])
+    with pytest.raises(InputError, match="up_to is 3; it must be at most 2"):
+        BetaTTSPM().fit(rows, up_to=3)
+    with pytest.raises(InputError, match="num_questions is for shares"):
+        BetaTTSPM().fit(rows, num_questions=4)
+
+
+def test_a_band_holds_the_curve_and_is_that_of_its_parameters():
+    rng = np.random.default_rng(3)
+    fitted = TTSPM(f_max=1.0).fit(drawn(rng, 1.0, np.full(200, 0.3), 8))
+    low_N, high_N = fitted.band([1, 2, 8, 30])
+    value_N = fitted.value([1, 2, 8, 30])
+    assert (low_N <= value_N).all()
+    assert (value_N <= high_N).all()
+    # With one sample and no ceiling it is p.
+    assert (low_N[0], high_N[0]) == pytest.approx(fitted.interval()["p"])
+    assert fitted.band(2)[0].shape == (1,)
+    with pytest.raises(InputError, match="call fit first"):
+        TTSPM(p=0.2).band([1])

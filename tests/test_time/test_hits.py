@@ -1,6 +1,6 @@
 """Observed curves: Hit@n against all ways to draw, curves of questions that stopped early, and votes."""
 
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.errors import InputError
-from anabranch.test_time import hit_at, hit_curve, survival_curve, vote_curve
+from anabranch.test_time import ends_at_first, first_counts, hit_at, hit_curve, survival_curve, vote_curve
 
 
 def test_known_values():
@@ -82,3 +82,44 @@ def test_a_vote_of_one_is_the_share_of_right_samples_and_ties_go_to_the_first():
     assert vote_curve(answer_QM, correct_QM, [1], draws=400)[0] == pytest.approx(correct_QM.mean(), abs=0.02)
     # Two that differ: the first drawn is given, so half of the time the right one.
     assert vote_curve([[0, 1]], [[1, 0]], [2], draws=2000)[0] == pytest.approx(0.5, abs=0.04)
+
+
+@given(st.lists(st.integers(1, 5).flatmap(lambda m: st.tuples(st.integers(0, m), st.just(m))), min_size=1, max_size=4))
+def test_counts_are_the_mean_over_all_orders_of_samples(questions):
+    wanted = np.zeros((2, 6))
+    for k, m in questions:
+        orders = list(permutations([1] * k + [0] * (m - k)))
+        for order in orders:
+            first = order.index(1) if k else m
+            wanted[1, : min(first + 1, m)] += 1 / len(orders)
+            if k:
+                wanted[0, first] += 1 / len(orders)
+    found = first_counts(*np.array(questions).T, 6)
+    assert found == pytest.approx(wanted, abs=1e-12)
+    # Their survival is Hit@n, where all have as many samples.
+    if len({m for _, m in questions}) == 1:
+        k_Q, m = np.array([k for k, _ in questions]), questions[0][1]
+        solved, tried = found[:, :m]
+        here = tried > 1e-12
+        assert survival_curve(solved[here], tried[here]) == pytest.approx(
+            hit_curve(k_Q, m).mean(0)[: here.sum()], abs=1e-9
+        )
+
+
+def test_counts_of_more_right_ones_than_samples_are_refused():
+    with pytest.raises(InputError, match="at most the number of samples"):
+        first_counts([3], [2], 4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ends"),
+    [
+        ([[0, 1], [1], [0, 0, 0]], True),
+        ([[0, 1], [0, 1]], False),
+        ([[0, 1, 0], [1]], False),
+        ([[1], [0]], False),
+        ([[0, 0], [0]], True),
+    ],
+)
+def test_questions_drawn_for_until_one_is_right_are_known_by_their_ends(rows, ends):
+    assert ends_at_first(rows) is ends

@@ -196,3 +196,23 @@ def test_many_who_were_given_one_sample_are_not_judged_by_few_who_were_given_all
     tried[:2] += 1.0
     solved[1] = 1.0
     assert BetaTTSPM(*fit_counts(solved, tried)).value(8) < 0.3
+
+
+def test_samples_all_of_which_are_known_count_a_question_once_whatever_their_order():
+    priors = Priors()
+    priors.add_samples("m", "t", [1, 0], [2, 3])
+    # Half of the orders of the first are solved by the first sample, the other half by the second.
+    assert priors.questions("m", "t") == 2
+    count_2N = priors.state()[0]["count_G2N"][0]
+    assert count_2N[:, :4].tolist() == [[0.5, 0.5, 0, 0], [2, 1.5, 1, 0]]
+    priors.add_samples("m", "t", [], [])
+    assert len(priors) == 1
+
+
+def test_many_samples_of_each_question_show_the_mixture_that_they_are_of():
+    rng = np.random.default_rng(0)
+    p_Q = rng.beta(0.6, 1.8, 600)
+    priors = Priors(weight=1.0)
+    priors.add_samples("m", None, rng.binomial(32, p_Q), np.full(600, 32))
+    wanted = BetaTTSPM(1.0, 0.6, 1.8).value([1, 4, 16, 32])
+    assert priors.curve("m").value([1, 4, 16, 32]) == pytest.approx(wanted, abs=0.03)

@@ -14,7 +14,8 @@ from anabranch.lm import Decoder
 from anabranch.testing import run_ranks
 from anabranch.train import Constant, Losses, Task, TaskRunConfig, TrainConfig, Trainer, checkpoints, mezo, read_metrics
 from anabranch.train.config import Parallel
-from anabranch.train.mezo import _DIRECTION, check_mezo
+from anabranch.train.mezo import _DIRECTION
+from anabranch.train.optimizer import check_whole
 from anabranch.train.task_contract import check_task
 
 STEPS = 3
@@ -237,17 +238,87 @@ def test_half_the_bits_may_be_there_frozen(tmp_path):
             run_of(mezo_scale=scale)
 
 
-def test_numbers_that_do_not_lie_in_one_piece_are_refused(tmp_path):
-    class Odd(Bent):
+def test_numbers_that_lie_turned_in_memory_learn_as_others_do(tmp_path):
+    """Mixtures have their B so. Directions go along memory, so that they are laid out straight first."""
+
+    class Turned(Bent):
         def build_model(self, context):
             model = super().build_model(context)
-            model.weight = nn.Parameter(torch.ones(3, 2).T)
+            model.weight = nn.Parameter(model.weight.detach().clone())
+            model.weight.data = model.weight.detach().T.contiguous().T
+            assert not model.weight.is_contiguous()
             return model
 
-    with pytest.raises(
-        ConfigError, match=r"the numbers of weight do not lie in one piece .* make it with \.contiguous"
-    ):
-        Trainer(run_of(Odd), tmp_path / "run")
+    found = []
+    for number, task in enumerate((Bent, Turned)):
+        trainer = Trainer(run_of(task), tmp_path / str(number))
+        trainer.fit()
+        found.append(trainer.model.weight.detach())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], Bent(Bent.Config()).build_model(None).weight)
+
+
+# How the second of two parameters lies in the memory of the first, [2, 3], and whether numbers are of both.
+VIEWS = {
+    "turned": (lambda weight: weight.T, True),
+    "the same": (lambda weight: weight.view(6), True),
+    "a part": (lambda weight: weight[1:, 1:], True),
+    "its last number": (lambda weight: weight[-1:, -1], True),
+    "its bytes in other types": (lambda weight: weight.view(torch.int32)[0].view(torch.float32), True),
+    "a copy": (lambda weight: weight.T.clone(), False),
+    "none of it": (lambda weight: weight[:0], False),
+}
+
+
+class Views(Bent):
+    """A weight and another parameter, that is made of it."""
+
+    view, learning = None, ("weight", "other")
+
+    def build_model(self, context):
+        model = super().build_model(context)
+        model.other = nn.Parameter(VIEWS[self.view][0](model.weight.data))
+        return model
+
+    def learns(self, name, parameter):
+        return name in self.learning
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("learning", [("weight", "other"), ("weight",), ("other",)])
+def test_a_parameter_that_is_a_view_of_another_is_refused(tmp_path, view, learning):
+    """Turned ones got memory of their own, so that two that were one learned apart, without a word."""
+    task = type("Of", (Views,), {"view": view, "learning": learning})
+    if not VIEWS[view][1]:
+        Trainer(run_of(task, steps=1), tmp_path)
+        return
+    with pytest.raises(ConfigError, match="and other is a view of weight: both would be"):
+        Trainer(run_of(task, steps=1), tmp_path)
+
+
+def test_parts_of_one_memory_that_have_nothing_in_common_learn_and_so_does_one_parameter_under_two_names(tmp_path):
+    """Columns beside each other, and pieces of a file, lie in one memory."""
+
+    class Columns(Bent):
+        def build_model(self, context):
+            model, memory = super().build_model(context), torch.ones(2, 5)
+            model.left, model.right = nn.Parameter(memory[:, :2]), nn.Parameter(memory[:, 2:])
+            model.again = model.weight
+            return model
+
+        def learns(self, name, parameter):
+            return True
+
+    trainer = Trainer(run_of(Columns), tmp_path)
+    trainer.fit()
+    assert trainer.model.again is trainer.model.weight
+    # What nobody uses moves along with the directions too.
+    assert len({float(value) for value in trainer.model.left.detach().flatten()}) == 4
+
+
+def test_two_that_are_views_of_each_other_stay_so_where_neither_learns(tmp_path):
+    trainer = Trainer(run_of(type("Of", (Views,), {"view": "turned", "learning": ("bias",)})), tmp_path)
+    assert trainer.model.other.data_ptr() == trainer.model.weight.data_ptr()
 
 
 def test_what_was_added_before_memory_ended_is_taken_away_again(tmp_path, monkeypatch):
@@ -303,8 +374,8 @@ def test_replicas_move_as_one_process_does(tmp_path):
 def test_what_moves_parts_of_parameters_is_refused(train, parallel, message):
     config = run_of(**train).replace(parallel=Parallel(**parallel))
     with pytest.raises(ConfigError, match=f"train.optimizer is mezo, and {message}; it moves whole parameters"):
-        check_mezo(config)
-    check_mezo(config.replace(train=config.train.replace(optimizer="adamw")))
+        check_whole(config)
+    check_whole(config.replace(train=config.train.replace(optimizer="adamw")))
 
 
 def test_the_file_of_its_state_is_empty_and_is_read_again(tmp_path):

@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from anabranch.errors import CheckpointError
 from anabranch.lm import Decoder
@@ -86,3 +89,43 @@ def test_moments_of_a_single_number_stored_without_an_axis_are_taken():
         assert torch.equal(value, stored[name]), name
         assert value.shape == stored[name].shape, name
     other.step()
+
+
+class Turned(torch.nn.Module):
+    """A parameter [2, 3, 4] that lies in memory in another order of its axes."""
+
+    def __init__(self, order):
+        super().__init__()
+        start = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+        back = [order.index(axis) for axis in range(3)]
+        self.weight = torch.nn.Parameter(start.permute(order).contiguous().permute(back))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "galore"])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_moments_of_what_lies_otherwise_in_memory_are_of_the_same_numbers(order, kind):
+    """A file keeps tensors in one order, whatever that of the parameter is; what goes on from it goes on to the bit."""
+    generator = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(2, 3, 4, generator=generator) for _ in range(5)]
+
+    def step(model, optimizer, part):
+        for gradient in part:
+            model.weight.grad = torch.empty_like(model.weight).copy_(gradient)
+            optimizer.step()
+
+    settings = TrainConfig(optimizer=kind, learning_rate=0.1, galore_rank=2)
+    whole, stopped, again = (Turned(order) for _ in range(3))
+    assert whole.weight.is_contiguous() == (order == (0, 1, 2))
+    step(whole, make_optimizer(whole, settings), gradients)
+    first, second = make_optimizer(stopped, settings), make_optimizer(again, settings)
+    step(stopped, first, gradients[:2])
+    with torch.no_grad():
+        again.weight.copy_(stopped.weight)
+    kept = {name: value.contiguous() for name, value in optimizer_tensors(stopped, first).items()}
+    load_optimizer_tensors(again, second, load(save(kept)))
+    step(again, second, gradients[2:])
+    assert torch.equal(again.weight, whole.weight)
+    # Nor does how it lies change what is learned.
+    plain = Turned((0, 1, 2))
+    step(plain, make_optimizer(plain, settings), gradients)
+    torch.testing.assert_close(whole.weight, plain.weight)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from anabranch.errors import ConfigError
 from anabranch.lm import load_model
 from anabranch.routing import BiasBalancer, SwitchLoss, ZLoss
 from anabranch.train import Trainer, checkpoints, read_metrics, read_run_config
@@ -51,6 +52,26 @@ def assert_same_curve(one, two, tolerance):
 def config(make_run, balanced_model):
     # a loss over the global batch and a bias moved by global loads: both need what the other process saw
     return make_run(balanced_model(SwitchLoss.Config(scope="global_batch"), ZLoss.Config(), BiasBalancer.Config()))
+
+
+@pytest.mark.slow
+def test_sequences_cut_over_nodes_learn_as_one_process_does(tmp_path, config):
+    """TokenRing inside two nodes of two processes, a ring of keys between them."""
+    Trainer(config, tmp_path / "one").fit()
+    folder = tmp_path / "nodes.config"
+    folder.mkdir()
+    shared = Parallel(context=4, context_scheme="hybrid", context_node=2)
+    config.replace(parallel=shared, train=config.train.replace(parallel="none")).save(folder)
+    outputs = run_ranks(TRAIN.format(names=("nodes",), folder=tmp_path), 4)
+    assert len(set(outputs)) == 1
+    assert outputs[0].split()[:2] == ["nodes", "finished"]
+    assert_same_curve(tmp_path / "one", tmp_path / "nodes", 2e-5)
+
+
+def test_nodes_that_are_no_whole_ones():
+    with pytest.raises(ConfigError, match="context_node is 3, and context 4"):
+        Parallel(context=4, context_node=3)
+    assert Parallel(context_node=3).context_node == 3
 
 
 def test_replicas_and_shards_and_cut_sequences_learn_as_one_process_does(tmp_path, config):

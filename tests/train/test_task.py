@@ -84,8 +84,11 @@ def test_a_classifier_learns_is_measured_and_told_in_its_own_words(tmp_path):
     assert train["auxiliary"] == {}
     assert validation == {"step": 200, "kind": "validation", "accuracy": result.headline}
     assert next(event for event in events if event.kind == "step").values.keys() == {
-        "loss", "gradient_norm", "learning_rate", "images_per_second",
-    }  # fmt: skip
+        "loss",
+        "gradient_norm",
+        "learning_rate",
+        "images_per_second",
+    }
 
 
 def test_a_classifier_that_is_interrupted_goes_on_to_the_bit(tmp_path):
@@ -255,6 +258,42 @@ def test_a_step_knows_where_it_is_and_hooks_stand_around_it(tmp_path):
     drawn = [call[3] for call in trainer.task.called if call[0] == "before"]
     assert drawn[0] != drawn[1]
     assert trainer.task.drawn not in drawn  # what a step draws is not what hooks drew
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_step_at_no_pace_takes_its_batch_and_learns_nothing(tmp_path, log_every):
+    """Steps 1 and 3 of 4 are passed over: weights and moments are those of a loop over batches 0 and 2, and the last is at half pace."""
+
+    class Paced(Digits):
+        def before_step(self, step, fraction):
+            self.pace = [1.0, 0.0, 0.5, 0.0][step]
+
+    same = {"clip": None, "weight_decay": 0.0, "schedule": Constant.Config(warmup=0), "eval_every": None}
+    run = digits_run(steps=4, log_every=log_every, checkpoint_every=None, **same)
+    events = []
+    trainer = Trainer(run, tmp_path / "run", on_event=events.append)
+    trainer.task.__class__ = Paced
+    trainer._hooks.before.append(trainer.task.before_step)
+    twin = Trainer(run, tmp_path / "twin")
+    model, stream = twin.model, twin.stream
+    trainer.fit()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    for pace in (1.0, 0.0, 0.5, 0.0):
+        image_BD, label_B = stream.next_batch(8)
+        if pace:
+            optimizer.param_groups[0]["lr"] = pace * 1e-2
+            F.cross_entropy(model(image_BD), label_B).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    steps = [event.values for event in events if event.kind == "step"]
+    assert [values["learning_rate"] for values in steps] == [1e-2, 0.0, 5e-3, 0.0]
+    # Looked at where it is logged, and no step that failed.
+    assert [math.isnan(values["loss"]) for values in steps] == [False, log_every == 4, False, False]
+    lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert lines[-1]["skipped_steps"] == 0
+    assert lines[-1]["loss"] > 0
 
 
 def test_hooks_draw_the_same_when_a_step_is_done_again(tmp_path):

@@ -100,11 +100,13 @@ def test_one_with_too_much_cuts_off_nobody_else():
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["enter", "more", "whole", "close", "wait"]), st.sampled_from("abc"), st.integers(1, 60)),
+        st.tuples(
+            st.sampled_from(["enter", "more", "whole", "close", "wait"]), st.sampled_from("abc"), st.integers(1, 60)
+        ),
         max_size=80,
     ),
     st.floats(0.1, 1),
-)  # fmt: skip
+)
 def test_the_books_are_right_whatever_comes(steps, share):
     async def run():
         clock, kept = Clock(), []

@@ -83,12 +83,14 @@ def test_pages_of_the_server_itself(origin, host, is_own):
     assert is_same_origin(origin, host) is is_own
 
 
-@given(st.text(min_size=1, max_size=20))
+@given(st.text(min_size=1, max_size=20) | st.text(".:0369a", min_size=1, max_size=7))
 def test_what_follows_a_name_of_this_machine_is_a_port_or_makes_another_name(text):
-    if is_meant(f"localhost{text}"):
-        dots, colon, port = text.partition(":")
-        assert not dots.strip(".")
-        assert not port or (colon and port.isascii() and port.isdigit() and int(port) <= 65_535)
+    dots, colon, port = text.partition(":")
+    is_port = not port or (port.isascii() and port.isdigit() and int(port) <= 65_535)
+    if not is_port or dots.strip("."):
+        assert not is_meant(f"localhost{text}")
+    elif not dots and (port or not colon):
+        assert is_meant(f"localhost{text}")
 
 
 @given(st.text(alphabet=st.characters(exclude_characters="."), min_size=1, max_size=20))

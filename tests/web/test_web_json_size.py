@@ -64,9 +64,9 @@ def test_as_a_walk_of_its_letters_counts_it(value, block, ascii):
         (b'["a,b,c","[[[{:"]', (1, 1)),
         (b'["\\",\\"",1]', (1, 1)),
         (b'["\\\\",1,2]', (2, 1)),
-        (b'[123456789,1]', (2, 1)),
+        (b"[123456789,1]", (2, 1)),
     ],
-)  # fmt: skip
+)
 def test_a_few_by_hand(raw, passes_with):
     values, parts = passes_with
     assert passes(raw, values, parts, 4)

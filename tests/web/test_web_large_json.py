@@ -81,9 +81,12 @@ ODD = st.sampled_from(
 
 
 @given(
-    st.binary(max_size=40) | ODD | BODY.map(lambda body: json.dumps(body).encode())
-    | BODY.map(lambda body: b"\xef\xbb\xbf" + json.dumps(body).encode()) | BODY.map(lambda body: json.dumps([body]).encode("utf-16"))
-)  # fmt: skip
+    st.binary(max_size=40)
+    | ODD
+    | BODY.map(lambda body: json.dumps(body).encode())
+    | BODY.map(lambda body: b"\xef\xbb\xbf" + json.dumps(body).encode())
+    | BODY.map(lambda body: json.dumps([body]).encode("utf-16"))
+)
 def test_any_json_is_read_as_the_json_module_reads_it(raw):
     def read(load):
         try:

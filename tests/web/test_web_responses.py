@@ -69,6 +69,40 @@ def test_why_an_answer_ended_is_told(reason, status, why):
         assert (made["status"], made["incomplete_details"]) == (status, None if why is None else {"reason": why})
 
 
+@pytest.mark.parametrize("reason", ["length", "content_filter", "stop"])
+@pytest.mark.parametrize("name", ["patch", "add"])
+@pytest.mark.parametrize(
+    ("delta", "statuses"),
+    [
+        ({"content": "so"}, ["incomplete"]),
+        ({"reasoning_content": "hm"}, ["incomplete"]),
+        ({"reasoning_content": "hm", "content": "so"}, ["completed", "incomplete"]),
+        ({"content": "so", "tool_calls": ["{}"]}, ["completed", "completed"]),
+        ({"content": "so", "tool_calls": ["{}", '{"x": ']}, ["completed", "completed", "incomplete"]),
+        ({"tool_calls": ['{"x": ', "{}"]}, ["incomplete", "completed"]),
+        ({"tool_calls": [""]}, ["incomplete"]),
+    ],
+)
+def test_what_was_cut_off_is_not_completed(delta, statuses, name, reason):
+    calls = [{**call(text, name), "index": at, "id": f"c{at}"} for at, text in enumerate(delta.get("tool_calls", ()))]
+    said = {**delta, **({"tool_calls": calls} if calls else {})}
+    whole = answer(**said)
+    whole["choices"][0]["finish_reason"] = reason
+    events = events_of(ASKED, {"choices": [{"index": 0, "delta": said, "finish_reason": reason}]})
+    for output in (to_response(ASKED, whole)["output"], events[-1]["response"]["output"]):
+        assert [item["status"] for item in output] == (statuses if reason != "stop" else ["completed"] * len(statuses))
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert sorted(item["status"] for item in done) == sorted(
+        item["status"] for item in events[-1]["response"]["output"]
+    )
+    if reason != "stop":
+        # Nobody is told that the arguments of a call are done which are not.
+        told_done = [
+            event for event in events if event["type"].endswith((".arguments.done", "_arguments.done", "input.done"))
+        ]
+        assert len(told_done) == sum(status == "completed" for status in statuses[len(statuses) - len(calls) :])
+
+
 def test_the_model_is_the_one_that_was_told_last():
     one = {"choices": [{"index": 0, "delta": {"content": "a"}}]}
     first, *_, last = events_of(ASKED, one, {**one, "model": "m-1"}, {**one, "model": "m-2"}, one)
@@ -334,3 +368,23 @@ def test_what_the_library_can_ask_to_be_included_is_taken():
     assert "reasoning.encrypted_content" in words
     assert to_chat({**ASKED, "include": words})["logprobs"] is True
     assert "logprobs" not in to_chat({**ASKED, "include": None})
+
+
+def test_usage_tells_what_our_servers_tell_and_no_more():
+    """Layers that ran, and turns of routers; others' own counts have no place in a response."""
+    usage = {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "depth": {"layers_per_token": 1.5},
+        "rewiring": [[]],
+        "cost": 1,
+    }
+    wanted = {
+        "input_tokens": 3, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 2,
+        "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 5, "depth": {"layers_per_token": 1.5}, "rewiring": [[]],
+    }  # fmt: skip
+    assert to_response(ASKED, {**answer(content="x"), "usage": usage})["usage"] == wanted
+    *_, end = events_of(ASKED, {"choices": [{"index": 0, "delta": {"content": "x"}}]}, {"choices": [], "usage": usage})
+    assert end["response"]["usage"] == wanted
+    plain = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+    assert not {"depth", "rewiring"} & set(to_response(ASKED, {**answer(content="x"), "usage": plain})["usage"])

@@ -123,8 +123,12 @@ def test_a_reader_who_stands_still_is_given_up(write):
 class Slow:
     """A response whose reader takes a hundredth of a second for each write."""
 
+    def __init__(self):
+        self.taken = b""
+
     async def write(self, data):
         await asyncio.sleep(0.01)
+        self.taken += data
 
 
 def written(slowest, stall_s=0.2, most=200):
@@ -152,9 +156,10 @@ def test_a_reader_of_a_whole_answer_has_to_keep_up():
 
 def test_what_waits_for_something_else_does_not_count():
     async def main():
-        writing = Writing(Slow(), 0.2, 1_000_000)
+        writing = Writing(reader := Slow(), 0.2, 1_000_000)
         for _ in range(3):
             await asyncio.sleep(0.15)
             await writing.write(b"0")
+        return reader.taken
 
-    asyncio.run(main())
+    assert asyncio.run(main()) == b"000"

@@ -23,6 +23,7 @@ from anabranch.adapters.lora_mixer import (
     fit_joint,
     fit_router,
     labelled_rows,
+    load_fitted,
     load_mixture,
 )
 from anabranch.adapters.low_rank import LowRank, Pair
@@ -71,6 +72,7 @@ __all__ = [
     "fit_joint",
     "fit_router",
     "labelled_rows",
+    "load_fitted",
     "load_mixture",
     "load_peft",
     "load_pool",

@@ -2,6 +2,7 @@
 
     SerialBottleneck   y <- y + U act(D y + e) + f       an adapter in series (Houlsby et al. 2019, arXiv 1902.00751)
     ScaleShift         y <- g * y + b                    SSF (Lian et al. 2022, arXiv 2210.08823)
+    Shift              y <- y + b                        a bias, be the matrix with or without one (BitFit in S4)
 
 Behind the last matrix of attention or of a feed-forward layer (``o``, ``down``), a bottleneck is the adapter of its papers: of the
 sublayer's output, before it is added to the stream.
@@ -22,7 +23,7 @@ from anabranch.errors import ConfigError
 from anabranch.nn import BuildContext, Count, Linear
 from anabranch.nn.linear import Projection, Rows
 
-__all__ = ["ScaleShift", "SerialBottleneck"]
+__all__ = ["ScaleShift", "SerialBottleneck", "Shift"]
 
 
 class SerialBottleneck(Linear, kind="serial_bottleneck"):
@@ -58,7 +59,7 @@ class SerialBottleneck(Linear, kind="serial_bottleneck"):
 
     def around(self, rows: Rows, context: Any = None) -> Tensor:
         """y. It is computed in the adapter's type, which may be wider than that of the matrix."""
-        y = rows.y.to(self.down.dtype)
+        y = rows.y.to(self.down_bias.dtype)
         return (y + self.made(y)).to(rows.y.dtype)
 
     def made(self, y: Tensor) -> Tensor:
@@ -107,3 +108,30 @@ class ScaleShift(Linear, kind="scale_shift"):
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"out={len(self.factor)}"
+
+
+class Shift(Linear, kind="shift"):
+    """y + b of what comes out of the matrix. It starts as y."""
+
+    @configclass
+    class Config(Linear.Config):
+        """Nothing to choose."""
+
+        is_added: ClassVar[bool] = True
+
+        def count(self, projection: Projection, context: BuildContext) -> Count:
+            """A number for each output."""
+            return Count(projection.out_dim, projection.out_dim, projection.out_dim)
+
+    def __init__(self, config: Config, projection: Projection, context: BuildContext) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.shift = nn.Parameter(torch.zeros(projection.out_dim))
+
+    def around(self, rows: Rows, context: Any = None) -> Tensor:
+        """y, computed in the adapter's type for the moment."""
+        return (rows.y.to(self.shift.dtype) + self.shift).to(rows.y.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"out={len(self.shift)}"

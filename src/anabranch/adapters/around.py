@@ -93,5 +93,5 @@ def _first(model: Decoder, front: Front, generator: torch.Generator) -> Tensor:
     tokens, width = front.weight.shape
     if front.config.of == "embeddings":
         drawn_M = torch.randint(model.config.vocab_size, (tokens,), generator=generator)
-        return model.embedding.weight.detach()[drawn_M.to(model.embedding.weight.device)].float()
+        return model.embedding(drawn_M.to(model.embedding.weight.device)).detach().float()
     return torch.randn(tokens, width, generator=generator) * model.config.init_std

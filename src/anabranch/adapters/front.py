@@ -7,6 +7,8 @@
 Keys and values may stand behind a gate of each layer, as in UniPELT (Mao et al. 2021, arXiv 2110.07577): a token whose attention gets x
 multiplies them by sigmoid(v . x + c), which starts as 1/2.
 
+Keys and values may be of some layers alone; the others meet nothing in front.
+
 They are the one stream of a decoder, see `anabranch.nn.streams`: a cache holds them once for all sequences.
 """
 # Shapes: M virtual tokens, W numbers of each, P = 1 stream, H key-value heads, D head width, N layers
@@ -53,17 +55,25 @@ class Front(Streams, kind="front"):
             num_tokens: M.
             of: what is learned of them: their ``embeddings``, or their ``keys`` and values in each layer.
             gated: whether keys and values have gates.
+            layers: which have keys and values, ascending; None for all.
         """
 
         num_tokens: Size = Field(default=8, ge=1)
         of: Literal["embeddings", "keys"] = "embeddings"
         gated: bool = False
+        layers: tuple[int, ...] | None = Field(default=None, min_length=1)
 
         def __post_init__(self) -> None:
             if self.num_streams != 1:
                 raise ConfigError(f"num_streams is {self.num_streams}; behind virtual tokens there is one stream")
             if self.gated and self.of != "keys":
                 raise ConfigError(f"gated is for keys and values, and of is {self.of!r}; use of='keys'")
+            if self.layers is None:
+                return
+            if self.gated or self.of != "keys":
+                raise ConfigError("layers is for keys and values without gates; leave it out")
+            if list(self.layers) != sorted({layer for layer in self.layers if layer >= 0}):
+                raise ConfigError(f"layers is {list(self.layers)}; they must be ascending numbers from 0")
 
         @property
         def choices(self) -> tuple[int, ...]:
@@ -72,18 +82,29 @@ class Front(Streams, kind="front"):
 
         def width(self, dim: int, num_layers: int, attention: Any) -> int:
             """W."""
-            return dim if self.of == "embeddings" else num_layers * 2 * attention.kv_heads * attention.width(dim)
+            if self.of == "embeddings":
+                return dim
+            return len(self.layers_of(num_layers)) * 2 * attention.kv_heads * attention.width(dim)
+
+        def layers_of(self, num_layers: int) -> tuple[int, ...]:
+            """Those that meet virtual tokens, of a model of so many. Raises ConfigError for one that it has not."""
+            if self.layers is None:
+                return tuple(range(num_layers))
+            if self.layers[-1] >= num_layers:
+                raise ConfigError(f"layers has {self.layers[-1]}, and the model has 0 to {num_layers - 1}")
+            return self.layers
 
         def count(self, layers: Count, dim: int, num_layers: int, attention: Any) -> Count:
             """M W numbers, and D + 1 of each gate; each query meets M more keys in each layer."""
             made = self.num_tokens * self.width(dim, num_layers, attention) + self.gated * num_layers * (dim + 1)
-            met = 4 * attention.num_heads * attention.width(dim) * self.num_tokens * num_layers
+            met = 4 * attention.num_heads * attention.width(dim) * self.num_tokens * len(self.layers_of(num_layers))
             return layers + Count(made, made, met)
 
     def __init__(self, config: Config, context: BuildContext, attention: Any) -> None:
         super().__init__()
         self.config = config
-        self.heads = (context.num_layers, 2, attention.kv_heads, attention.width(context.dim))
+        self.num_layers, self.places = context.num_layers, config.layers_of(context.num_layers)
+        self.heads = (len(self.places), 2, attention.kv_heads, attention.width(context.dim))
         width = config.width(context.dim, context.num_layers, attention)
         self.weight = nn.Parameter(torch.empty(config.num_tokens, width))
         if not self.weight.is_meta:
@@ -131,7 +152,9 @@ class Front(Streams, kind="front"):
     def prefixes(self, num_streams: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """(key_PHMD, value_PHMD) of each layer, where it is these that are learned."""
         weight_N2HMD = self.weight.unflatten(1, self.heads).permute(1, 2, 3, 0, 4)
-        return [(key_HMD[None], value_HMD[None]) for key_HMD, value_HMD in weight_N2HMD]
+        nothing = self.weight.new_zeros(1, self.heads[2], 0, self.heads[3])
+        found = {place: (key[None], value[None]) for place, (key, value) in zip(self.places, weight_N2HMD, strict=True)}
+        return [found.get(layer, (nothing, nothing)) for layer in range(self.num_layers)]
 
     def merge(self, x_BLW: Tensor, context: RoutingContext) -> Tensor:
         """The one stream."""
@@ -146,9 +169,11 @@ class Front(Streams, kind="front"):
                 setattr(self, name, frozen_as(torch.zeros(shape), device, trainable=trainable))
 
     def described(self, config: Decoder.Config) -> dict[str, Any]:
-        """What the config of an adapter of peft's says of them. Raises ConfigError for gates, which none has."""
+        """What the config of an adapter of peft's says of them. Raises ConfigError for gates, and for those of some layers alone."""
         if self.config.gated:
             raise ConfigError("no adapter of peft's has gates of virtual tokens")
+        if self.config.layers is not None:
+            raise ConfigError("no adapter of peft's has virtual tokens of some layers alone")
         layers, _, heads, width = self.heads
         of_keys = self.config.of == "keys"
         return {

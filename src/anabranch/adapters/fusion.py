@@ -38,7 +38,8 @@ class AdapterFusion(Linear, kind="adapter_fusion"):
         Attributes:
             widths: of each adapter.
             activation: what is between the two matrices of an adapter.
-            value_penalty: in training, this times the squared distance of V from the identity is added to the loss, mean over matrices.
+            value_penalty: in training, this times the squared distance of V from the identity is added to the loss, mean over matrices
+                that have rows in the pass: as an expert's are none where no token is its own.
         """
 
         is_added: ClassVar[bool] = True
@@ -86,7 +87,8 @@ class AdapterFusion(Linear, kind="adapter_fusion"):
         y = rows.y.to(self.down.dtype)
         z = self.adapted(y)
         mixed = torch.einsum("nkd,nk->nd", z.flatten(0, -3), self.weights(y, z).flatten(0, -2)).view_as(y)
-        if context is not None and context.training and self.config.value_penalty:
+        # As an expert without rows is not called: what has no part in a pass has none in its loss.
+        if context is not None and context.training and self.config.value_penalty and y.numel():
             apart = self.value - torch.eye(len(self.value), dtype=self.value.dtype, device=self.value.device)
             context.emit_loss("fusion_value", self.config.value_penalty * apart.square().sum())
         return (y + F.linear(mixed, self.value)).to(rows.y.dtype)

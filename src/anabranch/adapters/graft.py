@@ -16,7 +16,9 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
 from anabranch.nn import ExpertPool, Linear
+from anabranch.nn.expert_layers import layers_beside
 from anabranch.nn.linear import Added, numbers_of, start_beside
+from anabranch.nn.quantize import QuantizedPool
 
 __all__ = ["check_pools", "graft", "layers_of", "patterns_of", "start_layers", "strip", "with_layers"]
 
@@ -48,13 +50,14 @@ def patterns_of(configs: Mapping[str, Linear.Config], parts: Collection[str]) ->
 
 
 def check_pools(model: Decoder, made: Decoder) -> None:
-    """Raise ConfigError where ``made`` has layers beside experts that are not stacked matrices of floats in ``model``."""
+    """Raise ConfigError where ``made`` has layers beside experts that are not stacked matrices in the memory of ``model``."""
     for name, _ in _pools(made):
         pool: Any = model.get_submodule(name)
-        if not isinstance(pool, ExpertPool) or pool.layers is not None or pool.exchange is not None:
+        is_here = isinstance(pool, ExpertPool | QuantizedPool) and pool.layers is None
+        if not is_here or getattr(pool, "exchange", None) is not None:
             raise ConfigError(
                 f"experts of {name} are a {type(pool).__name__}, which nothing can stand beside; load the model with all its experts in "
-                "memory, in floating point"
+                "memory"
             )
 
 
@@ -78,8 +81,9 @@ def start_layers(model: Decoder) -> None:
     for module in model.modules():
         if isinstance(module, Added):
             start_beside(module.beside, module.rows, partial(_weight_of, module.matrix))
-        elif isinstance(module, ExpertPool) and module.layers is not None:
-            module.layers.start(module.w13, module.w2)
+        elif (layers := layers_beside(module)) is not None:
+            pool: Any = module
+            layers.start(*(pool.packed if isinstance(pool, QuantizedPool) else (pool.w13, pool.w2)))
 
 
 def _weight_of(matrix: nn.Module) -> Tensor:
@@ -102,8 +106,8 @@ def layers_of(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, Added):
             found |= {".".join([*name.split(".")[:-1], part]): layer for part, layer in module.beside.items()}
-        elif isinstance(module, ExpertPool) and module.layers is not None:
-            for experts in (module.layers.w13, module.layers.w2):
+        elif (layers := layers_beside(module)) is not None:
+            for experts in (layers.w13, layers.w2):
                 for number, beside in experts.items():
                     parts = beside.items() if isinstance(beside, nn.ModuleDict) else ()
                     found |= {f"{name}.{number}.{part}": layer for part, layer in parts}
@@ -113,8 +117,9 @@ def layers_of(model: nn.Module) -> dict[str, Any]:
 def _pools(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, layers) of pools whose experts have layers of their own."""
     for name, module in model.named_modules():
-        if isinstance(module, ExpertPool) and module.layers is not None:
-            yield name, module.layers
+        layers = layers_beside(module)
+        if layers is not None:
+            yield name, layers
 
 
 def _set(model: nn.Module, name: str, module: Any) -> None:

@@ -12,7 +12,7 @@ model's. What a position knows of others comes with the model's hidden states, a
 """
 # Shapes: B sequences, L positions, D width of the model, S of the side, F of the side's feed-forward layers
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,8 @@ class Ladder(Block, kind="ladder"):
             reduction: D / S, 8 in the paper.
             expansion: F / S.
         """
+
+        passes_gradient: ClassVar[bool] = False
 
         inner: Block.Config = PreNorm.Config()
         reduction: Size = Field(default=8, ge=1)

@@ -27,7 +27,7 @@ __all__ = ["LowRank", "Pair", "draw_a", "scale_of"]
 
 
 def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:
-    """What ``B A`` is multiplied by. Raises ConfigError for a rank below 1, or an alpha that is no finite number."""
+    """What ``B A`` is multiplied by. Raises ConfigError for a rank below 1, or an alpha that is not a finite number."""
     if rank < 1:
         raise ConfigError(f"rank is {rank}; it must be at least 1")
     if not math.isfinite(alpha):

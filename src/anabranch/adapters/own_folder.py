@@ -10,7 +10,6 @@
 LoRA is better kept as peft keeps it (`save_peft`), which other programs read; these are for what peft has no form for.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,25 +20,23 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from anabranch.adapters.around import around_config, bare_config, bare_name, put_around, take_around
+from anabranch.adapters.around import around_config, put_around, take_around
+from anabranch.adapters.base_digest import base_digest, is_same_base
 from anabranch.adapters.front import Front
 from anabranch.adapters.ladder import Ladder
 from anabranch.adapters.put_on import added_names, put_on, take_off
 from anabranch.config import Config, Field, configclass, from_dict, to_dict
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.files import atomic_folder, atomic_write_json, read_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import FLOATS, SafetensorsFiles, read_json, some
+from anabranch.lm.tensors import FLOATS, SafetensorsFiles, some
 from anabranch.nn import Linear
 
 __all__ = ["OWN", "OwnAdapter", "described_in", "is_own", "load_numbers", "read_own", "write_own"]
 
 OWN, NUMBERS = "adapter.json", "adapter.safetensors"
 FORMAT, SCHEMA = "anabranch-adapter", 1
-# Numbers of each tensor by which a base is known again, and the types in which it may be read.
-_SAMPLED = 512
-_READ_IN = (torch.float32, torch.bfloat16, torch.float16)
 _REPLACED = rf"{re.escape(OWN)}|{re.escape(NUMBERS)}"
 
 
@@ -243,40 +240,13 @@ def _parts_of(place: Path, table: dict[str, Any]) -> _Parts:
     return parts
 
 
-@torch.no_grad()
-def base_digest(model: Decoder) -> dict[str, dict[str, str]]:
-    """What the base of ``model`` is, by some numbers of each of its tensors: a digest for each type that it may be read in.
-
-    ``whole`` is of all tensors, with their names and sizes; ``embedding`` of that alone, which stays as it is where matrices are quantized.
-    """
-    added = set(added_names(model)) if bare_config(model.config) != model.config else set()
-    state = {bare_name(name): value for name, value in model.state_dict().items() if name not in added}
-    parts = {"whole": state, "embedding": {"embedding.weight": state["embedding.weight"]}}
-    found = {}
-    for part, tensors in parts.items():
-        digests = {dtype: hashlib.sha256() for dtype in _READ_IN}
-        for name, value in sorted(tensors.items()):
-            flat = value.detach().reshape(-1)
-            some_of = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].cpu()
-            for dtype, digest in digests.items():
-                kept = some_of.to(dtype) if some_of.is_floating_point() else some_of
-                digest.update(f"{name} {list(value.shape)};".encode())
-                digest.update(kept.contiguous().view(torch.uint8).numpy().tobytes())
-        found[part] = {str(dtype).removeprefix("torch."): each.hexdigest()[:16] for dtype, each in digests.items()}
-    found["names"] = {"all": hashlib.sha256("\n".join(sorted(state)).encode()).hexdigest()[:16]}
-    return found
-
-
 def _check_base(place: Path, table: dict[str, Any], model: Decoder) -> None:
     """Raise CheckpointError where the adapter is of another base; those of earlier versions do not say."""
     told = table.get("base_digest")
     if told is None:
         return
-    ours = base_digest(model)
     try:
-        part = "whole" if told["names"] == ours["names"] else "embedding"
-        # One read in bfloat16 is that of float32 where the same numbers are left of both.
-        is_same = any(told[part].get(dtype) == digest for dtype, digest in ours[part].items())
+        is_same = is_same_base(told, base_digest(model))
     except (AttributeError, KeyError, TypeError):
         raise CheckpointError(f"base_digest in {place / OWN} is no digest of a base; copy the folder again") from None
     if not is_same:

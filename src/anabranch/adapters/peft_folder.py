@@ -24,9 +24,9 @@ from anabranch.adapters.peft_layers import endings_of, read_layers, read_wrongly
 from anabranch.adapters.peft_tables import VirtualTable, table_of
 from anabranch.adapters.stacked import Stack
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.files import atomic_folder, atomic_write_json, read_json
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import read_json, some
+from anabranch.lm.tensors import some
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "described", "read_peft", "write_peft"]
 

@@ -27,7 +27,7 @@ from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import DispatchPlan, plan_dispatch
 
-__all__ = ["LowRankPool"]
+__all__ = ["LowRankPool", "scales_of"]
 
 
 class LowRankPool(nn.Module):
@@ -120,6 +120,11 @@ class LowRankPool(nn.Module):
         return self.a, self.b
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of both."""
+        return self.a.dtype
+
+    @property
     def num_experts(self) -> int:
         """E."""
         return self.a.shape[0]
@@ -159,7 +164,7 @@ class LowRankPool(nn.Module):
         Called as an `ExpertPool` is. There is nothing between the two matrices, so that it is the same where weights act. ``plan`` is that
         of the routing, where it was made before.
         """
-        weight_NK = routing.weight_NK * self._scales_of(routing)
+        weight_NK = routing.weight_NK * scales_of(self.scales, routing)
         if self.backend == "auto" and not self.recompute:
             can = can_segment(x_NC, weight_NK, self.a, self.b)
             # The kernel has no backward pass.
@@ -192,20 +197,21 @@ class LowRankPool(nn.Module):
         """Add to ``y_NO``, in place and without a gradient, what the call makes. Its rows may be parts of wider ones."""
         if self.backend == "auto" and can_add_segmented(y_NO, x_NC, routing.weight_NK, self.a, self.b):
             if not is_mostly_used(routing, is_compiled=True):
-                weight_NK = routing.weight_NK * self._scales_of(routing)
+                weight_NK = routing.weight_NK * scales_of(self.scales, routing)
                 return add_segmented(y_NO, x_NC, plan or plan_dispatch(routing), weight_NK, self.a, self.b, self.ranks)
         y_NO.add_(self(x_NC, routing, context=context, plan=plan))
-
-    def _scales_of(self, routing: Routing) -> Tensor:
-        """scale_NK of each choice; one that names nobody has some scale, and weight 0."""
-        like = routing.weight_NK
-        if torch.compiler.is_compiling() or like.device.type != "cpu":
-            return like.new_tensor(self.scales)[routing.index_NK.clamp_min(0)]
-        return _scale_row(self.scales, like.dtype)[routing.index_NK.clamp_min(0)]
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"num_adapters={self.num_experts}, in_dim={self.dim}, out_dim={self.out_dim}, ranks={list(self.ranks)}"
+
+
+def scales_of(scales: tuple[float, ...], routing: Routing) -> Tensor:
+    """scale_NK of each choice; one that names nobody has some scale, and weight 0."""
+    like = routing.weight_NK
+    if torch.compiler.is_compiling() or like.device.type != "cpu":
+        return like.new_tensor(scales)[routing.index_NK.clamp_min(0)]
+    return _scale_row(scales, like.dtype)[routing.index_NK.clamp_min(0)]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -23,6 +23,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty, with_memory
 from anabranch.nn import BuildContext, Count, Linear
 from anabranch.nn.linear import Projection
+from anabranch.nn.quantize import FewBitLinear, PackedEmbedding, QuantizedPool
 
 __all__ = ["added_names", "built_alone", "put_on", "take_off"]
 
@@ -110,7 +111,11 @@ def take_off(model: Decoder) -> Decoder:
 
 
 def added_names(model: nn.Module) -> list[str]:
-    """Names of the parameters and buffers that are no matrices of the base, as in the state dict."""
+    """Names of the parameters and buffers that are no matrices of the base, in whatever bits these are, as in the state dict."""
     decoder = model if isinstance(model, Decoder) else next(m for m in model.modules() if isinstance(m, Decoder))
-    base = build_empty(bare_config(decoder.config)).state_dict().keys()
+    base = set(build_empty(bare_config(decoder.config)).state_dict())
+    for name, module in decoder.named_modules():
+        if isinstance(module, FewBitLinear | PackedEmbedding | QuantizedPool):
+            # Of experts, layers beside them are in the module too.
+            base |= {bare_name(f"{name}.{key}") for key, _ in module.named_buffers(recurse=False)}
     return [name for name in decoder.state_dict() if bare_name(name) not in base]

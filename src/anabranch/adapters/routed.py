@@ -179,7 +179,7 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
         x_NC = x.flatten(0, -2)
         if self.training and self.config.dropout > 0:
             x_NC = F.dropout(x_NC, self.config.dropout)
-        return x_NC.to(self.pool.a.dtype)
+        return x_NC.to(self.pool.dtype)
 
     def _plan(self, routing: Routing, context: Any) -> DispatchPlan | None:
         """That of a routing which all layers are told; None where this one chose."""

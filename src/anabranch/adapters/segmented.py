@@ -21,7 +21,7 @@ from anabranch.nn.kernels.operands import is_transformed, takes
 from anabranch.precision import autocast_dtype
 from anabranch.routing.dispatch import DispatchPlan
 
-__all__ = ["add_segmented", "can_add_segmented", "can_segment", "segmented"]
+__all__ = ["add_adapter", "add_segmented", "can_add_segmented", "can_segment", "segmented"]
 
 
 def can_segment(x_NC: Tensor, weight_NK: Tensor, a_EQC: Tensor, b_EOQ: Tensor) -> bool:
@@ -74,6 +74,33 @@ def add_segmented(
     if into_NO is None:
         # Rounded once, with what is there already.
         y_NO.add_(made_NO)
+
+
+def add_adapter(
+    y_NO: Tensor,
+    x_NC: Tensor,
+    plan: DispatchPlan,
+    weight_NK: Tensor,
+    adapter: int,
+    a_QC: Tensor,
+    b_OQ: Tensor,
+    rank: int,
+) -> None:
+    """Add what one adapter of the plan makes to ``y_NO``, in place and without a gradient.
+
+    Of all its adapters one after another, by their numbers, into zeros it is `segmented` to the bit, wherever they lie. ``y_NO`` is in
+    float32 where the kernel computes (`can_add`), else in the type of ``x_NC``.
+    """
+    start = int(plan.offset_E[adapter - 1]) if adapter else 0
+    choice_R = plan.choice_R[start : int(plan.offset_E[adapter])]
+    item_R = choice_R if plan.num_choices == 1 else choice_R // plan.num_choices
+    weight_R = weight_NK.reshape(-1)[choice_R]
+    a_1QC, b_1OQ = a_QC.unsqueeze(0), b_OQ.unsqueeze(0)
+    if can_add(x_NC, a_1QC, b_1OQ):
+        low_rank(x_NC, a_1QC, b_1OQ, torch.tensor([len(choice_R)]), item_R, weight_R, ranks=(rank,), into=y_NO)
+        return
+    z_RQ = torch.mm(x_NC.index_select(0, item_R), a_QC.t()) * weight_R.unsqueeze(1).to(x_NC.dtype)
+    y_NO.index_add_(0, item_R, torch.mm(z_RQ, b_OQ.t()))
 
 
 class _Segmented(torch.autograd.Function):

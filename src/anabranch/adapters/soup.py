@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from anabranch.adapters.algebra import shares
+from anabranch.adapters.base_digest import is_same_base
 from anabranch.adapters.own_folder import OWN, OwnAdapter
 from anabranch.errors import ConfigError
 from anabranch.lm.tensors import some
@@ -43,7 +44,7 @@ def average_own(folders: Sequence[str | Path], weights: Sequence[float], out: st
             raise ConfigError(
                 f"{folder} has other layers or settings than {folders[0]} (compare their {OWN}); a mean is of adapters that began alike"
             )
-        if one.table.get("base_digest") != first.table.get("base_digest"):
+        if not _have_one_base(one, first):
             raise ConfigError(
                 f"{folder} was trained on another base than {folders[0]}; a mean is of adapters of one base"
             )
@@ -64,3 +65,12 @@ def average_own(folders: Sequence[str | Path], weights: Sequence[float], out: st
             raise ConfigError(f"{name} says other places in these adapters, and places have no mean")
     first.with_numbers(numbers).write(out)
     return Averaged(len(first.parts.linears), sum(value.numel() for value in numbers.values()))
+
+
+def _have_one_base(one: OwnAdapter, other: OwnAdapter) -> bool:
+    """Whether both were trained on one base, however it was loaded; adapters of earlier versions do not say."""
+    told, wanted = one.table.get("base_digest"), other.table.get("base_digest")
+    try:
+        return told == wanted or is_same_base(told, wanted)  # type: ignore[arg-type]  # damaged ones are no digests
+    except (AttributeError, KeyError, TypeError):
+        return False

@@ -55,6 +55,11 @@ class SparseDelta(Linear, kind="sparse_delta"):
         """index_K: places of the flat matrix, each once, ascending."""
         return torch.randperm(self.in_dim * self.out_dim, generator=generator)[: self.config.entries].sort().values
 
+    @property
+    def num_weights(self) -> int:
+        """Places that there are."""
+        return self.in_dim * self.out_dim
+
     def delta(self) -> Tensor:
         """delta_OC: what it adds to the matrix."""
         flat = self.value.new_zeros(self.out_dim * self.in_dim)

@@ -21,6 +21,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
 from anabranch.nn import ExpertPool
+from anabranch.nn.expert_layers import layers_beside
 from anabranch.nn.linear import Added
 
 __all__ = ["can_take_in", "take_in"]
@@ -83,11 +84,14 @@ def _matrix(model: Decoder, part: str) -> tuple[Tensor, Tensor | None]:
                 raise ConfigError(f"{name} is stored in few bits, which cannot be added to; dequantise the model first")
             own = _rows(module.rows, word)
             return weight[own], None if bias is None else bias[own]
-        if isinstance(module, ExpertPool) and module.layers is not None and owner.startswith(f"{name}."):
+        layers = layers_beside(module)
+        if layers is not None and owner.startswith(f"{name}."):
             number = int(owner.removeprefix(f"{name}."))
+            if not isinstance(module, ExpertPool):
+                raise ConfigError(f"{name} is stored in few bits, which cannot be added to; dequantise the model first")
             if word == "down":
                 return _stack(module.w2)[number], None
-            return _stack(module.w13)[number][_rows(module.layers.rows[0], word)], None
+            return _stack(module.w13)[number][_rows(layers.rows[0], word)], None
     raise ConfigError(f"the model has no matrix {part}")
 
 

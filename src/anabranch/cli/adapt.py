@@ -42,21 +42,22 @@ def adapt(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="The base: a training run, a saved model, a Hugging Face folder or a .gguf file."
+            metavar="MODEL",
+            help="The base model: a training run, a saved model, a Hugging Face folder or a .gguf file.",
         ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Argument(
-            metavar="DATA", help="Rows as JSON lines (also .gz): task, input, output. See docs/adapters-guide.md."
+            metavar="DATA", help="JSON lines (also .gz) with task, input and output. See docs/adapters-guide.md."
         ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="lora, poly, mhr, dynmole, lora_mixer, gate, or a method that anabranch adapters list says own code runs (dora, ia3, "
-            "full, ...). Default: lora.",
+            help="lora, poly, mhr, dynmole, lora_mixer, gate, or any method that anabranch adapters list --backend own shows "
+            "(dora, ia3, full, ...). Default: lora.",
         ),
     ] = None,
     targets: Annotated[
@@ -67,22 +68,29 @@ def adapt(
             help="Linear layers to adapt: a word (q, down), a pattern (blocks.3.*), or all. May be repeated. Default: attention.",
         ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(metavar="R", min=1, help="Of the adapter (method.rank).")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", min=1, help="Rank of the adapter (method.rank).")] = None,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Optimizer steps (train.steps). Default: 200.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="B", min=1, help="Rows a step (train.batch_size). Default: 16.")
+        int | None, typer.Option(metavar="B", min=1, help="Rows per step (train.batch_size). Default: 16.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(metavar="RATE", min=0, help="The peak (train.learning_rate). Default: 0.001.")
+        float | None,
+        typer.Option(metavar="RATE", min=0, help="Peak learning rate (train.learning_rate). Default: 0.001."),
+    ] = None,
+    quantize: Annotated[
+        Literal["nf4"] | None,
+        typer.Option(
+            help="Keep the base model's matrices in 4 bits while the adapter is trained (QLoRA): nf4 (task.quantize).",
+        ),
     ] = None,
     evaluation: Annotated[
         Path | None,
         typer.Option(
             "--eval-data",
             metavar="FILE",
-            help="Rows that are held out. Default: those whose split says so, else a tenth.",
+            help="Held-out rows for evaluation. Default: the rows of DATA whose field split says so, else a tenth of them.",
         ),
     ] = None,
     source: Annotated[
@@ -90,21 +98,23 @@ def adapt(
         typer.Option(
             "--from",
             metavar="ADAPTER",
-            help="With poly and mhr: learn new tasks with the skills of this adapter, DIR/adapter of an earlier run.",
+            help="For poly and mhr: learn new tasks with the skills of an earlier adapter (DIR/adapter of its run).",
         ),
     ] = None,
     mode: Annotated[
         Literal["full", "z", "mu", "random"] | None,
         typer.Option(
-            help="With --from, what learns: all, the routing table, the average of all skills, or skills drawn anew."
+            help="With --from, what is trained: all, only the routing table, the average of all skills, or newly initialised "
+            "skills."
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="S", min=0, help="Of first numbers and order (train.seed).")
+        int | None,
+        typer.Option(metavar="S", min=0, help="Seed of the initial weights and the data order (train.seed)."),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", metavar=" ", help="Go on with the run in DIR, with the config it was started with."),
+        typer.Option("--resume", metavar=" ", help="Continue the run in DIR with the config it was started with."),
     ] = False,
     assignments: Assignments = None,
     config_files: Annotated[
@@ -114,9 +124,9 @@ def adapt(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Adapt a frozen model to tasks, and say what each task gained.
+    """Train an adapter (LoRA and others) for a frozen model, and show what each task gained.
 
-    The loss is that of the answers alone. Ctrl-C saves; --resume goes on to the bit.
+    Only the tokens of the answers count in the loss. Ctrl-C saves; --resume continues exactly where it stopped.
 
     Example: anabranch adapt SmolLM2-135M rows.jsonl --out runs/mine && anabranch eval SmolLM2-135M --adapter runs/mine/adapter
     """
@@ -132,6 +142,7 @@ def adapt(
         "train.steps": steps,
         "train.batch_size": batch_size,
         "train.learning_rate": learning_rate,
+        "task.quantize": quantize,
         "task.evaluation": None if evaluation is None else str(evaluation.absolute()),
         "train.seed": seed,
     }
@@ -174,7 +185,7 @@ def _started(
 
     if model is None or data is None:
         raise ConfigError(
-            f"{'MODEL' if model is None else 'DATA'} is not given; say anabranch adapt MODEL DATA --out DIR, or --resume"
+            f"{'MODEL' if model is None else 'DATA'} is missing; use anabranch adapt MODEL DATA --out DIR, or --resume"
         )
     read = [data, settings.get("task.evaluation"), settings.get("task.method.start")]
     check_apart([out], [*read, *(files_of(model) if Path(model).exists() else [model])])
@@ -215,11 +226,11 @@ def _resumed(
     for name, value, held in (("MODEL", model, task.model), ("DATA", data, task.data)):
         if value is not None and str(Path(value).absolute()) != held and str(value) != held:
             raise ConfigError(
-                f"{name} is {str(value)!r}, but the run in {out} began with {held}; leave it out to go on"
+                f"{name} is {str(value)!r}, but the run in {out} began with {held}; leave it out to continue"
             )
     began = task.method.build().name
     if method not in (None, began):
-        raise ConfigError(f"--method is {method!r}, but the run in {out} is of {began!r}; leave it out to go on")
+        raise ConfigError(f"--method is {method!r}, but the run in {out} uses {began!r}; leave it out to continue")
     made = override(config, settings)
     return override(made, _absolute(made.task, task))
 
@@ -312,7 +323,7 @@ def _write(trainer: Trainer[Any], folder: Path) -> Any:
     """The adapter as others use it. Raises DataError where each process has a part of it only."""
     if trainer.workers.is_sharded:
         raise DataError(
-            "weights are in shards, so the adapter is in the last checkpoint alone; --resume in one process writes it out"
+            "weights are sharded, so the adapter is only in the last checkpoint; --resume in one process writes it"
         )
     task: Any = trainer.task
     return task.write(folder)

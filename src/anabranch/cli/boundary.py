@@ -65,6 +65,10 @@ def debug_wanted() -> bool:
 
 def _told(error: BaseException, misuse: Callable[[Exception], str]) -> int:
     if isinstance(error, SystemExit):
+        # As rich ends where nobody reads its page any more (--help | head): nothing is wrong.
+        if isinstance(error.__context__, BrokenPipeError):
+            _settle(sys.stdout)
+            return DONE
         if error.code is None or isinstance(error.code, int):
             _settle(sys.stdout)
             return error.code or DONE

@@ -29,12 +29,10 @@ _USUAL = {"temperature": 0.2, "top_p": 0.9}
 def chat(
     model: Model,
     message: Annotated[
-        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Answer this one message and leave.")
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Answer this one message and exit.")
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of an answer.")] = 256,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of tokens in an answer.")] = 256,
     sampled: Sampled = AS_MODEL_SAYS,
     seed: Seed = 0,
     streams: Streams = None,
@@ -42,18 +40,19 @@ def chat(
     loading: Loading = AS_STORED,
     as_json: AsJson = False,
 ) -> None:
-    """Talk with a model, using its own chat template.
+    """Talk with a model, with its own chat template.
 
-    A line is a message; /reset begins again, /quit or Ctrl-D leaves. A message that cannot be answered is told and left out.
+    Each line is a message. /reset starts a new conversation; /quit or Ctrl-D ends. A message that cannot be answered is reported and
+    dropped from the conversation.
 
-    With --depth (Dr.LLM) or --skipper (FTP) the conversation so far decides, at each message anew, which blocks run, or which of its tokens
-    each block computes. With --json there is depth then, as generate tells it.
+    With --depth (Dr.LLM) or --skipper (FTP), the conversation so far decides at each message which blocks run, or which tokens each block
+    computes. --json then has a field depth, as in generate.
     """
     require("lm", by="anabranch chat")
     from anabranch.serving.load import check_depth
 
     if as_json and message is None:
-        raise ConfigError("--json answers one message; give it with --message")
+        raise ConfigError("--json needs a message; give one with --message")
     depth = deep.config()
     fields = {**sampled.of(model, _USUAL), "max_tokens": max_tokens}
     check_depth(depth, model)

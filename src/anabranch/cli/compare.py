@@ -32,28 +32,31 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="DESIGN...",
-            help='Presets, or TOML files that name theirs (preset = "moe"); the first is the baseline.',
+            help='Presets, or TOML files that name their preset (preset = "moe"). The first is the baseline.',
         ),
     ] = None,
     *,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of results; the same command goes on there.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results; the same command continues there.")],
     group: Annotated[
         str | None,
-        typer.Option("--preset", metavar="GROUP", help="A ready list of designs: family (all that route tokens)."),
+        typer.Option(
+            "--preset", metavar="GROUP", help="A ready-made list of designs: family (all designs that route tokens)."
+        ),
     ] = None,
     data: Texts = None,
     seeds: Annotated[str, typer.Option(metavar="S", help="Paired seeds, e.g. 0,1 or 0-4.")] = "0,1,2",
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps of each run.")] = None,
     size_dial: Annotated[
-        str | None, typer.Option("--size", metavar="SIZE", help="Of the presets: tiny, small or base. Default: tiny.")
+        str | None,
+        typer.Option("--size", metavar="SIZE", help="Size of the presets: tiny, small or base. Default: tiny."),
     ] = None,
     assignments: Assignments = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train several designs at one budget and tell what the difference is worth.
+    """Train several designs with the same budget, and show their differences with confidence intervals.
 
-    For one seed all designs see the same text in the same order. Differences are paired over seeds, with 95% intervals.
+    With the same seed, all designs see the same text in the same order. Differences are paired over seeds, with 95% intervals.
 
     Example: anabranch compare moe rexmoe-open dense --out runs/compare --steps 300
 

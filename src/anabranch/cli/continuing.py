@@ -52,7 +52,7 @@ class Sampled(OptionSet):
         float | None,
         typer.Option(
             metavar="R",
-            help="Divide positive and multiply negative logits of tokens that were there by R. Default: as the model says, else 1.",
+            help="Divide positive and multiply negative logits of earlier tokens by R. Default: as the model says, else 1.",
         ),
     ] = None
 
@@ -78,7 +78,7 @@ class Deep(OptionSet):
         typer.Option(
             "--depth",
             metavar="DIR",
-            help="Depth routers that anabranch depth train made of this model; they choose which blocks run.",
+            help="Depth routers that anabranch depth train made for this model; they choose which blocks run.",
         ),
     ] = None
     depth_control: Annotated[
@@ -86,7 +86,8 @@ class Deep(OptionSet):
         typer.Option(
             "--depth-control",
             metavar="P",
-            help="From -1, no block, by -0.5, what the routers say, and 0.5, all blocks, to 1, all twice. Default: -0.5.",
+            help="From fewer to more blocks: -1 none, -0.5 as the routers decide, 0.5 every block once, 1 every block twice. "
+            "Default: -0.5.",
         ),
     ] = None
     skipper: Annotated[
@@ -94,7 +95,7 @@ class Deep(OptionSet):
         typer.Option(
             "--skipper",
             metavar="FILE",
-            help="What anabranch depth prune made of this model: blocks pass over tokens of the prompt.",
+            help="Skipper that anabranch depth prune made for this model; blocks skip some tokens of the prompt.",
         ),
     ] = None
 
@@ -103,7 +104,7 @@ class Deep(OptionSet):
         from anabranch.serving.depth import DepthConfig
 
         if self.depth is not None and self.skipper is not None:
-            raise ConfigError("--depth and --skipper both say what of the model runs; give one of them")
+            raise ConfigError("--depth and --skipper both choose what the model computes; give only one of them")
         if self.depth_control is not None and self.depth is None:
             raise ConfigError(
                 f"--depth-control is {self.depth_control:g}, and there are no depth routers; name their folder with --depth"
@@ -123,9 +124,10 @@ class Loading(OptionSet):
     dtype: Dtype = None
     device: Device = None
 
-    def load(self, model: str, device: str | None = None) -> Loaded:
-        """See `load_parts`; on ``device`` where one is named."""
-        return load_parts(model, self.dtype, device or self.device, self.quantize, self.expert_budget, self.memory)
+    def load(self, model: str, device: str | None = None, *, is_plain: bool = False) -> Loaded:
+        """See `load_parts`; on ``device`` where one is named, in floating point where it must be ``is_plain``."""
+        bits = "none" if is_plain else self.quantize
+        return load_parts(model, self.dtype, device or self.device, bits, self.expert_budget, self.memory)
 
 
 # Where nothing is said.

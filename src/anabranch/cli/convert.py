@@ -38,13 +38,14 @@ def convert(
     quantize: Annotated[
         Bits | None,
         typer.Option(
-            help="Save linear layers and experts in fewer bits, to serve without rounding them at each start."
+            help="Save linear layers and experts quantized, so that serve need not quantize them at each start."
         ),
     ] = None,
     group: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="With --quantize, weights that share a scale. Default: 32 for int4, a row for int8."
+            metavar="N",
+            help="With --quantize, the number of weights that share a scale. Default: 32 for int4, a row for int8.",
         ),
     ] = None,
     force: Annotated[
@@ -52,7 +53,7 @@ def convert(
         typer.Option(
             "--force",
             metavar=FLAG,
-            help="Write into a folder that holds other files: they stay, those of a new file's name as NAME.old.",
+            help="Write into a folder that holds other files. They stay; a file with the name of a new one becomes NAME.old.",
         ),
     ] = False,
     quiet: Quiet = False,
@@ -60,7 +61,7 @@ def convert(
 ) -> None:
     """Convert a model to our own format or to a Hugging Face folder.
 
-    Layers that share experts are expanded for Hugging Face, which knows no sharing: every layer gets its own copy.
+    Hugging Face has no shared experts between layers, so each layer gets its own copy.
 
     Example: anabranch convert runs/demo demo-int4 --to native --quantize int4 && anabranch serve demo-int4
     """

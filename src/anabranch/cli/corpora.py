@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from anabranch.cli.options import Passes
 from anabranch.cli.output import say
 from anabranch.cli.progress import Progress
 from anabranch.data import Batch, DataConfig, Document, Stdlib, Tokenizer, Windows, corpus_at, corpus_windows
 from anabranch.data.split import VALIDATION, labels_cut_inside, split
+from anabranch.run_folder import task_kind
 from anabranch.train import RunConfig, read_run_config, read_task_run_config
-from anabranch.train.config import task_kind
 
 DEFAULT_LENGTH = 1024
 
@@ -39,6 +40,19 @@ def run_of(model: str) -> RunConfig | None:
 def default_length(run: RunConfig | None, max_positions: int) -> int:
     """Tokens of a window: as in training, else what the model reads, up to 1024."""
     return run.data.sequence_length if run else min(max_positions, DEFAULT_LENGTH)
+
+
+def passes_of(model: str, length: int | None, *, all_logits: bool) -> Passes:
+    """What `windows_of` this ``length`` (None for the default) make a model compute. Raises as `load_config`."""
+    from anabranch.lm import load_config
+    from anabranch.serving.memory.work import FLOAT, SCORED
+
+    config = load_config(model)
+    length = length or default_length(run_of(model), config.max_positions)
+    tokens = max(FORWARD_TOKENS // length, 1) * length
+    # Of pieces there are the parts, too.
+    row = (SCORED + FLOAT) * config.vocab_size if all_logits else 0
+    return Passes(tokens, tokens * row)
 
 
 def say_defaults(model: str, text: str, length: int, *, run: RunConfig | None, is_chosen: bool) -> None:

@@ -34,9 +34,9 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What this machine has, what of it is used, and what is missing: processor, compiler, kernels, limits, extras, GPU.
+    """Show what this machine has, what of it is used, and what is missing: processor, compiler, kernels, limits, extras, GPU.
 
-    Needs none of the extras. With --build, the CPU kernels are compiled ahead instead of in the first forward.
+    It works without any extra. With --build, the CPU kernels are compiled now instead of at their first use.
     """
     from anabranch import native
 

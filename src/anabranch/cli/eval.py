@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.bounds import shown
-from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Model, Quantize, Quiet, Streams, parts
+from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Memory, Model, Quantize, Quiet, Streams, parts
 from anabranch.cli.output import fact, print_json, quantity, say, table
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -25,28 +25,29 @@ def evaluate(
         int | None, typer.Option(metavar="L", min=1, help="Tokens the model sees at once. Default: as in training.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Stop after about so many, spread over the text.")
+        int | None, typer.Option(metavar="N", min=1, help="Use only about N tokens, spread over the text.")
     ] = None,
     path: Annotated[
         str | None,
         typer.Option(
             metavar="BLOCKS",
-            help="Run these blocks, in this order, each at most twice, e.g. 0,1,2,2,3: skip some, repeat some. Default: each once.",
+            help="Blocks to run, in this order, each at most twice, e.g. 0,1,2,2,3. Default: every block once.",
         ),
     ] = None,
     cached: Annotated[
-        bool, typer.Option("--cached", help="Feed the text in pieces, with a key-value cache, as in generation.")
+        bool, typer.Option("--cached", help="Feed the text in pieces with a key-value cache, as in generation.")
     ] = False,
     adapter: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="Put an adapter onto the model first: a folder that peft or anabranch adapt saved."
+            metavar="DIR", help="Use the model with this adapter, a folder that peft or anabranch adapt saved."
         ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of an adapter that routes by task, the task of the text.")
+        str | None, typer.Option(metavar="NAME", help="The task of the text, for an adapter that routes by task.")
     ] = None,
     streams: Streams = None,
+    memory: Memory = None,
     quantize: Quantize = None,
     expert_budget: ExpertBudget = None,
     dtype: Dtype = None,
@@ -56,17 +57,18 @@ def evaluate(
 ) -> None:
     """Measure a model in nats per token and bits per byte.
 
-    Windows of L tokens follow each other without overlap; every token but the first is predicted once.
+    The text is cut into windows of L tokens without overlap; every token but the first is predicted once.
     """
     require("lm", by="anabranch eval")
     from anabranch.adapters import load_peft
     from anabranch.adapters.own_folder import is_own, read_own
-    from anabranch.cli.corpora import Tracked, default_length, run_of, say_defaults, windows_of
+    from anabranch.cli.corpora import Tracked, default_length, passes_of, run_of, say_defaults, windows_of
     from anabranch.depth.decisions import check_depth_path
     from anabranch.lm.on_path import OnPath
     from anabranch.train import evaluate as measure
 
-    with parts(model, dtype, device, quantize, expert_budget) as (network, tokenizer):
+    passes = None if memory is None else passes_of(model, sequence_length, all_logits=True)
+    with parts(model, dtype, device, quantize, expert_budget, memory, passes) as (network, tokenizer, weights):
         if adapter is not None:
             put = read_own if is_own(adapter) else load_peft
             put(adapter, network)
@@ -88,6 +90,7 @@ def evaluate(
             "path": None if measured.path is None else list(measured.path),
             "cached": cached,
             "streams": used,
+            "weights": weights.to_dict(),
         }
         how |= {} if adapter is None else {"adapter": adapter}
         how |= {} if task is None else {"task": task}
@@ -95,6 +98,7 @@ def evaluate(
         return
     counts = network.config.count(length)
     fact("model", f"{model}   {quantity(counts.parameters)} parameters, {quantity(counts.active)} active")
+    fact("weights", str(weights))
     if adapter is not None:
         fact("adapter", adapter if task is None else f"{adapter}   task {task}")
     if measured.path is not None:

@@ -26,7 +26,7 @@ _USUAL = {"temperature": 0.8}
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue; - reads stdin.")],
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="Most new tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="Maximum number of new tokens.")] = 128,
     sampled: Sampled = AS_MODEL_SAYS,
     seed: Seed = 0,
     streams: Streams = None,
@@ -39,16 +39,16 @@ def generate(
 ) -> None:
     """Continue a prompt.
 
-    Text comes as it is made. With --json: text and token_ids of the continuation alone. A model says how it is sampled from in its
+    Text is printed as it is generated. --json gives text and token_ids of the continuation. Sampling defaults come from the model's
     generation_config.json.
 
-    With --depth (Dr.LLM) or --skipper (FTP) the prompt decides which blocks run, or which of its tokens each block computes. With --json
-    there is depth then: path, the blocks of new tokens, and computed, how many tokens of the prompt each block computed.
+    With --depth (Dr.LLM) or --skipper (FTP), the prompt decides which blocks run, or which tokens each block computes. --json then has a
+    field depth with path (the blocks that new tokens run) and computed (tokens of the prompt that each block computed).
 
-    With --context N, under torchrun --nproc-per-node N -m anabranch generate, the text may be longer than any of the processes has room
-    for keys and values: each keeps its share of them, and all weights.
+    With torchrun --nproc-per-node N -m anabranch generate ... --context N, each of N processes keeps all weights and a share of the keys
+    and values, so the text may be longer than fits into one process.
 
-    With --rewire the model must have routers of experts; --json then has rewiring too: what each turn of them did. See the page Rewiring.
+    --rewire needs a mixture of experts. --json then has a field rewiring with what each update of the routers did. See the page Rewiring.
     """
     require("lm", by="anabranch generate")
     from anabranch.serving.load import check_depth
@@ -64,7 +64,14 @@ def generate(
     }
     depth = deep.config()
     beside = {name: value for name, value in apart.items() if name != "--expert-budget"}
-    rewiring = rewiring_of(rewire, rewire_set, {"--context": context, **beside, "--quantize": loading.quantize})
+    rewiring = rewiring_of(rewire, rewire_set, {"--context": context, **beside})
+    # Of experts that come when they are wanted, gradients need numbers in floating point.
+    is_plain = rewiring is not None and loading.expert_budget is not None
+    if is_plain and loading.quantize not in (None, "none"):
+        raise ConfigError(
+            f"--quantize is {loading.quantize}, and no gradient, which --rewire needs, goes through experts in few bits that come when "
+            "they are wanted; leave --expert-budget out, or use --quantize none"
+        )
     ran: dict[str, Any] = {}
     with ExitStack() as stack:
         ranks = stack.enter_context(over_ranks(context, loading.device, apart))
@@ -72,11 +79,12 @@ def generate(
         text = ranks.text(prompt) if ranks else sys.stdin.read() if prompt == "-" else prompt
         if not text:
             raise ConfigError("--prompt is empty; give at least one character")
+        model = ranks.checkpoint(model) if ranks else model
         fields = {**sampled.of(model, _USUAL), "max_tokens": max_tokens, "seed": seed}
         if ranks or rewiring:
             fields = library_fields(fields, "--context" if ranks else "--rewire", talks=talks)
         check_depth(depth, model)
-        loaded = loading.load(model, ranks.device if ranks else None)
+        loaded = loading.load(model, ranks.device if ranks else None, is_plain=is_plain)
         tokenizer: Any = loaded.tokenizer
         used = loaded.model.streams_of(streams)[0]
         prompt_ids = tokenizer.encode_prompt(text)

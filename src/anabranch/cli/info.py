@@ -27,13 +27,15 @@ def info(
     ] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option(metavar="L", min=1, help="Context over which attention is counted. Default: as in training."),
+        typer.Option(
+            metavar="L", min=1, help="Context length for which attention is counted. Default: as in training."
+        ),
     ] = None,
     size_dial: Annotated[
-        str, typer.Option("--size", metavar="SIZE", help="Of a preset: tiny, small or base.")
+        str, typer.Option("--size", metavar="SIZE", help="Size of a preset: tiny, small or base.")
     ] = "tiny",
     dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="Type of the weights that memory is counted for.")
+        str, typer.Option(metavar="TYPE", help="Type of the weights for which memory is counted.")
     ] = "float32",
     as_json: AsJson = False,
 ) -> None:
@@ -101,7 +103,7 @@ def config_of(model: str, size_dial: str) -> tuple[Decoder.Config, int]:
             preset = presets.find(model)(size_dial)
             return preset.model, preset.data.sequence_length
         if "/" not in model and "." not in model:
-            raise CheckpointError(f"{model!r} is no model and no preset; presets: {', '.join(presets.names())}")
+            raise CheckpointError(f"{model!r} is neither a model nor a preset; presets: {', '.join(presets.names())}")
     from anabranch.cli.corpora import run_of
 
     config = load_config(model)

@@ -2,11 +2,13 @@
 
 import difflib
 import functools
+import inspect
 import logging
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -53,7 +55,7 @@ def _root(
         False, "--version", metavar=FLAG, callback=_show_version, is_eager=True, help="Show the version."
     ),
     debug: bool = typer.Option(
-        False, "--debug", metavar=FLAG, help="Show the trace of an error. Also: ANABRANCH_DEBUG=1."
+        False, "--debug", metavar=FLAG, help="Show the traceback of an error. Also: ANABRANCH_DEBUG=1."
     ),
 ) -> None:
     # None where a test or the documentation runs the app without `main`.
@@ -97,7 +99,7 @@ def _app_of(names: Iterable[str]) -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-        help="""Train, measure, compare and run routed language models.
+        help="""Train, measure, compare and serve models that route: tokens to experts, queries to models, walks to graph nodes.
 
     Start with [bold]anabranch train demo --out runs/demo[/bold] (a few minutes on two cores, no download).""",
         rich_markup_mode="rich",
@@ -108,7 +110,23 @@ def _app_of(names: Iterable[str]) -> typer.Typer:
             made.command(name, cls=TrainCommand if name == "train" else None)(_COMMANDS[name])
         else:
             made.add_typer(_GROUPS[name], name=name)
+    _let_paragraphs_flow(made)
     return made
+
+
+def _let_paragraphs_flow(group: typer.Typer) -> None:
+    """A paragraph of help in one line each, which a terminal breaks at its own width: else it breaks at the source's lines too."""
+    for command in group.registered_commands:
+        command.help = _flowing(command.help or inspect.getdoc(command.callback))
+    for inner in group.registered_groups:
+        if inner.typer_instance is not None:
+            told = inner.typer_instance.info
+            told.help = _flowing(told.help) if isinstance(told.help, str) else told.help
+            _let_paragraphs_flow(inner.typer_instance)
+
+
+def _flowing(text: str | None) -> str:
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text or "").split("\n\n"))
 
 
 app = _app_of([*_COMMANDS, *_GROUPS])
@@ -169,6 +187,10 @@ def _misuse(error: Exception, arguments: Sequence[str]) -> str:
             message = f"No such option: {option}; text is read from files here: --data PATH"
         if context.command_path == "anabranch serve" and option in _SERVE_SETTINGS:
             message = f"No such option: {option}; it is --set {_SERVE_SETTINGS[option]} here"
+    # A shell has made files of a pattern without quotes: the first is read, the others belong to nothing.
+    extra = re.match(r"Got unexpected extra argument\S* \((\S+?)[ )]", message)
+    if extra and "--data" in arguments and Path(extra[1]).exists():
+        message += "; put a pattern of files in quotes, as in --data 'notes/*.md', or write --data before each file"
     invalid = re.fullmatch(r"Invalid value for '(.*?)'(?: / '.*?')*: (?:Value error, )?(.*)", message, re.DOTALL)
     if invalid:
         why = invalid[2].replace("Input should be", "it must be").partition(", unable to parse")[0]

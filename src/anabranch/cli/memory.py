@@ -93,6 +93,8 @@ def _how(config: ServingConfig) -> str:
     from anabranch.errors import AnabranchError
     from anabranch.lm.checkpoint import find_model, quantization_of
 
+    if config.quantize == "stored":
+        return "in the bits of the file where kernels take them"
     if config.quantize != "none":
         return f"in {config.quantize}"
     try:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from anabranch.files import parse_toml
 if TYPE_CHECKING:
     import torch
 
+    from anabranch.cli.weights import Weights
     from anabranch.data import Tokenizer
     from anabranch.lm import Decoder
     from anabranch.serving.load import Loaded
@@ -40,7 +41,7 @@ Streams = Annotated[
         "--streams",
         metavar="P",
         min=1,
-        help="Parallel streams, of a model that has them (ParScale). Default: as it was saved.",
+        help="Parallel streams, for a model that has them (ParScale). Default: as saved.",
     ),
 ]
 Dtype = Annotated[
@@ -50,16 +51,23 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1. Default: a GPU if there is one.")
 ]
+Bits = Literal["stored", "none", "int8", "int4", "nf4"]
 Quantize = Annotated[
-    Literal["int8", "int4"] | None,
-    typer.Option("--quantize", metavar="KIND", help="Weights in fewer bits: int8 or int4. Default: as stored."),
+    Bits | None,
+    typer.Option(
+        "--quantize",
+        metavar="KIND",
+        help="Weights in fewer bits: int8, int4 or nf4 (the base of adapt --quantize nf4); none for floating point. Default: those of "
+        "the file (stored) unless --dtype is given.",
+    ),
 ]
 ExpertBudget = Annotated[
     str | None,
     typer.Option(
         "--expert-budget",
         metavar="SIZE",
-        help="Memory for experts, such as 2GiB; the others are loaded on demand (on CUDA experimental). Default: all in memory.",
+        help="Memory for experts, such as 2GiB; other experts are loaded when needed (experimental on CUDA). Default: all in"
+        " memory.",
     ),
 ]
 Memory = Annotated[
@@ -67,7 +75,8 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
-        help="Memory for everything, such as 8GiB: bits of weights and an expert budget follow from it, see anabranch plan.",
+        help="Memory limit for everything, such as 8GiB. Quantization, expert budget and type of numbers are chosen to fit; see "
+        "anabranch plan --memory.",
     ),
 ]
 Assignments = Annotated[
@@ -119,7 +128,7 @@ def use_granted_cores() -> None:
 def finite_number(value: float | None) -> float | None:
     """For options that are numbers with limits, which NaN passes: it is neither below nor above any."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number")
+        raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 
@@ -154,28 +163,44 @@ def load(path: str, dtype: str | None, device: str | None) -> tuple[Decoder, Tok
     return model.eval(), _of_model(path, model, tokenizer)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes over texts.
+
+    Attributes:
+        tokens: of one.
+        logit_bytes: of all its tokens; 0 where only the last of each text are made.
+    """
+
+    tokens: int
+    logit_bytes: int = 0
+
+
 def load_parts(
     path: str,
     dtype: str | None,
     device: str | None,
-    quantize: Literal["int8", "int4"] | None,
+    quantize: Bits | None,
     expert_budget: str | None,
     memory: str | None = None,
     predictor: str = "auto",
+    passes: Passes | None = None,
 ) -> Loaded:
     """As `load`, as `anabranch serve` does: in fewer bits, with a budget for experts, or what a plan for so much ``memory`` says.
 
-    ``predictor`` is what names experts ahead, as in `ExpertsConfig`. The errors of those are raised too.
+    ``predictor`` is what names experts ahead, as in `ExpertsConfig`; ``passes`` are what the model is for, where no engine runs it. The
+    errors of those are raised too.
     """
     from anabranch.serving.config import ServingConfig
     from anabranch.serving.experts import ExpertsConfig
-    from anabranch.serving.load import dtype_of, load_weights
+    from anabranch.serving.load import dtype_of, load_weights, settled
     from anabranch.sizes import parse_bytes
 
     for option, value in (("--expert-budget", expert_budget), ("--memory", memory)):
         if value is not None:
             parse_bytes(value, option)
-    wanted, place, bits = read_dtype(dtype), read_device(device), quantize or "none"
+    wanted, place = read_dtype(dtype), read_device(device)
+    bits: Any = quantize or "auto"
     kv_memory: int | None = None
     if memory is not None:
         if dtype not in (None, "float32", "bfloat16"):
@@ -184,10 +209,16 @@ def load_parts(
         # One request at a time, in this process.
         config = ServingConfig(
             model=path, memory=memory, dtype=kind, quantize=bits, expert_budget=expert_budget, device=place, max_seqs=1, process=False
-        ).planned()  # fmt: skip
+        ).found()  # fmt: skip
+        # What is planned for is what is loaded, also of a run that goes on.
+        path = config.model
+        if passes is None:
+            config = config.planned()
+        else:
+            config = config.replace(max_batched_tokens=passes.tokens).planned(passes.logit_bytes)
         wanted, bits, expert_budget = dtype_of(config), config.quantize, config.expert_budget
         kv_memory = None if config.kv_memory is None else parse_bytes(config.kv_memory, "kv_memory")
-    experts = ExpertsConfig(predictor=predictor)
+    bits, experts = settled(bits, place, is_typed=dtype is not None), ExpertsConfig(predictor=predictor)
     loaded = load_weights(path, dtype=wanted, quantize=bits, device=place, expert_budget=expert_budget, experts=experts)
     loaded.model.eval()
     _of_model(path, loaded.model, loaded.tokenizer)
@@ -199,16 +230,24 @@ def parts(
     path: str,
     dtype: str | None,
     device: str | None,
-    quantize: Literal["int8", "int4"] | None,
+    quantize: Bits | None,
     expert_budget: str | None,
-) -> Iterator[tuple[Decoder, Tokenizer]]:
-    """As `load_parts`: model and tokenizer for as long as the block runs."""
-    if quantize is None and expert_budget is None:
-        yield load(path, dtype, device)
+    memory: str | None = None,
+    passes: Passes | None = None,
+) -> Iterator[tuple[Decoder, Tokenizer, Weights]]:
+    """As `load_parts`: model and tokenizer for as long as the block runs, and how its weights are stored."""
+    from anabranch.cli.weights import Weights
+    from anabranch.lm.checkpoint import find_model
+    from anabranch.lm.quantized import has_few_bits
+
+    is_plain = quantize is None and expert_budget is None and memory is None
+    if is_plain and (dtype is not None or not has_few_bits(find_model(path))):
+        model, tokenizer = load(path, dtype, device)
+        yield model, tokenizer, Weights.of(model)
         return
-    loaded = load_parts(path, dtype, device, quantize, expert_budget)
+    loaded = load_parts(path, dtype, device, quantize, expert_budget, memory, passes=passes)
     try:
-        yield loaded.model, loaded.tokenizer  # type: ignore[misc]
+        yield loaded.model, loaded.tokenizer, Weights.of(loaded.model, loaded.quantize)  # type: ignore[misc]
     finally:
         if loaded.experts is not None:
             loaded.experts.close()

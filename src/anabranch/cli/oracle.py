@@ -21,7 +21,7 @@ def oracle(
         str | None,
         typer.Option(metavar="PATH", help="Text to route. Default: the held-out text of the run."),
     ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="About how many tokens of it.")] = 4096,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Approximate number of tokens.")] = 4096,
     sequence_length: Annotated[
         int | None, typer.Option(metavar="L", min=1, help="Tokens the model sees at once. Default: as in training.")
     ] = None,
@@ -31,7 +31,7 @@ def oracle(
     ] = None,
     mode: Annotated[
         Literal["uniform", "self_consistent", "descent"],
-        typer.Option(help="What other tokens do while one is scored; see the page of Duo-LLM."),
+        typer.Option(help="Which route the other tokens take while one token is scored; see the page Duo-LLM."),
     ] = "uniform",
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -39,10 +39,10 @@ def oracle(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try the routes of a duo model for each token, with every number of big layers, and keep the best.
+    """Find the best route of a Duo-LLM model for each token, for every number of big layers.
 
-    Beside the oracle stand the best fixed route, the mean route, and the same oracle against shuffled targets, for which no route can mean
-    anything. Stopped, it goes on where it was.
+    The oracle is compared with the best fixed route, the average route, and an oracle on shuffled targets, where no route can carry
+    information. After an interruption, the same command continues.
     """
     require("lm", "plots", by="anabranch oracle")
     import torch

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.option_sets import OptionSet, takes_sets
 from anabranch.cli.options import AsJson, read_assignments
 from anabranch.cli.output import fact, print_json, say, size, table
 from anabranch.errors import ConfigError
@@ -32,6 +34,107 @@ FIELDS = {
 }
 
 
+@dataclass(frozen=True)
+class Held(OptionSet):
+    """How a server would hold the model."""
+
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Instead of speed: show how serve --memory SIZE (such as 8GiB) would hold the model. No weights are read.",
+        ),
+    ] = None
+    expert_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="With --memory: the same option of serve (engine.expert_budget).")
+    ] = None
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="With --memory: int8, int4, stored or none, the same option of serve (engine.quantize).",
+        ),
+    ] = None
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="With --memory: the same option of serve, e.g. --set engine.max_seqs=4. May be repeated.",
+        ),
+    ] = None
+
+    def said(self) -> dict[str, Any]:
+        """What is said that goes with a limit of memory alone, by the names of options."""
+        return {"--expert-budget": self.expert_budget, "--quantize": self.quantize, "--set": self.assignments}
+
+
+@dataclass(frozen=True)
+class Asked(OptionSet):
+    """What an iteration works on."""
+
+    prompt: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Average number of tokens in a prompt.")] = (
+        PROMPT
+    )
+    output: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Average number of tokens in an answer.")] = (
+        OUTPUT
+    )
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            min=1,
+            help="Tokens per iteration. Default: the largest power of two for which memory suffices.",
+        ),
+    ] = None
+
+    def said(self) -> dict[str, bool]:
+        """Whether each is another than the usual, by the names of options."""
+        return {
+            "--prompt": self.prompt != PROMPT,
+            "--output": self.output != OUTPUT,
+            "--batch": self.batch is not None,
+        }
+
+
+@dataclass(frozen=True)
+class Files(OptionSet):
+    """Files that are read and written."""
+
+    table_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--shares",
+            metavar="FILE",
+            help="JSON table of the performance P of an operation that gets a share R. Default: the paper's values; with "
+            "--hardware cpu, measured.",
+        ),
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Pipeline file: read if it is for this model, hardware and lengths, else written."
+        ),
+    ] = None
+    save_hardware: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the profile of the hardware as JSON, for --hardware.")
+    ] = None
+    gantt: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pipeline as a picture (SVG).")] = None
+
+    def said(self) -> dict[str, bool]:
+        """Whether each is given, by the names of options."""
+        return {
+            "--shares": self.table_file is not None,
+            "--out": self.out is not None,
+            "--save-hardware": self.save_hardware is not None,
+            "--gantt": self.gantt is not None,
+        }
+
+
+HELD, ASKED, FILES = Held(), Asked(), Files()
+
+
+@takes_sets()
 def plan(
     model: Annotated[
         str | None,
@@ -40,28 +143,7 @@ def plan(
             help="A model, a preset, or a published one (llama-2-70b). Without it, published ones and hardware are listed.",
         ),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Instead of speed: how serve --memory SIZE, such as 8GiB, would hold the model. No weights are read.",
-        ),
-    ] = None,
-    expert_budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="With --memory: as serve takes it (engine.expert_budget).")
-    ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(metavar="KIND", help="With --memory: int8 or int4, as serve takes it (engine.quantize)."),
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="PATH=VALUE",
-            help="With --memory: as serve takes it, e.g. --set engine.max_seqs=4. May be repeated.",
-        ),
-    ] = None,
+    held: Held = HELD,
     hardware: Annotated[
         str,
         typer.Option(
@@ -72,60 +154,47 @@ def plan(
     devices: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Tensor-parallel devices. Default: so many that weights fill a quarter of them."
-        ),
-    ] = None,
-    prompt: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Mean tokens of a prompt.")] = PROMPT,
-    output: Annotated[float, typer.Option(metavar="TOKENS", min=1, help="Mean tokens of an answer.")] = OUTPUT,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            metavar="TOKENS",
+            metavar="N",
             min=1,
-            help="Tokens of an iteration. Default: the power of two that memory can keep decoding for.",
+            help="Number of tensor-parallel devices. Default: as many as make the weights a quarter of their memory.",
         ),
     ] = None,
+    asked: Asked = ASKED,
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="Type of the weights: float32, bfloat16, float16, int8, int4.")
     ] = DTYPE,
     search: Annotated[
         bool, typer.Option("--search", metavar=" ", help="Search the best pipeline of nano-batches.")
     ] = False,
-    budget: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time for the search.")] = 60.0,
-    table_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--shares", metavar="FILE", help="R -> P table as JSON. Default: the paper's points; measured with cpu."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Pipeline file: read if it fits model, hardware and lengths, else written."),
-    ] = None,
-    save_hardware: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the profile of the hardware as JSON, for --hardware.")
-    ] = None,
-    gantt: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pipeline as a picture (SVG).")] = None,
+    budget: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time limit of the search.")] = 60.0,
+    files: Files = FILES,
     as_json: AsJson = False,
 ) -> None:
-    """Calculate how fast a model can be on hardware, or how it fits in so much memory (--memory).
+    """Estimate how fast a model can be on given hardware, or how it fits into a memory limit (--memory).
 
-    Of speed it says what bounds it, tokens per second, and the time of each operation, by NanoFlow's formulas (arXiv 2408.12757); --search
-    finds the order and shares in which its operations run side by side.
+    For speed it shows the bottleneck, tokens per second, and the time of each operation, by NanoFlow's formulas (arXiv 2408.12757).
+    --search looks for the order and the shares in which operations run at the same time.
     """
-    if memory is not None:
+    if held.memory is not None:
         others = {
-            "--hardware": hardware != "cpu", "--devices": devices is not None, "--prompt": prompt != PROMPT, "--output": output != OUTPUT,
-            "--batch": batch is not None, "--search": search, "--shares": table_file is not None, "--out": out is not None,
-            "--save-hardware": save_hardware is not None, "--gantt": gantt is not None,
-        }  # fmt: skip
-        given = {"engine.expert_budget": expert_budget, "engine.quantize": quantize, **_weights(dtype, quantize)}
-        settings = {path: value for path, value in given.items() if value is not None} | read_assignments(assignments)
-        _plan_memory(model, memory, settings, [name for name, is_given in others.items() if is_given], as_json)
+            "--hardware": hardware != "cpu",
+            "--devices": devices is not None,
+            **asked.said(),
+            "--search": search,
+            **files.said(),
+        }
+        given = {
+            "engine.expert_budget": held.expert_budget,
+            "engine.quantize": held.quantize,
+            **_weights(dtype, held.quantize),
+        }
+        settings = {path: value for path, value in given.items() if value is not None} | read_assignments(
+            held.assignments
+        )
+        _plan_memory(model, held.memory, settings, [name for name, is_given in others.items() if is_given], as_json)
         return
-    of_memory = {"--expert-budget": expert_budget, "--quantize": quantize, "--set": assignments}
-    if said := [name for name, value in of_memory.items() if value]:
-        raise ConfigError(f"{said[0]} is of a plan of memory; give --memory SIZE too, or leave it out")
+    if said := [name for name, value in held.said().items() if value]:
+        raise ConfigError(f"{said[0]} is only used with --memory SIZE; give that too, or leave it out")
     from anabranch.serving.planning.cost import Workload, estimate, fitting_devices, largest_batch
 
     if model is None:
@@ -133,30 +202,30 @@ def plan(
         return
     if dtype not in BYTES:
         raise ConfigError(f"--dtype is {dtype!r}; use one of {', '.join(BYTES)}")
-    check_apart([out, save_hardware, gantt], [*_read_of(model), hardware, table_file])
+    check_apart([files.out, files.save_hardware, files.gantt], [*_read_of(model), hardware, files.table_file])
     shape = _shape(model, BYTES[dtype])
     device = read_hardware(hardware, dtype, devices or 1)
     count = devices or (fitting_devices(shape, device) if device.network_bandwidth else 1)
     device = device.replace(num_devices=count)
-    tokens = batch or largest_batch(shape, device, prompt, output)
-    workload = Workload(prompt=prompt, output=output, dense_batch=tokens)
+    tokens = asked.batch or largest_batch(shape, device, asked.prompt, asked.output)
+    workload = Workload(prompt=asked.prompt, output=asked.output, dense_batch=tokens)
     found = estimate(shape, device, workload)
-    if save_hardware is not None:
-        device.save(save_hardware)
-    wants_pipeline = search or out is not None or gantt is not None
-    shares = _shares(table_file, hardware) if wants_pipeline else None
-    pipeline = _pipeline(found, budget, shares, out) if shares is not None else None
-    if pipeline is not None and gantt is not None:
+    if files.save_hardware is not None:
+        device.save(files.save_hardware)
+    wants_pipeline = search or files.out is not None or files.gantt is not None
+    shares = _shares(files.table_file, hardware) if wants_pipeline else None
+    pipeline = _pipeline(found, budget, shares, files.out) if shares is not None else None
+    if pipeline is not None and files.gantt is not None:
         from anabranch.serving.planning.simulate import save_gantt
 
-        save_gantt(pipeline.timeline(shares), gantt)
+        save_gantt(pipeline.timeline(shares), files.gantt)
     if as_json:
         print_json({**describe(found), **({"pipeline": pipeline.to_dict()} if pipeline else {})})
         return
     _print(found)
     if pipeline is not None:
         _print_pipeline(pipeline, found)
-    for path in (save_hardware, out, gantt):
+    for path in (files.save_hardware, files.out, files.gantt):
         if path is not None:
             fact("wrote", str(path))
 
@@ -177,7 +246,7 @@ def _plan_memory(model: str | None, memory: str, settings: dict[str, Any], other
     from anabranch.cli.memory import show
 
     if model is None:
-        raise ConfigError(f"--memory is {memory}, but no model is given; it is a model's memory that is planned")
+        raise ConfigError(f"--memory is {memory}, but no model is given; name the model whose memory is to be planned")
     if others:
         raise ConfigError(
             f"--memory plans what one engine holds, which {others[0]} says nothing of; leave one of them out"
@@ -288,7 +357,7 @@ def _shape(model: str, weight_bytes: float) -> ModelShape:
             known = [*PUBLISHED, *presets.names()]
             near = difflib.get_close_matches(model.lower(), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "anabranch plan lists what is known"
-            raise ConfigError(f"{model!r} is no model, no preset and no published name; {hint}")
+            raise ConfigError(f"{model!r} is not a model, a preset or a published name; {hint}")
     from anabranch.lm import load_config
 
     return shape_of(load_config(model), Path(model).name, weight_bytes=weight_bytes, kv_bytes=cached)
@@ -312,7 +381,7 @@ def _shares(path: Path | None, hardware: str) -> ShareTable:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise DataError(f"{path} is no share table: {error}") from None
+        raise DataError(f"{path} is not a table of shares: {error}") from None
 
 
 def _pipeline(found: Estimate, budget: float, shares: ShareTable, out: Path | None) -> Pipeline:

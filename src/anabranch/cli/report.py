@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Quantize, Quiet, parts
+from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Memory, Quantize, Quiet, parts
 from anabranch.cli.output import fact, print_json, table, wrote
 from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
+    from anabranch.cli.weights import Weights
     from anabranch.data import Tokenizer
     from anabranch.lm import Decoder
     from anabranch.routing import RoutingTrace
@@ -33,14 +34,15 @@ class _Kept:
 
 def report(
     source: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_TRACE", help="A model, or a routing trace (.parquet) made before.")
+        str,
+        typer.Argument(metavar="MODEL_OR_TRACE", help="A model, or a routing trace (.parquet) of an earlier report."),
     ],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the page, the pictures and the trace.")],
     data: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Text to run through the model. Default: the held-out text of the run."),
     ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="About how many tokens of it.")] = 32768,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Approximate number of tokens.")] = 32768,
     sequence_length: Annotated[
         int | None, typer.Option(metavar="L", min=1, help="Tokens the model sees at once. Default: as in training.")
     ] = None,
@@ -60,12 +62,14 @@ def report(
             "--cache",
             "--rho",
             metavar="C",
-            help="And caches of C times the active experts of a layer (repeatable). Default: 2.",
+            help="Also measure expert caches of C times the active experts per layer (repeatable). Default: 2.",
         ),
     ] = None,
     balance_audit: Annotated[
         bool,
-        typer.Option("--balance-audit", help="Also compare choices with the best balanced ones of the same scores."),
+        typer.Option(
+            "--balance-audit", help="Also compare the choices with the best balanced choices for the same scores."
+        ),
     ] = False,
     scores: Annotated[
         bool,
@@ -75,6 +79,7 @@ def report(
         bool,
         typer.Option("--predictions", help="Also keep the next token that the model predicts after each one."),
     ] = False,
+    memory: Memory = None,
     quantize: Quantize = None,
     expert_budget: ExpertBudget = None,
     dtype: Dtype = None,
@@ -87,6 +92,7 @@ def report(
     Writes a self-contained HTML page, a PNG for each picture, and the routing decisions themselves (trace.parquet).
     """
     require("lm", "plots", by="anabranch report")
+    from anabranch.cli.corpora import passes_of
     from anabranch.report import explain, summarize, write_report
     from anabranch.report.tables import tables
     from anabranch.report.windows import check_caches
@@ -94,36 +100,44 @@ def report(
     from anabranch.routing import RoutingTrace
 
     is_trace = Path(source).suffix == ".parquet"
-    if is_trace and (quantize is not None or expert_budget is not None):
-        option = "--quantize" if quantize is not None else "--expert-budget"
-        raise ConfigError(f"{option} is of models, and {source} is a trace, whose model has run; leave it out")
+    of_models = {"--memory": memory, "--quantize": quantize, "--expert-budget": expert_budget}
+    option = next((name for name, value in of_models.items() if value is not None), None)
+    if is_trace and option is not None:
+        raise ConfigError(f"{option} is for models, and {source} is a trace, for which no model runs; leave it out")
     # Before the model runs, which may take long; the same goes for windows, once the length of its sequences is known.
     check_caches(cache or [])
     own = [*report_files(out), *(() if is_trace else [Path(out) / _TRACE])]
     check_apart(own, [source] if is_trace else _read_of(source, data, own))
     check_place(out, trace=None if is_trace else Path(out) / _TRACE)
     bias: dict[int, Any] = {}
+    # Of a trace nobody knows them.
+    weights: Weights | None = None
     if Path(source).is_file() and is_trace:
         trace, text = RoutingTrace.read(source), source
     elif is_trace:
-        raise DataError(f"there is no routing trace at {source}")
+        raise DataError(f"no routing trace at {source}")
     elif Path(source).is_file() and Path(source).suffix != ".gguf":
         raise DataError(
             f"{source} is a file that is neither a model (.gguf) nor a routing trace (.parquet); a model may be a folder too"
         )
     else:
         kept = _Kept(scores=scores or balance_audit, predictions=predictions)
-        with parts(source, dtype, device, quantize, expert_budget) as (network, tokenizer):
+        passes = None if memory is None else passes_of(source, sequence_length, all_logits=predictions)
+        with parts(source, dtype, device, quantize, expert_budget, memory, passes) as (network, tokenizer, weights):
             trace, text, bias = _record(
                 source, network, tokenizer, out, data, tokens, sequence_length, quiet, kept, window or []
             )
     summary = summarize(trace, windows=window or [], caches=cache or [], balance_audit=balance_audit, bias=bias)
     extra = {"model": source, "text": text}
-    page = write_report(trace, out, title=Path(source).name or source, extra=extra, summary=summary)
+    told = {} if weights is None else {"weights": str(weights)}
+    page = write_report(trace, out, title=Path(source).name or source, extra={**extra, **told}, summary=summary)
     if as_json:
-        print_json({"page": str(page), **extra, **summary.to_dict()})
+        of_weights = {} if weights is None else {"weights": weights.to_dict()}
+        print_json({"page": str(page), **extra, **of_weights, **summary.to_dict()})
         return
     fact("model", source)
+    for label, sentence in told.items():
+        fact(label, sentence)
     fact("text", f"{text}   {summary.items:,} sequences, {summary.rows:,} choices")
     for found in tables(summary):
         shown = found.on_terminal

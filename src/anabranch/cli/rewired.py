@@ -20,7 +20,7 @@ Rewire = Annotated[
     typer.Option(
         "--rewire",
         metavar=FLAG,
-        help="Turn the routers of a mixture of experts to the text as it goes on, before and each 128 tokens.",
+        help="Fit the routers of a mixture of experts to the text: once before generation, then every 128 tokens.",
     ),
 ]
 RewireSet = Annotated[
@@ -44,11 +44,18 @@ def rewiring_of(wanted: bool, assignments: Sequence[str] | None, others: dict[st
         return None
     for name, value in others.items():
         if value is not None:
-            raise ConfigError(f"{name} does not go with --rewire; leave one of them out")
+            raise ConfigError(f"{name} cannot be combined with --rewire; leave one of them out")
     from anabranch.adapters.rewiring import Rewiring
     from anabranch.config import from_dict, parse_assignment
 
     return from_dict(Rewiring, dict(parse_assignment(text) for text in assignments or ()))
+
+
+def rewiring_settings(assignments: Sequence[str] | None, path: str) -> dict[str, Any]:
+    """Settings by the dotted path of their field in a config, where their table lies at ``path``. Raises ConfigError for what is none."""
+    from anabranch.config import parse_assignment
+
+    return {f"{path}.{name}": value for name, value in map(parse_assignment, assignments or ())}
 
 
 def library_fields(fields: dict[str, Any], option: str, *, talks: bool) -> dict[str, Any]:

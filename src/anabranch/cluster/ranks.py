@@ -29,16 +29,28 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from anabranch.cluster.hosts import (
+    CABLE,
+    MOST_HOSTS,
+    Hosts,
+    NoHostsError,
+    check_mbit,
+    enter,
+    hosts,
+    keep_pace,
+    tcp_sockets,
+)
 
 __all__ = ["RankError", "Ranks", "run_ranks"]
 
@@ -130,6 +142,15 @@ class Ranks:
             outlives every rank.
         timeout_s: from when the last rank has begun the function until the last has ended; starting has a bound of its own (2 minutes).
         threads: of torch in each process.
+        mbit: each rank is a host of its own with a link of so many Mbit/s each way; None for none of this. A rank that joins with a new
+            number shares the link of one that is there.
+        links: what those are: ``namespaces`` of the network (root, Linux's ip and tc), in which all connections of a rank share its link;
+            or connections that the kernel has ``paced`` (Linux), each by itself. ``auto`` takes namespaces where they can be made.
+
+    Attributes:
+        links: which of the two it is; None without a rate.
+
+    Raises ValueError for what cannot be, `anabranch.testing.NoHostsError` where links of the kind that was asked for cannot be made.
     """
 
     def __init__(
@@ -140,13 +161,21 @@ class Ranks:
         backend: str | None = "gloo",
         timeout_s: float = 60.0,
         threads: int = 1,
+        mbit: float | None = None,
+        links: Literal["auto", "namespaces", "paced"] = "auto",
     ) -> None:
         if world < 1:
             raise ValueError(f"world is {world}; use at least 1")
+        if links not in ("auto", "namespaces", "paced"):
+            raise ValueError(f"links is {links!r}; use auto, namespaces or paced")
+        check_mbit(mbit)
         self.world, self.timeout_s = world, timeout_s
         self._start_by = time.monotonic() + _START_S
         self._end_by: float | None = None
-        self._settings = {"backend": backend, "timeout_s": timeout_s, "threads": threads}
+        self._settings: dict[str, Any] = {"backend": backend, "timeout_s": timeout_s, "threads": threads}
+        self._stack = ExitStack()
+        self._hosts, self.links = self._made_links(mbit, links)
+        self._settings["paced_mbit"] = mbit if self.links == "paced" else None
         self._folder = tempfile.TemporaryDirectory(prefix="anabranch-ranks-")
         # In this process, so that no rank's end takes it along.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -159,6 +188,18 @@ class Ranks:
         except BaseException:
             self.close()
             raise
+
+    def _made_links(self, mbit: float | None, links: str) -> tuple[Hosts | None, Literal["namespaces", "paced"] | None]:
+        if mbit is None:
+            return None, None
+        if links == "paced":
+            return None, "paced"
+        try:
+            return self._stack.enter_context(hosts(min(self.world, MOST_HOSTS), mbit=mbit)), "namespaces"
+        except NoHostsError:
+            if links == "namespaces":
+                raise
+            return None, "paced"
 
     def __enter__(self) -> Ranks:
         return self
@@ -246,6 +287,7 @@ class Ranks:
                 rank.process.join(5)
             rank.connection.close()
         self._folder.cleanup()
+        self._stack.close()
 
     def _start(self, rank: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         context = _context()
@@ -255,6 +297,11 @@ class Ranks:
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         }  # fmt: skip
+        host = None
+        if self._hosts is not None:
+            host = self._hosts.names[rank % len(self._hosts.names)]
+            # gloo takes the address of the machine's name otherwise, which is not on this link.
+            environment |= {"MASTER_ADDR": self._hosts.switch, "GLOO_SOCKET_IFNAME": CABLE}
         process = context.Process(
             target=_run,
             args=(
@@ -264,7 +311,7 @@ class Ranks:
                 theirs,
                 str(place),
                 environment,
-                self._settings,
+                {**self._settings, "host": host},
             ),
             daemon=True,
         )
@@ -349,12 +396,21 @@ def run_ranks(
     backend: str | None = "gloo",
     timeout_s: float = 60.0,
     threads: int = 1,
+    mbit: float | None = None,
+    links: Literal["auto", "namespaces", "paced"] = "auto",
 ) -> list[Any]:
     """``function(rank, world, *arguments)`` in ``world`` processes; what each returned, in order of ranks. See `Ranks`.
 
     Raises RankError: with the rank, what it raised and its traceback, or where each rank stood after ``timeout_s``.
     """
-    with Ranks(world, function, *arguments, backend=backend, timeout_s=timeout_s, threads=threads) as ranks:
+    options: dict[str, Any] = {
+        "backend": backend,
+        "timeout_s": timeout_s,
+        "threads": threads,
+        "mbit": mbit,
+        "links": links,
+    }
+    with Ranks(world, function, *arguments, **options) as ranks:
         return ranks.wait()
 
 
@@ -384,14 +440,21 @@ def _run(
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     torch.set_num_threads(settings["threads"])
+    if settings["host"] is not None:
+        # Before there is another thread.
+        enter(settings["host"])
     has_told = threading.Event()
     watch = threading.Thread(target=_watch, args=(connection, has_told, Path(output).parent), daemon=True)
     watch.start()
     try:
+        pace = None if settings["paced_mbit"] is None else keep_pace(settings["paced_mbit"])
         if settings["backend"] is not None:
-            store = dist.TCPStore("127.0.0.1", int(environment["MASTER_PORT"]), is_master=False)
+            store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
             bound = timedelta(seconds=_START_S + settings["timeout_s"])
             dist.init_process_group(settings["backend"], store=store, rank=rank, world_size=world, timeout=bound)
+        if pace is not None:
+            # The group's connections, before anything goes through them.
+            pace()
         function, arguments = pickle.loads(call)
         connection.send_bytes(_BEGUN)
         result = _Result(function(rank, world, *arguments), sent=_sent_by_connection())
@@ -424,21 +487,15 @@ def _watch(connection: Connection, has_told: threading.Event, folder: Path) -> N
 
 def _sent_by_connection() -> tuple[tuple[int, int, int], ...]:
     """(local port, remote port, bytes sent) of each open TCP connection of this process."""
-    folder = Path("/proc/self/fd")
-    if not folder.is_dir() or not hasattr(socket, "TCP_INFO"):
+    if not hasattr(socket, "TCP_INFO"):
         return ()
     found = []
-    for entry in folder.iterdir():
-        try:
-            if not os.readlink(entry).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
-                local, remote = connection.getsockname(), connection.getpeername()
-                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
-        except (OSError, ValueError):
-            # No TCP, not connected, or closed since the folder was read.
-            continue
-        if isinstance(local, tuple) and len(info) >= _ACKED_AT + 8:
-            (acked,) = struct.unpack_from("=Q", info, _ACKED_AT)
-            found.append((local[1], remote[1], int(acked)))
+    for connection, _ in tcp_sockets():
+        # Closed since it was seen, or no TCP.
+        with suppress(OSError):
+            local, remote = connection.getsockname(), connection.getpeername()
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+            if len(info) >= _ACKED_AT + 8:
+                (acked,) = struct.unpack_from("=Q", info, _ACKED_AT)
+                found.append((local[1], remote[1], int(acked)))
     return tuple(found)

@@ -36,7 +36,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) 
     """
     if vocab_size < 257:
         raise TokenizerError(
-            f"vocab_size is {vocab_size}; a byte-level vocabulary has at least 257 (256 bytes, end of text)"
+            f"vocab_size is {vocab_size}; a byte-level vocabulary needs at least 257 (256 bytes and the end of text)"
         )
     backend = byte_level_backend(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(

@@ -296,7 +296,7 @@ def corpus_at(*paths: str | Path) -> Corpus.Config:
     if tables and len(tables) < len(found):
         other = next(path for path in found if path not in tables)
         raise DataError(
-            f"{tables[0]} is a table and {other} is not; give tables alone, or files and folders of text, or mix them as domains "
+            f"{tables[0]} is a table, but {other} is not; give only tables, or only text files and folders, or mix them as domains "
             "(data.corpus.kind=mixture)"
         )
     return (Table if tables else Files).Config(paths=tuple(map(str, found)))

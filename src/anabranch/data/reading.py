@@ -1,4 +1,4 @@
-"""Text out of files of any kind: plain, gzip, zip; binary ones are skipped, bad bytes become U+FFFD."""
+"""Text out of files of any kind: plain, gzip, zip; binary ones are skipped, bad bytes become U+FFFD. Endings may be in capitals."""
 
 import codecs
 import difflib
@@ -29,7 +29,7 @@ def missing_corpus(path: str | Path) -> DataError:
 def open_bytes(file: Path) -> IO[bytes]:
     """Open ``file`` for reading, through gzip where its suffix says so. Raises DataError if it cannot be opened."""
     try:
-        return cast(IO[bytes], gzip.open(file)) if file.suffix in GZIP_SUFFIXES else file.open("rb")
+        return cast(IO[bytes], gzip.open(file)) if file.suffix.lower() in GZIP_SUFFIXES else file.open("rb")
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from None
 
@@ -53,7 +53,7 @@ def decode_text(data: bytes, encoding: str = "utf-8") -> str | None:
 
 def read_texts(file: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
     """The texts in ``file`` as (name inside an archive or "", text): one, or one for each member of a zip file."""
-    if file.suffix == ".zip":
+    if file.suffix.lower() == ".zip":
         yield from _read_zip(file, encoding)
         return
     text = decode_text(read_bytes(file), encoding)
@@ -108,7 +108,7 @@ def matches(key: str, pattern: str) -> bool:
 
 def is_table(file: Path) -> bool:
     """Whether the name says Parquet or JSON lines."""
-    suffixes = [suffix for suffix in file.suffixes if suffix not in GZIP_SUFFIXES]
+    suffixes = [suffix for suffix in map(str.lower, file.suffixes) if suffix not in GZIP_SUFFIXES]
     return bool(suffixes) and suffixes[-1] in (".parquet", ".jsonl", ".ndjson")
 
 
@@ -116,7 +116,7 @@ def read_rows(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, A
     """(where, values of ``columns``) of each row of a Parquet or JSON lines file. Raises DataError if it is neither, is damaged,
     or lacks a column.
     """
-    yield from (_read_parquet if file.suffix == ".parquet" else _read_json_lines)(file, columns)
+    yield from (_read_parquet if file.suffix.lower() == ".parquet" else _read_json_lines)(file, columns)
 
 
 def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

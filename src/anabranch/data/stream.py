@@ -141,7 +141,7 @@ class _Shuffled:
             longest = max((segment.length for _, segment, _ in lane.parts), default=0)
             names = ", ".join(sorted({domains[domain] for *_, domain in lane.parts})) or "nothing"
             raise DataError(
-                f"the training split of {names} has {longest} tokens, and a sequence needs {sequence_length + 1}; "
+                f"the training split of {names} has {longest} tokens, but a sequence needs {sequence_length + 1}; "
                 f"give more text or a sequence_length of at most {max(longest - 1, 1)}"
             )
         for _, segment, domain in lane.parts:

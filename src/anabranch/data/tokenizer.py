@@ -25,7 +25,7 @@ from anabranch.config import Field, Part, configclass
 from anabranch.data.byte_level import byte_characters, byte_level_backend, lengths_from_offsets, utf8
 from anabranch.data.chat import render_chat
 from anabranch.errors import TokenizerError
-from anabranch.files import atomic_write_json, atomic_write_text, parse_json
+from anabranch.files import atomic_write_json, atomic_write_text, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 # Names that mark the end of a text where a folder does not say which token does, most specific first.
@@ -472,7 +472,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         else:
             fix = "give a folder with a tokenizer.json, as saved by anabranch or transformers"
         raise TokenizerError(f"no tokenizer.json at {path}; {fix}")
-    settings = _read_json(file.parent / "tokenizer_config.json")
+    settings = _settings_in(file.parent / "tokenizer_config.json")
     if settings.get("anabranch_kind") == "bytes":
         return ByteTokenizer()
     try:
@@ -501,12 +501,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _special_id(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str, Any], name: str) -> int | None:
-    for table in (settings, _read_json(folder / "special_tokens_map.json")):
+    for table in (settings, _settings_in(folder / "special_tokens_map.json")):
         token = table.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return backend.token_to_id(utf8(token).decode("utf-8"))
-    index = _read_json(folder / "config.json").get(f"{name}_token_id")
+    index = _settings_in(folder / "config.json").get(f"{name}_token_id")
     # Some models list several ends.
     index = index[0] if isinstance(index, list) and index else index
     return index if type(index) is int and 0 <= index < _MOST_TOKENS else None
@@ -514,7 +514,7 @@ def _special_id(backend: tokenizers.Tokenizer, folder: Path, settings: dict[str,
 
 def _ends(folder: Path) -> list[int]:
     """All ids that the folder's configs say end a text: many chat models have several."""
-    given = [_read_json(folder / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    given = [_settings_in(folder / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
     listed = [index for entry in given for index in (entry if isinstance(entry, list) else [entry])]
     return [index for index in listed if isinstance(index, int) and not isinstance(index, bool) and index >= 0]
 
@@ -534,17 +534,9 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _settings_in(file: Path) -> dict[str, Any]:
     """The table in ``file``, empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        table = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"cannot read {file}: {error}") from None
-    if not isinstance(table, dict):
-        raise TokenizerError(f"cannot read {file}: it holds a {type(table).__name__}; it must be a table of settings")
-    return table
+    return read_json(file, TokenizerError) if file.is_file() else {}
 
 
 def _write(folder: str | Path, backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from anabranch.depth.seen import check_mask, check_padding, check_positions, see
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.token_ids import check_batch
 from anabranch.nn.attention import distinct
 from anabranch.nn.context import ForwardContext
 from anabranch.nn.visits import on_rows
@@ -94,6 +95,7 @@ class DecoderStack:
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, DecoderPass]:
         """See `BlockStack.embed`."""
+        check_batch(token_BL, self.module.config.vocab_size)
         mask_BL = check_mask(attention_mask, token_BL)
         if cache is not None:
             config = self.module.config

@@ -21,7 +21,8 @@ from anabranch.depth.routed import PLAIN, Decider, check_control, routed_pass
 from anabranch.depth.stack import BlockStack, run_path, stack_of
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache
-from anabranch.lm.generate import SamplingConfig, Step, check_token_ids, evaluating, pad_left, sample
+from anabranch.lm.generate import SamplingConfig, Step, evaluating, pad_left, sample
+from anabranch.lm.token_ids import check_token_ids
 from anabranch.nn.visits import Path
 from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_builder import TraceBuilder

@@ -73,7 +73,8 @@ class BlockStack(Protocol):
             position_BL: int64, place of each token in its sequence; None counts the real tokens, those in the cache among them.
             cache: of `new_cache`, with the earlier positions; it is extended. The pass ends in `head`, which counts the new positions.
 
-        Raises ConfigError for a mask of another shape, and where the model has no such positions.
+        Raises ConfigError for ids outside the vocabulary (of a decoder, on the CPU), a mask of another shape, and where the model has no
+        such positions.
         """
 
     def block(self, layer: int, x_BLD: Tensor, state: Any, *, rows: Sequence[int] | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """The caches of one gateway, as its config wants them."""
 
-import asyncio
+import logging
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,11 @@ from anabranch.gateway.cache import (
     SingleFlight,
 )
 from anabranch.gateway.config import CacheConfig
+from anabranch.gateway.logged_error import raised
 from anabranch.routers.embed import Embedder
+from anabranch.web.turns import in_thread
+
+logger = logging.getLogger(__name__)
 
 
 class Caches:
@@ -66,11 +70,15 @@ class Caches:
         # How often anything was forgotten.
         self._num_forgotten = 0
 
-    async def embed(self, text: str) -> np.ndarray:
-        """A unit vector, made in a thread: it may take a while."""
+    async def embed(self, text: str) -> np.ndarray | None:
+        """A unit vector, made in a thread: it may take a while. None where the embedder fails: nothing is looked for by meaning then."""
         embedder = self._embedder
         assert embedder is not None
-        return (await asyncio.to_thread(embedder.embed, [text]))[0]
+        try:
+            return await in_thread(lambda: _vector(embedder.embed([text])[0]))
+        except Exception as error:
+            logger.warning("the semantic cache is passed over, since the embedder failed: %s", raised(error))
+            return None
 
     async def elsewhere(self, tenant: str, key: bytes) -> Entry | None:
         """An exact answer that another process kept; from now on it is here too, for as long as it is there."""
@@ -144,3 +152,11 @@ class Caches:
         for cache in held:
             cache.clear()
         return count
+
+
+def _vector(given: Any) -> np.ndarray:
+    """Raises ValueError for what is no vector of numbers, or has one that is none."""
+    vector_D = np.asarray(given, np.float32)
+    if vector_D.ndim != 1 or not vector_D.size or not np.isfinite(vector_D).all():
+        raise ValueError("it gave no vector of finite numbers")
+    return vector_D

@@ -7,13 +7,15 @@ counted.
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from anabranch.errors import CheckpointError, ConfigError, InputError, LimitError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError, InputError, LimitError
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
-from anabranch.gateway.lane import BypassError, Lane
-from anabranch.gateway.logged_error import raised
+from anabranch.gateway.decision_checks import BypassError
+from anabranch.gateway.lane import Lane
+from anabranch.gateway.logged_error import plain, raised, words
 from anabranch.gateway.providers.provider import UpstreamError
+from anabranch.gateway.strategy_headers import strategy_headers
 from anabranch.registry import kinds
 from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.program import Program
@@ -24,6 +26,8 @@ from anabranch.routers.fitted import FittedRouter
 from anabranch.web.turns import plainly
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +84,21 @@ class Decider:
                     f"strategies.{name} keeps texts of requests and answers in the store, to show them to models; set log.prompts = true "
                     "to let it, or leave it out (ic_cache keeps none with domains = [])"
                 )
-            made.connect(embed=None if own is None else own.embed)
-            if metrics is not None:
-                made.report_to(metrics(name))
-            self.lanes[name] = Lane(name, wanted, made, own)
+            _connect(name, made, own, None if metrics is None else metrics(name))
+            self.lanes[name] = _set_up(name, lambda: Lane(name, wanted, made, own))  # noqa: B023
 
     def news(self, old: "Decider") -> list[Lane]:
         """Strategies that have no predecessor in another one."""
         return [lane for name, lane in self.lanes.items() if name not in old.lanes or not lane.follows(old.lanes[name])]
 
     def succeed(self, old: "Decider") -> None:
-        """Go on with what the strategies of another have learned, where they are made from the same."""
+        """Go on with what the strategies of another have learned, where they are made from the same, and owe what those do."""
         for name, lane in self.lanes.items():
             if name in old.lanes and lane.follows(old.lanes[name]):
                 lane.succeed(old.lanes[name])
+            elif name in old.lanes and lane.can_forget:
+                # It may have been made from what knows the same.
+                lane.owed.take_over(old.lanes[name].owed)
 
     async def decide(self, name: str, query: Query, pool: Pool, ask: Ask) -> Decided:
         """What the strategy says, or the default one in its place, or the order of the config. Raises ApiError for wrong knobs.
@@ -125,7 +130,7 @@ class Decider:
         """Count, and tell in a sentence, that a program is passed over for what it failed with."""
         if isinstance(error, LimitError):
             self._on_bypass(name, "limit")
-            return str(error)
+            return words(error)
         is_slow = isinstance(error, UpstreamError) and error.failure.kind == "deadline"
         logger.warning("program %s failed: %s", name, raised(error))
         self._on_bypass(name, "slow" if is_slow else "raised")
@@ -157,7 +162,7 @@ class Decider:
         if type(strategy).headers is Strategy.headers:
             return {}
         try:
-            return plainly(lambda: {header: str(value) for header, value in strategy.headers(decision).items()})
+            return plainly(lambda: strategy_headers(name, strategy.headers(decision)))
         except Exception as error:
             logger.warning("strategy %s has no headers to give: %s", name, type(error).__name__)
             return {}
@@ -197,19 +202,42 @@ def _details(answer: Any) -> dict[str, Any]:
     return found
 
 
+def _connect(name: str, strategy: Strategy, embedder: Embedder | None, metrics: Metrics | None) -> None:
+    """Give a strategy what it works with. Raises ConfigError for whatever it raises."""
+
+    def connect() -> None:
+        strategy.connect(embed=None if embedder is None else embedder.embed)
+        if metrics is not None:
+            strategy.report_to(metrics)
+
+    _set_up(name, connect)
+
+
+def _set_up(name: str, work: Callable[[], T]) -> T:
+    """``work()``, of a strategy that others may have written. Raises AnabranchError, for whatever it raises."""
+    try:
+        return plainly(work)
+    except Exception as error:
+        if isinstance(error, AnabranchError) and type(error).__module__.startswith("anabranch."):
+            raise
+        # Of others, whose text is written here once: whoever is told of it need not know that it may not be.
+        raise ConfigError(f"strategies.{name} cannot be made: {raised(error)}: {words(plain(error))}") from error
+
+
 def _make(
     name: str, wanted: StrategyConfig, embedder: Embedder | None, config: GatewayConfig
 ) -> tuple[Strategy, Embedder | None]:
     """The strategy of a config, and what embeds its queries."""
     if wanted.router is not None:
         try:
-            return load_router(name, wanted, embedder, [model.name for model in config.models])
+            models = [model.name for model in config.models]
+            return _set_up(name, lambda: load_router(name, wanted, embedder, models))
         except CheckpointError as error:
-            raise CheckpointError(f"strategies.{name}.router: {error}") from None
+            raise CheckpointError(f"strategies.{name}.router: {words(error)}") from None
     try:
-        made: Strategy = make_strategy(wanted)
+        made: Strategy = _set_up(name, lambda: make_strategy(wanted))
     except ConfigError as error:
-        raise ConfigError(f"strategies.{name}: {error}") from None
+        raise ConfigError(f"strategies.{name}: {words(error)}") from None
     if made.needs_fit:
         raise ConfigError(
             f"strategies.{name}: {wanted.use} has to learn first; give router, a folder of anabranch gateway fit"
@@ -271,4 +299,4 @@ def _at(name: str, router: FittedRouter, wanted: StrategyConfig) -> Strategy:
     try:
         return router.strategy.with_knob(kept_within(spent, wanted.budget_usd))
     except InputError as error:
-        raise ConfigError(f"strategies.{name}.budget_usd: {error}") from None
+        raise ConfigError(f"strategies.{name}.budget_usd: {words(error)}") from None

@@ -60,7 +60,7 @@ from anabranch.gateway.ui import Seen, Snapshot
 from anabranch.gateway.upkeep import learn_forever, prune_forever
 from anabranch.routers.contract.query import Decision
 from anabranch.routers.contract.strategy import Strategy
-from anabranch.web.turns import Turns
+from anabranch.web.turns import Turns, in_thread, plainly_awaited
 
 if TYPE_CHECKING:
     from anabranch.gateway.learning.joining import Joined
@@ -235,7 +235,7 @@ class Gateway(SyncGateway):
 
     async def _open(self) -> None:
         if self._store is None:
-            self._store = await asyncio.to_thread(open_store, self.config.store)
+            self._store = await in_thread(open_store, self.config.store)
         self.observers.start(self.config)
         if self.shared is not None:
             await self.shared.start()
@@ -266,7 +266,7 @@ class Gateway(SyncGateway):
             self._store = None
         if self.shared is not None:
             await self.shared.close()
-        await asyncio.to_thread(self.observers.close)
+        await in_thread(self.observers.close)
 
     async def settled(self, request_id: str | None = None) -> None:
         """Wait until a request that has ended, or all such, have their rows in the ledger.
@@ -291,8 +291,12 @@ class Gateway(SyncGateway):
         async with self._reloading:
             with self._counted_reload():
                 self._check_lasting(config)
-                async with loaded(config):
-                    await self._reload(config)
+                # Whatever a part of the config raises refuses the config, and ends nothing else.
+                await plainly_awaited(lambda: self._taken(config))
+
+    async def _taken(self, config: GatewayConfig) -> None:
+        async with loaded(config):
+            await self._reload(config)
 
     def _check_lasting(self, config: GatewayConfig) -> None:
         """Raises ConfigError for a change of what lasts as long as the gateway."""
@@ -303,7 +307,7 @@ class Gateway(SyncGateway):
     async def _reload(self, config: GatewayConfig) -> None:
         old = self.runtime
         await self.kept.save(old.decider.lanes.values(), at_once=True)
-        new = await asyncio.to_thread(self._made, config, old)
+        new = await in_thread(self._made, config, old)
         try:
             await new.load()
             await self.kept.load(new.decider.news(old.decider))

@@ -19,8 +19,10 @@ import numpy as np
 from anabranch.config import to_dict
 from anabranch.errors import AnabranchError, BudgetError, InputError, LimitError, RateError
 from anabranch.gateway.config import StrategyConfig
+from anabranch.gateway.decision_checks import BypassError, check_decision, plain_messages
 from anabranch.gateway.dispatch.senders import own_sender
-from anabranch.gateway.logged_error import raised
+from anabranch.gateway.logged_error import plain, raised, words
+from anabranch.gateway.owed import FORGETTING_S, Order, Owed
 from anabranch.gateway.strategy_thread import StrategyThread
 from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.knobs import check_knobs
@@ -29,7 +31,7 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed import Embedder
 from anabranch.routers.fitted import digest_of
 from anabranch.web.api_error import wrong
-from anabranch.web.turns import UnusualError, plainly, plainly_awaited
+from anabranch.web.turns import plainly, plainly_awaited
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +52,6 @@ JUDGING_S = 1.0
 ASKING_S = 10.0
 
 
-class BypassError(Exception):
-    """A strategy cannot be asked, or said what cannot be; ``why`` is one word for the counter, ``lasts`` as in `Decided`."""
-
-    def __init__(self, why: str, message: str, lasts: bool = False) -> None:
-        super().__init__(message)
-        self.why, self.lasts = why, lasts
-
-
 def lasts(error: Exception) -> bool:
     """Whether a strategy meets the same limit whenever it is asked the same: one of the config's or the key's, which no waiting changes."""
     if isinstance(error, BudgetError):
@@ -74,6 +68,7 @@ class Lane:
         learns: `observe` does something.
         made: what it was made from, see `made_from`; "" if what it learns is not kept.
         embedder: of its queries, if it has one.
+        owed: orders to forget that the strategy has not obeyed yet; what it keeps meanwhile is not to be stored.
     """
 
     def __init__(
@@ -93,6 +88,7 @@ class Lane:
         self._is_closed = False
         self._waiting = 0
         self._told = [0]
+        self.owed = Owed(self._forgotten)
         self.made = made_from(self) if self.learns else ""
 
     def narrowed(self, pool: Pool) -> Pool:
@@ -120,16 +116,25 @@ class Lane:
                 )
         except InputError as error:
             if query.knobs:
-                raise wrong("model", str(error)) from None
-            raise BypassError("raised", str(error)) from None
-        _check(decision, pool)
+                raise wrong("model", words(error)) from None
+            raise BypassError("raised", words(error)) from None
+        try:
+            plainly(lambda: check_decision(decision, pool))
+        except BypassError:
+            raise
+        except Exception as error:
+            # Of what looking at it runs.
+            raise self._raised(error) from None
         return decision, query
 
     async def prepare(self, query: Query, model: str, decision: Decision) -> Sequence[Mapping[str, Any]]:
-        """What to send to a candidate. Raises BypassError."""
-        return await self._called(
-            query.tenant, lambda: self.strategy.prepare(query, model, query.messages, decision=decision), self.timeout_s
-        )
+        """What to send to a candidate. Raises BypassError, also for what no messages can be."""
+
+        def made() -> Sequence[Mapping[str, Any]]:
+            given = self.strategy.prepare(query, model, query.messages, decision=decision)
+            return given if given is query.messages else plain_messages(given, query.messages)
+
+        return await self._called(query.tenant, made, self.timeout_s)
 
     async def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any], ask: Ask) -> bool:
         """Whether an answer is good enough. Raises BypassError."""
@@ -182,26 +187,51 @@ class Lane:
         return self._told[0]
 
     def follows(self, old: "Lane") -> bool:
-        """Whether its strategy is made from the same as that of another lane, so that it can go on with that one."""
-        return self.learns and (old.strategy is self.strategy or (self.made != "" and old.made == self.made))
+        """Whether its strategy is that of another lane, or learns and is made from the same, so that it can go on with that one."""
+        return old.strategy is self.strategy or (self.learns and self.made != "" and old.made == self.made)
 
     def succeed(self, old: "Lane") -> None:
         """Go on with the strategy of a lane that it `follows`, and what it has learned, in the same thread."""
-        self.strategy, self.made, self._told = old.strategy, old.made, old._told
+        self.strategy, self.made, self._told, self.owed = old.strategy, old.made, old._told, old.owed
+        self.owed.forget = self._forgotten
         before, self._thread = self._thread, old._thread.take()
         before.release()
-        self.strategy.connect(embed=None if self.embedder is None else self.embedder.embed)
+        try:
+            plainly(lambda: self.strategy.connect(embed=None if self.embedder is None else self.embedder.embed))
+        except Exception as error:
+            # It has what it was connected with before, which was made from the same.
+            logger.warning("strategy %s could not be connected anew: %s", self.name, raised(error))
 
     @property
     def can_forget(self) -> bool:
         """Whether its strategy keeps anything of texts."""
         return type(self.strategy).forget is not Strategy.forget
 
-    async def forget(self, order: Mapping[str, Any]) -> int:
-        """Let its strategy forget what an order is about (`Strategy.forget`); how much there was."""
-        count = await self.alone(lambda: self.strategy.forget(**order))
+    async def forget(self, order: Order, limit_s: float = FORGETTING_S) -> int:
+        """Let its strategy forget what an order is about (`Strategy.forget`); how much there was.
+
+        Raises what the strategy does, and TimeoutError after ``limit_s`` seconds; then it owes the order.
+        """
+        return await self.owed.tell(order, limit_s)
+
+    async def obey(self) -> int:
+        """`forget`, of each that it owes; what it fails at is said in the log."""
+        failed: list[Exception] = []
+        count = await self.owed.tell_again(FORGETTING_S, failed.append)
+        if failed:
+            logger.error(
+                "strategy %s failed again to forget (%d orders): %s", self.name, len(failed), raised(failed[0])
+            )
+        return count
+
+    async def _forgotten(self, order: Order) -> int:
+        count = await self.alone(lambda: _counted(self.strategy.forget(**order)))
         self.touch()
         return count
+
+    async def expire(self, before_s: float) -> int:
+        """Let its strategy forget what is older (`Strategy.expire`); how much there was. Raises what the strategy does."""
+        return await self.alone(lambda: _counted(self.strategy.expire(before_s)))
 
     async def alone(self, work: Callable[[], T]) -> T:
         """``work()`` while nothing else touches the strategy, however long it takes.
@@ -255,7 +285,7 @@ class Lane:
             raise BypassError("slow", f"it took longer than {self.timeout_s:g} s") from None
         except LimitError as error:
             # Of what it asks. The words are ours, and quote nobody.
-            raise BypassError("limit", str(error), lasts(error)) from None
+            raise BypassError("limit", words(error), lasts(error)) from None
         except InputError:
             raise
         except Exception as error:
@@ -263,7 +293,7 @@ class Lane:
 
     def _raised(self, error: BaseException) -> BypassError:
         """The log says what and where, without the texts an exception may quote."""
-        error = error.__cause__ or error if isinstance(error, UnusualError) else error
+        error = plain(error)
         logger.warning("strategy %s failed: %s", self.name, raised(error))
         return BypassError("raised", f"{type(error).__name__} in the strategy")
 
@@ -296,6 +326,11 @@ class Lane:
         return future.result()
 
 
+def _counted(told: object) -> int:
+    """How much a strategy says it forgot, as far as that is a number."""
+    return told if isinstance(told, int) else 0
+
+
 def _is_stuck(thread: StrategyThread, limit_s: float) -> bool:
     """What runs in it has taken longer than so many seconds."""
     began = thread.began
@@ -310,7 +345,7 @@ def made_from(lane: Lane) -> str:
 def made_of(name: str, strategy: Strategy, embedder: Embedder | None) -> str:
     """Digest of what a strategy is made from; "" if what it learns cannot be kept."""
     try:
-        arrays, facts = strategy.state()
+        arrays, facts = plainly(strategy.state)
         about = {
             "kind": strategy.name,
             "facts": facts,
@@ -319,29 +354,5 @@ def made_of(name: str, strategy: Strategy, embedder: Embedder | None) -> str:
         }
         return digest_of({name: np.asarray(value) for name, value in arrays.items()}, json.dumps(about, sort_keys=True))
     except Exception as error:
-        logger.warning("what strategy %s learns cannot be kept: %s: %s", name, type(error).__name__, error)
+        logger.warning("what strategy %s learns cannot be kept: %s: %s", name, type(error).__name__, words(error))
         return ""
-
-
-def _check(decision: Any, pool: Pool) -> None:
-    """Raises BypassError for what is no decision on this pool."""
-    if not isinstance(decision, Decision) or not decision.candidates:
-        raise BypassError("empty", "it named no model")
-    names = [candidate.model for candidate in decision.candidates]
-    unknown = next((name for name in names if name not in pool.names), None)
-    if unknown is not None:
-        raise BypassError("unknown_model", f"it named {str(unknown)[:80]!r}, which is not in the pool")
-    if len(set(names)) < len(names):
-        raise BypassError("twice", "it named a model twice")
-    sure, numbers = decision.confidence, [one for at in decision.candidates for one in (at.score, at.quality, at.cost)]
-    if not isinstance(decision.reason, str) or not all(
-        one is None or isinstance(one, int | float) for one in (sure, *numbers)
-    ):
-        raise BypassError("odd", "its reason is no text, or a figure is no number")
-    chance = decision.probability
-    if chance is not None and not (isinstance(chance, int | float) and 0 < chance <= 1):
-        raise BypassError("odd", "its probability is not above 0 and at most 1")
-    try:
-        json.dumps(dict(decision.details), default=str)
-    except (TypeError, ValueError, RecursionError):
-        raise BypassError("odd", "its details are not ready for JSON") from None

@@ -3,6 +3,7 @@
 import math
 
 from anabranch.errors import BudgetError, CapacityError, LimitError
+from anabranch.gateway.logged_error import words
 from anabranch.web.api_error import ApiError
 
 # OpenAI's clients ask again after every 429 and 5xx, at once where they are to wait longer than this, unless they are told not to.
@@ -20,8 +21,8 @@ def limited(error: LimitError) -> ApiError:
     if isinstance(error, BudgetError):
         if wait_s is None or wait_s > PATIENT_S:
             headers |= HOPELESS
-        return ApiError(429, "insufficient_quota", str(error), type="insufficient_quota", headers=headers)
-    return ApiError(429, "rate_limit_exceeded", str(error), type="requests", headers=headers)
+        return ApiError(429, "insufficient_quota", words(error), type="insufficient_quota", headers=headers)
+    return ApiError(429, "rate_limit_exceeded", words(error), type="requests", headers=headers)
 
 
 def unavailable(error: CapacityError) -> ApiError:

@@ -14,11 +14,14 @@ from anabranch.gateway.config.needs import check_providers, inside
 from anabranch.gateway.config.prices import unpriced
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.dispatch import Dispatcher
+from anabranch.gateway.dispatch.dispatcher import close_providers
 from anabranch.gateway.dispatch_settings import groups_of, rules_of
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.prompt_tokens import Counter
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder
+from anabranch.web.turns import plainly_awaited
 
 # Requests that began before a reload have this long to end.
 CLOSE_S = 600.0
@@ -141,13 +144,12 @@ async def loaded(config: GatewayConfig) -> AsyncIterator[None]:
             provider: Provider = one.build()
             begun.append(provider)
             try:
-                await provider.start()
+                await plainly_awaited(provider.start)
             except AnabranchError as error:
-                raise ConfigError(f"{field}: deployment {name} cannot start: {error}") from error
+                raise ConfigError(f"{field}: deployment {name} cannot start: {words(error)}") from error
         yield
     finally:
-        for provider in begun:
-            await provider.close()
+        await close_providers(begun)
 
 
 def _dispatcher(config: GatewayConfig, previous: Dispatcher | None) -> Dispatcher:
@@ -172,7 +174,7 @@ def _counter(path: str, field: str) -> Counter:
         made: Any = Tokenizer.from_file(path)
     except Exception as error:
         # The library raises plain Exception.
-        raise TokenizerError(f"{field}: {path} is no tokenizer.json: {error}") from None
+        raise TokenizerError(f"{field}: {path} is no tokenizer.json: {words(error)}") from None
     # Of models that embed: files that cut a text short, or fill it up to a length, count neither its tokens nor what they cost.
     made.no_truncation()
     made.no_padding()

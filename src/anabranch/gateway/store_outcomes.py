@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import DataError
+from anabranch.gateway.logged_error import words
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.data.jsonl import row_of
 from anabranch.routers.data.splits import question
@@ -95,7 +96,7 @@ async def judged_questions(store: "Store") -> list[Row]:
             judge = str(found.get("judge"))
             row.is_vouched = row.is_conversation and found.get(VOUCHED) is True
         except DataError as error:
-            logger.warning("an outcome of shadow samples is left out: %s", error)
+            logger.warning("an outcome of shadow samples is left out: %s", words(error))
             continue
         by_judge.setdefault(judge, []).append(row)
         last = judge

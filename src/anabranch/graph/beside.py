@@ -265,6 +265,7 @@ class FolderLock:
         self._made_folder = self._made_lock = False
         # A file and no number: what an interrupt leaves of it is closed, and never twice.
         self._file: io.FileIO | None = None
+        self._process = os.getpid()
         for _ in range(TRIES):
             if self._take(folder / LOCK):
                 return
@@ -272,9 +273,15 @@ class FolderLock:
 
     def __del__(self) -> None:
         """An interrupt may have come before anybody could give it back: then nobody but this process's end would."""
-        file = getattr(self, "_file", None)
-        if file is not None:
-            file.close()
+        if getattr(self, "_file", None) is not None:
+            self._close()
+
+    def _close(self) -> None:
+        # A process that was forked meanwhile has the same open file: there it does not end with this one's, and is not its to give back.
+        if fcntl is not None and self._process == os.getpid():
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # type: ignore[arg-type]
+        self._file.close()  # type: ignore[union-attr]
 
     def _take(self, path: Path) -> bool:
         """Whether the file that was locked is still the one that others find: who held it may have removed it (`release`)."""
@@ -332,5 +339,5 @@ class FolderLock:
                     (self._folder / LOCK).unlink()
                 if is_alone and (self._made_folder or is_left):
                     self._folder.rmdir()
-        self._file.close()
+        self._close()
         self._file = None

@@ -2,7 +2,6 @@
 # Shapes: N nodes, E edges
 
 from collections import Counter
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,6 @@ def check_room(num_nodes: int) -> None:
             f"{num_nodes:,} nodes need {need / 2**30:,.1f} GiB for their rows alone, {have / 2**30:,.1f} GiB of memory are free; "
             "number nodes without gaps and pass other ids as `names`"
         )
-
-
-def near_name(unknown: Any, known: Any) -> str:
-    """What to add to a message about a name that is not there: one much like it, if it is text."""
-    near = (
-        get_close_matches(unknown, [name for name in known if isinstance(name, str)], 1)
-        if isinstance(unknown, str)
-        else []
-    )
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def checked_ends(source: ArrayLike, target: ArrayLike, num_nodes: int | None) -> tuple[np.ndarray, np.ndarray, int]:

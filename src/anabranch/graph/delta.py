@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.bounds import LARGEST_INT, is_whole, shown
+from anabranch.bounds import LARGEST_INT, is_whole, near_name, shown
 from anabranch.errors import InputError
-from anabranch.graph.checks import is_known, near_name
+from anabranch.graph.checks import is_known
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.masks import unmasked
 from anabranch.graph.store import Graph

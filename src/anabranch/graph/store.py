@@ -23,12 +23,12 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anabranch.bounds import shown, whole
+from anabranch.bounds import near_name, shown, whole
 from anabranch.errors import InputError
 from anabranch.graph import csr, graph_file, transform
 from anabranch.graph.alias import AliasTable, build_alias
 from anabranch.graph.arguments import as_number_type, check_flag, check_one_of
-from anabranch.graph.checks import checked_ends, checked_names, checked_weights, has_text, is_known, near_name
+from anabranch.graph.checks import checked_ends, checked_names, checked_weights, has_text, is_known
 from anabranch.graph.csr import DUPLICATES, NO_WEIGHTS
 from anabranch.graph.masks import unmasked
 

@@ -1,13 +1,13 @@
 """What columns of tables are called by those who write them."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from anabranch.bounds import shown
+from anabranch.bounds import near_name, shown
 from anabranch.errors import DataError, InputError
-from anabranch.graph.checks import near_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,9 +17,6 @@ _ENDS = (
     ("source", "target"),
     ("src", "dst"),
     ("from", "to"),
-    ("from_node", "to_node"),
-    ("fromnode", "tonode"),
-    ("from_id", "to_id"),
     ("node1", "node2"),
     ("node_1", "node_2"),
     ("id1", "id2"),
@@ -28,10 +25,38 @@ _ENDS = (
     ("sender", "receiver"),
     ("source", "dest"),
 )
+# Of Neo4j's tables.
+_ENDS_OF_NEO4J = (("start_id", "end_id"), ("startid", "endid"))
+# source_id, sourceId, from_node, ...
+_SURE = (
+    tuple((a + end, b + end) for end in ("", "_id", "id", " id", "_node", "node", " node") for a, b in _ENDS)
+    + _ENDS_OF_NEO4J
+)
 # Other things are called so too: matrices have values v, times have a start and an end.
 _UNSURE = (("u", "v"), ("head", "tail"), ("start", "end"))
-SOURCES, TARGETS = (tuple(dict.fromkeys(words)) for words in zip(*_ENDS, *_UNSURE, strict=True))
+SOURCES, TARGETS = (tuple(dict.fromkeys(words)) for words in zip(*_SURE, *_UNSURE, strict=True))
 WEIGHTS = ("weight", "weights", "w", "edge_weight", "strength")
+# Types of values that Neo4j's tables say behind names of columns.
+_TYPES = (
+    "int|long|float|double|boolean|byte|short|char|string|point|date|localtime|time|localdatetime|datetime|duration"
+)
+# Of the row itself.
+_OF_ROWS = (
+    "id",
+    "_id",
+    "key",
+    "index",
+    "no",
+    "no.",
+    "nr",
+    "row",
+    "row_id",
+    "edge",
+    "edge_id",
+    "edgeid",
+    "rel_id",
+    "link_id",
+)
 
 
 # By name or number; None where it is not said.
@@ -46,9 +71,15 @@ def is_index(name: str) -> bool:
     return re.fullmatch(r"|Unnamed: [0-9]+(\.[0-9]+)*|__index_level_[0-9]+__", name.strip()) is not None
 
 
+def plain_name(name: str) -> str:
+    """What a column is called, in small letters, without the type or group of Neo4j's tables: ``weight:float``, ``:START_ID(User)``."""
+    text = re.sub(r"^.*:(start_id|end_id)(\(.*\))?$", r"\1", name.strip().lower())
+    return re.sub(rf"^(.+):({_TYPES})(\[\])?$", r"\1", text)
+
+
 def called(names: Sequence[str], words: Sequence[str]) -> int | None:
     """The number of the column that is called by one of these words, in any case; the first word of which there is one decides."""
-    low = [name.strip().lower() for name in names]
+    low = [plain_name(name) for name in names]
     return next((low.index(word) for word in words if word in low), None)
 
 
@@ -57,24 +88,52 @@ def names_ends(cells: Sequence[str]) -> bool:
     return called(cells, SOURCES) is not None and called(cells, TARGETS) is not None
 
 
-def _others(names: Sequence[str], taken: set[int | None], wanted: int) -> list[int]:
-    """Columns beside some. A data frame's index and weights are among them only where there are too few others."""
+def are_alike(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether a cell of a line is called as the one below, but for figures: node1 above node2 is a node, and no name of a column."""
+    pairs = zip(first, second, strict=False)
+    return any(
+        re.search("[0-9]", cell) and re.sub("[0-9]+", "0", cell) == re.sub("[0-9]+", "0", below)
+        for cell, below in pairs
+    )
+
+
+def is_end(cells: Sequence[str]) -> bool:
+    """Whether a line has a word, of one end at least, that means no other thing."""
+    return any(plain_name(cell) in words for words in zip(*_SURE, strict=True) for cell in cells)
+
+
+def _others(path: Path | str, names: Sequence[str], taken: set[int | None], wanted: int) -> list[int]:
+    """Columns beside some and weights. A data frame's index is among them only where there is one other column, as in a series.
+
+    Raises DataError where there are too few.
+    """
     free = [number for number in range(len(names)) if number not in taken]
-    bare = [number for number in free if not is_index(names[number]) and names[number].strip().lower() not in WEIGHTS]
-    return bare if len(bare) >= wanted else free
+    ends = [number for number in free if plain_name(names[number]) not in WEIGHTS]
+    bare = [number for number in ends if not is_index(names[number])]
+    index = [number for number in ends if is_index(names[number])]
+    if len(bare) < wanted == len(index) == 2:
+        # An index of two parts, as of a matrix that was stacked.
+        return index
+    if len(bare) < wanted <= len(free) and (len(names) > 2 or len(ends) < wanted):
+        raise _either(path, names)
+    return bare if len(bare) >= wanted else ends
 
 
-def known_ends(path: Path | str, names: Sequence[str]) -> tuple[int | None, int | None]:
+def known_ends(path: Path | str, names: Sequence[str], index: Sequence[str] = ()) -> tuple[int | None, int | None]:
     """Numbers of the columns of source and target by what they are called; None for one that is not known, and stands by its place.
+
+    ``index`` is as of `chosen_ends`: where neither is known, it may be an end or not.
 
     Words that mean other things too count where both are there and nothing else may be an end before them. Where one end is known and it is
     not plain which column is the other, nobody can tell.
 
     Raises DataError where nobody can.
     """
-    low = [name.strip().lower() for name in names]
-    whole = [pair for pair in _ENDS if set(pair) <= set(low)]
-    if len(whole) == 1 or whole[:1] == [_ENDS[0]]:
+    low = [plain_name(name) for name in names]
+    whole = [pair for pair in _SURE if set(pair) <= set(low)]
+    # Of sender and sender_id the plain one.
+    is_one = all(word.startswith(begin) for pair in whole for word, begin in zip(pair, whole[0], strict=True))
+    if whole and (is_one or whole[0] == _SURE[0]):
         return low.index(whole[0][0]), low.index(whole[0][1])
     places = [called(names, words) for words in (SOURCES, TARGETS)]
     if any(sum(name in words for name in low) > 1 for words in (SOURCES, TARGETS)):
@@ -84,6 +143,9 @@ def known_ends(path: Path | str, names: Sequence[str]) -> tuple[int | None, int 
     if None not in places and (not any(unsure) or set(free[:2]) == set(places)):
         return places[0], places[1]
     if all(place is None or is_unsure for place, is_unsure in zip(places, unsure, strict=True)) and None in places:
+        if len(free) > 2 and (low[free[0]] in _OF_ROWS or any(names[number] in index for number in free)):
+            # It may call the edges.
+            raise _either(path, names)
         return None, None
     sure = [None if is_unsure else place for place, is_unsure in zip(places, unsure, strict=True)]
     rest = [number for number in free if number not in sure]
@@ -109,18 +171,21 @@ def is_matrix(first: Sequence[str], second: Sequence[str]) -> bool:
 
 
 def chosen_ends(
-    path: Path | str, source: Column, target: Column, names: Sequence[str] | None, count: int
+    path: Path | str,
+    source: Column,
+    target: Column,
+    names: Sequence[str] | None,
+    count: int,
+    index: Sequence[str] = (),
 ) -> tuple[int, int]:
     """Numbers of the columns of source and target, where whoever asks may have said one or both.
+
+    ``index``: columns that are a data frame's index, and have names of their own.
 
     Raises InputError for a column that there is not, or one that is both; DataError as `known_ends`.
     """
     known = names or [str(number) for number in range(count)]
-    by_name = (
-        known_ends(path, known)
-        if source is None and target is None
-        else [called(known, words) for words in (SOURCES, TARGETS)]
-    )
+    by_name = known_ends(path, known, index) if source is None and target is None else _beside(known, source, target)
     first = column_of(path, source, names, count, by_name[0])
     second = column_of(path, target, names, count, by_name[1])
     if first is not None and first == second:
@@ -128,8 +193,16 @@ def chosen_ends(
             raise InputError(f"source and target are both column {names[first] if names else first} of {path}")
         # Whoever asks knows better than a word.
         first, second = (None, second) if source is None else (first, None)
-    rest = iter(_others(known, {first, second}, (first is None) + (second is None)))
+    rest = iter(_others(path, known, {first, second}, (first is None) + (second is None)))
     return next(rest) if first is None else first, next(rest) if second is None else second
+
+
+def _beside(names: Sequence[str], source: Column, target: Column) -> tuple[int | None, int | None]:
+    """Numbers of the columns of source and target by what they are called, where one is said: words that mean other things too count
+    beside their own pair alone."""
+    said = source if target is None else target
+    pairs = [*_SURE, *(pair for pair in _UNSURE if isinstance(said, str) and plain_name(said) in pair)]
+    return called(names, [source for source, _ in pairs]), called(names, [target for _, target in pairs])
 
 
 def column_of(
@@ -148,6 +221,94 @@ def column_of(
     if isinstance(given, bool) or not 0 <= given < count:
         raise InputError(f"{path} has no column {given}; columns are 0 to {count - 1}")
     return int(given)
+
+
+def has_quoted_words(first: Sequence[tuple[str, bool]]) -> bool:
+    """Whether all words (no numbers) of a first line are in quotes, given each cell and whether it is in quotes, and there is one.
+
+    So R writes all words of a table: a bare NA below is no word, but a cell that is missing.
+    """
+    words = [is_quoted for cell, is_quoted in first if not re.fullmatch(r"[+-]?[0-9.]*([eE][+-]?[0-9]+)?", cell)]
+    return bool(words) and all(words)
+
+
+def is_of_r(path: Path, delimiter: str) -> bool:
+    """Whether all words of the first line of a text file (also .gz) are in quotes, as R writes them. Raises OSError."""
+    import pyarrow as pa
+
+    with pa.input_stream(path) as opened:
+        begin = opened.read(1 << 16).decode("utf-8", "replace").removeprefix("\ufeff").lstrip("\r\n")
+    cell = rf'(?:^|{delimiter})(?:"((?:[^"]|"")*)"|([^{delimiter}]*))'
+    first = re.findall(cell, (begin.splitlines() or [""])[0])
+    return has_quoted_words([(quoted or bare, not bare) for quoted, bare in first])
+
+
+def _pandas_index(schema: "pa.Schema") -> list[Any]:
+    """What pandas' note in a schema says of a data frame's index: names of columns, or bounds of a range."""
+    try:
+        columns = json.loads((schema.metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
+    except (ValueError, AttributeError):
+        # A note of somebody else.
+        return []
+    return columns if isinstance(columns, list) else []
+
+
+def named_index(schema: "pa.Schema") -> list[str]:
+    """Columns of Parquet that pandas' note says are the index of a data frame, and have names of their own."""
+    found = (one.get("name") if isinstance(one, dict) else one for one in _pandas_index(schema))
+    return [name for name in found if isinstance(name, str) and name in schema.names and not is_index(name)]
+
+
+def range_index(schema: "pa.Schema") -> tuple[str | None, range] | None:
+    """Name and numbers of a data frame's index that pandas wrote as a note alone, as it does where steps are even; else None."""
+    for one in _pandas_index(schema):
+        if isinstance(one, dict) and one.get("kind") == "range":
+            start, stop, step = (one.get(name) for name in ("start", "stop", "step"))
+            name = one.get("name")
+            if not (isinstance(start, int) and isinstance(stop, int) and isinstance(step, int)) or not step:
+                return None
+            if max(abs(start), abs(stop)) > 2**62:
+                return None
+            return name if isinstance(name, str) and name not in schema.names else None, range(start, stop, step)
+    return None
+
+
+def with_index(table: "pa.Table") -> "pa.Table":
+    """A table of Parquet whose index stands in front as columns, where it has a name or does not count the rows from 0."""
+    import pyarrow as pa
+
+    name, numbers = range_index(table.schema) or (None, range(0))
+    if numbers != range(len(numbers)) and len(numbers) == table.num_rows:
+        return table.add_column(0, name or "__index_level_0__", pa.array(numbers, pa.int64()))
+    return table.select(index_first(table.schema))
+
+
+def index_first(schema: "pa.Schema") -> list[str]:
+    """Columns in the order of the data frame: pandas writes its index last."""
+    index = named_index(schema)
+    return [*index, *(name for name in schema.names if name not in index)]
+
+
+def check_no_matrix(
+    path: Path | str, schema: "pa.Schema", rows: int, column: "Callable[[str], pa.ChunkedArray]"
+) -> None:
+    """Raises DataError for a matrix of a data frame, whose rows are called as its columns: it is no table of edges.
+
+    ``column`` gives a column by name; it is asked for the index alone.
+    """
+    index = [name for name in schema.names if is_index(name) or name in named_index(schema)]
+    rest = [name for name in schema.names if name not in index]
+    if len(rest) != rows or len(set(schema.names)) < len(schema.names):
+        return
+    is_same = any([str(cell) for cell in column(name).to_pylist()] == rest for name in index)
+    # Few columns without names are those of edges.
+    if is_same or (not index and rest == [str(number) for number in range(rows)] and rows > 3):
+        raise no_table(path)
+
+
+def no_table(path: Path | str) -> DataError:
+    """That a file is no table of edges, but a matrix."""
+    return DataError(f"{path} is a matrix whose rows are called as its columns; edges are a table of source and target")
 
 
 def are_fractions(cells: "Sequence[object]") -> bool:

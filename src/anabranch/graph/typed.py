@@ -21,8 +21,8 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
+from anabranch.bounds import near_name
 from anabranch.errors import InputError
-from anabranch.graph.checks import near_name
 from anabranch.graph.masks import unmasked
 from anabranch.graph.store import Graph
 
@@ -129,7 +129,7 @@ class TypedGraph:
         """
         import pyarrow as pa
 
-        from anabranch.graph.formats.edge_list import Dialect
+        from anabranch.graph.formats.layout import Dialect
         from anabranch.graph.formats.parquet import choose_columns
 
         table = table if isinstance(table, pa.Table) else pa.table(table)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.files import atomic_folder, atomic_write_json, read_json
 from anabranch.heads.config import HeadRouting
 from anabranch.heads.form import form_of
 from anabranch.heads.own import RoutedAttention
@@ -24,7 +24,6 @@ from anabranch.heads.routed_heads import RoutedHeads
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.recipes import Material, recipe
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import read_json
 
 __all__ = [
     "head_losses",

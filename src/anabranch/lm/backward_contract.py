@@ -53,22 +53,25 @@ def check_gradients(model: Decoder, token_BL: Tensor) -> None:
 def _check_partial(model: Decoder, token_BL: Tensor, plain: Gradients, how: str) -> None:
     _begin(model)
     loss = model(token_BL, token_BL.roll(-1, 1)).loss
-    torch.autograd.grad(loss, [model.embedding.weight], retain_graph=True)
+    name, first = _first_that_learns(model)
+    torch.autograd.grad(loss, [first], retain_graph=True)
     loss.backward()
-    _same(model, plain, f"{how}after the embedding's gradient alone was asked for")
+    _same(model, plain, f"{how}after the gradient of {name} alone was asked for")
 
 
 def _check_stopped(model: Decoder, token_BL: Tensor, plain: Gradients, how: str) -> None:
     _begin(model)
     with _outputs_of(model.embedding) as seen:
         loss = model(token_BL, token_BL.roll(-1, 1)).loss
-    handle = seen[0].register_hook(_stop)
+    # With a frozen embedding, a backward pass ends at what learns.
+    name, end = ("the embedding's output", seen[0]) if seen[0].requires_grad else _first_that_learns(model)
+    handle = end.register_hook(_stop)
     try:
         loss.backward(retain_graph=True)
     except _StoppedError:
         pass
     else:
-        raise AssertionError("the embedding's output gets no gradient")
+        raise AssertionError(f"{name} gets no gradient")
     handle.remove()
     model.zero_grad()
     loss.backward()
@@ -88,9 +91,9 @@ def _check_two_losses(model: Decoder, token_BL: Tensor, plain: Gradients, how: s
     found = []
     for at_once in (True, False):
         _begin(model)
-        with _outputs_of(model.blocks[len(model.blocks) // 2]) as seen:
+        with _outputs_of(*model.blocks[len(model.blocks) // 2 :]) as seen:
             loss = model(token_BL, token_BL.roll(-1, 1)).loss
-        other = seen[0].square().mean()
+        other = next(y_BLD for y_BLD in seen if y_BLD.requires_grad).square().mean()
         if at_once:
             (loss + other).backward()
         else:
@@ -133,7 +136,7 @@ def check_second_derivatives(model: Decoder, token_BL: Tensor) -> None:
 
 def _curvature(model: Decoder, token_BL: Tensor) -> tuple[float, list[Tensor]]:
     """Slope of half the gradient's squared size along the gradient, and that direction, of length 1."""
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _begin(model)
     loss = model(token_BL, token_BL.roll(-1, 1)).loss
     first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
@@ -149,7 +152,7 @@ def _curvature(model: Decoder, token_BL: Tensor) -> tuple[float, list[Tensor]]:
 
 def _difference(model: Decoder, token_BL: Tensor, direction: list[Tensor]) -> float:
     """The same by differences."""
-    parameters, sizes = list(model.parameters()), []
+    parameters, sizes = [parameter for parameter in model.parameters() if parameter.requires_grad], []
     saved = [parameter.detach().clone() for parameter in parameters]
     for step in (STEP, -STEP):
         with torch.no_grad():
@@ -172,12 +175,18 @@ def _stop(gradient: Tensor) -> None:
 
 
 @contextmanager
-def _outputs_of(module: nn.Module):
-    """What a module returns from now on, in order."""
+def _outputs_of(*modules: nn.Module):
+    """What modules return from now on, in order."""
     seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
+    handles = [module.register_forward_hook(lambda module, args, output: seen.append(output)) for module in modules]
     yield seen
-    handle.remove()
+    for handle in handles:
+        handle.remove()
+
+
+def _first_that_learns(model: nn.Module) -> tuple[str, nn.Parameter]:
+    """With its name: the embedding, unless that is frozen."""
+    return next((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def _begin(model: nn.Module) -> None:

@@ -19,8 +19,8 @@ ROOM = 64
 class Prefix:
     """Keys and values that stand in front of every sequence: (key_PHMD, value_PHMD) of each layer, one for each of P streams.
 
-    It is the store of a forward pass without a cache, and copies itself in front of every row. A `KeyValueCache` holds it once for all
-    rows; neither counts it as positions.
+    All layers have as many, or none. It is the store of a forward pass without a cache, and copies itself in front of every row. A
+    `KeyValueCache` holds it once for all rows; neither counts it as positions.
     """
 
     def __init__(self, layers: Sequence[SharedPrefix]) -> None:
@@ -28,7 +28,7 @@ class Prefix:
 
     def __len__(self) -> int:
         """M, 0 where there is none."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+        return max((key_PHMD.shape[2] for key_PHMD, _ in self.layers), default=0)
 
     def append(
         self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, *, visit: int = 0, rows: Sequence[int] | None = None

@@ -40,7 +40,7 @@ from anabranch.lm.folder import (
     verify,
 )
 from anabranch.lm.mixed_types import fit_types
-from anabranch.lm.quantized_form import Quantized, describe, fill_quantized, is_table, stored_state
+from anabranch.lm.quantized_form import Made, describe, fill_quantized, is_table, stored_state
 from anabranch.lm.shards import MAX_SHARD_BYTES, write_tensors
 from anabranch.lm.tensors import (
     FLOATS,
@@ -109,7 +109,7 @@ def write_model(
     state: Mapping[str, Tensor] | None = None,
     family: str | None = None,
     ids: Mapping[str, Any] | None = None,
-    makers: Mapping[str, Callable[[], Quantized]] | None = None,
+    makers: Mapping[str, Callable[[], Made]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """`save_model` into a folder that is being filled, with other files beside it, inside `anabranch.files.atomic_folder`.

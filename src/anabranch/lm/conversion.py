@@ -7,6 +7,7 @@ import torch
 
 from anabranch.data.tokenizer import SPECIAL_IDS
 from anabranch.errors import ConfigError
+from anabranch.files import read_json
 from anabranch.lm import formats
 from anabranch.lm.checkpoint import (
     check_exportable,
@@ -19,7 +20,6 @@ from anabranch.lm.checkpoint import (
 from anabranch.lm.folder import carry, check_apart, check_replaceable, model_folder
 from anabranch.lm.quantized import load_quantized, open_quantized
 from anabranch.lm.shards import MAX_SHARD_BYTES
-from anabranch.lm.tensors import read_json
 from anabranch.nn.quantize import check_bits
 
 __all__ = ["convert"]

@@ -23,6 +23,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache, Prefix, PrefixApart, attention_mask
+from anabranch.lm.token_ids import check_batch
 from anabranch.lm.virtual import entries_of
 from anabranch.nn.attention import Attention, SelfAttention, distinct
 from anabranch.nn.block import Block, PreNorm
@@ -261,8 +262,10 @@ class Decoder(Part, nn.Module):
                 sequence. None runs each block once.
             num_streams: P of this pass, of a model with streams; None for the number in use.
 
-        Raises ConfigError for a block that there is not, another number of paths than sequences, or a P that the model has no gate for.
+        Raises ConfigError for ids outside the vocabulary (of a batch on the CPU), a block that there is not, another number of paths than
+        sequences, or a P that the model has no gate for.
         """
+        check_batch(token_BL, self.config.vocab_size)
         context = self.context(
             token_BL, cache=cache, token_mask_BL=token_mask_BL, state=state, path=path, num_streams=num_streams
         )

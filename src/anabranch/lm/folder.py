@@ -37,6 +37,7 @@ __all__ = [
     "check_replaceable",
     "files_of",
     "model_folder",
+    "run_of",
     "run_steps",
     "seal",
     "step_name",
@@ -93,6 +94,13 @@ def run_steps(run: Path) -> list[Path]:
     """The folders of a training run's checkpoints, in the order of their steps. No other name is one of them."""
     found = ((step_of(path.name), path) for path in run.glob(f"{STEPS_FOLDER}/step-*"))
     return [path for step, path in sorted((step, path) for step, path in found if step is not None)]
+
+
+def run_of(model: str | Path) -> Path | None:
+    """The training run that a folder is a checkpoint of, by its name and its place; None for any other."""
+    place = Path(model).absolute()
+    is_step = step_of(place.name) is not None and place.parent.name == STEPS_FOLDER
+    return place.parent.parent if is_step else None
 
 
 def files_of(model: str | Path) -> list[Path]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anabranch.bounds import is_whole, shown
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Seed, Size, configclass
-from anabranch.errors import ConfigError, NotFiniteError
+from anabranch.errors import NotFiniteError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.distribution import cut, temper
+from anabranch.lm.token_ids import check_token_ids
 
 
 @configclass
@@ -138,19 +138,6 @@ def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator
 def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
     """Raise ConfigError for an empty prompt, one with ids outside the vocabulary, and what is no list of ids."""
     check_token_ids(prompts, model.config.vocab_size)
-
-
-def check_token_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """`check_prompts` for a model of so many tokens."""
-    if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
-        raise ConfigError(f"prompts is {shown(prompts)}; give lists of token ids")
-    for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, Sequence) or not all(map(is_whole, prompt)):
-            raise ConfigError(f"prompt {number} is {shown(prompt)}; a prompt is a list of token ids, whole numbers")
-        if not prompt:
-            raise ConfigError(f"prompt {number} is empty; give at least one token")
-        if max(prompt) >= vocab_size or min(prompt) < 0:
-            raise ConfigError(f"prompt {number} has a token outside 0 to {vocab_size - 1}; is it another tokenizer's?")
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import AnabranchError
+from anabranch.files import read_json
 from anabranch.lm.checkpoint import find_model
-from anabranch.lm.tensors import read_json
 
 __all__ = ["generation_defaults"]
 

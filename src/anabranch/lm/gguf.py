@@ -25,7 +25,7 @@ from anabranch.lm.gguf_architectures import architecture_of
 from anabranch.lm.gguf_fields import check_fields
 from anabranch.lm.gguf_file import Fields, open_parts
 from anabranch.lm.gguf_tokenizer import tokenizer_of
-from anabranch.lm.tensors import REMAP_BYTES, Layout
+from anabranch.lm.tensors import Layout
 from anabranch.nn import Rotary
 
 __all__ = ["GgufFile", "half_split", "load_gguf", "open_gguf", "read_gguf_config"]
@@ -78,7 +78,6 @@ class GgufFile:
         self._names = dict.fromkeys(name for name in self._tensors if name != _ROPE_FACTORS).keys()
         heads = self._integer("attention.head_count")
         self._heads = {"q_proj": heads, "k_proj": self._integer("attention.head_count_kv", 0, default=0) or heads}
-        self._read_bytes = 0
 
     def _integer(self, name: str, low: int = 1, **options: int) -> int:
         return self.fields.integer(f"{self._prefix}.{name}", low, **options)
@@ -115,23 +114,14 @@ class GgufFile:
             raise CheckpointError(
                 f"{stored.name} in {self.path} is stored as {kind}, which cannot be dequantised"
             ) from None
-        tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(self.shape(name))
+        tensor = torch.from_numpy(values.astype(np.float32, copy=False)).view(self.shape(name))
         if self._architecture.norm_offset and name.endswith("norm.weight"):
             tensor -= self._architecture.norm_offset
-        self._forget(data.nbytes)
         return tensor if heads is None else half_split(tensor, heads)
 
     def read_one(self, name: str, index: int) -> Tensor:
         """See `TensorSource`."""
         return self.read(name)[index]
-
-    def _forget(self, num_bytes: int) -> None:
-        """What was read of a mapped file counts as our memory until it is let go."""
-        self._read_bytes += num_bytes
-        if self._read_bytes > REMAP_BYTES:
-            self._read_bytes = 0
-            for part in self._parts:
-                part.forget()
 
     def _heads_of(self, name: str) -> int | None:
         """Heads whose rows are interleaved in this tensor; None where none are."""
@@ -144,9 +134,12 @@ class GgufFile:
         return self._tensors[name][0].tensor_type.name
 
     def raw(self, name: str) -> tuple[Any, int | None]:
-        """(bytes as stored, a row of uint8 for each row; heads whose rows are interleaved in them, see `half_split`)."""
+        """(bytes as stored, a row of uint8 for each row; heads whose rows are interleaved in them, see `half_split`).
+
+        Raises CheckpointError where the file was written to since it was opened.
+        """
         stored, index = self._tensors[name]
-        return (stored.data if index is None else stored.data[index]), self._heads_of(name)
+        return stored.read(index), self._heads_of(name)
 
     def foreign_config(self) -> dict[str, Any]:
         """The metadata in the words of a Hugging Face config.json."""
@@ -220,7 +213,7 @@ class GgufFile:
     def _llama3(self, head_dim: int) -> dict[str, Any]:
         """Llama 3.1's scaling from the table of divisors that it became. Its other constants are the same in all releases."""
         stored, _ = self._tensors[_ROPE_FACTORS]
-        divisors = torch.from_numpy(np.array(stored.data, dtype=np.float32))
+        divisors = torch.from_numpy(stored.read().astype(np.float32))
         if divisors.dim() != 1 or len(divisors) != head_dim // 2:
             raise CheckpointError(
                 f"{_ROPE_FACTORS} in {self.path} has shape {list(divisors.shape)}; it must be [{head_dim // 2}]"

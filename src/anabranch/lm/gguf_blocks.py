@@ -2,25 +2,25 @@
 # Shapes: N rows (outputs), K depth (inputs), G = K / 32 blocks of a row
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from anabranch.lm.gguf import GgufFile, half_split
+from anabranch.nn.fp4 import half_powers
 from anabranch.nn.packed import Kind, Packed
-from anabranch.nn.superblocks import BITS_OF, BLOCK, pack_blocks
+from anabranch.nn.superblocks import BITS_OF, BLOCK, arranged
 
-__all__ = ["BLOCKS", "is_mixed", "kept_form", "packed_rows", "superblocks_of"]
+__all__ = ["BLOCKS", "is_mixed", "kept_form", "packed_rows", "pieces_of"]
 
 # Weights of a block.
 SIZE = 32
 BLOCKS: dict[str, Kind] = {
     "Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8", "Q4_K": "q4_k", "Q5_K": "q5_k", "Q6_K": "q6_k",
+    "MXFP4": "fp4",
 }  # fmt: skip
-# Bytes of a block of those with superblocks.
-_BYTES = {"q4_k": 144, "q5_k": 176, "q6_k": 210}
+# Bytes of a block.
+_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "MXFP4": 17}
 
 
 def kept_form(file: GgufFile, names: Sequence[str], bits: str) -> tuple[Kind, int] | None:
@@ -43,59 +43,80 @@ def is_mixed(file: GgufFile, names: Sequence[str]) -> bool:
 
 def packed_rows(file: GgufFile, names: Sequence[str], like: Packed) -> Tensor:
     """Panels ``[P, bytes]`` of one matrix, whose rows are those of the tensors ``names``, in order."""
-    if like.kind in BITS_OF:
-        return _superblocks(file, names, like.kind)
-    found = [_blocks(file.kind(name), *file.raw(name)) for name in names]
-    number_NK, scale_NG, least_NG = (torch.cat(part) for part in zip(*found, strict=True))
-    return Packed.of_integers(number_NK, scale_NG, least_NG, like.kind).data[0]
-
-
-def _superblocks(file: GgufFile, names: Sequence[str], kind: Any) -> Tensor:
     found = []
     for name in names:
         data, heads = file.raw(name)
-        parts = [part for part in superblocks_of(kind, data) if part is not None]
-        found.append(parts if heads is None else [half_split(part, heads) for part in parts])
-    number, scales, *leasts, wholes = (torch.cat(part) for part in zip(*found, strict=True))
-    return pack_blocks(kind, number, scales, leasts[0] if leasts else None, wholes)
+        rows_NX = torch.from_numpy(data)
+        found.append(pieces_of(file.kind(name), rows_NX if heads is None else half_split(rows_NX, heads)))
+    return arranged([torch.cat(parts) for parts in zip(*found, strict=True)])
 
 
-def superblocks_of(kind: str, stored: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(number_NK, scales, leasts, wholes) of `pack_blocks` of the bytes of rows, as ggml-quants.c has them."""
-    blocks = torch.from_numpy(np.array(stored, dtype=np.uint8)).unflatten(-1, (-1, _BYTES[kind]))
-    if kind == "q6_k":
-        low, high, scales, whole = blocks.split([128, 64, 16, 2], dim=-1)
-        # Halves of 128 weights: 64 bytes with the low bits of two times 64, 32 bytes with the high ones of four times 32.
-        low = low.unflatten(-1, (2, 1, 64)) >> torch.tensor([[0], [4]], dtype=torch.uint8) & 15
-        high = high.unflatten(-1, (2, 1, 32)) >> torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8) & 3
-        number = low.flatten(-2).unflatten(-1, (4, 32)) | (high << 4)
-        return number.flatten(1), scales.contiguous().view(torch.int8), None, whole.contiguous().view(torch.float16)
-    whole, scale, rest = blocks.split([4, 12, _BYTES[kind] - 16], dim=-1)
+def pieces_of(kind: str, rows_NX: Tensor) -> list[Tensor]:
+    """What `arranged` makes panels of: the bytes of rows as ggml-quants.c has them, in the order of `kernels/packed.h`, to the bit."""
+    blocks = rows_NX.unflatten(-1, (-1, _BYTES[kind]))
+    if kind == "Q6_K":
+        return _six_bits(*blocks.split([128, 64, 16, 2], dim=-1))
+    if kind in ("Q4_K", "Q5_K"):
+        return _with_minima(*blocks.split([4, 12, _BYTES[kind] - 16], dim=-1))
+    if kind == "MXFP4":
+        scale = half_powers(blocks[..., :1])
+        return [_halves(blocks), scale, torch.zeros_like(scale)]
+    scale = _as(torch.float16, blocks[..., :2])
+    if kind == "Q8_0":
+        # Two's complement plus 128.
+        return [_as(torch.int32, blocks[..., 2:] ^ 0x80), scale, torch.zeros_like(scale)]
+    return [_halves(blocks), scale, -8 * scale if kind == "Q4_0" else _as(torch.float16, blocks[..., 2:4])]
+
+
+def _halves(blocks: Tensor) -> Tensor:
+    """The numbers of blocks that end in 16 bytes of them: of 32 the first half is in the low bits."""
+    return torch.cat(_nibbles(_as(torch.int32, blocks[..., -SIZE // 2 :]).unflatten(-1, (2, 2))), dim=-1)
+
+
+def _as(dtype: torch.dtype, stored: Tensor) -> Tensor:
+    """Bytes as numbers of several: four at once are quicker than one by one."""
+    return stored.contiguous().view(dtype)
+
+
+def _nibbles(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of int32 ``[..., 2]`` the numbers in the low and in the high bits of each byte, as bytes that hold a step: column k below k + 4."""
+    first, second = pairs.unbind(-1)
+    low, high = _each_byte(0x0F), ~_each_byte(0x0F)
+    return (first & low) | (second << 4 & high), (first >> 4 & low) | (second & high)
+
+
+def _each_byte(value: int) -> int:
+    """An int32 whose bytes are all of this value, below 128."""
+    return value * 0x01010101
+
+
+def _with_minima(whole: Tensor, scale: Tensor, rest: Tensor) -> list[Tensor]:
     # Six bits each: the first four whole, with two high bits of the last four above them, whose low bits follow.
     first, second, last = scale.split([4, 4, 4], dim=-1)
     scales = torch.cat((first & 63, (last & 15) | (first >> 2 & 48)), dim=-1)
     leasts = torch.cat((second & 63, (last >> 4) | (second >> 2 & 48)), dim=-1)
-    fifth, nibbles = rest[..., :-128], rest[..., -128:]
-    number = nibbles.unflatten(-1, (4, 1, 32)) >> torch.tensor([[0], [4]], dtype=torch.uint8) & 15
-    number = number.flatten(-3, -2)
-    if kind == "q5_k":
-        number = number | ((fifth.unsqueeze(-2) >> torch.arange(8, dtype=torch.uint8).unsqueeze(-1) & 1) << 4)
-    return number.flatten(1), scales, leasts, whole.contiguous().view(torch.float16)
+    fifth, bits = rest[..., :-128], _as(torch.int32, rest[..., -128:])
+    # Two parts of 32 in each 32 bytes, of four steps.
+    body = torch.stack(_nibbles(bits.unflatten(-1, (4, 4, 2))), dim=-2).flatten(-3, -2)
+    if fifth.shape[-1]:
+        # Bit p is of part p; of column 4 i + j it goes to bit i of byte j.
+        columns = _as(torch.int32, fifth).unbind(-1)
+        high = torch.stack([_gathered(columns, part, 1) for part in range(8)], dim=-1)
+        body = torch.cat((body, high.unsqueeze(-1)), dim=-1)
+    return [body.flatten(-2), scales, leasts, _as(torch.float16, whole)]
 
 
-def _blocks(kind: str, stored: Any, heads: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(number_NK, scale_NG, least_NG) of the bytes of one tensor; rows of ``heads`` heads in our order."""
-    bytes_NGX = torch.from_numpy(np.array(stored, dtype=np.uint8)).unflatten(
-        -1, (-1, {"Q4_0": 18, "Q4_1": 20}.get(kind, 34))
-    )
-    scale_NG = bytes_NGX[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    if kind == "Q8_0":
-        # Two's complement plus 128.
-        number_NGS = bytes_NGX[..., 2:] ^ 0x80
-        least_NG = torch.zeros_like(scale_NG)
-    else:
-        nibbles = bytes_NGX[..., -SIZE // 2 :]
-        number_NGS = torch.cat((nibbles & 15, nibbles >> 4), dim=-1)
-        least_NG = -8 * scale_NG if kind == "Q4_0" else bytes_NGX[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
-    parts = number_NGS.flatten(1), scale_NG, least_NG
-    return parts if heads is None else tuple(half_split(part, heads) for part in parts)  # type: ignore[return-value]
+def _six_bits(low: Tensor, high: Tensor, scales: Tensor, whole: Tensor) -> list[Tensor]:
+    # Halves of 128 weights: 64 bytes with the low bits of two times 64, 32 bytes with the high ones of four times 32.
+    body = torch.cat(_nibbles(_as(torch.int32, low).unflatten(-1, (2, 2, 4, 2))), dim=-2)
+    columns = _as(torch.int32, high).unflatten(-1, (2, 2, 4)).unbind(-1)
+    tops = torch.stack([_gathered(columns, 2 * part, 2) for part in range(4)], dim=-2)
+    return [torch.cat((body, tops), dim=-1).flatten(-3), scales, _as(torch.float16, whole)]
+
+
+def _gathered(columns: Sequence[Tensor], shift: int, bits: int) -> Tensor:
+    """So many bits of each byte of some numbers, those of the first lowest in a byte."""
+    made, mask = torch.zeros_like(columns[0]), _each_byte((1 << bits) - 1)
+    for place, column in enumerate(columns):
+        made |= (column >> shift & mask) << (place * bits)
+    return made

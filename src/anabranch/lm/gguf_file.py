@@ -1,25 +1,25 @@
-"""The container of GGUF (versions 2 and 3, little-endian): metadata and where each tensor lies, read in one pass over the mapped file.
+"""The container of GGUF (versions 2 and 3, little-endian): metadata and where each tensor lies, read in one pass over the file.
 
 The gguf package reads the same, a numpy scalar at a time: seconds for a vocabulary. What it is needed for is its tables of types.
 """
 
 import math
-import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anabranch.bounds import MOST_SIZE, shown
 from anabranch.errors import CheckpointError
+from anabranch.lm.stored_file import StoredFile
 
-__all__ = ["Container", "Fields", "Stored", "open_parts"]
+__all__ = ["Container", "Fields", "Stored", "open_parts", "part_files"]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -36,13 +36,26 @@ class Stored:
         name: in the file.
         shape: sizes, the fastest first.
         tensor_type: a ``gguf.GGMLQuantizationType``.
-        data: plain numbers in the reversed shape, or uint8 with a row of bytes for each row.
+        file: that it lies in.
+        start: its first byte there.
+        row_shape: of what is read: the reversed shape, with the bytes of a row for its numbers where these are in blocks.
+        row_type: of what is read, uint8 for blocks.
     """
 
     name: str
     shape: tuple[int, ...]
     tensor_type: Any
-    data: NDArray[Any]
+    file: StoredFile
+    start: int
+    row_shape: tuple[int, ...]
+    row_type: Any
+
+    def read(self, index: int | None = None) -> NDArray[Any]:
+        """What is stored, in memory of its own; of a stack the matrix ``index`` alone. Raises CheckpointError as `StoredFile`."""
+        shape = self.row_shape if index is None else self.row_shape[1:]
+        size = math.prod(shape) * np.dtype(self.row_type).itemsize
+        found = self.file.read(self.start + (index or 0) * size, size)
+        return found.view(self.row_type).reshape(shape)
 
 
 class Container:
@@ -51,12 +64,14 @@ class Container:
     def __init__(self, path: Path, gguf: Any) -> None:
         self.fields: dict[str, Any] = {}
         self._gguf = gguf
-        with path.open("rb") as file:
-            self._bytes: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._at = 0
-        if self._bytes[:4] != b"GGUF":
+        self._stored = StoredFile(path)
+        with self._stored.beginning() as file:
+            self._read_heads(file)
+
+    def _read_heads(self, file: BinaryIO) -> None:
+        self._file, self._at = file, 0
+        if self._stored.size < 4 or self._next(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        self._at = 4
         version, num_tensors, num_fields = self._take("IQQ")
         if version not in (2, 3):
             raise ValueError(f"it is of GGUF version {version}; supported: 2 and 3")
@@ -70,27 +85,25 @@ class Container:
         start = -(-self._at // step) * step
         self.tensors = [self._tensor(name, shape, kind, start + offset) for name, shape, kind, offset in heads]
 
-    def forget(self) -> None:
-        """Let go of what was read: its pages are read again when they are wanted."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._bytes.madvise(mmap.MADV_DONTNEED)
-
     def _take(self, kinds: str) -> tuple[Any, ...]:
         form = struct.Struct("<" + kinds)
-        self._need(form.size)
-        values = form.unpack_from(self._bytes, self._at)
-        self._at += form.size
-        return values
+        return form.unpack(self._next(form.size))
+
+    def _next(self, size: int) -> bytes:
+        self._need(size)
+        found = self._file.read(size)
+        if len(found) < size:
+            raise ValueError("it was shortened while it was read")
+        self._at += size
+        return found
 
     def _need(self, size: int) -> None:
-        if self._at + size > len(self._bytes):
-            raise ValueError(f"it ends at byte {len(self._bytes)}, in the middle of what it announces")
+        if self._at + size > self._stored.size:
+            raise ValueError(f"it ends at byte {self._stored.size}, in the middle of what it announces")
 
     def _string(self) -> str:
         (size,) = self._take("Q")
-        self._need(size)
-        self._at += size
-        text: bytes = self._bytes[self._at - size : self._at]
+        text = self._next(size)
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError:
@@ -132,20 +145,27 @@ class Container:
             raise ValueError(
                 f"tensor {shown(name)} has rows of {shape[:1]} numbers; {kind.name} packs {block} at a time"
             )
-        if start + total > len(self._bytes):
+        if start + total > self._stored.size:
             raise ValueError(
-                f"it ends at byte {len(self._bytes)}, and {shown(name)} would reach to byte {start + total}"
+                f"it ends at byte {self._stored.size}, and {shown(name)} would reach to byte {start + total}"
             )
         if kind.name in _PLAIN:
-            data = np.frombuffer(self._bytes, _PLAIN[kind.name], count, start).reshape(shape[::-1])
-        else:
-            rows = (*shape[:0:-1], shape[0] // block * size)
-            data = np.frombuffer(self._bytes, np.uint8, total, start).reshape(rows)
-        return Stored(name, shape, kind, data)
+            return Stored(name, shape, kind, self._stored, start, shape[::-1], _PLAIN[kind.name])
+        rows = (*shape[:0:-1], shape[0] // block * size)
+        return Stored(name, shape, kind, self._stored, start, rows, np.uint8)
 
 
 # Parts of a file, at most.
 _MOST_PARTS = 10_000
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def part_files(path: Path) -> list[Path]:
+    """``path``, and behind it the other parts where it has the name of the first of several: what `open_parts` opens, there or not."""
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name[3]) > _MOST_PARTS:
+        return [path]
+    return [path, *(path.with_name(f"{name[1]}-{other:05}-of-{name[3]}.gguf") for other in range(2, int(name[3]) + 1))]
 
 
 def open_parts(path: Path, gguf: Any) -> list[Container]:
@@ -157,8 +177,9 @@ def open_parts(path: Path, gguf: Any) -> list[Container]:
     fields = Fields(path, first.fields)
     count = fields.integer("split.count", 0, default=0, most=_MOST_PARTS)
     if count < 2:
+        _check_once(path, [first])
         return [first]
-    name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    name = _PART.fullmatch(path.name)
     if name is None or int(name[3]) != count:
         raise CheckpointError(
             f"{path} is one of {count} parts (split.count), whose names must end in -00001-of-{count:05}.gguf; give them those names again"
@@ -168,8 +189,7 @@ def open_parts(path: Path, gguf: Any) -> list[Container]:
     if number != 0:
         raise CheckpointError(f"{path} is part {number + 1} of {count}; give the first, {beginning}")
     parts = [first]
-    for other in range(2, count + 1):
-        place = path.with_name(f"{name[1]}-{other:05}-of-{name[3]}.gguf")
+    for other, place in enumerate(part_files(path)[1:], start=2):
         if not place.is_file():
             raise CheckpointError(f"{place} is missing, part {other} of {count} of {path}; copy it beside the first")
         parts.append(_opened(place, gguf))
@@ -178,16 +198,25 @@ def open_parts(path: Path, gguf: Any) -> list[Container]:
             raise CheckpointError(
                 f"{place} is not part {other} of {count} by its split.no and split.count; copy it again"
             )
-    names = [tensor.name for part in parts for tensor in part.tensors]
-    wanted = fields.integer("split.tensors.count", 0, default=len(names))
-    twice = next((name for name, times in Counter(names).items() if times > 1), None)
-    if twice is not None:
-        raise CheckpointError(f"the {count} parts of {path} hold {shown(twice)} more than once; copy them again")
-    if len(names) != wanted:
+    held = _check_once(path, parts)
+    wanted = fields.integer("split.tensors.count", 0, default=held)
+    if held != wanted:
         raise CheckpointError(
-            f"the {count} parts of {path} hold {len(names)} tensors, and split.tensors.count is {wanted}; copy them again"
+            f"the {count} parts of {path} hold {held} tensors, and split.tensors.count is {wanted}; copy them again"
         )
     return parts
+
+
+def _check_once(path: Path, parts: Sequence[Container]) -> int:
+    """The number of tensors that ``parts`` hold. Raises CheckpointError where one is there twice: nobody knows which was meant."""
+    times = Counter(tensor.name for part in parts for tensor in part.tensors)
+    twice = next((name for name, count in times.items() if count > 1), None)
+    if twice is not None:
+        where = str(path) if len(parts) == 1 else f"the {len(parts)} parts of {path}"
+        raise CheckpointError(
+            f"{where} {'holds' if len(parts) == 1 else 'hold'} {shown(twice)} more than once; copy or convert the model again"
+        )
+    return len(times)
 
 
 def _opened(path: Path, gguf: Any) -> Container:

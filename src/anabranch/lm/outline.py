@@ -4,24 +4,21 @@ From an outline one reads what a model takes before it is there: bytes, experts,
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
 from anabranch.lm import formats
-from anabranch.lm.checkpoint import find_model, identity, load_config, quantization_of
+from anabranch.lm.checkpoint import find_model, identity, load_config, open_model, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.gguf import GgufFile
-from anabranch.lm.gguf_blocks import kept_form
-from anabranch.lm.quantized import check_some, empty_layers
+from anabranch.lm.quantized import check_some, has_few_bits
 from anabranch.lm.quantized_form import check_scheme, empty_quantized
-from anabranch.lm.tensors import Layout, TensorSource, build_empty, open_tensors
-from anabranch.nn.quantize import put, quantizable
+from anabranch.lm.quantized_layers import Bits, Layers
+from anabranch.lm.tensors import Layout, TensorSource, build_empty, has_weights, open_tensors
+from anabranch.nn.quantize import put
 
-__all__ = ["outline", "stored_bits", "weight_bytes"]
-
-Bits = Literal["int8", "int4"]
+__all__ = ["outline", "weight_bytes"]
 
 
 def outline(model: str | Path | Decoder.Config, *, bits: Bits | None = None, dtype: torch.dtype) -> Decoder:
@@ -29,7 +26,7 @@ def outline(model: str | Path | Decoder.Config, *, bits: Bits | None = None, dty
 
     Args:
         model: a path as for `load_model`, where of a folder in floating point config.json is enough; or a config.
-        bits: of linear layers and experts.
+        bits: of linear layers and experts; ``stored`` of a folder with a config.json alone is None.
         dtype: of the weights, or of what is left of them beside ``bits``.
 
     Returns:
@@ -46,34 +43,25 @@ def outline(model: str | Path | Decoder.Config, *, bits: Bits | None = None, dty
         table = quantization_of(found)
         if found.is_file():
             source, made, layout = _of_gguf(found)
+        elif bits in ("stored", "int4") and has_few_bits(found) and has_weights(found):
+            opened = open_model(found, dtype=dtype)
+            source, made, layout = opened.source, opened.model, opened.layout
         else:
             made, layout = build_empty(load_config(found)), None
         if table is not None:
-            if bits is not None:
+            if bits is not None and bits != "stored":
                 check_scheme(table, bits, None, found)
             for name, module in empty_quantized(made, open_tensors(found), table, where=found, dtype=dtype).items():
                 put(made, name, module)
             return _retyped(made, dtype)
     if bits is not None:
-        chosen = dict(quantizable(made, bits))
-        check_some(chosen, bits, str(model))
-        layers = empty_layers(made, chosen, source, layout or identity(made), dtype, bits)
-        for name, module in layers.items():
-            put(made, name, module)
+        layers = Layers(source, layout or identity(made), dtype, bits)
+        chosen = layers.chosen(made)
+        if bits != "stored":
+            check_some(chosen, bits, str(model))
+        for name, layer in layers.empties(made, chosen).items():
+            put(made, name, layer)
     return _retyped(made, dtype)
-
-
-def stored_bits(model: str | Path | Decoder.Config) -> Bits | None:
-    """``int4`` for a GGUF file all of whose matrices stay as they are stored when int4 is asked for; None for everything else."""
-    if isinstance(model, Decoder.Config) or not (found := find_model(model)).is_file():
-        return None
-    source, made, layout = _of_gguf(found)
-    for name in quantizable(made, "int4"):
-        for key, pieces in layout.items():
-            is_weight = key.startswith(f"{name}.") and not key.endswith(".bias")
-            if is_weight and kept_form(source, [piece.name for piece in pieces], "int4") is None:
-                return None
-    return "int4"
 
 
 def weight_bytes(module: nn.Module) -> int:

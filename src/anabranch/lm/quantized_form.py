@@ -4,10 +4,13 @@ Linear layers in int8 or int4 are there as plain integers, scales and minima, wh
 of int4 two in a byte, the one of the even column in the low half), ``name.scale`` and, of int4, ``name.least`` (float16), and
 ``name.bias``. They are packed when the model is loaded, which loses nothing. Pools are there as they are computed with, so that an expert
 can be read from its file straight to where it is used: ``name.w13.panels`` and ``name.w2.panels``, uint8 ``[E, P, bytes]`` of
-`anabranch.nn.packed`; so are linear layers of `anabranch.nn.superblocks` (``name.panels``, E = 1). Folders of schema 2 have pools as
-integers too. The table ``quantization`` of ``config.json`` says what there is, of a pool whose matrices are of two kinds both:
+`anabranch.nn.packed`; so are linear layers of `anabranch.nn.superblocks` (``name.panels``, E = 1), and each part of matrices whose rows are
+of several kinds (``name.part0.panels``, ``name.w13.part0.panels``, ...). Folders of schema 2 have pools as integers too. The table
+``quantization`` of ``config.json`` says what there is, of a pool whose matrices are of two kinds both, of a matrix in parts the kind of
+each:
 
-    {"scheme": "int4", "group": 32, "modules": {"blocks.0.attention.qkv": "int4", ..., "head": "int8"}}
+    {"scheme": "int4", "group": 32, "modules": {"blocks.0.attention.qkv": ["q4_k", "q6_k"],
+     "blocks.0.feed_forward.experts": [["q4_k", "q5_k"], "q6_k"], ..., "head": "int8"}}
 """
 # Shapes: E matrices of a stack (1 for a linear layer), N rows, K columns, G groups of a row, P panels of 16 rows
 
@@ -21,10 +24,13 @@ from torch import Tensor, nn
 
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.shards import Later
-from anabranch.lm.tensors import FLOATS, Piece, TensorSource, fill, state_once
+from anabranch.lm.tensors import FLOATS, Piece, SafetensorsFiles, TensorSource, fill, state_once
+from anabranch.nn.nf4 import Nf4Linear
 from anabranch.nn.packed import SIDE, WIDE, Packed, check_depth, panel_bytes
+from anabranch.nn.parted import PartedLinear
+from anabranch.nn.parts import Form, Matrices, Parts, can_be_parts, empty_of, form_of, parts_of
 from anabranch.nn.pool import ExpertPool
-from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, module_of, put, replace
+from anabranch.nn.quantize import PackedEmbedding, QuantizedLinear, QuantizedPool, module_of, put, replace
 from anabranch.nn.superblocks import BITS_OF, BLOCK
 
 __all__ = [
@@ -44,9 +50,13 @@ __all__ = [
 ]
 
 Scheme = Literal["int8", "int4"]
-Quantized = QuantizedLinear | QuantizedPool
+Quantized = QuantizedLinear | PartedLinear | QuantizedPool
+# What is made of a file: these, or its table of vectors.
+Made = Quantized | PackedEmbedding
 SCHEMES = ("int8", "int4")
-KINDS = {*SCHEMES, *BITS_OF}
+# Those that only files are made of, which lie as they are computed with.
+KEPT = {*BITS_OF, "fp4"}
+KINDS = {*SCHEMES, *KEPT}
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
@@ -66,8 +76,16 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _kind_of(module: Quantized) -> Any:
-    """The kind of its matrix, of a pool whose two are of several kinds both."""
-    kinds = list(dict.fromkeys(packed.kind for _, packed in _packed(module)))
+    """The kind of its matrix; of a pool whose two are of several kinds both, of a layer in parts that of each."""
+    if isinstance(module, PartedLinear):
+        return [part.kind for part in module.parts]
+    matrices: Any = module.packed if isinstance(module, QuantizedPool) else [module.packed]
+    kinds = [_kind_of_matrices(each) for each in matrices]
+    return kinds[0] if isinstance(kinds[0], str) and kinds.count(kinds[0]) == len(kinds) else kinds
+
+
+def _kind_of_matrices(matrices: Matrices) -> Any:
+    kinds = [kind for _, kind, _ in form_of(matrices)]
     return kinds[0] if len(kinds) == 1 else kinds
 
 
@@ -88,35 +106,54 @@ def check_scheme(table: dict[str, Any], scheme: Scheme, group: int | None, where
         raise ConfigError(f"in {where} {shared} weights share a scale, and group is {group}; leave it out")
 
 
-def stored_state(
-    model: nn.Module, makers: Mapping[str, Callable[[], Quantized]] | None = None
-) -> dict[str, Tensor | Later]:
+def stored_state(model: nn.Module, makers: Mapping[str, Callable[[], Made]] | None = None) -> dict[str, Tensor | Later]:
     """The tensors of a model as they are saved: `state_once` where nothing is quantised.
 
     ``makers`` make quantised layers that only tell their sizes so far (on the device ``meta``), by name, one after the other as they are
     written.
     """
+    odd = next((name for name, module in model.named_modules() if isinstance(module, Nf4Linear)), None)
+    if odd is not None:
+        raise ConfigError(f"{odd} is in NF4, in which models are adapted and not saved; dequantize the model first")
+    odd = next((name for name, module in model.named_modules() if _has_layers(module)), None)
+    if odd is not None:
+        raise ConfigError(
+            f"experts of {odd} are in few bits and have layers beside them, which are saved as an adapter and not in one with them; take "
+            "them off, or dequantize the model first"
+        )
     modules = dict(_quantized(model))
     owner = {f"{name}.{key}" for name, module in modules.items() for key in module.state_dict()}
     tensors: dict[str, Tensor | Later] = {
         name: tensor for name, tensor in state_once(model).items() if name not in owner
     }
+    for name, module in model.named_modules():
+        # A table in few bits is only ever that of a file; folders have none.
+        if isinstance(module, PackedEmbedding):
+            table = (makers or {}).get(name, partial(_itself, module))()
+            assert isinstance(table, PackedEmbedding)
+            tensors[f"{name}.weight"] = table.packed.unpack(table.weight.dtype)[0]
+            tensors.pop(f"{name}.data", None)
     for name, module in modules.items():
         make = partial(_tensors, name, (makers or {}).get(name, partial(_itself, module)))
         tensors |= {key: Later(shape, dtype, make) for key, (shape, dtype) in _sizes(name, module).items()}
     return tensors
 
 
-def _itself(module: Quantized) -> Quantized:
+def _has_layers(module: nn.Module) -> bool:
+    """Whether this is a pool in few bits with layers beside its experts."""
+    return isinstance(module, QuantizedPool) and module.layers is not None
+
+
+def _itself(module: Made) -> Made:
     return module
 
 
 def _sizes(name: str, module: Quantized) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """(shape, type) of the tensors that `_tensors` makes."""
     sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if isinstance(module, QuantizedLinear) and module.bias is not None:
-        sizes[f"{name}.bias"] = tuple(module.bias.shape), module.bias.dtype
-    if isinstance(module, QuantizedPool) or module.packed.kind in BITS_OF:
+    for key, bias in _biases(name, module).items():
+        sizes[key] = tuple(bias.shape), bias.dtype
+    if not isinstance(module, QuantizedLinear) or module.packed.kind in KEPT:
         return sizes | {
             f"{name}{part}.panels": (tuple(packed.data.shape), torch.uint8) for part, packed in _packed(module)
         }
@@ -129,11 +166,19 @@ def _sizes(name: str, module: Quantized) -> dict[str, tuple[tuple[int, ...], tor
     return sizes
 
 
-def _tensors(name: str, make: Callable[[], Quantized]) -> dict[str, Tensor]:
+def _biases(name: str, module: Quantized) -> dict[str, Tensor]:
+    """The biases of a module, by the names that they are stored under."""
+    given = {"b13": module.b13, "b2": module.b2} if isinstance(module, QuantizedPool) else {"bias": module.bias}
+    return {f"{name}.{key}": bias for key, bias in given.items() if bias is not None}
+
+
+def _tensors(name: str, make: Callable[[], Made]) -> dict[str, Tensor]:
     module = make()
-    bias = {} if isinstance(module, QuantizedPool) or module.bias is None else {f"{name}.bias": module.bias}
-    if isinstance(module, QuantizedPool) or module.packed.kind in BITS_OF:
-        return bias | {f"{name}{part}.panels": packed.data for part, packed in _packed(module)}
+    assert not isinstance(module, PackedEmbedding)
+    bias = _biases(name, module)
+    if not isinstance(module, QuantizedLinear) or module.packed.kind in KEPT:
+        # Parts of a stack lie apart.
+        return bias | {f"{name}{part}.panels": packed.data.contiguous() for part, packed in _packed(module)}
     number, scale, least = (part[0] for part in module.packed.integers())
     if module.packed.kind == "int4":
         low, high = number.unflatten(-1, (-1, 2)).unbind(-1)
@@ -200,33 +245,83 @@ def empty_quantized(
         if is_pool:
             kinds = zip(("w13", "w2"), kinds_of_pool(kind), strict=True)
             sizes = {part: tuple(getattr(module, part).shape) for part in ("w13", "w2")}
-            w13, w2 = (_empty(source, f"{name}.{part}", own, sizes[part], where) for part, own in kinds)
-            made[name] = QuantizedPool(w13, w2)
+            w13, w2 = (_empty_stack(source, f"{name}.{part}", own, sizes[part], where) for part, own in kinds)
+            b13, b2 = _empty_biases(source, name, module, where, dtype)
+            made[name] = QuantizedPool(w13, w2, b13, b2, activation=module.activation)
             continue
         bias = None
         if module.bias is not None:
             _check(source, f"{name}.bias", (module.out_features,), FLOATS, where)
             stored: Any = source.dtype(f"{name}.bias")
             bias = torch.empty(module.out_features, dtype=dtype or stored, device="meta")
-        made[name] = QuantizedLinear(_empty(source, name, kind, (module.out_features, module.in_features), where), bias)
+        shape = (module.out_features, module.in_features)
+        if isinstance(kind, list):
+            likes = [like for _, like in _likes_of_parts(source, name, kind, (1, *shape), where)]
+            made[name] = PartedLinear(likes, bias)
+        else:
+            made[name] = QuantizedLinear(_empty(source, name, kind, shape, where), bias)
     return made
+
+
+def _empty_biases(
+    source: TensorSource, name: str, pool: ExpertPool, where: Path, dtype: torch.dtype | None
+) -> list[Tensor | None]:
+    """Sizes of the biases of a pool; None for each that it has not."""
+    made: list[Tensor | None] = []
+    for key, given in (("b13", pool.b13), ("b2", pool.b2)):
+        if given is None:
+            made.append(None)
+            continue
+        _check(source, f"{name}.{key}", tuple(given.shape), FLOATS, where)
+        stored: Any = source.dtype(f"{name}.{key}")
+        made.append(torch.empty(given.shape, dtype=dtype or stored, device="meta"))
+    return made
+
+
+def _empty_stack(source: TensorSource, name: str, kind: Any, shape: tuple[int, ...], where: Path) -> Matrices:
+    """`_empty` of the matrices of a pool."""
+    if not isinstance(kind, list):
+        return _empty(source, name, kind, shape, where)
+    likes = [like for _, like in _likes_of_parts(source, name, kind, shape, where)]
+    form: Form = tuple(part for like in likes for part in form_of(like))
+    return empty_of(shape[0], shape[-1], form, device="meta")
 
 
 def _empty(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path) -> Packed:
     """Of the matrices ``[N, K]`` or ``[E, N, K]`` stored under this name, what tells their sizes."""
     *num, rows, depth = shape
     size = (num[0] if num else 1, rows, depth)
-    if f"{name}.panels" in source.names or kind in BITS_OF:
+    if f"{name}.panels" in source.names or kind in KEPT:
         return check_panels(source, name, kind, size, where)
     check_integers(source, name, kind, shape, where)
     group = depth // source.shape(f"{name}.scale")[-1]
     return Packed.empty(*size, kind, group, device="meta")  # type: ignore[arg-type]
 
 
+def _likes_of_parts(
+    source: TensorSource, name: str, kinds: list[str], shape: tuple[int, ...], where: Path
+) -> list[tuple[str, Packed]]:
+    """(its name, what tells its sizes) of each part of the matrices ``[E, N, K]``. Raises CheckpointError unless they are their rows."""
+    found, (num, rows, depth) = [], shape
+    for number, kind in enumerate(kinds):
+        part = f"{name}.part{number}"
+        _check(source, f"{part}.panels", (num, None, None), (torch.uint8,), where)
+        size = (num, source.shape(f"{part}.panels")[1] * WIDE, depth)
+        found.append((part, check_panels(source, part, kind, size, where)))
+    likes = [like for _, like in found]
+    if not can_be_parts(likes) or sum(like.rows for like in likes) != rows:
+        told = " and ".join(str(like.rows) for like in likes)
+        raise CheckpointError(
+            f"{name} in {where} has {told} rows in its parts, the model needs two or more that are {rows}"
+        )
+    return found
+
+
 def _check_module(module: Any, name: str, kind: Any, where: Path) -> None:
     """Raise CheckpointError unless a model has such a layer, and the kind is one that it can be of."""
-    is_odd = isinstance(module, ExpertPool) and not module.is_plain
-    kinds = kinds_of_pool(kind) if isinstance(module, ExpertPool) else (kind,)
+    is_odd = isinstance(module, ExpertPool) and module.layers is not None
+    of_each = kinds_of_pool(kind) if isinstance(module, ExpertPool) else (kind,)
+    kinds = [one for each in of_each for one in (each if isinstance(each, list) else (each,))]
     is_known = all(isinstance(one, str) and one in KINDS for one in kinds)
     if not is_known or is_odd or not isinstance(module, nn.Linear | ExpertPool):
         raise CheckpointError(
@@ -236,7 +331,7 @@ def _check_module(module: Any, name: str, kind: Any, where: Path) -> None:
 
 def _quantized(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear | QuantizedPool):
+        if isinstance(module, Quantized):
             yield name, module
 
 
@@ -244,7 +339,13 @@ def _packed(module: Quantized) -> list[tuple[str, Packed]]:
     """The matrices of a module, with what is put behind its name."""
     if isinstance(module, QuantizedLinear):
         return [("", module.packed)]
-    return list(zip((".w13", ".w2"), module.packed, strict=True))
+    if isinstance(module, PartedLinear):
+        return [(f".part{number}", packed) for number, packed in enumerate(module.parts)]
+    found = []
+    for name, each in zip((".w13", ".w2"), module.packed, strict=True):
+        parts = parts_of(each)
+        found += [(f"{name}.part{number}" if len(parts) > 1 else name, part) for number, part in enumerate(parts)]
+    return found
 
 
 def _made(
@@ -262,23 +363,32 @@ def _made(
     if isinstance(module, ExpertPool):
         first, second = kinds_of_pool(kind)
         read = _read_panels if has_panels(source, name) else _read
-        w13, w2 = (
-            read(source, f"{name}.{part}", own, tuple(getattr(module, part).shape), where, used)
-            for part, own in (("w13", first), ("w2", second))
-        )
-        return QuantizedPool(w13, w2)
-    size = (module.out_features, module.in_features)
-    if kind in BITS_OF:
-        packed = _read_panels(source, name, kind, (1, *size), where, used)
+        stacks: list[Matrices] = []
+        for part, own in (("w13", first), ("w2", second)):
+            shape = tuple(getattr(module, part).shape)
+            if isinstance(own, list):
+                stacks.append(Parts.of(_read_parts(source, f"{name}.{part}", own, shape, where, used)))
+            else:
+                stacks.append(read(source, f"{name}.{part}", own, shape, where, used))
+        biases: dict[str, Tensor | None] = {}
+        for key, like in zip(("b13", "b2"), _empty_biases(source, name, module, where, dtype), strict=True):
+            biases[key] = None if like is None else source.read(f"{name}.{key}").to(like.dtype)
+            used += [] if like is None else [f"{name}.{key}"]
+        return QuantizedPool(stacks[0], stacks[1], biases["b13"], biases["b2"], module.activation)
+    size, parts = (module.out_features, module.in_features), []
+    if isinstance(kind, list):
+        parts += _read_parts(source, name, kind, (1, *size), where, used)
+    elif kind in KEPT:
+        parts.append(_read_panels(source, name, kind, (1, *size), where, used))
     else:
-        packed = _read(source, name, kind, size, where, used)
+        parts.append(_read(source, name, kind, size, where, used))
     bias = None
     if module.bias is not None:
         _check(source, f"{name}.bias", (module.out_features,), FLOATS, where)
         used.append(f"{name}.bias")
         stored = source.read(f"{name}.bias")
         bias = stored if dtype is None else stored.to(dtype)
-    return QuantizedLinear(packed, bias)
+    return PartedLinear(parts, bias) if isinstance(kind, list) else QuantizedLinear(parts[0], bias)
 
 
 def kinds_of_pool(kind: Any) -> tuple[Any, Any]:
@@ -288,7 +398,7 @@ def kinds_of_pool(kind: Any) -> tuple[Any, Any]:
 
 def has_panels(source: TensorSource, pool: str) -> bool:
     """Whether the quantised pool of this name lies as it is computed with; in folders of schema 2 it does not."""
-    return f"{pool}.w13.panels" in source.names
+    return any(f"{pool}.w13{part}.panels" in source.names for part in ("", ".part0"))
 
 
 def check_panels(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path) -> Packed:
@@ -365,13 +475,25 @@ def _read(source: TensorSource, name: str, kind: str, shape: tuple[int, ...], wh
         raise CheckpointError(f"{name} in {where}: {error}") from None
 
 
+def _read_parts(
+    source: TensorSource, name: str, kinds: list[str], shape: tuple[int, ...], where: Path, used: list[str]
+) -> list[Packed]:
+    """The parts of the matrices ``[E, N, K]``."""
+    likes = _likes_of_parts(source, name, kinds, shape, where)
+    return [
+        _read_panels(source, part, like.kind, (shape[0], like.rows, like.depth), where, used) for part, like in likes
+    ]
+
+
 def _read_panels(
     source: TensorSource, name: str, kind: str, shape: tuple[int, ...], where: Path, used: list[str]
 ) -> Packed:
     """The matrices of a pool that lie as they are computed with."""
     like = check_panels(source, name, kind, shape, where)
     used.append(f"{name}.panels")
-    return like.with_data(source.read(f"{name}.panels").clone())
+    panels = source.read(f"{name}.panels")
+    # Of other files it is a view.
+    return like.with_data(panels if isinstance(source, SafetensorsFiles) else panels.clone())
 
 
 def _check(

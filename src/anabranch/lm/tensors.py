@@ -25,12 +25,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from anabranch.bounds import shown
 from anabranch.config import Config
 from anabranch.errors import CheckpointError
-from anabranch.files import parse_json
+from anabranch.files import parse_json, read_json
+from anabranch.lm.stored_file import StoredFile
 
 logger = logging.getLogger(__name__)
 
-# Of files, that stay mapped once they were read: they count as memory of the process.
-REMAP_BYTES = 64_000_000
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,6 +43,16 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+}
+# What may be read, and is no model's weight by itself.
+_OTHERS = {
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ENTRY = ("dtype", "shape", "data_offsets")
@@ -121,9 +130,8 @@ class SafetensorsFiles:
     """
 
     def __init__(self, files: Sequence[Path], index: Mapping[str, Path] | None = None) -> None:
-        self._files = {path: self._open(path) for path in files}
-        self._path_of = _places({path: dict.fromkeys(file.keys()) for path, file in self._files.items()}, index)
-        self._read_bytes: dict[Path, int] = {}
+        self._files = {path: _Safetensors(path) for path in files}
+        self._path_of = _places({path: file.entries for path, file in self._files.items()}, index)
 
     @property
     def names(self) -> Collection[str]:
@@ -132,50 +140,68 @@ class SafetensorsFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `TensorSource`."""
-        return tuple(self._slice(name).get_shape())
+        return tuple(self._entry(name)["shape"])
 
     def dtype(self, name: str) -> torch.dtype | str:
         """See `TensorSource`."""
-        stored = self._slice(name).get_dtype()
+        stored = self._entry(name)["dtype"]
         return DTYPES.get(stored, stored)
 
     def read(self, name: str) -> Tensor:
-        """See `TensorSource`."""
-        tensor = self._view(name)
-        self._count(name, tensor.nbytes)
-        return tensor
+        """See `TensorSource`; the memory is the tensor's own. Raises CheckpointError where the file was written to meanwhile."""
+        return self._files[self._path_of[name]].read(name)
 
     def read_one(self, name: str, index: int) -> Tensor:
-        """See `TensorSource`."""
-        tensor = self._view(name)[index]
-        self._count(name, tensor.nbytes)
-        return tensor
+        """See `TensorSource`. Raises as `read`."""
+        return self._files[self._path_of[name]].read(name, index)
 
     def path(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self._path_of[name]
 
-    def _view(self, name: str) -> Tensor:
-        return self._files[self._path_of[name]].get_tensor(name)
+    def check_names(self) -> None:
+        """Raise CheckpointError where a name is of another file by now than the one that is open here; see `StoredFile.check_name`."""
+        for file in self._files.values():
+            file.check_name()
 
-    def _count(self, name: str, num_bytes: int) -> None:
-        """What was read of a mapped file counts as our memory until it is unmapped."""
-        path = self._path_of[name]
-        self._read_bytes[path] = self._read_bytes.get(path, 0) + num_bytes
-        if sum(self._read_bytes.values()) > REMAP_BYTES:
-            for read in self._read_bytes:
-                self._files[read] = self._open(read)
-            self._read_bytes = {}
+    def _entry(self, name: str) -> dict[str, Any]:
+        return self._files[self._path_of[name]].entries[name]
 
-    def _slice(self, name: str) -> Any:
-        return self._files[self._path_of[name]].get_slice(name)
 
-    @staticmethod
-    def _open(path: Path) -> Any:
+class _Safetensors:
+    """One file that is open: ``entries`` of its header by name. Raises CheckpointError as `SafetensorsFiles`."""
+
+    def __init__(self, path: Path) -> None:
         try:
-            return safe_open(path, framework="pt")
+            self._file = StoredFile(path)
+            # It knows what else a header must not be.
+            with safe_open(path, framework="pt"):
+                self._start, self.entries = read_header(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(_unreadable(path, error)) from None
+        # Both were read by name.
+        self._file.check_name()
+
+    def check_name(self) -> None:
+        """See `StoredFile`."""
+        self._file.check_name()
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor, or the part ``index`` of it."""
+        entry = self.entries[name]
+        kind, shape = DTYPES.get(entry["dtype"], _OTHERS.get(entry["dtype"])), entry["shape"]
+        if kind is None:
+            raise CheckpointError(
+                f"{name} in {self._file.path} is stored as {entry['dtype']}, which torch has no type for"
+            )
+        begin, end = entry["data_offsets"]
+        if index is not None:
+            size = (end - begin) // shape[0]
+            begin, shape = begin + index * size, shape[1:]
+            end = begin + size
+        if begin == end:
+            return torch.empty(shape, dtype=kind)
+        return torch.from_numpy(self._file.read(self._start + begin, end - begin)).view(kind).view(shape)
 
 
 class PickleFiles:
@@ -183,12 +209,15 @@ class PickleFiles:
 
     def __init__(self, files: Sequence[Path], index: Mapping[str, Path] | None = None) -> None:
         held: dict[Path, dict[str, Tensor]] = {}
+        self._files: dict[Path, StoredFile] = {}
         for path in files:
             try:
+                self._files[path] = StoredFile(path)
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
             except Exception as error:
                 # torch.load may raise anything for a broken file.
                 raise CheckpointError(_unreadable(path, str(error).split("\n", 1)[0])) from None
+            self._files[path].check_name()
             if not isinstance(loaded, dict):
                 raise CheckpointError(
                     f"cannot read {path}: it holds a {type(loaded).__name__}; it must be a table of tensors"
@@ -197,8 +226,8 @@ class PickleFiles:
             if odd is not None:
                 raise CheckpointError(f"cannot read {path}: a key of it is {shown(odd)}; names of tensors are text")
             held[path] = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-        places = _places(held, index)
-        self._tensors = {name: held[path][name] for name, path in places.items()}
+        self._path_of = _places(held, index)
+        self._tensors = {name: held[path][name] for name, path in self._path_of.items()}
 
     @property
     def names(self) -> Collection[str]:
@@ -214,12 +243,13 @@ class PickleFiles:
         return self._tensors[name].dtype
 
     def read(self, name: str) -> Tensor:
-        """See `TensorSource`."""
+        """See `TensorSource`. Raises CheckpointError where the file, which is mapped, was written to since it was opened."""
+        self._files[self._path_of[name]].check()
         return self._tensors[name]
 
     def read_one(self, name: str, index: int) -> Tensor:
         """See `TensorSource`."""
-        return self._tensors[name][index]
+        return self.read(name)[index]
 
 
 def _places(held: Mapping[Path, Collection[str]], index: Mapping[str, Path] | None) -> dict[str, Path]:
@@ -251,11 +281,30 @@ _WEIGHT_FILES: dict[str, type[SafetensorsFiles | PickleFiles]] = {
     "model.safetensors": SafetensorsFiles,
     "pytorch_model.bin": PickleFiles,
 }
+# Behind the name of weights in one file: says which shard holds what.
+_INDEX = ".index.json"
 
 
 def has_weights(folder: Path) -> bool:
     """Whether `open_tensors` would find something to read."""
-    return any((folder / f"{name}{end}").is_file() for name in _WEIGHT_FILES for end in ("", ".index.json"))
+    return _weights_or_index(folder) is not None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `open_tensors` reads: all the weights in one, or an index and its shards; empty if there are none.
+
+    Raises CheckpointError for an index that cannot be read.
+    """
+    first = _weights_or_index(folder)
+    if first is None or first.name in _WEIGHT_FILES:
+        return [] if first is None else [first]
+    return [first, *sorted(set(_read_index(first).values()))]
+
+
+def _weights_or_index(folder: Path) -> Path | None:
+    """What `open_tensors` begins with."""
+    places = (folder / f"{name}{end}" for name in _WEIGHT_FILES for end in ("", _INDEX))
+    return next((place for place in places if place.is_file()), None)
 
 
 def open_tensors(folder: Path) -> TensorSource:
@@ -265,21 +314,22 @@ def open_tensors(folder: Path) -> TensorSource:
     told in a warning. Of shards the index alone says which file holds a tensor. Raises CheckpointError if there are none or they cannot
     be read.
     """
-    for name, reader in _WEIGHT_FILES.items():
-        single, listed = folder / name, folder / f"{name}.index.json"
-        if single.is_file():
-            if listed.is_file():
-                logger.warning(
-                    "%s holds %s and %s: the first is read, as transformers does; remove the older of the two",
-                    folder,
-                    name,
-                    listed.name,
-                )
-            return reader([single])
-        if listed.is_file():
-            index = _read_index(listed)
-            return reader(sorted(set(index.values())), index)
-    raise CheckpointError(f"no weights in {folder} (looked for model.safetensors and pytorch_model.bin)")
+    first = _weights_or_index(folder)
+    if first is None:
+        raise CheckpointError(f"no weights in {folder} (looked for model.safetensors and pytorch_model.bin)")
+    name = first.name.removesuffix(_INDEX)
+    reader, listed = _WEIGHT_FILES[name], folder / f"{name}{_INDEX}"
+    if first == listed:
+        index = _read_index(listed)
+        return reader(sorted(set(index.values())), index)
+    if listed.is_file():
+        logger.warning(
+            "%s holds %s and %s: the first is read, as transformers does; remove the older of the two",
+            folder,
+            name,
+            listed.name,
+        )
+    return reader([first])
 
 
 def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -342,17 +392,6 @@ def _read_index(path: Path) -> dict[str, Path]:
                 f"{path} says that {shown(name)} is in {shown(file)}; that must be the name of a file beside it"
             )
     return {name: path.parent / file for name, file in weight_map.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The table in ``path``. Raises CheckpointError if it cannot be read or is no table."""
-    try:
-        table = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(table, dict):
-        raise CheckpointError(f"cannot read {path}: it holds a {type(table).__name__}; it must be a table of settings")
-    return table
 
 
 def state_once(model: nn.Module) -> dict[str, Tensor]:
@@ -447,6 +486,17 @@ def overwrite(model: nn.Module, source: TensorSource, layout: Layout, *, where: 
     check(state, source, layout, where=where, hint=hint)
     for name, tensor in state.items():
         _copy(tensor, source, layout[name])
+
+
+def read_parts(
+    source: TensorSource, layout: Layout, likes: Mapping[str, Tensor], *, where: Path, hint: str = ""
+) -> dict[str, Tensor]:
+    """Some tensors of a model by name, on the CPU, in the shapes and types of ``likes``. Raises as `fill` of these alone."""
+    check(likes, source, layout, where=where, ignore=source.names, hint=hint)
+    made = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in likes.items()}
+    for name, value in made.items():
+        _copy(value, source, layout[name])
+    return made
 
 
 def _copy(target: Tensor, source: TensorSource, pieces: Sequence[Piece]) -> None:

@@ -27,7 +27,7 @@ from anabranch.lm.tensors import build_empty
 from anabranch.nn import BuildContext, FeedForward, MoE, SwiGLU
 from anabranch.nn.linear import Added, Split
 from anabranch.nn.pool import check_stacked
-from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
+from anabranch.nn.quantize import FewBitLinear, QuantizedPool
 from anabranch.routing.score import activate
 from anabranch.routing.shared import shared_parameters
 
@@ -168,7 +168,7 @@ def _plain(moe: FeedForward.Config) -> MoE.Config:
 def _check_matrices(model: Decoder, layers: Iterable[int]) -> None:
     """Raise ConfigError unless weights are plain and the feed-forwards of ``layers`` whole matrices; with the pattern that replaces one."""
     for name, module in model.named_modules():
-        if isinstance(module, (QuantizedLinear, QuantizedPool)):
+        if isinstance(module, (FewBitLinear, QuantizedPool)):
             raise ConfigError(f"{name} is quantised, and only plain matrices become others; dequantize(model) first")
     for layer in layers:
         prefix = f"blocks.{layer}.feed_forward"

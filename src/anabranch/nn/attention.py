@@ -343,6 +343,9 @@ def _stored(
     if mask is not None and scoring.window is not None:
         # Of what a window lets a store forget there is no key.
         mask = mask[..., -key.shape[2] :]
+    elif mask is not None:
+        # It is over what stands in front of other layers, where this one has nothing.
+        mask = mask[..., -(key.shape[2] + (0 if front is None else front[0].shape[2])) :]
     return _among(query, key, value, mask, seen, context.is_causal, front, scoring, some, gate_BL)
 
 

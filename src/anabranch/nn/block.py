@@ -1,7 +1,7 @@
 """A layer of a decoder: the interface of a block, and the usual one."""
 # Shapes: B batch, L positions, D width
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,7 +23,9 @@ class Block(Part, nn.Module, family="block", default="pre_norm"):
 
     @configclass
     class Config(BaseConfig):
-        """Base of block configs."""
+        """Base of block configs. ``passes_gradient`` says whether gradients go through it to what is below, and into a wrapped block."""
+
+        passes_gradient: ClassVar[bool] = True
 
         def count(self, context: BuildContext, sequence_length: int) -> Count:
             """Sizes of this block; attention is counted over half of ``sequence_length``, the mean causal context."""

@@ -6,12 +6,14 @@ Expert e of a pool has the parts ``experts.e.gate`` (where its activation has a 
 that a group of layers shares is ``shared.experts_0`` and so on. What stands beside a matrix leaves the stack of matrices as it is, under
 its name in the state dict. Where a part is replaced, that matrix is no longer stacked: each expert has a layer of its own.
 
+The stacked matrices may be in few bits.
+
 Experts then run one after the other, each on its rows, in torch. In a compiled graph, whose shapes must not depend on routes, each runs on
 all items: correct, but without the saving.
 """
 # Shapes: N items, E experts, K choices per item, R rows of one expert, D width, F hidden, Z what the first matrix gives
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,13 +28,17 @@ from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.feed_forward import mlp_projections
 from anabranch.nn.items import no_rows, on_items
 from anabranch.nn.linear import Product, Projection, add_beside, build_linear, call_linear, count_linear, start_beside
+from anabranch.nn.parts import Matrices
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, dispatch, plan_dispatch
 
 if TYPE_CHECKING:
     from anabranch.nn.context import BuildContext
 
-__all__ = ["ExpertLayers", "build_expert_layers", "count_experts"]
+__all__ = ["ExpertLayers", "build_expert_layers", "count_experts", "layers_beside"]
+
+# The matrices of experts, or one of them.
+Stack = Tensor | Matrices
 
 
 class ExpertLayers(nn.Module):
@@ -63,44 +69,43 @@ class ExpertLayers(nn.Module):
             made.append(nn.ModuleDict({number: layer for number, layer in built.items() if layer is not None}))
         self.w13, self.w2 = made
 
-    def start(self, w13_EZD: Tensor | None, w2_EDF: Tensor | None) -> None:
+    def start(self, w13_EZD: Stack | None, w2_EDF: Stack | None) -> None:
         """Begin beside stacks with these numbers, see `Linear.start`."""
         for layers, rows, stack in zip((self.w13, self.w2), self.rows, (w13_EZD, w2_EDF), strict=True):
             if stack is None:
                 continue
             for number, beside in layers.items():
-                start_beside(beside, rows, partial(stack.__getitem__, int(number)))
+                start_beside(beside, rows, partial(_numbers, _experts_of(stack)[int(number)]))
 
     def forward(
         self,
         x_ND: Tensor,
         routing: Routing,
-        w13_EZD: Tensor | None,
-        w2_EDF: Tensor | None,
+        w13_EZD: Stack | None,
+        w2_EDF: Stack | None,
         *,
         weight_on: WeightOn = "output",
         context: Any = None,
     ) -> Tensor:
         """y_ND; ``w13_EZD`` and ``w2_EDF`` are the stacks, None where there is none."""
-        # Indexed one by one, each would get a gradient of the size of all.
-        stacks = [[None] * self.num_experts if stack is None else stack.unbind(0) for stack in (w13_EZD, w2_EDF)]
+        stacks = [[None] * self.num_experts if stack is None else _experts_of(stack) for stack in (w13_EZD, w2_EDF)]
         experts = [partial(self._expert, number, w13, w2) for number, (w13, w2) in enumerate(zip(*stacks, strict=True))]
         run = self._masked if torch.compiler.is_compiling() else self._gathered
         return run(experts, x_ND, routing, weight_on == "input", context)
 
-    def _expert(self, number: int, w13_ZD: Tensor | None, w2_DF: Tensor | None, x_RD: Tensor, context: Any) -> Tensor:
+    def _expert(self, number: int, w13_ZD: Stack | None, w2_DF: Stack | None, x_RD: Tensor, context: Any) -> Tensor:
         """y_RD of one expert."""
         z_RZ = self._product(self.w13, self.rows[0], number, w13_ZD, x_RD, context)
         return self._product(self.w2, self.rows[1], number, w2_DF, self.apply_to(z_RZ), context)
 
     def _product(
-        self, layers: Any, rows: Mapping[str, int], number: int, weight: Tensor | None, x: Tensor, context: Any
+        self, layers: Any, rows: Mapping[str, int], number: int, weight: Stack | None, x: Tensor, context: Any
     ) -> Tensor:
         if weight is None:
             return call_linear(layers[str(number)], x, context)
         if str(number) not in layers:
-            return F.linear(x, weight)
-        product = Product(x, lambda x: F.linear(x, weight), lambda: (weight, None))
+            return _times(weight, x)
+        product = Product(x, partial(_times, weight), lambda: (_numbers(weight), None))
         return add_beside(product, layers[str(number)], rows, context)
 
     def _gathered(self, experts: list[Any], x_ND: Tensor, routing: Routing, on_input: bool, context: Any) -> Tensor:
@@ -155,6 +160,28 @@ class ExpertLayers(nn.Module):
             total_ND, dtype = part_ND if total_ND is None else total_ND + part_ND, y_ND.dtype
         assert total_ND is not None, "a pool has experts"
         return total_ND.to(dtype)
+
+
+def layers_beside(module: nn.Module) -> ExpertLayers | None:
+    """What the experts of a pool have of their own, however its matrices are stored; None of another pool or module."""
+    layers = getattr(module, "layers", None)
+    return layers if isinstance(layers, ExpertLayers) else None
+
+
+def _experts_of(stack: Stack) -> Sequence[Stack]:
+    """The matrix of each expert."""
+    if not isinstance(stack, Tensor):
+        return [stack.expert(number) for number in range(stack.num_experts)]
+    # Indexed one by one, each would get a gradient of the size of all.
+    return stack.unbind(0)
+
+
+def _times(weight: Stack, x: Tensor) -> Tensor:
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight.linear(x)
+
+
+def _numbers(weight: Stack) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.weight_in(torch.float32)
 
 
 def build_expert_layers(

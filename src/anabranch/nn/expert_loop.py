@@ -2,6 +2,7 @@
 # Shapes: N items, E experts, K choices per item, R = N K rows (used ones first), D width, F hidden (2F: gate, then up; F without a gate)
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from anabranch.nn.expert_call import ExpertCall, Gradients, Needed
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, dispatch, plan_dispatch, weigh
 
-__all__ = ["backward", "biased_experts", "forward", "plain_experts"]
+__all__ = ["backward", "biased_experts", "experts_in_turn", "forward", "plain_experts"]
 
 
 def plain_experts(call: ExpertCall) -> Tensor:
@@ -26,6 +27,27 @@ def plain_experts(call: ExpertCall) -> Tensor:
     parts = [F.linear(apply(F.linear(rows_RD[start:end], w13)), w2) for start, end, w13, w2 in matrices]
     parts.append(rows_RD.new_zeros(ends[-1] - ends[-2], call.out_dim))
     return combine(torch.cat(parts), plan, None if call.on_input else call.weight_NK)
+
+
+def experts_in_turn(
+    first: Callable[[int, Tensor], Tensor],
+    second: Callable[[int, Tensor], Tensor],
+    rows_RD: Tensor,
+    offset_E: Sequence[int],
+    *,
+    activation: str,
+) -> Tensor:
+    """y_RD in the dtype of the rows: expert e on those that end at ``offset_E[e]``, zeros behind the last.
+
+    ``first`` and ``second`` give the product with the first and the second matrix of an expert, by its number and the rows.
+    """
+    y_RD, apply = torch.zeros_like(rows_RD), ACTIVATIONS[activation].apply
+    start = 0
+    for expert, end in enumerate(offset_E):
+        if end > start:
+            y_RD[start:end] = second(expert, apply(first(expert, rows_RD[start:end])))
+        start = end
+    return y_RD
 
 
 def biased_experts(

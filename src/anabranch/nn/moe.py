@@ -15,7 +15,6 @@ from anabranch.nn.expert_layers import count_experts
 from anabranch.nn.feed_forward import FeedForward, SwiGLU
 from anabranch.nn.grouped import BACKENDS
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
-from anabranch.nn.pool import ExpertPool
 from anabranch.nn.pool_policy import PoolPolicy, build_router, make_pool
 from anabranch.routing import Router, Routing, WeightField, capacity_of, limit_capacity
 from anabranch.routing.shared import shared_parameters
@@ -158,7 +157,7 @@ class MoE(FeedForward, kind="moe"):
             return "routing weights act on the experts' inputs"
         if self.config.shared_weight is not None:
             return "routed and shared experts are weighed against each other"
-        if isinstance(self.experts, ExpertPool) and not self.experts.is_plain:
+        if not getattr(self.experts, "is_plain", True):
             return "experts are not plain SwiGLUs"
         return Passes((self.router,), self.experts, self.shared, self.shared_gate)
 

@@ -2,22 +2,26 @@
 # Shapes: N items, K choices, E experts, P = N K choices in a row, R rows of a wave, S slots, D width, F hidden
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
+from anabranch.nn.activation import activation_of
 from anabranch.nn.expert_call import WeightOn
+from anabranch.nn.expert_loop import experts_in_turn
 from anabranch.nn.grouped import expert_mlp
-from anabranch.nn.packed import Packed
+from anabranch.nn.parts import Matrices
 from anabranch.nn.quantize import packed_experts
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import DispatchPlan, sum_choices
 
-Waves = Callable[[int, list[int], Tensor | None, Tensor, Mapping[str, Tensor]], Iterator[dict[int, int]]]
+Waves = Callable[[int, list[int], Tensor | None, Tensor, Mapping[str, Tensor], bool], Iterator[dict[int, int]]]
 
 
 class ExpertSlots(Protocol):
@@ -25,14 +29,14 @@ class ExpertSlots(Protocol):
 
     @property
     def w13_SFD(self) -> Tensor:
-        """Gate and up of each, [S, 2F, D], or [S, P, bytes] of experts in few bits."""
+        """Gate and up of each, [S, 2F, D]; [S, P, bytes] or, of rows in several kinds, [S, bytes] of experts in few bits."""
 
     @property
     def w2_SDF(self) -> Tensor:
         """The second matrix of each, [S, D, F], or [S, P, bytes]."""
 
     @property
-    def packed(self) -> tuple[Packed, Packed] | None:
+    def packed(self) -> tuple[Matrices, Matrices] | None:
         """Both of experts in few bits; None of others."""
 
     def mark_used(self, numbers: Sequence[int]) -> None:
@@ -48,6 +52,8 @@ class OffloadedPool(nn.Module):
         slots: where its experts are while they run.
         waves: given the layer and the arguments of `OffloadedPool.waves`, yields what that says.
         is_watched: whether it looks at their input.
+        activation: as the pool's.
+        biases: b13_EZ and b2_ED of all experts, which are small beside their matrices and stay in memory; None without biases.
     """
 
     def __init__(
@@ -60,11 +66,27 @@ class OffloadedPool(nn.Module):
         slots: ExpertSlots,
         waves: Waves,
         is_watched: bool,
+        *,
+        activation: str = "swiglu",
+        biases: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.activation = activation
+        # Not among the tensors that a model is filled with: who made it has them.
+        for name, bias in zip(("b13", "b2"), biases or (None, None), strict=True):
+            self.register_buffer(name, None if bias is None else bias.detach(), persistent=False)
         self.layer, self.num_experts, self.dim, self.hidden_dim = layer, num_experts, dim, hidden_dim
+        self.out_dim = dim
         self.backend, self.slots, self._waves = backend, slots, waves
         self.is_shared, self.is_watched = False, is_watched
+
+    b13: Tensor | None
+    b2: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        """As of an `ExpertPool`."""
+        return self.activation == "swiglu" and self.b13 is None
 
     @torch.compiler.disable
     def forward(
@@ -89,7 +111,8 @@ class OffloadedPool(nn.Module):
         if torch.is_grad_enabled() and (x_ND.requires_grad or routing.weight_NK.requires_grad):
             if self.packed is not None:
                 raise ConfigError(
-                    "no gradient goes through offloaded experts in few bits; load them as they are, or without a budget"
+                    "no gradient goes through experts in few bits that come when they are wanted; leave the budget (--expert-budget) out, "
+                    "or load them in floating point (--quantize none)"
                 )
             through: Tensor = _Through.apply(x_ND, routing.weight_NK, self, routing, weight_on, carry)
             return through
@@ -103,14 +126,14 @@ class OffloadedPool(nn.Module):
             choice_R, offset_S = rows.of(slot_of, len(self.w13_SFD))
             choice_R, offset_S = choice_R.to(x_ND.device), offset_S.to(x_ND.device)
             weight_R1 = routing.weight_NK.reshape(-1, 1)[choice_R]
-            y_RD = self._run(x_ND[choice_R // num_choices], offset_S, weight_R1, weight_on)
+            y_RD = self._run(x_ND[choice_R // num_choices], offset_S, weight_R1, weight_on, slot_of)
             if y_PD is None:
-                y_PD = y_RD.new_zeros(num_items * num_choices, self.dim)
+                y_PD = y_RD.new_zeros(num_items * num_choices, self.out_dim)
             y_PD.index_copy_(0, choice_R, y_RD)
             self.slots.mark_used(list(slot_of.values()))
         if y_PD is None:
-            return torch.zeros_like(x_ND)
-        y_NKD = y_PD.view(num_items, num_choices, self.dim)
+            return x_ND.new_zeros(len(x_ND), self.out_dim)
+        y_NKD = y_PD.view(num_items, num_choices, self.out_dim)
         if self.packed is not None:
             return sum_choices(y_NKD, None if weight_on == "input" else routing.weight_NK)
         total_ND = y_NKD[:, 0].to(torch.promote_types(y_PD.dtype, torch.float32))
@@ -136,7 +159,7 @@ class OffloadedPool(nn.Module):
             with torch.enable_grad():
                 x_RD = x_ND[item_R].requires_grad_()
                 weight_R1 = routing.weight_NK.reshape(-1, 1)[choice_R].requires_grad_()
-                y_RD = self._run(x_RD, offset_S, weight_R1, weight_on)
+                y_RD = self._run(x_RD, offset_S, weight_R1, weight_on, slot_of)
                 dx_RD, dweight_R1 = torch.autograd.grad(y_RD, (x_RD, weight_R1), dy_ND[item_R].to(y_RD.dtype))
             dx_PD.index_copy_(0, choice_R, dx_RD.to(wide))
             dweight_P[choice_R] = dweight_R1.squeeze(1).to(dweight_P.dtype)
@@ -147,18 +170,38 @@ class OffloadedPool(nn.Module):
             dx_ND = dx_ND + dx_NKD[:, choice]
         return dx_ND.to(x_ND.dtype), dweight_P.view_as(routing.weight_NK)
 
-    def _run(self, x_RD: Tensor, offset_S: Tensor, weight_R1: Tensor, weight_on: WeightOn) -> Tensor:
+    def _run(
+        self, x_RD: Tensor, offset_S: Tensor, weight_R1: Tensor, weight_on: WeightOn, slot_of: Mapping[int, int]
+    ) -> Tensor:
         """Rows that are sorted by slot, each an item with one choice; those of packed experts are not weighted yet."""
-        if self.packed is not None:
-            x_RD = x_RD * weight_R1.to(x_RD.dtype) if weight_on == "input" else x_RD
-            return packed_experts(*self.packed, x_RD, offset_S.tolist())
-        plan = DispatchPlan(torch.arange(len(x_RD), device=x_RD.device), offset_S, len(x_RD), 1)
         # Other slots may be filled while these are differentiated, which their tensor would be told of.
         slots = self.w13_SFD.data, self.w2_SDF.data
-        return expert_mlp(x_RD, plan, weight_R1, *slots, weight_on=weight_on, backend=self.backend)
+        if self.packed is None and self.b13 is None:
+            plan = DispatchPlan(torch.arange(len(x_RD), device=x_RD.device), offset_S, len(x_RD), 1)
+            options: Any = {"weight_on": weight_on, "backend": self.backend, "activation": self.activation}
+            return expert_mlp(x_RD, plan, weight_R1, *slots, **options)
+        weight_R1 = weight_R1.to(x_RD.dtype)
+        x_RD = x_RD * weight_R1 if weight_on == "input" else x_RD
+        b13, b2 = self._biases(self.b13, slot_of), self._biases(self.b2, slot_of)
+        ends = offset_S.tolist()
+        if self.packed is not None:
+            return packed_experts(*self.packed, x_RD, ends, b13_EZ=b13, b2_ED=b2, activation=self.activation)
+        first, second = partial(_times, slots[0], b13), partial(_times, slots[1], b2)
+        y_RD = experts_in_turn(first, second, x_RD, ends, activation=self.activation)
+        return y_RD if weight_on == "input" else y_RD * weight_R1
+
+    def _biases(self, bias_EX: Tensor | None, slot_of: Mapping[int, int]) -> dict[int, Tensor] | None:
+        """Of the experts in these slots, by slot."""
+        return None if bias_EX is None else {slot: bias_EX[expert] for expert, slot in slot_of.items()}
 
     def waves(
-        self, experts: list[int], x_ND: Tensor | None, index_NK: Tensor, carry: Mapping[str, Tensor]
+        self,
+        experts: list[int],
+        x_ND: Tensor | None,
+        index_NK: Tensor,
+        carry: Mapping[str, Tensor],
+        *,
+        together: bool = False,
     ) -> Iterator[dict[int, int]]:
         """{expert: slot} of what can run now, until all have; what was given has run when the next is asked for.
 
@@ -167,13 +210,20 @@ class OffloadedPool(nn.Module):
             x_ND: what the layer sees; may be None unless `is_watched`.
             index_NK: where its items go.
             carry: what its router hands on, see `RoutingContext`; empty unless `is_watched`.
+            together: all of them at once, of which there may be no more than slots.
 
         Raises DataError if an expert cannot be loaded.
         """
-        return self._waves(self.layer, experts, x_ND, index_NK, carry)
+        return self._waves(self.layer, experts, x_ND, index_NK, carry, together)
 
     @property
-    def packed(self) -> tuple[Packed, Packed] | None:
+    def num_weights(self) -> tuple[int, int]:
+        """Of all experts, wherever they are: numbers of the first matrices, and of the second ones."""
+        size = self.num_experts * self.dim * self.hidden_dim
+        return len(activation_of(self.activation).parts) * size, size
+
+    @property
+    def packed(self) -> tuple[Matrices, Matrices] | None:
         """The slots of experts in few bits: gate and up of each, then the second matrix; None for others."""
         return self.slots.packed
 
@@ -190,6 +240,10 @@ class OffloadedPool(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, offloaded"
+
+
+def _times(weight_SNK: Tensor, biases: Mapping[int, Tensor] | None, slot: int, x_RK: Tensor) -> Tensor:
+    return F.linear(x_RK, weight_SNK[slot], None if biases is None else biases[slot])
 
 
 class _Through(torch.autograd.Function):
@@ -230,7 +284,8 @@ class _Rows:
         index_P = routing.index_NK.reshape(-1).cpu().numpy()
         order_P = np.argsort(index_P, kind="stable")
         experts, starts = np.unique(index_P[order_P], return_index=True)
-        choices = np.split(order_P, starts[1:])
+        # Of no choices at all there would be one part.
+        choices = np.split(order_P, starts[1:]) if len(experts) else []
         self._choices = {
             expert: choice for expert, choice in zip(experts.tolist(), choices, strict=True) if expert >= 0
         }

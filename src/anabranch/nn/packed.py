@@ -2,6 +2,7 @@
 
 Integers come with a scale for every group of ``group`` weights of a row: int8 is w = s (u - 128), int4 is w = s u + m. Scales and
 minima are fp16, and rounding is against the stored ones, so what a group loses is half a step of the stored scale and no more.
+What is stored in fp4 (`anabranch.nn.fp4`) is only ever kept: 4 bits that stand for w = s t[u], with a scale in bfloat16.
 Packing and unpacking are plain torch and exact inverses; the product has a compiled form and one in torch.
 """
 # Shapes: E matrices of a stack, N rows (outputs), K depth (inputs), G groups of a row, P panels of 16 rows, C rows of activations
@@ -10,17 +11,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.errors import ConfigError
-from anabranch.nn.superblocks import BITS_OF, BLOCK, block_bytes, unpack_blocks
+from anabranch.nn.fp4 import TWICE
+from anabranch.nn.remade import linear_remade
+from anabranch.nn.superblocks import BITS_OF, BLOCK, block_bytes, lanes_of, unpack_blocks
 
 __all__ = ["KINDS", "Kind", "Packed"]
 
-Kind = Literal["float32", "bfloat16", "int8", "int4", "q4_k", "q5_k", "q6_k"]
-# What weights can be packed to; those of `anabranch.nn.superblocks` are only ever kept.
+Kind = Literal["float32", "bfloat16", "int8", "int4", "fp4", "q4_k", "q5_k", "q6_k"]
+# What weights can be packed to; fp4 and those of `anabranch.nn.superblocks` are only ever kept.
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4")
+
+# Those with two numbers in a byte.
+HALVED = ("int4", "fp4")
 
 WIDE = 16  # rows of a panel
 
@@ -119,14 +124,14 @@ class Packed:
 
     @classmethod
     def of_integers(cls, number_ENK: Tensor, scale_ENG: Tensor, least_ENG: Tensor | None, kind: Kind) -> "Packed":
-        """Pack what is quantised already: ``number`` u as uint8, ``scale`` and ``least`` as fp16. int8 has no minima."""
+        """Pack what is quantised already: ``number`` u as uint8, ``scale`` and ``least`` as fp16. int8 has no minima, nor has fp4."""
         if number_ENK.dim() == 2:
             number_ENK, scale_ENG = number_ENK.unsqueeze(0), scale_ENG.unsqueeze(0)
             least_ENG = None if least_ENG is None else least_ENG.unsqueeze(0)
         rows, depth = number_ENK.shape[1:]
         group = depth // scale_ENG.shape[-1]
         check_depth(depth, group)
-        if kind == "int4":
+        if kind in HALVED:
             half = _panels(number_ENK).unflatten(-1, (-1, 2, 4))  # E P 16 K/8 2 4
             stored = half[..., 0, :] | (half[..., 1, :] << 4)
         else:
@@ -135,8 +140,11 @@ class Packed:
         stored = stored.contiguous().view(torch.int32).transpose(2, 3).contiguous().view(torch.uint8)
         groups = depth // group
         body = stored.reshape(*stored.shape[:2], groups, -1)
-        least_ENG = torch.zeros_like(scale_ENG) if least_ENG is None or kind == "int8" else least_ENG
-        sides = [_panels(side).transpose(2, 3).half().contiguous().view(torch.uint8) for side in (scale_ENG, least_ENG)]
+        least_ENG = torch.zeros_like(scale_ENG) if least_ENG is None or kind != "int4" else least_ENG
+        dtype = _type_of_sides(kind)
+        sides = [
+            _panels(side).transpose(2, 3).to(dtype).contiguous().view(torch.uint8) for side in (scale_ENG, least_ENG)
+        ]
         data = torch.cat((body, *sides), dim=-1).flatten(2).contiguous()
         return cls(data, rows, depth, kind, group)
 
@@ -155,13 +163,13 @@ class Packed:
         return Packed(data, self.rows, self.depth, self.kind, self.group)
 
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(number_ENK uint8, scale_ENG, least_ENG), both fp16: the inverse of `of_integers`. Of int8 and int4 alone."""
+        """(number_ENK uint8, scale_ENG, least_ENG): the inverse of `of_integers`. Of int8, int4 and fp4 alone."""
         groups = self.depth // self.group
         stored = self.data.unflatten(-1, (groups, -1))
-        sides = stored[..., -SIDE:].contiguous().view(torch.float16).unflatten(-1, (2, WIDE))
+        sides = stored[..., -SIDE:].contiguous().view(_type_of_sides(self.kind)).unflatten(-1, (2, WIDE))
         scale, least = (self._rows(sides[..., i, :].transpose(2, 3)) for i in (0, 1))
         body = stored[..., :-SIDE].reshape(*self.data.shape[:2], -1, WIDE, 4).transpose(2, 3)
-        if self.kind == "int4":
+        if self.kind in HALVED:
             body = torch.stack((body & 15, body >> 4), dim=-2)
         return self._rows(body.flatten(3)), scale, least
 
@@ -174,20 +182,42 @@ class Packed:
         if self.kind == "bfloat16":
             pairs = self.data.view(torch.bfloat16).unflatten(-1, (-1, WIDE, 2)).transpose(2, 3)
             return self._rows(pairs.flatten(3)).to(dtype)
-        number, scale, least = self.integers()
+        return self._values(*self.integers()).to(dtype)
+
+    def _values(self, number: Tensor, scale: Tensor, least: Tensor) -> Tensor:
+        """What integers ``[..., K]`` with scales and minima ``[..., G]`` count as, in float32."""
+        if self.kind == "fp4":
+            number = torch.tensor(TWICE, device=number.device)[number.int()]
         values = number.float().unflatten(-1, (-1, self.group))
-        if self.kind == "int8":
+        if self.kind == "fp4":
+            values = values * scale.float().unsqueeze(-1)
+        elif self.kind == "int8":
             values = (values - 128) * scale.float().unsqueeze(-1)
         else:
             values = values * scale.float().unsqueeze(-1) + least.float().unsqueeze(-1)
-        return values.flatten(2).to(dtype)
+        return values.flatten(-2)
 
     def rows_at(self, index_T: Tensor) -> Tensor:
-        """Rows ``[T, K]`` of a single matrix in float32 or bfloat16, as an embedding is asked for."""
+        """Rows ``[T, K]`` of a single matrix, as an embedding is asked for: in bfloat16 if they are stored so, else in float32."""
         panel_T, lane_T = index_T // WIDE, index_T % WIDE
         if self.kind == "float32":
             return self.data[0].view(torch.float32).unflatten(-1, (-1, WIDE))[panel_T, :, lane_T]
-        return self.data[0].view(torch.bfloat16).unflatten(-1, (-1, WIDE, 2))[panel_T, :, lane_T, :].flatten(-2)
+        if self.kind == "bfloat16":
+            return self.data[0].view(torch.bfloat16).unflatten(-1, (-1, WIDE, 2))[panel_T, :, lane_T, :].flatten(-2)
+        if self.kind in BITS_OF:
+            rows_TX = lanes_of(self.kind, self.data[0], panel_T, lane_T)
+            return unpack_blocks(self.kind, rows_TX.unsqueeze(1), 1, wide=1).flatten(1)
+        # Groups, of which each is steps of four bytes of every row, then scales and minima of every row.
+        stored = self.data[0].unflatten(-1, (self.depth // self.group, -1))
+        body = stored[..., :-SIDE].unflatten(-1, (-1, WIDE, 4))[panel_T, :, :, lane_T]
+        sides = stored[..., -SIDE:].unflatten(-1, (2, WIDE, 2))[panel_T, :, :, lane_T].contiguous()
+        if self.kind in HALVED:
+            body = torch.stack((body & 15, body >> 4), dim=-2)
+        scale_TG, least_TG = sides.view(_type_of_sides(self.kind)).squeeze(-1).unbind(-1)
+        rows_TK = self._values(body.flatten(1), scale_TG, least_TG)
+        # A zero has the sign of its scale, as where eight is taken off a number before it is scaled.
+        zero_TG = (0 * scale_TG.float()).repeat_interleave(self.group, -1)
+        return torch.where(rows_TK == 0, zero_TG, rows_TK)
 
     def expert(self, index: int) -> "Packed":
         """One matrix of the stack."""
@@ -200,8 +230,11 @@ class Packed:
 
         if native.can(self, x_CK, bias_N):
             return native.linear(self, x_CK, bias_N)
-        bias = None if bias_N is None else bias_N.to(x_CK.dtype)
-        return F.linear(x_CK, self.unpack(x_CK.dtype)[0], bias)
+        return linear_remade(x_CK, self.weight_in, bias_N)
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The weights ``[N, K]`` of a stack of one, as they count."""
+        return self.unpack(dtype)[0]
 
     def _rows(self, panels: Tensor) -> Tensor:
         """``[E, P, 16, ...]`` as ``[E, N, ...]``."""
@@ -215,6 +248,11 @@ def panel_bytes(kind: Kind, depth: int, group: int) -> int:
     if kind in BITS_OF:
         return depth // BLOCK * block_bytes(kind)
     return WIDE * depth // (1 if kind == "int8" else 2) + depth // group * SIDE
+
+
+def _type_of_sides(kind: Kind) -> torch.dtype:
+    """Of scales and minima."""
+    return torch.bfloat16 if kind == "fp4" else torch.float16
 
 
 def check_depth(depth: int, group: int | None) -> None:

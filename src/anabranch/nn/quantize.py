@@ -9,23 +9,30 @@ plain torch. Neither learns: gradients flow to inputs in torch alone, and weight
 # Shapes: N rows (outputs), K depth (inputs), E experts, C rows of activations, D width, F hidden, R routed rows
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.nn.expert_call import WeightOn
+from anabranch.nn.expert_layers import ExpertLayers
+from anabranch.nn.expert_loop import experts_in_turn
 from anabranch.nn.kernels import packed as native
+from anabranch.nn.kernels.operands import is_transformed
 from anabranch.nn.linear import Dense
 from anabranch.nn.packed import SHARE, Packed
+from anabranch.nn.parts import Matrices, form_of
 from anabranch.nn.pool import ExpertPool
+from anabranch.nn.remade import linear_remade
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, dispatch, plan_dispatch
 
 __all__ = [
+    "FewBitLinear",
     "PackedEmbedding",
     "QuantizedLinear",
     "QuantizedPool",
@@ -40,12 +47,39 @@ __all__ = [
 ]
 
 Bits = Literal["int8", "int4"]
+# Of experts, by their numbers.
+Biases = Tensor | Mapping[int, Tensor]
+AnyMatrices = TypeVar("AnyMatrices", bound=Matrices)
 
 # Rows of a matrix that is worth it.
 FEWEST = 16
 
 
-class QuantizedLinear(nn.Module):
+class FewBitLinear(nn.Module):
+    """y = x W^T + b with W in few bits, whatever they are, in place of an ``nn.Linear``. It does not learn."""
+
+    bias: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        raise NotImplementedError
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        raise NotImplementedError
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """weight_NK as it counts."""
+        raise NotImplementedError
+
+    def numbers(self) -> tuple[Tensor, Tensor | None]:
+        """(weight_NK, bias_N) as they count, in float32."""
+        return self.weight_in(torch.float32), self.bias
+
+
+class QuantizedLinear(FewBitLinear):
     """y = x W^T + b with W in int8 or int4, in place of an ``nn.Linear``."""
 
     def __init__(self, packed: Packed, bias_N: Tensor | None = None) -> None:
@@ -57,7 +91,6 @@ class QuantizedLinear(nn.Module):
         self._torch: tuple[Tensor, ...] | None = None
 
     data: Tensor
-    bias: Tensor | None
 
     @classmethod
     def of(
@@ -81,9 +114,9 @@ class QuantizedLinear(nn.Module):
         """N."""
         return self._like.rows
 
-    def numbers(self) -> tuple[Tensor, Tensor | None]:
-        """(weight_NK, bias_N) as they count, in float32."""
-        return self.packed.unpack(torch.float32)[0], self.bias
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """See `FewBitLinear`."""
+        return self.packed.unpack(dtype)[0]
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """``[..., K]`` to ``[..., N]`` in the dtype of ``x``."""
@@ -97,11 +130,11 @@ class QuantizedLinear(nn.Module):
 
     def _plain(self, packed: Packed, x_CK: Tensor) -> Tensor:
         """By torch's own kernels for packed weights on a CPU, where they know the format; else unpacked."""
-        bias = None if self.bias is None else self.bias.to(x_CK.dtype)
         known = packed.kind == "int4" or (packed.kind == "int8" and packed.group == packed.depth)
         on_cpu = x_CK.device.type == "cpu" and x_CK.dtype in (torch.float32, torch.bfloat16) and packed.rows % 16 == 0
-        if not on_cpu or not known or (torch.is_grad_enabled() and x_CK.requires_grad):
-            return F.linear(x_CK, packed.unpack(x_CK.dtype)[0], bias)
+        is_differentiated = (torch.is_grad_enabled() and x_CK.requires_grad) or is_transformed()
+        if not on_cpu or not known or is_differentiated:
+            return linear_remade(x_CK, packed.weight_in, self.bias)
         if self._torch is None or self._torch[1].dtype != x_CK.dtype:
             self._torch = _torch_form(packed, x_CK.dtype)
         weight, scale = self._torch
@@ -109,7 +142,7 @@ class QuantizedLinear(nn.Module):
             y_CN = torch._weight_int4pack_mm_for_cpu(x_CK.contiguous(), weight, packed.group, scale)
         else:
             y_CN = torch._weight_int8pack_mm(x_CK.contiguous(), weight, scale)
-        return y_CN if bias is None else y_CN + bias
+        return y_CN if self.bias is None else y_CN + self.bias.to(y_CN.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -118,11 +151,17 @@ class QuantizedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """An embedding whose table is a packed matrix in float32 or bfloat16, which a product reads too: for inference."""
+    """An embedding whose table is a packed matrix, which a product reads too: for inference.
 
-    def __init__(self, packed: Packed) -> None:
+    Args:
+        packed: the table.
+        dtype: of what it gives; None for that of a table in floating point.
+    """
+
+    def __init__(self, packed: Packed, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self._like = _sizes_of(packed)
+        self._dtype = dtype or (torch.bfloat16 if packed.kind == "bfloat16" else torch.float32)
         self.register_buffer("data", packed.data)
 
     data: Tensor
@@ -134,9 +173,8 @@ class PackedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Nothing, of the type and on the device of the table: what is asked of it beside numbers."""
-        dtype = torch.float32 if self._like.kind == "float32" else torch.bfloat16
-        return torch.empty(0, self._like.depth, dtype=dtype, device=self.data.device)
+        """Nothing, of the type of vectors and on the device of the table: what is asked of it beside numbers."""
+        return torch.empty(0, self._like.depth, dtype=self._dtype, device=self.data.device)
 
     @property
     def num_embeddings(self) -> int:
@@ -151,12 +189,12 @@ class PackedEmbedding(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         """``[..., D]`` of ``[...]``."""
         rows = self._like.with_data(self.data).rows_at(index.reshape(-1))
-        return rows.view(*index.shape, self._like.depth)
+        return rows.to(self._dtype).view(*index.shape, self._like.depth)
 
 
-def _sizes_of(packed: Packed) -> Packed:
+def _sizes_of(packed: AnyMatrices) -> AnyMatrices:
     """The matrices without their weights: who holds them alone can let them go."""
-    return packed.with_data(packed.data.to("meta"))
+    return packed.with_data(packed.data.to("meta"))  # type: ignore[return-value]
 
 
 def _torch_form(packed: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -170,27 +208,63 @@ def _torch_form(packed: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class QuantizedPool(nn.Module):
-    """Experts in int8 or int4, in place of an `ExpertPool`: the same forward."""
+    """Experts in few bits, in place of an `ExpertPool`: the same forward.
 
-    def __init__(self, w13: Packed, w2: Packed) -> None:
+    Args:
+        w13, w2: gate rows, then up rows; the down projection.
+        b13_EZ, b2_ED: biases behind both; None without any.
+        activation: a name of `anabranch.nn.activation`.
+
+    Attributes:
+        layers: what experts have beside their matrices, as of an `ExpertPool`; None if there is nothing.
+    """
+
+    def __init__(
+        self,
+        w13: Matrices,
+        w2: Matrices,
+        b13_EZ: Tensor | None = None,
+        b2_ED: Tensor | None = None,
+        activation: str = "swiglu",
+    ) -> None:
         super().__init__()
+        self.activation = activation
+        self.register_buffer("b13", b13_EZ)
+        self.register_buffer("b2", b2_ED)
         self._like = _sizes_of(w13), _sizes_of(w2)
         self.register_buffer("data13", w13.data)
         self.register_buffer("data2", w2.data)
+        self.layers: ExpertLayers | None = None
 
     data13: Tensor
     data2: Tensor
+    b13: Tensor | None
+    b2: Tensor | None
 
     @classmethod
     def of(cls, pool: ExpertPool, bits: Bits, *, group: int | None = None, symmetric: bool = False) -> "QuantizedPool":
-        """Round a pool. Raises ConfigError as `Packed.pack`."""
+        """Round the matrices of a pool; its biases and its activation stay as they are.
+
+        Raises ConfigError for experts with linears of their own or in other processes, and as `Packed.pack`.
+        """
+        if pool.layers is not None or pool.exchange is not None:
+            what = "have linears of their own" if pool.layers is not None else "are in other processes too"
+            raise ConfigError(
+                f"stacked matrices of one process are rounded, and these experts {what}; leave them in floating point"
+            )
         w13, w2 = (Packed.pack(weight, bits, group=group, symmetric=symmetric) for weight in pool.stacks)
-        return cls(w13, w2)
+        b13, b2 = (None if bias is None else bias.detach().clone() for bias in (pool.b13, pool.b2))
+        return cls(w13, w2, b13, b2, activation=pool.activation)
 
     @property
-    def packed(self) -> tuple[Packed, Packed]:
+    def packed(self) -> tuple[Matrices, Matrices]:
         """(w13, w2): gate rows, then up rows; the down projection."""
         return self._like[0].with_data(self.data13), self._like[1].with_data(self.data2)
+
+    @property
+    def is_plain(self) -> bool:
+        """As of an `ExpertPool`."""
+        return self.layers is None and self.b13 is None and self.activation == "swiglu"
 
     @property
     def num_experts(self) -> int:
@@ -217,29 +291,44 @@ class QuantizedPool(nn.Module):
     ) -> Tensor:
         """y_ND: each item's experts, weighted and summed."""
         w13, w2 = self.packed
+        if self.layers is not None:
+            made: Tensor = self.layers(x_ND, routing, w13, w2, weight_on=weight_on, context=context)
+            return made
         plan = plan_dispatch(routing)
         rows_RD = dispatch(x_ND, plan, routing.weight_NK if weight_on == "input" else None)
-        y_RD = packed_experts(w13, w2, rows_RD, plan.offset_E.tolist())
+        y_RD = packed_experts(
+            w13, w2, rows_RD, plan.offset_E.tolist(), b13_EZ=self.b13, b2_ED=self.b2, activation=self.activation
+        )
         return combine(y_RD, plan, None if weight_on == "input" else routing.weight_NK)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        kind, group = self._like[0].kind, self._like[0].group
-        return (
-            f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, kind={kind}, group={group}"
+        kinds = ", ".join(
+            f"{name}={' and '.join(kind for _, kind, _ in form_of(like))}"
+            for name, like in zip(("w13", "w2"), self._like, strict=True)
         )
+        return f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, {kinds}"
 
 
-def packed_experts(w13: Packed, w2: Packed, rows_RD: Tensor, offset_E: list[int]) -> Tensor:
-    """y_RD: SwiGLUs of packed matrices, expert e on the rows that end at ``offset_E[e]``."""
-    y_RD = torch.zeros_like(rows_RD)
-    start = 0
-    for expert, end in enumerate(offset_E):
-        if end > start:
-            gate, up = w13.expert(expert).linear(rows_RD[start:end]).chunk(2, dim=-1)
-            y_RD[start:end] = w2.expert(expert).linear(F.silu(gate) * up)
-        start = end
-    return y_RD
+def packed_experts(
+    w13: Matrices,
+    w2: Matrices,
+    rows_RD: Tensor,
+    offset_E: list[int],
+    *,
+    b13_EZ: Biases | None = None,
+    b2_ED: Biases | None = None,
+    activation: str = "swiglu",
+) -> Tensor:
+    """y_RD: experts of packed matrices, see `experts_in_turn`. Biases may be those of experts with rows alone, by number."""
+    first, second = (
+        partial(_times_packed, packed, bias) for packed, bias in zip((w13, w2), (b13_EZ, b2_ED), strict=True)
+    )
+    return experts_in_turn(first, second, rows_RD, offset_E, activation=activation)
+
+
+def _times_packed(packed: Matrices, bias_EN: Biases | None, expert: int, x_RK: Tensor) -> Tensor:
+    return packed.expert(expert).linear(x_RK, None if bias_EN is None else bias_EN[expert])
 
 
 @torch.no_grad()
@@ -353,19 +442,31 @@ def check_bits(bits: str, group: int | None) -> None:
 def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Plain layers with the weights that counted, in place of quantised ones. A tied head becomes the embedding again."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, FewBitLinear):
             if name == "head" and getattr(getattr(model, "config", None), "tie_embeddings", False):
                 setattr(model, name, None)
                 continue
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            plain.weight = nn.Parameter(module.packed.unpack(dtype)[0])
+            plain.weight = nn.Parameter(module.weight_in(dtype))
             if module.bias is not None:
                 plain.bias = nn.Parameter(module.bias.to(dtype))
             replace(model, name, plain)
         elif isinstance(module, QuantizedPool):
-            pool = ExpertPool(module.num_experts, module.dim, module.hidden_dim, device="meta")
+            pool = ExpertPool(
+                module.num_experts,
+                module.dim,
+                module.hidden_dim,
+                activation=module.activation,
+                bias=module.b13 is not None,
+                device="meta",
+            )
             pool.w13, pool.w2 = (nn.Parameter(packed.unpack(dtype)) for packed in module.packed)
+            if module.b13 is not None and module.b2 is not None:
+                pool.b13, pool.b2 = nn.Parameter(module.b13.to(dtype)), nn.Parameter(module.b2.to(dtype))
+            pool.layers = module.layers
             replace(model, name, pool)
+        elif isinstance(module, PackedEmbedding):
+            replace(model, name, nn.Embedding.from_pretrained(module.packed.unpack(dtype)[0], freeze=False))
 
 
 def _is_tied(model: nn.Module) -> bool:

@@ -48,11 +48,18 @@ PLAIN = Scoring()
 
 
 def scored_attention(
-    query_BHLD: Tensor, key_BGSD: Tensor, value_BGSV: Tensor, scoring: Scoring, mask_BLS: Tensor | None = None
+    query_BHLD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSV: Tensor,
+    scoring: Scoring,
+    mask_BLS: Tensor | None = None,
+    *,
+    position_S: Tensor | None = None,
 ) -> Tensor:
-    """y_BHLV: the queries are those of the last L of S positions, and see none after their own.
+    """y_BHLV: the queries are those of the last L of S places, and see none after their own.
 
-    ``mask_BLS`` is bool ``[B or 1, 1, L, S]``, True where a query may look, or None; the window is counted in its places.
+    ``mask_BLS`` is bool ``[B or 1, 1, L, S]``, True where a query may look, or None. The window is counted in places, or, where tokens were
+    left out between them, in ``position_S``: int64, ascending.
     """
     length, past = query_BHLD.shape[2], key_BGSD.shape[2] - query_BHLD.shape[2]
     if scoring.value_width is not None:
@@ -61,9 +68,8 @@ def scored_attention(
     made = []
     for first in range(0, length, PART if is_cut else length):
         last = min(first + PART, length) if is_cut else length
-        begin = 0 if scoring.window is None else max(0, past + first + 1 - scoring.window)
-        end = past + last
-        seen = _seen(first, last, past, begin, scoring.window, query_BHLD.device)
+        begin, end = _begin(past + first, scoring.window, position_S), past + last
+        seen = _seen(first, last, past, begin, scoring.window, query_BHLD.device, position_S)
         if mask_BLS is not None:
             part = mask_BLS[:, :, first:last, begin:end]
             seen = part if seen is None else part & seen
@@ -73,14 +79,35 @@ def scored_attention(
     return made[0] if len(made) == 1 else torch.cat(made, dim=2)
 
 
-def _seen(first: int, last: int, past: int, begin: int, window: int | None, device: torch.device) -> Tensor | None:
+def _begin(place: int, window: int | None, position_S: Tensor | None) -> int:
+    """The first key that the query at a place sees."""
+    if window is None:
+        return 0
+    if position_S is None:
+        return max(0, place + 1 - window)
+    return int(torch.searchsorted(position_S, position_S[place] - window, right=True))
+
+
+def _seen(
+    first: int,
+    last: int,
+    past: int,
+    begin: int,
+    window: int | None,
+    device: torch.device,
+    position_S: Tensor | None = None,
+) -> Tensor | None:
     """bool ``[L, S]``: what the queries first to last see of the keys from ``begin`` on; None for all of them."""
     if last - first == 1:
         return None
     query_L1 = torch.arange(past + first, past + last, device=device).unsqueeze(1)
     key_S = torch.arange(begin, past + last, device=device)
     seen_LS = key_S <= query_L1
-    return seen_LS if window is None else seen_LS & (key_S > query_L1 - window)
+    if window is None:
+        return seen_LS
+    if position_S is not None:
+        query_L1, key_S = position_S[past + first : past + last].unsqueeze(1), position_S[begin : past + last]
+    return seen_LS & (key_S > query_L1 - window)
 
 
 def _part(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, seen: Tensor | None) -> Tensor:

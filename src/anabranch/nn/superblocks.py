@@ -7,14 +7,13 @@ What is stored is kept to the bit; the layout is that of `kernels/packed.h`.
 """
 # Shapes: N rows, K columns, S = K / 256 blocks of a row, P panels of 16 rows
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from anabranch.errors import ConfigError
-
-__all__ = ["BITS_OF", "BLOCK", "SuperKind", "block_bytes", "pack_blocks", "unpack_blocks"]
+__all__ = ["BITS_OF", "BLOCK", "SuperKind", "arranged", "block_bytes", "lanes_of", "unpack_blocks"]
 
 SuperKind = Literal["q4_k", "q5_k", "q6_k"]
 BITS_OF: dict[str, int] = {"q4_k": 4, "q5_k": 5, "q6_k": 6}
@@ -29,43 +28,25 @@ def block_bytes(kind: str) -> int:
     return _ROWS * BLOCK * BITS_OF[kind] // 8 + (_ROWS * 18 if kind == "q6_k" else _ROWS * 20)
 
 
-def pack_blocks(kind: SuperKind, number_NK: Tensor, scales: Tensor, leasts: Tensor | None, wholes: Tensor) -> Tensor:
-    """Panels ``[P, bytes]``.
+def arranged(pieces: Sequence[Tensor]) -> Tensor:
+    """Panels ``[P, bytes]`` of rows whose blocks hold ``pieces`` one after the other.
+
+    They are of the integers of `anabranch.nn.packed` too, whose blocks are groups.
 
     Args:
-        kind: one of the above.
-        number_NK: u, uint8.
-        scales: s, uint8 ``[N, S, 8]``, of q6_k int8 ``[N, S, 16]``.
-        leasts: m likewise; None for q6_k.
-        wholes: fp16 ``[N, S, 2]``, d and e, of q6_k ``[N, S, 1]``.
-
-    Raises ConfigError for rows that are not whole blocks.
+        pieces: ``[N, S, steps]``: numbers of one, two or four bytes are what a row has in a step.
     """
-    if number_NK.shape[1] % BLOCK:
-        raise ConfigError(f"a row of {number_NK.shape[1]} weights is not a multiple of {BLOCK}; it cannot be {kind}")
-    # Panels, rows, blocks, parts; then four steps, the halves of a byte, its place of four.
-    number = _panels(number_NK).unflatten(-1, (-1, BLOCK // PART, 4, 2, 4))
-    low = number & 15
-    bodies = [_columns(low[..., 0, :] | (low[..., 1, :] << 4))]
-    high = number >> 4
-    if kind == "q5_k":
-        bodies.append(_columns(_joined(high.flatten(-3, -2), 1).unsqueeze(-2)))
-    elif kind == "q6_k":
-        bodies.append(_columns(_joined(high.unflatten(-3, (2, 2)).flatten(-3, -2), 2)))
-    body = torch.cat([part.flatten(-3) for part in bodies], dim=-1).flatten(-2)
-    sides = [
-        _panels(side).permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(-2)
-        for side in _sides(scales, leasts, wholes)
-    ]
-    return torch.cat((body, *sides), dim=-1).flatten(1).contiguous()
+    made = [_panels(piece).permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2) for piece in pieces]
+    return torch.cat(made, dim=-1).flatten(1)
 
 
-def unpack_blocks(kind: str, data_EPX: Tensor, rows: int) -> Tensor:
-    """The float32 weights ``[E, N, K]`` of panels ``[E, P, bytes]``."""
-    bits, blocks = BITS_OF[kind], data_EPX.unflatten(-1, (-1, block_bytes(kind)))
-    body, side = blocks.split([_ROWS * BLOCK * bits // 8, blocks.shape[-1] - _ROWS * BLOCK * bits // 8], dim=-1)
+def unpack_blocks(kind: str, data_EPX: Tensor, rows: int, *, wide: int = _ROWS) -> Tensor:
+    """The float32 weights ``[E, N, K]`` of panels ``[E, P, bytes]`` of ``wide`` rows each, see `lanes_of`."""
+    bits, blocks = BITS_OF[kind], data_EPX.unflatten(-1, (-1, block_bytes(kind) // _ROWS * wide))
+    numbers = wide * BLOCK * bits // 8
+    body, side = blocks.split([numbers, blocks.shape[-1] - numbers], dim=-1)
     # Experts, panels, blocks, parts, steps (of high bits after those of low ones), rows, places.
-    steps = body.unflatten(-1, (BLOCK // PART, bits, _ROWS, 4))
+    steps = body.unflatten(-1, (BLOCK // PART, bits, wide, 4))
     low = torch.stack((steps[..., :4, :, :] & 15, steps[..., :4, :, :] >> 4), dim=-2)
     if kind == "q5_k":
         high = torch.stack([steps[..., 4, :, :] >> shift & 1 for shift in range(8)], dim=-2)
@@ -76,35 +57,35 @@ def unpack_blocks(kind: str, data_EPX: Tensor, rows: int) -> Tensor:
     # To rows first: [E, P, rows, S, K of a block].
     number = low.movedim(-3, 2).flatten(-4).float()
     if kind == "q6_k":
-        scale, whole = side.split([_ROWS * 16, _ROWS * 2], dim=-1)
-        step = _of_rows(scale.contiguous().view(torch.int8)) * _of_rows(whole.contiguous().view(torch.float16))
+        scale, whole = side.split([wide * 16, wide * 2], dim=-1)
+        step = _of_rows(scale.contiguous().view(torch.int8), wide)
+        step = step * _of_rows(whole.contiguous().view(torch.float16), wide)
         value = ((number - 32).unflatten(-1, (16, 16)) * step.unsqueeze(-1)).flatten(-2)
     else:
-        scale, least, whole = side.split([_ROWS * 8, _ROWS * 8, _ROWS * 4], dim=-1)
-        both = _of_rows(whole.contiguous().view(torch.float16))
-        step, shift = _of_rows(scale) * both[..., :1], _of_rows(least) * both[..., 1:]
+        scale, least, whole = side.split([wide * 8, wide * 8, wide * 4], dim=-1)
+        both = _of_rows(whole.contiguous().view(torch.float16), wide)
+        step, shift = _of_rows(scale, wide) * both[..., :1], _of_rows(least, wide) * both[..., 1:]
         value = (number.unflatten(-1, (8, PART)) * step.unsqueeze(-1) - shift.unsqueeze(-1)).flatten(-2)
     return value.flatten(-2).flatten(1, 2)[:, :rows].contiguous()
 
 
-def _sides(scales: Tensor, leasts: Tensor | None, wholes: Tensor) -> list[Tensor]:
-    return [scales, wholes] if leasts is None else [scales, leasts, wholes]
+def lanes_of(kind: str, data_PX: Tensor, panel_T: Tensor, lane_T: Tensor) -> Tensor:
+    """Single rows of panels ``[P, bytes]``, as panels ``[T, bytes / 16]`` of one row each."""
+    blocks = data_PX.unflatten(-1, (-1, block_bytes(kind)))
+    numbers = _ROWS * BLOCK * BITS_OF[kind] // 8
+    # A step of four numbers of each row, scales of each row, then scales over these, of two bytes or two times two.
+    ends = [numbers, *([numbers + _ROWS * 16] if kind == "q6_k" else [numbers + _ROWS * 8, numbers + _ROWS * 16])]
+    sizes = [4, 1, 2] if kind == "q6_k" else [4, 1, 1, 2]
+    parts = [
+        part.unflatten(-1, (-1, _ROWS, size))[panel_T, :, :, lane_T].flatten(-2)
+        for part, size in zip(blocks.tensor_split(ends, dim=-1), sizes, strict=True)
+    ]
+    return torch.cat(parts, dim=-1).flatten(1)
 
 
-def _joined(values: Tensor, bits: int) -> Tensor:
-    """Values ``[..., n, 4]`` of so many bits, n of them in a byte, the first lowest."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).unsqueeze(-1)
-    return (values << shifts).sum(-2, dtype=torch.int32).to(torch.uint8)
-
-
-def _columns(x: Tensor) -> Tensor:
-    """``[P, 16, S, parts, steps, 4]`` with the rows before the last."""
-    return x.movedim(1, -2)
-
-
-def _of_rows(side: Tensor) -> Tensor:
+def _of_rows(side: Tensor, wide: int) -> Tensor:
     """Scales ``[E, P, S, n 16]`` as float32 ``[E, P, 16, S, n]``."""
-    return side.unflatten(-1, (-1, _ROWS)).movedim(-1, 2).float()
+    return side.unflatten(-1, (-1, wide)).movedim(-1, 2).float()
 
 
 def _panels(x_NX: Tensor) -> Tensor:

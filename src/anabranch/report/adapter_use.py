@@ -133,11 +133,11 @@ def explain_use(use: Use) -> list[str]:
         ]
         what = "nobody: nothing is added to its rows" if not best else ", ".join(best)
         said.append(f"{use.tasks[task]} is served by {what}.")
-    apart = 0.5 * np.abs(share_TE - share_TE.mean(0)).sum(1).mean()
-    said.append(
-        f"From task to task, {percent(float(apart))} of the weight goes elsewhere than on average"
-        + ("." if len(use.tasks) > 1 else ", for there is one task.")
-    )
+    if len(use.tasks) > 1:
+        apart = 0.5 * np.abs(share_TE - share_TE.mean(0)).sum(1).mean()
+        said.append(
+            f"Tasks differ: {percent(float(apart))} of a task's weight is on other adapters than in the average of all tasks."
+        )
     idle = [name for name, share in zip(use.adapters, share_TE.sum(0), strict=True) if share <= 0]
     if idle:
         said.append(f"No task uses {', '.join(idle[:6])}{' and others' if len(idle) > 6 else ''}.")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anabranch.errors import DataError
+from anabranch.rl.averages import Averages
 from anabranch.rl.environment import Environment, World, flat
 from anabranch.rl.network import ActorCritic
 from anabranch.rl.preemption import Stragglers
@@ -63,6 +64,7 @@ class Collecting:
         epochs: how often a rollout is gone through.
         gamma, gae_lambda, bootstrap_truncated: see `advantages`.
         reward_scale: rewards are multiplied by it before anything is made of them.
+        reward_clip: rewards are divided by the running deviation of discounted returns, and cut off at this; None for as they are.
         normalize: advantages get mean 0 and deviation 1 in each mini-batch, in each rollout (``batch``), or not at all.
     """
 
@@ -74,6 +76,7 @@ class Collecting:
     bootstrap_truncated: bool
     reward_scale: float
     normalize: Literal["minibatch", "batch", "none"]
+    reward_clip: float | None = None
 
     @property
     def num_samples(self) -> int:
@@ -108,6 +111,7 @@ class Actor:
     Attributes:
         state: where the environments were after the last whole rollout, and return and length of their episodes so far; of all processes.
             Nothing before the first. Whoever sets it calls `close`, and the next rollout begins from there.
+        returns: averages of discounted returns, of all processes; None where rewards are not normalised.
     """
 
     def __init__(
@@ -129,6 +133,8 @@ class Actor:
         self._world: World | None = None
         self._observation_nD = np.zeros((0, 0), np.float32)
         self._return_n, self._length_n = np.zeros(self._num_own), np.zeros(self._num_own, np.int64)
+        self._discounted_n = np.zeros(self._num_own)
+        self.returns = None if collecting.reward_clip is None else Averages(1, collecting.reward_clip)
 
     @torch.no_grad()
     def play(self, number: int, model: nn.Module) -> Played:
@@ -139,7 +145,7 @@ class Actor:
         network = _network(model)
         try:
             world = self.open()
-            return self._put_together(network, self.act(number, network, world), world)
+            return self._put_together(network, self.act(number, network, world), world, number)
         except BaseException:
             # The environments have moved on from what is kept; whoever goes on begins from there.
             self.close()
@@ -161,9 +167,11 @@ class Actor:
         state = {name: array[own] for name, array in self.state.items()}
         if state:
             self._return_n, self._length_n = state.pop("own_return").copy(), state.pop("own_length").copy()
+            # A checkpoint of before returns were looked at has none.
+            self._discounted_n = state.pop("own_discounted", np.zeros(self._num_own)).copy()
             seen = world.load_state_dict(state)
         else:
-            self._return_n[:], self._length_n[:] = 0.0, 0
+            self._return_n[:], self._length_n[:], self._discounted_n[:] = 0.0, 0, 0.0
             seen, _ = world.reset()
         self._observation_nD = flat(seen)
         self._check("observation", self._observation_nD)
@@ -193,6 +201,8 @@ class Actor:
             acted.terminated_Tn[step], acted.truncated_Tn[step] = (
                 torch.as_tensor(np.asarray(each, bool)) for each in (terminated_n, truncated_n)
             )
+            self._discounted_n = self.collecting.gamma * self._discounted_n + np.asarray(reward_n, np.float64)
+            acted.discounted_Tn[step] = torch.from_numpy(self._discounted_n)
             self._note_ends(step, acted, np.asarray(reward_n, np.float64), infos)
             self._observation_nD = flat(observations)
             self._check("observation", self._observation_nD)
@@ -218,7 +228,7 @@ class Actor:
                 last_1D = flat(_row(final, int(place)))
                 self._check("observation", last_1D, first=self._first + int(place))
                 acted.final_TnD[step, place] = torch.from_numpy(last_1D[0])
-        self._return_n[done_n] = 0.0
+        self._return_n[done_n] = self._discounted_n[done_n] = 0.0
         self._length_n[done_n] = 0
 
     def _check(self, what: str, array_nX: np.ndarray, *, first: int | None = None) -> None:
@@ -231,9 +241,10 @@ class Actor:
                 f"environment {(self._first if first is None else first) + place} gave the {what} {bad}; mend it, and resume"
             )
 
-    def _put_together(self, network: ActorCritic, acted: Acted, world: World) -> Played:
+    def _put_together(self, network: ActorCritic, acted: Acted, world: World, number: int) -> Played:
         """Exchange what processes did, and work out advantages: all processes do the same from here on."""
-        state = {**world.state_dict(), "own_return": self._return_n.copy(), "own_length": self._length_n.copy()}
+        own = {"return": self._return_n, "length": self._length_n, "discounted": self._discounted_n}
+        state = {**world.state_dict(), **{f"own_{name}": array.copy() for name, array in own.items()}}
         parts = [acted]
         if self.world_size > 1:
             gathered: list[Any] = [None] * self.world_size
@@ -242,6 +253,8 @@ class Actor:
         if len({part.num_steps for part in parts}) == 1:
             # In the order of one process, so that as many processes as there may be learn the same.
             parts = [Acted.joined(parts)]
+        if self.returns is not None:
+            self.returns.take_in(torch.cat([part.discounted_Tn.flatten() for part in parts])[:, None], number)
         made = [self.samples(network, part) for part in parts]
         samples = Samples(*(torch.cat(tensors) for tensors in zip(*made, strict=True))) if len(made) > 1 else made[0]
         ended = [pair for part in parts for pair in part.ended]
@@ -257,8 +270,9 @@ class Actor:
         cut_TN = acted.truncated_Tn & ~acted.terminated_Tn
         if bool(cut_TN.any()):
             final_value_TN[cut_TN] = self.judged(network, acted.final_TnD[cut_TN])[1]
+        reward_TN = acted.reward_Tn * self.collecting.reward_scale
         advantage_TN = advantages(
-            acted.reward_Tn * self.collecting.reward_scale,
+            reward_TN if self.returns is None else self.returns.scaled(reward_TN),
             value_TN,
             self.judged(network, acted.last_nD)[1],
             Ends(acted.terminated_Tn, acted.truncated_Tn, final_value_TN),
@@ -278,11 +292,15 @@ class Actor:
 
 @dataclass
 class Acted:
-    """What happened in T steps of n environments; ``ended`` has return and length of every episode that ended."""
+    """What happened in T steps of n environments; ``ended`` has return and length of every episode that ended.
+
+    ``discounted_Tn`` is the discounted sum of an episode's rewards up to a step.
+    """
 
     observation_TnD: Tensor
     action_TnA: Tensor
     reward_Tn: Tensor
+    discounted_Tn: Tensor
     terminated_Tn: Tensor
     truncated_Tn: Tensor
     final_TnD: Tensor
@@ -296,6 +314,7 @@ class Acted:
             torch.zeros(steps, num, observed),
             torch.zeros(steps, num, numbers),
             torch.zeros(steps, num),
+            torch.zeros(steps, num, dtype=torch.float64),
             torch.zeros(steps, num, dtype=torch.bool),
             torch.zeros(steps, num, dtype=torch.bool),
             torch.zeros(steps, num, observed),

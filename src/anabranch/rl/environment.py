@@ -20,6 +20,7 @@ from anabranch.config import Field, Part, configclass
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.machine import usable_cores
+from anabranch.own_code import own_module
 from anabranch.rl.network import Layout
 from anabranch.rl.policies import Actions
 
@@ -132,7 +133,8 @@ class Gymnasium(Environment, kind="gymnasium"):
         """Which environment.
 
         Attributes:
-            id: of gymnasium's registry: ``CartPole-v1``, or ``package:Name-v0``, which imports ``package`` first.
+            id: of gymnasium's registry: ``CartPole-v1``, or ``package:Name-v0``, which imports ``package`` first; that is installed,
+                or lies in the working folder.
             arguments: of ``gymnasium.make``.
             workers: processes that environments are spread over; what happens is the same, and slow ones take less time. 0 takes one for
                 each processor.
@@ -161,8 +163,12 @@ class Gymnasium(Environment, kind="gymnasium"):
         import gymnasium
 
         self.register()
+        package, colon, _ = self.config.id.partition(":")
         try:
-            return gymnasium.make(self.config.id, **self.config.arguments, **drawing)
+            if colon:
+                # One in the working folder as well, where gymnasium looks only if Python was started so.
+                own_module(package)
+            return in_numbers(gymnasium.make(self.config.id, **self.config.arguments, **drawing))
         except (gymnasium.error.Error, ImportError, TypeError, ValueError, AttributeError, KeyError) as error:
             raise ConfigError(f"environment.id is {self.config.id!r}: {_one_line(error)}") from None
 
@@ -185,8 +191,9 @@ def episode_seed(seed: int, environment: int, episode: int) -> int:
 def layout_of(observation_space: Any, action_space: Any) -> Layout:
     """What an agent needs to be for these spaces of gymnasium, of one environment.
 
-    Observations are boxes, flattened, or a dict of them: ``policy``, ``critic``, ``picture``. A picture is a box of three axes, channels
-    first or last, whichever are fewer; one that stands alone is one if its numbers are uint8. Raises ConfigError for any others.
+    Observations are boxes, flattened, as `in_numbers` makes them of others, or a dict of them: ``policy``, ``critic``, ``picture``. A
+    picture is a box of three axes, channels first or last, whichever are fewer; one that stands alone is one if its numbers are uint8.
+    Raises ConfigError for any others.
     """
     import gymnasium
 
@@ -220,10 +227,43 @@ def _actions_of(action_space: Any) -> Actions:
         if int(action_space.start) != 0:
             raise ConfigError(f"actions begin at {action_space.start}; they must begin at 0")
         return Actions(int(action_space.n))
+    if isinstance(action_space, spaces.MultiDiscrete | spaces.MultiBinary) and len(action_space.shape) == 1:
+        start = np.asarray(getattr(action_space, "start", 0))
+        if start.any():
+            raise ConfigError(f"actions begin at {start.tolist()}; they must begin at 0")
+        of_each = getattr(action_space, "nvec", np.full(action_space.shape, 2))
+        return Actions(several=tuple(int(choices) for choices in of_each))
     if isinstance(action_space, spaces.Box) and len(action_space.shape) == 1:
         low, high = (tuple(float(bound) for bound in side) for side in (action_space.low, action_space.high))
         return Actions(0, low, high)
-    raise ConfigError(f"actions are {action_space}; use a discrete space, or a box with one axis")
+    raise ConfigError(f"actions are {action_space}; use a discrete space, several of them, or a box with one axis")
+
+
+def in_numbers(env: Any) -> Any:
+    """An environment of gymnasium whose observations are a box, or a dict of `POLICY`, `PICTURE` and `CRITIC`.
+
+    Choices become numbers of which one is 1; tuples, and dicts with other names, one row of all that they hold. Raises ConfigError where
+    they hold what is no number.
+    """
+    import gymnasium
+
+    spaces, seen = gymnasium.spaces, env.observation_space
+    if isinstance(seen, spaces.Box) or (isinstance(seen, spaces.Dict) and set(seen.spaces) <= set(_PARTS)):
+        return env
+    for space in _leaves(seen):
+        if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+            raise ConfigError(
+                f"observations have a {type(space).__name__}, which is no row of numbers; wrap the environment"
+            )
+    return gymnasium.wrappers.FlattenObservation(env)
+
+
+def _leaves(space: Any) -> list[Any]:
+    """What a space is made of."""
+    inner = getattr(space, "spaces", None)
+    if inner is None:
+        return [space]
+    return [leaf for each in (inner.values() if isinstance(inner, Mapping) else inner) for leaf in _leaves(each)]
 
 
 def _size(space: Any) -> int:

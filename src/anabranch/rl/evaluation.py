@@ -103,14 +103,18 @@ def judge(
         raise ConfigError(f"episodes is {episodes}; use at least 1")
     owned = world is None
     if world is None:
-        # As many in each environment, so that few go on for nothing while others still play.
-        rounds = -(-episodes // (beside or _MOST_BESIDE))
-        world = environment.make(-(-episodes // rounds), seed=evaluation_seed(seed))
+        world = environment.make(num_beside(episodes, beside), seed=evaluation_seed(seed))
     try:
         return _played(model, world, episodes, on_step)
     finally:
         if owned:
             world.close()
+
+
+def num_beside(episodes: int, most: int | None = None) -> int:
+    """Environments side by side for so many episodes: as many in each, so that few go on for nothing while others still play."""
+    rounds = -(-episodes // (most or _MOST_BESIDE))
+    return -(-episodes // rounds)
 
 
 def evaluation_seed(seed: int) -> int:

@@ -13,7 +13,7 @@ from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.files import atomic_file
 from anabranch.rl.environment import Environment, Gymnasium, World
-from anabranch.rl.evaluation import evaluation_seed, judge
+from anabranch.rl.evaluation import evaluation_seed, judge, num_beside
 from anabranch.rl.network import ActorCritic
 
 __all__ = ["Film", "record"]
@@ -58,41 +58,50 @@ def record(
     seed: int = 0,
     every: int = 1,
     most: int = 500,
+    episode: int = 0,
+    episodes: int = 100,
     on_frame: Callable[[int], None] | None = None,
 ) -> Film:
-    """Draw the first episode of an evaluation.
+    """Draw an episode of an evaluation.
 
     Args:
         model: acts as in an evaluation.
         environment: where.
-        seed: of the episode's beginning.
+        seed: of the evaluation.
         every: steps between two frames.
         most: frames at most; the episode goes on without.
+        episode, episodes: number of it, from 0, among so many that `judge` plays.
         on_frame: told how many frames there are.
 
-    Raises ConfigError if the environment draws no pictures.
+    Raises ConfigError if the environment draws no pictures, or there is no such episode.
     """
     if every < 1 or most < 1:
         raise ConfigError(f"every is {every} and most {most}; both must be at least 1")
     drawing: dict[str, Any] = {"render_mode": "rgb_array"} if isinstance(environment, Gymnasium) else {}
-    world = environment.make(1, seed=evaluation_seed(seed), **drawing)
+    if not 0 <= episode < episodes:
+        raise ConfigError(f"episode is {episode}; an evaluation of {episodes} has 0 to {episodes - 1}")
+    num = num_beside(episodes)
+    before, place = divmod(episode, num)
+    world = environment.make(1, seed=evaluation_seed(seed), first=place, **drawing)
     frames: list[np.ndarray] = []
-    steps = 0
+    steps, ended_before = 0, 0
 
     def look(now: World, ended: int) -> None:
-        nonlocal steps
-        steps += 1
-        # After its end the next episode stands there already.
-        if not ended and steps % every == 0 and len(frames) < most:
+        nonlocal steps, ended_before
+        # In the step that ends an episode the next one begins.
+        is_within = ended_before == ended == before
+        ended_before = ended
+        steps += is_within
+        if is_within and steps % every == 0 and len(frames) < most:
             frames.append(np.ascontiguousarray(environment.frame(now), dtype=np.uint8))
             if on_frame is not None:
                 on_frame(len(frames))
 
     try:
-        found = judge(model, environment, episodes=1, seed=seed, on_step=look, world=world)
+        found = judge(model, environment, episodes=before + 1, seed=seed, on_step=look, world=world)
         if not frames:
             world.reset()
             frames.append(np.ascontiguousarray(environment.frame(world), dtype=np.uint8))
     finally:
         world.close()
-    return Film(frames, steps, float(found.return_E[0]))
+    return Film(frames, int(found.length_E[before]), float(found.return_E[before]))

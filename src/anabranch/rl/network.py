@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
+from anabranch.rl.averages import Averages
 from anabranch.rl.pictures import Pictures
 from anabranch.rl.policies import Actions, Kind, kind_of
 
@@ -71,8 +72,13 @@ class ActorCritic(nn.Module):
         activation: ``tanh`` or ``relu``.
         policy: ``categorical``, ``normal``, ``beta``, or ``auto``, see `kind_of`.
         scale: observations are divided by it, number by number but for a picture; empty for as they are.
+        normalized_clip: observations, but for a picture, are normalised by running averages, and cut off at so many deviations; None for as
+            they are.
 
-    Raises ConfigError if the policy's kind does not fit the actions, or ``scale`` the observations.
+    Attributes:
+        averages: of observations, which are taken in by `take_in` alone; None where they are not normalised.
+
+    Raises ConfigError if the policy's kind does not fit the actions, ``scale`` the observations, or both they and averages are asked for.
     """
 
     scale_D: Tensor
@@ -85,11 +91,17 @@ class ActorCritic(nn.Module):
         activation: Literal["tanh", "relu"] = "tanh",
         policy: str = "auto",
         scale: tuple[float, ...] = (),
+        normalized_clip: float | None = None,
     ) -> None:
         super().__init__()
         width = layout.num_observed + layout.num_private - layout.num_pictured
         if scale and (len(scale) != width or not all(value > 0 for value in scale)):
             raise ConfigError(f"observation_scale has {len(scale)} numbers; use {width} above 0, or none")
+        if scale and normalized_clip is not None:
+            raise ConfigError(
+                "normalize_observations makes deviations 1, whatever observation_scale says; leave one of them out"
+            )
+        self.averages = Averages(width, normalized_clip) if normalized_clip is not None and width else None
         # Features of a picture are as many as the first layer is wide.
         features = (hidden[0] if hidden else _FEATURES) if layout.picture else 0
         _check_size(width + features, hidden)
@@ -117,16 +129,37 @@ class ActorCritic(nn.Module):
         return self._acts(observation_BD), self._judges(observation_BD)
 
     def _acts(self, observation_BD: Tensor) -> Tensor:
-        scaled_BD = (observation_BD / self.scale_D)[:, : self.layout.num_observed]
+        scaled_BD = self._scaled(observation_BD)[:, : self.layout.num_observed]
         given = self.policy(self._looked(scaled_BD, self.policy_pictures) if self.layout.picture else scaled_BD)
         if self.kind.name != "normal":
             return given
         return torch.cat([given, self.log_deviation_A.expand_as(given)], dim=-1)
 
     def _judges(self, observation_BD: Tensor) -> Tensor:
-        scaled_BD = observation_BD / self.scale_D
+        scaled_BD = self._scaled(observation_BD)
         seen_BX = self._looked(scaled_BD, self.critic_pictures) if self.layout.picture else scaled_BD
         return self.critic(seen_BX).squeeze(-1)
+
+    def take_in(self, observation_BD: Tensor, rollout: int) -> None:
+        """Have the averages know what rollout number ``rollout`` saw; nothing where there are none, or they know it."""
+        if self.averages is not None:
+            self.averages.take_in(self._plain(observation_BD), rollout)
+
+    def _plain(self, observation_BD: Tensor) -> Tensor:
+        """Without the picture."""
+        if not self.layout.picture:
+            return observation_BD
+        end = self.layout.num_observed
+        return torch.cat([observation_BD[:, : end - self.layout.num_pictured], observation_BD[:, end:]], dim=1)
+
+    def _scaled(self, observation_BD: Tensor) -> Tensor:
+        """As networks see it."""
+        scaled_BD = observation_BD / self.scale_D
+        if self.averages is None:
+            return scaled_BD
+        plain_BD, end = self.averages(self._plain(scaled_BD)), self.layout.num_observed
+        begin = end - self.layout.num_pictured
+        return torch.cat([plain_BD[:, :begin], scaled_BD[:, begin:end], plain_BD[:, begin:]], dim=1)
 
     def _looked(self, scaled_BD: Tensor, pictures: nn.Module) -> Tensor:
         """With features in the place of the picture."""

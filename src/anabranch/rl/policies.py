@@ -5,6 +5,7 @@ again exactly, for ratios and for the divergence from it. Sampling takes noise t
 the same actions, whoever asks for which rows.
 
     Categorical     parameters are logits            Gumbel-max
+    Categoricals    several choices at once, each by logits of its own, independent of the others
     Normal          mean and log of the deviation     mean + deviation * noise; the environment gets it clipped
     Beta            alpha, beta = 1 + softplus(.)     two Gamma draws by Marsaglia and Tsang (2000), both >= 1, so the density has one peak
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from anabranch.errors import ConfigError
 
-__all__ = ["KINDS", "Actions", "Beta", "Categorical", "Distribution", "Kind", "Normal", "kind_of"]
+__all__ = ["KINDS", "Actions", "Beta", "Categorical", "Categoricals", "Distribution", "Kind", "Normal", "kind_of"]
 
 KINDS = ("categorical", "normal", "beta")
 # The support of Beta is closed here, so that log densities stay finite.
@@ -36,28 +37,37 @@ class Actions:
     """What may be done.
 
     Attributes:
-        choices: of a discrete action; 0 where it is a vector.
+        choices: of a discrete action; 0 where it is another.
+        several: choices of each part of an action that chooses several things at once; empty where it is another.
         low_A, high_A: least and largest value of each number of a vector; infinite where there is none.
     """
 
     choices: int = 0
     low_A: tuple[float, ...] = ()
     high_A: tuple[float, ...] = ()
+    several: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.choices > 0) == bool(self.low_A) or len(self.low_A) != len(self.high_A):
+        if (self.choices > 0) + bool(self.low_A) + bool(self.several) != 1 or len(self.low_A) != len(self.high_A):
             raise ConfigError(
                 f"choices is {self.choices}, with {len(self.low_A)} lower and {len(self.high_A)} upper bounds; an action is "
-                "one of some choices, or a vector with as many lower as upper bounds"
+                "one of some choices, several of these, or a vector with as many lower as upper bounds"
             )
+        if any(choices < 1 for choices in self.several):
+            raise ConfigError(f"several is {list(self.several)}; each needs at least one choice")
         wrong = [pair for pair in zip(self.low_A, self.high_A, strict=True) if not pair[0] < pair[1]]
         if wrong:
             raise ConfigError(f"an action may be from {wrong[0][0]} to {wrong[0][1]}, which is nothing")
 
     @property
     def is_discrete(self) -> bool:
-        """Whether an action is one of ``choices``."""
-        return self.choices > 0
+        """Whether an action is one of ``choices``, or several."""
+        return self.choices > 0 or bool(self.several)
+
+    @property
+    def num_choices(self) -> int:
+        """Of all its parts together; 0 for a vector."""
+        return self.choices or sum(self.several)
 
     @property
     def is_bounded(self) -> bool:
@@ -67,7 +77,14 @@ class Actions:
     @property
     def num_numbers(self) -> int:
         """A."""
-        return 1 if self.is_discrete else len(self.low_A)
+        return 1 if self.choices else len(self.several or self.low_A)
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"one of {self.choices} choices"
+        if self.several:
+            return f"one each of {', '.join(map(str, self.several))} choices"
+        return f"{len(self.low_A)} number{'s' * (len(self.low_A) != 1)}"
 
 
 class Distribution(Protocol):
@@ -121,6 +138,42 @@ class Categorical:
         """See `Distribution`."""
         assert isinstance(other, Categorical)
         return (self.log_prob_BE.exp() * (self.log_prob_BE - other.log_prob_BE)).sum(-1)
+
+
+class Categoricals:
+    """Several choices at once, independent of each other: logits ``[B, E]`` of all, one behind the other.
+
+    Args:
+        logit_BE: E = the sum of ``several``.
+        several: choices of each.
+    """
+
+    def __init__(self, logit_BE: Tensor, several: tuple[int, ...]) -> None:
+        self.several = several
+        self.parts = [Categorical(each) for each in logit_BE.split(several, dim=-1)]
+
+    def log_prob(self, action_BA: Tensor) -> Tensor:
+        """See `Distribution`."""
+        actions = action_BA.split(1, dim=-1)
+        return torch.stack([part.log_prob(each) for part, each in zip(self.parts, actions, strict=True)]).sum(0)
+
+    def entropy(self) -> Tensor:
+        """See `Distribution`."""
+        return torch.stack([part.entropy() for part in self.parts]).sum(0)
+
+    def mode(self) -> Tensor:
+        """See `Distribution`."""
+        return torch.cat([part.mode() for part in self.parts], dim=-1)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """See `Distribution`; ``noise`` is uniform, ``[B, E]``."""
+        noises = noise.split(self.several, dim=-1)
+        return torch.cat([part.sample(each) for part, each in zip(self.parts, noises, strict=True)], dim=-1)
+
+    def divergence(self, other: Distribution) -> Tensor:
+        """See `Distribution`."""
+        assert isinstance(other, Categoricals)
+        return torch.stack([one.divergence(two) for one, two in zip(self.parts, other.parts, strict=True)]).sum(0)
 
 
 class Normal:
@@ -235,7 +288,7 @@ class Kind:
         if name not in KINDS:
             raise ConfigError(f"policy is {name!r}; use one of {', '.join(KINDS)}")
         if (name == "categorical") != actions.is_discrete:
-            has = f"one of {actions.choices} choices" if actions.is_discrete else "a vector"
+            has = str(actions) if actions.is_discrete else "a vector"
             wanted = "categorical" if actions.is_discrete else "normal or beta"
             raise ConfigError(f"policy is {name!r}, and an action here is {has}; use {wanted}")
         if name == "beta" and not actions.is_bounded:
@@ -248,10 +301,12 @@ class Kind:
     @property
     def num_parameters(self) -> int:
         """P."""
-        return self.actions.choices if self.actions.is_discrete else 2 * self.actions.num_numbers
+        return self.actions.num_choices or 2 * self.actions.num_numbers
 
     def distribution(self, parameter_BP: Tensor) -> Distribution:
         """The distribution that has these parameters."""
+        if self.actions.several:
+            return Categoricals(parameter_BP, self.actions.several)
         if self.name == "categorical":
             return Categorical(parameter_BP)
         first_BA, second_BA = parameter_BP.chunk(2, dim=-1)
@@ -262,7 +317,7 @@ class Kind:
     def noise(self, generator: torch.Generator, rows: int) -> Tensor:
         """What `Distribution.sample` needs for so many rows, drawn on the CPU."""
         if self.name == "categorical":
-            return torch.rand(rows, self.actions.choices, generator=generator)
+            return torch.rand(rows, self.actions.num_choices, generator=generator)
         if self.name == "normal":
             return torch.randn(rows, self.actions.num_numbers, generator=generator)
         shape = (rows, self.actions.num_numbers, 2, _TRIES)
@@ -270,12 +325,12 @@ class Kind:
         return torch.stack([normal, torch.rand(*shape, generator=generator)], dim=-1)
 
     def to_environment(self, action_BA: Tensor) -> Tensor:
-        """An action as the environment takes it: whole numbers ``[B]``, or vectors ``[B, A]`` within its bounds.
+        """An action as the environment takes it: whole numbers ``[B]``, ``[B, A]`` where it is several, or vectors within bounds.
 
         A normal policy's -1 and 1 are the bounds, where there are both, and what lies beyond is clipped; a Beta policy's are 0 and 1.
         """
         if self.actions.is_discrete:
-            return action_BA.squeeze(-1).long()
+            return action_BA.long() if self.actions.several else action_BA.squeeze(-1).long()
         low_A, high_A = self._low_A.to(action_BA.device), self._high_A.to(action_BA.device)
         if self.name == "beta":
             return low_A + action_BA * (high_A - low_A)

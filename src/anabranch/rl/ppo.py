@@ -32,6 +32,7 @@ from anabranch.rl.network import ActorCritic
 from anabranch.rl.policies import Distribution
 from anabranch.rl.preemption import Stragglers
 from anabranch.rl.rollout import Rollouts
+from anabranch.rl.target_kl import TargetKL
 from anabranch.train import Losses, Task, TaskContext
 
 __all__ = ["PPO", "Clipped", "clipped_losses"]
@@ -125,6 +126,7 @@ class PPO(Task, kind="ppo"):
             gae_lambda: of the advantages, see `advantages`.
             bootstrap_truncated: count what would have followed an episode that was cut off.
             reward_scale: rewards are multiplied by it in learning; those that are told are the environment's own.
+            normalize_rewards: in learning they are divided by the running deviation of discounted returns; ``reward_scale`` is then 1.
             clip: epsilon of the ratio.
             clip_anneals: it falls to 0 in a line over the training.
             value_clip: of the critic's change, in units of scaled returns; None for none.
@@ -135,6 +137,13 @@ class PPO(Task, kind="ppo"):
             hidden: widths of the layers of policy and critic.
             activation: ``tanh`` or ``relu``.
             observation_scale: observations are divided by it, number by number; empty for as they are.
+            normalize_observations: they are normalised by running averages, which are part of the model, in the place of
+                ``observation_scale``; pictures are not.
+            normalized_clip: what is normalised is cut off at so much.
+            target_kl: once the policy has moved farther than this from the one that acted (mean KL divergence over the rollout, in nats),
+                ``on_target_kl`` happens; None for never.
+            on_target_kl: ``stop`` looks after each epoch, and learns no more from this rollout; ``halve`` looks after the last one, and
+                halves the learning rate for the rest of the run.
             preempt_share: in several processes: once so many of them have all their steps, the others stop; None lets all make all. What
                 is learned then depends on how quick they are.
             preempt_least: share of its steps that a process makes in any case.
@@ -149,6 +158,7 @@ class PPO(Task, kind="ppo"):
         gae_lambda: float = Field(default=0.95, ge=0, le=1)
         bootstrap_truncated: bool = True
         reward_scale: float = Field(default=1.0, gt=0)
+        normalize_rewards: bool = False
         clip: float = Field(default=0.2, gt=0)
         clip_anneals: bool = False
         value_clip: float | None = Field(default=None, gt=0)
@@ -159,9 +169,20 @@ class PPO(Task, kind="ppo"):
         hidden: tuple[Annotated[Size, Field(ge=1)], ...] = (64, 64)
         activation: Literal["tanh", "relu"] = "tanh"
         observation_scale: tuple[Annotated[float, Field(gt=0)], ...] = ()
+        normalize_observations: bool = False
+        normalized_clip: float = Field(default=10.0, gt=0)
+        target_kl: float | None = Field(default=None, gt=0)
+        on_target_kl: Literal["stop", "halve"] = "stop"
         preempt_share: float | None = Field(default=None, gt=0, le=1)
         preempt_least: float = Field(default=0.25, gt=0, le=1)
         eval_episodes: int = Field(default=20, ge=1)
+
+        def __post_init__(self) -> None:
+            if self.normalize_rewards and self.reward_scale != 1:
+                raise ConfigError(
+                    f"reward_scale is {self.reward_scale:g}, and normalize_rewards divides by the deviation of returns, whatever their "
+                    "scale; leave one of them out (reward_scale=1)"
+                )
 
         @property
         def collecting(self) -> Collecting:
@@ -175,6 +196,7 @@ class PPO(Task, kind="ppo"):
                 bootstrap_truncated=self.bootstrap_truncated,
                 reward_scale=self.reward_scale,
                 normalize=self.normalize_advantage,
+                reward_clip=self.normalized_clip if self.normalize_rewards else None,
             )
 
     config: Config
@@ -185,6 +207,7 @@ class PPO(Task, kind="ppo"):
         super().__init__(config, model=model)
         self.environment: Environment = config.environment.build()
         self.rollouts: Rollouts | None = None
+        self._kl = TargetKL(config.target_kl, config.on_target_kl, config.epochs)
 
     # What it learns
 
@@ -204,6 +227,7 @@ class PPO(Task, kind="ppo"):
             activation=config.activation,
             policy=config.policy,
             scale=config.observation_scale,
+            normalized_clip=config.normalized_clip if config.normalize_observations else None,
         )
 
     # From what
@@ -243,6 +267,11 @@ class PPO(Task, kind="ppo"):
         return self.config.eval_episodes
 
     # How
+
+    def before_step(self, step: int, fraction: float) -> None:
+        """Look how far the policy has moved where an epoch is over, and set the pace."""
+        assert self.rollouts is not None
+        self.pace = self._kl.pace(self.rollouts)
 
     def step(self, model: nn.Module, batch: Samples, context: TaskContext) -> Losses:
         """PPO's loss on a mini-batch, or a part of one."""
@@ -285,6 +314,7 @@ class PPO(Task, kind="ppo"):
             "training_length": rollout.mean_length,
             "explained_variance": rollout.explained_variance,
             "samples": float((rollout.number + 1) * self.config.collecting.num_samples),
+            **self._kl.told(),
         }
 
     def evaluate(self, model: nn.Module, data: int, context: TaskContext) -> dict[str, Any]:
@@ -293,6 +323,14 @@ class PPO(Task, kind="ppo"):
         return judge(model, self.environment, episodes=data, seed=context.settings.seed).measures()
 
     # What is kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """What came of the target of divergence."""
+        return self._kl.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with that."""
+        self._kl.load_state_dict(state)
 
     def save(self, folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """As `Task.save`, and the rollout."""

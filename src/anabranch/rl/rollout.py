@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,12 +27,13 @@ from anabranch.errors import CapacityError, CheckpointError, ConfigError, DataEr
 from anabranch.machine import room_bytes
 from anabranch.rl.acting import Actor, Collecting, Samples, generator_of
 from anabranch.rl.environment import Environment
+from anabranch.rl.network import ActorCritic
 from anabranch.rl.preemption import Stragglers
 
 __all__ = ["Rollout", "Rollouts", "normalised"]
 
 FILE = "rollout.safetensors"
-_WORLD = "world/"
+_WORLD, _RETURNS = "world/", "returns/"
 # Stands beside a rollout's number where a generator is seeded.
 _ORDER = 2
 
@@ -177,10 +179,39 @@ class Rollouts:
         return picked
 
     def _collect(self, number: int) -> None:
-        assert self.model is not None, "the policy must be given first"
-        played = self.actor.play(number, self.model)
+        model = self.model
+        assert isinstance(model, ActorCritic), "the policy must be given first"
+        # Averages of observations move between two rollouts, so that a policy is the one that acted until it learns.
+        if self.rollout is not None:
+            model.take_in(self.rollout.samples.observation_BD, self.rollout.number)
+        played = self.actor.play(number, model)
+        if number == 0:
+            # Nothing is known before; what is done then hangs little on what is seen.
+            model.take_in(played.samples.observation_BD, number)
         returns, lengths = (sum(values) for values in zip((0.0, 0), *played.ended, strict=True))
         self.rollout = Rollout(number, played.samples, len(played.ended), float(returns), float(lengths))
+
+    @property
+    def epochs_done(self) -> float:
+        """How often the rollout that is held was gone through; 0 where there is none."""
+        if self.rollout is None:
+            return 0.0
+        return (self.position - self.rollout.number * self._per_rollout) / self.collecting.num_samples
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """KL(policy that acted || policy now), a mean over the rollout in nats: the same in all processes, which share the work."""
+        model, rollout = self.model, self.rollout
+        assert isinstance(model, ActorCritic)
+        assert rollout is not None
+        samples = rollout.samples
+        own = slice(self.rank, None, self.world_size)
+        parameter_BP = model(samples.observation_BD[own].to(self.actor.device), "policy").cpu()
+        old, new = (model.kind.distribution(each_BP) for each_BP in (samples.parameter_BP[own], parameter_BP))
+        total = old.divergence(new).double().sum().to(self.actor.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return float(total) / len(samples.value_B)
 
     def _permutation(self, number: int, epoch: int, samples: int) -> Tensor:
         key = (number, epoch)
@@ -215,6 +246,8 @@ class Rollouts:
         tensors |= {
             _WORLD + name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in self.actor.state.items()
         }
+        if self.actor.returns is not None:
+            tensors |= {_RETURNS + name: tensor for name, tensor in self.actor.returns.state_dict().items()}
         save_file(tensors | {"rollout": torch.tensor(told, dtype=torch.float64)}, folder / FILE)
 
     def load(self, folder: Path) -> None:
@@ -226,8 +259,13 @@ class Rollouts:
             tensors = load_file(path)
             number, num_ended, sum_return, sum_length = tensors.pop("rollout").tolist()
             samples = Samples(*(tensors.pop(name) for name in Samples._fields))
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from None
+            returns = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_RETURNS)}
+            if self.actor.returns is not None:
+                self.actor.returns.load_state_dict(
+                    {name.removeprefix(_RETURNS): tensor for name, tensor in returns.items()}
+                )
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from None
         fewest = 1 if self.actor.stragglers is not None else self.collecting.num_samples
         if not all(fewest <= len(tensor) == len(samples.value_B) <= self.collecting.num_samples for tensor in samples):
             raise CheckpointError(
@@ -246,7 +284,7 @@ def _check_room(environment: Environment, collecting: Collecting) -> None:
     """Raise CapacityError where a rollout takes more memory than there is. Observations are held twice while it is made."""
     layout = environment.layout
     numbers = 2 * (layout.num_observed + layout.num_private) + 3 * max(
-        layout.actions.num_numbers, layout.actions.choices
+        layout.actions.num_numbers, layout.actions.num_choices
     )
     needed, room = 4 * (numbers + 8) * collecting.num_samples, room_bytes()
     if needed > room:

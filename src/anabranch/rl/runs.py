@@ -9,6 +9,7 @@ print(judge(agent.model, agent.task.environment).measures())
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from anabranch.config import override
 from anabranch.errors import CheckpointError, ConfigError, DataError
-from anabranch.rl.environment import Gymnasium
+from anabranch.rl.environment import Environment, Gymnasium
 from anabranch.rl.highway import Highway
 from anabranch.rl.laneworld import LaneWorld
 from anabranch.rl.network import ActorCritic
@@ -141,17 +142,64 @@ PRESETS: dict[str, Callable[[], Preset]] = {
 }
 
 
+# An id of gymnasium's: `Acrobot-v1`, `package:Name-v0`, `space/Name-v0`.
+_ID = re.compile(r"(?:[\w.]+:)?(?:[\w-]+/)?[\w.-]+-v\d+")
+
+
+def _any(environment: Environment.Config) -> Preset:
+    """Of an environment that nobody has looked for good settings for: those of CleanRL's scripts, by what is done and seen there."""
+    layout = environment.build().layout
+    if layout.picture:
+        config = PPO.Config(
+            environment=environment, num_envs=8, rollout_steps=128, clip=0.1, entropy_weight=0.01, hidden=(512,),
+            activation="relu", normalize_rewards=True,
+        )  # fmt: skip
+        return Preset(
+            config, 2.5e-4, 4, 1_000_000, "CleanRL's ppo_atari.py; running averages in the place of clipped rewards"
+        )
+    if layout.actions.is_discrete:
+        config = PPO.Config(
+            environment=environment, num_envs=4, rollout_steps=128, entropy_weight=0.01,
+            normalize_observations=True, normalize_rewards=True,
+        )  # fmt: skip
+        return Preset(config, 2.5e-4, 4, 500_000, "CleanRL's ppo.py, with running averages")
+    config = PPO.Config(
+        environment=environment, num_envs=8, rollout_steps=256, epochs=10,
+        normalize_observations=True, normalize_rewards=True,
+    )  # fmt: skip
+    return Preset(
+        config,
+        3e-4,
+        32,
+        1_000_000,
+        "CleanRL's ppo_continuous_action.py, from 8 environments; a Beta policy",
+    )
+
+
 # What learns in tokens, and has its trainings in `anabranch.rl.router_r1`.
 ROUTERS = ("router-r1", "router-r1-grpo")
 
 
-def preset(name: str) -> Preset:
-    """The preset of this name. Raises ConfigError, with the nearest name, for another."""
+def preset(name: str, environment: Mapping[str, Any] | None = None) -> Preset:
+    """The preset of this name, or of a gymnasium environment with this id.
+
+    ``environment`` has fields of it by dotted path, ``task.environment.arguments``, which decide what is seen and done there. Raises
+    ConfigError, with the nearest name, for another.
+    """
     if name in ROUTERS:
         raise ConfigError(f"{name!r} learns in tokens; train it with anabranch.rl.router_r1.router_training")
+    if name not in PRESETS and _ID.fullmatch(name):
+        made: Any = override(
+            TaskRunConfig(task=PPO.Config(environment=Gymnasium.Config(id=name))), dict(environment or {})
+        )
+        return _any(made.task.environment)
     if name not in PRESETS:
         near = difflib.get_close_matches(name, (*PRESETS, *ROUTERS), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(PRESETS)}"
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"use one of {', '.join(PRESETS)}, or the id of a gymnasium environment, such as Acrobot-v1"
+        )
         raise ConfigError(f"nothing called {name!r} is there to be learned; {hint}")
     return PRESETS[name]()
 
@@ -159,10 +207,10 @@ def preset(name: str) -> Preset:
 def training(
     name: str, *, samples: int | None = None, seed: int = 0, settings: Mapping[str, Any] | None = None
 ) -> TaskRunConfig:
-    """A run that learns ``cartpole``, ``pendulum``, ...
+    """A run that learns ``cartpole``, ``pendulum``, ..., or any environment of gymnasium: ``Acrobot-v1``.
 
     Args:
-        name: one of `PRESETS`.
+        name: one of `PRESETS`, or an id of gymnasium's.
         samples: steps of environments to learn from, at most: as many whole rollouts as there is room for. Where there is room for none,
             rollouts are made shorter. None for the preset's own number.
         seed: of everything random.
@@ -170,7 +218,8 @@ def training(
 
     Raises ConfigError for another name, a setting that cannot be, or where there are fewer samples than environments side by side.
     """
-    found, settings = preset(name), dict(settings or {})
+    settings = dict(settings or {})
+    found = preset(name, {path: value for path, value in settings.items() if path.startswith("task.environment.")})
     of_task = {path: value for path, value in settings.items() if path.startswith("task.")}
     config: Any = override(TaskRunConfig(task=found.config), of_task).task
     samples = found.samples if samples is None else samples

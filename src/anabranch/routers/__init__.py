@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Ranked,
         Recorded,
         Said,
+        Shown,
         Step,
         Strategy,
     )
@@ -57,6 +58,7 @@ __all__ = [
     "Ranked",
     "Recorded",
     "Said",
+    "Shown",
     "Step",
     "Strategy",
     "load_outcomes",

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from anabranch.errors import DataError
 from anabranch.routers.both_orders import TIE, of_both_orders
-from anabranch.routers.data.lines import read_lines
 from anabranch.routers.data.splits import question
 from anabranch.routers.wording import answer_form, is_same_answer, says
+from anabranch.text_lines import read_lines
 
 # A question, or the messages of a conversation whose next turn is asked for.
 Asked = str | Sequence[Mapping[str, Any]]

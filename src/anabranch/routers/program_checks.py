@@ -7,7 +7,7 @@ from typing import Any
 
 from anabranch.errors import AnabranchError, BackendError
 from anabranch.routers.contract.ask import Answered, Arm, Ask, Messages, Said
-from anabranch.routers.contract.program import Done, Event, Program, ProgramRequest, Step
+from anabranch.routers.contract.program import Done, Event, Program, ProgramRequest, Shown, Step
 from anabranch.routers.contract.query import Pool, Query
 
 # Seconds: with models that answer at once a run takes next to none.
@@ -81,10 +81,11 @@ def _check_events(events: list[Event], pool: Pool) -> None:
         _is(done is None, "it goes on after its end")
         if isinstance(event, Said):
             said += event.text
-        elif isinstance(event, Step):
-            _is(_is_json(event.facts), f"the facts of the step {event.name!r} are not ready for JSON")
+        elif isinstance(event, Shown | Step):
+            kind = type(event).__name__.lower()
+            _is(_is_json(event.facts), f"the facts of the {kind} {event.name!r} are not ready for JSON")
         else:
-            _is(isinstance(event, Done), f"it yields {type(event).__name__}; it may yield Said, Step and Done")
+            _is(isinstance(event, Done), f"it yields {type(event).__name__}; it may yield Said, Shown, Step and Done")
             done = event
     _is(bool(said) or done is not None, "it ends without an answer")
     if done is not None and done.message is not None:

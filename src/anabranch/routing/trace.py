@@ -108,7 +108,7 @@ class RoutingTrace:
         """
         path = Path(path)
         if not path.is_file():
-            raise DataError(f"there is no routing trace at {path}")
+            raise DataError(f"no routing trace at {path}")
         try:
             with pq.ParquetFile(path) as file:
                 known = layers_from_json((file.metadata.metadata or {}).get(METADATA_KEY), path)

@@ -1,5 +1,6 @@
 """`ServingConfig`: everything about an engine that can be said in a file or on a command line."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from anabranch.config import Config, Field, Repeats, Seed, Size, configclass
@@ -9,12 +10,29 @@ from anabranch.serving.core.client import EngineClient
 from anabranch.serving.core.kinds import most_new
 from anabranch.serving.depth import DepthConfig
 from anabranch.serving.experts import ExpertsConfig
+from anabranch.serving.rewiring import RewiringConfig
 from anabranch.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from anabranch.data.tokenizer import Tokenizer
     from anabranch.serving.engine.engine import Engine
 
+Quantize = Literal["auto", "none", "stored", "int8", "int4", "nf4"]
+
+# Does not go with ``context``.
+_OF_ONE_PROCESS = (
+    "memory",
+    "nano_batches",
+    "host_kv",
+    "expert_budget",
+    "experts",
+    "deterministic",
+    "max_depth",
+    "num_streams",
+    "depth",
+    "adapters",
+    "rewiring",
+)
 # Bytes of the key-value cache where nobody says.
 DEFAULT_KV = "1GiB"
 
@@ -35,7 +53,11 @@ class ServingConfig(Config):
         model: a path as `anabranch.lm.load_model` takes it.
         name: what the model is called; empty for the last part of the path.
         dtype: of weights, keys and values; ``auto`` is bfloat16 where the processor or device multiplies it, else float32.
-        quantize: weights of linear layers in fewer bits.
+        quantize: bits of linear layers and experts. ``stored`` keeps those of a GGUF file, of GPTQ and of AWQ where there are kernels for
+            them, and all else in floating point; ``none`` is floating point whatever is stored; ``int8`` and ``int4`` round what has more.
+            ``auto`` is ``stored`` on a CPU with kernels, unless ``dtype`` says of which type weights are: then, and elsewhere, it is
+            ``none``. A folder of ours that is saved in few bits stays in them. ``nf4`` is the base as adapters learned beside it
+            (QLoRA, `anabranch.nn.nf4`): linear layers alone, made anew in each step and so slower than all others.
         device: where it runs.
         threads: of one step; None leaves PyTorch's choice.
         memory: bytes for everything: the program, weights, adapters, keys and values, and what a step takes. ``quantize``,
@@ -79,12 +101,16 @@ class ServingConfig(Config):
         depth: routers that choose which blocks a request runs, see there. With them, ``max_depth`` is twice the model's blocks where nobody
             says less.
         adapters: that requests may use, see there.
+        context: keys and values are cut over so many processes, each with all weights, that `torch.distributed` has brought together
+            (torchrun): for contexts that none has room for. ``kv_memory`` is of each. The first schedules and answers, the others `follow`.
+        context_timeout_s: after which one of them that does not answer is given up, and the engine with it.
+        rewiring: of requests that ask for it, see there.
     """
 
     model: str = ""
     name: str = ""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantize: Literal["none", "int8", "int4"] = "none"
+    quantize: Quantize = "auto"
     device: str = "cpu"
     threads: Repeats | None = Field(default=None, ge=1)
     memory: str | None = None
@@ -115,6 +141,9 @@ class ServingConfig(Config):
     num_streams: Repeats | None = Field(default=None, ge=1)
     depth: DepthConfig = DepthConfig()
     adapters: AdaptersConfig = AdaptersConfig()
+    context: Repeats | None = Field(default=None, ge=1)
+    context_timeout_s: float = Field(default=60.0, gt=0)
+    rewiring: RewiringConfig = RewiringConfig()
 
     @property
     def is_async(self) -> bool:
@@ -144,6 +173,18 @@ class ServingConfig(Config):
             raise ConfigError("disk_kv is set, but host_kv is not; blocks reach the disk by way of main memory")
         self._check_experts()
         self._check_lookup()
+        self._check_rewiring()
+        self._check_nf4()
+        self._check_context()
+
+    def _check_context(self) -> None:
+        """What is of one process does not go with several."""
+        if self.context is None:
+            return
+        plain = ServingConfig()
+        for name in _OF_ONE_PROCESS:
+            if getattr(self, name) != getattr(plain, name):
+                raise ConfigError(f"context is {self.context}, but {name} is for one process; leave one of them out")
 
     def _check_experts(self) -> None:
         self.experts.check_budget(self.expert_budget is not None or self.memory is not None)
@@ -177,8 +218,47 @@ class ServingConfig(Config):
             if is_set:
                 raise ConfigError(f"prompt_lookup is {self.prompt_lookup}, which {why}; leave {name} out")
 
-    def planned(self) -> "ServingConfig":
+    def _check_nf4(self) -> None:
+        if self.quantize != "nf4":
+            return
+        for name, is_set in (("memory", self.memory is not None), ("expert_budget", self.expert_budget is not None)):
+            if is_set:
+                raise ConfigError(
+                    f"quantize is 'nf4', which keeps experts whole and in memory, and {name} is set; set quantize to int4, or leave {name} "
+                    "out"
+                )
+
+    def _check_rewiring(self) -> None:
+        if not self.rewiring.on:
+            return
+        others = {
+            "memory": (self.memory is not None, "it plans for no gradients"),
+            "expert_budget": (
+                self.expert_budget is not None,
+                "experts that come and go belong to the engine's own steps",
+            ),
+            "nano_batches": (self.nano_batches, "its operations know no routing of single requests"),
+            "prompt_lookup": (
+                bool(self.prompt_lookup),
+                "nothing is guessed in steps in which requests are routed otherwise",
+            ),
+            "num_streams": (
+                self.num_streams is not None,
+                "vectors are fitted with the streams that the model was saved with",
+            ),
+            "depth.skipper": (
+                self.depth.skipper is not None,
+                "requests are routed row by row, and it changes the rows",
+            ),
+        }
+        for name, (is_set, why) in others.items():
+            if is_set:
+                raise ConfigError(f"rewiring.on is set, which does not go with {name}: {why}; leave one of them out")
+
+    def planned(self, beside: int = 0) -> "ServingConfig":
         """With what ``memory`` means in its place, see `anabranch.serving.memory.plan_memory`; itself without it.
+
+        ``beside`` so many bytes of it are for something else.
 
         Raises CapacityError if the model does not fit, with the least that would do; ConfigError, CheckpointError or BackendError as that.
         """
@@ -186,7 +266,21 @@ class ServingConfig(Config):
             return self
         from anabranch.serving.memory import plan_memory
 
-        return plan_memory(self).check().config
+        return plan_memory(self, beside=beside).check().config
+
+    def found(self) -> "ServingConfig":
+        """With the very folder or file that ``model`` means, and of a training run, of which that is the newest checkpoint, its name.
+
+        Who loads by it, at any time and in any process, has the same model, whatever is written to the run meanwhile.
+
+        Raises CheckpointError if there is none.
+        """
+        from anabranch.lm.checkpoint import find_model
+
+        place = find_model(self.model)
+        if place == Path(self.model):
+            return self
+        return self.replace(model=str(place), name=self.name or Path(self.model).name or "model")
 
     def build(self, *args: Any, **kwargs: Any) -> EngineClient:
         """The engine's client, not started."""
@@ -194,7 +288,16 @@ class ServingConfig(Config):
         from anabranch.serving.engine.process import ProcessEngine
 
         kwargs.setdefault("watchdog_s", self.watchdog_s)
-        return (ProcessEngine if self.process else LocalEngine)(self.make_engine, *args, **kwargs)
+        # The process that torchrun has started is the one that is in the group.
+        is_apart = self.process and self.context is None
+        return (ProcessEngine if is_apart else LocalEngine)(self.make_engine, *args, **kwargs)
+
+    def follow(self) -> None:
+        """Load the model and run what the first of ``context`` processes says, until that ends; in every other process.
+
+        Raises PeerError where the first goes away without a word, and as `load`.
+        """
+        self.make_engine().runner.follow()
 
     def make_engine(self) -> "Engine":
         """Load the model and make the engine, in this thread."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -13,11 +13,17 @@ from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.checkpoint import find_model, load_config, load_model, quantization_of
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.quantized import load_quantized
+from anabranch.lm.quantized import load_quantized, makes_experts
 from anabranch.lm.quantized_form import check_scheme
-from anabranch.serving.config import ServingConfig
+from anabranch.lm.quantized_layers import Bits
+from anabranch.lm.seen_model import check_unchanged, see_model
+from anabranch.nn import kernels
+from anabranch.nn.nf4 import quantize_nf4
+from anabranch.serving.config import Quantize, ServingConfig
 from anabranch.serving.depth import DepthConfig
+from anabranch.serving.engine.cut import Cut
 from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.runner import ModelRunner
 from anabranch.serving.experts import ExpertsConfig
 from anabranch.sizes import parse_bytes
 
@@ -36,12 +42,14 @@ class Loaded:
         model: the decoder, in evaluation mode.
         tokenizer: of its folder; None if there is none.
         experts: what brings its experts where they have a budget; None where all are in memory.
+        quantize: what was asked of its bits, with ``auto`` settled.
         kv_memory: bytes that a plan of memory leaves for keys and values; None where nothing was planned.
     """
 
     model: Decoder
     tokenizer: Tokenizer | None
     experts: OffloadEngine | None = None
+    quantize: Quantize = "none"
     kv_memory: int | None = None
 
 
@@ -49,18 +57,27 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     """Load the model of ``config`` and make its engine; see `ServingConfig.load`."""
     if not config.model:
         raise ConfigError("model is ''; give the folder or file of a model")
+    # Once: a training run may have a newer checkpoint at any time.
+    config = config.found()
+    seen = see_model(config.model)
     config = config.planned()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     loaded = load_weights(
         config.model,
         dtype=dtype_of(config),
-        quantize=config.quantize,
+        quantize=quantize_of(config),
         device=config.device,
         expert_budget=config.expert_budget,
         experts=config.experts,
     )
-    return engine_of(loaded, config), loaded.tokenizer
+    engine = engine_of(loaded, config)
+    numbers = f"{dtype_of(config)} {loaded.quantize}"
+    engine.info = replace(engine.info, files=seen, numbers=numbers)
+    check_unchanged(seen, config.model)
+    if engine.runner.cut is not None:
+        engine.runner.cut.agree(f"{seen.content} {numbers}", config.model)
+    return engine, loaded.tokenizer
 
 
 def engine_of(loaded: Loaded, config: ServingConfig, *, most_positions: int | None = None) -> Engine:
@@ -69,7 +86,7 @@ def engine_of(loaded: Loaded, config: ServingConfig, *, most_positions: int | No
     ``most_positions`` is how far a request may go, also beyond what the model is meant for; None for that.
     """
     model, experts = loaded.model, loaded.experts
-    more: dict[str, Any] = {"takes_weights": True, **_nano_runner(model, config)}
+    more: dict[str, Any] = {"takes_weights": True, **_nano_runner(model, config), **_cut_runner(config)}
     if experts is not None:
         from anabranch.serving.expertflow.served import describe, paired
 
@@ -89,11 +106,18 @@ def _nano_runner(model: Decoder, config: ServingConfig) -> dict[str, Any]:
     return {} if pipeline is None else {"make_runner": partial(NanoRunner, pipeline=pipeline)}
 
 
+def _cut_runner(config: ServingConfig) -> dict[str, Any]:
+    """The argument of the engine that ``context`` means."""
+    if config.context is None:
+        return {}
+    return {"make_runner": partial(ModelRunner, cut=Cut(config.context, timeout_s=config.context_timeout_s))}
+
+
 def load_weights(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    quantize: Literal["none", "int8", "int4"] = "none",
+    quantize: Quantize = "none",
     device: str = "cpu",
     expert_budget: str | int | None = None,
     experts: ExpertsConfig = ExpertsConfig(),  # noqa: B008
@@ -103,33 +127,61 @@ def load_weights(
     Args:
         path: as `anabranch.lm.load_model` takes it.
         dtype: of the weights; None as they are stored.
-        quantize: see `ServingConfig`; a folder that is saved in the same bits may be named with them.
+        quantize: see `ServingConfig`; a folder that is saved in the same bits may be named with them. ``auto`` goes by ``device`` alone.
         device: where the model shall be.
         expert_budget: bytes of experts in memory; None for all.
         experts: how the others come and go.
 
     Raises CheckpointError, ConfigError or CapacityError if that cannot be.
     """
-    found = find_model(path)
-    saved = quantization_of(found)
-    if saved is not None and quantize != "none":
-        check_scheme(saved, quantize, None, found)
-    bits = None if quantize == "none" else quantize
+    found, quantize = find_model(path), settled(quantize, device)
+    bits = _bits(quantize, found)
+    if bits == "nf4":
+        if expert_budget is not None:
+            raise ConfigError(
+                "quantize is 'nf4', which keeps experts whole and in memory, and they have a budget; set quantize to int4, or leave the "
+                "budget out"
+            )
+        model, tokenizer = load_model(found, dtype=dtype, device=device)
+        quantize_nf4(model)
+        return Loaded(model, tokenizer, quantize=quantize)
     if expert_budget is None:
         if bits is None:
-            return Loaded(*load_model(path, dtype=dtype, device=device))
+            return Loaded(*load_model(found, dtype=dtype, device=device), quantize=quantize)
         # Blocks of a GGUF file are not rounded twice.
-        model, tokenizer = load_quantized(path, bits, dtype=dtype)
-        return Loaded(model.to(device), tokenizer)
+        model, tokenizer = load_quantized(found, bits, dtype=dtype)
+        return Loaded(model.to(device), tokenizer, quantize=quantize)
     # What it imports takes two seconds.
-    from anabranch.serving.expertflow import load_offloaded, offload
+    from anabranch.serving.expertflow import load_offloaded
     from anabranch.serving.expertflow.served import offload_options
 
-    options = offload_options(experts, path)
-    if found.is_dir() or bits is not None:
-        return Loaded(*load_offloaded(path, expert_budget, dtype=dtype, quantize=bits, device=device, **options))
-    model, tokenizer = load_model(path, dtype=dtype, device=device)
-    return Loaded(model, tokenizer, offload(model, expert_budget, tokenizer=tokenizer, **options))
+    options = offload_options(experts, found)
+    parts = load_offloaded(found, expert_budget, dtype=dtype, quantize=bits, device=device, **options)
+    return Loaded(*parts, quantize=quantize)
+
+
+def quantize_of(config: ServingConfig) -> Quantize:
+    """What ``quantize`` of a config means: anything but ``auto``."""
+    return settled(config.quantize, config.device, is_typed=config.dtype != "auto")
+
+
+def settled(quantize: Quantize, device: str, *, is_typed: bool = False) -> Quantize:
+    """What ``auto`` means on a ``device``, for weights of which a type is asked for or not; what else ``quantize`` may be as it is."""
+    if quantize != "auto":
+        return quantize
+    # Without kernels each pass would unpack all weights.
+    is_fast = str(device).partition(":")[0] == "cpu" and kernels.load() is not None
+    return "stored" if is_fast and not is_typed else "none"
+
+
+def _bits(quantize: Quantize, found: Path) -> Bits | Literal["nf4"] | None:
+    """The bits that a model is brought into; None for those it is loaded in. Raises ConfigError for a folder that is saved in others."""
+    saved = quantization_of(found)
+    if saved is not None and quantize in ("int8", "int4"):
+        check_scheme(saved, quantize, None, found)
+    if saved is not None and quantize == "nf4":
+        raise ConfigError(f"quantize is 'nf4', and {found} is saved in few bits already; leave it out")
+    return None if quantize == "none" or quantize == "auto" or saved is not None else quantize
 
 
 def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
@@ -137,10 +189,7 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
 
     Raises ConfigError, CheckpointError or DataError as that.
     """
-    found = find_model(config.model)
-    saved = quantization_of(found)
-    if saved is not None and config.quantize != "none":
-        check_scheme(saved, config.quantize, None, found)
+    bits = _bits(quantize_of(config), find_model(config.model))
     check_depth(config.depth, config.model)
     if config.adapters.load:
         from anabranch.serving.engine.adapter_reader import AdapterReader
@@ -150,16 +199,21 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
             reader.check(folder)
     if config.expert_budget is None:
         return
+    # A config with a budget of experts has no nf4.
+    bits = cast(Bits | None, bits)
     from anabranch.lm.outline import outline
-    from anabranch.serving.expertflow.expertflow import find_pools, tokenizer_fingerprint
-    from anabranch.serving.expertflow.policy import make_policy
+    from anabranch.serving.expertflow.expertflow import tokenizer_fingerprint
+    from anabranch.serving.expertflow.loading import check_drop_cache
+    from anabranch.serving.expertflow.pools import pools_of
     from anabranch.serving.expertflow.predictors import load_predictor
     from anabranch.serving.expertflow.served import offload_options
 
-    model = outline(config.model, bits=None if config.quantize == "none" else config.quantize, dtype=dtype_of(config))
-    pools, options = find_pools(model, config.model), offload_options(config.experts, config.model)
+    if makes_experts(find_model(config.model), bits):
+        check_drop_cache(config.experts.drop_cache, config.model)
+    model = outline(config.model, bits=bits, dtype=dtype_of(config))
+    pools, options = pools_of(model, config.model), offload_options(config.experts, config.model)
     if config.memory is None:
-        pools.layout.slots(parse_bytes(config.expert_budget), per_layer=make_policy(options["policy"]).per_layer)
+        pools.slots(parse_bytes(config.expert_budget), options["policy"])
     predictor = options["predictor"]
     if predictor is not None and Path(predictor).is_file():
         fingerprint = pools.fingerprint(tokenizer_fingerprint(tokenizer, model))

@@ -158,6 +158,27 @@ def _tensors(rows: Sequence[Mapping[str, str]], tokenizer: Any) -> tuple[Tensor,
     return token_NL, target_NL
 
 
+def kept_folder(told: Sequence[Any], make: Callable[[Path], Path]) -> Path:
+    """What ``make`` left in the folder it is given, made once on a machine for all who tell the same.
+
+    Args:
+        told: what it depends on, JSON-ready, beside versions and this file.
+        make: gives the folder that matters, in the one it is given. Whoever comes second waits.
+    """
+    own = [*told, __version__, torch.__version__, sha256_of(Path(__file__))]
+    name = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    place = cache_folder() / "adapter_bench" / name
+    place.mkdir(parents=True, exist_ok=True)
+    with locked(place / "lock", wait_s=math.inf):
+        told_in = place / "base.json"
+        if not told_in.is_file():
+            # What a killed process left is no base.
+            shutil.rmtree(place / "run", ignore_errors=True)
+            made = make(place / "run")
+            atomic_write_json(told_in, {"folder": str(made.relative_to(place))})
+        return place / json.loads(told_in.read_text("utf-8"))["folder"]
+
+
 @dataclass(frozen=True)
 class Bench:
     """The base of a size, in a folder.
@@ -176,18 +197,7 @@ class Bench:
 
         Its place says what it depends on: the size, versions, and this file. Whoever comes second waits.
         """
-        told = [to_dict(size), __version__, torch.__version__, sha256_of(Path(__file__))]
-        name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-        place = cache_folder() / "adapter_bench" / name
-        place.mkdir(parents=True, exist_ok=True)
-        with locked(place / "lock", wait_s=math.inf):
-            told_in = place / "base.json"
-            if not told_in.is_file():
-                # What a killed process left is no base.
-                shutil.rmtree(place / "run", ignore_errors=True)
-                made = cls.make(place / "run", size)
-                atomic_write_json(told_in, {"folder": str(made.folder.relative_to(place))})
-            return cls(place / json.loads(told_in.read_text("utf-8"))["folder"], size)
+        return cls(kept_folder([to_dict(size)], lambda folder: cls.make(folder, size).folder), size)
 
     @classmethod
     def make(cls, folder: Path, size: BenchSize) -> "Bench":

@@ -17,6 +17,7 @@ Arms:
     shaped-256, shaped-2048, shaped-16384    Roach's reward
     no-factors                               simple-2048 without soft factors: progress, and the hint
     no-hint                                  simple-2048 without the hint at the end
+    gamma-0.95, gamma-0.98, gamma-0.999      simple-2048 with another discount than 0.99 of a tenth of a second
 
 The rule, fixed before any run. PRIMARY: at 16,384 the driving score of the simple reward is more than 10 points above that of the shaped
 one. A claim is about a paired difference over seeds, ours - baseline - margin; it holds where that is above 0 by a two-sided paired t-test
@@ -55,6 +56,9 @@ ARMS = {
     "shaped-16384": "of 16,384",
     "no-factors": "simple-2048 without soft factors",
     "no-hint": "simple-2048 without the hint",
+    "gamma-0.95": "simple-2048 with a discount of 0.95: 2 seconds",
+    "gamma-0.98": "of 0.98: 5 seconds",
+    "gamma-0.999": "of 0.999: 100 seconds",
 }
 # Worlds side by side: more for larger batches, so that a rollout is not all of one stretch of road.
 _WORLDS = {256: 64, 2048: 128, 16384: 256}
@@ -98,10 +102,12 @@ def run_of(arm: str, size: Size) -> TaskRunConfig:
     worlds = max(_WORLDS[mini_batch] // size.shrink, 1)
     rollout = max(_BATCHES * mini_batch // size.shrink, _BATCHES * worlds)
     world = size.world.replace(shaped=reward == "shaped", reward=_reward(arm))
+    discount = {"task.gamma": float(batch)} if reward == "gamma" else {}
     return training(
         "laneworld",
         samples=size.samples,
         settings={
+            **discount,
             "task.environment": to_dict(LaneWorld.Config(world=world)),
             "task.num_envs": worlds,
             "task.rollout_steps": rollout // worlds,

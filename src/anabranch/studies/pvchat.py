@@ -62,6 +62,7 @@ from anabranch.errors import DataError
 from anabranch.files import sha256_of
 from anabranch.heads.config import HeadRouting
 from anabranch.heads.pvchat import (
+    Learned,
     Learning,
     OneShotSet,
     Pretraining,
@@ -345,7 +346,7 @@ def _of_twenty(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
         progress(f"run {number + 1} of {len(trials)}")
         with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
             made = ways(base, trial, bank, folder, learning, clips=runs.clips, device="cpu")
-        if made is None:
+        if isinstance(made, Learned):
             raise KeyboardInterrupt
         found.append(made)
     return {

@@ -4,17 +4,20 @@ Wang et al. 2022, "Super-NaturalInstructions", arXiv 2204.07705. Rows were typed
 """
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from anabranch.adapters.adapt.rows import Row, read_rows
 from anabranch.data.reading import read_bytes
 from anabranch.files import parse_json, sha256_of
 from anabranch.places import data_file
 
-__all__ = ["FILE", "categories", "definitions", "digest", "rows_of", "some_tasks", "write_task"]
+__all__ = ["FILE", "categories", "definitions", "digest", "rows_for_seed", "rows_of", "some_tasks", "write_task"]
 
 FILE = "qa/superni_tasks.jsonl.gz"
 _WHERE = "allenai/natural-instructions"
@@ -39,6 +42,22 @@ def rows_of(task: str, split: str) -> list[Row]:
     """Of one task: those to learn (``train``, with the two examples), or the held-out ones (``test``)."""
     wanted = ("train", "example") if split == "train" else (split,)
     return [row for _, row in _all() if row.task == task and row.split in wanted]
+
+
+def rows_for_seed(task: str, split: str, count: int, seed: int) -> list[Row]:
+    """``count`` rows of one task, others for each seed: the next ones of an order of all, behind whose end another order begins.
+
+    So seeds 0, 1, ... have rows apart until all are had, and then such as another draw puts together; what is paired by seed is of the
+    same rows. All rows where there are no more.
+    """
+    rows, found = rows_of(task, split), list[int]()
+    place = seed * count
+    while len(found) < min(count, len(rows)):
+        turn, at = divmod(place, len(rows))
+        order = np.random.default_rng([zlib.crc32(task.encode()), len(rows), turn]).permutation(len(rows))
+        found += [int(order[at])] if order[at] not in found else []
+        place += 1
+    return [rows[number] for number in found]
 
 
 def categories() -> Mapping[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from anabranch.test_time.controller import Allowance, BudgetController, Reason
 from anabranch.test_time.costs import CostModel, ParallelCost, SequentialCost, best_mix
 from anabranch.test_time.curves import TTSPM, BetaTTSPM, Curve
 from anabranch.test_time.fitting import fit_many
-from anabranch.test_time.hits import hit_at, hit_curve, survival_curve, vote_curve
+from anabranch.test_time.hits import ends_at_first, first_counts, hit_at, hit_curve, survival_curve, vote_curve
 from anabranch.test_time.priors import Priors
 from anabranch.test_time.runners import History, Sample, Sampled, mixed, parallel, sequential
 from anabranch.test_time.selectors import best_judged, first_verified, logprob_weighted, majority
@@ -53,6 +53,8 @@ __all__ = [
     "best_judged",
     "best_mix",
     "effective_samples",
+    "ends_at_first",
+    "first_counts",
     "first_verified",
     "fit_many",
     "gsm8k_answer",

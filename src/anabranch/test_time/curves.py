@@ -23,6 +23,7 @@ import numpy as np
 
 from anabranch.bounds import LARGEST_INT, finite, shown, whole
 from anabranch.errors import InputError
+from anabranch.test_time.alike import Alike
 from anabranch.test_time.figures import (
     LEAST,
     count,
@@ -33,7 +34,15 @@ from anabranch.test_time.figures import (
     share,
     whole_back,
 )
-from anabranch.test_time.fitting import MIXED, SINGLE, Family, Observed, fit_family, observed
+from anabranch.test_time.fitting import (
+    MIXED,
+    SINGLE,
+    Family,
+    Observed,
+    fit_family,
+    observed,
+    unknown_questions,
+)
 
 Kind = Literal["parallel", "sequential"]
 
@@ -82,6 +91,16 @@ class Curve:
     def f_max(self) -> Any:
         """See the class."""
         return given_back(self._f_max)
+
+    @property
+    def observed(self) -> np.ndarray | None:
+        """Shares with 1 to N samples that it was fitted to, float64 ``[N]``; None for parameters that were given."""
+        return None if self._seen is None else self._seen.curve_N
+
+    @property
+    def all_same(self) -> int | None:
+        """0 or 1 where no outcome that it was fitted to was another, so that they tell bounds and no curve; None otherwise."""
+        return None if self._seen is None else self._seen.all_same
 
     def __repr__(self) -> str:
         if not self.is_fitted:
@@ -205,11 +224,13 @@ class Curve:
         """Find the parameters by weighted least squares, from many starts, and give back the curve itself.
 
         Weights are one over the variance of a share, F (1 - F) / Q. Nothing but zeros has no maximum that could be told: it is given
-        p = 1e-12 (a mean of 1e-12) below a ceiling of 1. Nothing but ones is p = 1 (a mean within 1e-12 of it), f_max = 1.
+        p = 1e-12 (a mean of 1e-12) below a ceiling of 1. Nothing but ones is p = 1 (a mean within 1e-12 of it), f_max = 1. `all_same` says
+        of both that these stand for bounds alone.
 
         Args:
             data: shares ``[N]`` solved with 1 to N samples, or outcomes ``[Q, M]`` of 0 and 1: samples in any order, or rounds in theirs.
-                Of samples the curve is the unbiased Hit@n; of rounds, the share that was right in one of the first n.
+                Of samples the curve is the unbiased Hit@n; of rounds, the share that was right in one of the first n. A list of rows of
+                different lengths is read up to the shortest.
             f_max: ceiling that is known; None to find it too, unless the curve was made with one and nothing else.
             up_to: points to fit to; None for all.
             num_questions: behind shares, for their weights and for `interval`; None if not known.
@@ -233,8 +254,9 @@ class Curve:
     ) -> dict[str, tuple[float, float]]:
         """From where to where each parameter may lie, by a bootstrap over questions.
 
-        Where all outcomes are the same a bootstrap tells nothing: then the exact bound for that many draws without an exception is given
-        (for samples that are independent). Of shares whose number of questions is known, the questions are drawn from the fitted curve.
+        Where all outcomes are the same a bootstrap tells nothing: then the exact bounds of that many draws or questions without an
+        exception are given (`anabranch.test_time.alike`), from 0 to 1 or to infinity for what they do not bound. Of shares whose number of
+        questions is known, the questions are drawn from the fitted curve.
 
         Args:
             level: share of such intervals that hold the truth.
@@ -245,28 +267,50 @@ class Curve:
         Raises InputError for a curve that was not fitted, or to shares of nobody knows how many questions.
         """
         level = finite("level", level, 0.0, 1.0)
-        resamples, seed = whole("resamples", resamples, 10, 100_000), whole("seed", seed, 0)
         eps = None if eps is None else float(positive("eps", eps))
-        if self._seen is None:
-            raise InputError("interval needs a curve that was fitted; call fit first")
-        drawn = self._seen.resampled(self.value, resamples, np.random.default_rng(seed))
-        found, ceiling = fit_family(drawn, self.family, self._seen.num_questions, self._fitted_fixed)
+        if self.all_same is not None:
+            alike = self._alike(1 - level)
+            return alike.parameters(self.names) | ({} if eps is None else {"saturation": alike.stop(eps)})
+        found, ceiling = self._resampled(resamples, seed)
+        assert self._seen is not None
         tail = 100 * (1 - level) / 2
         columns = {"f_max": ceiling, **dict(zip(self.names, found.T, strict=True))}
         told = {name: tuple(map(float, np.percentile(of, [tail, 100 - tail]))) for name, of in columns.items()}
-        same = self._seen.all_same
-        if same is not None:
-            told |= self._bounds_of_same(same, 1 - level)
         if eps is not None:
             many = self._with(ceiling, found)
             told["saturation"] = tuple(map(float, np.percentile(many.saturation(eps), [tail, 100 - tail])))
         return told  # type: ignore[return-value]
 
-    def _bounds_of_same(self, outcome: int, tail: float) -> dict[str, tuple[float, float]]:
-        """Of the first parameter, where none of so many draws was another: (1 - p)^draws = tail."""
-        assert self._seen is not None
-        edge = tail ** (1 / self._seen.num_draws)
-        return {self.names[0]: (LEAST, 1 - edge) if outcome == 0 else (edge, 1.0)}
+    def band(
+        self, n: Any, level: float = 0.95, *, resamples: int = 400, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """From where to where the share solved with ``n`` samples may lie: float64 ``[N]`` each. Arguments and errors as `interval`."""
+        level, n_N = finite("level", level, 0.0, 1.0), np.atleast_1d(count("n", n))
+        if self.all_same is not None:
+            return self._alike(1 - level).band(n_N)
+        found, ceiling = self._resampled(resamples, seed)
+        tail = 100 * (1 - level) / 2
+        low_N, high_N = np.percentile(
+            self._with(ceiling[:, None], found[:, None]).value(n_N), [tail, 100 - tail], axis=0
+        )
+        return low_N, high_N
+
+    def _resampled(self, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Parameters ``[R, K]`` and ceilings ``[R]`` of what was seen, drawn again."""
+        resamples, seed = whole("resamples", resamples, 10, 100_000), whole("seed", seed, 0)
+        if self._seen is None:
+            raise InputError("an interval needs a curve that was fitted; call fit first")
+        drawn = self._seen.resampled(self.value, resamples, np.random.default_rng(seed))
+        return fit_family(drawn, self.family, self._seen.num_questions, self._fitted_fixed)
+
+    def _alike(self, tail: float) -> Alike:
+        """Of outcomes that are all the same."""
+        seen = self._seen
+        assert seen is not None
+        assert seen.all_same is not None
+        if seen.num_questions is None:
+            raise unknown_questions()
+        return Alike(seen.all_same, seen.num_questions, seen.num_points, seen.num_draws, self._fitted_fixed, tail)
 
     def _with(self, f_max: np.ndarray, parameters: np.ndarray) -> Self:
         """Many curves in one."""
@@ -326,7 +370,7 @@ class TTSPM(Curve):
         self._p = np.asarray(parameters[0])
 
     def _with(self, f_max: np.ndarray, parameters: np.ndarray) -> Self:
-        return type(self)(self.kind, f_max, parameters[:, 0])
+        return type(self)(self.kind, f_max, parameters[..., 0])
 
 
 class BetaTTSPM(Curve):
@@ -391,4 +435,4 @@ class BetaTTSPM(Curve):
         self._a, self._b = np.asarray(parameters[1]), np.asarray(parameters[2])
 
     def _with(self, f_max: np.ndarray, parameters: np.ndarray) -> Self:
-        return type(self)(f_max, parameters[:, 1], parameters[:, 2], self.kind)
+        return type(self)(f_max, parameters[..., 1], parameters[..., 2], self.kind)

@@ -52,6 +52,11 @@ def positive(name: str, value: Any, most: float = np.inf) -> np.ndarray:
     return array
 
 
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e^-x) without overflow."""
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
 def count(name: str, value: Any, least: int = 0) -> np.ndarray:
     """Whole numbers, as float64. Raises InputError."""
     array = numbers(name, value)

@@ -5,7 +5,7 @@ searched: over a grid of starts, and from the best of them by damped Gauss-Newto
 """
 # Shapes: C curves, N points of each, G starts, T parameters of a form, Q questions, M samples, R resamples
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ import numpy as np
 
 from anabranch.bounds import shown, whole
 from anabranch.errors import InputError
-from anabranch.test_time.figures import LEAST, numbers, refuse, share
+from anabranch.test_time.figures import LEAST, numbers, refuse, share, sigmoid
 from anabranch.test_time.hits import hit_curve, outcomes_of
+from anabranch.test_time.likeliest import likeliest
 
 # Questions that shares are taken to be of, for their weights, where nobody says.
 USUAL_QUESTIONS = 100.0
@@ -45,10 +46,6 @@ class Family:
     of_ones: tuple[float, ...]
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -x))
-
-
 def _single_form(theta: np.ndarray, num_points: int) -> np.ndarray:
     """1 - (1 - p)^n with p = sigmoid(theta)."""
     return -np.expm1(-np.logaddexp(0, theta) * np.arange(1, num_points + 1))
@@ -62,7 +59,7 @@ def _mixed_form(theta: np.ndarray, num_points: int) -> np.ndarray:
 
 def _shapes(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     total = np.exp(theta[..., 1])
-    return total * _sigmoid(theta[..., 0]), total * _sigmoid(-theta[..., 0])
+    return total * sigmoid(theta[..., 0]), total * sigmoid(-theta[..., 0])
 
 
 def _mixed_natural(theta: np.ndarray) -> np.ndarray:
@@ -75,7 +72,7 @@ SINGLE = Family(
     start_GT=np.linspace(-16, 12, 57)[:, None],
     bound_T2=np.array([[-27.6, 30.0]]),
     form=_single_form,
-    natural=_sigmoid,
+    natural=sigmoid,
     of_zeros=(LEAST,),
     of_ones=(1.0,),
 )
@@ -115,9 +112,7 @@ class Observed:
     def resampled(self, value: Callable[[Any], Any], resamples: int, rng: np.random.Generator) -> np.ndarray:
         """Curves of as many questions, drawn again: float64 ``[R, N]``. ``value`` is the fitted curve, where only shares are known."""
         if self.num_questions is None:
-            raise InputError(
-                "the curve was fitted to shares of nobody knows how many questions; say num_questions, or fit to outcomes"
-            )
+            raise unknown_questions()
         num = self.num_questions
         if self.row_QN is not None:
             return rng.multinomial(num, np.full(num, 1 / num), size=resamples) @ self.row_QN / num
@@ -127,14 +122,38 @@ class Observed:
         return np.cumsum(drawn[:, :-1], axis=1) / num
 
 
+def unknown_questions() -> InputError:
+    """The error for an interval of shares alone."""
+    return InputError(
+        "the curve was fitted to shares of nobody knows how many questions; say num_questions, or fit to outcomes"
+    )
+
+
 def observed(data: Any, kind: str, *, up_to: int | None = None, num_questions: int | None = None) -> Observed:
-    """Shares ``[N]``, or outcomes ``[Q, M]``, as what can be fitted to. Raises InputError."""
+    """Shares ``[N]``, or outcomes ``[Q, M]``, be M another for each question, as what can be fitted to. Raises InputError."""
+    if isinstance(data, list | tuple) and len({len(row) if np.ndim(row) == 1 else None for row in data}) > 1:
+        return _of_rows(data, kind, up_to, num_questions)
     array = numbers("data", data)
     if array.ndim == 1:
         return _of_shares(array, up_to, num_questions)
     if num_questions is not None:
         raise InputError("num_questions is for shares; outcomes [questions, samples] tell it themselves")
-    is_right_QM = outcomes_of("data", array)
+    return _of_outcomes(outcomes_of("data", array), kind, up_to)
+
+
+def _of_rows(rows: Sequence[Any], kind: str, up_to: int | None, num_questions: int | None) -> Observed:
+    """Of questions with different numbers of samples: each says of as many as the least have, without bias."""
+    if num_questions is not None:
+        raise InputError("num_questions is for shares; outcomes tell it themselves")
+    checked = [outcomes_of(f"data[{place}]", [row]) for place, row in enumerate(rows)]
+    most = _points(min(row_1M.shape[1] for row_1M in checked), up_to)
+    parts = [_of_outcomes(row_1M, kind, most) for row_1M in checked]
+    row_QN = np.stack([one.curve_N for one in parts])
+    same = parts[0].all_same if len({one.all_same for one in parts}) == 1 else None
+    return Observed(row_QN.mean(0), row_QN, len(row_QN), sum(one.num_draws for one in parts), same)
+
+
+def _of_outcomes(is_right_QM: np.ndarray, kind: str, up_to: int | None) -> Observed:
     most = _points(is_right_QM.shape[1], up_to)
     if kind == "parallel":
         row_QN = hit_curve(is_right_QM.sum(1), is_right_QM.shape[1], most)
@@ -250,32 +269,13 @@ def fit_counts(solved_N: np.ndarray, tried_N: np.ndarray) -> tuple[float, float,
         solved_N: questions whose n-th sample was their first right one; may be weighed.
         tried_N: questions whose n-th sample was looked at.
     """
-    here = _COUNT_STARTS[_likelihood(_COUNT_STARTS, solved_N, tried_N).argmax()]
-    step = np.array([0.05, 0.5, 0.5])
-    low, high = _COUNT_BOUND_32.T
-    for _ in range(_SEARCHES):
-        near = np.clip(here + _NEIGHBOURS * step, low, high)
-        found = _likelihood(near, solved_N, tried_N)
-        # Where a parabola through them is highest, which follows a ridge that none of them lies on.
-        peak = np.clip(here + _peak(found) * step, low, high)[None]
-        near, found = np.concatenate([near, peak]), np.append(found, _likelihood(peak, solved_N, tried_N))
-        at = int(found.argmax())
-        if at == _CENTRE or found[at] <= found[_CENTRE] + 1e-9:
-            step = step / 4
-            if step[0] < 1e-5:
-                break
-        here = near[at]
+
+    def likelihood(theta_G3: np.ndarray) -> np.ndarray:
+        return _likelihood(theta_G3, solved_N, tried_N)
+
+    here = likeliest(likelihood, _COUNT_STARTS, _COUNT_BOUND_32, step_3=np.array([0.05, 0.5, 0.5]))
     a, b = _shapes(here[1:])
     return float(here[0]), float(a), float(b)
-
-
-def _peak(found: np.ndarray) -> np.ndarray:
-    """In steps from the middle, where the parabola through twenty-seven values is highest; where it has no top, nowhere."""
-    _, *slope, xx, yy, zz, xy, xz, yz = _PARABOLA @ found
-    curvature = np.array([[2 * xx, xy, xz], [xy, 2 * yy, yz], [xz, yz, 2 * zz]])
-    if np.linalg.eigvalsh(curvature).max() >= 0:
-        return np.zeros(3)
-    return np.clip(-np.linalg.solve(curvature, slope), -8.0, 8.0)
 
 
 def _likelihood(theta: np.ndarray, solved_N: np.ndarray, tried_N: np.ndarray) -> np.ndarray:
@@ -294,15 +294,10 @@ def _likelihood(theta: np.ndarray, solved_N: np.ndarray, tried_N: np.ndarray) ->
     return of_solved @ solved_N + of_failed @ (tried_N - solved_N)
 
 
-_SEARCHES = 60
 _COUNT_BOUND_32 = np.array([[1e-3, 1.0], [-20.0, 20.0], [-5.0, 12.0]])
 _COUNT_STARTS = np.stack(
     np.meshgrid([0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0], np.linspace(-8, 6, 15), np.linspace(-2, 7, 7), indexing="ij"), -1
 ).reshape(-1, 3)
-_NEIGHBOURS = np.stack(np.meshgrid(*[[-1.0, 0.0, 1.0]] * 3, indexing="ij"), -1).reshape(-1, 3)
-_CENTRE = 13
-_X, _Y, _Z = _NEIGHBOURS.T
-_PARABOLA = np.linalg.pinv(np.stack([np.ones(27), _X, _Y, _Z, _X**2, _Y**2, _Z**2, _X * _Y, _X * _Z, _Y * _Z], axis=1))
 
 
 def _best_start(y_CN: np.ndarray, weight_CN: np.ndarray, family: Family, fixed: float | None) -> np.ndarray:

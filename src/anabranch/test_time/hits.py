@@ -1,6 +1,7 @@
 """Observed curves: shares of questions that at least one of n samples solved, without bias; and what a vote of n would have given."""
 # Shapes: Q questions, M samples of each, N points of a curve
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,34 @@ def outcomes_of(name: str, data: Any) -> np.ndarray:
         )
     refuse(name, array, (array != 0) & (array != 1), "0 or 1")
     return array == 1
+
+
+def first_counts(correct_Q: Any, samples_Q: Any, most: int) -> np.ndarray:
+    """At which sample questions are solved first, on average over all orders of their samples, float64 ``[2, N]``: solved, tried.
+
+    Of a question with k right ones of m, an n-th sample is looked at where n - 1 without putting back hold none,
+    C(m - k, n - 1) / C(m, n - 1), and then solves it with k / (m - n + 1). What one order says is that in one draw.
+
+    Args:
+        correct_Q, samples_Q: of each question; numbers of samples may differ.
+        most: N.
+    """
+    k_Q, m_Q = np.broadcast_arrays(count("correct_Q", correct_Q), count("samples_Q", samples_Q, 1))
+    refuse("correct_Q", k_Q, k_Q > m_Q, "at most the number of samples")
+    at = np.arange(whole("most", most, 1))
+    left_QN = np.maximum(m_Q[..., None] - at, 0.0)
+    failed_QN = np.cumprod(np.maximum(left_QN - k_Q[..., None], 0.0) / np.maximum(left_QN, 1.0), axis=-1)
+    tried_QN = np.where(left_QN > 0, np.concatenate([np.ones((*m_Q.shape, 1)), failed_QN[..., :-1]], axis=-1), 0.0)
+    solved_QN = tried_QN * np.minimum(k_Q[..., None] / np.maximum(left_QN, 1.0), 1.0)
+    return np.stack([solved_QN.sum(0), tried_QN.sum(0)])
+
+
+def ends_at_first(rows: Sequence[Sequence[bool]]) -> bool:
+    """Whether questions were drawn for until a sample was right: numbers differ, and none has a sample behind its first right one.
+
+    Then the order of samples tells something, and how many there are does too.
+    """
+    return len({len(row) for row in rows}) > 1 and not any(any(row[:-1]) for row in rows)
 
 
 def survival_curve(solved_N: Any, tried_N: Any) -> np.ndarray:

@@ -17,6 +17,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.test_time.curves import BetaTTSPM, Curve, Kind
 from anabranch.test_time.figures import numbers
 from anabranch.test_time.fitting import fit_counts
+from anabranch.test_time.hits import first_counts
 
 # Samples of one question that are told apart, and pairs that are kept: what has no room there counts for its model, of which there may be
 # as many again. Who lets senders name tasks says which of them are told apart (`Priors.folded`): the first to come take the room.
@@ -76,6 +77,11 @@ class Priors:
         if solved and tried <= MOST_SAMPLES:
             count_2N[0, tried - 1] = times
         self._add((model, (task or ANY)[:LONGEST]), count_2N)
+
+    def add_samples(self, model: str, task: str | None, correct_Q: Any, samples_Q: Any) -> None:
+        """Count questions all of whose samples are known, so many right ones of so many, whatever their order. Raises InputError."""
+        if len(correct_Q):
+            self._add((model, (task or ANY)[:LONGEST]), first_counts(correct_Q, samples_Q, MOST_SAMPLES))
 
     def questions(self, model: str, task: str | None = None) -> int:
         """How many were counted."""

@@ -6,7 +6,8 @@
         check_feed_forward(MyLayer.Config(num_experts=8))
 
 Each check builds the part, puts it through its paces on tiny inputs, and raises AssertionError that says what is broken.
-`run_ranks` and `Ranks` run a function in several processes, for what happens between ranks.
+`run_ranks` and `Ranks` run a function in several processes, for what happens between ranks, with ``mbit`` over links of a rate; `hosts` are
+network namespaces for any other program.
 Tolerances: 1e-4 where the same numbers are summed in another order, 2e-2 (of the loss) for bf16.
 """
 
@@ -16,6 +17,7 @@ require("lm", by=__name__)
 
 import torch
 
+from anabranch.cluster.hosts import Hosts, NoHostsError, can_make_hosts, hosts
 from anabranch.cluster.ranks import RankError, Ranks, run_ranks
 from anabranch.gateway.providers.checks import check_provider
 from anabranch.routers.checks import check_strategy
@@ -27,8 +29,11 @@ from anabranch.train.task_contract import check_task
 
 __all__ = [
     "DEVICES",
+    "Hosts",
+    "NoHostsError",
     "RankError",
     "Ranks",
+    "can_make_hosts",
     "check_attention",
     "check_balancer",
     "check_block",
@@ -44,6 +49,7 @@ __all__ = [
     "check_strategy",
     "check_streams",
     "check_task",
+    "hosts",
     "run_ranks",
 ]
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anabranch.lm import Decoder
 from anabranch.lm.backward_contract import check_gradients, check_second_derivatives, gradients_of_training
@@ -62,7 +62,11 @@ def check_feed_forward(
 def check_block(
     config: Block.Config, *, num_layers: int = 2, dim: int = 32, device: str = "cpu", compile_backend: str = "aot_eager"
 ) -> None:
-    """The contract of the family ``block``: what `check_feed_forward` asks of a decoder of these. Arguments as there."""
+    """The contract of the family ``block``: what `check_feed_forward` asks of a decoder of these. Arguments as there.
+
+    A block whose config says that it passes no gradient stands beside a model that stays as it is. Nothing can learn that no gradient
+    reaches, so the embedding and the blocks that are wrapped get none, and all else that is asked of parameters is asked of the rest.
+    """
     _check_model(_decoder(dim, num_layers, block=config), device, compile_backend)
 
 
@@ -204,6 +208,10 @@ def _check_model(model_config: Decoder.Config, device: str, compile_backend: str
     counted, real = model_config.count().parameters, num_parameters(model)
     expect(counted == real, f"count() says {counted} parameters, there are {real}")
     token_BL = torch.randint(0, VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(1)).to(device)
+    if not model_config.block.passes_gradient:
+        _check_unreached(copy.deepcopy(model), token_BL)
+        for part in _unreached(model):
+            part.requires_grad_(False)
     for check in (
         _check_evaluation,
         _check_cache,
@@ -223,6 +231,21 @@ def _check_model(model_config: Decoder.Config, device: str, compile_backend: str
         check(copy.deepcopy(model), token_BL)
     _check_compile(model, token_BL, compile_backend)
     _check_learning(model, token_BL)
+
+
+def _unreached(model: Decoder) -> list[nn.Module]:
+    """What no gradient gets to through blocks that pass none: the embedding, and the blocks that they wrap."""
+    inner = (part for block in model.blocks for part in block.modules() if part is not block)
+    return [model.embedding, *(part for part in inner if isinstance(part, Block))]
+
+
+def _check_unreached(model: Decoder, token_BL: Tensor) -> None:
+    """Also where nobody froze them."""
+    model.train()
+    model(token_BL, token_BL.roll(-1, 1)).loss.backward()
+    for name, parameter in model.named_parameters():
+        if any(parameter is one for part in _unreached(model) for one in part.parameters()):
+            expect(parameter.grad is None, f"{name} gets a gradient, through a block that says it passes none")
 
 
 def _check_evaluation(model: Decoder, token_BL: Tensor) -> None:

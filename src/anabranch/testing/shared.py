@@ -54,8 +54,11 @@ def check_same_state(ours: nn.Module, expected: nn.Module, how: str) -> None:
 
 
 def check_has_gradients(module: nn.Module) -> None:
-    """Every parameter has a finite gradient."""
+    """Every parameter that learns has a finite gradient, and no other has one."""
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            expect(parameter.grad is None, f"{name} is frozen and gets a gradient")
+            continue
         expect(parameter.grad is not None, f"{name} gets no gradient")
         expect(torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite")  # type: ignore[arg-type]
 

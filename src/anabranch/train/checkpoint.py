@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anabranch.errors import CheckpointError
-from anabranch.files import atomic_folder, atomic_write_json, atomic_write_text
+from anabranch.files import atomic_folder, atomic_write_json, atomic_write_text, read_json
 from anabranch.lm.folder import (
     OPTIMIZER_FILE,
     RECORD,
@@ -35,7 +35,6 @@ from anabranch.lm.folder import (
     step_of,
     verify,
 )
-from anabranch.lm.tensors import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,12 @@ from anabranch.data.config import DataConfig
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.files import atomic_write_json
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.tensors import read_json
+from anabranch.run_folder import CONFIG_FILE, SCHEMA, read_run_table
 from anabranch.train.language_model import LanguageModel
 from anabranch.train.schedule import Cosine, Schedule
 from anabranch.train.task import Task
 
 __all__ = [
-    "CONFIG_FILE",
     "DiLoCoConfig",
     "ElasticConfig",
     "Parallel",
@@ -37,9 +36,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-SCHEMA = 1
-CONFIG_FILE = "config.json"
-
 
 @configclass
 class TrainConfig(Config):
@@ -49,9 +45,13 @@ class TrainConfig(Config):
         steps: optimizer steps.
         optimizer: ``adamw`` (arXiv 1711.05101), or ``mezo``: steps without gradients, in the memory of inference, of which many more are
             needed, see `anabranch.train.mezo`. It wants rates of its own (1e-6 for whole models, 1e-4 for LoRA, in its paper) and a
-            ``constant`` schedule; ``betas``, ``eps`` and ``clip`` say nothing to it.
+            ``constant`` schedule; ``betas``, ``eps`` and ``clip`` say nothing to it. ``galore``: AdamW whose moments are in few directions
+            of each matrix, for whole models in the memory of adapters, see `anabranch.train.galore`.
         mezo_scale: how far from the weights its two points are, times a normal direction; at most 1.
         mezo_samples: directions of each of its steps.
+        galore_rank: directions of a matrix, of ``galore``; smaller matrices learn as with AdamW.
+        galore_every: steps between which these are the same.
+        galore_scale: times what AdamW would do in them.
         batch_size: items (sequences of text) per step, over all micro-batches and ranks.
         accumulation: micro-batches per step; more of them need less memory.
         learning_rate: the peak.
@@ -78,9 +78,12 @@ class TrainConfig(Config):
     """
 
     steps: int = Field(default=1000, ge=0)
-    optimizer: Literal["adamw", "mezo"] = "adamw"
+    optimizer: Literal["adamw", "mezo", "galore"] = "adamw"
     mezo_scale: float = Field(default=1e-3, gt=0, le=1)
     mezo_samples: Size = Field(default=1, ge=1)
+    galore_rank: Size = Field(default=128, ge=1)
+    galore_every: Size = Field(default=200, ge=1)
+    galore_scale: float = Field(default=0.25, gt=0)
     batch_size: Size = Field(default=32, ge=1)
     accumulation: Size = Field(default=1, ge=1)
     learning_rate: float = Field(default=1e-3, ge=0)
@@ -192,6 +195,10 @@ class Parallel(Config):
             Above 1, ``train.parallel`` none means ddp: what is no expert is in every process.
         context: processes that cut each sequence of a language model between them (`anabranch.cluster.ring`); it must divide the number of
             processes. Above 1, ``train.parallel`` none means ddp.
+        context_scheme: how their attention travels, see `anabranch.cluster.ring`; ``auto`` takes the quickest by simulation over equal
+            links, ``hybrid`` is TokenRing inside nodes and a ring of keys between them. It says nothing where no sequence is cut.
+        context_node: processes of a node, a divisor of ``context``, for ``hybrid`` and ``auto``; None for those that torchrun started on
+            each machine.
         pipeline: processes that work through the layers of a language model one after another, as stages (GPipe); it must divide the number
             of processes, and the others are pipelines with batches of their own.
         micro_batches: into which a pipeline cuts its batch; None for four times its stages. It says nothing where there is no pipeline.
@@ -209,6 +216,8 @@ class Parallel(Config):
 
     experts: Size = Field(default=1, ge=1)
     context: Size = Field(default=1, ge=1)
+    context_scheme: Literal["auto", "token_ring", "ring", "ring2", "all_gather", "ulysses", "hybrid"] = "auto"
+    context_node: Size | None = Field(default=None, ge=1)
     pipeline: Size = Field(default=1, ge=1)
     micro_batches: Size | None = Field(default=None, ge=1)
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "gpipe"
@@ -221,6 +230,10 @@ class Parallel(Config):
     def __post_init__(self) -> None:
         if self.exact is not None and not is_power_of_two(self.exact):
             raise ConfigError(f"exact is {self.exact}, and sums that are exact are of 1, 2, 4, 8, ... micro-batches")
+        if self.context > 1 and self.context % (self.context_node or 1):
+            raise ConfigError(
+                f"context_node is {self.context_node}, and context {self.context}; nodes of a sequence are whole, so use a divisor"
+            )
         if self.visits is not None and self.schedule != "interleaved":
             raise ConfigError(
                 f"visits is {self.visits}, and schedule is {self.schedule!r}, which makes one; interleaved makes more"
@@ -294,7 +307,7 @@ def read_run_config(out: str | Path) -> RunConfig:
 
     Raises DataError if ``out`` holds no run or one of another task, CheckpointError if its config is damaged or of a newer version.
     """
-    table = _read(out)
+    table = read_run_table(out)
     if "task" in table:
         raise DataError(
             f"{out} holds a run of {_kind(table)}, which goes on in Python: read_task_run_config reads its config"
@@ -311,7 +324,7 @@ def read_task_run_config(out: str | Path, task: type[Task] = Task) -> TaskRunCon
 
     Raises DataError if ``out`` holds no run of this task, CheckpointError if its config is damaged or of a newer version.
     """
-    table = _read(out)
+    table = read_run_table(out)
     if "task" not in table:
         raise DataError(f"{out} holds a language model's run; read it with read_run_config")
     kind = task.kind if task is not Task else None
@@ -327,29 +340,9 @@ def read_task_run_config(out: str | Path, task: type[Task] = Task) -> TaskRunCon
     )
 
 
-def task_kind(out: str | Path) -> str | None:
-    """The registered name of the task whose run is in ``out``; None for a language model's, a task without a name, and no run."""
-    if not (Path(out) / CONFIG_FILE).is_file():
-        return None
-    task = _read(out).get("task")
-    kind = task.get("kind") if isinstance(task, dict) else None
-    return kind if isinstance(kind, str) else None
-
-
 def read_same_run(out: str | Path, config: RunConfig | TaskRunConfig) -> RunConfig | TaskRunConfig:
     """The config of the run in ``out``, as `read_run_config` or `read_task_run_config`: as is fit for what ``config`` trains."""
     return read_run_config(out) if isinstance(config, RunConfig) else read_task_run_config(out, config.task.owner)
-
-
-def _read(out: str | Path) -> dict[str, Any]:
-    path = Path(out) / CONFIG_FILE
-    if not path.is_file():
-        raise DataError(f"no training run in {out} (looked for {CONFIG_FILE})")
-    table = read_json(path)
-    schema = table.pop("schema", None)
-    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
-        raise CheckpointError(f"schema in {path} is {schema!r}; this version reads 1 to {SCHEMA}")
-    return table
 
 
 def _parsed(out: str | Path, parse: Callable[[], T]) -> T:

@@ -1,6 +1,7 @@
 """Language modelling as a task: `LanguageModel` trains a decoder on text, `TextTask` any module that is called like one."""
 # Shapes: B sequences, L positions
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,8 @@ from anabranch.train.task import Losses, Task, TaskContext
 
 __all__ = ["DecoderTask", "LanguageModel", "TextTask", "decoder_parts"]
 
+logger = logging.getLogger(__name__)
+
 
 class DecoderTask(Task):
     """A task whose model is a `Decoder`: built, saved and loaded as a model folder.
@@ -42,6 +45,12 @@ class DecoderTask(Task):
     def build_model(self, context: TaskContext) -> nn.Module:
         """A fresh decoder, or the one that was given. Raises ConfigError if that has another config."""
         if self.model is None:
+            if not self.config.model.block.passes_gradient and context.checkpoint is None:
+                logger.warning(
+                    "block is %r, through which no gradient goes, and the model is new: what it wraps learns nothing and stays as it was "
+                    "drawn; start from a trained model (--from)",
+                    self.config.model.block.owner.kind,
+                )
             return self.config.model.build(seed=context.settings.seed)
         if getattr(self.model, "config", None) != self.config.model:
             raise ConfigError(

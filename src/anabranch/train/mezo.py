@@ -12,7 +12,7 @@ g z (n-SPSA, definition 1).
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -20,36 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
-from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.evaluate import autocast
 from anabranch.train.optimizer import FACTOR
 from anabranch.train.step import EVERYWHERE, Gradient, Stepper, add_share
 from anabranch.train.task import Stream, Task, TaskContext, moved
 
-__all__ = ["MeZOStepper", "check_mezo"]
+__all__ = ["MeZOStepper"]
 
 # Numbers of z that exist at a time, and what keeps its seeds apart from those of whatever else a step draws.
 _PIECE = 1 << 20
 _DIRECTION = 0x6D657A6F
-
-
-def check_mezo(config: RunConfig | TaskRunConfig) -> None:
-    """Raise ConfigError where other settings do not go together with it: all parameters must be whole in each process."""
-    train, parallel = config.train, config.parallel
-    if train.optimizer != "mezo":
-        return
-    beside = {
-        "train.parallel is fsdp": train.parallel == "fsdp",
-        "parallel.experts is set": parallel.experts > 1,
-        "parallel.context is set": parallel.context > 1,
-        "parallel.pipeline is set": parallel.pipeline > 1,
-        "parallel.exact is set": parallel.exact is not None,
-        "parallel.elastic.coordinator is set": parallel.elastic.coordinator is not None,
-    }
-    if refused := [said for said, is_so in beside.items() if is_so]:
-        raise ConfigError(
-            f"train.optimizer is mezo, and {refused[0]}; it moves whole parameters, so use one process, or replicas (ddp)"
-        )
 
 
 class MeZOStepper(Stepper):
@@ -60,6 +40,7 @@ class MeZOStepper(Stepper):
 
     def __init__(self, task: Task, model: nn.Module, *rest: Any) -> None:
         super().__init__(task, model, *rest)
+        _check_apart(model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 kind = str(parameter.dtype).removeprefix("torch.")
@@ -68,10 +49,8 @@ class MeZOStepper(Stepper):
                     "load the model in float32 (of adapt: --set task.dtype=float32), or learn an adapter, which is float32"
                 )
             if parameter.requires_grad and not parameter.is_contiguous():
-                raise ConfigError(
-                    f"train.optimizer is mezo, and the numbers of {name} do not lie in one piece (a transposed view?), in which they are "
-                    "moved; make it with .contiguous()"
-                )
+                # Numbers are moved in the order of memory, and some layers have them turned there.
+                parameter.data = parameter.data.contiguous()
 
     @torch.no_grad()
     def gradient(self, stream: Stream, context: TaskContext) -> Gradient:
@@ -143,6 +122,49 @@ class MeZOStepper(Stepper):
             # Of those that were moved alone: memory may end in the midst of them.
             for _, piece, z in islice(self._direction(step, sample), moved_pieces):
                 piece.add_(z, alpha=-scale)
+
+
+def _check_apart(model: nn.Module) -> None:
+    """Raise ConfigError where numbers of one parameter are those of another, and one of both learns.
+
+    Each would be moved along a direction of its own, and one that lies turned there would get memory of its own.
+    """
+    by_memory: dict[tuple[torch.device, int], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.numel():
+            by_memory.setdefault((parameter.device, parameter.untyped_storage().data_ptr()), []).append(
+                (name, parameter)
+            )
+    for there in by_memory.values():
+        for (first, one), (second, other) in combinations(there, 2):
+            if (one.requires_grad or other.requires_grad) and _overlap(one, other):
+                raise ConfigError(
+                    f"train.optimizer is mezo, and {second} is a view of {first}: both would be moved, each its own way; let the model "
+                    "have one parameter and turn it where it is used, or give each numbers of its own"
+                )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two parts of one memory have bytes in common."""
+    if not max(begin for begin, _ in map(_span, (one, other))) < min(end for _, end in map(_span, (one, other))):
+        return False
+    seen = torch.zeros(one.untyped_storage().nbytes(), dtype=torch.bool)
+    _bytes_of(one, seen).fill_(True)
+    return bool(_bytes_of(other, seen).any())
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    """(first, end) of its bytes in its memory."""
+    reach = int(sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)))
+    first = int(value.storage_offset()) * value.itemsize
+    return first, first + (reach + 1) * value.itemsize
+
+
+def _bytes_of(value: Tensor, memory: Tensor) -> Tensor:
+    """Those of ``memory``, a number for each byte of that of ``value``, where this lies."""
+    size = value.itemsize
+    strides = [stride * size for stride in value.stride()]
+    return memory.as_strided((*value.shape, size), (*strides, 1), value.storage_offset() * size)
 
 
 @contextmanager

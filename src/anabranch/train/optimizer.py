@@ -1,4 +1,4 @@
-"""AdamW over the right groups of parameters, and its state as named tensors."""
+"""AdamW, or GaLore, over the right groups of parameters, and its state as named tensors."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from anabranch.errors import CheckpointError
+from anabranch.errors import CheckpointError, ConfigError
 from anabranch.routing import Router
-from anabranch.train.config import TrainConfig
+from anabranch.train.config import RunConfig, TaskRunConfig, TrainConfig
+from anabranch.train.galore import GaLore
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ FACTOR = "factor"
 
 def make_optimizer(
     model: nn.Module, config: TrainConfig, speed: Callable[[str, nn.Parameter], Speed | None] | None = None
-) -> torch.optim.AdamW:
-    """AdamW, fused. Decays matrices and stacks of them; the config says whether routers and the embedding are among them.
+) -> torch.optim.AdamW | GaLore:
+    """AdamW, fused, or GaLore, as ``config.optimizer`` says. Decays matrices and stacks of them; the config says whether routers and the
+    embedding are among them.
 
     ``speed`` says of a parameter by its name whether it learns otherwise. The groups carry the factor of their learning rate as
     ``factor``, and whoever sets rates multiplies by it.
@@ -52,7 +54,47 @@ def make_optimizer(
         for (factor, decay), parameters in groups.items()
         for alike in by_layout(parameters)
     ]
+    if config.optimizer == "galore":
+        return GaLore(
+            made,
+            projected=_projected(model),
+            rank=config.galore_rank,
+            every=config.galore_every,
+            scale=config.galore_scale,
+            betas=config.betas,
+            eps=config.eps,
+        )
     return torch.optim.AdamW(made, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _projected(model: nn.Module) -> set[int]:
+    """The parameters whose gradients GaLore projects, by id: not those of embeddings, heads and routers."""
+    others = {
+        id(parameter)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | Router) or name.rpartition(".")[2] == "head"
+        for parameter in module.parameters()
+    }
+    return {id(parameter) for parameter in model.parameters()} - others
+
+
+def check_whole(config: RunConfig | TaskRunConfig) -> None:
+    """Raise ConfigError where other settings do not go with an optimizer that moves parameters which are whole in each process."""
+    train, parallel = config.train, config.parallel
+    if train.optimizer == "adamw":
+        return
+    beside = {
+        "train.parallel is fsdp": train.parallel == "fsdp",
+        "parallel.experts is set": parallel.experts > 1,
+        "parallel.context is set": parallel.context > 1,
+        "parallel.pipeline is set": parallel.pipeline > 1,
+        "parallel.exact is set": parallel.exact is not None,
+        "parallel.elastic.coordinator is set": parallel.elastic.coordinator is not None,
+    }
+    if refused := [said for said, is_so in beside.items() if is_so]:
+        raise ConfigError(
+            f"train.optimizer is {train.optimizer}, and {refused[0]}; it moves whole parameters, so use one process, or replicas (ddp)"
+        )
 
 
 def _spared(model: nn.Module, config: TrainConfig) -> Iterable[nn.Parameter]:
@@ -99,7 +141,10 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         if parameter is not None and parameter.shape == (1,) and moment != "step":
             # A single number was stored without an axis by earlier versions.
             value = value.reshape(-1)
-        if parameter is None or (value.dim() and value.shape != parameter.shape):
+        wanted = None if parameter is None else parameter.shape
+        if parameter is not None and isinstance(optimizer, GaLore):
+            wanted = torch.Size(optimizer.shape_of(parameter, moment))
+        if parameter is None or (value.dim() and value.shape != wanted):
             raise CheckpointError(
                 f"the optimizer state has {key} {list(value.shape)}, which fits no parameter of the model"
             )
@@ -112,4 +157,7 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     value = value.to(parameter.device)
     if value.dim() and isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    if value.shape == parameter.shape and value.stride() != parameter.stride():
+        # AdamW, fused, goes over weights and moments in the order in which they lie in memory, which files do not keep.
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return value

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from anabranch.cluster.ring import ContextParallel
+from anabranch.cluster.ring import ContextParallel, Topology
 from anabranch.errors import BackendError, ConfigError
 from anabranch.nn.expert_parallel import expert_mesh, shard_experts, sharded_parameters
 from anabranch.nn.pool import ExpertPool
@@ -62,6 +62,7 @@ class Workers:
     def __init__(self, config: TrainConfig, shared: Parallel | None = None) -> None:
         self._num_shares = 1 if shared is None else shared.experts
         self._num_cuts = 1 if shared is None else shared.context
+        self._context = Parallel() if shared is None else shared
         self._num_stages = 1 if shared is None else shared.pipeline
         self._micro_batches = None if shared is None else shared.micro_batches
         self._schedule, self._visits = ("gpipe", 1) if shared is None else (shared.schedule, shared.chunks)
@@ -249,6 +250,11 @@ class Workers:
         for pool in pools:
             shard_experts(pool, mesh)
 
+    def _node_size(self) -> int:
+        """Processes of a sequence that are on one machine, as the config or torchrun says; all of them where machines are no whole ones."""
+        size = self._context.context_node or int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return size if self._num_cuts % size == 0 else self._num_cuts
+
     def _cut(self, model: nn.Module) -> nn.Module:
         """The model as it is called with whole sequences, and works on this process's share of them."""
         if self._num_cuts == 1:
@@ -256,7 +262,10 @@ class Workers:
         mesh = init_device_mesh(
             self.device.type, (self.num_batches, self._num_cuts), mesh_dim_names=("batches", "context")
         )
-        self._cut_model = ContextParallel(model, mesh["context"])
+        topology = Topology(node_size=self._node_size())
+        self._cut_model = ContextParallel(
+            model, mesh["context"], scheme=self._context.context_scheme, topology=topology
+        )
         if self.parallel == "fsdp":
             self._cut_model.gather_by_fsdp()
         return self._cut_model

@@ -10,29 +10,38 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_text
 from anabranch.lm.folder import STEPS_FOLDER
 from anabranch.locks import is_locked, locked
+from anabranch.run_folder import CONFIG_FILE
 from anabranch.train.checkpoint import BEGIN_AGAIN, checkpoints, remove_leftovers
-from anabranch.train.config import CONFIG_FILE, RunConfig, TaskRunConfig, TrainConfig, differences, read_same_run
+from anabranch.train.config import RunConfig, TaskRunConfig, TrainConfig, differences, read_same_run
 from anabranch.train.metrics import METRICS_FILE, recorded_updates
 
-# What a resumed run may change: how long, how often, where, and on what. All else would make it another run.
-_CHANGEABLE = frozenset(
-    f"parallel.{name}" for name in ("experts", "context", "pipeline", "micro_batches", "schedule", "visits", "data")
-) | frozenset(
-    f"train.{name}"
-    for name in (
-        "steps",
-        "eval_every",
-        "eval_tokens",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "log_every",
-        "max_skipped",
-        "tensorboard",
-        "accumulation",
-        "device",
-        "compile",
-        "recompute",
-        "parallel",
+# What a resumed run may change: how long, how often, where, on what, how much others may be asked meanwhile, and where files are that a
+# checkpoint knows by their content. All else would make it another run.
+_CHANGEABLE = (
+    frozenset(
+        f"task.world.{name}"
+        for name in ("kept", "tokenizer", "max_calls", "max_usd", "max_failures", "base_url", "key_env")
+    )
+    | frozenset(
+        f"parallel.{name}" for name in ("experts", "context", "pipeline", "micro_batches", "schedule", "visits", "data")
+    )
+    | frozenset(
+        f"train.{name}"
+        for name in (
+            "steps",
+            "eval_every",
+            "eval_tokens",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+            "max_skipped",
+            "tensorboard",
+            "accumulation",
+            "device",
+            "compile",
+            "recompute",
+            "parallel",
+        )
     )
 )
 

@@ -95,6 +95,8 @@ class Stepper:
             self._seed(context.step, EVERYWHERE)
             self.hooks.run_before(context.step)
         self._seed(context.step, self.workers.draws_as)
+        if self.task.pace == 0:
+            return self._passed_over(stream, context)
         total: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
@@ -109,6 +111,20 @@ class Stepper:
             add_share(terms, losses.terms, parts)
             add_share(metrics, losses.metrics, parts)
         return Gradient(total["total"], terms, metrics, self.gradient_norm())
+
+    @torch.no_grad()
+    def _passed_over(self, stream: Stream, context: TaskContext) -> Gradient:
+        """Of a step that nothing is learned in: its batch is taken, and looked at where it is logged. The loss is NaN where it is not."""
+        total, terms, metrics = {}, {}, {}  # type: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+        is_logged = (context.step + 1) % self._settings.log_every == 0
+        for batch, weights in self._batches(stream, context):
+            if not is_logged:
+                continue
+            with autocast(context.device, self._settings.precision):
+                losses = self.task.step(self.call, moved(batch, context.device), context).weighed(weights)
+            for into, values in ((total, {"total": losses.total}), (terms, losses.terms), (metrics, losses.metrics)):
+                add_share(into, values, self._settings.accumulation)
+        return Gradient(total.get("total", torch.tensor(math.nan)), terms, metrics, 0.0)
 
     def _batches(self, stream: Stream, context: TaskContext) -> Iterable[tuple[Any, Mapping[str, float]]]:
         """The micro-batches of a step; and by unit how much each has of it, over the mean of those of all processes."""
@@ -129,8 +145,13 @@ class Stepper:
         ]
 
     def update(self, gradient: Gradient, step: int) -> None:
-        """Move the weights after ``step`` finished steps; if the gradient is not finite, forget what was counted instead."""
-        if gradient.is_finite:
+        """Move the weights after ``step`` finished steps; if the gradient is not finite, forget what was counted instead.
+
+        Where the step is passed over they stay too.
+        """
+        if self.task.pace == 0:
+            discard_loads(self.model)
+        elif gradient.is_finite:
             self.apply(gradient.norm, step)
         else:
             discard_loads(self.model)
@@ -147,8 +168,8 @@ class Stepper:
         self.optimizer.step()
 
     def learning_rate(self, step: int) -> float:
-        """Of the update after ``step`` finished ones."""
-        return self._settings.learning_rate * self._schedule.factor(step, self._settings.steps)
+        """Of the update after ``step`` finished ones, at the task's pace."""
+        return self._settings.learning_rate * self._schedule.factor(step, self._settings.steps) * self.task.pace
 
     def gradient_norm(self) -> float:
         """Of all parameters together, in all processes."""

@@ -166,6 +166,8 @@ class Task(Part, family="task"):
         headline: the number in an evaluation by which runs are compared; weights for which it is not finite are not trusted.
         unit: what is counted as work, in ``units_per_item`` to an item of a batch.
         material: what it learns from, in messages.
+        pace: the learning rate of the next step is multiplied by it. 0 passes the step over: its batch is taken, and nothing is learned
+            from it. `before_step` may set it, to the same in all processes.
         cuts_sequences: whether a model may be a `anabranch.cluster.ring.ContextParallel`, in which processes share every sequence.
 
     A task that must do something before or after each step has methods ``before_step`` and ``on_step``, see `StepHooks`.
@@ -175,6 +177,7 @@ class Task(Part, family="task"):
     unit: ClassVar[str] = "items"
     material: ClassVar[str] = "data"
     cuts_sequences: ClassVar[bool] = False
+    pace: float = 1.0
 
     @configclass
     class Config(BaseConfig):

@@ -31,8 +31,8 @@ from anabranch.train.hooks import StepHooks
 from anabranch.train.interrupt import Interrupts, has_lost_process
 from anabranch.train.measuring import Measuring
 from anabranch.train.meter import MEASURES
-from anabranch.train.mezo import MeZOStepper, check_mezo
-from anabranch.train.optimizer import make_optimizer
+from anabranch.train.mezo import MeZOStepper
+from anabranch.train.optimizer import check_whole, make_optimizer
 from anabranch.train.outer import Outer, own_order
 from anabranch.train.parallel import Workers
 from anabranch.train.result import Event, TrainResult, peak_memory
@@ -77,7 +77,7 @@ class Trainer(Generic[R]):
         self._settings = config.train
         self._on_event = on_event
         Elastic.check(config)
-        check_mezo(config)
+        check_whole(config)
         is_shared = config.parallel.elastic.coordinator is not None
         if not is_shared and (not dist.is_initialized() or dist.get_rank() == 0):
             # Where there is a group already the first process may be in the folder before the others have looked.

@@ -3,6 +3,7 @@
     server      the process: sockets, signals, bounds of connections, uvloop
     readers     who does not read what is written to them is cut off
     answers     reading a body, answering in JSON, errors in OpenAI's form
+    endpoint    an address that is asked, by the standard library alone
     api_error   `ApiError`, an answer that is an error
     body        JSON that is checked, and how an error shows a value
     json_text   JSON of whatever a client sent

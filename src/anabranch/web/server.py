@@ -17,6 +17,7 @@ from anabranch.errors import AnabranchError
 from anabranch.web.api_error import ApiError
 from anabranch.web.places import Places
 from anabranch.web.readers import PATIENCE_S, Readers, Watched
+from anabranch.web.turns import words
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -209,7 +210,7 @@ async def reload_on(event: asyncio.Event, reload: Callable[[], Awaitable[None]])
             await reload()
             logger.warning("the config was read again and is in use")
         except AnabranchError as error:
-            logger.error("the config cannot be used, the old one stays: %s", error)
+            logger.error("the config cannot be used, the old one stays: %s", words(error))
         except Exception:  # a bug of ours, which must not end what works
             logger.exception("the config could not be read again, the old one stays")
 

@@ -2,12 +2,15 @@
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _Piece = tuple[Callable[[], Any], "asyncio.Future[Any]"]
@@ -111,8 +114,24 @@ def plainly(work: Callable[[], T]) -> T:
         raise UnusualError(f"{type(error).__name__} was raised") from error
 
 
+def words(error: BaseException) -> str:
+    """Its text, for whoever may read that; its class where it has none to give, since others wrote how it is made."""
+    try:
+        return plainly(lambda: str(error))
+    except Exception:
+        return type(error).__name__
+
+
 def _is_error(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, _STEERING)
+
+
+def _task() -> "asyncio.Task[Any] | None":
+    """That runs now; None where what is awaited is closed after its loop has ended."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 async def plainly_awaited(work: Callable[[], Awaitable[T]]) -> T:
@@ -120,11 +139,63 @@ async def plainly_awaited(work: Callable[[], Awaitable[T]]) -> T:
     try:
         return await work()
     except BaseException as error:
-        task = asyncio.current_task()
+        task = _task()
         is_cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
         if is_cancelled or task is None or isinstance(error, KeyboardInterrupt) or _is_error(error):
             raise
         raise UnusualError(f"{type(error).__name__} was raised") from error
+
+
+async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """What ``work(*arguments)`` gives or raises, as `plainly`, in another thread: `asyncio.to_thread`, for what others wrote too."""
+    return await asyncio.to_thread(plainly, partial(work, *arguments))
+
+
+# Seconds in which what is cancelled may end. It is told once: told again, what it does about its end would be cut off.
+GRACE_S = 1.5
+
+# What was cancelled and has not ended.
+_lingering: set["asyncio.Task[Any]"] = set()
+
+
+async def in_task(work: Callable[[], Awaitable[T]], limit_s: float | None = None) -> T:
+    """As `plainly_awaited`, in a task of its own: whoever waits is neither cancelled by what is done there nor held up by it.
+
+    What does not end when it is cancelled, since its time is over or whoever waits is cancelled, is left behind after a moment.
+
+    Args:
+        work: gives what is awaited.
+        limit_s: seconds that it has; None for as many as it takes.
+
+    Raises TimeoutError after ``limit_s``.
+    """
+    task = asyncio.ensure_future(plainly_awaited(work))
+    try:
+        await asyncio.wait({task}, timeout=limit_s)
+        is_late = not task.done()
+    finally:
+        if not task.done():
+            await _end(task)
+    if is_late:
+        raise TimeoutError
+    if task.cancelled():
+        raise UnusualError("CancelledError was raised")
+    return task.result()
+
+
+async def _end(task: "asyncio.Task[Any]") -> None:
+    _lingering.add(task)
+    task.add_done_callback(_gone)
+    task.cancel()
+    await asyncio.wait({task}, timeout=GRACE_S)
+    if not task.done():
+        logger.error("what was cancelled has not ended within %g s, and is left behind", GRACE_S)
+
+
+def _gone(task: "asyncio.Task[Any]") -> None:
+    _lingering.discard(task)
+    # Seen: nobody asks what it ended with.
+    task.cancelled() or task.exception()
 
 
 def _do(work: Callable[[], Any], running: "asyncio.Future[Any]") -> None:

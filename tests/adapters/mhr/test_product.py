@@ -17,9 +17,12 @@ def made(rows=5, length=3, tasks=3, heads=2, skills=3, in_dim=4, out_dim=6, rank
     """([y, x, alpha, a, b], place)."""
     generator = torch.Generator().manual_seed(0)
     shapes = (
-        (rows, length, out_dim), (rows, length, in_dim), (tasks, heads, skills),
-        (heads, skills, in_dim // heads, rank), (heads, skills, rank, out_dim // heads),
-    )  # fmt: skip
+        (rows, length, out_dim),
+        (rows, length, in_dim),
+        (tasks, heads, skills),
+        (heads, skills, in_dim // heads, rank),
+        (heads, skills, rank, out_dim // heads),
+    )
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     return tensors, torch.randint(tasks, (rows,), generator=generator)
 

@@ -110,8 +110,11 @@ def desk():
 def test_beats_tell_who_is_waited_for_and_that_nobody_is(desk):
     desk.control.start()
     assert desk.wait_for(lambda header: header["kind"] == "beat") == {
-        "kind": "beat", "epoch": 3, "waits": None, "is_long": False,
-    }  # fmt: skip
+        "kind": "beat",
+        "epoch": 3,
+        "waits": None,
+        "is_long": False,
+    }
     result = desk.later(lambda: desk.control.decided("commit"))
     desk.wait_for(lambda header: header.get("waits") == {"what": "commit"})
     desk.say("commit", epoch=3, step=7)

@@ -164,8 +164,9 @@ def test_the_rank_that_all_wait_for_is_cast_out_and_not_those_who_wait():
     # It hears why when it wakes.
     assert room.lines[1].is_closed
     assert room.lines[1].said[-1] == {
-        "kind": "stop", "why": "the coordinator has cast this rank out: it is stuck: rank 0 has waited too long for it",
-    }  # fmt: skip
+        "kind": "stop",
+        "why": "the coordinator has cast this rank out: it is stuck: rank 0 has waited too long for it",
+    }
     assert room.lines[0].kinds()[-1] == "epoch"
     assert room.lines[0].said[-1]["lost"] == {"1": "it is stuck: rank 0 has waited too long for it"}
     # Beats of the older epoch accuse nobody in the new one.
@@ -383,9 +384,10 @@ def test_one_that_begins_elsewhere_is_refused_alone():
     room = Room(2, 1)
     room.come()
     for name, value, told in (
-        ("weights", "cd", "other weights than rank 0"), ("moments", "cd", "other state of the optimizer than rank 0"),
+        ("weights", "cd", "other weights than rank 0"),
+        ("moments", "cd", "other state of the optimizer than rank 0"),
         ("version", 3, "begins at step 3, and rank 0 at 0"),
-    ):  # fmt: skip
+    ):
         line = room.come(**{name: value})
         assert line.said[-1]["kind"] == "refuse"
         assert told in line.said[-1]["why"]

@@ -287,9 +287,12 @@ def test_a_coordinator_that_cannot_be_is_refused(options, said):
 
 def test_tensors_come_back_to_the_bit():
     tensors = [
-        torch.randn(3, 4).to(torch.bfloat16), torch.tensor(2.5, dtype=torch.float64), torch.empty(0, 5), torch.tensor([True, False]),
+        torch.randn(3, 4).to(torch.bfloat16),
+        torch.tensor(2.5, dtype=torch.float64),
+        torch.empty(0, 5),
+        torch.tensor([True, False]),
         torch.arange(12).view(3, 4).t(),
-    ]  # fmt: skip
+    ]
     spec, body = pack(tensors)
     found = unpack(spec, body)
     assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, tensors, strict=True))

@@ -171,6 +171,18 @@ def test_every_flow_ends_and_nothing_is_sent_for_nothing(scheme, receiver, seed,
     assert (again.finish_F == found.finish_F).all()
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(["spray", "reps"]), st.integers(0, 1000), st.sampled_from([15, 30, 60]))
+def test_every_flow_ends_where_acknowledgements_come_behind_a_time_out(scheme, seed, rto_us):
+    """A packet that was given up and is heard of late was counted as one that flew, and nobody waited for the last that did."""
+    topology, flows = Topology.leaf_spine(2, 4, 3, cap_up=5, cap_host=10), collective_flows("all-to-all", 6, 100_000)
+    config = PacketConfig(payload=1000, header=40, ecn_kb=5.0, rto_us=rto_us)
+    made = plan(flows, topology, scheme, seed=seed)
+    found = simulate_packets(made, config, events=[LinkEvent("leaf0-spine1")], seed=seed, most_s=10.0)
+    assert (found.finish_F > 0).all()
+    assert found.timeouts > 0
+
+
 def test_a_full_buffer_drops_and_what_is_lost_is_sent_again():
     config = PacketConfig(payload=1000, header=0, window=64, buffer_mb=0.01, ecn_kb=1e6, rto_us=100)
     found = run([(host, 4, 64_000) for host in range(4)], line(hosts=4, spines=4), config)

@@ -1,14 +1,17 @@
 """A machine that is cut off without a word: its connections end, though silence alone would be waited out for ten minutes."""
 
+import subprocess
+import sys
+
 import pytest
 
-from namespaces import can_make_hosts, do, python_in, two_hosts
+from anabranch.testing import can_make_hosts, hosts
 
 MASTER = """
-import time
+import sys, time
 from anabranch.cluster.pccl import master as module
 module.CUT_OFF_S = 2.0
-with module.Master("10.79.0.1:0", secret="", dead_s=600.0) as master:
+with module.Master(sys.argv[1], secret="", dead_s=600.0) as master:
     print(master.address, flush=True)
     while not master.state.members: time.sleep(0.05)
     while master.state.members: time.sleep(0.05)
@@ -31,16 +34,20 @@ except MasterLost as error:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(not can_make_hosts(), reason="needs root and ip")
+@pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc")
 def test_both_ends_find_that_the_cable_is_cut():
-    with two_hosts("10.79.0") as (here, there):
-        running = [python_in(here, MASTER)]
+    def python_on(number, script, *words):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return made.start(number, [sys.executable, "-c", script, *words], text=True, **pipes)
+
+    with hosts(2) as made:
+        running = [python_on(0, MASTER, f"{made.addresses[0]}:0")]
         try:
             address = running[0].stdout.readline().strip()
             assert address, running[0].stderr.read()
-            running.append(python_in(there, PEER, address))
+            running.append(python_on(1, PEER, address))
             assert running[1].stdout.readline().strip() == "in", running[1].stderr.read()
-            do("ip", "-n", there, "link", "set", "cable", "down")
+            made.cut(1)
             assert running[0].communicate(timeout=120)[0].strip() == "gone"
             assert "is gone" in running[1].communicate(timeout=120)[0]
         finally:

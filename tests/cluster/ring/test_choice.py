@@ -150,7 +150,7 @@ def test_a_plan_is_plain_values_and_a_table():
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
-        (lambda: Topology("star"), ConfigError, "kind is 'star'; use mesh, ring or switch"),
+        (lambda: Topology("star"), ConfigError, "kind is 'star'; use mesh, ring, switch or nodes"),
         (lambda: Topology(bandwidth=0), ConfigError, "bandwidth is 0"),
         (lambda: Topology(flops=-1.0), ConfigError, "flops -1.0"),
         (lambda: Topology("ring", matrix=((1.0,),)), ConfigError, "only a mesh has one"),

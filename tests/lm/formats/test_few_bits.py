@@ -9,19 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from anabranch.errors import CheckpointError, ConfigError
+from anabranch.errors import CheckpointError
 from anabranch.lm import convert, load_config, load_model
 from anabranch.lm.formats.few_bits import AWQ_ORDER, dequantised
+from anabranch.lm.outline import outline
 from anabranch.lm.quantized import load_quantized
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, dequantize, quantize
 from anabranch.serving.expertflow import load_offloaded
-from few_bits_packings import WAYS, awq, gptq
+from few_bits_packings import QWEN, WAYS, awq, folder_of, gptq
 from foreign_models import build_theirs
 
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
 FAMILIES = {
     "Llama": {"intermediate_size": 64},
-    "Qwen3Moe": {**MOE, "head_dim": 16},
+    "Qwen3Moe": QWEN,
     "Mixtral": {"intermediate_size": 64, "num_local_experts": 4},
     "Gemma3Text": {"intermediate_size": 64, "head_dim": 16, "query_pre_attn_scalar": 16},
     "DeepseekV3": {
@@ -41,26 +41,6 @@ def test_rounded_layer_by_layer_is_loaded_and_rounded(family, dtype, tmp_path):
     found, _ = load_quantized(tmp_path, "int4", dtype=dtype)
     assert found.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(found.state_dict()[key], value) for key, value in wanted.state_dict().items())
-
-
-def folder_of(place, way):
-    """A Qwen3-MoE whose projections are stored so, beside one of the same numbers in floating point."""
-    pack, table = WAYS[way]
-    torch.manual_seed(5)
-    build_theirs("Qwen3Moe", **FAMILIES["Qwen3Moe"]).save_pretrained(place / "plain")
-    build_theirs("Qwen3Moe", **FAMILIES["Qwen3Moe"]).save_pretrained(place / "few")
-    plain, few = load_file(place / "plain" / "model.safetensors"), {}
-    for name, tensor in list(plain.items()):
-        if not name.endswith("_proj.weight"):
-            few[name] = tensor
-            continue
-        parts, plain[name] = pack(tensor, table)
-        few |= {f"{name.removesuffix('.weight')}.{part}": stored for part, stored in parts.items()}
-    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, place / "plain" / "model.safetensors")
-    save_file(few, place / "few" / "model.safetensors")
-    config = json.loads((place / "few" / "config.json").read_text())
-    (place / "few" / "config.json").write_text(json.dumps({**config, "quantization_config": table}))
-    return place / "few"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -91,6 +71,27 @@ KEPT = {
 }
 
 
+def assert_stored(few, kept):
+    """Where nothing is rounded all of these stay too, also if experts come from the folder."""
+    tokens = torch.arange(20).view(1, 20)
+    stored, _ = load_quantized(few, "stored", dtype=torch.float32)
+    state, wanted = stored.state_dict(), kept.state_dict()
+    few_names = {name for name in wanted if ".data" in name and not name.startswith("head")}
+    assert len(few_names) >= 8
+    assert all(torch.equal(state[name], wanted[name]) for name in few_names)
+    assert {name for name, _ in stored.named_modules() if name.startswith("head")} == {"head"}
+    assert isinstance(stored.head, torch.nn.Linear)
+    made = outline(few, bits="stored", dtype=torch.float32)
+    assert {name: tensor.shape for name, tensor in made.state_dict().items()} == {
+        name: tensor.shape for name, tensor in state.items()
+    }
+    pool = next(module for module in stored.modules() if isinstance(module, QuantizedPool))
+    budget = 2 * sum(part.nbytes for part in pool.packed) // pool.num_experts
+    offloaded, _, engine = load_offloaded(few, budget, dtype=torch.float32, quantize="stored")
+    with engine, torch.inference_mode():
+        assert torch.equal(offloaded(tokens).logits_BLV, stored.eval()(tokens).logits_BLV)
+
+
 @pytest.mark.parametrize("way", KEPT)
 def test_four_bits_stay_as_they_are_stored(way, tmp_path, monkeypatch):
     """Numbers and scales to the bit; minima too where zeros are 8, else rounded to half precision."""
@@ -106,6 +107,7 @@ def test_four_bits_stay_as_they_are_stored(way, tmp_path, monkeypatch):
     assert sum(part.nbytes for pool in pools.values() for part in pool.packed) < 0.2 * sum(
         parameter.nbytes for name, parameter in plain.named_parameters() if "experts" in name
     )
+    assert_stored(few, kept)
     convert(few, tmp_path / "q", dtype=torch.float32, quantize="int4")
     saved, _ = load_model(tmp_path / "q")
     assert all(torch.equal(saved.state_dict()[key], value) for key, value in kept.state_dict().items())
@@ -147,8 +149,6 @@ def test_experts_that_no_kernel_takes_are_told(tmp_path, caplog):
     assert not any(isinstance(module, QuantizedPool) for module in model.modules())
     assert "experts of" in caplog.text
     assert "of the weights stay in floating point" in caplog.text
-    with pytest.raises(ConfigError, match="experts are not plain SwiGLUs"):
-        load_offloaded(tmp_path, None, dtype=torch.float32)
 
 
 def test_fp8_is_rounded_once_to_the_type_that_is_asked_for(tmp_path):

@@ -136,11 +136,13 @@ def test_a_policy_is_trained_on_it(files, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
-        ("questions", "{", "line 1 of .* is no JSON"),
-        ("questions", "[1]", "is a list"),
-        ("questions", '{"question": "", "answers": ["a"]}', "must have a question"),
-        ("questions", '{"question": "a", "answers": []}', "must have a question"),
-        ("questions", '{"question": "a", "answers": "b"}', "must have a question"),
+        ("questions", "{", "line 1: this is no JSON"),
+        ("questions", "[1]", "is no object"),
+        ("questions", '{"question": "", "answers": ["a"]}', "nothing is asked"),
+        ("questions", '{"question": " ", "answers": ["a"]}', "is blank"),
+        ("questions", '{"question": "a", "answers": []}', "answers is .* must be a text"),
+        ("questions", '{"question": "a", "answers": [null]}', "answers is .* must be a text"),
+        ("questions", '{"question": "a"}', "there is no answer"),
         ("questions", '{"question": "a", "answers": ["b"]}', "has no question for"),
         ("table", '{"model": "small", "query": 3, "text": "a"}', "has no query"),
         ("table", '{"model": "small", "query": "a", "text": "a", "completion_tokens": -1}', "completion_tokens -1"),
@@ -156,7 +158,7 @@ def test_damaged_files_are_told_by_line(files, name, text, why):
 @pytest.mark.parametrize(
     ("fields", "error", "why"),
     [
-        ({"questions": "nowhere.jsonl"}, DataError, "cannot read nowhere"),
+        ({"questions": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
         ({"tokenizer": "nowhere"}, TokenizerError, "no tokenizer"),
         ({"prices": {"small": 0.5}}, ConfigError, "has no price"),
         ({"prices": {"small": -1.0, "large": 1.0}}, ConfigError, "must be a number of at least 0"),

@@ -78,10 +78,13 @@ values = st.recursive(
 arguments = st.fixed_dictionaries(
     {"a": st.integers()},
     optional={
-        "text": plain, "on": st.booleans(), "list": st.lists(values, max_size=3), "map": st.dictionaries(plain, values, max_size=3),
+        "text": plain,
+        "on": st.booleans(),
+        "list": st.lists(values, max_size=3),
+        "map": st.dictionaries(plain, values, max_size=3),
         "x": st.none() | st.floats(allow_nan=False, allow_infinity=False),
     },
-)  # fmt: skip
+)
 calls = st.lists(st.tuples(st.just("add"), arguments) | st.tuples(st.just("now"), st.just({})), min_size=1, max_size=3)
 
 
@@ -111,9 +114,12 @@ def test_harmony_tells_what_is_said_to_the_reader():
         "<|start|>assistant<|channel|>final<|message|>It is <b>1</b>.<|return|>"
     )
     wanted = [
-        TextDelta("Let me see."), ToolCallStarted("add"), ArgumentsDelta('{"a": 1}'), ToolCallRefused("{}", "there is no tool 'rm'"),
+        TextDelta("Let me see."),
+        ToolCallStarted("add"),
+        ArgumentsDelta('{"a": 1}'),
+        ToolCallRefused("{}", "there is no tool 'rm'"),
         TextDelta("It is <b>1</b>."),
-    ]  # fmt: skip
+    ]
     for pieces in ([text], list(text)):
         assert told("harmony", pieces) == (wanted, False)
     assert told("harmony", list("Plain text.")) == ([TextDelta("Plain text.")], False)

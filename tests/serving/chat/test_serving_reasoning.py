@@ -110,8 +110,10 @@ def test_what_is_thought_is_told_as_it_comes():
 def test_marks_of_messages_are_no_text():
     splitter = Reasoning.after("harmony", "<|start|>assistant").splitter()
     assert splitter.push("<|channel|>final<|message|>It is 5.<|return|>") == [
-        ("mark", "<|channel|>final<|message|>"), ("text", "It is 5."), ("mark", "<|return|>"),
-    ]  # fmt: skip
+        ("mark", "<|channel|>final<|message|>"),
+        ("text", "It is 5."),
+        ("mark", "<|return|>"),
+    ]
 
 
 def test_what_may_come_before_a_grammar():

@@ -124,10 +124,12 @@ def test_messages_that_are_malformed_are_refused(messages, message):
 @pytest.mark.parametrize(
     "arguments",
     [
-        "[" + "[]," * 40_000 + "[]]", "[" + "1," * 70_000 + "1]", "{" + ",".join(f'"{n}":{{}}' for n in range(20_000)) + "}",
+        "[" + "[]," * 40_000 + "[]]",
+        "[" + "1," * 70_000 + "1]",
+        "{" + ",".join(f'"{n}":{{}}' for n in range(20_000)) + "}",
         "[" + "1" * 600_000 + "]",
     ],
-)  # fmt: skip
+)
 def test_arguments_with_too_much_in_them_are_not_parsed(arguments, monkeypatch):
     monkeypatch.setattr("json.loads", lambda text: pytest.fail("parsed"))
     call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
@@ -149,10 +151,13 @@ def test_the_arguments_of_all_calls_count_together():
 @pytest.mark.parametrize(
     ("said", "content"),
     [
-        ({"content": None, "refusal": "no"}, "no"), ({"content": "a", "refusal": "no"}, "a"), ({"reasoning": "hm"}, ""),
-        ({"content": None, "reasoning_content": "hm"}, ""), ({"tool_calls": [{"function": {"name": "f"}}], "refusal": None}, ""),
+        ({"content": None, "refusal": "no"}, "no"),
+        ({"content": "a", "refusal": "no"}, "a"),
+        ({"reasoning": "hm"}, ""),
+        ({"content": None, "reasoning_content": "hm"}, ""),
+        ({"tool_calls": [{"function": {"name": "f"}}], "refusal": None}, ""),
     ],
-)  # fmt: skip
+)
 def test_an_assistant_needs_no_content_where_it_says_something_else(said, content):
     [made] = read_messages([{"role": "assistant", **said}])
     assert made["content"] == content

@@ -126,13 +126,34 @@ def test_the_head_is_the_first_whose_own_key_leaves_it_room():
     made.join("a1=r60 b1=s60")
     assert made.go() == []
     assert made.head() == "b1"
-    # It has kept its place.
+    # It keeps the right of way, though a is before it in line and could have it now.
     made.end("a0")
-    assert made.go() == ["a1"]
-    assert made.head() == "b1"
-    made.end("a1")
     assert made.go() == ["b1"]
+    assert made.head() == "a1"
+    made.end("b1")
+    assert made.go() == ["a1"]
     assert made.head() is None
+
+
+def test_what_stood_idle_for_one_is_not_kept_idle_for_more_of_its_key():
+    """Of a key that asked for all memory two at a time one was always first, and others had a tenth of it each time it was between."""
+    made = Lines()
+    made.use("a1=p20 a2=q20 a3=r20 a4=s20 a5=t20")
+    made.join("h1=v100 h2=w100")
+    assert made.go() == []
+    for number, name in enumerate(["p20", "q20", "r20", "s20", "t20"]):
+        made.end(f"a{number + 1}")
+        made.join(f"a{number + 6}={name}")
+        # Only h's.
+        assert made.go() == (["h1"] if number == 4 else [])
+    assert made.head() == "a6"
+    made.end("h1")
+    assert made.go() == ["a6", "a7", "a8", "a9", "a10"]
+    assert (made.head(), made.closed()) == ("h2", ["p20", "q20", "r20", "s20", "t20"])
+    # Those that come later wait for it.
+    made.join("a11=p20")
+    made.end("a7")
+    assert made.go() == []
 
 
 def test_as_few_as_have_to_fall_idle_are_closed_the_least_used_first():
@@ -147,9 +168,9 @@ def test_as_few_as_have_to_fall_idle_are_closed_the_least_used_first():
     assert made.go(1.0) == ["e1", "e3", "e4"]
     assert made.order() == ["b1", "e2", "e5"]
     made.end("c1")
-    # Now it is e's turn, for which s has to fall idle.
-    assert made.go(1.0) == ["b1"]
-    assert (made.head(), made.closed(1.0)) == ("e2", ["s20"])
+    # Now it is e's turn, for which r and s have to fall idle; what had room began before that.
+    assert made.go(1.0) == ["b1", "e5"]
+    assert (made.head(), made.closed(1.0)) == ("e2", ["r30", "s20"])
 
 
 def test_with_those_whose_turn_it_was_begin_all_that_add_no_bytes():
@@ -220,8 +241,11 @@ def test_more_is_closed_as_time_goes():
     made.join("b1=s20")
     made.go()
     assert [made.closed(now) for now in (4.9, 5.0, 10.0, 29.0)] == [
-        ["p30"], ["p30", "q30"], ["p30", "q30", "r40"], ["p30", "q30", "r40"],
-    ]  # fmt: skip
+        ["p30"],
+        ["p30", "q30"],
+        ["p30", "q30", "r40"],
+        ["p30", "q30", "r40"],
+    ]
     # Others may begin beside what has to fall idle; what falls idle of the rest makes room as well.
     made.end("c1", "c2")
     assert made.go(5.0) == ["b1"]

@@ -48,7 +48,7 @@ class Shared:
         self.sizes, self.alive = dict(sizes), WeakSet()
         self.waiting, self.running = {}, {}
         self.shelf = AdapterShelf(self._read, MOST, lambda: self.now, WAIT_S)
-        self.shelf._submit = lambda work: work()
+        self.shelf._submit = lambda key, work: work()
         self.shelf._watch = lambda: None
         for name in pinned:
             self.shelf.load_now(name, name, is_pinned=True)
@@ -322,6 +322,41 @@ def test_who_was_kept_out_by_long_requests_is_not_kept_out_by_short_ones():
     assert any(one.refused for one in served)
     assert all(one.began is not None for one in served if one.at > 80.0)
     shared.finish()
+
+
+@pytest.mark.parametrize("length", [0.1, 3.0])
+@pytest.mark.parametrize(("many", "mix"), [(2, 2), (2, 4), (2, 10), (5, 7), (5, 10)])
+def test_a_key_that_asks_for_more_at_a_time_takes_no_more_of_another_s_memory(many, mix, length):
+    """Beside ten streams that fit together, of one key, another asks for mixtures: two at a time took five sixths of the memory.
+
+    What it takes by one request at a time is the measure.
+    """
+
+    def served(at_a_time):
+        shared = Shared({f"{key}{number}": 10 for key in "ah" for number in range(10)})
+        asked = {"a": [], "h": []}
+
+        def ask(key, *names, length):
+            one = shared.ask(key, *names, length=length)
+            asked[key].append(one)
+
+            def again():
+                if shared.now < 300.0:
+                    ask(key, *names, length=length)
+
+            one.then.append(lambda: shared.at(shared.now + (length if one.began is not None else 1.0), again))
+
+        for number in range(10):
+            shared.at(2.0 * number, lambda number=number: ask("a", f"a{number}", length=20.0))
+        for _ in range(at_a_time):
+            shared.at(25.0, lambda: ask("h", *[f"h{number}" for number in range(mix)], length=length))
+        shared.run(300.0)
+        assert not any(one.refused for one in (*asked["a"], *asked["h"]))
+        return [sum(one.began is not None for one in asked[key]) for key in "ah"]
+
+    alone, one, more = served(0)[0], served(1), served(many)
+    assert more[0] >= 0.9 * one[0] >= 0.7 * alone
+    assert more[1] >= one[1]
 
 
 def test_a_mixture_that_never_fits_is_refused_at_once_and_keeps_nobody_waiting():

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from admission_gate import gate, refused, serve
-from anabranch.serving.core.admission import OverloadError
 from anabranch.serving.core.batch import Sampled
+from anabranch.serving.core.overload import OverloadError
 from anabranch.serving.core.pace import Line
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.core.scheduler import SchedulerConfig
@@ -66,27 +66,100 @@ def test_no_more_of_a_key_are_owed_seats_than_the_other_has_over():
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
-def test_who_waits_for_adapters_or_a_grammar_is_no_standstill_for_those_that_do_not(is_shared):
+def test_who_waits_for_adapters_or_a_grammar_is_no_standstill_for_others(is_shared):
     """A request that waited for memory for its adapters had others refused, whatever they asked for."""
     admission, clock = gate(is_shared=is_shared)
     serve(admission, clock, seconds=0.05, count=30)
     open_now = seated(admission, "a", 4)
-    waits = admission.admit(10, "b", is_prepared=True)
+    waits = admission.admit(10, "b")
+    waits.prepared(False)
     for _ in range(29):
         clock.now += 1.0
         admission.admit(10, "c", deadline_s=1.0).close()
         with admission.admit(10, "d", deadline_s=1.0) as ticket:
+            # Of one that had its own at once nothing was told, or both.
+            for is_prepared in (None, False, True):
+                ticket.prepared(is_prepared)
             clock.now += 0.05
             ticket.started()
-    # It is one for those that ask for the like; and one that waits for the engine alone is one for all.
-    if not is_shared:
-        refused(admission, "deadline", 10, "c", deadline_s=0.05, is_prepared=True)
+    assert (admission.queued, admission.queued_tokens) == (1, 10)
     waits.close()
+    # One that waits for the engine alone is one for all.
     stands = admission.admit(10, "b")
     clock.now += 29.0
     refused(admission, "deadline", 10, "c", deadline_s=1.0)
     for ticket in [*open_now, stands]:
         ticket.close()
+
+
+@pytest.mark.parametrize("deadline_s", [2.0, 10.0])
+@pytest.mark.parametrize("every", [1, 5, 10, 20, 28])
+def test_what_others_wait_for_without_end_is_no_reason_to_refuse(every, deadline_s):
+    """Where all asked for adapters or a grammar, each was told of what another waited for, 30 s again and again."""
+    admission, clock = gate(is_shared=True)
+    serve(admission, clock, seconds=0.05, count=5)
+    waits = None
+    for second in range(200):
+        clock.now += 1.0
+        if second % 30 == 0:
+            if waits is not None:
+                waits.close()
+            waits = admission.admit(10, "b")
+            waits.prepared(False)
+        if second % every == every - 1:
+            with admission.admit(10, "c", deadline_s=deadline_s) as ticket:
+                clock.now += 0.05
+                ticket.started()
+
+
+def test_who_lines_up_again_waits_for_the_engine_from_then_on():
+    admission, clock = gate()
+    serve(admission, clock, seconds=1.0, count=30)
+    ticket = admission.admit(10)
+    ticket.prepared(False)
+    clock.now += 300.0
+    assert admission.expected_first_token_s(10) is None
+    ticket.prepared(True)
+    clock.now += 1.0
+    assert admission.expected_first_token_s(10) == pytest.approx(2.0, rel=0.1)
+    ticket.started()
+    # What came before is not told of the engine's pace, nor what comes too late.
+    assert admission.expected_first_token_s(10) == pytest.approx(1.0, rel=0.1)
+    ticket.prepared(False)
+    ticket.prepared(True)
+    ticket.close()
+    ticket.prepared(True)
+    assert not admission._line.waiting
+    clock.now += 20.0
+    late = admission.admit(10, deadline_s=1.5)
+    clock.now += 60.0
+    assert admission.expected_first_token_s(10) > 20
+    late.prepared(False)
+    # Who stands aside tells of no standstill, and of no pace where its first token comes without another word.
+    assert admission.expected_first_token_s(10) == pytest.approx(1.0, rel=0.1)
+    late.started()
+    late.close()
+    assert admission.expected_first_token_s(10) == pytest.approx(1.0, rel=0.1)
+
+
+def test_prompts_that_stand_aside_do_not_slow_the_others_nor_speed_them_up():
+    admission, clock = gate(max_queued_tokens=100)
+    serve(admission, clock, seconds=1.0, count=30)
+    aside = admission.admit(10)
+    aside.prepared(False)
+    clock.now += 300.0
+    admission.admit(80)
+    # Of ten tokens a second as before.
+    assert refused(admission, "queued_tokens", 30).retry_after_s == 8
+    aside.started()
+    assert refused(admission, "queued_tokens", 30).retry_after_s == 8
+    admission, clock = gate(max_queued_tokens=100)
+    serve(admission, clock, seconds=1.0, count=30)
+    aside = admission.admit(5000)
+    aside.prepared(False)
+    aside.started()
+    admission.admit(80)
+    assert refused(admission, "queued_tokens", 30).retry_after_s == 8
 
 
 @dataclass(eq=False)

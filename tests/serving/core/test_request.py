@@ -32,8 +32,11 @@ def test_numbers_of_every_make_are_those_of_python(whole, real, make_int, make_f
         **made, stop_tokens=[make_int(7)], logit_bias=[(make_int(3), make_float(0.5))], ignore_eos=np.bool_(True)
     )
     assert sampling == Sampling(
-        **{name: value for name, (_, value) in (whole | real).items()}, stop_tokens=(7,), logit_bias=((3, 0.5),), ignore_eos=True
-    )  # fmt: skip
+        **{name: value for name, (_, value) in (whole | real).items()},
+        stop_tokens=(7,),
+        logit_bias=((3, 0.5),),
+        ignore_eos=True,
+    )
     for name in WHOLE:
         assert type(getattr(sampling, name)) in (int, type(None))
     assert {type(getattr(sampling, name)) for name in REAL} == {float}

@@ -1,11 +1,12 @@
 import random
+from dataclasses import replace
 
 import pytest
 
 from anabranch.errors import ConfigError, InputError
 from anabranch.serving.core.batch import Sampled
 from anabranch.serving.core.request import Finish, Request, Sampling, TokenLogprob
-from anabranch.serving.core.scheduler import COUNTERS, Scheduler, SchedulerConfig
+from anabranch.serving.core.scheduler import COUNTERS, TURN, Scheduler, SchedulerConfig
 from scheduler_runs import RandomTier, Seen, drive, expected, request, to_end
 
 # One step after another
@@ -423,3 +424,42 @@ def test_a_request_goes_on_behind_what_it_gave_elsewhere():
     while driven.step():
         pass
     assert driven.seen["a"].tokens == tokens
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_request_waits_after_so_many_new_tokens_until_it_is_told_how_it_goes_on(is_async):
+    driven = drive(is_async=is_async)
+    for name, turn_every in (("turns", 3), ("other", None)):
+        driven.add(replace(request(name, 6, max_tokens=9), turn_every=turn_every))
+
+    def go_to(count):
+        """It has so many tokens, is held at once as an engine's loop does it, and gets none beyond."""
+        while len(driven.seen["turns"].tokens) < count:
+            driven.step()
+        driven.scheduler.pause("turns", TURN)
+        while driven.step():
+            pass
+        assert len(driven.seen["turns"].tokens) == count
+        assert driven.seen["turns"].finish is None
+
+    go_to(3)
+    assert driven.seen["other"].finish is Finish.LENGTH
+    # Also for its reader: both have to let it go on.
+    driven.pause("turns")
+    driven.scheduler.go_on("turns", None)
+    assert not driven.step()
+    driven.resume("turns")
+    go_to(6)
+    # Other vectors: all of it is computed again, and nothing of before is found.
+    other = replace(driven.requests["turns"], options=(("routing", "other"),))
+    driven.runner.requests["turns"] = other
+    driven.runner.truth["turns"].clear()
+    driven.scheduler.go_on("turns", other)
+    driven.form()
+    [chunk] = driven.formed[0].chunks
+    assert (chunk.start, len(chunk.tokens)) == (0, 12)
+    while driven.step():
+        pass
+    assert driven.seen["turns"].finish is Finish.LENGTH
+    assert len(driven.seen["turns"].tokens) == 9
+    driven.scheduler.go_on("nobody", None)

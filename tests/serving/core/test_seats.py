@@ -227,8 +227,11 @@ def test_one_that_made_room_may_be_paused_and_ended_where_it_waits():
 def state(id, key, *, serial, ahead_since=0, blocks=1, priority=0):
     made = RequestState(
         Request(id=id, key=key, prompt=(1,), priority=priority, sampling=Sampling(max_tokens=5)),
-        serial=serial, now=1.0, stop_tokens=frozenset(), max_positions=9,
-    )  # fmt: skip
+        serial=serial,
+        now=1.0,
+        stop_tokens=frozenset(),
+        max_positions=9,
+    )
     made.ahead_since, made.blocks = ahead_since, [0] * blocks
     return made
 

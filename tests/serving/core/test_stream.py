@@ -136,3 +136,6 @@ def test_outputs_are_joined_in_order():
     first = Output(id="a", tokens=(1,), cached_tokens=3, queue_s=0.5)
     both = joined(first, Output(id="a", tokens=(2, 3), finish=Finish.STOP))
     assert both == Output(id="a", tokens=(1, 2, 3), cached_tokens=3, queue_s=0.5, finish=Finish.STOP)
+    # The last word counts.
+    first, second = (Output(id="a", is_prepared=told) for told in (False, True))
+    assert joined(joined(first, second), Output(id="a", tokens=(1,))) == Output(id="a", tokens=(1,), is_prepared=True)

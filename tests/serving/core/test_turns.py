@@ -62,6 +62,24 @@ def test_sources_take_turns_each_in_its_order(sources):
     assert order == expected
 
 
+def test_who_comes_while_another_is_served_is_next(make):
+    turns, order = make(), []
+    may_go, _ = held(turns, "a")
+    futures = [turns.submit(source, order.append, source) for source in ("a", "a", "b", None)]
+    may_go.set()
+    for future in futures:
+        future.result(60)
+    assert order == ["b", None, "a", "a"]
+
+
+def test_any_number_may_wait_where_that_is_said(make):
+    turns = make(most_waiting=None)
+    may_go, _ = held(turns)
+    futures = [turns.submit("a", int) for _ in range(500)]
+    may_go.set()
+    assert [future.result(60) for future in futures] == [0] * 500
+
+
 def test_a_source_has_no_more_threads_than_it_may(make):
     turns = make(threads=3, at_once=2)
     gates = [held(turns, "a")[0], held(turns, "a")[0]]

@@ -12,11 +12,13 @@ import torch
 
 from anabranch.errors import BackendError, CapacityError, InputError
 from anabranch.lm.checkpoint import load_model
+from anabranch.lm.seen_model import see_model
 from anabranch.serving.core.request import Finish, Request, Sampling
 from anabranch.serving.elasticmoe.backend import backend_of
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Policy
+from elastic_models import save_moe
 from waiting import until
 
 NEW_TOKENS = 40
@@ -120,6 +122,55 @@ def test_a_rank_that_is_stopped_is_replaced_and_its_requests_go_on(make, greedy,
     assert "device 1: its rank gives no sign of life for 1 s" in caplog.text
     assert group.counts.recoveries == 1
     assert group.is_serving
+
+
+def other_weights(folder):
+    """Another model of the same sizes under its name, as a release puts it there."""
+    save_moe(folder.with_name("next"), seed=5)
+    os.replace(folder.with_name("next") / "model.safetensors", folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("victim", ["rank", "memory"])
+def test_a_model_that_was_replaced_is_not_mixed_with_the_one_that_serves(make, victim, tmp_path, caplog):
+    """What is replaced reads the model again: its config and tokenizer, or all weights."""
+    folder = save_moe(tmp_path / "moe")
+    group = make(model=str(folder), devices=2)
+    assert group.info.files == see_model(folder)
+    client = Client(group)
+    client.submit("a", prompt_of(1))
+    client.wait(count=1)
+    other_weights(folder)
+    client.submit("b", prompt_of(1))
+    client.wait(count=2)
+    assert client.tokens["b"] == client.tokens["a"]
+    client.submit("c", prompt_of(2), max_tokens=100)
+    client.wait_tokens(2 * NEW_TOKENS + 2)
+    if victim == "rank":
+        group.ledger.active.kill(1)
+    else:
+        group.memory.process.kill()
+        group.ledger.active.kill(0)
+    client.wait(count=3)
+    assert client.finish["c"] is Finish.ERROR
+    assert any("model.safetensors is another file" in error for error in client.errors)
+    until(lambda: group.is_closed and str(folder) in caplog.text)
+
+
+def test_a_change_that_would_read_another_model_is_refused(make, tmp_path):
+    folder = save_moe(tmp_path / "moe")
+    group = make(model=str(folder), devices=1)
+    client = Client(group)
+    client.submit("a", prompt_of(1))
+    client.wait(count=1)
+    group.prepare_standby(2)
+    other_weights(folder)
+    # One that stood ready had read what it needs, and weights come from the devices.
+    assert len(group.scale(2).new) == 2
+    with pytest.raises(BackendError, match=r"model\.safetensors is another file"):
+        group.scale(3)
+    client.submit("b", prompt_of(1))
+    client.wait(count=2)
+    assert client.tokens["b"] == client.tokens["a"]
 
 
 @pytest.mark.slow

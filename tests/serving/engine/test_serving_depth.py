@@ -23,7 +23,7 @@ from anabranch.serving.engine.messages import Add
 from anabranch.serving.engine.paged import VisitSlots
 from anabranch.serving.engine.runner import ModelRunner
 from anabranch.serving.fast.paths import CompiledStep
-from depth_banks import ByState, Scripted, saved_bank
+from depth_banks import ByControl, ByState, Scripted, saved_bank
 from served_adapters import Runs, layers_of, make_model
 
 LAYERS = 3
@@ -47,10 +47,11 @@ MODELS = {
     "dense": built(SwiGLU.Config(hidden_dim=64)),
     "experts": built(MoE.Config(num_experts=4, hidden_dim=32)),
     "window": built(
-        SwiGLU.Config(hidden_dim=64), local_layers=(1,),
+        SwiGLU.Config(hidden_dim=64),
+        local_layers=(1,),
         local_attention=SelfAttention.Config(num_heads=2, num_kv_heads=1, window=3),
     ),
-}  # fmt: skip
+}
 
 # Each model, way and size once; all of them by make test-all.
 USUAL = {
@@ -248,6 +249,52 @@ def test_experts_of_tokens_are_told_on_any_path(depth):
     assert found[0] == found[1]
     path = depth.get("path") or chosen(MODELS["experts"], PROMPTS[0])
     assert [sorted(route) for route in found[0][1]] == [sorted(set(path))] * 6
+
+
+@pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
+def test_each_request_says_how_deep_routers_go_for_it(limits):
+    """Side by side, each is what it is alone; who says nothing has the engine's control."""
+    model = MODELS["dense"]
+    wanted = {-1: (), 0.5: (0, 1, 2), 1: (0, 0, 1, 1, 2, 2), None: (0, 1, 2)}
+    llm = LLM(model, depth_bank=ByControl(), **{**limits, "num_blocks": 60})
+    llm.engine.runner.depths.control = 0.5
+    asked = {
+        f"{control} {number}": (control, prompt) for number, prompt in enumerate(PROMPTS) for control in (*wanted, -0.5)
+    }
+    for id, (control, prompt) in asked.items():
+        llm._loop.put(Add(Request(id=id, prompt=prompt, sampling=SAMPLING, routes_depth=True, depth_control=control)))
+    llm._loop.run(until_idle=True)
+    found = dict.fromkeys(asked, ((), None))
+    for event in (event for event in llm._events if isinstance(event, Output)):
+        tokens, path = found[event.id]
+        found[event.id] = (tokens + event.tokens, path if event.path is None else event.path)
+    for id, (control, prompt) in asked.items():
+        path = wanted.get(control, chosen(model, prompt))
+        assert found[id] == (uncached(model, prompt, path), path), id
+    llm.close()
+
+
+@pytest.mark.parametrize("most", [3, 4, 5])
+def test_no_control_goes_deeper_than_there_is_memory_for(most):
+    """Blocks are repeated from the first on, while those that follow have room."""
+    model = MODELS["dense"]
+    llm = LLM(model, depth_bank=ByControl(), max_depth=most, **PLENTY)
+    path = {3: (0, 1, 2), 4: (0, 0, 1, 2), 5: (0, 0, 1, 1, 2)}[most]
+    for prompt in PROMPTS[:2]:
+        [answer] = llm.generate([prompt], SAMPLING, routes_depth=True, depth_control=1)
+        assert (answer.output.path, answer.tokens) == (path, uncached(model, prompt, path))
+    llm.close()
+
+
+@pytest.mark.parametrize("control", [1.01, -2, float("nan"), float("inf"), True, "0", [0]])
+def test_a_control_that_cannot_be_is_refused(control):
+    llm = LLM(MODELS["dense"], depth_bank=ByState(), **PLENTY)
+    with pytest.raises(InputError, match=r"depth_control is .*; it must be a number from -1"):
+        llm.generate([PROMPTS[0]], SAMPLING, routes_depth=True, depth_control=control)
+    with pytest.raises(InputError, match="depth_control is set, and routes_depth is not"):
+        llm.generate([PROMPTS[0]], SAMPLING, depth_control=control)
+    assert llm.generate([PROMPTS[0]], SAMPLING)[0].tokens == uncached(MODELS["dense"], PROMPTS[0], None)
+    llm.close()
 
 
 def test_what_cannot_be_is_refused():

@@ -51,8 +51,10 @@ def test_one_that_fails_ends_whom_it_fails_for_and_the_others_get_theirs(caplog)
     results = isolation(step).run([chunk("a", 1, 2), chunk("b", 3, 4, 5), chunk("c", 6)], [1, 2, 3, 4, 5, 6])
     assert asked[1:] == [(["a"], [1, 2]), (["b"], [3, 4, 5]), (["c"], [6])]
     assert [(each.id, each.token, each.error) for each in results] == [
-        ("a", 3, None), ("b", 0, "the request failed in a step: ValueError: a fault"), ("c", 7, None),
-    ]  # fmt: skip
+        ("a", 3, None),
+        ("b", 0, "the request failed in a step: ValueError: a fault"),
+        ("c", 7, None),
+    ]
     assert "a step of 3 requests failed (ValueError: a fault)" in caplog.text
 
 

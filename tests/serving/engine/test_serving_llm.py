@@ -307,8 +307,10 @@ def test_an_engine_takes_the_memory_of_its_weights_once(tmp_path):
     weights = sum(parameter.nbytes for parameter in model.parameters())
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, str(tmp_path / "small"), str(tmp_path / "large")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     grown, fast = done.stdout.split()
     assert fast == "True"
     assert int(grown) < 1.3 * weights, f"{int(grown):,} bytes for weights of {weights:,}"

@@ -279,14 +279,28 @@ def test_a_request_waits_for_what_is_prepared_and_holds_up_no_other(is_async):
     thread.start()
     until(lambda: watch.ends("other"))
     assert not watch.tokens("slow")
+    assert [output for output in watch.of(Output) if output.is_bare] == [Output(id="slow", is_prepared=False)]
     future.set_result(thing)
     until(lambda: watch.ends("slow"))
     assert watch.tokens("slow") == [11, 12, 13, 14, 15]
+    told = [output for output in watch.of(Output) if output.id == "slow"]
+    assert [output.is_prepared for output in told[:3]] == [False, True, None]
+    assert [output.is_bare for output in told[:3]] == [True, True, False]
     watch.loop.put(Close())
     thread.join(60)
     del future, thing
     watch.loop._prepare = None
     assert held() is None  # nothing keeps it for a request that is over
+
+
+def test_what_is_there_at_once_is_told_of_by_nothing():
+    future = Future()
+    future.set_result(None)
+    watch = Watch(prepare=prepared_by({"a": future}))
+    watch.loop.put(Add(request("a", 10)))
+    watch.loop.run(until_idle=True)
+    assert watch.tokens("a") == [11, 12, 13, 14, 15]
+    assert {output.is_prepared for output in watch.of(Output)} == {None}
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,20 @@ from anabranch.depth import path_of
 from anabranch.depth.ftp import FactorConfig, RouterConfig, TokenSkipper
 from anabranch.errors import CheckpointError, ConfigError, InputError
 from anabranch.lm import Decoder, save_model
-from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
+from anabranch.nn import MoE, Rotary, SelfAttention, SwiGLU, kernels
 from anabranch.routing import record_routing
 from anabranch.serving import LLM, Output, Request, Sampling
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.batch import Batch
 from anabranch.serving.core.hooks import RequestOverride
 from anabranch.serving.depth import DepthConfig
+from anabranch.serving.elasticmoe.handover import freeze, thaw
 from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.kinds import Kinds
 from anabranch.serving.engine.messages import Add
 from anabranch.serving.engine.runner import ModelRunner
+from anabranch.serving.engine.skips import Choosing
 from depth_banks import ByState
 from served_adapters import Runs, layers_of, make_model
 from skipped_models import router
@@ -43,12 +47,22 @@ PROMPTS = [
 ]
 
 
-def built(feed_forward, **attention):
+HEADS = {"num_heads": 4, "num_kv_heads": 2}
+
+
+def built(feed_forward, local=None, **attention):
     config = Decoder.Config(
         vocab_size=31, dim=64, num_layers=LAYERS, max_positions=128, init_std=0.3, feed_forward=feed_forward,
-        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, **attention),
+        attention=SelfAttention.Config(**HEADS, **attention), **(local or {}),
     )  # fmt: skip
     return config.build(seed=0).eval()
+
+
+# As Mistral's, all layers have a window; as Gemma 3's, most have one and a base of their own for positions.
+LOCAL = {
+    "local_layers": (1, 2, 4),
+    "local_attention": SelfAttention.Config(**HEADS, window=3, rotary=Rotary.Config(theta=100.0), qk_norm="head"),
+}
 
 
 @functools.cache
@@ -58,7 +72,12 @@ def model_of(name):
         "dense": lambda: built(SwiGLU.Config(hidden_dim=64)),
         "experts": lambda: built(MoE.Config(num_experts=4, hidden_dim=32)),
         "sinks": lambda: built(SwiGLU.Config(hidden_dim=64), sinks=True),
+        "window": lambda: built(SwiGLU.Config(hidden_dim=64), window=4),
+        "some windows": lambda: built(SwiGLU.Config(hidden_dim=64), LOCAL, qk_norm="head"),
     }[name]()
+
+
+WINDOWS = ("window", "some windows")
 
 
 SKIPPERS = {
@@ -74,6 +93,10 @@ SKIPPERS = {
     "states": lambda model: TokenSkipper(
         model, SCHEDULE, router(config=RouterConfig(inputs="hidden", dim=64)), mode="threshold"
     ),
+    # Keys and values of tokens that blocks pass over are made all the same.
+    "kept places": lambda model: TokenSkipper(model, SCHEDULE, "static", kv="keep"),
+    "kept learned": lambda model: TokenSkipper(model, SCHEDULE, router(), kv="keep"),
+    "kept threshold": lambda model: TokenSkipper(model, SCHEDULE, router(), mode="threshold", kv="keep"),
 }
 
 
@@ -112,6 +135,10 @@ USUAL = {
     ("learned", "dense", True, "plenty"), ("learned", "dense", True, "scarce"), ("learned", "dense", False, "scarce"),
     ("places", "dense", True, "scarce"), ("threshold", "experts", True, "plenty"), ("once", "sinks", False, "scarce"),
     ("states", "dense", True, "scarce"), ("seldom", "dense", True, "plenty"),
+    ("learned", "window", False, "scarce"), ("places", "some windows", True, "scarce"), ("learned", "some windows", True, "plenty"),
+    ("kept learned", "dense", True, "plenty"), ("kept learned", "dense", False, "scarce"), ("kept places", "dense", True, "scarce"),
+    ("kept threshold", "experts", True, "scarce"), ("kept places", "window", False, "scarce"),
+    ("kept learned", "some windows", True, "scarce"), ("kept learned", "sinks", False, "plenty"),
 }  # fmt: skip
 
 
@@ -122,7 +149,7 @@ USUAL = {
             skips, name, kernel, limits, id=f"{skips} {name} {'compiled' if kernel else 'modules'} {size}",
             marks=[] if (skips, name, kernel, size) in USUAL else [pytest.mark.slow],
         )
-        for skips in SKIPPERS for name in ("dense", "experts", "sinks") for kernel in (True, False)
+        for skips in SKIPPERS for name in ("dense", "experts", "sinks", *WINDOWS) for kernel in (True, False)
         for size, limits in (("plenty", PLENTY), ("scarce", SCARCE))
     ],
 )  # fmt: skip
@@ -154,7 +181,8 @@ def test_pruned_beside_every_depth_is_each_request_alone(skips, name, kernel, li
         elif "routes_depth" not in fields:
             assert (tokens, computed) == (whole(model, prompt, fields.get("path")), None), id
     computed = [found[f"pruned {number}"][2] for number in range(len(PROMPTS))]
-    assert (llm.engine.runner.fast is not None) == (kernel and name != "sinks" and kernels.load() is not None)
+    is_known = name not in ("sinks", *WINDOWS) and kernels.load() is not None
+    assert (llm.engine.runner.fast is not None) == (kernel and is_known)
     assert any(0 < count < len(prompt) for counts, prompt in zip(computed, PROMPTS, strict=True) for count in counts)
     llm.close()
 
@@ -195,14 +223,17 @@ PROMPT = st.lists(st.integers(0, 30), min_size=1, max_size=16).map(tuple)
 ALIKE = st.tuples(st.sampled_from([(1, 2, 3, 4, 5, 6, 7, 8), (9,) * 8]), PROMPT).map(lambda parts: parts[0] + parts[1])
 DEPTH = st.sampled_from(["pruned", "pruned", "routed", "full", "path"])
 FIELDS = {
-    "pruned": {"skips_tokens": True}, "routed": {"routes_depth": True}, "full": {}, "path": {"path": (0, 1, 1, 4)},
-}  # fmt: skip
+    "pruned": {"skips_tokens": True},
+    "routed": {"routes_depth": True},
+    "full": {},
+    "path": {"path": (0, 1, 1, 4)},
+}
 SAME = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 
 
 @settings(max_examples=15)
 @given(
-    skips=st.sampled_from(["places", "learned"]),
+    skips=st.sampled_from(["places", "learned", "kept places", "kept learned"]),
     size=st.sampled_from(["plenty", "scarce"]),
     rounds=st.lists(st.lists(st.tuples(DEPTH, PROMPT | ALIKE), min_size=1, max_size=5), min_size=1, max_size=3),
 )
@@ -242,12 +273,13 @@ def test_nothing_is_shared_with_a_pruned_prompt():
 
 @pytest.mark.skipif(kernels.load() is None, reason="no compiler")
 @pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
-def test_blocks_are_compiled_and_run_what_is_kept(limits, monkeypatch):
-    """Modules are asked for queries and keys alone, and no block of the compiled step gets a row that it passes over."""
+@pytest.mark.parametrize("skips", ["learned", "kept learned"])
+def test_blocks_are_compiled_and_run_what_is_kept(skips, limits, monkeypatch):
+    """Modules are asked for queries, keys and values alone, and no block of the compiled step gets a row that it passes over."""
     from anabranch.serving.fast.paths import CompiledStep
 
     model = model_of("dense")
-    skipper = SKIPPERS["learned"](model)
+    skipper = SKIPPERS[skips](model)
     wanted = alone(skipper, PROMPTS[2])
     llm, rows = LLM(model, skipper=skipper, **limits), [0] * LAYERS
     was = CompiledStep.run_on
@@ -263,6 +295,27 @@ def test_blocks_are_compiled_and_run_what_is_kept(limits, monkeypatch):
     assert (answer.tokens, answer.output.computed) == wanted
     new = SAMPLING.max_tokens - 1
     assert rows == [count + new * (layer in answer.output.path) for layer, count in enumerate(answer.output.computed)]
+    llm.close()
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["compiled", "modules"])
+def test_keys_that_are_kept_are_looked_at(kernel, monkeypatch):
+    """The router's table is of attention to all that a block has, also to what it passes over."""
+    handed, was = [], Choosing.looked
+
+    def looked(self, layer, query_1HRD, key_1GRD, looks, passed_1GSD=None):
+        handed.append((len(self.passed(layer)), 0 if passed_1GSD is None else passed_1GSD.shape[2]))
+        was(self, layer, query_1HRD, key_1GRD, looks, passed_1GSD)
+
+    monkeypatch.setattr(Choosing, "looked", looked)
+    model = model_of("dense")
+    llm = LLM(
+        model, skipper=SKIPPERS["kept learned"](model),
+        make_runner=lambda *given, **more: ModelRunner(*given, use_kernel=kernel, **more), **PLENTY,
+    )  # fmt: skip
+    llm.generate([PROMPTS[2]], SAMPLING, skips_tokens=True)
+    assert all(wanted == count for wanted, count in handed)
+    assert any(wanted for wanted, _ in handed)
     llm.close()
 
 
@@ -300,10 +353,86 @@ def test_of_prompts_in_pieces_what_was_computed_is_kept_for_one():
     llm.close()
 
 
-def test_guesses_that_do_not_hold_leave_nothing():
-    """Prompt lookup writes behind the prompt what may not come true."""
+def steps(scheduler, runner, most=None):
+    """(tokens, what was told of the prompt) of one request, for so many steps, or until it has ended."""
+    tokens, told = [], []
+    while scheduler.has_work and (most is None or most > 0):
+        batch = scheduler.schedule()
+        for output in scheduler.update(batch, runner.run(batch)):
+            assert output.error is None, output.error
+            tokens += output.tokens
+            told += [] if output.computed is None else [output.computed]
+        most = None if most is None else most - 1
+    return tuple(tokens), told
+
+
+@pytest.mark.parametrize("limits", [PLENTY, {**SCARCE, "num_blocks": 40}], ids=["plenty", "scarce"])
+@pytest.mark.parametrize("skips", ["learned", "places", "kept learned"])
+def test_what_was_begun_elsewhere_goes_on_as_it_would_have(skips, limits):
+    """It is computed anew, of its prompt and the tokens that it has, of which none is taken for the prompt's."""
     model = model_of("dense")
-    skipper = SKIPPERS["learned"](model)
+    skipper = SKIPPERS[skips](model)
+    tokens, computed = alone(skipper, PROMPTS[2])
+    for count in (0, 1, 4):
+        engine = Engine.of(model, ServingConfig(**limits), skipper=skipper)
+        engine.scheduler.add(Request(id="a", prompt=PROMPTS[2], sampling=SAMPLING, skips_tokens=True), tokens[:count])
+        assert steps(engine.scheduler, engine.runner) == (tokens[count:], [computed])
+        assert not engine.runner._pruned.ahead
+        engine.runner.close()
+
+
+@pytest.mark.parametrize("limits", [PLENTY, {**SCARCE, "num_blocks": 40}], ids=["plenty", "scarce"])
+@pytest.mark.parametrize("after", range(1, 6))
+def test_decisions_go_with_what_is_stored(limits, after):
+    """Between any two steps, to an engine whose own skipper would decide otherwise."""
+    model = model_of("dense")
+    skipper, other = SKIPPERS["learned"](model), TokenSkipper(model, SCHEDULE, router(seed=8))
+    tokens, computed = alone(skipper, PROMPTS[2])
+    assert alone(other, PROMPTS[2]) != (tokens, computed)
+    first = Engine.of(model, ServingConfig(**limits), skipper=skipper)
+    request = Request(id="a", prompt=PROMPTS[2], sampling=SAMPLING, skips_tokens=True)
+    first.scheduler.add(request)
+    begun, told = steps(first.scheduler, first.runner, after)
+    scheduler, decided = thaw(freeze(first.scheduler, first.runner.skips.handed_over()))
+    second = Engine.of(model, ServingConfig(**limits), skipper=other, pool=first.runner.pool)
+    second.runner.skips.take_over(decided)
+    second.runner.run(Batch(step=-1, chunks=(), new=(request,)))
+    rest, later = steps(scheduler, second.runner)
+    assert (begun + rest, told + later) == (tokens, [computed])
+
+
+@pytest.mark.parametrize("length", [8, 5])
+def test_an_id_that_comes_again_behind_a_handover_is_decided_about_anew(length):
+    """Whether its first request ended in the last step before it, or behind it and before it was added there."""
+    model = model_of("dense")
+    skipper = SKIPPERS["places"](model)
+    sampling = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
+    ask = lambda prompt: Request(id="a", prompt=prompt, sampling=sampling, skips_tokens=True)  # noqa: E731
+    first = Engine.of(model, ServingConfig(**PLENTY), skipper=skipper)
+    first.scheduler.add(ask((1, 2, 3, 4, 5, 6, 7, 8)))
+    steps(first.scheduler, first.runner, 1)
+    ended = freeze(first.scheduler, first.runner.skips.handed_over())
+    first.scheduler.abort("a")
+    for frozen, aborts in ((freeze(first.scheduler, first.runner.skips.handed_over()), False), (ended, True)):
+        scheduler, decided = thaw(frozen)
+        second = Engine.of(model, ServingConfig(**PLENTY), skipper=skipper, pool=first.runner.pool)
+        second.runner.skips.take_over(decided)
+        if aborts:
+            scheduler.abort("a")
+            second.runner.skips.forget("a")
+        prompt = tuple(range(9, 9 + length))
+        scheduler.add(ask(prompt))
+        made, _ = steps(scheduler, second.runner)
+        assert list(made) == skipper.generate(list(prompt), 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "skips"), [("dense", "learned"), ("some windows", "learned"), ("dense", "kept learned")]
+)
+def test_guesses_that_do_not_hold_leave_nothing(name, skips):
+    """Prompt lookup writes behind the prompt what may not come true."""
+    model = model_of(name)
+    skipper = SKIPPERS[skips](model)
     llm = LLM(model, skipper=skipper, prompt_lookup=4, **PLENTY)
     prompt = (5, 6, 7, 8) * 4
     sampling = Sampling(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -312,24 +441,69 @@ def test_guesses_that_do_not_hold_leave_nothing():
     llm.close()
 
 
-def test_determined_engines_give_the_same_to_the_bit():
+@pytest.mark.parametrize(("name", "skips"), [("dense", "places"), ("some windows", "places"), ("dense", "kept places")])
+def test_determined_engines_give_the_same_to_the_bit(name, skips):
     """With log probabilities, which tell the last digit; alone, and beside others, by modules."""
 
     def make_runner(*given, **more):
         return ModelRunner(*given, use_kernel=False, **more)
 
-    model = model_of("dense")
+    model = model_of(name)
+    skipper = SKIPPERS[skips](model)
     sampling = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=3)
     told = []
     for others in ([], [PROMPTS[0], PROMPTS[2]]):
-        llm = LLM(model, skipper=SKIPPERS["places"](model), deterministic=True, make_runner=make_runner, **PLENTY)
+        llm = LLM(model, skipper=skipper, deterministic=True, make_runner=make_runner, **PLENTY)
         answers = llm.generate([PROMPTS[4], *others], sampling, skips_tokens=True)
         told.append((answers[0].tokens, answers[0].output.logprobs))
         llm.close()
     assert told[0] == told[1]
+    assert told[0][0] == alone(skipper, PROMPTS[4])[0]
 
 
-def test_adapters_decide_with_the_model(tmp_path):
+LONG = st.lists(st.integers(0, 30), min_size=1, max_size=40).map(tuple)
+
+
+@functools.cache
+def windowed_engine(name, skips):
+    model = model_of(name)
+    return LLM(model, skipper=SKIPPERS[skips](model), **{**SCARCE, "num_blocks": 40})
+
+
+@settings(max_examples=10)
+@given(
+    name=st.sampled_from(WINDOWS),
+    skips=st.sampled_from(["learned", "kept learned"]),
+    prompts=st.lists(st.tuples(st.booleans(), LONG), min_size=1, max_size=3),
+)
+def test_windows_are_counted_in_positions(name, skips, prompts):
+    """Prompts of many windows, whole or in pieces, beside those that run all blocks: a window by what was kept would reach further."""
+    llm = windowed_engine(name, skips)
+    fields = {True: {"skips_tokens": True}, False: {"skips_tokens": False}}
+    found = run(llm, [(f"{number}", prompt, fields[is_pruned]) for number, (is_pruned, prompt) in enumerate(prompts)])
+    for number, (is_pruned, prompt) in enumerate(prompts):
+        tokens, _, computed = found[f"{number}"]
+        if is_pruned:
+            assert (tokens, computed) == alone(llm.engine.runner.skips.skipper, prompt)
+        else:
+            assert tokens == whole(llm.engine.runner.model, prompt)
+
+
+def test_layers_with_a_window_keep_all_that_they_compute(tmp_path):
+    """What is given back behind a window would be counted in positions, and blocks of memory are filled by what is kept."""
+    model = model_of("some windows")
+    TokenSkipper(model, SCHEDULE).save(tmp_path / "skipper")
+    config = ServingConfig(num_blocks=16, depth=DepthConfig(skipper=str(tmp_path / "skipper")))
+    assert Kinds.of(model, config) == Kinds.whole(model, config) != Kinds.of(model, ServingConfig(num_blocks=16))
+    for engine in (
+        Engine.of(model, config),
+        Engine.of(model, ServingConfig(num_blocks=16), skipper=TokenSkipper(model, SCHEDULE)),
+    ):
+        assert len(engine.runner.stores.pools) == 1
+
+
+@pytest.mark.parametrize("kv", ["drop", "keep"])
+def test_adapters_decide_with_the_model(tmp_path, kv):
     """A request with an adapter is decided about by what the adapter makes of its prompt, in pieces or whole."""
     import copy
 
@@ -339,12 +513,12 @@ def test_adapters_decide_with_the_model(tmp_path):
     wanted = {}
     for name, one in ((None, model), ("a", load_peft(tmp_path / "a", copy.deepcopy(model)))):
         for prompt in (PROMPTS[2], PROMPTS[4]):
-            wanted[name, prompt] = alone(TokenSkipper(one, schedule, router()), prompt)
+            wanted[name, prompt] = alone(TokenSkipper(one, schedule, router(), kv=kv), prompt)
     for limits in (PLENTY, SCARCE):
         adapters = AdaptersConfig(load=(f"a={tmp_path / 'a'}",))
         own = copy.deepcopy(model)
         config = ServingConfig(**{**limits, "num_blocks": 60}, dtype="float32", adapters=adapters)
-        runs = Runs(Engine.of(own, config, skipper=TokenSkipper(own, schedule, router())))
+        runs = Runs(Engine.of(own, config, skipper=TokenSkipper(own, schedule, router(), kv=kv)))
         ids = {runs.put(*key, max_tokens=6, scores=None, skips_tokens=True): key for key in [*wanted] * 2}
         found = runs.outputs()
         for id, key in ids.items():
@@ -352,9 +526,10 @@ def test_adapters_decide_with_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
-def test_a_trace_has_what_blocks_computed_once(limits):
+@pytest.mark.parametrize("skips", ["learned", "kept learned"])
+def test_a_trace_has_what_blocks_computed_once(skips, limits):
     model = model_of("experts")
-    llm = LLM(model, skipper=SKIPPERS["learned"](model), **limits)
+    llm = LLM(model, skipper=SKIPPERS[skips](model), **limits)
     with record_routing(model) as recorder:
         [answer] = llm.generate([PROMPTS[2]], SAMPLING, skips_tokens=True)
     table = recorder.trace().table.to_pylist()
@@ -362,7 +537,7 @@ def test_a_trace_has_what_blocks_computed_once(limits):
     for layer, count in enumerate(answer.output.computed):
         places = [row["position"] for row in table if row["layer"] == layer and row["rank"] == 0]
         assert len(places) == len(set(places)) == count + new * (layer in answer.output.path)
-    assert (answer.tokens, answer.output.computed) == alone(SKIPPERS["learned"](model), PROMPTS[2])
+    assert (answer.tokens, answer.output.computed) == alone(SKIPPERS[skips](model), PROMPTS[2])
     llm.close()
 
 
@@ -372,9 +547,12 @@ def test_experts_that_come_on_demand_go_with_pruned_prompts(tmp_path):
     skipper = SKIPPERS["threshold"](model)
     skipper.save(tmp_path / "skipper")
     llm = LLM(
-        tmp_path / "model", expert_budget="80KiB", dtype="float32", num_blocks=50,
+        tmp_path / "model",
+        expert_budget="80KiB",
+        dtype="float32",
+        num_blocks=50,
         depth=DepthConfig(skipper=str(tmp_path / "skipper")),
-    )  # fmt: skip
+    )
     assert (llm.engine.info.depth, llm.engine.info.skips_tokens) == ("pruned", True)
     for prompt in PROMPTS:
         [answer] = llm.generate([prompt], SAMPLING, skips_tokens=True)
@@ -436,13 +614,8 @@ def test_what_cannot_be_served_is_refused(tmp_path):
     assert (plain.engine.info.depth, plain.engine.info.skips_tokens) == ("full", False)
     plain.close()
     config = ServingConfig(num_blocks=16)
-    with pytest.raises(ConfigError, match="fit one with kv='drop'"):
-        Engine.of(model, config, skipper=TokenSkipper(model, SCHEDULE, kv="keep"))
     with pytest.raises(ConfigError, match="of another model than the engine's"):
         Engine.of(model, config, skipper=TokenSkipper(model_of("experts"), SCHEDULE))
-    windowed = built(SwiGLU.Config(hidden_dim=64), window=3)
-    with pytest.raises(ConfigError, match="see a window of the text"):
-        Engine.of(windowed, config, skipper=TokenSkipper(windowed, SCHEDULE))
     with pytest.raises(ConfigError, match="hooks override single requests"):
         Engine.of(model, config, skipper=TokenSkipper(model, SCHEDULE), hooks=[Overrides()])
     other = TokenSkipper(model_of("experts"), SCHEDULE)

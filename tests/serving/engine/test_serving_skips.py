@@ -12,13 +12,14 @@ from anabranch.depth.ftp import FactorConfig, TokenRouter, TokenSkipper, static_
 from anabranch.depth.gathered import Looks
 from anabranch.errors import CheckpointError, ConfigError, InputError
 from anabranch.serving import Request, Sampling
-from anabranch.serving.engine.skips import Choosing, Kept, Skips, check_skips, skipper_of
+from anabranch.serving.engine.skips import Choosing, Kept, Skips, check_skips, skipper_of, stores_of
 from skipped_models import BLOCKS, decoder, router
 
 CPU = torch.device("cpu")
 # The third block decodes nothing, the fourth does not run.
 SCHEDULE = (0.0, 0.3, 0.6, 1.0, 0.5)
 GOES = [True, True, False, False, True]
+NONE_STORED = np.zeros(BLOCKS, np.bool_)
 LOOKS = Looks(scale=1.0)
 
 
@@ -28,30 +29,49 @@ def asking(id="a", prompt=(1, 2, 3, 4), **fields):
 
 def test_what_is_kept_by_hand():
     """Two blocks, a prompt of four; the second passes over tokens 1 and 2, and over all behind the prompt."""
-    kept = Kept(np.array([[1, 1, 1, 1], [1, 0, 0, 1]], np.bool_), np.array([True, False]))
+    kept = Kept(np.array([[1, 1, 1, 1], [1, 0, 0, 1]], np.bool_), np.array([True, False]), NONE_STORED[:2])
     assert [kept.stored(0, at) for at in range(7)] == [0, 1, 2, 3, 4, 5, 6]
     assert [kept.stored(1, at) for at in range(7)] == [0, 1, 1, 1, 2, 2, 2]
     assert [kept.places(1, start, 3).tolist() for start in (0, 1, 2, 3, 4)] == [[0], [2], [1], [0], []]
     assert [kept.places(0, start, 3).tolist() for start in (0, 3, 5)] == [[0, 1, 2]] * 3
     assert (kept.computed, kept.path, kept.num_prompt) == ((4, 2), (0,), 4)
+    assert [kept.passed(1, start, 3).tolist() for start in range(4)] == [[]] * 4
+
+
+def test_what_is_kept_by_hand_of_a_block_that_stores_all():
+    """The same prompt; keys and values of tokens 1 and 2 are made, too."""
+    kept = Kept(np.array([[1, 0, 0, 1], [1, 0, 0, 1]], np.bool_), np.array([True, False]), np.array([True, True]))
+    assert [kept.stored(0, at) for at in range(7)] == [0, 1, 2, 3, 4, 5, 6]
+    assert [kept.stored(1, at) for at in range(7)] == [0, 1, 2, 3, 4, 4, 4]
+    assert [kept.places(0, start, 3).tolist() for start in (0, 1, 2, 3, 4)] == [[0], [2], [1, 2], [0, 1, 2], [0, 1, 2]]
+    assert [kept.passed(0, start, 3).tolist() for start in (0, 1, 2, 3, 4)] == [[1, 2], [0, 1], [0], [], []]
+    assert (kept.positions(0, 6).tolist(), kept.positions(1, 6).tolist()) == ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3])
+    assert (kept.computed, kept.path) == ((2, 2), (0,))
 
 
 @given(
-    keep=st.integers(1, 9).flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=4)),
+    keep=st.integers(1, 9).flatmap(
+        lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=4)
+    ),
     goes=st.lists(st.booleans(), min_size=4, max_size=4),
+    stores=st.lists(st.booleans(), min_size=4, max_size=4),
     start=st.integers(0, 14),
     count=st.integers(0, 6),
-)  # fmt: skip
-def test_what_is_kept_is_counted_token_by_token(keep, goes, start, count):
-    kept = Kept(np.array(keep, np.bool_), np.array(goes[: len(keep)]))
+)
+def test_what_is_kept_is_counted_token_by_token(keep, goes, stores, start, count):
+    kept = Kept(np.array(keep, np.bool_), np.array(goes[: len(keep)]), np.array(stores[: len(keep)]))
 
     def computes(layer, position):
         return keep[layer][position] if position < len(keep[layer]) else goes[layer]
 
     for layer in range(len(keep)):
         naive = [computes(layer, position) for position in range(start + count)]
-        assert kept.stored(layer, start) == kept.stored_I(start)[layer] == sum(naive[:start])
+        stored = [is_run or (stores[layer] and at < len(keep[layer])) for at, is_run in enumerate(naive)]
+        assert kept.stored(layer, start) == kept.stored_I(start)[layer] == sum(stored[:start])
         assert kept.places(layer, start, count).tolist() == [at for at in range(count) if naive[start + at]]
+        passed = [at for at in range(count) if stored[start + at] and not naive[start + at]]
+        assert kept.passed(layer, start, count).tolist() == passed
+        assert kept.positions(layer, start).tolist() == [at for at in range(start) if stored[at]]
     assert kept.computed == tuple(map(sum, keep))
     assert kept.path == tuple(layer for layer in range(len(keep)) if goes[layer])
 
@@ -126,6 +146,33 @@ def test_a_token_that_is_passed_over_keeps_its_score():
     assert computed[2] in choosing.decide(2, torch.zeros(1, 6, 32))
 
 
+def test_keys_that_are_kept_take_their_share_of_attention():
+    """Block 1 keeps keys of the two tokens that it passes over: a query of no preference weighs all at or before it alike."""
+    skipper = TokenSkipper(decoder(3), (0.0, 0.4, 0.5), by_attention(), kv="keep")
+    choosing = Choosing(skipper, 6, CPU)
+    choosing.decide(0, None)
+    assert (choosing.stores(0), choosing.passed(0).tolist()) == (True, [])
+    choosing.looked(0, *looking_at(5), LOOKS)
+    computed = choosing.decide(1, torch.zeros(1, 6, 32)).tolist()
+    passed = choosing.passed(1).tolist()
+    assert (len(passed), sorted(passed + computed)) == (2, list(range(6)))
+    choosing.looked(1, torch.zeros(1, 2, 4, 2), torch.zeros(1, 1, 4, 2), LOOKS, torch.zeros(1, 1, 2, 2))
+    for place in computed:
+        behind = [1 / (query + 1) for query in computed if query >= place]
+        assert float(choosing._table.score_BL[0, place]) == pytest.approx(sum(behind) / len(behind))
+
+
+def test_blocks_that_are_not_there_keep_nothing():
+    skipper = TokenSkipper(decoder(), SCHEDULE, kv="keep")
+    assert stores_of(skipper).tolist() == [True, True, True, False, True]
+    assert not stores_of(TokenSkipper(decoder(), SCHEDULE)).any()
+    skips = Skips(skipper, CPU)
+    skips.add(asking(prompt=tuple(range(10))))
+    kept = skips.kept("a")
+    assert [kept.stored(layer, 10) for layer in range(BLOCKS)] == [10, 10, 10, 0, 10]
+    assert kept.computed == (10, 7, 4, 0, 5)
+
+
 def test_factors_of_earlier_tokens_are_each_tokens_own_weight():
     skipper = TokenSkipper(decoder(2), (0.0, 0.5), by_attention(), mode="threshold", factors=FactorConfig(causal=True))
     choosing = Choosing(skipper, 4, CPU)
@@ -166,11 +213,14 @@ def test_with_a_router_it_waits_until_it_is_chosen():
     assert skips.take_untold("a") is None, "nothing is decided yet"
     choosing = skips.choosing("a")
     assert choosing.decide(0, None).tolist() == [0, 1, 2, 3]
-    kept = Kept(np.ones((BLOCKS, 4), np.bool_), np.array(GOES))
+    kept = Kept(np.ones((BLOCKS, 4), np.bool_), np.array(GOES), NONE_STORED)
     skips.chosen("a", kept)
     assert (skips.prompt_of("a"), skips.kept("a"), skips.take_untold("a"), skips.take_untold("a")) == (
-        None, kept, kept, None,
-    )  # fmt: skip
+        None,
+        kept,
+        kept,
+        None,
+    )
     assert skips.prompt_of("b") == (5, 6), "another goes on waiting"
 
 
@@ -238,8 +288,5 @@ def test_a_skipper_is_held_against_the_model(tmp_path):
         skipper_of(decoder(seed=1), tmp_path / "skipper")
     with pytest.raises(ConfigError, match="of another model than the engine's"):
         skipper_of(decoder(), skipper)
-    with pytest.raises(ConfigError, match="fit one with kv='drop'"):
-        skipper_of(model, TokenSkipper(model, SCHEDULE, kv="keep"))
-    seen = decoder(window=4)
-    with pytest.raises(ConfigError, match="see a window of the text"):
-        skipper_of(seen, TokenSkipper(seen, SCHEDULE))
+    seen = TokenSkipper(decoder(window=4), SCHEDULE)
+    assert skipper_of(seen.stack.module, seen) is seen

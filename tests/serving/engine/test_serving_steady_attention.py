@@ -48,6 +48,24 @@ def test_entries_in_front_are_seen_by_all():
     torch.testing.assert_close(made, scored_attention(query[:, :, 3:], *behind, PLAIN))
 
 
+@pytest.mark.parametrize("name", ["window", "wide window", "window and sinks"])
+def test_windows_are_counted_in_positions_wherever_a_step_begins_and_ends(name):
+    """Of tokens between which others were left out: equal to attention without tiles, and to the bit to any part of it."""
+    query, key, value = parts(torch.float32)
+    scoring = SCORINGS[name]
+    gaps = torch.randint(1, 4, (LENGTH,), generator=torch.Generator().manual_seed(2))
+    position_S = gaps.cumsum(0)
+    whole = steady_attention(query, key, value, scoring, 0, position_S=position_S)
+    torch.testing.assert_close(whole, scored_attention(query, key, value, scoring, position_S=position_S))
+    for first, end in ((0, 1), (5, 6), (5, 17), (250, 251), (255, 258), (LENGTH - 1, LENGTH), (17, LENGTH)):
+        begin = int((position_S > position_S[first] - scoring.window).nonzero()[0])
+        seen = slice(begin, end)
+        cut = steady_attention(
+            query[:, :, first:end], key[:, :, seen], value[:, :, seen], scoring, first, position_S=position_S[seen]
+        )
+        assert torch.equal(cut, whole[:, :, first:end]), f"rows {first} to {end}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SCORINGS)
 def test_a_row_is_the_same_wherever_a_step_begins_and_ends(name, dtype):

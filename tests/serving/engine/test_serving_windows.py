@@ -61,12 +61,13 @@ class Watching(StepHook):
     """After each step: nobody has more than a window and what a step computes; what nobody holds or finds is made unreadable."""
 
     def __init__(self):
-        self.llm, self.most = None, 0
+        self.llm, self.most, self.is_alone = None, 0, True
 
     def after_step(self, batch, sampled):
         scheduler, stores = self.llm.engine.scheduler, self.llm.engine.runner.stores
         for place, (kind, pool) in enumerate(zip(scheduler._tables.kinds, stores.pools, strict=True)):
-            kind.pool.check()
+            if self.is_alone:
+                kind.pool.check()
             for block in range(kind.pool.num_blocks):
                 if not kind.pool.holders(block) and kind.pool._key[block] is None:
                     for part in (pool.key, pool.value):
@@ -83,7 +84,8 @@ class Watching(StepHook):
 def engine_of(model, **options):
     sampler, watching = Kept(model.config.vocab_size), Watching()
     llm = LLM(model, sampler=sampler, hooks=[watching], **{**SIZES, **options})
-    watching.llm = llm
+    # Beside a step that is computed the next one is formed, which takes blocks and gives them back.
+    watching.llm, watching.is_alone = llm, options.get("scheduling") != "async"
     return llm, sampler, watching
 
 
@@ -91,6 +93,8 @@ def check(model, llm, sampler, prompts, sampling=GREEDY):
     """Every token was sampled from the scores that the whole model gives, without a cache."""
     sampler.kept.clear()
     answers = llm.generate(prompts, sampling)
+    for kind in llm.engine.scheduler._tables.kinds:
+        kind.pool.check()
     for prompt, answer in zip(prompts, answers, strict=True):
         with torch.no_grad():
             scores_LV = model(torch.tensor([[*prompt, *answer.tokens]])).logits_BLV[0, len(prompt) - 1 : -1]

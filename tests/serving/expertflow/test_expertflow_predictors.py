@@ -170,10 +170,13 @@ def test_the_network_continues_as_if_it_had_read_all_at_once() -> None:
 @pytest.mark.parametrize(
     ("dim", "feed_forward", "depth", "heads", "window", "experts", "number"),
     [
-        (16, 32, 1, 4, 4, 6, 3), (48, 80, 3, 3, 5, 7, 7), (32, 64, 2, 1, 33, 6, 13), (16, 16, 2, 16, 1, 1, 1),
+        (16, 32, 1, 4, 4, 6, 3),
+        (48, 80, 3, 3, 5, 7, 7),
+        (32, 64, 2, 1, 33, 6, 13),
+        (16, 16, 2, 16, 1, 1, 1),
         (528, 1040, 1, 4, 3, 6, 2),
     ],
-)  # fmt: skip
+)
 def test_compiled_steps_are_those_of_torch(
     dim: int, feed_forward: int, depth: int, heads: int, window: int, experts: int, number: int
 ) -> None:

@@ -1,5 +1,6 @@
 """Movers: both kinds bring the right bytes in any order of wants, keep the budget, and end."""
 
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -165,16 +166,41 @@ def test_what_fails_natively_is_tried_again_and_told(watched, tmp_path: Path) ->
     one = Watched(tiers("file", tmp_path), 6)
     watched.append(one)
     one.mover.retry_s = 1e-4
-    stored = (tmp_path / "experts.bin").read_bytes()
-    with (tmp_path / "experts.bin").open("r+b") as file:
+    path = tmp_path / "experts.bin"
+    stored, was = path.read_bytes(), path.stat()
+    with path.open("r+b") as file:
         file.truncate(1000)
     one.step([])
-    with pytest.raises(DataError, match=r"could not be loaded: .* is truncated"):
+    with pytest.raises(DataError, match=r"could not be loaded: .* was written to while it was in use"):
         one.layer(0, [Expert(0, 1)])
     assert one.mover.num_retried == 2
-    (tmp_path / "experts.bin").write_bytes(stored)
+    # The same again, to all appearances.
+    path.write_bytes(stored)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
     one.step([])
     one.layer(0, [Expert(0, 1)])
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", ["file", "direct", "throttled file"])
+def test_experts_of_a_file_that_got_other_numbers_are_refused(name: str, native: bool, watched, tmp_path: Path) -> None:
+    """Not even once: those that were read before are of the model, these are not."""
+    tier = tiers("direct" if name == "direct" else "file", tmp_path)
+    one = Watched(ThrottledTier(tier, 1e-9) if name == "throttled file" else tier, 6, native=native)
+    watched.append(one)
+    one.mover.retry_s = 1e-4
+    assert type(one.mover) is (NativeMover if native else Mover)
+    one.step([])
+    one.layer(0, [Expert(0, 1)])
+    path = tmp_path / "experts.bin"
+    was = path.stat()
+    with path.open("r+b") as file:
+        file.write(bytes(was.st_size))
+    # Within the grain of the system's clock, it may be.
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
+    one.step([])
+    with pytest.raises(DataError, match=r"could not be loaded: .* was written to while it was in use"):
+        one.layer(1, [Expert(1, 2)])
 
 
 @pytest.mark.parametrize("native", [True, False])

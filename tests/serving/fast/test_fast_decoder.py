@@ -21,7 +21,10 @@ from anabranch.lm.generate import SamplingConfig, generate
 from anabranch.nn import BuildContext, Dense, MoE, SelfAttention, SwiGLU, kernels
 from anabranch.nn.description import passes_as
 from anabranch.nn.linear import Projection
-from anabranch.nn.quantize import QuantizedLinear, QuantizedPool, quantize
+from anabranch.nn.packed import Packed
+from anabranch.nn.parted import PartedLinear
+from anabranch.nn.parts import Parts
+from anabranch.nn.quantize import FewBitLinear, QuantizedLinear, QuantizedPool, quantize, replace
 from anabranch.routing import CosineScore, LinearScore, Router, TopK
 from anabranch.routing.bias import BiasBalancer
 from anabranch.routing.record import record_routing
@@ -122,8 +125,27 @@ def build(name, bits=None):
             if key.endswith("bias_E"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     if bits:
-        quantize(model, bits)
+        quantize(model, "int4" if bits == "parts" else bits)
+    if bits == "parts":
+        in_parts(model, True)
     return model
+
+
+def in_parts(model, is_mixed):
+    """Matrices that are fused of several become parts, in place: the first rows as they are, the last in int8 if ``is_mixed``."""
+    for name, module in list(model.named_modules()):
+        if name.endswith((".qkv", ".w13")) and isinstance(module, QuantizedLinear):
+            replace(model, name, PartedLinear(split(module.packed, is_mixed), module.bias))
+        elif isinstance(module, QuantizedPool):
+            w13, w2 = module.packed
+            replace(model, name, QuantizedPool(Parts.of(split(w13, is_mixed)), w2))
+
+
+def split(packed, is_mixed):
+    panels = packed.rows // 16 - 1
+    first = Packed(packed.data[:, :panels].clone(), 16 * panels, packed.depth, packed.kind, packed.group)
+    last = Packed(packed.data[:, panels:].clone(), 16, packed.depth, packed.kind, packed.group)
+    return [first, Packed.pack(last.unpack(), "int8", group=32) if is_mixed else last]
 
 
 class Sequences:
@@ -205,7 +227,8 @@ def test_experts_that_come_when_they_are_wanted_compute_the_same(name, bits):
         more, none = store.run([(1, [7])])
         assert engine.cache.total().misses > 0
         assert engine.arena.bytes <= engine.budget_bytes
-        assert {kind.schemes for kind in engine.arena.kinds} == {None if bits is None else (bits, bits)}
+        kinds = {kind.forms and tuple(form[0][1] for form in kind.forms) for kind in engine.arena.kinds}
+        assert kinds == {None if bits is None else (bits, bits)}
     assert torch.allclose(logits, wanted, rtol=0, atol=1e-5)
     assert torch.equal(found, routes)
     assert none is None
@@ -254,7 +277,24 @@ def test_an_expert_that_cannot_be_loaded_fails_the_step_and_no_other():
     assert torch.allclose(logits, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["grouped, tied", "biases, norms of heads", "mixture, sigmoid", "routed heads"])
+def test_a_matrix_in_parts_of_one_form_gives_the_bits_of_the_whole(name):
+    whole, parts = build(name, "int4"), build(name, "int4")
+    in_parts(parts, False)
+    assert any(isinstance(module, PartedLinear) for module in parts.modules())
+    pools = [module for module in parts.modules() if isinstance(module, QuantizedPool)]
+    assert all(isinstance(pool.packed[0], Parts) for pool in pools)
+    assert bool(pools) == name.startswith("mixture")
+    given = list(enumerate(prompts(9, 1, 40)))
+    wanted, _ = Sequences(whole).run(given)
+    for takes_weights in (False, True):
+        steps = Sequences(parts, takes_weights=takes_weights)
+        assert torch.equal(steps.run(given)[0], wanted)
+        steps.fast.reread()
+        assert torch.equal(steps.run([(f"again {id}", tokens) for id, tokens in given])[0], wanted)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4", "parts"])
 @pytest.mark.parametrize(
     "name",
     ["grouped, tied", "mixture, sigmoid", "pools of layers", "chain, all at once", "wide and deep", "routed heads"],
@@ -283,6 +323,7 @@ def test_halves_are_near():
         ("plain", None),
         ("mixture", None),
         ("mixture, sigmoid", "int4"),
+        ("biases, norms of heads", "parts"),
         ("recurrent", None),
         ("chain, all at once", "int8"),
         ("routed heads", None),
@@ -667,12 +708,11 @@ def test_no_weight_is_there_twice_where_the_model_is_taken(name, dtype):
     assert not Sequences(model, dtype).fast.supports(model)
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("bits", ["int8", "int4", "parts"])
 @pytest.mark.parametrize("name", ["grouped, tied", "mixture"])
 def test_quantised_weights_are_let_go_of_once_they_lie_in_the_packed_memory(name, bits):
-    model = build(name)
-    quantize(model, bits)
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedPool)]
+    model = build(name, bits)
+    layers = [module for module in model.modules() if isinstance(module, FewBitLinear | QuantizedPool)]
     before = [weakref.ref(part) for layer in layers for part in layer.buffers()]
     assert before
     steps = Sequences(model, takes_weights=True)

@@ -38,8 +38,11 @@ def test_each_sequence_runs_its_blocks_in_order(given_paths):
 def test_paths_that_ascend_share_their_blocks():
     both = tuple(map(visits_of, [(0, 1, 2), (0, 2), (0, 1, 1, 2)]))
     assert schedule_of(both) == (
-        (((0, 0),), None), (((1, 1),), (0, 2)), (((1, 3),), (2,)), (((2, 2),), None),
-    )  # fmt: skip
+        (((0, 0),), None),
+        (((1, 1),), (0, 2)),
+        (((1, 3),), (2,)),
+        (((2, 2),), None),
+    )
     assert schedule_of((visits_of((0, 1, 2)),) * 2) == ((((0, 0), (1, 1), (2, 2)), None),)
     assert schedule_of(((), ())) == ()
 

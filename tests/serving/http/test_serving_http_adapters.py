@@ -552,6 +552,33 @@ def test_nobody_waits_while_a_folder_is_looked_at(own, monkeypatch):
     assert made == [200]
 
 
+def test_who_waits_for_its_adapters_is_no_reason_to_refuse_others(own, monkeypatch):
+    load(own, "x", "c")
+    load(own, "y", "b")
+    assert held(own) == {"x": False, "y": True}
+    gate, come, folder_of = threading.Event(), threading.Event(), adapter_reader.folder_of
+
+    def slow(*where):
+        come.set()
+        assert gate.wait(60)
+        return folder_of(*where)
+
+    monkeypatch.setattr(adapter_reader, "folder_of", slow)
+    made, admission = [], own.frontend.admission
+    thread = threading.Thread(target=lambda: made.append(say(own, model="x")[0]))
+    thread.start()
+    try:
+        assert come.wait(60)
+        until(lambda: admission.queued == 1 and not admission._line.waiting)
+        assert say(own)[0] == 200
+        assert admission.queued == 1
+    finally:
+        gate.set()
+        thread.join(60)
+    assert made == [200]
+    assert admission.queued == 0
+
+
 @pytest.mark.parametrize("before", [None, "a"])
 def test_a_load_goes_on_where_its_sender_leaves(own, before, monkeypatch):
     """The engine and the server say the same of the adapter, and so does the next engine."""

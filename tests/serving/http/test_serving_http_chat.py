@@ -39,13 +39,18 @@ def test_a_whole_answer(server):
     assert body["system_fingerprint"].startswith("fp_")
     [choice] = body["choices"]
     assert choice == {
-        "index": 0, "message": {"role": "assistant", "content": "User:", "refusal": None}, "logprobs": None, "finish_reason": "length"
-    }  # fmt: skip
+        "index": 0,
+        "message": {"role": "assistant", "content": "User:", "refusal": None},
+        "logprobs": None,
+        "finish_reason": "length",
+    }
     prompt = len(server.script.requests[-1].prompt)
     assert body["usage"] == {
-        "prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5,
+        "prompt_tokens": prompt,
+        "completion_tokens": 5,
+        "total_tokens": prompt + 5,
         "prompt_tokens_details": {"cached_tokens": prompt // 16 * 16},
-    }  # fmt: skip
+    }
     assert headers["x-route-model"] == "fake"
     assert headers["x-route-layers"] == "2"
 
@@ -208,9 +213,11 @@ def test_logprobs_of_a_chat(server):
 def test_logprobs_of_a_completion(server):
     body = server.complete(prompt="abc", max_tokens=3, logprobs=1)[2]
     assert body["choices"][0]["logprobs"] == {
-        "tokens": ["a", "b", "c"], "token_logprobs": [-0.5] * 3, "top_logprobs": [{"a": -0.5}, {"b": -0.5}, {"c": -0.5}],
+        "tokens": ["a", "b", "c"],
+        "token_logprobs": [-0.5] * 3,
+        "top_logprobs": [{"a": -0.5}, {"b": -0.5}, {"c": -0.5}],
         "text_offset": [0, 1, 2],
-    }  # fmt: skip
+    }
 
 
 def test_completions(server):
@@ -251,8 +258,11 @@ def test_routing_on_request(server):
     status, headers, body = server.complete(prompt="ab", routing=True)
     assert status == 200
     assert body["routing"] == {
-        "arm": "fake", "experts": {"1": {"1": 1, "2": 2, "3": 1}, "3": {"1": 1, "2": 2, "3": 1}}, "depth": 2.0, "tokens": 2
-    }  # fmt: skip
+        "arm": "fake",
+        "experts": {"1": {"1": 1, "2": 2, "3": 1}, "3": {"1": 1, "2": 2, "3": 1}},
+        "depth": 2.0,
+        "tokens": 2,
+    }
     rows = body["choices"][0]["routing"]["tokens"]
     assert rows[0] == {"text": "a", "experts": {"1": [1, 2], "3": [1, 2]}}
     assert headers["x-route-experts"] == "1=2*2,1*1,3*1;3=2*2,1*1,3*1"

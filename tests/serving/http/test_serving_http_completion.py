@@ -27,6 +27,10 @@ class Ticket:
     def started(self):
         self.log.append("started")
 
+    def prepared(self, is_prepared):
+        if is_prepared is not None:
+            self.log.append(is_prepared)
+
     def close(self):
         self.log.append("closed")
 
@@ -76,6 +80,21 @@ def test_every_choice_is_told_to_its_end_and_gives_its_place_back():
     assert [choice.finish for choice in completion.choices] == [Finish.LENGTH] * 3
     assert all(ticket.log[0] == "started" and ticket.log[-1] == "closed" for ticket in tickets)
     assert sorted(engine.closed) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_what_is_made_ready_for_a_choice_is_told_to_its_place_and_is_no_news(is_joined):
+    class Preparing(Engine):
+        async def submit(self, request):
+            yield Output(id=request.id, is_prepared=False)
+            if not is_joined:
+                yield Output(id=request.id, is_prepared=True)
+            yield Output(id=request.id, tokens=(65,), is_prepared=True if is_joined else None)
+            yield Output(id=request.id, finish=Finish.LENGTH)
+
+    completion, [ticket] = completion_of(Preparing("A"))
+    assert run_paced(read(completion)) == ["A"]
+    assert ticket.log[:3] == [False, True, "started"]
 
 
 def test_of_a_choice_that_nobody_reads_one_change_waits_and_no_more_are_asked_for():

@@ -131,9 +131,12 @@ DEAR = {
 def test_a_crowd_is_kept_within_bounds():
     """All in turn at one server, since its start takes most of the time."""
     settings = (
-        "http.limits.connections=60", f"http.limits.bodies_bytes={96 * MIB}", "http.limits.body_timeout_s=8",
-        "http.admission.max_in_flight=40", "engine.kv_memory=64MiB",
-    )  # fmt: skip
+        "http.limits.connections=60",
+        f"http.limits.bodies_bytes={96 * MIB}",
+        "http.limits.body_timeout_s=8",
+        "http.admission.max_in_flight=40",
+        "engine.kv_memory=64MiB",
+    )
     settings = [word for setting in settings for word in ("--set", setting)]
     with serve_process(*KEYS, *settings) as server:
         for check in (dear_bodies, more_bodies_than_there_is_room_for, slow_senders, connections):

@@ -118,9 +118,12 @@ def joined(parts):
 
 
 @given(
-    st.sampled_from(TEXTS), st.sampled_from([(), ("END",), ("\\END", "END\""), ("}}",)]), st.booleans(),
-    st.sampled_from([Finish.STOP, Finish.LENGTH]), st.data(),
-)  # fmt: skip
+    st.sampled_from(TEXTS),
+    st.sampled_from([(), ("END",), ("\\END", 'END"'), ("}}",)]),
+    st.booleans(),
+    st.sampled_from([Finish.STOP, Finish.LENGTH]),
+    st.data(),
+)
 @settings(max_examples=150, deadline=None)
 def test_a_stream_says_what_the_whole_answer_says(text, stop, is_parallel, finish, data):
     raw = text.encode()
@@ -190,8 +193,11 @@ def test_arguments_arrive_before_the_call_has_ended():
         deltas = [call for part in made for call in part["delta"].get("tool_calls", ())]
         begin, *more = deltas
         assert begin == {
-            "index": 0, "id": begin["id"], "type": "function", "function": {"name": "weather", "arguments": ""},
-        }  # fmt: skip
+            "index": 0,
+            "id": begin["id"],
+            "type": "function",
+            "function": {"name": "weather", "arguments": ""},
+        }
         assert len(more) > len(CITY) / 2  # the engine says a byte at a time
         assert joined(made) == ("I ask.", [("weather", CITY)])
         assert unnamed(running.chat(tools=[WEATHER])[2]["choices"][0]["message"]) == joined(made)

@@ -14,7 +14,7 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.depth import DepthConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
-from depth_banks import ByState, saved_bank
+from depth_banks import ByControl, ByState, saved_bank
 from serving_models import LAYERS, posted, saved_moe, serve_process, small_moe, small_streams
 from serving_thread import serving, streamed
 
@@ -66,8 +66,10 @@ def test_each_request_runs_its_blocks(server, model):
         assert status == 200, body
         assert body["choices"][0]["text"] == wanted[name], name
         assert body["usage"]["depth"] == {
-            "layers_per_token": len(paths[name]), "num_layers": LAYERS, "layers": [list(paths[name])],
-        }  # fmt: skip
+            "layers_per_token": len(paths[name]),
+            "num_layers": LAYERS,
+            "layers": [list(paths[name])],
+        }
 
 
 def test_usage_tells_each_prompt_and_the_mean(server, model):
@@ -104,6 +106,48 @@ def test_chats_and_streams_tell_it_too(server):
         if line.startswith("data: {") and (event := json.loads(line[6:])).get("usage")
     ]
     assert usage["depth"] == {"layers_per_token": 1.0, "num_layers": LAYERS, "layers": [[1]]}
+
+
+def test_responses_tell_it_whole_and_in_events(server):
+    body = {"model": "small", "input": "hello", "temperature": 0, "max_output_tokens": 4, "depth": [1, 1]}
+    # Once before: what a prompt begins with is stored from then on, and told in the usage.
+    server.ask("/v1/responses", body)
+    whole = server.ask("/v1/responses", body)[2]["usage"]
+    assert whole["depth"] == {"layers_per_token": 2.0, "num_layers": LAYERS, "layers": [[1, 1]]}
+    _, _, text = server.ask("/v1/responses", {**body, "stream": True})
+    ends = [json.loads(line[6:]) for line in text.decode().splitlines() if line.startswith("data: {")]
+    assert ends[-1]["response"]["usage"] == whole
+
+
+def test_each_request_has_its_own_control(model):
+    """Beside others, in each form of the API, and no more than a number can do."""
+    wanted = {-1: [], 0.5: [0, 1], 1: [0, 0, 1, 1], None: list(chosen(model, "hello"))}
+    chat = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    with serving(make_engine(model, ByControl())) as server:
+
+        def ask(control):
+            return server.ask("/v1/completions", {**BODY, "depth": "routed", "depth_control": control})
+
+        asked = list(wanted) * 3
+        with ThreadPoolExecutor(len(asked)) as pool:
+            for control, (status, _, answer) in zip(asked, pool.map(ask, asked), strict=True):
+                assert status == 200, answer
+                assert answer["usage"]["depth"]["layers"] == [wanted[control]]
+        # Requests are routed here that say nothing of their depth.
+        for path, body in (("/v1/chat/completions", chat), ("/v1/responses", {"model": "small", "input": "hello"})):
+            answer = server.ask(path, {**body, "depth_control": -1})[2]
+            assert answer["usage"]["depth"]["layers"] == [[]]
+        for control in (1.01, -2, "0", True, [0], {}):
+            status, _, answer = server.ask("/v1/completions", {**BODY, "depth": "routed", "depth_control": control})
+            assert (status, answer["error"]["param"]) == (400, "depth_control")
+            assert "it must be a number from -1 to 1" in answer["error"]["message"]
+        for depth, named in (("full", "'full'"), ([1], "a list of blocks")):
+            status, _, answer = server.ask("/v1/completions", {**BODY, "depth": depth, "depth_control": 0})
+            assert (status, answer["error"]["param"]) == (400, "depth_control")
+            assert answer["error"]["message"].startswith(
+                f"depth_control goes with depth 'routed', and depth is {named}"
+            )
+        assert server.ask("/v1/completions", {**BODY, "depth_control": -1})[2]["usage"]["depth"]["layers"] == [[]]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +193,9 @@ def test_a_server_without_routers(model):
             status, _, answer = plain.ask("/v1/completions", {**BODY, "depth": depth})
             assert status == 400
             assert says in answer["error"]["message"]
+        status, _, answer = plain.ask("/v1/completions", {**BODY, "depth_control": 0})
+        assert (status, answer["error"]["param"]) == (400, "depth_control")
+        assert "the server has no depth routers (--depth)" in answer["error"]["message"]
     with serving(make_engine(model, max_depth=3)) as deep:
         assert deep.ask("/v1/completions", {**BODY, "depth": [0, 0, 1]})[2]["usage"]["depth"]["layers_per_token"] == 3
         assert deep.ask("/v1/completions", BODY)[2]["usage"]["depth"]["layers"] == [[0, 1]]
@@ -160,6 +207,8 @@ def test_it_is_described(server):
     schemas = server.ask("/openapi.json")[2]["components"]["schemas"]
     for kind in ("Chat", "Completion"):
         assert schemas[kind]["properties"]["depth"]["anyOf"][0]["enum"] == ["full", "routed", "pruned", None]
+        control = schemas[kind]["properties"]["depth_control"]
+        assert (control["minimum"], control["maximum"]) == (-1, 1)
 
 
 @pytest.mark.slow
@@ -186,7 +235,7 @@ def test_wrong_lines(tmp_path, model, capsys):
         (["--depth", deeper], "3"),
         (["--depth", folder, "--depth-control", "2"], "control"),
         (["--depth-control", "0.1"], "depth.control is 0.1, but depth.routers is not set"),
-        (["--depth", folder, "--devices", "2"], "engine.depth is for one engine"),
+        (["--depth", folder, "--devices", "2"], "engine.depth.routers is for one engine"),
     ):
         assert main(["serve", saved_moe(), *line, "--check"]) == 2, line
         assert says in capsys.readouterr().err, line

@@ -27,7 +27,7 @@ from anabranch.serving.http.serve import ServeConfig
 from elastic_backends import NEEDS_GPU, compile_standin
 from elastic_models import moe_config
 from server_process import SOURCE
-from serving_models import serve_process
+from serving_models import saved_moe, serve_process
 from waiting import until
 
 TOKEN = "operator-secret"
@@ -59,6 +59,7 @@ GIVEN = {
     "experts": {"expert_budget": "1MiB", "experts.policy": "lru"},
     "adapters": {"adapters.memory": "1MiB"},
     "depth": {"depth.routers": "somewhere"},
+    "rewiring": {"rewiring.on": True},
 }
 
 
@@ -135,11 +136,11 @@ def test_devices_share_weights_unless_told_otherwise(weights, monkeypatch):
     monkeypatch.setattr(ElasticConfig, "build", lambda self: made.append(self))
     monkeypatch.setattr("anabranch.serving.http.run.run", lambda http, make_engine, *args, **how: make_engine() or 0)
     config = ServeConfig() if weights == "shared" else override(ServeConfig(), {"device_weights": weights})
-    override(config, {"devices": 2, "engine.model": "somewhere"}).serve()
+    override(config, {"devices": 2, "engine.model": saved_moe()}).serve()
     assert [(each.devices, each.weights, each.model, each.device) for each in made] == [
-        (2, weights, "somewhere", "cpu")
+        (2, weights, saved_moe(), "cpu")
     ]
-    override(config, {"devices": 2, "engine.model": "somewhere", "engine.device": "cuda"}).serve()
+    override(config, {"devices": 2, "engine.model": saved_moe(), "engine.device": "cuda"}).serve()
     assert made[1].device == "cuda"
     with pytest.raises(ConfigError, match=r"engine\.device is 'cuda:1'; a group of devices takes 'cpu' or 'cuda'"):
         override(config, {"devices": 2, "engine.device": "cuda:1"})

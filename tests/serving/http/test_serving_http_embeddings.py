@@ -26,7 +26,7 @@ from anabranch.web.api_error import ApiError
 from fake_engine import Script
 from serving_models import serve_process, small_moe
 from serving_thread import serving, streamed
-from waiting import until
+from waiting import until, until_async
 
 openai = pytest.importorskip("openai")
 TEXTS = ["hello", "a", "a text of more than two blocks of sixteen tokens, so that it takes several steps", "hello"]
@@ -324,10 +324,13 @@ def test_texts_are_sent_to_the_engine_so_that_none_is_given_up_for_a_slow_reader
 @pytest.mark.parametrize(
     ("given", "is_long"),
     [
-        ("x" * LONG_CHARACTERS, False), ("x" * (LONG_CHARACTERS + 1), True), (["x" * 15_000] * 2, True), ([[1] * 15_000] * 2, True),
+        ("x" * LONG_CHARACTERS, False),
+        ("x" * (LONG_CHARACTERS + 1), True),
+        (["x" * 15_000] * 2, True),
+        ([[1] * 15_000] * 2, True),
         (["hello"] * 100, False),
     ],
-)  # fmt: skip
+)
 def test_long_texts_are_read_beside_the_loop(server, given, is_long):
     frontend, called = server.frontend, []
     apart = frontend.apart
@@ -343,6 +346,27 @@ def test_long_texts_are_read_beside_the_loop(server, given, is_long):
     finally:
         del frontend.apart
     assert (read_inputs in called) == is_long
+
+
+def test_a_text_whose_adapters_are_awaited_holds_up_nobody():
+    admission, is_there = Admission(AdmissionConfig()), asyncio.Event()
+
+    async def submit(request):
+        yield Output(id=request.id, is_prepared=False)
+        await is_there.wait()
+        yield Output(id=request.id, is_prepared=True)
+        yield Output(id=request.id, finish=Finish.STOP, embedding=(1.0,))
+
+    async def run():
+        requests = [Request(id="0", prompt=(1,), sampling=Sampling(max_tokens=0), pooling="last")]
+        ticket = admission.admit(1)
+        made = asyncio.create_task(Vectors(requests, admission, ticket).run(submit))
+        assert ticket in admission._line.waiting
+        await until_async(lambda: ticket not in admission._line.waiting and admission.queued == 1)
+        is_there.set()
+        return await made
+
+    assert asyncio.run(run()) == [(1.0,)]
 
 
 def most_at_once(limits, count=40):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
@@ -249,6 +250,37 @@ def test_one_that_cannot_start_says_why_and_leaves_nothing():
 
     status, _, answer = asyncio.run(work())
     assert (status, answer["error"]["code"]) == (503, "loading")
+
+
+@pytest.mark.parametrize(
+    ("took_s", "since_s", "told"),
+    [(0, 0, "2"), (30, 0, "30"), (30, 12.4, "18"), (30, 29, "2"), (30, 500, "2"), (400, 5, "60")],
+)
+def test_who_asks_while_it_loads_is_told_to_come_when_it_will_be_there(took_s, since_s, told, monkeypatch):
+    """By how long the last start took, and no more than a minute, which clients heed."""
+    now = [100.0]
+    monkeypatch.setattr(frontend_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def work():
+        made = inside(Script())
+        start = made.frontend._make_engine
+
+        def slow():
+            now[0] += took_s
+            return start()
+
+        made.frontend._make_engine = slow
+        await made.start()
+        now[0] += 1000
+        made.frontend._become("loading")
+        now[0] += since_s
+        try:
+            return await ask(made)
+        finally:
+            await made.close()
+
+    status, headers, answer = asyncio.run(work())
+    assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "loading", told)
 
 
 @pytest.mark.parametrize(("default", "made"), [(None, 5), (3, 3), (100_000, 5)])

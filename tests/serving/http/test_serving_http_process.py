@@ -16,7 +16,7 @@ import pytest
 
 from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
-from anabranch.lm import Decoder, save_model
+from anabranch.lm import Decoder, load_model, save_model
 from anabranch.nn import MoE, SelfAttention
 from anabranch.serving.http.openapi import describe
 from serving_models import saved_moe, serve_process
@@ -90,6 +90,61 @@ def test_a_signal_lets_requests_end_and_a_dead_engine_comes_back():
             assert b"length" in made[0][1]
         assert server.process.wait(60) == 0
         assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--expert-budget", "4KiB")], ids=["all", "budget"])
+def test_a_run_that_is_trained_on_is_served_as_it_was_until_the_server_is_started_again(more, tmp_path):
+    run = tmp_path / "small-moe"
+    steps = run / "checkpoints"
+    shutil.copytree(saved_moe(), steps / "step-00000001")
+    body = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    settings = ("--set", "engine.dtype=float32", *more)
+    said = []
+    with serve_process(*settings, model=str(run)) as server:
+        said.append(json.loads(ask(server, body)[1]))
+        save_model(run / "made", load_model(saved_moe())[0].config.build(seed=5), ByteTokenizer())
+        (run / "made").rename(steps / "step-00000002")
+        [engine] = children(server.process.pid)
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: ask(server, None, "/health/ready")[0] == 503)
+        until(lambda: ask(server, None, "/health/ready")[0] == 200)
+        said.append(json.loads(ask(server, body)[1]))
+    with serve_process(*settings, model=str(run)) as server:
+        said.append(json.loads(ask(server, body)[1]))
+    first, again, later = ((one["choices"], one["system_fingerprint"], one["model"]) for one in said)
+    assert first == again
+    assert first[0] != later[0]
+    assert first[1] != later[1]
+    assert first[2] == later[2] == "small-moe"
+
+
+def renamed(folder, engine):
+    """As a release is put there; then the engine happens to die."""
+    save_model(folder.with_name("next"), load_model(folder)[0].config.build(seed=5), ByteTokenizer())
+    os.replace(folder.with_name("next") / "model.safetensors", folder / "model.safetensors")
+    os.kill(engine, signal.SIGKILL)
+
+
+def written(folder, engine):
+    """Under an engine that reads its experts from there, which ends it."""
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-4096] + bytes(4096))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [renamed, written], ids=lambda change: change.__name__)
+def test_a_server_whose_model_is_replaced_ends_with_its_engine(change, tmp_path):
+    folder = shutil.copytree(saved_moe(), tmp_path / "small-moe")
+    with serve_process("--expert-budget", "4KiB", "--set", "engine.dtype=float32", model=str(folder)) as server:
+        assert ask(server, {"max_tokens": 3})[0] == 200
+        [engine] = children(server.process.pid)
+        change(folder, engine)
+        until(lambda: server.process.poll() is not None or ask(server, {"max_tokens": 30})[0] >= 500)
+        assert server.process.wait(60) == 3
+        log = server.log.read_text()
+        assert f"{folder / 'model.safetensors'} is another file than when the server was started" in log
+        assert "Traceback" not in log.partition("is another file")[2]
 
 
 @pytest.mark.slow

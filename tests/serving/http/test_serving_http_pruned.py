@@ -26,9 +26,9 @@ def model():
     return small_moe()
 
 
-@pytest.fixture(scope="module")
-def skipper(model):
-    return TokenSkipper(model, SCHEDULE)
+@pytest.fixture(scope="module", params=["drop", pytest.param("keep", marks=pytest.mark.slow)])
+def skipper(request, model):
+    return TokenSkipper(model, SCHEDULE, kv=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,11 @@ def test_pruned_prompts_beside_whole_and_routed_ones(server, model, skipper):
             assert body["choices"][0]["text"] == text
             mean = (sum(computed) + 11) / (count + 11)
             assert usage == {
-                "layers_per_token": pytest.approx(mean, abs=1e-3), "num_layers": LAYERS, "layers": [[0]], "computed": [computed],
-            }  # fmt: skip
+                "layers_per_token": pytest.approx(mean, abs=1e-3),
+                "num_layers": LAYERS,
+                "layers": [[0]],
+                "computed": [computed],
+            }
         else:
             made = router.generate(ByteTokenizer().encode(prompt), config, depth=depth)
             assert body["choices"][0]["text"] == ByteTokenizer().decode(made)
@@ -78,9 +81,12 @@ def test_pruned_prompts_beside_whole_and_routed_ones(server, model, skipper):
 
 def test_chats_streams_and_several_prompts_tell_it(server, skipper):
     chat = {
-        "model": "small", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 4,
+        "model": "small",
+        "messages": [{"role": "user", "content": "hello"}],
+        "temperature": 0,
+        "max_tokens": 4,
         "depth": "pruned",
-    }  # fmt: skip
+    }
     status, _, body = server.ask("/v1/chat/completions", chat)
     assert status == 200
     assert body["usage"]["depth"]["computed"][0][0] == body["usage"]["prompt_tokens"]
@@ -130,8 +136,9 @@ def test_wrong_lines(tmp_path, model, skipper, capsys):
         (["--skipper", str(tmp_path / "deeper")], "is of another model: blocks 3"),
         (["--skipper", str(tmp_path / "text")], "is damaged or no skipper of tokens"),
         (["--set", "engine.depth.usual=pruned"], "depth.usual is 'pruned', but depth.skipper is not set"),
-        (["--skipper", str(tmp_path / "skipper"), "--devices", "2"], "engine.depth is for one engine"),
+        (["--skipper", str(tmp_path / "deeper"), "--devices", "2"], "is of another model: blocks 3"),
     ):
         assert main(["serve", saved_moe(), *line, "--check"]) == 2, line
         assert says in capsys.readouterr().err, line
-    assert main(["serve", saved_moe(), "--skipper", str(tmp_path / "skipper"), "--check"]) == 0
+    for more in ([], ["--devices", "2"]):
+        assert main(["serve", saved_moe(), "--skipper", str(tmp_path / "skipper"), *more, "--check"]) == 0

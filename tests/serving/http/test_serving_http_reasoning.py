@@ -189,10 +189,12 @@ def test_gpt_oss_thinks_on_a_channel_and_calls_by_messages(gpt_oss):
 @pytest.mark.parametrize(
     ("before", "thought"),
     [
-        ("<|channel|>commentary<|message|>Sure.<|end|><|start|>assistant", "Sure."), ("Sure.", "Sure."),
-        ("<|channel|>analysis<|message|>I write ", "I write "), ("", ""),
+        ("<|channel|>commentary<|message|>Sure.<|end|><|start|>assistant", "Sure."),
+        ("Sure.", "Sure."),
+        ("<|channel|>analysis<|message|>I write ", "I write "),
+        ("", ""),
     ],
-)  # fmt: skip
+)
 def test_gpt_oss_answers_in_a_form_with_nothing_before_it(gpt_oss, before, thought):
     say = before + '<|channel|>final<|message|>{"a": 1}'
     assert gpt_oss.ask(say, response_format={"type": "json_object"})[:2] == (thought, '{"a": 1}')

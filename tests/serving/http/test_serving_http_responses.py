@@ -57,8 +57,11 @@ def in_order(events):
             assert open_item.status == "in_progress"
         elif kind == "output_item.done":
             assert event.item.id == open_item.id
-            assert (event.item.status, open_part) == ("completed", None)
+            # What was cut off has no end of its own.
+            is_cut_call = (event.item.type, event.item.status) == ("function_call", "incomplete")
+            assert is_cut_call or open_part is None
             items.append(event.item)
+            open_part = None
             open_item = None
         elif kind == "content_part.added":
             assert open_part is None
@@ -73,7 +76,7 @@ def in_order(events):
             assert (event.text if hasattr(event, "text") else event.arguments) == open_part
             open_part = None if kind == "function_call_arguments.done" else open_part
     assert open_item is None
-    assert [item.id for item in last.response.output] == [item.id for item in items]
+    assert [(item.id, item.status) for item in last.response.output] == [(item.id, item.status) for item in items]
     assert last.type == f"response.{last.response.status}"
     return last.response
 
@@ -94,6 +97,7 @@ def both(client, **fields):
     whole = client.responses.create(model="fake", **fields)
     stream = in_order(client.responses.create(model="fake", stream=True, **fields))
     assert parts(stream) == parts(whole)
+    assert [item.status for item in stream.output] == [item.status for item in whole.output]
     assert (stream.status, stream.usage, stream.incomplete_details) == (
         whole.status,
         whole.usage,
@@ -141,6 +145,21 @@ def test_the_end_of_what_there_may_be(client):
         "incomplete",
         "max_output_tokens",
     )
+    assert [item.status for item in made.output] == ["incomplete"]
+
+
+def test_a_call_that_is_cut_off_is_not_completed():
+    with serving(Script(say=f"Let me see. {CALL}\n{CALL}")) as running:
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
+            made = both(
+                client, input="Is it warm?", tools=[TOOL], max_output_tokens=len(f"Let me see. {CALL}\n{CALL}") - 20
+            )
+    assert [(item.type, item.status) for item in made.output][:2] == [
+        ("message", "completed"),
+        ("function_call", "completed"),
+    ]
+    assert [(item.type, item.status) for item in made.output][2:] in ([], [("function_call", "incomplete")])
+    assert made.status == "incomplete"
 
 
 def test_calls_come_back_and_are_answered():
@@ -179,6 +198,13 @@ def test_reasoning_is_an_item_of_its_own():
         assert "<think>So, so.</think>Yes." in asked.prompt
         both(asked.client, input="hello", reasoning={"effort": "none"})
         assert asked.prompt.endswith("</think>\n\n")
+
+
+def test_what_may_be_included_is(client, said):
+    made = both(client, input="hello", include=["reasoning.encrypted_content", "message.output_text.logprobs"])
+    assert "".join(token.token for token in made.output[0].content[0].logprobs) == "It is warm."
+    status, _, body = said.ask("/v1/responses", {"model": "fake", "input": "hello", "include": ["bogus"]})
+    assert (status, body["error"]["param"]) == (400, "include[0]")
 
 
 @pytest.mark.parametrize(

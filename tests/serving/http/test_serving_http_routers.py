@@ -104,9 +104,10 @@ def test_what_is_asked_for_finds_adapters(server):
         {"role": "user", "content": [{"type": "text", "text": INSTRUCTIONS["sum"]}]},
     ]
     chat = {"model": "pool", "messages": messages, "temperature": 0, "max_tokens": 12}
-    answers = [server.ask("/v1/chat/completions", {**chat, **more})[2]["choices"][0]["message"]["content"] for more in (
-        {}, {"query": INSTRUCTIONS["sum"]}, {"query": INSTRUCTIONS["law"]}
-    )]  # fmt: skip
+    answers = [
+        server.ask("/v1/chat/completions", {**chat, **more})[2]["choices"][0]["message"]["content"]
+        for more in ({}, {"query": INSTRUCTIONS["sum"]}, {"query": INSTRUCTIONS["law"]})
+    ]
     assert answers[0] == answers[1] != answers[2]
     # Where nobody compares, it is of no account.
     assert text(server, model="all", query="x") == text(server, model="all")

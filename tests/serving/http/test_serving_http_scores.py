@@ -95,13 +95,18 @@ def test_the_prompt_alone_of_several(fake):
     first, second = body["choices"]
     assert (first["text"], first["finish_reason"]) == ("abc", "length")
     assert first["logprobs"] == {
-        "tokens": ["a", "b", "c"], "token_logprobs": [None, -1.0, -2.0], "top_logprobs": [None, {}, {}],
+        "tokens": ["a", "b", "c"],
+        "token_logprobs": [None, -1.0, -2.0],
+        "top_logprobs": [None, {}, {}],
         "text_offset": [0, 1, 2],
-    }  # fmt: skip
+    }
     assert second["logprobs"]["token_logprobs"] == [None]
     assert body["usage"] == {
-        "prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4, "prompt_tokens_details": {"cached_tokens": 0}
-    }  # fmt: skip
+        "prompt_tokens": 4,
+        "completion_tokens": 0,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert fake.metrics()["prompt_tokens_total"] == before + 4
     assert {request.sampling.max_tokens for request in fake.script.requests[-2:]} == {0}
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.data import ByteTokenizer
+from anabranch.seen_files import SeenFiles
 from anabranch.serving.core.request import Finish, TokenLogprob
 from anabranch.serving.http.choice import ChoiceDelta, TokenText
 from anabranch.serving.http.generate import Generate
@@ -20,7 +21,8 @@ from anabranch.web.slices import sliced
 from anabranch.web.turns import Turns
 
 INFO = types.SimpleNamespace(
-    model="m", vocab_size=257, max_positions=4096, routed_layers={1: 4}, num_layers=2, max_depth=None, skips_tokens=False
+    model="m", vocab_size=257, max_positions=4096, routed_layers={1: 4}, num_layers=2, max_depth=None, skips_tokens=False,
+    files=SeenFiles(), numbers="",
 )  # fmt: skip
 # A slice tells what weighs two slices at most, and one choice, or change, whose values are few is made at once.
 MOST_TOLD = 2 * SLICE // 64 + 2 * MOST_AT_ONCE

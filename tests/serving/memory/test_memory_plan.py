@@ -104,9 +104,10 @@ def test_what_loading_takes_is_for_keys_and_values_once_it_is_done():
     loading = load_bytes(form, is_rounded=False, on_disk=False)
     memory = 2 * PROGRAM + form.rest + form.experts + loading
     made = Ladder(
-        ServingConfig(model="m", dtype="bfloat16"), MIXTURE.replace(max_positions=1 << 13),
+        ServingConfig(model="m", dtype="bfloat16"),
+        MIXTURE.replace(max_positions=1 << 13),
         measure=lambda model, processes: PROGRAM * processes,
-    ).plan(memory)  # fmt: skip
+    ).plan(memory)
     assert rung(made) == ("none", False)
     assert made.work == step_bytes(form, 512, 16, 1 << 13) == loading - made.kv
     assert made.total == memory
@@ -242,16 +243,43 @@ def test_gguf_files_have_rungs_as_they_are_stored(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", lambda model, processes: 0)
     config = ServingConfig(model=str(tmp_path / "m.gguf"), memory="1TiB", process=False)
     found = Ladder(config)
-    assert [form.quantize for form in found.resident] == (["none", "int8", "int4"] if kind == "F16" else ["int4"])
+    assert [form.quantize for form in found.resident] == (["none", "int8", "int4"] if kind == "F16" else ["stored"])
     assert found.on_disk == []
     # Loaded by the plan it is what the same bits give.
     greedy = Sampling(max_tokens=12, temperature=0, ignore_eos=True)
     made = []
     for fields in ({"memory": "1TiB"}, {"quantize": found.resident[0].quantize}):
-        llm = LLM(config.model, process=False, dtype="float32", **fields)
+        llm = LLM(config.model, process=False, **fields)
         made.append(llm.generate([[1, 2, 3]], greedy)[0].tokens)
         llm.close()
     assert made[0] == made[1]
+
+
+def test_a_type_that_is_asked_for_is_had_where_it_fits(tmp_path):
+    """As without a limit; what a GGUF file stores comes after it."""
+    made = pytest.importorskip("gguf_made")
+    path = made.with_blocks(tmp_path / "m.gguf", made.medium, experts=4)
+    found = Ladder(ServingConfig(model=str(path), dtype="float32", process=False), measure=lambda model, processes: 0)
+    assert [form.quantize for form in found.resident] == ["none", "stored"]
+    assert [form.quantize for form in found.on_disk] == ["stored"]
+
+
+def test_experts_of_a_gguf_file_stay_in_it(tmp_path):
+    made = pytest.importorskip("gguf_made")
+    path = made.with_blocks(tmp_path / "m.gguf", made.medium, experts=4)
+    found = Ladder(ServingConfig(model=str(path), process=False), measure=lambda model, processes: 0)
+    assert [form.quantize for form in found.resident] == [form.quantize for form in found.on_disk] == ["stored"]
+    (form,) = found.resident
+    # Q4_K twice, whose six-bit scales have a byte each, Q6_K once: 256 rows of a block, of four experts of two layers.
+    assert form.experts == 2 * 4 * 256 * (2 * 148 + 210)
+    budget = ServingConfig(model=str(path), process=False, expert_budget="400KB", kv_memory="1MiB")
+    plan = Ladder(budget, measure=lambda model, processes: 0).plan(1 << 40)
+    assert (plan.config.quantize, plan.resident, plan.disk) == ("stored", 400_000, 0)
+    # Of the file so much may be mapped at a time.
+    assert plan.work > 64_000_000
+    llm = LLM(str(path), process=False, dtype="float32", quantize="stored", expert_budget="400KB", num_blocks=8)
+    assert llm.generate([[1, 2, 3]], Sampling(max_tokens=3, temperature=0, ignore_eos=True))[0].tokens
+    llm.close()
 
 
 def test_huggingface_folders_and_those_that_cannot_be_read_in_parts(tmp_path):

@@ -44,9 +44,12 @@ def test_all_processes_and_a_margin_are_counted_in_steps(measured):
 
 def test_a_plan_is_the_same_from_run_to_run_until_what_it_depends_on_changes(measured, tmp_path, monkeypatch):
     config = Decoder.Config(
-        vocab_size=257, dim=16, num_layers=1, attention=SelfAttention.Config(num_heads=1),
+        vocab_size=257,
+        dim=16,
+        num_layers=1,
+        attention=SelfAttention.Config(num_heads=1),
         feed_forward=SwiGLU.Config(hidden_dim=16),
-    )  # fmt: skip
+    )
     save_model(tmp_path / "m", config.build(seed=0), ByteTokenizer())
     first = program_bytes(str(tmp_path / "m"), processes=2)
     measured.told = b"%d %d %d" % (304 * MIB, 330 * MIB, 90 * MIB)

@@ -46,14 +46,16 @@ def test_dependences_are_those_of_tokens(drawn):
     for number, op in enumerate(graph.ops):
         own = set(range(op.start, op.end))
         earlier = {
-            other for other, before in enumerate(graph.ops)
+            other
+            for other, before in enumerate(graph.ops)
             if before.op in after[op.op] and own & set(range(before.start, before.end))
-        }  # fmt: skip
+        }
         assert set(graph.before[number]) == earlier
         previous = {
-            other for other, before in enumerate(graph.ops)
+            other
+            for other, before in enumerate(graph.ops)
             if op.op in layer.first and before.op in layer.last and own & set(range(before.start, before.end))
-        }  # fmt: skip
+        }
         assert set(graph.before_next[number]) == previous
 
 

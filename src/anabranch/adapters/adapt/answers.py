@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anabranch.adapters.adapter_mixture import twice_told
 from anabranch.adapters.by_row import check_told, told_rows
 from anabranch.adapters.tasks import told_tasks
 from anabranch.lm.decoder import Decoder
@@ -46,22 +47,28 @@ class Answers(nn.Module):
         *,
         mask_BL: Tensor | None = None,
         task_B: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """(nats_M, spread_M, losses that layers add, what they measure) of the tokens of answers, row by row.
+        twice: bool = False,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """(nats_M, spread_M, losses that layers add, what they measure, apart_M) of the tokens of answers, row by row.
 
         Args:
             token_BL: int64 ids.
             target_BL: int64 ids of answers, one position early; -100 where there is none.
             mask_BL: bool, False for padding, which stands on the left.
             task_B: the number of each row's task; None where nobody routes by it.
+            twice: the second half of the rows are those of the first again; what is given back is of the first.
 
-        ``spread_M`` is the mean over the vocabulary of -log p, for smoothed labels.
+        ``spread_M`` is the mean over the vocabulary of -log p, for smoothed labels; ``apart_M`` the mean of the divergences of both halves
+        from each other, 0 without.
         """
         decoder = self.decoder
         # A pass that is made of its parts asks what blocks around it tell its rows.
         check_told(decoder, len(token_BL), "a pass over answers")
         state = told_rows(decoder, range(len(token_BL)), token_BL.shape[1])
         state |= {} if task_B is None else told_tasks(task_B, token_BL.shape[1])
+        if twice:
+            num_streams, _ = decoder.streams_of(None)
+            state |= twice_told(*token_BL.shape, num_streams=num_streams, device=token_BL.device)
         context = decoder.context(token_BL, token_mask_BL=mask_BL, state=state)
         x_BLD = decoder.hidden(token_BL, context)
         if decoder.streams is not None:
@@ -72,9 +79,15 @@ class Answers(nn.Module):
         else:
             logits_MV = decoder.logits(x_BLD[is_asked_BL])
         context.commit()
-        log_p_MV = logits_MV.float().log_softmax(-1)
-        nats_M = -log_p_MV.gather(1, target_BL[is_asked_BL].unsqueeze(1)).squeeze(1)
-        return nats_M, -log_p_MV.mean(-1), context.mean_losses(), context.mean_metrics()
+        log_p_MV, target_M = logits_MV.float().log_softmax(-1), target_BL[is_asked_BL]
+        apart_M = log_p_MV.new_zeros(())
+        if twice:
+            log_p_MV, other_MV = log_p_MV.chunk(2)
+            target_M = target_M[: len(log_p_MV)]
+            # KL one way and the other, halved.
+            apart_M = ((log_p_MV.exp() - other_MV.exp()) * (log_p_MV - other_MV)).sum(-1) / 2
+        nats_M = -log_p_MV.gather(1, target_M.unsqueeze(1)).squeeze(1)
+        return nats_M, -log_p_MV.mean(-1), context.mean_losses(), context.mean_metrics(), apart_M
 
 
 def batch_of(token_BL: Tensor, start_B: Tensor, length_B: Tensor, task_B: Tensor) -> dict[str, Any]:

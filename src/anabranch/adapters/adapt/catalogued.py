@@ -6,13 +6,14 @@
 What such a method may be told, and its usual values, is on its card (`anabranch adapters card dora`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from anabranch.adapters.adapt.method import Method, Written, write_peft_or_own
+from anabranch.adapters.adapter_mixture import averaged
 from anabranch.adapters.catalogue.applied import Applied, apply
 from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import settings
@@ -20,7 +21,8 @@ from anabranch.adapters.catalogue.table import CARDS, find
 from anabranch.adapters.front import Front
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.numbers import Holder
-from anabranch.adapters.own_folder import write_own
+from anabranch.adapters.own_folder import OwnAdapter, write_own
+from anabranch.adapters.sparse_bottleneck import settle, snip
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -47,6 +49,8 @@ class Catalogued(Method, kind="catalogue"):
 
         Attributes:
             id: of a card whose backend is ``own``.
+            sparsity: of sparse-adapter, the share of its weights that is pruned.
+            consistency: of adamix, what the divergence between two random choices weighs.
             rank, alpha, width, activation, scale, number, active, size, drop, tokens, feedforward, reduction, expansion: as its card says.
         """
 
@@ -65,6 +69,8 @@ class Catalogued(Method, kind="catalogue"):
         feedforward: tuple[str, ...] | None = None
         reduction: int | None = Field(default=None, ge=1)
         expansion: int | None = Field(default=None, ge=1)
+        sparsity: float | None = Field(default=None, ge=0, lt=1)
+        consistency: float | None = Field(default=None, ge=0)
 
         def __post_init__(self) -> None:
             card = find(self.id)
@@ -108,6 +114,23 @@ class Catalogued(Method, kind="catalogue"):
         self._applied = apply(model, self.config.id, seed=seed, **self.config.options())
         return model
 
+    def go_on(self, model: Decoder, tasks: Sequence[str], layers: Mapping[str, Linear.Config], *, seed: int) -> Decoder:
+        """As `begin`; what was pruned is pruned."""
+        self.begin(model, tasks, seed=seed)
+        settle(model)
+        return model
+
+    def look(self, model: Decoder, losses: Iterable[Tensor]) -> None:
+        """SparseAdapter is pruned by it."""
+        if self.config.id == "sparse-adapter":
+            snip(model, losses)
+
+    def consistency(self) -> float:
+        """AdaMix has two choices for each row."""
+        if self.config.id != "adamix":
+            return 0.0
+        return float(settings(find("adamix"), self.config.options())["consistency"])
+
     def kept(self, model: Decoder) -> list[str]:
         """What stands beside the model, or learns of it."""
         assert self._applied is not None, "it is put on before anything is kept"
@@ -126,6 +149,8 @@ class Catalogued(Method, kind="catalogue"):
         ):
             return write_peft_or_own(folder, model, base)
         write_own(folder, model, base=base)
+        if self.config.id == "adamix":
+            averaged(OwnAdapter.read(folder)).write(folder)
         return Written(folder, "anabranch")
 
 

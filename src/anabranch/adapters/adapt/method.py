@@ -7,12 +7,12 @@ A method says which layer stands beside the matrices that are adapted; the rest 
 `anabranch.registry`, or by an entry point in the group ``anabranch.adapter_method``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from anabranch.adapters.own_folder import write_own
 from anabranch.adapters.put_on import added_names, put_on
@@ -97,6 +97,9 @@ class Method(Part, family="adapter_method"):
         """
         return self.begin(model, tasks, seed=seed)
 
+    def look(self, model: Decoder, losses: Iterable[Tensor]) -> None:
+        """Before the first step of a new run: the loss of its first batch, made while this goes over it. Default: it is not made."""
+
     def kept(self, model: Decoder) -> list[str]:
         """Names in the model's state of what checkpoints hold: all that is not the base's as it was read."""
         return added_names(model)
@@ -107,6 +110,11 @@ class Method(Part, family="adapter_method"):
 
     def unlikelihood(self) -> float:
         """What a loss weighs that punishes an answer's likelihood under a task that is not its own; 0 for none."""
+        return 0.0
+
+    def consistency(self) -> float:
+        """What a loss weighs that holds two passes over the same rows to each other, see `anabranch.adapters.adapter_mixture`; 0 for
+        none."""
         return 0.0
 
     def write(self, folder: Path, model: Decoder, base: str) -> Written:

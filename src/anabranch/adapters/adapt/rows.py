@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.bounds import shown
+from anabranch.bounds import shown_json
 from anabranch.data import Tokenizer
 from anabranch.data.reading import read_bytes
 from anabranch.errors import DataError
@@ -99,7 +99,9 @@ def _row(line: str, where: str, needs_task: bool) -> Row:
     except ValueError as error:
         raise DataError(f"{where}: this is no JSON ({error}); the file is to be JSON lines, one object each") from None
     if not isinstance(table, dict):
-        raise DataError(f'{where}: {shown(table)} is no object; write {{"task": ..., "input": ..., "output": ...}}')
+        raise DataError(
+            f'{where}: {shown_json(table)} is no object; write {{"task": ..., "input": ..., "output": ...}}'
+        )
     asked = [_text(table, name, where) for name in _BEFORE] + _first(table, _ASKED, where)
     prompt = "\n\n".join(part for part in asked if part)
     if not prompt:
@@ -123,7 +125,7 @@ def _choices(table: dict[str, Any], where: str) -> list[str]:
     if found is None:
         return []
     if not isinstance(found, list) or not all(isinstance(one, str | int | float) and one != "" for one in found):
-        raise DataError(f"{where}: choices is {shown(found)}; it must be a list of texts")
+        raise DataError(f"{where}: choices is {shown_json(found)}; it must be a list of texts")
     return list(dict.fromkeys(str(one) for one in found))
 
 
@@ -148,7 +150,7 @@ def _text(table: dict[str, Any], name: str, where: str) -> str:
     if value is None or value == []:
         return ""
     if isinstance(value, bool | dict | list):
-        raise DataError(f"{where}: {name} is {shown(value)}; it must be a text")
+        raise DataError(f"{where}: {name} is {shown_json(value)}; it must be a text")
     return str(value)
 
 

@@ -9,7 +9,7 @@ Only what was put on learns and is kept in checkpoints; the base is read again f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,12 +26,12 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Size, configclass, from_dict, to_dict
 from anabranch.data import Tokenizer
 from anabranch.errors import CheckpointError, ConfigError, DataError, InputError, TokenizerError
-from anabranch.files import atomic_write_json
+from anabranch.files import atomic_write_json, read_json
 from anabranch.lm.checkpoint import load_model, save_model
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import read_json
 from anabranch.nn import Linear
+from anabranch.nn.nf4 import quantize_nf4
 from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.examples import Examples
 from anabranch.train.language_model import decoder_parts
@@ -92,6 +92,8 @@ class AdaptTask(Task, kind="adapt"):
             length_normalized: factor of the loss that prefers the answer to its wrong choices; T-Few's is 1.
             most_choices: wrong ones of a row, at most, of which each costs as much as the row itself.
             dtype: type of the base's weights; None as stored. The adapter is float32.
+            quantize: ``nf4`` keeps matrices of the base in 4 bits while the adapter learns (QLoRA, `anabranch.nn.nf4`); None as stored.
+            double_quantize: their scales in 8 bits too, as in the paper.
         """
 
         model: str = Field(min_length=1)
@@ -106,6 +108,8 @@ class AdaptTask(Task, kind="adapt"):
         length_normalized: float = Field(default=0.0, ge=0)
         most_choices: Size = Field(default=8, ge=1)
         dtype: Literal["float32", "bfloat16", "float16"] | None = None
+        quantize: Literal["nf4"] | None = None
+        double_quantize: bool = True
 
         def __post_init__(self) -> None:
             if "{prompt}" not in self.template:
@@ -137,6 +141,13 @@ class AdaptTask(Task, kind="adapt"):
             )
         self.base, self.tokenizer = model, tokenizer
         self._base_digest = _digest_of_model(model)
+        if config.quantize is not None:
+            if self.method.trains_base:
+                raise ConfigError(
+                    f"quantize is {config.quantize!r}, in which nothing learns, and {self.method.name} trains the base; leave it out, or "
+                    "take a method whose layers stand beside it"
+                )
+            quantize_nf4(model, double=config.double_quantize)
         self.most_tokens = min(config.sequence_length, model.config.max_positions)
         self.learned = self._encoded(learned)
         self.held_out = self._encoded(held_out) if held_out else None
@@ -186,7 +197,18 @@ class AdaptTask(Task, kind="adapt"):
         else:
             self.method.go_on(self.base, self.names, layers, seed=seed)
         self._answers = Answers(self.base)
+        if layers is None:
+            self.method.look(self.base, self._first_losses(context))
         return self._answers
+
+    def _first_losses(self, context: TaskContext) -> Iterator[Tensor]:
+        """The loss of the first batch, the same in all processes."""
+        assert self._answers is not None, "it is made by now"
+        batch = Examples(*self.learned.tensors, *self.choices[0], seed=context.settings.seed).next_batch(
+            context.batch_size
+        )
+        device = self.base.embedding.weight.device
+        yield self.step(self._answers, tuple(tensor.to(device) for tensor in batch), context).total
 
     def sharded_parts(self, model: nn.Module) -> Iterable[nn.Module]:
         """As of a decoder."""
@@ -233,15 +255,22 @@ class AdaptTask(Task, kind="adapt"):
         wrong = wrong_choices(token_BL, start_B, choices[0], choices[1], self.most_tokens) if choices else None
         if wrong is not None:
             parts.append((wrong.token_XL, wrong.start_X, wrong.length_X, task_B[wrong.row_X]))
-        given = batch_of(*joined(parts))
+        held = self.method.consistency()
+        # All of it once more, which other random choices are made for.
+        given = batch_of(*joined(parts * 2 if held else parts))
         told_R = given.pop("task_B")
-        nats_M, spread_M, added, metrics = model(**given, task_B=told_R if self.method.needs_task else None)
-        row_M = (given["target_BL"] != IGNORED).nonzero()[:, 0]
+        nats_M, spread_M, added, metrics, apart_M = model(
+            **given, task_B=told_R if self.method.needs_task else None, twice=bool(held)
+        )
+        row_M = (given["target_BL"] != IGNORED).nonzero()[: len(nats_M), 0]
+        told_R = told_R[: len(told_R) // (2 if held else 1)]
         nats_R = mean_of_rows(nats_M, row_M, len(told_R))
         answer_B, smooth = nats_R[:rows], self.config.label_smoothing
         if smooth:
             answer_B = (1 - smooth) * answer_B + smooth * mean_of_rows(spread_M, row_M, len(told_R))[:rows]
         terms = {"answer": answer_B.mean(), **added}
+        if held:
+            terms["consistency"] = held * mean_of_rows(apart_M, row_M, len(told_R))[:rows].mean()
         if weight:
             # -log(1 - p), where another task is told than the row's own.
             punished_M = -torch.log1p(-(-nats_M).exp().clamp_max(1 - 1e-6))

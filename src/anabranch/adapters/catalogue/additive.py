@@ -92,17 +92,16 @@ CARDS = (
         "adamix",
         "AdaMix",
         "additive/composition",
-        "k adapters per site, a random one in each step; averaged into one when trained",
-        "beside or behind each site",
+        "h <- h + U_j s(D_i h + e_i) + f_j, i and j random in each step, two draws held to each other; averaged into one when trained",
+        "behind each sublayer (targets o and down)",
         "k (2 d m + d + m) per site while it trains, one of them afterwards",
         (Paper("AdaMix", 2022, "2205.12410"),),
-        options={"width": 16, "number": 4, "targets": ("o", "down")},
-        count=each(
-            lambda matrix, options: (
-                options["number"] * (2 * matrix.out_dim * options["width"] + matrix.out_dim + options["width"])
-            )
-        ),
-        limits="averaging wants a consistency loss between two random choices",
+        backend="own",
+        options={"width": 16, "number": 4, "consistency": 1.0, "targets": ("o", "down")},
+        count=each(lambda matrix, options: options["number"] * serial(matrix, options)),
+        work=SERIAL,
+        limits="a step of `adapt` computes each row twice, for the consistency loss (0 for none); what it writes is the average, and "
+        "nothing of it is merged into matrices",
     ),
     Card(
         "adapter-soup",

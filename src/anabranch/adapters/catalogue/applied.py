@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.adapter_mixture import AdapterMixture
 from anabranch.adapters.after import ScaleShift, SerialBottleneck
 from anabranch.adapters.around import around_config, put_around, take_around
 from anabranch.adapters.bottleneck import Bottleneck
@@ -26,6 +27,7 @@ from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import estimate, settings
 from anabranch.adapters.catalogue.shape import Matrix, Shape, is_bias, is_norm
 from anabranch.adapters.catalogue.table import CARDS, find
+from anabranch.adapters.design_space import layer_at, prefixed
 from anabranch.adapters.dora import Dora
 from anabranch.adapters.front import Front
 from anabranch.adapters.fusion import AdapterFusion
@@ -39,15 +41,16 @@ from anabranch.adapters.nested import NestedLowRank
 from anabranch.adapters.put_on import added_names, put_on, take_off
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.scaling import Scaling
+from anabranch.adapters.sparse_bottleneck import SparseBottleneck, settle
 from anabranch.adapters.sparse_delta import SparseDelta
 from anabranch.adapters.taking_in import take_in
 from anabranch.bounds import shown
 from anabranch.config import to_dict
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.files import atomic_folder, atomic_write_json, read_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import SafetensorsFiles, read_json, some
+from anabranch.lm.tensors import SafetensorsFiles, some
 from anabranch.nn import Linear
 from anabranch.routing import Router, SwitchLoss, TopK
 
@@ -59,12 +62,17 @@ _LOW_RANK = ("lora", "rslora", "lora-plus", "lora-fa", "llm-adapters", "adapter-
 _SMALL = ("bitfit", "ln-tuning")
 _MASKS = ("shira", "fish-mask", "lt-sft")
 # What stands in front of a model, or along it.
-_AROUND: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "prompt-tuning": lambda options: {"front": Front.Config(num_tokens=options["tokens"])},
-    "prefix-tuning": lambda options: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
-    "mam": lambda options: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
-    "unipelt": lambda options: {"front": Front.Config(num_tokens=options["tokens"], of="keys", gated=True)},
-    "lst": lambda options: {"ladder": Ladder.Config(reduction=options["reduction"], expansion=options["expansion"])},
+_AROUND: dict[str, Callable[[Mapping[str, Any], int], dict[str, Any]]] = {
+    "prompt-tuning": lambda options, layers: {"front": Front.Config(num_tokens=options["tokens"])},
+    "prefix-tuning": lambda options, layers: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
+    "mam": lambda options, layers: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
+    "unipelt": lambda options, layers: {"front": Front.Config(num_tokens=options["tokens"], of="keys", gated=True)},
+    "s4": lambda options, layers: {
+        "front": Front.Config(num_tokens=options["tokens"], of="keys", layers=prefixed(layers))
+    },
+    "lst": lambda options, layers: {
+        "ladder": Ladder.Config(reduction=options["reduction"], expansion=options["expansion"])
+    },
 }
 
 
@@ -193,8 +201,8 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
         held = learns = {name for name in before if _is_trained(name, card)}
     else:
         parts = [matrix.part for matrix in shape.matrices]
-        layers = {matrix.part: _layer(card, matrix, found.options) for matrix in chosen}
-        around = _AROUND[card.id](found.options) if card.id in _AROUND else {}
+        layers = {matrix.part: _layer(card, matrix, found.options, shape.num_layers) for matrix in chosen}
+        around = _AROUND[card.id](found.options, shape.num_layers) if card.id in _AROUND else {}
         # What the model cannot have is told while it has nothing.
         around_config(model.config, around.get("front"), around.get("ladder"))
         if layers:
@@ -254,6 +262,7 @@ def load_applied(folder: str | Path, model: Decoder) -> Applied:
     with torch.no_grad():
         for name, value in held.items():
             state[name].copy_(value)
+    settle(model)
     return applied
 
 
@@ -265,14 +274,10 @@ def _drop(applied: Applied) -> None:
 def _check_places(applied: Applied, held: Mapping[str, Tensor], path: Path) -> None:
     """Raise CheckpointError for places of entries that a matrix has not, or has twice."""
     for part, layer in layers_of(applied.model).items():
-        if isinstance(layer, SparseDelta):
+        if isinstance(layer, SparseDelta | SparseBottleneck):
             name = next(name for name, value in applied.state().items() if value.data_ptr() == layer.index.data_ptr())
             index_K = held[name]
-            is_in = (
-                index_K.dtype == torch.int64
-                and 0 <= int(index_K.min())
-                and int(index_K.max()) < layer.in_dim * layer.out_dim
-            )
+            is_in = index_K.dtype == torch.int64 and 0 <= int(index_K.min()) and int(index_K.max()) < layer.num_weights
             if not is_in or bool((index_K.diff() <= 0).any()):
                 raise CheckpointError(f"{path} names places of {part} that the matrix has not, or not in order")
 
@@ -283,16 +288,24 @@ def _fingerprint(config: Decoder.Config) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any]) -> Linear.Config:
+def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any], num_layers: int) -> Linear.Config:
     """The config of the layer beside one matrix."""
+    if card.id == "s4":
+        made = layer_at(matrix.word, matrix.layer or 0, num_layers, options)
+        assert made is not None, "its card takes no other"
+        return made
     if card.id == "dora":
         return Dora.Config(rank=options["rank"], alpha=float(options["alpha"]), constant_norm=True)
     if card.id == "ia3":
         return Scaling.Config(of="input" if matrix.word in options["feedforward"] else "output")
     if card.id == "ssf":
         return ScaleShift.Config()
+    if card.id == "sparse-adapter":
+        return SparseBottleneck.Config(width=options["width"], sparsity=float(options["sparsity"]))
     if card.id in ("adapter-houlsby", "adapter-pfeiffer"):
         return SerialBottleneck.Config(width=options["width"])
+    if card.id == "adamix":
+        return AdapterMixture.Config(width=options["width"], number=options["number"])
     if card.id == "adapter-fusion":
         return AdapterFusion.Config(widths=(options["width"],) * options["number"])
     if card.id == "unipelt":

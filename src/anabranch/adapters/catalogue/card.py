@@ -70,6 +70,7 @@ class Card:
         backend: ``own`` code, through ``peft``, or ``none``: described, and not run here.
         peft_type: of the package peft, where it has the method.
         options: what may be set, with usual values.
+        takes: whether a matrix that was chosen gets anything; None where all do.
         count: trainable parameters, of chosen matrices of a model; None where they depend on what the card cannot know.
         frozen: numbers of 4 bytes that are kept and stored besides those that learn; None for none.
         work: what it adds to a matrix; None where nobody has counted that.
@@ -99,6 +100,7 @@ class Card:
     peft_type: str | None = None
     options: Options = field(default_factory=dict)
     count: Callable[[Sequence[Matrix], Shape, Options], int] | None = None
+    takes: Callable[[Matrix, Shape, Options], bool] | None = None
     frozen: Callable[[Sequence[Matrix], Shape, Options], int] | None = None
     work: Work | None = None
     added_tokens: Callable[[Options], int] | None = None

@@ -3,11 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
+from anabranch.adapters.after import SerialBottleneck
 from anabranch.adapters.catalogue.card import Card, Op, Options, Paper, Work
 from anabranch.adapters.catalogue.low_rank import CARDS as _LOW_RANK
 from anabranch.adapters.catalogue.shape import Matrix, Shape
 from anabranch.adapters.catalogue.works import BOTTLENECK, LOW_RANK, SERIAL, each, low_rank, serial
+from anabranch.adapters.design_space import layer_at, prefixed
 from anabranch.adapters.ladder import Ladder
+from anabranch.adapters.low_rank import LowRank
+from anabranch.adapters.sparse_bottleneck import kept_weights
 
 __all__ = ["CARDS"]
 
@@ -182,6 +186,10 @@ _ROUTED = (
 )
 
 
+def _sparse(matrix: Matrix, options: Options) -> int:
+    return kept_weights(options["width"], matrix.out_dim, options["sparsity"]) + options["width"] + matrix.out_dim
+
+
 def _rungs(shape: Shape, options: Options) -> list[int]:
     """Numbers of the ladder beside each block."""
     ladder = Ladder.Config(reduction=options["reduction"], expansion=options["expansion"])
@@ -204,6 +212,18 @@ def _kept(shape: Shape, options: Options) -> int:
     width = max(1, shape.dim // options["reduction"])
     rung = (4 + 4 * options["expansion"]) * width
     return shape.num_layers * (shape.dim + rung) + shape.dim + 2 * width
+
+
+def _designed(matrix: Matrix, shape: Shape, options: Options) -> Any:
+    """What S4 has at one matrix."""
+    return layer_at(matrix.word, matrix.layer or 0, shape.num_layers, options)
+
+
+def _designed_size(matrix: Matrix, shape: Shape, options: Options) -> int:
+    made = _designed(matrix, shape, options)
+    if isinstance(made, SerialBottleneck.Config):
+        return serial(matrix, options)
+    return low_rank(matrix, options) if isinstance(made, LowRank.Config) else matrix.out_dim
 
 
 def _unified(matrix: Matrix, options: Options) -> int:
@@ -290,10 +310,20 @@ _HYBRID = (
         "s4",
         "S4",
         "hybrid",
-        "four groups of layers, each with its own choice of prefix, adapter, LoRA and biases, found by a search",
-        "every layer, by group",
-        "by the search",
+        "four groups of layers with a choice of adapter A, LoRA L, prefix P and biases B each: AL, AP, APB, PBL, as a search found",
+        "every layer, by group: A behind o and down, L beside q and v, B behind what has neither",
+        "2 p d_kv, 2 d m + d + m, r (C + O) and O, of what a layer has",
         (Paper("Parameter-Efficient Fine-Tuning Design Spaces", 2023, "2301.01821"),),
+        backend="own",
+        options={"tokens": 10, "rank": 8, "alpha": 16.0, "width": 16, "targets": ("all",)},
+        takes=lambda matrix, shape, options: _designed(matrix, shape, options) is not None,
+        count=lambda matrices, shape, options: (
+            2 * options["tokens"] * shape.kv_width * len(prefixed(shape.num_layers))
+            + sum(_designed_size(matrix, shape, options) for matrix in matrices)
+        ),
+        starts_as_base=False,
+        limits="the design that the paper names S4, without the search; sizes are equal in all groups, where the paper's layers have "
+        "equally many numbers; biases are added behind matrices, with or without ones of their own; its FLOPs are not counted",
     ),
 )
 
@@ -319,14 +349,22 @@ _CHEAPER = (
         "sparse-adapter",
         "SparseAdapter",
         "efficient",
-        "a wide adapter of which most weights are pruned before it trains",
-        "as the adapter that it prunes",
-        "a share of its adapter's",
+        "h <- h + (m_U * U) s((m_D * D) h + e) + f, where masks m keep the weights of the greatest |w dL/dw| before the first step",
+        "behind each sublayer (targets o and down)",
+        "(1 - s) 2 d m + d + m per site",
         (
             Paper(
                 "SparseAdapter: An Easy Approach for Improving the Parameter-Efficiency of Adapters", 2022, "2210.04284"
             ),
         ),
+        backend="own",
+        options={"width": 256, "sparsity": 0.8, "targets": ("o", "down")},
+        count=each(_sparse),
+        frozen=each(lambda matrix, options: 2 * kept_weights(options["width"], matrix.out_dim, options["sparsity"])),
+        work=SERIAL,
+        starts_as_base=False,
+        limits="products are those of the wide adapter; `adapt` scores a batch (SNIP), `apply` alone keeps the largest weights until "
+        "`anabranch.adapters.sparse_bottleneck.snip` is given losses",
     ),
     replace(
         _LORA,
@@ -337,8 +375,10 @@ _CHEAPER = (
         papers=(Paper("QLoRA: Efficient Finetuning of Quantized LLMs", 2023, "2305.14314"),),
         backend="none",
         merges="no",
-        memory="the base takes 0.53 bytes a weight in place of 2",
-        limits="ours stands beside int8 and int4 matrices; NF4 is not there, and merging into few bits loses what the adapter adds",
+        memory="matrices of the base take 0.52 bytes a weight in place of 2",
+        limits="with any method whose layers stand beside matrices; experts in pools, the embedding and the head stay as they are; it is "
+        "trained so, and used on the base as it was, or with --quantize nf4 of eval, generate and serve on that",
+        setting="task.quantize=nf4",
     ),
     Card(
         "peqa",
@@ -410,6 +450,9 @@ _CHEAPER = (
         merges="is the base",
         trains_base=True,
         memory="optimizer state of r (C + O) in place of 2 C O",
+        limits="with --method full, or in training from nothing; matrices with a side of r or less, embedding, head and routers learn "
+        "as with AdamW; one process, or replicas",
+        setting="train.optimizer=galore",
     ),
     Card(
         "gradient-checkpointing",

@@ -156,6 +156,8 @@ def estimate(
     chosen = shape.chosen(made["targets"]) if "targets" in made else []
     if "drop" in made:
         chosen = [matrix for matrix in chosen if (matrix.layer or 0) >= made["drop"]]
+    if card.takes is not None:
+        chosen = [matrix for matrix in chosen if card.takes(matrix, shape, made)]
     trainable = card.count(chosen, shape, made)
     if trainable == 0 and (card.needs_bias or card.backend != "none"):
         why = "this model has no biases" if card.needs_bias else "no linear layer is left to adapt"

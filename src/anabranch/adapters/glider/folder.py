@@ -13,9 +13,9 @@ from anabranch.adapters.glider.vectors import check_gates
 from anabranch.adapters.peft_folder import CONFIG
 from anabranch.bounds import shown
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.files import atomic_write, atomic_write_json
+from anabranch.files import atomic_write, atomic_write_json, read_json
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import FLOATS, SafetensorsFiles, read_json
+from anabranch.lm.tensors import FLOATS, SafetensorsFiles
 
 __all__ = ["Described", "describe_expert", "expert_folders", "read_described", "read_instructions", "texts_of"]
 

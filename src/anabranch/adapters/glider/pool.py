@@ -36,8 +36,8 @@ from anabranch.adapters.peft_folder import CONFIG
 from anabranch.bounds import Size
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import CheckpointError, ConfigError
+from anabranch.files import read_json
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.tensors import read_json
 from anabranch.routing import HybridEntropy, Router, Select, TopK
 
 __all__ = ["GliderConfig", "GliderPool"]

@@ -18,7 +18,7 @@ from anabranch.adapters.lora_mixer.layer import MixedLowRank, labelled_rows, pre
 from anabranch.adapters.lora_mixer.load import load_mixture, mixed_layers
 from anabranch.adapters.lora_mixer.loss import SoftThenTopK, SpecialisationLoss
 from anabranch.adapters.lora_mixer.task import Labelled, MixtureTask
-from anabranch.adapters.lora_mixer.training import fit_joint, fit_router
+from anabranch.adapters.lora_mixer.training import fit_joint, fit_router, load_fitted
 from anabranch.adapters.static import mu, static_mixture
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "fit_joint",
     "fit_router",
     "labelled_rows",
+    "load_fitted",
     "load_mixture",
     "mixed_layers",
     "mu",

@@ -74,6 +74,7 @@ class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
             router_group: layers beside each other (``q``, ``k``, ``v``) that name the same group have one router; they read the same.
             closed: experts that the router must not choose, since no layer of the group has them.
             preserved: keep what experts were (`MixedLowRank.keep`), from which `preservation` measures how far they moved.
+            experts: what each is called, as of `load_mixture`; empty where they have no names.
         """
 
         router: Router.Config | None = Router.Config(
@@ -84,6 +85,7 @@ class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
         router_group: str | None = None
         closed: tuple[int, ...] = ()
         preserved: bool = False
+        experts: tuple[str, ...] = ()
 
         def __post_init__(self) -> None:
             RoutedLowRank.Config.__post_init__(self)
@@ -93,6 +95,8 @@ class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
                 raise ConfigError(f"closed has {outside[0]}, but experts are 0 to {number - 1}")
             if len(set(self.closed)) == number:
                 raise ConfigError(f"closed has all {number} experts; one at least must be open")
+            if self.experts and len(self.experts) != number:
+                raise ConfigError(f"experts has {len(self.experts)} names for {number} adapters; give one for each")
 
         def count(self, projection: Projection, context: BuildContext) -> Count:
             """As of `RoutedLowRank`; the router counts for the first layer of its group."""

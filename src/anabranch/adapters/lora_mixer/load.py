@@ -27,8 +27,9 @@ from anabranch.adapters.pooled import load_pool
 from anabranch.adapters.put_on import built_alone
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.errors import CheckpointError, ConfigError
+from anabranch.files import read_json
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.tensors import read_json, some
+from anabranch.lm.tensors import some
 from anabranch.nn import BuildContext
 from anabranch.nn.linear import Projection
 from anabranch.routing import LinearScore, Router
@@ -94,7 +95,7 @@ def load_mixture(
         balance = SpecialisationLoss.Config(top_k=top_k) if loss is None else loss
         score = LinearScore.Config(init="kaiming_uniform")
         router = Router.Config(score=score, select=SoftThenTopK.Config(top_k=top_k), balance=(balance,))
-    shared = MixedLowRank.Config(ranks=(1,) * len(folders), router=router, preserved=preserved)
+    shared = MixedLowRank.Config(ranks=(1,) * len(folders), router=router, preserved=preserved, experts=tuple(folders))
     if isinstance(model, Decoder):
         _onto_decoder(folders, model, shared, groups, family, seed, draws=draws)
     else:

@@ -14,6 +14,7 @@ from anabranch.adapters.beside import passing
 from anabranch.adapters.fresh import BESIDE
 from anabranch.adapters.lora_mixer.layer import labelled_rows
 from anabranch.adapters.lora_mixer.load import mixed_layers
+from anabranch.adapters.lora_mixer.mixture_file import Mixture
 from anabranch.adapters.mixture_report import Rows, mixture_report
 from anabranch.config import Field, configclass
 from anabranch.data import Tokenizer
@@ -177,6 +178,8 @@ class MixtureTask(Task, kind="lora_mixer"):
         super().__init__(config, model=model)
         self.data, self.held_out, self.tokenizer = data, held_out, tokenizer
         self.layers = mixed_layers(model)
+        # Before anything learns: what is counted in training, as the bias of a base's router, is as it was read.
+        self.mixture = Mixture.of(model)
         number = next(iter(self.layers.values())).pool.num_experts
         for rows in (data, held_out):
             if rows is not None and int(rows.expert_N.max()) >= number:
@@ -302,14 +305,16 @@ class MixtureTask(Task, kind="lora_mixer"):
             return cast(Any, model)(input_ids=token_BL, attention_mask=mask_BL.long()).logits
 
     def save(self, folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """A model folder where the model is ours; else all tensors."""
+        """A model folder where the model is ours; else all tensors. Beside it is whose numbers these are."""
         if isinstance(model, Decoder):
             write_model(folder, model, self.tokenizer, state=tensors)
         else:
             super().save(folder, model, tensors)
+        self.mixture.write(folder)
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        """What `save` wrote."""
+        """What `save` wrote. Raises CheckpointError also where it is of other experts, or of another base; see `Mixture.check`."""
+        self.mixture.check(folder)
         if isinstance(model, Decoder):
             load_weights(model, folder)
         else:

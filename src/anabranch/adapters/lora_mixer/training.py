@@ -3,7 +3,9 @@
     fit_router(model, rows, "runs/router", train=TrainConfig(steps=200, batch_size=16))                    # experts are given, and stay
     fit_joint(model, rows, "runs/joint", train=TrainConfig(steps=600, batch_size=16), stages="anneal")     # experts and routers
 
-A killed training goes on, to the bit, from its newest checkpoint with ``resume=True``.
+A killed training goes on, to the bit, from its newest checkpoint with ``resume=True``. What it made is read back with
+
+    load_fitted(fitted.result.checkpoint, load_mixture(folders, model))
 """
 
 from dataclasses import dataclass
@@ -13,12 +15,16 @@ from typing import Literal
 import torch
 from torch import nn
 
+from anabranch.adapters.lora_mixer.mixture_file import Mixture
 from anabranch.adapters.lora_mixer.task import Labelled, MixtureTask
 from anabranch.adapters.mixture_report import MixtureReport, mixture_report
 from anabranch.data import Tokenizer
+from anabranch.lm.checkpoint import load_weights
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import Piece, open_tensors, overwrite, state_once
 from anabranch.train import TaskRunConfig, TrainConfig, Trainer, TrainResult
 
-__all__ = ["Fitted", "fit_joint", "fit_router"]
+__all__ = ["Fitted", "fit_joint", "fit_router", "load_fitted"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,25 @@ def fit_joint(
     """Train experts by the labels of their tasks, and routers after them (see `MixtureTask.Config`). Arguments as of `fit_router`."""
     config = MixtureTask.Config(stages=stages, experts=experts, beta=beta, alignment=alignment)
     return _fit(config, model, data, out, train, held_out, tokenizer, resume)
+
+
+def load_fitted(folder: str | Path, model: nn.Module) -> nn.Module:
+    """Put what a training left in the folder of a checkpoint into ``model``, which has its mixture, in place, and return the model.
+
+    The model must be on the base that was trained on, with adapters of the same names, scales and layers in the same order, and the same
+    ``top_k``. A checkpoint of an earlier version says nothing of names and base, which a warning in the log then says.
+
+    Raises ConfigError for a model without mixed layers, CheckpointError where there is no checkpoint, or one of another base, of other
+    adapters or of the same in another order, of another ``top_k``, or with tensors of other names or sizes. The model is then as it was.
+    """
+    Mixture.of(model).check(Path(folder))
+    if isinstance(model, Decoder):
+        load_weights(model, Path(folder))
+    else:
+        overwrite(
+            model, open_tensors(Path(folder)), {name: [Piece(name)] for name in state_once(model)}, where=Path(folder)
+        )
+    return model
 
 
 def _fit(

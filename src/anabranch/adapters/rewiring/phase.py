@@ -268,7 +268,7 @@ class _Batch:
         if not loss_B.requires_grad:
             raise ConfigError(
                 "no gradient comes from the model's loss to its routers, so it cannot be rewired: what they choose is taken without a "
-                "weight (as Duo-LLM's modules are), or experts are in few bits, where float32 or bfloat16 would do"
+                "weight (as Duo-LLM's modules are)"
             )
         found = torch.autograd.grad(loss_B.sum(), leaves, allow_unused=True)
         return loss_B.detach(), tuple(

@@ -1,6 +1,7 @@
 """`Rerouter`: generation in turns of fitting routers to the text so far (phase 1) and decoding with them (phase 2)."""
 # Shapes: B rows, L positions, E destinations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from anabranch.adapters.by_row import check_told, told_keys
 from anabranch.adapters.rewiring.config import Rewiring
-from anabranch.adapters.rewiring.phase import fit
+from anabranch.adapters.rewiring.phase import Clock, fit
 from anabranch.adapters.rewiring.prefill import Prefill
 from anabranch.adapters.rewiring.state import Phase, RewiringState
 from anabranch.adapters.rewiring.vectors import Texts, Vectors, routed_layers, router_of, run
@@ -53,14 +54,18 @@ class Rerouter:
         dtype = torch.promote_types(self.model.embedding.weight.dtype, torch.float32)
         return RewiringState([torch.zeros(router_of(layer).num_destinations, dtype=dtype) for layer in self.layers])
 
-    def adapt(self, contexts: Sequence[Sequence[int]], states: Sequence[RewiringState]) -> list[Phase]:
+    def adapt(
+        self, contexts: Sequence[Sequence[int]], states: Sequence[RewiringState], *, clock: Clock = time.perf_counter
+    ) -> list[Phase]:
         """One phase 1 of each context, together; ``states`` go on. Gives the reports.
+
+        ``clock`` tells seconds, and is asked before each step. What it raises ends the phase, and leaves the states as they were.
 
         Raises ConfigError for another number of states than contexts, one state named twice, a state of another model, an empty context
         or ids outside the vocabulary, for a model through whose experts no gradient comes, and in a block that tells rows of the model
         other than one query or task for each context, or one for all.
         """
-        return self._adapt(contexts, states, Texts.all(len(contexts)))
+        return self._adapt(contexts, states, Texts.all(len(contexts)), clock=clock)
 
     def _adapt(
         self,
@@ -68,12 +73,13 @@ class Rerouter:
         states: Sequence[RewiringState],
         texts: Texts,
         prefill: Prefill | None = None,
+        clock: Clock = time.perf_counter,
     ) -> list[Phase]:
         self._check(contexts, states)
         if not contexts:
             return []
         check_told(self.model, texts.total, "a rerouter")
-        return fit(self.model, self.layers, self.config, contexts, states, texts=texts, prefill=prefill)
+        return fit(self.model, self.layers, self.config, contexts, states, clock, texts=texts, prefill=prefill)
 
     @contextmanager
     def attached(self, state: RewiringState) -> Iterator[None]:

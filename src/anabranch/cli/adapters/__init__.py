@@ -17,9 +17,9 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="""Work on adapters in the folders of the package peft, which need not be installed, and choose among methods of making some.
+    help="""Inspect, combine, export and measure adapters in peft's format (peft need not be installed), and choose a method.
 
-    anabranch eval MODEL --adapter FOLDER measures a model with one on text, anabranch adapters eval on rows of tasks.""",
+    To measure a model with an adapter: anabranch eval MODEL --adapter FOLDER on text, anabranch adapters eval on rows of tasks.""",
 )
 
 app.command("list")(list_methods)

@@ -20,14 +20,14 @@ def card(
         str,
         typer.Argument(
             metavar="ADAPTER|METHOD",
-            help="A folder of peft's or of anabranch adapt with an adapter, or a method of anabranch adapters list.",
+            help="An adapter that peft or anabranch adapt saved, or a method of anabranch adapters list.",
         ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Show what an adapter changes: of what kind it is, which layers it has, and what it brings beside; or what a method is.
+    """Show what an adapter is: its kind, the layers it changes, and what else it contains. Or describe a method.
 
-    All numbers of an adapter are read, so one that is damaged is told. A folder goes before a method of the same name.
+    All weights of the adapter are read, so a damaged one is reported. A folder takes precedence over a method of the same name.
     """
     require("lm", by="anabranch adapters card")
     from anabranch.adapters import read_peft

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 _SHOWN = 12
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model, or the name of a preset. No weights are read.")]
-SizeDial = Annotated[str, typer.Option("--size", metavar="SIZE", help="Of a preset: tiny, small or base.")]
+SizeDial = Annotated[str, typer.Option("--size", metavar="SIZE", help="Size of a preset: tiny, small or base.")]
 Rank = Annotated[
-    int | None, typer.Option(metavar="R", min=1, help="Of the methods that have one. Default: each its own.")
+    int | None, typer.Option(metavar="R", min=1, help="Rank, for methods that have one. Default: that of the method.")
 ]
 Targets = Annotated[
     str | None,
     typer.Option(
-        metavar="NAMES", help="Linear layers, as q,v or q_proj,v_proj, attention, mlp or all. Default: each its own."
+        metavar="NAMES",
+        help="Linear layers, such as q,v or q_proj,v_proj, attention, mlp or all. Default: those of the method.",
     ),
 ]
 Length = Annotated[
@@ -33,38 +34,50 @@ Length = Annotated[
     typer.Option("--sequence-length", metavar="L", min=1, help="Tokens of a sequence. Default: as in training."),
 ]
 DtypeOfBase = Annotated[
-    str, typer.Option("--dtype", metavar="TYPE", help="Type of the base's weights, of which bytes are counted.")
+    str, typer.Option("--dtype", metavar="TYPE", help="Type of the base model's weights, for counting bytes.")
 ]
 
 
 def list_methods(
     family: Annotated[
         str | None,
-        typer.Option(metavar="WORD", help="Only of this family: additive, selective, reparameterised, prompt, ..."),
+        typer.Option(
+            metavar="WORD", help="Only methods of this family: additive, selective, reparameterised, prompt, ..."
+        ),
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(metavar="WHO", help="Only what runs by own code (own), by peft (peft), or by none.")
+        str | None,
+        typer.Option(
+            metavar="WHO",
+            help="Only methods that Anabranch runs itself (own), that peft runs (peft), or that neither runs (none).",
+        ),
     ] = None,
     merges: Annotated[
-        bool | None, typer.Option("--merges/--stays", help="Only what can become part of the matrices, or cannot.")
+        bool | None,
+        typer.Option("--merges/--stays", help="Only methods that can be merged into the weights, or that cannot."),
     ] = None,
     mixed: Annotated[
         bool | None,
-        typer.Option("--mixed/--alone", help="Only what rows of one batch can have of their own, or cannot."),
+        typer.Option(
+            "--mixed/--alone",
+            help="Only methods where rows of one batch can use different adapters, or where they cannot.",
+        ),
     ] = None,
     needs_bias: Annotated[
-        bool | None, typer.Option("--biases/--no-biases", help="Only what needs a model with biases, or does not.")
+        bool | None,
+        typer.Option("--biases/--no-biases", help="Only methods that need a model with biases, or that do not."),
     ] = None,
     on: Annotated[
         str | None,
         typer.Option("--on", metavar="MODEL", help="A model, or the name of a preset, for --max-parameters."),
     ] = None,
     max_parameters: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Only what learns at most so many numbers on that model.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Only methods with at most N trained parameters on that model."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the methods of parameter-efficient fine-tuning that the catalogue has a card of.
+    """List the methods of parameter-efficient fine-tuning in the catalogue.
 
     Example: anabranch adapters list --family prompt
     """
@@ -73,7 +86,7 @@ def list_methods(
 
     if (on is None) != (max_parameters is None):
         raise ConfigError(
-            "how many numbers learn depends on the model: give both --on MODEL and --max-parameters N, or neither"
+            "the number of trained parameters depends on the model: give both --on MODEL and --max-parameters N, or neither"
         )
     cards = listed(
         family=family,
@@ -122,7 +135,7 @@ def show_card(card: Card, as_json: bool) -> None:
 
 def estimate(
     model: Model,
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="Id of a method, see anabranch adapters list.")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A method of anabranch adapters list.")],
     rank: Rank = None,
     targets: Targets = None,
     assignments: Annotated[
@@ -131,13 +144,13 @@ def estimate(
             "--set", metavar="NAME=VALUE", help="Another option of the method, e.g. --set width=8. May be repeated."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences of a step.")] = 1,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences per step.")] = 1,
     sequence_length: Length = None,
     size_dial: SizeDial = "tiny",
     dtype: DtypeOfBase = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Calculate what a method costs on a model: numbers that learn, bytes, and FLOPs of training and use. Nothing is trained.
+    """Calculate what a method costs on a model: trained parameters, bytes, and FLOPs of training and inference. Nothing is trained.
 
     Example: anabranch adapters estimate SmolLM2-135M lora --rank 16 --targets all
     """
@@ -175,32 +188,41 @@ def _activations_told(num_bytes: int | None, batch: int, length: int) -> str:
 
 def recommend(
     model: Model,
-    max_parameters: Annotated[int | None, typer.Option(metavar="N", min=1, help="Most numbers that may learn.")] = None,
+    max_parameters: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Maximum number of trained parameters.")
+    ] = None,
     max_share: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="The same as a share of the model's, e.g. 0.005.")
+        float | None, typer.Option(metavar="SHARE", help="The same as a share of the model's parameters, e.g. 0.005.")
     ] = None,
     max_file: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Largest file of an adapter, such as 10MB.")
+        str | None, typer.Option(metavar="SIZE", help="Maximum file size of an adapter, such as 10MB.")
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="For base, adapter, gradients and optimizer; activations come on top."),
+        typer.Option(
+            metavar="SIZE",
+            help="Memory limit for base model, adapter, gradients and optimizer; activations come on top.",
+        ),
     ] = None,
     max_added_flops: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Most that the served model's tokens may cost more, as a share; merged adapters cost none.",
+            help="Maximum additional FLOPs per served token, as a share; merged adapters add none.",
         ),
     ] = None,
-    merges: Annotated[bool, typer.Option("--merges", metavar=" ", help="It must become part of the matrices.")] = False,
+    merges: Annotated[
+        bool, typer.Option("--merges", metavar=" ", help="It must be possible to merge the adapter into the weights.")
+    ] = False,
     mixed: Annotated[
-        bool, typer.Option("--mixed", metavar=" ", help="Rows of one batch must have adapters of their own.")
+        bool, typer.Option("--mixed", metavar=" ", help="Rows of one batch must be able to use different adapters.")
     ] = False,
     starts_as_base: Annotated[
         bool, typer.Option("--starts-as-base", metavar=" ", help="A new adapter must leave the model as it was.")
     ] = False,
-    own: Annotated[bool, typer.Option("--own", metavar=" ", help="Only what runs without the package peft.")] = False,
+    own: Annotated[
+        bool, typer.Option("--own", metavar=" ", help="Only methods that run without the package peft.")
+    ] = False,
     measurements: Annotated[
         str | None,
         typer.Option(
@@ -215,7 +237,7 @@ def recommend(
     dtype: DtypeOfBase = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Say which methods keep to limits on a model, best measured first, and by which measurements.
+    """Recommend methods that stay within limits on a model, the best measured first, with the measurements.
 
     Example: anabranch adapters recommend SmolLM2-135M --max-share 0.01 --merges --own
     """
@@ -256,10 +278,10 @@ def recommend(
     for source in found.sources:
         fact("by", source)
     rest = len(found.choices) - len(rows)
-    more = f", and {rest} more do" if rest > 0 else ""
+    more = f", {rest} more fit" if rest > 0 else ""
     say(
-        f"{len(found.rejected)} methods do not keep to the limits or run nowhere here{more}; --json has reasons. Learning rates and "
-        "starts move results more than methods do: try several."
+        f"{len(found.rejected)} methods exceed the limits or cannot run here{more}; --json has the reasons. The learning rate and the "
+        "initialisation change results more than the method does: try several."
     )
 
 

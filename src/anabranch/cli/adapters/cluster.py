@@ -13,32 +13,38 @@ from anabranch.files import check_apart
 
 
 def cluster(
-    pool: Annotated[str, typer.Argument(metavar="POOL", help="A folder of adapters' folders, of plain LoRA.")],
-    clusters: Annotated[int, typer.Option("--clusters", metavar="G", min=1, help="How many clusters.")],
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="A folder of adapters, all plain LoRA.")],
+    clusters: Annotated[int, typer.Option("--clusters", metavar="G", min=1, help="Number of clusters.")],
     out: Annotated[
         str | None,
         typer.Option(
-            "--out", "-o", metavar="DIR", help="A new pool, with one adapter of each cluster. Default: only show them."
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="New pool with one adapter for each cluster. Default: only show the clusters.",
         ),
     ] = None,
     method: Annotated[
         Literal["mean", "svd"],
         typer.Option(
             metavar="METHOD",
-            help="With --out, how adapters become one. mean: of A and of B, which needs equal ranks. svd: of what they add, refactored.",
+            help="With --out, how adapters are merged. mean: the averages of A and of B, which needs equal ranks. svd: the "
+            "average of B A, factored again.",
         ),
     ] = "mean",
     rank: Annotated[
         int | None,
-        typer.Option(metavar="R", min=1, help="With --method svd, the rank. Default: the greatest of the adapters."),
+        typer.Option(
+            metavar="R", min=1, help="With --method svd, the rank. Default: the largest rank of the adapters."
+        ),
     ] = None,
     local: Annotated[
         Literal["phatgoose", "arrow"],
-        typer.Option(help="What is compared: gates (prototypes of adapters without), or prototypes alone."),
+        typer.Option(help="What is compared: gates (prototypes for adapters without gates), or only prototypes."),
     ] = "phatgoose",
     as_json: AsJson = False,
 ) -> None:
-    """Group the adapters of a pool by how alike the vectors are by which tokens find them, and merge each group into one adapter.
+    """Group the adapters of a pool by the similarity of their gates or prototypes, and merge each group into one adapter.
 
     Example: anabranch adapters cluster pool --clusters 4 --out small && anabranch adapters route small "how many users are there?"
     """

@@ -14,28 +14,30 @@ from anabranch.files import check_apart
 
 
 def describe(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder of peft's with an adapter.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter in peft's format.")],
     instruction: Annotated[
         list[str] | None,
         typer.Option(
             "--instruction",
             metavar="TEXT",
-            help="What its task is, in a sentence or two. Further ones are other wordings, by which a pool is calibrated.",
+            help="The adapter's task in a sentence or two. If repeated, the others are alternative wordings that calibrate a "
+            "pool.",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="DATA", help="Rows of its task as JSON lines: --writer makes an instruction of the first three."
+            metavar="DATA", help="Rows of its task as JSON lines; --writer makes an instruction from the first three."
         ),
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="With --data: rows of this task alone.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="With --data: only rows of this task.")] = None,
     writer: Writer = None,
     writer_model: WriterModel = None,
     key_env: KeyEnv = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write what an adapter's task is beside it (glider.json), said here, or by a model that is shown a few rows. Gates stay.
+    """Write an adapter's instruction into its folder (glider.json): your own text, or one that a model writes from a few rows. Gates are
+    kept.
 
     Example: anabranch adapters describe pool/sql --instruction "Write SQL that answers a question about a table."
     """
@@ -44,7 +46,7 @@ def describe(
     from anabranch.adapters.glider import describe_expert, prompt_of
 
     if (instruction is None) == (data is None):
-        raise ConfigError("say what the task is with --instruction, or give rows of it with --data; one of them")
+        raise ConfigError("describe the task with --instruction, or give rows of it with --data; only one of them")
     asked = writer_of(writer, writer_model, key_env)
     if data is None:
         for name, value in (("--task", task), ("--writer", writer), ("--key-env", key_env)):
@@ -54,7 +56,7 @@ def describe(
     else:
         if asked is None:
             raise ConfigError(
-                "rows are shown to a model that writes the instruction; name one with --writer and --writer-model"
+                "a model has to write the instruction from the rows; name one with --writer and --writer-model"
             )
         check_apart([Path(adapter) / "glider.json"], [data])
         rows = [row for row in read_rows(data) if task is None or row.task == task]

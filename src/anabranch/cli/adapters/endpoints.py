@@ -14,20 +14,26 @@ if TYPE_CHECKING:
 Writer = Annotated[
     str | None,
     typer.Option(
-        "--writer", metavar="URL", help="An endpoint of OpenAI's form that writes instructions, http://HOST:PORT/v1."
+        "--writer", metavar="URL", help="OpenAI-compatible endpoint that writes instructions, http://HOST:PORT/v1."
     ),
 ]
-WriterModel = Annotated[str | None, typer.Option("--writer-model", metavar="NAME", help="The model there.")]
+WriterModel = Annotated[
+    str | None, typer.Option("--writer-model", metavar="NAME", help="Name of the model at that endpoint.")
+]
 Embedder = Annotated[
     str | None,
     typer.Option(
-        "--embedder", metavar="URL", help="An endpoint that makes vectors of texts. Default: words, pairs and letters."
+        "--embedder",
+        metavar="URL",
+        help="OpenAI-compatible endpoint for text embeddings. Default: counts of words, word pairs and letters.",
     ),
 ]
-EmbedderModel = Annotated[str | None, typer.Option("--embedder-model", metavar="NAME", help="The model there.")]
+EmbedderModel = Annotated[
+    str | None, typer.Option("--embedder-model", metavar="NAME", help="Name of the model at that endpoint.")
+]
 KeyEnv = Annotated[
     str | None,
-    typer.Option("--key-env", metavar="NAME", help="The environment variable that holds the endpoints' key."),
+    typer.Option("--key-env", metavar="NAME", help="Environment variable that holds the endpoints' API key."),
 ]
 
 
@@ -52,5 +58,5 @@ def embedder_of(url: str | None, model: str | None, key_env: str | None) -> Endp
 def _is_whole(option: str, url: str | None, model: str | None) -> bool:
     if (url is None) != (model is None):
         said, missing = (option, f"{option}-model") if model is None else (f"{option}-model", option)
-        raise ConfigError(f"{said} is given and {missing} is not; an endpoint is an address and a model")
+        raise ConfigError(f"{said} is given, but {missing} is not; an endpoint needs both an address and a model")
     return url is not None

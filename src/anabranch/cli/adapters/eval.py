@@ -15,37 +15,44 @@ from anabranch.extras import require
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base of the adapter.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base model of the adapter.")],
     adapter: Annotated[
         str | None,
         typer.Argument(
             metavar="[ADAPTER]",
-            help="A folder of peft's or of anabranch adapt, or a pool (a folder of such folders; arrow:POOL or phatgoose:POOL for one way "
-            "alone). Without one the model as it is.",
+            help="An adapter that peft or anabranch adapt saved, or a pool (a folder of such folders; arrow:POOL or "
+            "phatgoose:POOL for one kind of router only). Default: none, the model alone.",
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Rows as JSON lines: task, input, output. Those held out, where they say."),
+        typer.Option(
+            metavar="DATA",
+            help="JSON lines with task, input and output. If some are marked as held out, only these are used.",
+        ),
     ] = None,
     answers: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Have it answer each row, N tokens at most: ROUGE-L and exact matches besides."
+            metavar="N",
+            min=1,
+            help="Also generate an answer to each row, at most N tokens, and report ROUGE-L and exact matches.",
         ),
     ] = None,
     template: Annotated[
-        str, typer.Option(metavar="TEXT", help="What is written around a prompt, as in training; \\n is a new line.")
+        str, typer.Option(metavar="TEXT", help="Text around a prompt, as in training; \\n is a new line.")
     ] = "{prompt}\\n",
     rows: Annotated[int | None, typer.Option(metavar="N", min=1, help="Rows of each task. Default: all.")] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="L", min=2, help="Most tokens of a row, as in training.")] = 512,
-    batch_size: Annotated[int, typer.Option(metavar="B", min=1, help="Rows of a pass.")] = 16,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="L", min=2, help="Maximum number of tokens in a row, as in training.")
+    ] = 512,
+    batch_size: Annotated[int, typer.Option(metavar="B", min=1, help="Rows per batch.")] = 16,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model, with an adapter or without, on rows of tasks: the likelihood of answers, and its own answers.
+    """Measure a model, with or without an adapter, on rows of tasks: the likelihood of the answers, and the model's own answers.
 
     Example: anabranch adapters eval SmolLM2-135M runs/mine/adapter --data rows.jsonl --answers 32
     """

@@ -16,39 +16,44 @@ from anabranch.files import check_apart
 
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="The base of the adapters; or a saved model that has adapters in it.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The base model of the adapters, or a saved model that contains adapters."
+        ),
     ],
     out: Annotated[
         str,
-        typer.Option("--out", "-o", metavar="DIR", help="The new folder; an adapter that is there is not replaced."),
+        typer.Option("--out", "-o", metavar="DIR", help="The new folder; an existing adapter is not replaced."),
     ],
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER...",
-            help="Folders of peft's, or one of anabranch adapt. Without them, what the model has in it is written.",
+            help="Adapters in peft's format, or one of anabranch adapt. Default: the adapters in the model.",
         ),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="W,W,...", help="What each is multiplied by. Default: 1 each."),
+        typer.Option(metavar="W,W,...", help="Factor of each adapter. Default: 1 each."),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
             metavar="R",
             min=1,
-            help="The nearest adapter of this rank. Default: all ranks together, which loses nothing.",
+            help="Approximate by an adapter of this rank. Default: the sum of all ranks, which is exact.",
         ),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Of one ADAPTER that routes by task (poly, mhr): the task that is written."),
+        typer.Option(metavar="NAME", help="For an ADAPTER that routes by task (poly, mhr): the task to export."),
     ] = None,
     average: Annotated[
         bool,
         typer.Option(
-            "--average", metavar=FLAG, help="Of such an ADAPTER, or a mixture: the average of all skills or experts."
+            "--average",
+            metavar=FLAG,
+            help="For such an ADAPTER or a mixture: export the average of all skills or experts.",
         ),
     ] = False,
     dtype: Dtype = None,
@@ -56,9 +61,10 @@ def export(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a mixture of adapters as one plain LoRA that peft and every server load, and say how its logits differ from the mixture's.
+    """Write a mixture of adapters as one plain LoRA that peft and other servers can load, and report how its logits differ from the
+    mixture's.
 
-    The model is run twice on tokens drawn at random: with the adapters beside its matrices, and with what was written.
+    The model runs twice on random tokens: with the original adapters and with the exported one.
 
     Example: anabranch adapters export SmolLM2-135M french-lora sql-lora --weights 0.5,0.25 --out both
     """
@@ -114,6 +120,6 @@ def export(
         if folders:
             fact(
                 "logits",
-                f"{told['difference']:.2g} from the mixture's at most, whose greatest is {told['greatest_logit']:.3g}",
+                f"differ from the mixture's by at most {told['difference']:.2g}   (the largest is {told['greatest_logit']:.3g})",
             )
         wrote(f"{out}   {size(num_bytes)}", f"anabranch eval {shell_word(model)} --adapter {shell_word(out)}")

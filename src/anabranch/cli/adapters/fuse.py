@@ -14,25 +14,25 @@ from anabranch.extras import require
 
 
 def fuse(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base of the adapter.")],
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder of peft's or of anabranch adapt.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base model of the adapter.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter that peft or anabranch adapt saved.")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder for the new model.")],
     task: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Of an adapter that routes by task: the one task that the model is for."),
+        typer.Option(metavar="NAME", help="For an adapter that routes by task: the task the model is for."),
     ] = None,
     beside: Annotated[
         bool,
-        typer.Option("--beside", metavar=FLAG, help="Leave it beside the matrices, also where they could take it in."),
+        typer.Option("--beside", metavar=FLAG, help="Keep it as extra layers everywhere; merge nothing."),
     ] = False,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the model with an adapter in it: in its matrices where they can take it in, beside or in front of them otherwise.
+    """Write a model that contains the adapter: merged into its weights where that is possible, else as extra layers.
 
-    What comes out is a model: generate, eval, serve and convert take it. Its logits are held against those of model and adapter.
+    The result is a model for generate, eval, serve and convert. Its logits are compared with those of the model with the adapter.
 
     Example: anabranch adapters fuse SmolLM2-135M runs/mine/adapter --out mine && anabranch serve mine
     """
@@ -51,5 +51,8 @@ def fuse(
     if not quiet:
         where = "in its matrices" if done.merged else "beside its matrices, which cannot take it in"
         fact("model", f"{visible(model)} with {visible(adapter)}   {where if not beside else 'beside its matrices'}")
-        fact("logits", f"{done.difference:.2g} from the adapter's at most, whose greatest is {done.greatest:.3g}")
+        fact(
+            "logits",
+            f"differ from the adapted model's by at most {done.difference:.2g}   (the largest is {done.greatest:.3g})",
+        )
         wrote(out, f"anabranch serve {shell_word(out)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ import typer
 
 from anabranch.bounds import MOST_SEED
 from anabranch.cli.adapters.placing import check_no_adapter
+from anabranch.cli.option_sets import OptionSet, takes_sets
 from anabranch.cli.options import AsJson, Quiet, load
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
 from anabranch.cli.progress import Progress
@@ -23,22 +25,83 @@ if TYPE_CHECKING:
     from anabranch.adapters.lorahub import Found
 
 
+@dataclass(frozen=True)
+class How(OptionSet):
+    """What some methods ask for."""
+
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            min=1,
+            help="Rank, for svd and the methods that end in _svd. Default: the largest rank of the adapters.",
+        ),
+    ] = None
+    density: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of weights that TIES, DARE and pruning keep. Default: 0.2 for TIES and pruning by magnitude, 0.5 for "
+            "dropping at random.",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="SEED", min=0, max=MOST_SEED, help="Seed of the weights that DARE drops. Default: 0."),
+    ] = None
+    majority: Annotated[
+        Literal["total", "frequency"] | None,
+        typer.Option(
+            help="For TIES: the elected sign is that of the sum (total), or the more frequent one. Default: total."
+        ),
+    ] = None
+
+    def options(self) -> dict[str, Any]:
+        """As `anabranch.adapters.combine` takes them; None for what is not said."""
+        return {"rank": self.rank, "density": self.density, "seed": self.seed, "majority": self.majority}
+
+
+@dataclass(frozen=True)
+class Sought(OptionSet):
+    """Rows whose answers factors are searched for."""
+
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Search, without gradients, for the factors that make the answers of these few rows most likely under --model "
+            "(LoRAHub, which uses --method linear).",
+        ),
+    ] = None
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="With --data, the base model of the adapters.")] = (
+        None
+    )
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="With --data, how many sets of factors are tried. Default: 40."),
+    ] = None
+
+
+HOW, SOUGHT = How(), Sought()
+
+
+@takes_sets()
 def merge(
     adapters: Annotated[
         list[str],
         typer.Argument(
             metavar="ADAPTER...",
-            help="Folders of peft's, each with a LoRA adapter of one base model; with --method mean also adapters of any kind that "
-            "anabranch adapt wrote with the same settings.",
+            help="Folders with LoRA adapters of the same base model, in peft's format. With --method mean, also other adapters "
+            "that anabranch adapt made with the same settings.",
         ),
     ],
     out: Annotated[
         str,
-        typer.Option("--out", "-o", metavar="DIR", help="The new folder; an adapter that is there is not replaced."),
+        typer.Option("--out", "-o", metavar="DIR", help="The new folder; an existing adapter is not replaced."),
     ],
     weights: Annotated[
         str | None,
-        typer.Option(metavar="W,W,...", help="What each is multiplied by; negative ones take away. Default: 1 each."),
+        typer.Option(metavar="W,W,...", help="Factor of each adapter; negative factors subtract. Default: 1 each."),
     ] = None,
     method: Annotated[
         Literal[
@@ -58,48 +121,18 @@ def merge(
         ],
         typer.Option(
             metavar="METHOD",
-            help="exact: the weighted sum, of all ranks together. svd: the best of a lower rank. linear: halves summed apart, as by peft. "
-            "mean: the mean of halves (AdapterSoup). ties, dare (or dare_linear), dare_ties, magnitude_prune: halves thinned and summed, "
-            "as by peft; with _svd after it, whole matrices.",
+            help="exact: the weighted sum; its rank is the sum of the ranks. svd: its best approximation of a lower rank. "
+            "linear: A and B summed separately, as in peft. mean: the averages of A and of B (AdapterSoup). ties, dare (or "
+            "dare_linear), dare_ties, magnitude_prune: A and B pruned and summed, as in peft; with _svd appended, the "
+            "products B A instead.",
         ),
     ] = "exact",
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            metavar="R", min=1, help="With svd and what ends so, the rank. Default: the greatest of the adapters."
-        ),
-    ] = None,
-    density: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Share of numbers that TIES, DARE and pruning keep. Default: 0.2 of what is trimmed, 0.5 of what is dropped at random.",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="SEED", min=0, max=MOST_SEED, help="Of what DARE drops. Default: 0."),
-    ] = None,
-    majority: Annotated[
-        Literal["total", "frequency"] | None,
-        typer.Option(help="Of TIES: the sign of the total of numbers wins, or the more frequent one. Default: total."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Find the weights, without gradients, that make the answers of these few rows likeliest on --model (LoRAHub; its way of "
-            "mixing is --method linear).",
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="With --data, the base of the adapters.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="With --data, how many weights are tried. Default: 40.")
-    ] = None,
+    how: How = HOW,
+    sought: Sought = SOUGHT,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make one adapter of several, which any program that reads peft's folders can use.
+    """Merge several adapters into one, which any program that reads peft's format can use.
 
     Example: anabranch adapters merge french-lora sql-lora --weights 0.5,0.5 --out both && anabranch eval MODEL --adapter both
     """
@@ -108,18 +141,18 @@ def merge(
     from anabranch.adapters.own_folder import is_own
 
     numbers = [1.0] * len(adapters) if weights is None else read_weights(weights, len(adapters))
-    _check_search(weights, data, model, steps)
-    check_apart([out], [*adapters, *(path for path in (data, model) if path is not None)])
+    _check_search(weights, sought.data, sought.model, sought.steps)
+    check_apart([out], [*adapters, *(path for path in (sought.data, sought.model) if path is not None)])
     check_no_adapter(out)
-    options: dict[str, Any] = {"rank": rank, "density": density, "seed": seed, "majority": majority}
+    options = how.options()
     if any(map(is_own, adapters)):
-        _average(adapters, numbers, out, method, {**options, "data": data}, quiet=quiet, as_json=as_json)
+        _average(adapters, numbers, out, method, {**options, "data": sought.data}, quiet=quiet, as_json=as_json)
         return
     parts, found = [read_peft(folder) for folder in adapters], None
-    if data is not None and model is not None:
+    if sought.data is not None and sought.model is not None:
         # What is wrong with them is said before anything is searched for.
         combine(parts, numbers, method, **options)
-        found = _found(parts, model, data, method, options, steps or 40, quiet=quiet or as_json)
+        found = _found(parts, sought.model, sought.data, method, options, sought.steps or 40, quiet=quiet or as_json)
         numbers = list(found.weights)
     made = combine(parts, numbers, method, **options)
     write_peft(out, made.adapter)
@@ -210,13 +243,13 @@ def _check_search(weights: str | None, data: str | None, model: str | None, step
         for name, value in (("--model", model), ("--steps", steps)):
             if value is not None:
                 raise ConfigError(
-                    f"{name} is {value}, which is for weights that are found; give rows with --data, or leave it out"
+                    f"{name} is {value}, which is only for a search of the weights; give rows with --data, or leave it out"
                 )
         return
     if weights is not None:
-        raise ConfigError(f"--weights is {weights!r}, and --data has them found; leave one out")
+        raise ConfigError(f"--weights is {weights!r}, but --data searches for them; leave one of the two out")
     if model is None:
-        raise ConfigError("--data has weights found on the base of the adapters; name it with --model")
+        raise ConfigError("--data searches for weights on the base model of the adapters; name it with --model")
 
 
 def _found(

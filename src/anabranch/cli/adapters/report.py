@@ -26,13 +26,13 @@ BATCH, COLUMNS = 8, 8
 
 
 def report(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base of the adapters.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base model of the adapters.")],
     adapter: Annotated[
         str,
         typer.Argument(
             metavar="ADAPTER",
-            help="What chooses: a pool (a folder of adapters' folders; arrow:POOL or phatgoose:POOL for one way alone), or an adapter of "
-            "anabranch adapt (dynmole, lora_mixer, poly, mhr) or of peft's Poly.",
+            help="A pool (a folder of adapters; arrow:POOL or phatgoose:POOL for one kind of router only), or an adapter with a "
+            "router: dynmole, lora_mixer, poly or mhr of anabranch adapt, or peft's Poly.",
         ),
     ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder for the page and its pictures.")],
@@ -40,16 +40,16 @@ def report(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Rows of tasks as JSON lines, which routers see. Not for what goes by task: its tables say it.",
+            help="Rows of tasks as JSON lines, to run the routers on. Not needed for adapters that route by task.",
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(metavar="N", min=1, help="Rows of each task that are looked at.")] = 32,
-    max_tokens: Annotated[int, typer.Option(metavar="L", min=1, help="Most tokens of a row.")] = 256,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="Rows used from each task.")] = 32,
+    max_tokens: Annotated[int, typer.Option(metavar="L", min=1, help="Maximum number of tokens in a row.")] = 256,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which adapter serves which task, and beside which matrix of the model: a page, two pictures, and the numbers as JSON.
+    """Show which adapters are used for which task and in which layer: an HTML page, two pictures, and the numbers as JSON.
 
     Example: anabranch adapters report SmolLM2-135M pool --data rows.jsonl --out pool-report
     """
@@ -93,17 +93,19 @@ def _use(
     pool = put_adapter(base, adapter)
     if goes_by_task(base):
         if data is not None:
-            raise ConfigError(f"{adapter} goes by task, and its tables say who serves which; leave out --data")
+            raise ConfigError(f"{adapter} routes by task, so the report needs no rows; leave out --data")
         return use_of_tables(base)
     routers = routed_layers(base)
     if not routers:
         raise ConfigError(
-            f"{adapter} chooses nobody: it is one adapter for all rows; give a pool, or a mixture with routers"
+            f"{adapter} has no router: it is one adapter for all rows; give a pool, or a mixture with routers"
         )
     if data is None:
-        raise ConfigError(f"{adapter} has routers that choose by token, which need rows to see; give some with --data")
+        raise ConfigError(
+            f"{adapter} has routers that choose for each token, so the report needs rows; give some with --data"
+        )
     if tokenizer is None:
-        raise DataError("the model has no tokenizer, so that rows have no tokens")
+        raise DataError("the model has no tokenizer, so rows cannot be read")
     most = max(len(layer.config.ranks) for layer in routers.values())
     adapters = tuple(map(str, range(most))) if pool is None else pool.names
     tasks = list(dict.fromkeys(row.task or "(none)" for row in rows))

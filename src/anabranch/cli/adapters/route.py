@@ -22,30 +22,28 @@ from anabranch.extras import require
 def route(
     pool: Annotated[
         str,
-        typer.Argument(metavar="POOL", help="A folder of adapters' folders, with an instruction in glider.json each."),
+        typer.Argument(metavar="POOL", help="A folder of adapters, each with an instruction in glider.json."),
     ],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],
     instruction: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="What is compared with the adapters' instructions. Default: the query."),
+        typer.Option(metavar="TEXT", help="Text to compare with the adapters' instructions. Default: the query."),
     ] = None,
     top: Annotated[int, typer.Option(metavar="K", min=1, help="Adapters to show.")] = 5,
     model: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL", help="The base: it runs on the query, and tells what its tokens say of each adapter."
-        ),
+        typer.Option(metavar="MODEL", help="The base model; it runs on the query to score each adapter by tokens."),
     ] = None,
     local: Annotated[
         Literal["phatgoose", "arrow", "none"],
-        typer.Option(help="With --model, how tokens choose: by gates, by prototypes, or not at all."),
+        typer.Option(help="With --model, how tokens choose adapters: by gates, by prototypes, or not at all."),
     ] = "phatgoose",
     clusters: Annotated[
         int | None,
         typer.Option(
             metavar="G",
             min=1,
-            help="With --model, tokens choose one of so many clusters of adapters, and then among its members.",
+            help="With --model, tokens choose one of G clusters of adapters first, then an adapter in it.",
         ),
     ] = None,
     writer: Writer = None,
@@ -57,7 +55,7 @@ def route(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which adapters of a pool are for a query: by its instruction, and with --model by its tokens too.
+    """Show which adapters of a pool suit a query: by its instruction, and with --model also by its tokens.
 
     Example: anabranch adapters route adapters "how many users signed up in May?"
     """
@@ -101,7 +99,7 @@ def route(
         return
     fact("query", " ".join(visible(found.instruction).split()))
     if threshold is not None:
-        says = "is of a task that the pool has" if is_sure else "is of no task that the pool surely has"
+        says = "one that the pool has" if is_sure else "perhaps none of the pool: no adapter is close enough"
         fact(
             "task", f"{says}   (threshold {threshold.threshold:.3f}, AUROC {threshold.auroc:.3f} with members left out)"
         )

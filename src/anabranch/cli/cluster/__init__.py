@@ -3,6 +3,7 @@
 import typer
 
 from anabranch.cli.cluster.attention import attention
+from anabranch.cli.cluster.bench import bench
 from anabranch.cli.cluster.churn import churn
 from anabranch.cli.cluster.coordinate import coordinate
 from anabranch.cli.cluster.elastic import elastic
@@ -14,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="""Put a model on several machines: stages, sequences cut over ranks, the network between them, and ranks that get lost.
+    help="""Plan and run training on several machines: pipeline stages, long sequences, the network, and lost machines.
 
     Nothing here needs a GPU or a second machine.""",
 )
@@ -32,3 +33,4 @@ app.command("elastic")(elastic)
 app.command("coordinate")(coordinate)
 app.command("master")(master)
 app.command("churn")(churn)
+app.command("bench")(bench)

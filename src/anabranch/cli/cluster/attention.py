@@ -24,49 +24,73 @@ _MOST_RANKS, _MOST_TOKENS = 128, 2**31
 def attention(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A training run, a saved model, a preset, or a folder of Hugging Face's."),
+        typer.Argument(metavar="MODEL", help="A training run, a saved model, a preset, or a Hugging Face folder."),
     ],
-    ranks: Annotated[int, typer.Option(metavar="N", min=1, max=_MOST_RANKS, help="Ranks that share a sequence.")] = 8,
+    ranks: Annotated[
+        int, typer.Option(metavar="N", min=1, max=_MOST_RANKS, help="Number of ranks that share a sequence.")
+    ] = 8,
     sequence_length: Annotated[
         int | None,
         typer.Option(metavar="L", min=1, max=_MOST_TOKENS, help="Tokens of a sequence. Default: the model's longest."),
     ] = None,
     cached: Annotated[
-        int, typer.Option(metavar="L", min=0, max=_MOST_TOKENS, help="Tokens before them, whose keys lie on the ranks.")
+        int,
+        typer.Option(metavar="L", min=0, max=_MOST_TOKENS, help="Earlier tokens, whose keys are already on the ranks."),
     ] = 0,
-    sequences: Annotated[int, typer.Option(metavar="B", min=1, max=_MOST_TOKENS, help="Sequences at a time.")] = 1,
+    sequences: Annotated[
+        int, typer.Option(metavar="B", min=1, max=_MOST_TOKENS, help="Number of sequences in a batch.")
+    ] = 1,
     layout: Annotated[
         Literal["contiguous", "zigzag", "stripe"],
-        typer.Option(metavar="NAME", help="Who has which positions: contiguous, zigzag or stripe."),
+        typer.Option(metavar="NAME", help="How positions are spread over ranks: contiguous, zigzag or stripe."),
     ] = "zigzag",
-    backward: Annotated[bool, typer.Option("--backward", metavar=FLAG, help="Of the backward pass.")] = False,
+    backward: Annotated[bool, typer.Option("--backward", metavar=FLAG, help="Simulate the backward pass.")] = False,
     network: Annotated[
-        Literal["mesh", "ring", "switch"],
-        typer.Option(metavar="NAME", help="Links of each pair (mesh), of neighbours (ring), or one port of each rank."),
+        Literal["mesh", "ring", "switch", "nodes"],
+        typer.Option(
+            metavar="NAME",
+            help="Links between all pairs (mesh), between neighbours (ring), one port per rank (switch), or a mesh in each node and "
+            "one port per node (nodes).",
+        ),
     ] = "mesh",
+    node_ranks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="P", min=1, help="Ranks of a node. With them TokenRing inside nodes is compared (hybrid)."
+        ),
+    ] = None,
+    between: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Bytes per second out of a node in one direction, for --network nodes."),
+    ] = None,
     bandwidth: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Of a link one way, a second, such as 50GB. Default: the hardware's."),
+        typer.Option(
+            metavar="SIZE", help="Bytes per second of a link in one direction, such as 50GB. Default: the hardware's."
+        ),
     ] = None,
     latency_us: Annotated[
-        float, typer.Option(metavar="US", min=0, max=1e9, help="Of a message, in microseconds.")
+        float, typer.Option(metavar="US", min=0, max=1e9, help="Latency of a message, in microseconds.")
     ] = 10.0,
     hardware: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="Of one rank: a100, h100, ...; cpu or cuda measures this machine; or compute=312T,bandwidth=2T,memory=80G.",
+            help="Hardware of one rank: a100, h100, ...; cpu or cuda measures this machine; or "
+            "compute=312T,bandwidth=2T,memory=80G.",
         ),
     ] = "a100",
     efficiency: Annotated[
         float,
-        typer.Option(metavar="SHARE", min=0.001, max=1, help="What of the hardware's peak FLOP/s attention reaches."),
+        typer.Option(
+            metavar="SHARE", min=0.001, max=1, help="Share of the hardware's peak FLOP/s that attention reaches."
+        ),
     ] = 0.4,
     as_json: AsJson = False,
 ) -> None:
-    """Compare ways to cut attention over ranks: TokenRing, ring, counter-rotating ring, all-gather, Ulysses.
+    """Compare ways to split attention over ranks: TokenRing, ring, counter-rotating ring, all-gather, Ulysses, hybrid.
 
-    One layer of the model, in bfloat16. Its messages and its work are counted, not run, and timed by simulation.
+    One layer of the model in bfloat16. Nothing runs: messages and operations are counted, and the time is simulated.
     """
     require("lm", by="anabranch cluster attention")
     from anabranch.cluster.ring import Topology, plan_attention
@@ -83,7 +107,18 @@ def attention(
     speed = device.network_bandwidth if bandwidth is None else parse_bytes(bandwidth, "--bandwidth")
     if not speed:
         raise ConfigError(f"--hardware {device.name} says nothing of its links; say --bandwidth, such as 50GB")
-    links = Topology(network, bandwidth=speed, latency_s=latency_us * 1e-6, flops=device.compute * efficiency)
+    if (network == "nodes") != (between is not None) or (network == "nodes" and node_ranks is None):
+        raise ConfigError("--network nodes needs --node-ranks and --between, and --between goes with no other network")
+    if node_ranks is not None and ranks % node_ranks:
+        raise ConfigError(f"--node-ranks is {node_ranks}, and --ranks {ranks}; use a divisor of that")
+    links = Topology(
+        network,
+        bandwidth=speed,
+        latency_s=latency_us * 1e-6,
+        flops=device.compute * efficiency,
+        node_size=node_ranks,
+        between=None if between is None else parse_bytes(between, "--between"),
+    )
     made = plan_attention(
         length,
         ranks,

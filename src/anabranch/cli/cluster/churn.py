@@ -12,33 +12,36 @@ from anabranch.extras import require
 
 
 def churn(
-    seconds: Annotated[float, typer.Option(metavar="S", min=1, max=86_400, help="How long.")] = 30.0,
+    seconds: Annotated[float, typer.Option(metavar="S", min=1, max=86_400, help="Duration in seconds.")] = 30.0,
     peers: Annotated[
-        int, typer.Option(metavar="N", min=3, max=64, help="Processes at a time, at most; 2 stay alive.")
+        int, typer.Option(metavar="N", min=3, max=64, help="Maximum number of processes; 2 always stay alive.")
     ] = 6,
     every: Annotated[
         float,
-        typer.Option(metavar="S", min=0.05, max=60, help="Seconds between a kill or a start and the next, on average."),
+        typer.Option(metavar="S", min=0.05, max=60, help="Average seconds between one kill or start and the next."),
     ] = 0.9,
     hangs: Annotated[
         float,
-        typer.Option(metavar="SHARE", min=0, max=1, help="Of kills, how many stop a process instead of ending it."),
+        typer.Option(metavar="SHARE", min=0, max=1, help="Share of kills that freeze a process instead of ending it."),
     ] = 0.1,
     master_every: Annotated[
         float | None,
-        typer.Option(metavar="S", min=0.5, help="Also end the master so often, and start another from its journal."),
+        typer.Option(
+            metavar="S", min=0.5, help="Also kill the master every S seconds, and start another from its journal."
+        ),
     ] = None,
     numbers: Annotated[
-        int, typer.Option(metavar="N", min=1, max=2**26, help="Numbers of the shared state and the gradient.")
+        int,
+        typer.Option(metavar="N", min=1, max=2**26, help="Size of the shared state and of the gradient, in numbers."),
     ] = 4096,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Kill and start peers of a run at random, and see whether those who are left go on with the same bits (PCCL).
+    """Test PCCL on this machine: kill and start peers at random, and check that the others continue with identical bits.
 
-    Processes on this machine share a state and reduce a gradient, step by step. The exit code is 1 where any of them failed that was not
-    killed, or had other bits than the others.
+    Processes share a state and reduce a gradient, step by step. The exit code is 1 if a process failed that was not killed, or if its
+    bits differ from those of the others.
 
     Example: anabranch cluster churn --seconds 180 --peers 8 --seed 1
     """

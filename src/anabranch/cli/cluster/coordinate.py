@@ -7,119 +7,149 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anabranch.cli.cluster.master import read_secret
+from anabranch.cli.option_sets import OptionSet, takes_sets
 from anabranch.cli.options import FLAG, AsJson, Quiet
 from anabranch.cli.output import fact, print_json, say
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.sizes import parse_bytes
 from anabranch.sockets import is_local
 
+if TYPE_CHECKING:
+    from anabranch.cluster.elastic import Policy
+
 _MOST_RANKS = 1024
 # Seconds between looks whether training has ended, and in which ranks leave that were told to stop.
 _LOOK_S, _PARTING_S = 0.1, 10.0
 
 
-def coordinate(
-    listen: Annotated[
-        str,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Where processes call; 0.0.0.0:48149 is seen from other machines, port 0 takes a free one.",
-        ),
-    ] = "127.0.0.1:48149",
-    replicas: Annotated[
-        int, typer.Option(metavar="D", min=1, max=_MOST_RANKS, help="Processes of a stage to begin with.")
-    ] = 2,
-    stages: Annotated[
-        int, typer.Option(metavar="P", min=1, max=_MOST_RANKS, help="Stages that the layers are cut into.")
-    ] = 1,
-    secret_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="What processes must know. Default: the environment's ANABRANCH_CLUSTER_SECRET, or nothing.",
-        ),
-    ] = None,
-    dead_after: Annotated[
-        float,
-        typer.Option(
-            metavar="S", min=1.1, max=3600, help="Seconds after which a process that is not heard of counts as lost."
-        ),
-    ] = 10.0,
+@dataclass(frozen=True)
+class Moving(OptionSet):
+    """How layers move between processes, and what for."""
+
     chunk: Annotated[
         str,
-        typer.Option(metavar="SIZE", help="Of what moves to another process in one step while training goes on."),
-    ] = "4MiB",
+        typer.Option(metavar="SIZE", help="Bytes that move to another process per step while training continues."),
+    ] = "4MiB"
     threshold: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
             min=0,
             max=0.99,
-            help="Layers move where a step is then shorter by more than this share. Default: 0.03, or as processes say.",
+            help="Layers move if that shortens a step by more than this share. Default: 0.03, or as the processes' config says.",
         ),
-    ] = None,
+    ] = None
     expected_steps: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=1,
-            help="Steps for which a shorter one is expected to last, to weigh against what the move takes. Default: 1000.",
+            help="Number of steps over which the time of a move has to pay off. Default: 1000.",
         ),
-    ] = None,
+    ] = None
     bandwidth: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Bytes that a link carries in a second, for what a move takes. Default: links that take no time.",
+            help="Bytes per second of a link, to estimate the time of a move. Default: links take no time.",
         ),
-    ] = None,
+    ] = None
     max_frequency: Annotated[
         float | None,
         typer.Option(
             metavar="X",
             min=1,
             max=10,
-            help="Most a clock is raised over the usual, of a stage that stays the slowest (parallel.elastic.clock). Default: 1.",
+            help="Highest clock, relative to the normal one, for the slowest stage (parallel.elastic.clock). Default: 1.",
         ),
-    ] = None,
+    ] = None
     power_save: Annotated[
-        bool, typer.Option("--power-save", metavar=FLAG, help="Lower clocks of stages that wait.")
-    ] = False,
+        bool, typer.Option("--power-save", metavar=FLAG, help="Lower the clocks of stages that wait.")
+    ] = False
     decoupled: Annotated[
         bool,
         typer.Option(
             "--decoupled",
             metavar=FLAG,
-            help="Steps may have gradients of weights as work of their own, for when a process would wait; it takes more memory.",
+            help="Compute weight gradients separately, when a process would otherwise wait; this takes more memory.",
         ),
-    ] = False,
+    ] = False
+
+    def policy(self) -> Policy | None:
+        """None where nothing is said: then it is as the processes' config says. Raises ConfigError."""
+        from anabranch.cluster.elastic import Policy
+        from anabranch.cluster.elastic.timing import DECOUPLED
+
+        told = {
+            "threshold": self.threshold,
+            "expected_steps": self.expected_steps,
+            "bytes_s": None if self.bandwidth is None else parse_bytes(self.bandwidth, "--bandwidth"),
+            "max_frequency": self.max_frequency,
+            "power_save": self.power_save or None,
+            "schedule_names": (*Policy().schedule_names, DECOUPLED) if self.decoupled else None,
+        }
+        given = {name: value for name, value in told.items() if value is not None}
+        return Policy(**given) if given else None  # type: ignore[arg-type]
+
+
+MOVING = Moving()
+
+
+@takes_sets()
+def coordinate(
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Address for the processes; 0.0.0.0:48149 can be reached from other machines, port 0 takes a free port.",
+        ),
+    ] = "127.0.0.1:48149",
+    replicas: Annotated[
+        int, typer.Option(metavar="D", min=1, max=_MOST_RANKS, help="Processes per stage at the beginning.")
+    ] = 2,
+    stages: Annotated[int, typer.Option(metavar="P", min=1, max=_MOST_RANKS, help="Number of pipeline stages.")] = 1,
+    secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with the secret that processes must know. Default: the variable ANABRANCH_CLUSTER_SECRET, else no secret.",
+        ),
+    ] = None,
+    dead_after: Annotated[
+        float,
+        typer.Option(
+            metavar="S", min=1.1, max=3600, help="Seconds without a message after which a process counts as lost."
+        ),
+    ] = 10.0,
+    moving: Moving = MOVING,
     restarts: Annotated[
         int,
         typer.Option(
             metavar="N",
             min=0,
             max=1_000_000,
-            help="Times that training begins anew, from its last checkpoint, where it has stopped and processes are started again.",
+            help="How often training may restart from its last checkpoint after it stopped and processes were started again.",
         ),
     ] = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Keep a training going when processes are lost or come, with the same computation (ElasWave).
+    """Coordinate a training whose processes may be lost or join, while the computation stays the same (ElasWave).
 
-    Training begins when D x P processes are there (anabranch train --set parallel.elastic.coordinator=HOST:PORT); one that comes later is
-    taken in after a step. It does no work of a step and sees no weights. It ends with the training; Ctrl-C and SIGTERM stop both.
+    Training begins when D x P processes have connected (anabranch train --set parallel.elastic.coordinator=HOST:PORT). Later processes
+    join after a step. The coordinator itself does not compute and sees no weights. It ends with the training; Ctrl-C and SIGTERM stop
+    both.
 
     Example: anabranch cluster coordinate --listen 0.0.0.0:48149 --replicas 2 --stages 2 --secret-file secret
     """
-    from anabranch.cluster.elastic import Coordinator, Policy
-    from anabranch.cluster.elastic.timing import DECOUPLED
+    from anabranch.cluster.elastic import Coordinator
     from anabranch.cluster.pccl.addresses import parse_address
     from anabranch.cluster.pccl.handshake import run_secret
 
@@ -131,15 +161,7 @@ def coordinate(
             f"--listen is {listen!r}, which other machines reach, and there is no secret; give --secret-file, or set "
             "ANABRANCH_CLUSTER_SECRET"
         )
-    told = {
-        "threshold": threshold,
-        "expected_steps": expected_steps,
-        "bytes_s": None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
-        "max_frequency": max_frequency,
-        "power_save": power_save or None,
-        "schedule_names": (*Policy().schedule_names, DECOUPLED) if decoupled else None,
-    }
-    given = {name: value for name, value in told.items() if value is not None}
+    policy = moving.policy()
     stopping = threading.Event()
     with Coordinator(
         replicas=replicas,
@@ -148,9 +170,9 @@ def coordinate(
         host=host,
         port=port,
         patience_s=dead_after,
-        chunk_bytes=parse_bytes(chunk, "--chunk"),
+        chunk_bytes=parse_bytes(moving.chunk, "--chunk"),
         restarts=restarts,
-        policy=Policy(**given) if given else None,  # type: ignore[arg-type]
+        policy=policy,
         log=None if quiet else _tell,
     ) as made:
         # Before anybody is told that it is here.

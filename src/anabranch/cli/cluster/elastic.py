@@ -34,74 +34,82 @@ def elastic(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A training run, a saved model, a preset, or a folder of Hugging Face's. Default: equal layers.",
+            help="A training run, a saved model, a preset, or a Hugging Face folder. Default: equal layers.",
         ),
     ] = None,
-    replicas: Annotated[int, typer.Option(metavar="D", min=1, max=_MOST_RANKS, help="Ranks of a stage.")] = 8,
-    stages: Annotated[int, typer.Option(metavar="P", min=1, max=_MOST_RANKS, help="Stages of the pipeline.")] = 4,
+    replicas: Annotated[int, typer.Option(metavar="D", min=1, max=_MOST_RANKS, help="Ranks per stage.")] = 8,
+    stages: Annotated[int, typer.Option(metavar="P", min=1, max=_MOST_RANKS, help="Number of stages.")] = 4,
     lose: Annotated[
         list[str] | None,
         typer.Option(
             metavar="STAGE[:COUNT]",
-            help="A stage that loses ranks. May be repeated. Default: the middle one loses one.",
+            help="A stage that loses ranks. May be repeated. Default: the middle stage loses one.",
         ),
     ] = None,
     micro_batches: Annotated[
-        int, typer.Option(metavar="M", min=1, max=_MOST_MICRO_BATCHES, help="Micro-batches of each replica.")
+        int, typer.Option(metavar="M", min=1, max=_MOST_MICRO_BATCHES, help="Micro-batches per replica.")
     ] = 16,
     micro_batch: Annotated[
-        int, typer.Option(metavar="N", min=1, max=_MOST_SAMPLES, help="Sequences of a micro-batch.")
+        int, typer.Option(metavar="N", min=1, max=_MOST_SAMPLES, help="Sequences per micro-batch.")
     ] = 4,
     layers: Annotated[
-        int | None, typer.Option(metavar="L", min=1, max=_MOST_LAYERS, help="How many equal layers. Default: 64.")
+        int | None, typer.Option(metavar="L", min=1, max=_MOST_LAYERS, help="Number of equal layers. Default: 64.")
     ] = None,
     layer_ms: Annotated[
         float | None,
         typer.Option(
-            metavar="MS", min=0, max=1e9, help="Of one equal layer, forward and backward of a sequence. Default: 1."
+            metavar="MS",
+            min=0,
+            max=1e9,
+            help="Milliseconds of one equal layer, forward and backward, for one sequence. Default: 1.",
         ),
     ] = None,
     max_frequency: Annotated[
-        float, typer.Option(metavar="X", min=1, max=10, help="Most a clock can be raised, over the usual. Simulated.")
+        float, typer.Option(metavar="X", min=1, max=10, help="Highest clock, relative to the normal one. Simulated.")
     ] = 1.0,
     power_save: Annotated[
-        bool, typer.Option("--power-save", metavar=FLAG, help="Lower clocks of stages that wait. Simulated.")
+        bool, typer.Option("--power-save", metavar=FLAG, help="Lower the clocks of stages that wait. Simulated.")
     ] = False,
     bandwidth: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Of a link one way, a second, such as 50GB. Default: the hardware's; of equal layers, endless.",
+            help="Bytes per second of a link in one direction, such as 50GB. Default: the hardware's; for equal layers, "
+            "unlimited.",
         ),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Of a rank, for weights, gradients and optimizer state. Default: no limit."),
+        typer.Option(
+            metavar="SIZE", help="Memory of a rank for weights, gradients and optimizer state. Default: no limit."
+        ),
     ] = None,
     decoupled: Annotated[
         bool,
         typer.Option(
             "--decoupled",
             metavar=FLAG,
-            help="Compare too with gradients of weights as work of their own, and ReCycle's optimizer stage by stage.",
+            help="Also compare with weight gradients scheduled separately, and with ReCycle's optimizer step stage by stage.",
         ),
     ] = False,
     hardware: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="Of one rank: a100, h100, ...; cpu or cuda measures this machine; or compute=312T,bandwidth=2T,memory=80G.",
+            help="Hardware of one rank: a100, h100, ...; cpu or cuda measures this machine; or "
+            "compute=312T,bandwidth=2T,memory=80G.",
         ),
     ] = "a100",
     efficiency: Annotated[
-        float, typer.Option(metavar="SHARE", min=0.001, max=1, help="What of the hardware's peak FLOP/s layers reach.")
+        float,
+        typer.Option(metavar="SHARE", min=0.001, max=1, help="Share of the hardware's peak FLOP/s that layers reach."),
     ] = 0.4,
     as_json: AsJson = False,
 ) -> None:
-    """Plan what a pipeline does after it lost ranks, and compare its step with those of ReCycle and TorchFT, by simulation.
+    """Plan how a pipeline goes on after it lost ranks, and compare it with ReCycle and TorchFT, by simulation.
 
-    Samples are cut anew over the ranks that are left, layers move where it is worth it, clocks are raised where they may be; the global
-    batch stays. Nothing runs: layers are counted, and every rank's work is simulated.
+    Samples are shared out again over the remaining ranks, layers move where that pays, and clocks are raised where that is allowed; the
+    global batch stays the same. Nothing runs: operations are counted, and each rank is simulated.
     """
     if replicas * stages > _MOST_RANKS:
         raise ConfigError(

@@ -8,27 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from anabranch.cli.cluster.fabric_inputs import ranks_of, read_algorithm, read_slow, read_topology, read_trace
+from anabranch.cli.cluster.fabric_options import Packets, Routed, Written, check_together
 from anabranch.cli.cluster.fabric_tried import Asked, tried, write_plan
+from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, table
 from anabranch.errors import ConfigError
-from anabranch.extras import require
-from anabranch.files import check_apart
 from anabranch.sizes import parse_bytes
 
 if TYPE_CHECKING:
-    from anabranch.cluster.fabric import Flows, Plan
+    from anabranch.cluster.fabric import Flows, Plan, Topology
 
-PICTURES, PLANS = (".png", ".svg"), (".csv", ".parquet")
 COLLECTIVE, MESSAGE, ROW_BYTES = "all-to-all", "64MB", "14336B"
+ROUTED, PACKETS, WRITTEN = Routed(), Packets(), Written()
 
 
+@takes_sets()
 def fabric(
     collective: Annotated[
         str | None,
         typer.Argument(
             metavar="COLLECTIVE",
-            help="all-to-all (the default), all-reduce, all-gather, reduce-scatter or permutation; :ALGORITHM may follow.",
+            help="all-to-all (the default), all-reduce, all-gather, reduce-scatter or permutation, perhaps with :ALGORITHM.",
         ),
     ] = None,
     network: Annotated[
@@ -36,14 +37,16 @@ def fabric(
         typer.Option(
             "--network",
             metavar="NET",
-            help="leaf-spine:LEAVESxSPINESxHOSTS, fat-tree:K or fat-tree:KxHOSTS (of a leaf), or a .csv of cables: node,node,Gbit/s.",
+            help="leaf-spine:LEAVESxSPINESxHOSTS, fat-tree:K or fat-tree:KxHOSTS (hosts per leaf), or a .csv of cables: "
+            "node,node,Gbit/s.",
         ),
     ] = "leaf-spine:8x8x8",
     message: Annotated[
-        str | None, typer.Option("--bytes", metavar="SIZE", help="Buffer of a rank, such as 256MB. Default: 64MB.")
+        str | None,
+        typer.Option("--bytes", metavar="SIZE", help="Buffer size of each rank, such as 256MB. Default: 64MB."),
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(metavar="R", min=2, help="How many hosts take part, the first ones. Default: all.")
+        int | None, typer.Option(metavar="R", min=2, help="Only the first R hosts take part. Default: all.")
     ] = None,
     schemes: Annotated[
         list[str] | None,
@@ -55,11 +58,13 @@ def fabric(
     ] = None,
     scope: Annotated[
         Literal["host", "leaf"],
-        typer.Option(help="Every sender plans by itself, or each leaf for all of its hosts."),
+        typer.Option(help="Who plans: each sender by itself, or each leaf switch for all its hosts."),
     ] = "host",
     window: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Pieces that a host has under way at a time, at most. Default: all."),
+        typer.Option(
+            metavar="N", min=1, help="Maximum number of pieces that a host sends at the same time. Default: all."
+        ),
     ] = None,
     failed: Annotated[
         list[str] | None,
@@ -67,127 +72,71 @@ def fabric(
     ] = None,
     slow: Annotated[
         list[str] | None,
-        typer.Option("--slow", metavar="CABLE=GBPS", help="Another speed of a cable. May be repeated."),
+        typer.Option("--slow", metavar="CABLE=GBPS", help="Change the speed of a cable. May be repeated."),
     ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="In place of COLLECTIVE: the dispatch of a layer of experts, of a routing trace (.parquet).",
-        ),
-    ] = None,
-    layer: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Of --trace: its layer. Default: the first.")
-    ] = None,
-    row_bytes: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Of --trace: what a token takes in a message. Default: 14336B.")
-    ] = None,
-    packets: Annotated[
-        bool,
-        typer.Option(
-            "--packets", metavar=FLAG, help="Also move every packet: queues, marks, losses, time-outs, order."
-        ),
-    ] = False,
-    receiver: Annotated[
-        Literal["any-order", "go-back-n"],
-        typer.Option(help="Of --packets: whether receivers take packets in any order, or only the next one."),
-    ] = "any-order",
-    card: Annotated[
-        Literal["turns", "fifo"],
-        typer.Option(
-            help="Of --packets: whether a host's pieces take turns on its card, or put whole windows into one queue."
-        ),
-    ] = "turns",
-    ack_bytes: Annotated[
-        int,
-        typer.Option(
-            "--ack-bytes",
-            metavar="N",
-            min=0,
-            max=10_000,
-            help="Of --packets: of an acknowledgement, which then waits in queues. Default: 0, latency alone.",
-        ),
-    ] = 0,
-    lost: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--lose",
-            metavar="CABLE",
-            help="Of --packets: a cable that fails without a sender being told. May be repeated.",
-        ),
-    ] = None,
+    routed: Routed = ROUTED,
+    packets: Packets = PACKETS,
     theorem: Annotated[
         bool,
         typer.Option(
             "--theorem",
             metavar=FLAG,
-            help="Check the theorem instead, by exhaustion and with exact fractions: up to 24 flows over 16 paths, and 200 mixes.",
+            help="Instead, check the paper's theorem exhaustively with exact fractions: up to 24 flows over 16 paths, and 200 "
+            "mixes.",
         ),
     ] = False,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw loads and completion times (.png, .svg).")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write the plan of the one --scheme: pieces with their paths (.csv), or a routing trace of links (.parquet).",
-        ),
-    ] = None,
+    written: Written = WRITTEN,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare ways to carry a collective over a network: what the busiest link carries, and when the last flow ends.
+    """Compare load-balancing schemes for a collective on a network: load of the busiest link, and completion time.
 
-    Single paths with minimal splitting (Ethereal, arXiv 2407.00550) against hashing, splitting and packet spraying, by a simulator of
-    max-min fair rates. Nothing is sent.
+    Single paths with minimal splitting (Ethereal, arXiv 2407.00550) are compared with hashing, splitting and packet spraying, in a
+    simulator with max-min fair rates. Nothing is sent.
 
     Example: anabranch cluster fabric all-reduce:halving-doubling --network fat-tree:8x16 --picture fabric.svg
     """
-    of_traffic = {"COLLECTIVE": collective, "--bytes": message, "--trace": trace, "--ranks": ranks}
-    of_result = {
-        "--scheme": schemes,
-        "--fail": failed,
-        "--slow": slow,
-        "--packets": packets or None,
-        "--picture": picture,
-        "--out": out,
-    }
     if theorem:
-        if said := [name for name, value in {**of_traffic, **of_result}.items() if value is not None]:
+        of_traffic = {"COLLECTIVE": collective, "--bytes": message, "--trace": routed.trace, "--ranks": ranks}
+        of_network = {"--scheme": schemes, "--fail": failed, "--slow": slow, "--packets": packets.packets or None}
+        of_files = {"--picture": written.picture, "--out": written.out}
+        if said := [name for name, value in {**of_traffic, **of_network, **of_files}.items() if value is not None]:
             raise ConfigError(f"--theorem has networks and flows of its own; leave out {said[0]}")
         _show_theorem(seed, as_json)
         return
-    _check_together(
-        trace is not None,
-        {"COLLECTIVE": collective, "--bytes": message},
-        {"--layer": layer, "--row-bytes": row_bytes},
-        {
-            "--lose": lost,
-            "--receiver": None if receiver == "any-order" else receiver,
-            "--card": None if card == "turns" else card,
-            "--ack-bytes": ack_bytes or None,
-        }
-        if not packets
-        else {},
-    )
-    _check_places(picture, out, schemes, [trace, Path(network) if network.endswith(".csv") else None])
+    check_together({"COLLECTIVE": collective, "--bytes": message}, routed, packets)
+    written.check(schemes, [routed.trace, Path(network) if network.endswith(".csv") else None])
     from anabranch.cluster.fabric import SCHEMES, lower_bound
 
     topology = read_topology(network).with_capacity(read_slow(slow)).with_failed(failed or [])
     count = ranks_of(topology, ranks)
-    if trace is not None:
-        flows, about = _dispatch(trace, layer, count, row_bytes or ROW_BYTES)
+    if routed.trace is not None:
+        flows, about = _dispatch(routed.trace, routed.layer, count, routed.row_bytes or ROW_BYTES)
     else:
         flows, about = _collective(collective or COLLECTIVE, count, message or MESSAGE, seed)
     bound = lower_bound(flows, topology)
-    for cable in lost or []:
+    for cable in packets.lost or []:
         topology.cable(cable)
-    asked = Asked(scope, window, seed, receiver if packets else None, lost or [], quiet, card, ack_bytes)
+    receiver = packets.receiver if packets.packets else None
+    asked = Asked(scope, window, seed, receiver, packets.lost or [], quiet, packets.card, packets.ack_bytes)
     found = [tried(name, flows, topology, asked) for name in dict.fromkeys(schemes or SCHEMES)]
     rows = [row for row, _ in found]
-    told = {
+    if written.picture is not None:
+        _draw([made for _, made in found], rows, f"{about}   {topology.about}", written.picture)
+    if written.out is not None:
+        write_plan(found[0][1], written.out)
+    told = {**_described(topology, flows, about), "scope": scope, "window": window, "seed": seed}
+    told |= {"lower_bound_s": bound, "schemes": rows}
+    if as_json:
+        print_json(told)
+        return
+    _show(told, written.picture, written.out)
+
+
+def _described(topology: Topology, flows: Flows, about: str) -> dict[str, Any]:
+    """What was planned for; ``about`` is the traffic in words."""
+    return {
         "network": {
             "about": topology.about,
             "hosts": topology.num_hosts,
@@ -201,52 +150,7 @@ def fabric(
             "steps": flows.num_steps,
             "bytes": int(flows.size_F.sum()),
         },
-        "scope": scope,
-        "window": window,
-        "seed": seed,
-        "lower_bound_s": bound,
-        "schemes": rows,
     }
-    if picture is not None:
-        _draw([made for _, made in found], rows, f"{about}   {topology.about}", picture)
-    if out is not None:
-        write_plan(found[0][1], out)
-    if as_json:
-        print_json(told)
-        return
-    _show(told, picture, out)
-
-
-def _check_places(picture: Path | None, out: Path | None, schemes: list[str] | None, read: list[Path | None]) -> None:
-    """Before the work: names of files, and what draws. Raises ConfigError, and as `check_apart` and `require`."""
-    check_apart([picture, out], read)
-    if picture is not None:
-        if picture.suffix not in PICTURES:
-            raise ConfigError(f"--picture is {str(picture)!r}; its name must end in {' or '.join(PICTURES)}")
-        require("plots", by="anabranch cluster fabric --picture")
-    if out is not None:
-        if out.suffix not in PLANS:
-            raise ConfigError(f"--out is {str(out)!r}; its name must end in {' or '.join(PLANS)}")
-        if out.suffix == ".parquet":
-            require("lm", by="anabranch cluster fabric --out FILE.parquet")
-        if len(set(schemes or [])) != 1:
-            raise ConfigError("--out writes one plan; give one --scheme, such as --scheme ethereal")
-
-
-def _check_together(
-    has_trace: bool, of_collective: dict[str, Any], of_trace: dict[str, Any], of_packets: dict[str, Any]
-) -> None:
-    """Raise ConfigError for an option that would be read by nobody."""
-    for name, value in (of_collective if has_trace else of_trace).items():
-        if value is not None:
-            raise ConfigError(
-                f"{name} is of a collective, and --trace is given; leave one of them out"
-                if has_trace
-                else f"{name} is of a routing trace; give --trace too, or leave it out"
-            )
-    for name, value in of_packets.items():
-        if value is not None:
-            raise ConfigError(f"{name} is of packets; give --packets too, or leave it out")
 
 
 def _dispatch(trace: Path, layer: int | None, ranks: int, row_bytes: str) -> tuple[Flows, str]:

@@ -28,28 +28,26 @@ def master(
         str,
         typer.Option(
             metavar="HOST:PORT",
-            help="Where peers call; 0.0.0.0:48148 is seen from other machines, port 0 takes a free one.",
+            help="Address for the peers; 0.0.0.0:48148 can be reached from other machines, port 0 takes a free port.",
         ),
     ] = "127.0.0.1:48148",
     journal: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write down what is decided, so that a master that is started again goes on with the run.",
+            help="Record all decisions here, so that a restarted master continues the run.",
         ),
     ] = None,
     secret_file: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What peers must know. Default: the environment's ANABRANCH_CLUSTER_SECRET, or nothing.",
+            help="File with the secret that peers must know. Default: the variable ANABRANCH_CLUSTER_SECRET, else no secret.",
         ),
     ] = None,
     dead_after: Annotated[
         float,
-        typer.Option(
-            metavar="S", min=0.1, max=3600, help="Seconds after which a peer that is not heard of is dropped."
-        ),
+        typer.Option(metavar="S", min=0.1, max=3600, help="Seconds without a message after which a peer is dropped."),
     ] = 5.0,
     connect_within: Annotated[
         float,
@@ -57,16 +55,17 @@ def master(
             metavar="S",
             min=0.1,
             max=3600,
-            help="Seconds in which peers make links with their neighbours; more where ways are long or peers have many.",
+            help="Seconds that peers have to connect to their neighbours; raise it for slow networks or many peers.",
         ),
     ] = 10.0,
-    most_peers: Annotated[int, typer.Option(metavar="N", min=1, max=1024, help="Peers at a time.")] = 256,
+    most_peers: Annotated[int, typer.Option(metavar="N", min=1, max=1024, help="Maximum number of peers.")] = 256,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let peers of a run find each other, agree, and go on when one is lost (PCCL).
+    """Run the master of a PCCL group: peers find each other, agree on each step, and continue when one is lost.
 
-    It sees no tensor: data goes between peers. Ctrl-C and SIGTERM stop it; peers wait half a minute for another with the same --journal.
+    The master sees no tensors: data goes directly between peers. Ctrl-C and SIGTERM stop it; peers wait half a minute for a new master
+    with the same --journal.
 
     Example: anabranch cluster master --listen 0.0.0.0:48148 --journal run.journal
     """

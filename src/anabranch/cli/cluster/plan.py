@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from anabranch.cli.option_sets import OptionSet, takes_sets
 from anabranch.cli.options import AsJson
 from anabranch.cli.output import fact, print_json, size, table
 from anabranch.cli.plan import read_hardware
@@ -24,84 +26,118 @@ _MOST_RANKS, _MOST_MICRO_BATCHES, _MOST_TOKENS = 1024, 4096, 2**31
 _MOST_CLOCKS = 60
 
 
-def plan(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A training run, a saved model, a preset, or a folder of Hugging Face's."),
-    ],
-    ranks: Annotated[int, typer.Option(metavar="K", min=1, max=_MOST_RANKS, help="Ranks of the pipeline.")] = 8,
+@dataclass(frozen=True)
+class Scheduled(OptionSet):
+    """How micro-batches go through the pipeline."""
+
     schedule: Annotated[
         Literal["gpipe", "1f1b", "interleaved", "zero-bubble"],
         typer.Option(metavar="NAME", help="gpipe, 1f1b, interleaved or zero-bubble."),
-    ] = "gpipe",
+    ] = "gpipe"
     micro_batches: Annotated[
         int | None,
         typer.Option(
-            metavar="M", min=1, max=_MOST_MICRO_BATCHES, help="Micro-batches of a step. Default: 4 times the ranks."
+            metavar="M", min=1, max=_MOST_MICRO_BATCHES, help="Micro-batches per step. Default: 4 times the ranks."
         ),
-    ] = None,
+    ] = None
     visits: Annotated[
-        int | None, typer.Option(metavar="V", min=1, max=64, help="Chunks of each rank, of interleaved. Default: 2.")
-    ] = None,
+        int | None,
+        typer.Option(
+            metavar="V", min=1, max=64, help="Chunks of layers on each rank, for the interleaved schedule. Default: 2."
+        ),
+    ] = None
     checkpoint: Annotated[
         Literal["always", "except_last", "never"],
-        typer.Option(metavar="MODE", help="Recompute activations: always, except_last (micro-batch) or never."),
-    ] = "except_last",
-    sequences: Annotated[
-        int, typer.Option(metavar="N", min=1, max=_MOST_TOKENS, help="Sequences of a micro-batch.")
-    ] = 1,
+        typer.Option(
+            metavar="MODE",
+            help="Recompute activations: always, never, or except_last (for all but the last micro-batch).",
+        ),
+    ] = "except_last"
+
+
+@dataclass(frozen=True)
+class Timed(OptionSet):
+    """What a micro-batch is, and what it runs on."""
+
+    sequences: Annotated[int, typer.Option(metavar="N", min=1, max=_MOST_TOKENS, help="Sequences per micro-batch.")] = 1
     sequence_length: Annotated[
         int | None, typer.Option(metavar="L", min=1, help="Tokens of a sequence. Default: the model's longest.")
-    ] = None,
+    ] = None
     hardware: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="Of one rank: a100, h100, ...; cpu or cuda measures this machine; or compute=312T,bandwidth=2T,memory=80G.",
+            help="Hardware of one rank: a100, h100, ...; cpu or cuda measures this machine; or "
+            "compute=312T,bandwidth=2T,memory=80G.",
         ),
-    ] = "a100",
+    ] = "a100"
     efficiency: Annotated[
-        float, typer.Option(metavar="SHARE", min=0.001, max=1, help="What of the hardware's peak FLOP/s layers reach.")
-    ] = 0.4,
+        float,
+        typer.Option(metavar="SHARE", min=0.001, max=1, help="Share of the hardware's peak FLOP/s that layers reach."),
+    ] = 0.4
+
+    def length(self, config: Decoder.Config) -> int:
+        """Tokens of a sequence. Raises ConfigError where a micro-batch has too many."""
+        length = self.sequence_length or config.max_positions
+        if self.sequences * length > _MOST_TOKENS:
+            raise ConfigError(
+                f"{self.sequences} sequences of {length} tokens are more than {_MOST_TOKENS} in a micro-batch"
+            )
+        return length
+
+
+SCHEDULED, TIMED = Scheduled(), Timed()
+
+
+@takes_sets()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A training run, a saved model, a preset, or a Hugging Face folder."),
+    ],
+    ranks: Annotated[
+        int, typer.Option(metavar="K", min=1, max=_MOST_RANKS, help="Number of ranks in the pipeline.")
+    ] = 8,
+    scheduled: Scheduled = SCHEDULED,
+    timed: Timed = TIMED,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the step: .svg or .png.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan the pipeline of a model: the best contiguous stages, the schedule, and a simulated step.
 
-    Layers are counted, not run: a step's time is that of their operations at the hardware's speed, sends at that of its links.
+    Nothing runs: the time of a step is calculated from the operations of the layers and the speeds of hardware and links.
     """
     require("lm", *(["plots"] if picture is not None else []), by="anabranch cluster plan")
     if picture is not None:
         if picture.suffix.lower() not in (".svg", ".png"):
             raise ConfigError(f"--picture is {str(picture)!r}; its name must end with .svg or .png")
-        check_apart([picture], [*_read_of(model), hardware])
+        check_apart([picture], [*_read_of(model), timed.hardware])
     from anabranch.cluster import plan as made_of
     from anabranch.lm.layers import layer_costs, uncut_groups
 
     config = config_of(model)
-    length = sequence_length or config.max_positions
-    if sequences * length > _MOST_TOKENS:
-        raise ConfigError(f"{sequences} sequences of {length} tokens are more than {_MOST_TOKENS} in a micro-batch")
+    length = timed.length(config)
     import torch
 
-    device = read_hardware(hardware, "float16")
+    device = read_hardware(timed.hardware, "float16")
     made = made_of(
-        layer_costs(config, tokens=sequences * length, sequence_length=length, dtype=torch.bfloat16),
+        layer_costs(config, tokens=timed.sequences * length, sequence_length=length, dtype=torch.bfloat16),
         ranks=ranks,
-        schedule_name=schedule,
-        micro_batches=micro_batches,
-        visits=visits,
-        checkpoint=checkpoint,
-        flops_s=device.compute * efficiency,
+        schedule_name=scheduled.schedule,
+        micro_batches=scheduled.micro_batches,
+        visits=scheduled.visits,
+        checkpoint=scheduled.checkpoint,
+        flops_s=device.compute * timed.efficiency,
         bytes_s=device.network_bandwidth or None,
         uncut=uncut_groups(config),
     )
     if picture is not None:
-        _draw(made, picture, f"{model}: {schedule}, {ranks} ranks, {made.schedule.num_micro_batches} micro-batches")
+        title = f"{model}: {scheduled.schedule}, {ranks} ranks, {made.schedule.num_micro_batches} micro-batches"
+        _draw(made, picture, title)
     if as_json:
-        print_json({"model": model, "hardware": device.name, "efficiency": efficiency, **made.to_dict()})
+        print_json({"model": model, "hardware": device.name, "efficiency": timed.efficiency, **made.to_dict()})
         return
-    _print(made, model, f"{device.name} at {efficiency:.0%} of {device.compute / 1e12:,.0f} TFLOP/s")
+    _print(made, model, f"{device.name} at {timed.efficiency:.0%} of {device.compute / 1e12:,.0f} TFLOP/s")
     if picture is not None:
         fact("wrote", str(picture))
 

@@ -15,10 +15,10 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="""Let a model decide how much of its depth a prompt gets.
+    help="""Let a model skip or repeat layers, depending on the prompt.
 
-    Routers for a pretrained model (Dr.LLM): search paths, train on them, eval, report. Tokens that blocks pass over (FTP): redundancy,
-    prune, prune-eval. Between two sizes of a layer (Duo-LLM): oracle.""",
+    Dr.LLM adds routers to a pretrained model: search, train, eval, report. FTP lets blocks skip tokens: redundancy, prune, prune-eval.
+    Duo-LLM chooses between two sizes of each layer: oracle.""",
 )
 
 app.command("search")(search)

@@ -30,15 +30,19 @@ def evaluate(
             min=-1,
             max=1,
             callback=finite_number,
-            help="From -1 (skip all blocks) over -0.5 (the routers) and 0.5 (the whole model) to 1 (repeat all).",
+            help="From fewer to more blocks: -1 skips all, -0.5 follows the routers, 0.5 is the whole model, 1 repeats all.",
         ),
     ] = -0.5,
     decide: Annotated[
-        Literal["prompt", "step"], typer.Option(help="Routers decide once, on the prompt, or anew for every token.")
+        Literal["prompt", "step"],
+        typer.Option(help="Whether routers decide once, on the prompt, or again for every token."),
     ] = "prompt",
     baselines: Annotated[
         bool,
-        typer.Option("--baselines", help="Also skip at random, remove blocks, and leave early, at as many layers."),
+        typer.Option(
+            "--baselines",
+            help="Also measure random skipping, removed blocks and early exit, with the same number of layers.",
+        ),
     ] = False,
     limit: Limit = None,
     context: Context = 64,
@@ -49,7 +53,7 @@ def evaluate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model with routers on what follows prompts: the answers of questions, or the rest of windows of a text.
+    """Measure a model with depth routers on what follows a prompt: the answers to questions, or the next tokens of a text.
 
     Example: anabranch depth eval SmolLM2-135M --data questions.jsonl --routers routers --baselines
     """

@@ -15,13 +15,13 @@ from anabranch.extras import require
 
 def prune_eval(
     model: Model,
-    skipper: Annotated[Path, typer.Argument(metavar="SKIPPER", help="What anabranch depth prune wrote.")],
+    skipper: Annotated[Path, typer.Argument(metavar="SKIPPER", help="Output file of anabranch depth prune.")],
     data: Data = None,
     baselines: Annotated[
         bool,
         typer.Option(
             "--baselines/--no-baselines",
-            help="Also random tokens, places alone, cut prompts, and ShortGPT at as much work.",
+            help="Also measure random tokens, positions alone, shortened prompts, and ShortGPT, with the same amount of work.",
         ),
     ] = True,
     limit: Limit = None,
@@ -32,9 +32,10 @@ def prune_eval(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a skipper on what follows prompts. Prompts are pruned; of what follows each token takes the blocks that decoding takes.
+    """Measure a skipper on what follows prompts. Tokens of the prompt are skipped; each following token runs as in decoding.
 
-    Agreement is how often the likeliest token behind a prompt is that of the whole model; saved is of multiply-adds in blocks.
+    Agreement is how often the most likely next token is that of the whole model. Saved is the share of multiply-adds in blocks that are
+    not computed.
 
     Example: anabranch depth prune-eval SmolLM2-135M skipper.safetensors --data test.jsonl
     """

@@ -19,9 +19,9 @@ def redundancy(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print cos(in, out) of each block: its mean, and the share of tokens that exceed 0.5, 0.8, 0.9, 0.95 and 0.99.
+    """Print the cosine between input and output of each block: the mean, and the shares of tokens above 0.5, 0.8, 0.9, 0.95 and 0.99.
 
-    Blocks with cosines near 1 are those where skipping tokens costs least.
+    Skipping tokens costs least in blocks with a cosine near 1.
     """
     require("lm", by="anabranch depth redundancy")
     import torch

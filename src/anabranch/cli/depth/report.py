@@ -30,10 +30,10 @@ def report(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show which blocks routers skip and repeat, and agreement over layers beside what needs no routers.
+    """Show which blocks the routers skip and repeat, and compare them with methods that need no routers.
 
-    The control knob is turned from fewer layers to the whole model; at each of its places random skipping, removal of the same blocks and
-    early exit are measured with as many layers. Half of the questions rank the blocks that are removed, the other half measures.
+    The control value goes from fewer layers to the whole model. At each value, random skipping, fixed removal of blocks and early exit
+    are measured with the same number of layers. Half of the questions rank the blocks to remove; the other half is for measuring.
     """
     require("lm", "plots", by="anabranch depth report")
     from anabranch.depth.dr_llm import RouterBank, compare

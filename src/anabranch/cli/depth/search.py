@@ -16,7 +16,10 @@ from anabranch.files import check_apart
 def search(
     model: Model,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="JSON lines, one question each; gone on with.")
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="JSON lines file, one question per line; an existing file is continued."
+        ),
     ],
     source: Source = None,
     data: Data = None,
@@ -24,19 +27,24 @@ def search(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="What is right: next-token, options, exact, letter, boxed, or your own as module:name. "
-            "Default: options where all questions have some, else next-token.",
+            help="How answers are judged: next-token, options, exact, letter, boxed, or your own as module:name. Default: "
+            "options if all questions have some, else next-token.",
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of an answer in text (exact, letter, boxed).")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Maximum number of tokens of a generated answer (exact, letter, boxed)."),
     ] = None,
     simulations: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of a question's tree (simulations). Default: 50.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Tree-search simulations per question (simulations). Default: 50."),
     ] = None,
     flips: Annotated[
         Literal["auto", "keep", "drop"] | None,
-        typer.Option(help="Wrong answers that become right: kept if the null control allows it, always, or never."),
+        typer.Option(
+            help="Whether to keep paths that turn a wrong answer into a right one: if the null control allows it, always, or "
+            "never."
+        ),
     ] = None,
     limit: Limit = None,
     context: Context = 64,
@@ -47,9 +55,9 @@ def search(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search paths: which blocks of a model a prompt needs (Dr.LLM).
+    """Search for the blocks that a model needs for each prompt (Dr.LLM).
 
-    Every question is written down as soon as it is finished; stopped, the same line goes on. Nothing of the model changes.
+    Each question is recorded as soon as it is finished; after an interruption, the same command continues. The model does not change.
 
     Example: anabranch depth search SmolLM2-135M --data questions.jsonl --out paths.jsonl
     """

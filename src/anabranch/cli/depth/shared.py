@@ -20,14 +20,20 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FILE",
-        help="Questions as JSON lines (prompt, answer, maybe options), or text. Default: the held-out text of the run.",
+        help="Questions as JSON lines (prompt, answer, perhaps options), or plain text. Default: the held-out text of the "
+        "run.",
     ),
 ]
-Source = Annotated[str | None, typer.Argument(metavar="DATA", help="The same as --data.")]
-Context = Annotated[int, typer.Option(metavar="L", min=1, help="Of text: tokens of a prompt, which routers see.")]
-After = Annotated[int, typer.Option(metavar="N", min=1, help="Of text: tokens behind the prompt that are foretold.")]
+Source = Annotated[str | None, typer.Argument(metavar="DATA", help="Same as --data.")]
+Context = Annotated[int, typer.Option(metavar="L", min=1, help="For text: tokens in a prompt, which the routers see.")]
+After = Annotated[
+    int, typer.Option(metavar="N", min=1, help="For text: number of tokens after the prompt that are predicted.")
+]
 Limit = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Only so many questions. Default: all of a file, 256 of text.")
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Maximum number of questions. Default: all questions of a file, 256 from text."
+    ),
 ]
 
 # Questions of a text unless somebody says otherwise.

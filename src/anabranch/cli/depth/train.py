@@ -16,20 +16,23 @@ from anabranch.files import check_apart
 
 def train(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the routers.")],
-    source: Annotated[str | None, typer.Argument(metavar="PATHS", help="The same as --paths.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the routers.")],
+    source: Annotated[str | None, typer.Argument(metavar="PATHS", help="Same as --paths.")] = None,
     paths: Annotated[
-        str | None, typer.Option("--paths", "--data", metavar="FILE", help="What anabranch depth search wrote.")
+        str | None, typer.Option("--paths", "--data", metavar="FILE", help="Output file of anabranch depth search.")
     ] = None,
     flips: Annotated[
         Literal["auto", "keep", "drop"],
         typer.Option(
-            help="Wrong answers that a path makes right: learned if the null control allows it, always, or never."
+            help="Whether to learn from paths that turn a wrong answer into a right one: if the null control allows it, always, "
+            "or never."
         ),
     ] = "auto",
-    quota: Annotated[int | None, typer.Option(metavar="N", min=1, help="Learn from at most so many questions.")] = None,
+    quota: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Maximum number of questions to learn from.")
+    ] = None,
     epochs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Passes over them (epochs). Default: 25.")
+        int | None, typer.Option(metavar="N", min=1, help="Passes over the questions (epochs). Default: 25.")
     ] = None,
     seed: Seed = 0,
     assignments: Assignments = None,
@@ -38,7 +41,7 @@ def train(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a router for each block, on what a search found. The model is frozen and runs once on each prompt.
+    """Train a router for each block on the paths that a search found. The model is frozen and runs once on each prompt.
 
     Example: anabranch depth train SmolLM2-135M paths.jsonl --out routers
     """
@@ -51,7 +54,7 @@ def train(
 
     text = one_of(source, paths, "--paths")
     if text is None:
-        raise ConfigError("PATHS is not given; say anabranch depth train MODEL PATHS --out DIR")
+        raise ConfigError("PATHS is missing; use anabranch depth train MODEL PATHS --out DIR")
     check_apart([out], [text, control_file(text), *files_of(model)])
     said = {"epochs": epochs, "seed": seed}
     settings = {name: value for name, value in said.items() if value is not None} | read_assignments(assignments)

@@ -8,9 +8,9 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="""Run a mixture of experts whose experts do not fit (ExpertFlow).
+    help="""Run a mixture of experts that does not fit into memory (ExpertFlow).
 
-    anabranch serve MODEL --expert-budget SIZE runs one; here is made what it runs better with.""",
+    anabranch serve MODEL --expert-budget SIZE runs one. The command here trains a predictor that makes it faster.""",
 )
 
 

@@ -30,35 +30,43 @@ def fit_predictor(
         list[str],
         typer.Argument(
             metavar="TEXT...",
-            help="Text, Parquet or JSON lines that inputs are taken from; or routes of this model: a trace of anabranch report, an .npz.",
+            help="Text, Parquet or JSON lines for inputs; or recorded routing of this model: a trace of anabranch report, or an "
+            ".npz of --save-routes.",
         ),
     ],
     out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Where it is written. Default: in the model's folder, where serve finds it."),
+        typer.Option(
+            metavar="FILE", help="File for the predictor. Default: in the model's folder, where serve finds it."
+        ),
     ] = None,
     kind: Annotated[
         Literal["encdec", "frequency"],
-        typer.Option(help="The paper's network, or how often each token id goes to each expert."),
+        typer.Option(help="The paper's network, or a table of how often each token id goes to each expert."),
     ] = "encdec",
-    inputs: Annotated[int, typer.Option(metavar="N", min=2, help="Inputs that are continued. The paper: 10000.")] = 256,
-    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Continuations of each, as in the paper.")] = 3,
-    input_length: Annotated[int, typer.Option(metavar="L", min=1, help="Tokens of an input.")] = 64,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Most new tokens of a continuation.")] = 64,
+    inputs: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Number of inputs to continue. The paper: 10000.")
+    ] = 256,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Continuations per input, as in the paper.")] = 3,
+    input_length: Annotated[int, typer.Option(metavar="L", min=1, help="Tokens per input.")] = 64,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Maximum number of new tokens in a continuation.")
+    ] = 64,
     temperature: Annotated[
         float | None,
-        typer.Option(metavar="T", min=0, help="Of the sampling. Default: as the model says, else 1."),
+        typer.Option(metavar="T", min=0, help="Sampling temperature. Default: as the model says, else 1."),
     ] = None,
     hold_out: Annotated[
-        float, typer.Option(metavar="F", min=0.001, max=0.9, help="Share of the inputs that it is judged on.")
+        float,
+        typer.Option(metavar="F", min=0.001, max=0.9, help="Share of the inputs that are held out for evaluation."),
     ] = 0.1,
     batch: Annotated[
-        int, typer.Option(metavar="B", min=1, help="Sequences that decode together where it is judged.")
+        int, typer.Option(metavar="B", min=1, help="Sequences that decode together in the evaluation.")
     ] = 4,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Most steps of training.")] = 3000,
-    seconds: Annotated[float, typer.Option(metavar="S", min=0.001, help="Most seconds of training.")] = 180.0,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of training steps.")] = 3000,
+    seconds: Annotated[float, typer.Option(metavar="S", min=0.001, help="Maximum seconds of training.")] = 180.0,
     save_routes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Also keep the routes (.npz), to fit on them again.")
+        str | None, typer.Option(metavar="FILE", help="Also save the recorded routing (.npz), to train on it again.")
     ] = None,
     seed: Seed = 0,
     quantize: Quantize = None,
@@ -68,10 +76,11 @@ def fit_predictor(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Learn to foresee which experts a model's tokens go to in all layers, before the first one runs.
+    """Train a predictor of the experts that a model's tokens will use in every layer, before the first layer runs.
 
-    Inputs are continued with sampling, and where their tokens go is recorded: the data set of ExpertFlow's paper. What is learned is judged
-    on inputs held out, beside the paper's TLP (the previous token's experts) and SLP (the previous layer's), and the frequency of experts.
+    The model continues inputs with sampling, and the routing of their tokens is recorded: the data set of the ExpertFlow paper. The
+    predictor is evaluated on held-out inputs, together with the paper's baselines TLP (the previous token's experts) and SLP (the
+    previous layer's), and the frequency of experts.
     """
     require("lm", by="anabranch experts fit-predictor")
     from anabranch.lm.folder import files_of

@@ -10,13 +10,16 @@ from anabranch.cli.gateway.budget import app as budget
 from anabranch.cli.gateway.coe import GROUP, group
 from anabranch.cli.gateway.collect import collect
 from anabranch.cli.gateway.convert import convert
+from anabranch.cli.gateway.curve import curve
 from anabranch.cli.gateway.doors import GATEWAY, entering
 from anabranch.cli.gateway.eval import evaluate
 from anabranch.cli.gateway.fit import fit
 from anabranch.cli.gateway.keys import app as keys
 from anabranch.cli.gateway.ledger import app as ledger
+from anabranch.cli.gateway.probe import probe
 from anabranch.cli.gateway.replay import replay
 from anabranch.cli.gateway.route import route
+from anabranch.cli.gateway.scale import scale
 from anabranch.cli.gateway.serve import serve
 
 app = typer.Typer(
@@ -34,6 +37,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "route": route,
     "replay": replay,
+    "curve": curve,
+    "probe": probe,
+    "scale": scale,
     "collect": collect,
     "add-model": add_model,
     "ab": show_tests,

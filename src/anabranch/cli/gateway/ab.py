@@ -27,12 +27,12 @@ def show_tests(
             metavar="SOURCE", help="The gateway's config (.toml, .yaml, .json), or its store: a SQLite file or a URL."
         ),
     ],
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Which test. Default: all.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of the test. Default: all.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how A/B tests stand: both arms with a confidence sequence, and which is better or that it is not resolved.
+    """Show the state of A/B tests: both arms with a confidence sequence, and which is better or that it is not resolved.
 
-    It may be asked as often as you like, and a test may be ended when it is resolved: the error holds at all times together.
+    You may look as often as you like and end a test as soon as it is resolved: the error probability holds for all looks together.
 
     Example: anabranch gateway ab gateway.toml try
     """

@@ -28,13 +28,15 @@ PATIENCE_S = 300.0
 
 
 def add_model(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A model of the gateway's config.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model in the gateway's config.")],
     config_files: Annotated[
         list[Path] | None,
-        typer.Option("--config", "-c", metavar="FILE", help="Of a gateway that does not run, or is read again next."),
+        typer.Option(
+            "--config", "-c", metavar="FILE", help="Config of a gateway that is not running or will be reloaded."
+        ),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Of a gateway that runs: it joins there, and is served at once.")
+        str | None, typer.Option(metavar="URL", help="Address of a running gateway, which serves the model at once.")
     ] = None,
     key: Annotated[
         str | None,
@@ -50,12 +52,14 @@ def add_model(
         typer.Option(
             "--strategy",
             metavar="NAME",
-            help="Whose router takes it; may be repeated. Default: all that serve a fitted one.",
+            help="Strategy whose router gets the model. May be repeated. Default: all that serve a fitted router.",
         ),
     ] = None,
     outcomes: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Outcomes with scores of it: .jsonl, .csv, or a store. graph needs none."),
+        typer.Option(
+            metavar="DATA", help="Outcomes with scores of the new model: .jsonl, .csv, or a store. graph needs none."
+        ),
     ] = None,
     columns: ColumnMap = None,
     store: Annotated[
@@ -63,9 +67,9 @@ def add_model(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let a model join fitted routers, without fitting them anew; what they have learned since goes on with it.
+    """Add a model to fitted routers without fitting them again; what they have learned in service is kept.
 
-    Routers of graph, irt and coe take further models. A gateway that runs is told by --url; it reads its config and its routers again.
+    The strategies graph, irt and coe can add models. With --url, a running gateway reads its config and its routers again.
 
     Example: anabranch gateway add-model newcomer --url http://localhost:8080 --outcomes shots.jsonl
     """

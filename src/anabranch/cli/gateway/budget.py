@@ -24,12 +24,12 @@ PeriodOption = Annotated[str, typer.Option(metavar="P", help="total, hour, day, 
 @app.command("set")
 def put(
     subject: Subject,
-    dollars: Annotated[str, typer.Argument(metavar="DOLLARS", help="Most that may be spent in a period.")],
+    dollars: Annotated[str, typer.Argument(metavar="DOLLARS", help="Maximum spending in a period.")],
     period: PeriodOption = "total",
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Limit spending. What was spent in the current period counts; a limit that is there is replaced.
+    """Limit spending. What was already spent in the current period counts; an existing limit is replaced.
 
     Example: anabranch gateway budget set team:ml 25 --period month
     """
@@ -49,7 +49,7 @@ def put(
 
 @app.command("list")
 def show(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
-    """List limits, and how they stand.
+    """List limits and what is left of them.
 
     Example: anabranch gateway budget list
     """
@@ -64,7 +64,7 @@ def show(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
 def remove(
     subject: Subject, period: PeriodOption = "total", store: StoreOption = DEFAULT_STORE, as_json: AsJson = False
 ) -> None:
-    """Lift a limit.
+    """Remove a limit.
 
     Example: anabranch gateway budget remove team:ml --period month
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GROUP = "coe"
 BY = {"budget": "hosted", "trade_off": "active"}
-Router = Annotated[Path, typer.Option(metavar="DIR", help="Routers of fit: their folder, or one file.")]
+Router = Annotated[Path, typer.Option(metavar="DIR", help="Routers made by fit: their folder, or one file.")]
 Named = Annotated[
     str | None, typer.Option(metavar="NAME", help="Which router of the folder. Default: the only one of this kind.")
 ]
@@ -32,7 +32,9 @@ def frontier(
     strategy: Named = None,
     by: Annotated[
         str,
-        typer.Option(metavar="WHAT", help="budget: of parameters that are hosted; trade_off: a price of active ones."),
+        typer.Option(
+            metavar="WHAT", help="budget: limit the hosted parameters; trade_off: put a price on active parameters."
+        ),
     ] = "budget",
     size: Annotated[
         list[str] | None,
@@ -40,9 +42,9 @@ def frontier(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the best map from categories to models for every budget of parameters, or for every price of active ones.
+    """Print the best assignment of categories to models for every budget of parameters, or for every price of active parameters.
 
-    Sizes are those that were known when it was fitted, or are given here.
+    Model sizes are those known at fitting, or given here.
 
     Example: anabranch gateway coe frontier --router routers --size small=8 --size large=70
     """
@@ -74,13 +76,15 @@ def report(
     router: Router,
     data: Annotated[
         str | None,
-        typer.Argument(metavar="[DATA]", help="Outcomes with tasks. Default: what was learned from, fold by fold."),
+        typer.Argument(
+            metavar="[DATA]", help="Outcomes with tasks. Default: the data of the fit, by cross-validation."
+        ),
     ] = None,
     strategy: Named = None,
     columns: ColumnMap = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how well prompts are put into their categories, and which model serves each.
+    """Show how well prompts are classified into categories, and which model serves each category.
 
     Example: anabranch gateway coe report outcomes.jsonl --router routers
     """
@@ -109,7 +113,7 @@ def group(door: str) -> typer.Typer:
         no_args_is_help=True,
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-        help="Look into a fitted Composition of Experts (--strategy coe).",
+        help="Inspect a fitted Composition of Experts (--strategy coe).",
     )
     commands: dict[str, Callable[..., None]] = {"frontier": frontier, "report": report}
     for name, command in commands.items():

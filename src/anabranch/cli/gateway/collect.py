@@ -29,30 +29,34 @@ RULES = ("exact", "contains")
 
 def collect(
     config_files: Annotated[
-        list[Path], typer.Option("--config", "-c", metavar="FILE", help="Of the gateway whose store is read.")
+        list[Path], typer.Option("--config", "-c", metavar="FILE", help="Config of the gateway whose store is read.")
     ],
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="Recorded outcomes (.jsonl); gone on with where it is there.")
+        Path,
+        typer.Option(metavar="FILE", help="Output file of recorded outcomes (.jsonl); an existing one is continued."),
     ],
     judge: Annotated[
         str,
         typer.Option(
             metavar="HOW",
-            help="exact or contains (with --references), human (at the page /ui/label), or a model of that name.",
+            help="exact or contains (with --references), human (on the page /ui/label), or the name of a model.",
         ),
     ],
     references: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Right answers as JSON lines of query and answer, for exact and contains."),
+        typer.Option(
+            metavar="FILE", help="Correct answers as JSON lines with query and answer, for exact and contains."
+        ),
     ] = None,
     anchor: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Whose answers a judging model compares the others with. Default: the first."
+            metavar="MODEL", help="Model whose answers a judging model compares the others with. Default: the first."
         ),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option("--model", metavar="MODEL", help="To compare; may be repeated. Default: all.")
+        list[str] | None,
+        typer.Option("--model", metavar="MODEL", help="A model to compare. May be repeated. Default: all."),
     ] = None,
     budget: Annotated[
         float | None,
@@ -60,29 +64,41 @@ def collect(
             metavar="USD",
             min=0,
             callback=finite_number,
-            help="Dollars that all collecting may cost (the budget of tag:collect).",
+            help="Maximum cost of collecting, in dollars (the budget of tag:collect).",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Questions to add at most.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Maximum number of questions to add.")] = None,
     share: Annotated[
         float,
         typer.Option(
-            metavar="F", min=0, max=1, callback=finite_number, help="Share of the questions, always the same."
+            metavar="F",
+            min=0,
+            max=1,
+            callback=finite_number,
+            help="Share of the questions to use; repeated runs choose the same ones.",
         ),
     ] = 1.0,
     since: Annotated[
-        str | None, typer.Option(metavar="WHEN", help="From then: a date (UTC) or so long ago, e.g. 24h, 7d.")
+        str | None, typer.Option(metavar="WHEN", help="Only from this time on: a date (UTC) or an age, e.g. 24h, 7d.")
     ] = None,
     rate: Annotated[
         float,
-        typer.Option(metavar="N", min=0.01, callback=finite_number, help="Calls a minute, the judge's among them."),
+        typer.Option(
+            metavar="N",
+            min=0.01,
+            callback=finite_number,
+            help="Maximum calls per minute, including those to the judge.",
+        ),
     ] = 60.0,
     every: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Look for new questions again after so long (30s, 10m), until stopped."),
+        typer.Option(metavar="TIME", help="Look for new questions again at this interval (30s, 10m), until stopped."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of an answer. Default: as the config says of the model.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Maximum number of tokens in an answer. Default: as the config says for the model."
+        ),
     ] = None,
     store: Annotated[
         str | None, typer.Option(metavar="STORE", help="SQLite file or URL. Default: as the config says.")
@@ -90,10 +106,10 @@ def collect(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask every model what users asked, judge the answers, and write a table of all outcomes for gateway fit and eval.
+    """Ask every model what users asked, judge the answers, and write recorded outcomes for gateway fit and eval.
 
-    Needs a store with texts (prompts = true in the table log of the config). Each call is a request of the gateway, tagged collect; an
-    interrupted run goes on.
+    It needs a store with texts (prompts = true in [log] of the config). Each call is a request to the gateway with the tag collect. After
+    an interruption, the same command continues.
 
     Example: anabranch gateway collect -c gateway.toml --judge gpt-4o --budget 5 --out outcomes.jsonl
     """

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A LiteLLM config.yaml.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where our config goes, as YAML.")] = Path("gateway.yaml"),
-    partial: Annotated[bool, typer.Option("--partial", help="Write it also where something is left out.")] = False,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output file for our config, as YAML.")] = Path(
+        "gateway.yaml"
+    ),
+    partial: Annotated[bool, typer.Option("--partial", help="Write the config even if something is left out.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a LiteLLM config into one of ours, and say what could not be taken over.
+    """Convert a LiteLLM config to ours, and report what could not be converted.
 
-    Where that is anything, nothing is written without --partial, and the status is 2.
+    If anything could not be converted, nothing is written without --partial, and the exit code is 2.
 
     Example: anabranch gateway import config.yaml --out gateway.yaml
     """

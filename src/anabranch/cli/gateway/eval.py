@@ -44,23 +44,30 @@ def evaluate(
     data: Data,
     router: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Judge these routers (of fit) instead of fitting new ones."),
+        typer.Option(metavar="DIR", help="Evaluate these routers (made by fit) instead of fitting new ones."),
     ] = None,
     strategy: Named = None,
     fields: Fields = None,
     embedder: EmbedderKind = "hashed",
     test: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Outcomes to judge on. Default: a share of DATA, drawn by task.")
+        str | None,
+        typer.Option(metavar="FILE", help="Outcomes to evaluate on. Default: a share of DATA, stratified by task."),
     ] = None,
     test_share: Annotated[
-        float, typer.Option(metavar="F", min=0.01, max=0.99, callback=finite_number, help="How large that share is.")
+        float, typer.Option(metavar="F", min=0.01, max=0.99, callback=finite_number, help="Size of that share.")
     ] = 0.2,
-    seeds: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How often each strategy learns.")] = 3,
+    seeds: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, max=10_000, help="How often each strategy is fitted, with different seeds."),
+    ] = 3,
     seed: Seed = 0,
     dollar: Annotated[
         float,
         typer.Option(
-            metavar="F", min=0, callback=finite_number, help="Score that a dollar (or unit) is worth, for regret."
+            metavar="F",
+            min=0,
+            callback=finite_number,
+            help="For the regret: how much score a dollar (or unit of --budget) is worth.",
         ),
     ] = 0.0,
     unit: Annotated[
@@ -68,32 +75,39 @@ def evaluate(
         typer.Option(
             "--budget",
             metavar="UNIT",
-            help="What costs are in: dollars, seconds, tokens or joules (of the price file).",
+            help="Unit of costs: dollars, seconds, tokens or joules (from the price file).",
         ),
     ] = "dollars",
     columns: ColumnMap = None,
     prices: Prices = None,
     unseen: Unseen = False,
     allow_leak: AllowLeak = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with picture and tables.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page with a picture and tables.")
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw cost against quality (.png, .svg).")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
     margin: Annotated[
         float,
-        typer.Option(metavar="F", min=0, max=1, help="Share of the range of scores within which qualities are equal."),
+        typer.Option(
+            metavar="F",
+            min=0,
+            max=1,
+            help="Difference, as a share of the range of scores, below which qualities count as equal.",
+        ),
     ] = 0.02,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge routers on recorded outcomes, against random choice, every single model, the best for each task, and the oracle.
+    """Evaluate routers on recorded outcomes, against random choice, each single model, the best model for each task, and the oracle.
 
-    It ends in a verdict: who is better than the best single model, what can be saved at equal quality, or that neither is resolved; and
-    what to serve. With --router the verdict is kept beside the routers, for route, and for gateway serve.
+    It ends in a verdict: which router is better than the best single model, or saves money at equal quality, or that neither is resolved;
+    and what to serve. With --router, the verdict is stored with the routers, for route and gateway serve.
 
-    Without --router, each strategy learns from a part of DATA and is judged on the rest. Of a log, in which few questions were answered
-    by every model, what they would have earned is estimated from the choices that were drawn, as replay does.
+    Without --router, each strategy is fitted to a part of DATA and evaluated on the rest. In a log, where few questions were answered by
+    every model, scores are estimated from randomised choices, as in replay.
 
     Example: anabranch gateway eval outcomes.jsonl.gz --strategy knn --html report.html
     """
@@ -172,7 +186,7 @@ def _learn_and_judge(
         if not quiet:
             say(text)
 
-    if any(one.needs_vector for one in chosen.values()):
+    if any(one.needs_vector or one.learns_vectors for one in chosen.values()):
         made = make_embedder(embedder).fit(train.query)
         settings["embed"] = made.embed
         train, test = embed(made, train, tell), embed(made, test, tell)

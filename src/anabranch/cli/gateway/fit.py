@@ -13,18 +13,20 @@ from anabranch.cli.gateway.options import (
     Data,
     EmbedderKind,
     Fields,
+    HoldOut,
     Named,
     Prices,
     embed,
+    held_share,
     make_embedder,
     read_data,
     read_strategies,
     say_read,
 )
 from anabranch.cli.graph.waiting import waiting
-from anabranch.cli.options import AsJson, Quiet, Seed, finite_number
-from anabranch.cli.output import print_json, say, shell_word, size, table, wrote
-from anabranch.errors import BackendError, DataError, InputError
+from anabranch.cli.options import AsJson, Quiet, Seed
+from anabranch.cli.output import fact, print_json, say, shell_word, size, table, wrote
+from anabranch.errors import BackendError, DataError
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
@@ -37,28 +39,19 @@ ENOUGH = 5
 def fit(
     data: Data,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for the routers; an older one of routers is replaced.")
+        Path, typer.Option(metavar="DIR", help="Folder for the routers; existing routers in it are replaced.")
     ],
     strategy: Named = None,
     fields: Fields = None,
     embedder: EmbedderKind = "hashed",
     columns: ColumnMap = None,
     prices: Prices = None,
-    hold_out: Annotated[
-        float | None,
-        typer.Option(
-            metavar="F",
-            min=0,
-            max=0.9,
-            callback=finite_number,
-            help="Share of the questions kept for eval. Default: 0.2; 0 learns from all.",
-        ),
-    ] = None,
+    hold_out: HoldOut = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Learn routers from recorded outcomes and write them to a folder.
+    """Fit routers to recorded outcomes and write them to a folder.
 
     Example: anabranch gateway fit outcomes.jsonl.gz --out routers --strategy knn --strategy ridge
     """
@@ -76,7 +69,7 @@ def fit(
     chosen = read_strategies(strategy, fields)
     learned = _learned(recorded, hold_out, seed)
     made = make_embedder(embedder)
-    if any(one.needs_vector for one in chosen.values()):
+    if any(one.needs_vector or one.learns_vectors for one in chosen.values()):
         with waiting("embedding", quiet):
             learned = embed(made.fit(learned.query), learned, lambda text: None if quiet else say(text))
     about: dict[str, Any] = {
@@ -111,6 +104,7 @@ def fit(
             {
                 "out": str(out),
                 "routers": sizes,
+                "told": {name: list(router.strategy.told()) for name, router in routers.items()},
                 "models": list(recorded.models),
                 "read": recorded.what_was_read(),
                 **about,
@@ -121,6 +115,9 @@ def fit(
         [name, "yes" if router.embedder is not None else "no", size(sizes[name])] for name, router in routers.items()
     ], text_columns=2)  # fmt: skip
     say_read(recorded)
+    for name, router in routers.items():
+        for line in router.strategy.told():
+            fact(name, line)
     print(f"learned from {len(learned):,} questions on {len(recorded.models)} models; {about['held_out']:,} held out")
     after = f"eval {shell_word(data)}" if about["held_out"] else "route 'a question'"
     wrote(str(out), f"{door()} {after} --router {shell_word(out)}")
@@ -130,11 +127,5 @@ def _learned(data: Recorded, hold_out: float | None, seed: int) -> Recorded:
     """The part to learn from."""
     from anabranch.routers.data import split
 
-    share = (0.2 if len(data) >= ENOUGH else 0.0) if hold_out is None else hold_out
-    if share == 0:
-        return data
-    if round(share * len(data)) in (0, len(data)):
-        raise InputError(
-            f"--hold-out is {share:g}, which leaves one side of {len(data)} questions empty; use 0 for none"
-        )
-    return split(data, (1 - share, share), seed=seed)[0]
+    share = held_share(hold_out, len(data), "questions", enough=ENOUGH)
+    return split(data, (1 - share, share), seed=seed)[0] if share else data

@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Make, list, change and revoke keys of a gateway."
 )
 
-KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="Of the key, or how it begins, or its name.")]
+KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the key, the beginning of its id, or its name.")]
 
 # Of `edit --clear`: the field of a key, and what it is when it is empty.
 CLEARED: dict[str, tuple[str, Any]] = {
@@ -38,20 +38,22 @@ def _positive(context: typer.Context, option: typer.CallbackParam, value: int | 
     return value
 
 
-RpmOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Requests a minute.")]
-TpmOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Tokens a minute.")]
-InFlightOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Requests at a time.")]
+RpmOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Maximum requests per minute.")]
+TpmOption = Annotated[int | None, typer.Option(metavar="N", callback=_positive, help="Maximum tokens per minute.")]
+InFlightOption = Annotated[
+    int | None, typer.Option(metavar="N", callback=_positive, help="Maximum number of simultaneous requests.")
+]
 SpeaksOption = Annotated[
     list[str] | None,
     typer.Option(
         "--speaks-for",
         metavar="WHOM",
-        help="Users and tags that its requests may name: user:NAME, tag:NAME, user:*, tag:* or *. May be repeated.",
+        help="Users and tags that requests with this key may name: user:NAME, tag:NAME, user:*, tag:* or *. May be repeated.",
     ),
 ]
 BudgetOption = Annotated[
     float | None,
-    typer.Option(metavar="DOLLARS", min=0, callback=finite_number, help="Most it may spend, in each --period."),
+    typer.Option(metavar="DOLLARS", min=0, callback=finite_number, help="Maximum spending in each --period."),
 ]
 PeriodOption = Annotated[str, typer.Option(metavar="P", help="total, hour, day, week or month.")]
 
@@ -59,29 +61,32 @@ PeriodOption = Annotated[str, typer.Option(metavar="P", help="total, hour, day, 
 @app.command()
 def create(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="What it is for, in words. Default: it has none.")
+        str | None, typer.Argument(metavar="NAME", help="Name of the key, e.g. what it is for. Default: none.")
     ] = None,
-    user: Annotated[str, typer.Option(metavar="USER", help="Whose it is.")] = "",
-    team: Annotated[str, typer.Option(metavar="TEAM", help="Whose team's.")] = "",
+    user: Annotated[str, typer.Option(metavar="USER", help="User of the key.")] = "",
+    team: Annotated[str, typer.Option(metavar="TEAM", help="Team of the key.")] = "",
     tags: Annotated[
-        list[str] | None, typer.Option("--tag", metavar="TAG", help="On every request with it. May be repeated.")
+        list[str] | None,
+        typer.Option("--tag", metavar="TAG", help="Tag for every request with this key. May be repeated."),
     ] = None,
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", metavar="MODEL", help="That it may use. May be repeated. Default: all."),
+        typer.Option("--model", metavar="MODEL", help="Model that the key may use. May be repeated. Default: all."),
     ] = None,
     rpm: RpmOption = None,
     tpm: TpmOption = None,
     max_in_flight: InFlightOption = None,
     speaks_for: SpeaksOption = None,
-    expires: Annotated[str | None, typer.Option(metavar="IN", help="Ends after so long, e.g. 90d.")] = None,
+    expires: Annotated[str | None, typer.Option(metavar="IN", help="Time until the key expires, e.g. 90d.")] = None,
     budget: BudgetOption = None,
     period: PeriodOption = "total",
-    admin: Annotated[bool, typer.Option("--admin", metavar=FLAG, help="It opens the admin interface too.")] = False,
+    admin: Annotated[
+        bool, typer.Option("--admin", metavar=FLAG, help="The key also gives access to the admin interface.")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key. It is shown once; the store keeps its SHA-256 alone.
+    """Make a key. It is shown once; the store keeps only its SHA-256.
 
     Example: anabranch gateway keys create ci --team ml --budget 25 --period month
     """
@@ -109,7 +114,7 @@ def create(
 
 @app.command("list")
 def show(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
-    """List keys, the revoked ones too.
+    """List keys, including revoked ones.
 
     Example: anabranch gateway keys list
     """
@@ -131,32 +136,35 @@ def show(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
 @app.command()
 def edit(
     key: KeyArgument,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="What it is for, in words.")] = None,
-    user: Annotated[str | None, typer.Option(metavar="USER", help="Whose it is.")] = None,
-    team: Annotated[str | None, typer.Option(metavar="TEAM", help="Whose team's.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the key, e.g. what it is for.")] = None,
+    user: Annotated[str | None, typer.Option(metavar="USER", help="User of the key.")] = None,
+    team: Annotated[str | None, typer.Option(metavar="TEAM", help="Team of the key.")] = None,
     tags: Annotated[
-        list[str] | None, typer.Option("--tag", metavar="TAG", help="On every request with it. May be repeated.")
+        list[str] | None,
+        typer.Option("--tag", metavar="TAG", help="Tag for every request with this key. May be repeated."),
     ] = None,
     models: Annotated[
-        list[str] | None, typer.Option("--model", metavar="MODEL", help="That it may use. May be repeated.")
+        list[str] | None, typer.Option("--model", metavar="MODEL", help="Model that the key may use. May be repeated.")
     ] = None,
     rpm: RpmOption = None,
     tpm: TpmOption = None,
     max_in_flight: InFlightOption = None,
     speaks_for: SpeaksOption = None,
-    expires: Annotated[str | None, typer.Option(metavar="IN", help="Ends after so long from now, e.g. 90d.")] = None,
+    expires: Annotated[
+        str | None, typer.Option(metavar="IN", help="Time from now until the key expires, e.g. 90d.")
+    ] = None,
     budget: BudgetOption = None,
     period: PeriodOption = "total",
     clear: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help=f"To be empty: {', '.join(CLEARED)}. May be repeated."),
+        typer.Option(metavar="FIELD", help=f"Field to clear: {', '.join(CLEARED)}. May be repeated."),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Change what is known of a key. The key itself, and what was spent with it, stay as they are.
+    """Change the settings of a key. The key itself and its recorded spending stay as they are.
 
-    Gateways at work see it within two seconds.
+    Running gateways see the change within two seconds.
 
     Example: anabranch gateway keys edit ci --team research --rpm 60 --clear expires
     """
@@ -192,9 +200,9 @@ def edit(
 
 @app.command()
 def rotate(key: KeyArgument, store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
-    """Replace a key by a new one under the same id, which may do the same. It is shown once.
+    """Replace a key by a new one with the same id and rights. It is shown once.
 
-    Gateways at work take the old one for two seconds more at most.
+    Running gateways accept the old key for at most two more seconds.
 
     Example: anabranch gateway keys rotate ci
     """
@@ -208,7 +216,7 @@ def revoke(
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """End a key for good. Gateways at work see it within two seconds.
+    """Revoke a key permanently. Running gateways see the change within two seconds.
 
     Example: anabranch gateway keys revoke k1b5625cb90ce
     """

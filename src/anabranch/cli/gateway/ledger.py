@@ -20,19 +20,24 @@ from anabranch.files import atomic_file, check_apart, mode_of
 if TYPE_CHECKING:
     from anabranch.gateway.store import LedgerRow, Spend, Store
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at the ledger, and take it elsewhere.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", help="Inspect, export and prune the ledger of requests."
+)
 PAGE = 5000
 Since = Annotated[
-    str | None, typer.Option(metavar="WHEN", help="From then: a date (UTC) or so long ago, e.g. 24h, 7d.")
+    str | None, typer.Option(metavar="WHEN", help="Only from this time on: a date (UTC) or an age, e.g. 24h, 7d.")
 ]
-Until = Annotated[str | None, typer.Option(metavar="WHEN", help="Up to then, which is left out.")]
-Key = Annotated[str | None, typer.Option("--key", metavar="ID", help="Of this key.")]
-User = Annotated[str | None, typer.Option(metavar="USER", help="Of this user.")]
-Team = Annotated[str | None, typer.Option(metavar="TEAM", help="Of this team.")]
-Tag = Annotated[str | None, typer.Option(metavar="TAG", help="With this tag.")]
-Model = Annotated[str | None, typer.Option(metavar="MODEL", help="Answered by this model.")]
-Status = Annotated[str | None, typer.Option(metavar="S", help="ok, error, refused, cancelled or crashed.")]
-Calls = Annotated[bool, typer.Option("--calls", help="And the calls that strategies made for requests.")]
+Until = Annotated[str | None, typer.Option(metavar="WHEN", help="Only before this time.")]
+Key = Annotated[str | None, typer.Option("--key", metavar="ID", help="Only requests with this key.")]
+User = Annotated[str | None, typer.Option(metavar="USER", help="Only requests of this user.")]
+Team = Annotated[str | None, typer.Option(metavar="TEAM", help="Only requests of this team.")]
+Tag = Annotated[str | None, typer.Option(metavar="TAG", help="Only requests with this tag.")]
+Model = Annotated[str | None, typer.Option(metavar="MODEL", help="Only requests answered by this model.")]
+Status = Annotated[
+    str | None,
+    typer.Option(metavar="S", help="Only requests with this status: ok, error, refused, cancelled or crashed."),
+]
+Calls = Annotated[bool, typer.Option("--calls", help="Also list the calls that strategies made for requests.")]
 
 
 @app.command("list")
@@ -46,11 +51,11 @@ def show(
     model: Model = None,
     status: Status = None,
     calls: Calls = False,
-    limit: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Rows at most.")] = 20,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Maximum number of rows.")] = 20,
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """List requests, newest first. Their cost holds what their strategies asked, unless that is listed too (--calls).
+    """List requests, newest first. Their cost includes the calls that strategies made for them, unless --calls lists those separately.
 
     Example: anabranch gateway ledger list --since 24h --status error
     """
@@ -85,7 +90,7 @@ def spend(
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Add up what was spent, what strategies asked too. A request with several tags counts in each of them.
+    """Add up spending, including calls that strategies made. A request with several tags counts for each tag.
 
     Example: anabranch gateway ledger spend --by team --by model --since 30d
     """
@@ -127,7 +132,7 @@ def _named(by: str, text: str, called: dict[str, str]) -> str:
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where rows go: .csv or .parquet.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output file: .csv or .parquet.")],
     since: Since = None,
     until: Until = None,
     key: Key = None,
@@ -139,7 +144,7 @@ def export(
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Write requests into a table, oldest first; money in nano-dollars, so that sums are exact. What strategies asked is there too.
+    """Write requests to a table, oldest first, including calls that strategies made. Money is in nano-dollars, so that sums are exact.
 
     Example: anabranch gateway ledger export --since 2026-11-01 --out november.parquet
     """
@@ -175,11 +180,13 @@ def export(
 
 @app.command()
 def prune(
-    before: Annotated[str, typer.Argument(metavar="WHEN", help="A date (UTC) or so long ago, e.g. 90d.")],
+    before: Annotated[
+        str, typer.Argument(metavar="WHEN", help="Delete what is older than this: a date (UTC) or an age, e.g. 90d.")
+    ],
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Delete rows, decisions and feedback that are older, and give the room back. What budgets count stays.
+    """Delete older rows, decisions and feedback, and free their disk space. Counted budgets stay.
 
     Example: anabranch gateway ledger prune 90d
     """
@@ -198,11 +205,11 @@ def prune(
 
 @app.command()
 def backup(
-    out: Annotated[Path, typer.Argument(metavar="FILE", help="Where the copy goes.")],
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="File for the copy.")],
     store: StoreOption = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Copy a SQLite store as it is now, while gateways go on writing.
+    """Copy a SQLite store while gateways keep writing to it.
 
     Example: anabranch gateway ledger backup gateway-copy.db
     """

@@ -79,7 +79,7 @@ def _learned(
 
     copies, test = split(log, (1 - share, share), seed=seed)
     train, chosen = pooled(copies), read_strategies(names, fields)
-    if any(one.needs_vector for one in chosen.values()):
+    if any(one.needs_vector or one.learns_vectors for one in chosen.values()):
         made = make_embedder(embedder).fit(train.query)
         tell = _tell(quiet)
         train, test = embed(made, train, tell), embed(made, test, tell)

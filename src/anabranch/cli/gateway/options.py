@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import FLAG, read_assignments
+from anabranch.cli.options import FLAG, finite_number, read_assignments
 from anabranch.cli.output import fact, say
 from anabranch.errors import ConfigError, DataError, InputError
 
@@ -30,16 +30,27 @@ Data = Annotated[
 Named = Annotated[
     list[str] | None,
     typer.Option(
-        "--strategy", metavar="NAME", help=f"Which; may be repeated, all for every one. Default: {', '.join(DEFAULT)}."
+        "--strategy",
+        metavar="NAME",
+        help=f"A routing strategy, or all. May be repeated. Default: {', '.join(DEFAULT)}.",
     ),
 ]
 Fields = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME.FIELD=VALUE", help="Set a field of a strategy, e.g. --set knn.k=20."),
 ]
-EmbedderKind = Annotated[
-    str, typer.Option("--embedder", metavar="KIND", help="What makes vectors of texts: hashed or minilm.")
+HoldOut = Annotated[
+    float | None,
+    typer.Option(
+        "--hold-out",
+        metavar="F",
+        min=0,
+        max=0.9,
+        callback=finite_number,
+        help="Share of the data that is held out to judge by. Default: 0.2; 0 learns from all.",
+    ),
 ]
+EmbedderKind = Annotated[str, typer.Option("--embedder", metavar="KIND", help="Text embedding: hashed or minilm.")]
 ColumnMap = Annotated[
     str | None,
     typer.Option(
@@ -49,25 +60,36 @@ ColumnMap = Annotated[
 ]
 Prices = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Prices of models (JSON or TOML), for costs where the outcomes hold none."),
+    typer.Option(metavar="FILE", help="Prices of models (JSON or TOML), for outcomes without costs."),
 ]
 AllowLeak = Annotated[
     bool,
-    typer.Option("--allow-leak", metavar=FLAG, help="Judge on questions that were learned from, which flatters."),
+    typer.Option(
+        "--allow-leak",
+        metavar=FLAG,
+        help="Allow evaluation on questions that the routers were fitted to; results are then too good.",
+    ),
 ]
 
 Unseen = Annotated[
-    bool, typer.Option("--unseen", metavar=FLAG, help="Leave out questions that the routers learned from.")
+    bool, typer.Option("--unseen", metavar=FLAG, help="Leave out questions that the routers were fitted to.")
 ]
 
 
 def read_data(
-    name: str, columns: str | None, prices: Path | None, *, keep_copies: bool = False, tell: bool = True
+    name: str,
+    columns: str | None,
+    prices: Path | None,
+    *,
+    keep_copies: bool = False,
+    by_sample: bool = False,
+    tell: bool = True,
 ) -> tuple[Recorded, Pool]:
     """Outcomes, and the pool of their models.
 
     Each question once: what a log knows of it from several answers together. With ``keep_copies`` each answer as it was chosen, for
-    what weighs choices. What of the file was left out is said on stderr, unless ``tell`` is False.
+    what weighs choices; with ``by_sample`` copies are samples of it, be they scored alike or not. What of the file was left out is said on
+    stderr, unless ``tell`` is False.
     """
     from anabranch.routers.data import SETS, Columns, deduplicated, load_outcomes, pool_of, pooled, read_prices
 
@@ -82,7 +104,7 @@ def read_data(
         say(f"left out of {name}: {left}")
     if not keep_copies:
         # Copies that were scored apart, as conversations that end alike are, are all that is known of the text that they share.
-        data = deduplicated(data) if _is_agreed(data) else pooled(data)
+        data = deduplicated(data) if _is_agreed(data) and not by_sample else pooled(data)
     return data, pool_of(data.models, known)
 
 
@@ -127,6 +149,14 @@ def measured(data: Recorded, unit: str, prices: Path | None) -> Recorded:
         if unit == known:
             return measured_in(data, known, None if prices is None or known != "joules" else read_joules(prices))
     raise ConfigError(f"--budget is {unit!r}; use one of {', '.join(UNITS)}")
+
+
+def held_share(hold_out: float | None, count: int, what: str, *, enough: int) -> float:
+    """Of so many the share that is held out: of fewer than enough none, where nobody says. Raises InputError where a side is empty."""
+    share = (0.2 if count >= enough else 0.0) if hold_out is None else hold_out
+    if share and round(share * count) in (0, count):
+        raise InputError(f"--hold-out is {share:g}, which leaves one side of {count} {what} empty; use 0 for none")
+    return share
 
 
 def read_strategies(names: list[str] | None, fields: list[str] | None) -> dict[str, Strategy]:

@@ -21,7 +21,7 @@ ENOUGH_SUPPORT = 0.95
 
 def replay(
     data: Data,
-    router: Annotated[Path, typer.Option(metavar="DIR", help="Routers of fit: their folder, or one file.")],
+    router: Annotated[Path, typer.Option(metavar="DIR", help="Routers made by fit: their folder, or one file.")],
     strategy: Named = None,
     columns: ColumnMap = None,
     prices: Prices = None,
@@ -30,9 +30,10 @@ def replay(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what fitted routers would have earned on logged traffic, where one model answered each query.
+    """Estimate how fitted routers would have scored on logged traffic, in which one model answered each query.
 
-    Rows count where a router would have chosen the model that answered; with a probability in the log, they weigh its inverse.
+    Only rows count in which the router would have chosen the model that answered. If the log has probabilities, rows are weighted by
+    their inverse.
 
     Example: anabranch gateway replay traffic.jsonl --router routers
     """

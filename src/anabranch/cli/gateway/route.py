@@ -11,7 +11,8 @@ import typer
 from anabranch.cli.gateway.doors import door
 from anabranch.cli.options import AsJson, finite_number
 from anabranch.cli.output import fact, print_json, say, table
-from anabranch.errors import InputError
+from anabranch.errors import ConfigError, InputError
+from anabranch.extras import require
 
 if TYPE_CHECKING:
     from anabranch.routers.recommendation import Picked
@@ -19,24 +20,37 @@ if TYPE_CHECKING:
 
 def route(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The query.")],
-    router: Annotated[Path, typer.Option(metavar="DIR", help="Routers of fit: their folder, or one file.")],
+    router: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Routers made by fit: their folder, or one file; or a run of rl train router-r1."
+        ),
+    ],
     strategy: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Which router of the folder. Default: what eval recommends, else the first."),
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="The kind of work, where it is known.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="The task of the query, if known.")] = None,
     trade_off: Annotated[
         float | None,
-        typer.Option(metavar="F", min=0, callback=finite_number, help="Score given up to save a dollar on this query."),
+        typer.Option(
+            metavar="F", min=0, callback=finite_number, help="How much score to give up to save a dollar on this query."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say where a fitted router would send a query, and why.
+    """Show where a fitted router would send a query, and why.
+
+    With a run of Router-R1 the router answers the query itself, asking the models of its pool.
 
     Example: anabranch gateway route 'What is 12 * 34?' --router routers --strategy knn
     """
     if not text.strip():
         raise InputError("the query is empty; write what is asked")
+    from anabranch.cli.rl.kinds import is_token_run
+
+    if is_token_run(router):
+        return _by_policy(text, router, strategy=strategy, task=task, trade_off=trade_off, as_json=as_json)
     from anabranch.routers.contract.knobs import LAMBDA, check_knobs
 
     picked = _picked(router, strategy)
@@ -59,6 +73,19 @@ def route(
     if facts["details"]:
         print()
         table(["detail", "value"], [[key, _short(value)] for key, value in facts["details"].items()], text_columns=2)
+
+
+def _by_policy(text: str, run: Path, *, as_json: bool, **others: Any) -> None:
+    """The answer of a router that was trained, and whom it asked."""
+    given = next((name for name, value in others.items() if value is not None), None)
+    if given is not None:
+        raise ConfigError(
+            f"--{given.replace('_', '-')} is for routers of fit, and {run} is a run of rl train; leave it out"
+        )
+    require("lm", by=f"{door()} route of a run of rl train")
+    from anabranch.cli.rl.transcripts import route_question
+
+    route_question(run, text, as_json=as_json)
 
 
 def _picked(place: Path, strategy: str | None) -> Picked:

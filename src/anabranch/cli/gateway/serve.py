@@ -24,24 +24,26 @@ def serve(
             "--config",
             "-c",
             metavar="FILE",
-            help="TOML or YAML. Without one: a mock pool of three models, and no keys.",
+            help="Config in TOML or YAML. Default: three scripted test models, and no keys.",
         ),
     ] = None,
     router: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Let auto be what gateway eval recommends of these routers (of gateway fit), or one file.",
+            help="Folder of routers made by gateway fit (auto is then the router that gateway eval recommends), or one router's "
+            "file.",
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is seen from other machines.")
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 can be reached from other machines.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="0 takes a free one.")] = 8080,
+    port: Annotated[int, typer.Option(metavar="N", help="0 takes a free port.")] = 8080,
     store: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="SQLite file or URL of keys, budgets and the ledger. Default: as the config says."
+            metavar="FILE",
+            help="SQLite file or database URL for keys, budgets and the ledger. Default: as the config says.",
         ),
     ] = None,
     drain: Annotated[
@@ -49,7 +51,7 @@ def serve(
         typer.Option(
             metavar="S",
             callback=finite_number,
-            help="Seconds that requests under way have to end after a signal to stop.",
+            help="Seconds that running requests get to finish after a signal to stop.",
         ),
     ] = 30.0,
     workers: Annotated[
@@ -58,22 +60,23 @@ def serve(
             metavar="N",
             min=1,
             max=256,
-            help="Processes that share the port and the store. Budgets stay exact; rates, breakers and caches are of each process, unless "
-            "[shared] of the config names a Redis.",
+            help="Number of processes that share the port and the store. Budgets stay exact; rate limits, circuit breakers and "
+            "caches are per process, unless [shared] in the config names a Redis.",
         ),
     ] = 1,
     check: Annotated[
-        bool, typer.Option("--check", metavar=FLAG, help="Read the config, say what is wrong with it, and end.")
+        bool, typer.Option("--check", metavar=FLAG, help="Check the config, report what is wrong, and exit.")
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer OpenAI's clients, and send each request to the model that fits it.
+    """Serve an OpenAI-compatible endpoint, and send each request to a suitable model.
 
     POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/responses, /v1/feedback; GET /v1/models, /health, /ready, /metrics,
     /openapi.json; /admin/*; the page /ui. The field model takes a model, an alias, or auto/STRATEGY.
 
-    SIGHUP reads the config again; a bad one changes nothing. SIGTERM and Ctrl-C stop when the requests under way are answered.
+    SIGHUP reads the config again; an invalid one changes nothing. SIGTERM and Ctrl-C stop the server once the running requests are
+    answered.
 
     Example: anabranch gateway serve --config gateway.toml --port 8080
     """  # fmt: skip

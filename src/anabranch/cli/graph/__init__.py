@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="""Rank, embed and search graphs and vectors.
 
-    A graph is a file of edges (CSV, Parquet, MatrixMarket, METIS, .npz, .mat, our own .anb) or the name of a data set (karate).""",
+    A graph is a file of edges (CSV, Parquet, MatrixMarket, METIS, .npz, .mat, our own .anb) or the name of a data set, e.g. karate.""",
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
     "info": info,

@@ -24,28 +24,26 @@ if TYPE_CHECKING:
     from anabranch.graph.names import Names
 
 Index = Annotated[str, typer.Argument(metavar="INDEX", help="An index that anabranch graph index made.")]
-Out = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write the changed index here. Default: in the place of INDEX.")
-]
+Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the changed index here. Default: replace INDEX.")]
 
 
 def remove(
     index: Index,
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME...", help="Elements to take out, by name or id.")
+        list[str] | None, typer.Argument(metavar="NAME...", help="Elements to remove, by name or id.")
     ] = None,
     rows: Annotated[str | None, typer.Option(metavar="I,J", help="The same by id, e.g. 0,7 or 0-9.")] = None,
     compact: Annotated[
-        bool, typer.Option("--compact", metavar=FLAG, help="Take all that was deleted out of the file, too.")
+        bool, typer.Option("--compact", metavar=FLAG, help="Also remove all deleted elements from the file.")
     ] = False,
     out: Out = None,
     workers: Workers = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take elements out of an index.
+    """Remove elements from an index.
 
-    They are not found any more. Once a fifth of all is deleted, or with --compact, they are out of the file too.
+    They are no longer found. Once a fifth of all elements is deleted, or with --compact, they are also removed from the file.
 
     Example: anabranch graph remove index.anb --rows 0,7 --compact
     """
@@ -54,9 +52,11 @@ def remove(
 
     with _opened(index, out, workers, quiet) as (made, called):
         if names and rows is not None:
-            raise InputError("name elements, or give --rows, one of them")
+            raise InputError("give either names of elements or --rows, not both")
         if not names and rows is None and not compact:
-            raise InputError("nothing to take out; give names or --rows 0,7 (or --compact for what is deleted already)")
+            raise InputError(
+                "nothing to remove; give names or --rows 0,7 (or --compact, for elements that are already deleted)"
+            )
         ids = element_ids(called, names) if names else numbers(rows) if rows is not None else np.empty(0, np.int64)
         before = made.stats()
         with waiting("taking out", quiet):
@@ -86,16 +86,17 @@ def update(
         typer.Argument(metavar="VECTORS", help="Vectors: .npy, .npz, .parquet, .csv, .tsv, .anb, with names or not."),
     ],
     rows: Annotated[
-        str | None, typer.Option(metavar="I,J", help="Their ids, e.g. 0,7 or 0-9. Default: what they are called.")
+        str | None, typer.Option(metavar="I,J", help="Their ids, e.g. 0,7 or 0-9. Default: as in the file.")
     ] = None,
     out: Out = None,
     workers: Workers = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring vectors into an index, or move those that are there.
+    """Add vectors to an index, or change existing ones.
 
-    A vector that is called as an element moves that; others come in anew, those without a name or number after the largest id.
+    A vector with the name or id of an element replaces that element's vector; all others are added, those without a name or id after the
+    largest id.
 
     Example: anabranch graph update index.anb more.npy
     """
@@ -142,7 +143,9 @@ def _opened(
         with waiting(f"reading {index}", quiet):
             made, called = open_named(index, workers=workers)
         if isinstance(made, DiskIndex):
-            raise InputError(f"{index} is on disk and takes no changes; make it anew (anabranch graph index --disk)")
+            raise InputError(
+                f"{index} is on disk and cannot be changed; build a new one (anabranch graph index --disk)"
+            )
         yield made, called
 
 

@@ -130,5 +130,5 @@ def _of_index(wanted: Wanted, limit: int | None) -> DiskIndex:
 
     index = open_index(wanted.vectors, mmap=True, workers=wanted.workers)
     if not isinstance(index, HNSW):
-        raise InputError(f"{wanted.vectors} is on disk already; make it anew from its vectors")
+        raise InputError(f"{wanted.vectors} is already on disk; build the new index from its vectors")
     return from_hnsw(index, wanted.out, memory=limit, code_bytes=wanted.code_bytes, workers=wanted.workers)

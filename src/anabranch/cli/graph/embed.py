@@ -51,11 +51,11 @@ def embed(
     source: GraphSource,
     out: Annotated[
         str,
-        typer.Option(metavar="FILE", help="Where vectors go: .npy, .npz, .parquet, .csv or .tsv; on Spark a folder."),
+        typer.Option(metavar="FILE", help="Output file: .npy, .npz, .parquet, .csv or .tsv; on Spark a folder."),
     ],
     method: Annotated[str, typer.Option(metavar="M", help="fastrp (seconds) or graphvite (trained).")] = "fastrp",
-    dim: Annotated[int, typer.Option(metavar="D", min=1, help="Numbers in a vector.")] = 128,
-    epochs: Annotated[float | None, typer.Option(metavar="N", help="Of graphvite: passes over the edges.")] = None,
+    dim: Annotated[int, typer.Option(metavar="D", min=1, help="Dimension of the vectors.")] = 128,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="For graphvite: passes over the edges.")] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,11 +68,11 @@ def embed(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Labels to test vectors with: a table of node and label, or own for those of a data set.",
+            help="Labels for the evaluation: a table of node and label, or own for the labels of a data set.",
         ),
     ] = None,
     train: Annotated[
-        float, typer.Option(metavar="SHARE", help="Share of labelled nodes that the test may learn from.")
+        float, typer.Option(metavar="SHARE", help="Share of labelled nodes to train the classifiers on.")
     ] = 0.1,
     save: Annotated[
         Path | None,
@@ -86,7 +86,10 @@ def embed(
     weight_of: WeightOf = None,
     share: Share = "edges",
     engine: Annotated[
-        str, typer.Option(metavar="E", help="Of fastrp: local, or spark for edges in Parquet beyond one machine.")
+        str,
+        typer.Option(
+            metavar="E", help="For fastrp: local, or spark for a graph in Parquet that is too big for one machine."
+        ),
     ] = "local",
     directed: Directed = None,
     columns: Columns = None,
@@ -98,7 +101,7 @@ def embed(
 ) -> None:
     """Turn the nodes of a graph into vectors.
 
-    With --labels the vectors are tested by the papers' protocol: logistic regressions on a share of the nodes, F1 on the rest, 5 shuffles.
+    With --labels, the vectors are evaluated as in the papers: logistic regression on a share of the nodes, F1 on the others, 5 shuffles.
 
     Example: anabranch graph embed blogcatalog --out vectors.npy --labels own --map map.png
     """  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import DataError, first_line
-from anabranch.graph.table_columns import is_index
+from anabranch.graph.table_columns import is_index, is_of_r, with_index
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +109,11 @@ def _read(path: Path, read_text: Callable[[str, Path], Any]) -> Any:
     if not is_text and not name.endswith((".parquet", ".pq")):
         raise DataError(f"cannot tell what {path} is; tables come as .parquet, .csv or .tsv")
     try:
-        table = read_text("," if name.endswith(".csv") else "\t", path) if is_text else _plain(parquet.read_table(path))
+        if is_text:
+            table = read_text(delimiter_of(path), path)
+        else:
+            table = _plain(parquet.read_table(path))
+            table = with_index(table) if len(set(table.column_names)) == table.num_columns else table
         names = table.column_names
     except UnicodeDecodeError:
         raise DataError(f"{path} has names of columns that are not UTF-8") from None
@@ -122,6 +126,11 @@ def _read(path: Path, read_text: Callable[[str, Path], Any]) -> Any:
         if is_text and pa.types.is_binary(kind):
             raise DataError(f"{path}: column {name!r} holds text that is not UTF-8")
     return table
+
+
+def delimiter_of(path: Path) -> str:
+    """Of a table as text, by its ending."""
+    return "," if path.name.removesuffix(".gz").endswith(".csv") else "\t"
 
 
 def _plain(table: Any) -> Any:
@@ -152,7 +161,10 @@ def _read_text(path: Path, delimiter: str, *, has_names: bool = True, texts: lis
     if texts is None:
         texts = csv.open_csv(source(), how, options).schema.names
     kinds = dict.fromkeys(texts, pa.string())
-    return csv.read_csv(source(), how, options, csv.ConvertOptions(column_types=kinds))
+    # Who writes all words in quotes writes what is missing without.
+    missing = {"null_values": ["", "NA"], "strings_can_be_null": True, "quoted_strings_can_be_null": False}
+    nulls = missing if is_of_r(path, delimiter) else {}
+    return csv.read_csv(source(), how, options, csv.ConvertOptions(column_types=kinds, **nulls))
 
 
 def _names_columns(table: Any, path: Path, delimiter: str) -> bool:
@@ -220,4 +232,4 @@ def open_array(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (*DAMAGED, OSError, EOFError) as error:
-        raise DataError(f"{path} is no array of numpy, or is damaged: {first_line(error)}") from None
+        raise DataError(f"{path} is not a numpy array, or is damaged: {first_line(error)}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from anabranch.cli.graph.cluster import check_engine, edge_files, index_files
 from anabranch.cli.graph.options import Workers, check_extra
 from anabranch.cli.graph.waiting import Rate
+from anabranch.cli.option_sets import OptionSet, takes_sets
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, size, wrote
 from anabranch.cli.progress import Progress
@@ -24,6 +26,98 @@ if TYPE_CHECKING:
 STEP = 4096
 
 
+@dataclass(frozen=True)
+class Built(OptionSet):
+    """How near two vectors are, and how well the index finds them."""
+
+    metric: Annotated[
+        str, typer.Option(metavar="M", help="l2 (squared), cosine, ip (inner product), or hamming: packed bits, uint8.")
+    ] = "l2"
+    links: Annotated[
+        int, typer.Option("--m", metavar="M", help="Links per element, 5 to 48; use more for more dimensions.")
+    ] = 16
+    ef_construction: Annotated[
+        int, typer.Option(metavar="EF", help="Candidates to consider for links; more is better and slower.")
+    ] = 200
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Precision of vectors in the search: f32, f16 (half the bytes) or i8 (a quarter). Default: f32, or b1 for "
+            "hamming.",
+        ),
+    ] = None
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="Q",
+            help="Search with short codes and re-rank the best by their vectors: pq, or int4 (half a byte per number).",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class OnDisk(OptionSet):
+    """An index that need not fit into memory, and the codes that do."""
+
+    disk: Annotated[
+        bool,
+        typer.Option(
+            "--disk",
+            metavar=FLAG,
+            help="Keep vectors and links on disk, and short codes in memory; VECTORS must be .npy or .anb.",
+        ),
+    ] = False
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="With --disk: memory limit for building and searching, such as 2GiB. Default: a fifth of what the vectors take.",
+        ),
+    ] = None
+    code_bytes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="For pq and --disk: bytes per code. Default: one for 4 numbers; on disk, fewer if memory requires it.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Walked(OptionSet):
+    """An index of walks instead."""
+
+    walks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Index a graph instead: N walks from each node, for fast personalised PageRank."
+        ),
+    ] = None
+    alpha: Annotated[
+        float, typer.Option(metavar="A", help="With --walks: probability that a walk ends before each step.")
+    ] = 0.15
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="With --walks: any other argument of PowerWalk, e.g. --set mode=endpoint, --set keep=100. May be repeated.",
+        ),
+    ] = None
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="E", help="With --walks: local, or spark for a graph in Parquet that is too big for one machine."
+        ),
+    ] = "local"
+
+
+BUILT, ON_DISK, WALKED = Built(), OnDisk(), Walked()
+
+
+@takes_sets()
 def index(
     vectors: Annotated[
         str,
@@ -32,98 +126,40 @@ def index(
         ),
     ],
     out: Annotated[str, typer.Option(metavar="FILE", help="The index, e.g. index.anb; on Spark a folder.")],
-    metric: Annotated[
-        str, typer.Option(metavar="M", help="l2 (squared), cosine, ip (inner product), or hamming: packed bits, uint8.")
-    ] = "l2",
-    links: Annotated[
-        int, typer.Option("--m", metavar="M", help="Links of an element, 5 to 48; more for more dimensions.")
-    ] = 16,
-    ef_construction: Annotated[
-        int, typer.Option(metavar="EF", help="Candidates looked at for them; more is better and slower.")
-    ] = 200,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="How vectors are searched: f32, f16 (half the bytes) or i8 (a quarter). Default: f32, or b1 for hamming.",
-        ),
-    ] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option(
-            metavar="Q",
-            help="Walk over codes of vectors, and measure the best again by these: pq, or int4 (half bytes).",
-        ),
-    ] = None,
-    disk: Annotated[
-        bool,
-        typer.Option(
-            "--disk",
-            metavar=FLAG,
-            help="Leave vectors and links on disk, short codes in memory; VECTORS is .npy or .anb.",
-        ),
-    ] = False,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Of --disk: most memory, such as 2GiB, for building and for searching. Default: a fifth.",
-        ),
-    ] = None,
-    code_bytes: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Of pq and --disk: bytes of a code. Default: one for 4 numbers, on disk if memory allows.",
-        ),
-    ] = None,
+    built: Built = BUILT,
+    on_disk: OnDisk = ON_DISK,
     names: Annotated[
         str | None,
         typer.Option(
-            metavar="GRAPH", help="Call rows by the names of this graph's nodes. Default: names that the vectors have."
+            metavar="GRAPH", help="Name the rows after this graph's nodes. Default: names in the file of vectors."
         ),
     ] = None,
-    walks: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Index a graph instead: N walks from each node, for PageRank in a millisecond."
-        ),
-    ] = None,
-    alpha: Annotated[
-        float, typer.Option(metavar="A", help="Of --walks: probability that a walk ends before each step.")
-    ] = 0.15,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Of --walks, any other argument of PowerWalk, e.g. --set mode=endpoint, --set keep=100. May be repeated.",
-        ),
-    ] = None,
-    engine: Annotated[
-        str, typer.Option(metavar="E", help="Of --walks: local, or spark for edges in Parquet beyond one machine.")
-    ] = "local",
+    walked: Walked = WALKED,
     workers: Workers = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build an index of vectors (HNSW; with --disk one that memory need not hold), or with --walks of a graph (PowerWalk).
+    """Build an index of vectors (HNSW; with --disk one that need not fit into memory), or with --walks an index of a graph (PowerWalk).
 
-    Row i gets id i. Where rows have names, they go into a second file beside the index (FILE.names).
+    Row i gets id i. Names of rows, if there are any, go into a second file beside the index (FILE.names).
 
     Example: anabranch graph index vectors.npy --metric cosine --out index.anb
     """  # fmt: skip
     check_extra()
-    check_engine(engine)
-    _check_disk(disk, memory, code_bytes, dtype, quantization, walks)
-    if engine == "spark":
-        if walks is None:
+    check_engine(walked.engine)
+    _check_disk(on_disk.disk, on_disk.memory, on_disk.code_bytes, built.dtype, built.quantization, walked.walks)
+    if walked.engine == "spark":
+        if walked.walks is None:
             raise InputError("--engine spark indexes walks: give --walks; an index of vectors is built on this machine")
         files = edge_files(vectors, out)
         index_files(
-            files, {"alpha": alpha, "walks": walks, "seed": seed}, read_assignments(changes), out, quiet, as_json
+            files,
+            {"alpha": walked.alpha, "walks": walked.walks, "seed": seed},
+            read_assignments(walked.changes),
+            out,
+            quiet,
+            as_json,
         )
         return
     from anabranch.graph.live import replacing
@@ -132,33 +168,44 @@ def index(
     check_apart([Path(out), names_path(out)], [vectors, names])
     # From the start: at the end it would be too late to say that a server took changes of what is there.
     with replacing(out):
-        if walks is None:
+        if walked.walks is None:
             check_names_place(out)
-        if walks is not None:
-            given = {"alpha": alpha, "walks": walks, "seed": seed, "workers": workers}
-            _index_walks(vectors, Path(out), given, read_assignments(changes), quiet, as_json)
+        if walked.walks is not None:
+            given = {"alpha": walked.alpha, "walks": walked.walks, "seed": seed, "workers": workers}
+            _index_walks(vectors, Path(out), given, read_assignments(walked.changes), quiet, as_json)
             return
-        if changes:
+        if walked.changes:
             raise InputError("--set is for --walks; an index of vectors has options of its own")
-        if disk:
+        if on_disk.disk:
             from anabranch.cli.graph.disk import Wanted, index_on_disk
 
             wanted = Wanted(
                 vectors,
                 Path(out),
-                memory,
-                metric,
-                links,
-                ef_construction,
-                code_bytes,
+                on_disk.memory,
+                built.metric,
+                built.links,
+                built.ef_construction,
+                on_disk.code_bytes,
                 workers,
                 seed,
             )
             index_on_disk(wanted, None if names is None else _names(names, quiet), quiet, as_json)
             return
-        codes = {"quantization": quantization, "code_bytes": code_bytes}
+        codes = {"quantization": built.quantization, "code_bytes": on_disk.code_bytes}
         _index_vectors(
-            vectors, Path(out), metric, links, ef_construction, dtype, codes, names, workers, seed, quiet, as_json
+            vectors,
+            Path(out),
+            built.metric,
+            built.links,
+            built.ef_construction,
+            built.dtype,
+            codes,
+            names,
+            workers,
+            seed,
+            quiet,
+            as_json,
         )
 
 
@@ -172,7 +219,7 @@ def _check_disk(
 ) -> None:
     """Raises InputError for options that do not go together."""
     if memory is not None and not disk:
-        raise InputError("--memory is for --disk; what is not on disk is in memory whole")
+        raise InputError("--memory is only for --disk; without it, the whole index is in memory")
     if code_bytes is not None and not disk and quantization is None:
         raise InputError(
             "--code-bytes is for --disk and --quantization pq; without them vectors are not searched by codes"

@@ -32,7 +32,8 @@ def info(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="GRAPH", help="A file of edges, one of our files, or a data set. Without it, data sets are listed."
+            metavar="GRAPH",
+            help="A file of edges, one of our .anb files, or a data set. Without it, data sets are listed.",
         ),
     ] = None,
     picture: Annotated[
@@ -47,7 +48,7 @@ def info(
 ) -> None:
     """Show nodes, edges, degrees, weights and components of a graph.
 
-    An index of vectors shows what it is made of. With --out a graph is converted: .anb is our own, which opens at once.
+    For an index of vectors, show its settings. With --out, convert the graph: our own format .anb opens at once.
 
     Example: anabranch graph info edges.csv --out graph.anb
     """  # fmt: skip

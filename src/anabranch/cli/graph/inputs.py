@@ -11,7 +11,7 @@ from anabranch.cli.graph.files import read_arrow
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.errors import ConfigError, DataError, InputError
-from anabranch.graph.table_columns import are_fractions, as_names, chosen_ends, is_index
+from anabranch.graph.table_columns import are_fractions, as_names, chosen_ends, is_index, named_index
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,16 +103,20 @@ def _typed_table(source: str, relation: str) -> Any:
 
     def ends(table: Any) -> list[str]:
         names = [name for name in table.column_names if name != relation]
-        return [names[place] for place in chosen_ends(source, None, None, names, len(names))] if len(names) > 1 else []
+        if len(names) < 2:
+            return []
+        places = chosen_ends(source, None, None, names, len(names), named_index(table.schema))
+        return [names[place] for place in places]
 
     table = read_arrow(source, lambda table: [*ends(table), *{relation} & {*table.column_names}])
     called = {name: as_names(table[name]) for name in ends(table)}
-    for name, column in called.items():
+    kinds = {relation: table[relation]} if relation in table.column_names else {}
+    for name, column in (called | kinds).items():
         cells = column.to_pylist()
         row = next((row for row, cell in enumerate(cells) if cell in (None, "")), None)
         if row is not None:
             raise DataError(f"{source}, row {row}: an empty cell")
-        if are_fractions(cells):
+        if name in called and are_fractions(cells):
             raise DataError(
                 f"{source}: {name!r} has whole numbers that are written as {cells[0]!r} is; write them as 5"
             )
@@ -179,9 +183,11 @@ def _as_number(text: str, graph: Graph) -> int:
         return int(whole[1])
     if not re.fullmatch(r"[+-]?[0-9.]+[eE][+-]?[0-9]{1,3}", text.strip()) or not _is_whole(text):
         what = "have no names, only numbers from 0" if graph.names is None else "are called by numbers"
-        raise InputError(f"there is no node {text!r:.80}: nodes of this graph {what}")
+        raise InputError(f"there is no node {text!r:.80}: the nodes of this graph {what}")
     if abs(float(text)) > 2**53:
-        raise InputError(f"the node {text!r} is written in a way that tells no whole numbers beyond 2^53 apart")
+        raise InputError(
+            f"the node {text!r} is written as a decimal, which cannot tell whole numbers beyond 2^53 apart"
+        )
     return int(float(text))
 
 
@@ -209,7 +215,7 @@ def weighted_nodes(graph: Graph, texts: list[str]) -> tuple[np.ndarray, np.ndarr
             try:
                 weights.append(float(weight))
             except ValueError:
-                raise InputError(f"{text!r} is no node and no NODE=WEIGHT: {weight!r} is not a number") from None
+                raise InputError(f"{text!r} is neither a node nor NODE=WEIGHT: {weight!r} is not a number") from None
     return np.array(ids, np.int64), np.array(weights)
 
 
@@ -249,7 +255,7 @@ def numbers(text: str, option: str = "--rows") -> np.ndarray:
             raise
         raise InputError(f"{option} is {text!r}; write ids as 0,7 or 0-9") from None
     if not found:
-        raise InputError(f"{option} is {text!r}, which are none")
+        raise InputError(f"{option} is {text!r}, which names nothing; write them as 0,7 or 0-9")
     return np.array(found, np.int64)
 
 

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any
 from anabranch.cli.graph.files import NAMES, read_cells
 from anabranch.cli.graph.inputs import are_numbers, names_of, nodes_of
 from anabranch.errors import DataError, InputError
-from anabranch.graph.table_columns import SOURCES, TARGETS, WEIGHTS, called, is_index, is_matrix, known_ends
+from anabranch.graph.table_columns import (
+    SOURCES,
+    TARGETS,
+    WEIGHTS,
+    are_alike,
+    called,
+    check_no_matrix,
+    is_index,
+    is_matrix,
+    known_ends,
+    named_index,
+    plain_name,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,6 +116,8 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
         twice = next((name for name, count in counted.items() if count > 1 and not is_index(name)), None)
         if twice is not None:
             raise DataError(f"{path} has several columns called {twice!r}")
+    else:
+        check_no_matrix(path, cells.table.schema, cells.table.num_rows, cells.table.column)
     places = _places(path, form, names, cells.table)
     found = {role: _cells(path, cells.table, place, form.roles[role], graph) for role, place in places.items()}
     for column in found.values():
@@ -127,7 +141,8 @@ def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Seque
             return True
         raise _either(path, form, first)
     ends = first[: len(form.nodes)]
-    if all(called(first, form.roles[role].words) is not None for role in form.nodes):
+    are_nodes = len(lines) > 1 and are_alike(ends, lines[1])
+    if not are_nodes and all(called(first, form.roles[role].words) is not None for role in form.nodes):
         # The line that messages and docs give is always one, also where a node is called so.
         needed = [role for role, one in form.roles.items() if one.is_needed]
         is_given = first[: len(needed)] == needed and not any(map(_is_float, first))
@@ -170,7 +185,7 @@ def _places(path: str, form: Form, names: list[str] | None, table: pa.Table) -> 
     else:
         by_name: dict[str, int | None] = {}
         if len(form.nodes) > 1:
-            by_name |= dict(zip(form.nodes, known_ends(path, names), strict=True))
+            by_name |= dict(zip(form.nodes, known_ends(path, names, named_index(table.schema)), strict=True))
         by_name |= {role: _named(path, role, one, names) for role, one in form.roles.items() if role not in by_name}
         found = {role: place for role, place in by_name.items() if place is not None}
         missing = [role for role, one in form.roles.items() if one.is_needed and role not in found]
@@ -192,7 +207,7 @@ def _places(path: str, form: Form, names: list[str] | None, table: pa.Table) -> 
 
 def _named(path: str, role: str, one: Role, names: list[str]) -> int | None:
     """The column that is called as a role is. Raises DataError for several."""
-    found = [number for number, name in enumerate(names) if name.strip().lower() in one.words]
+    found = [number for number, name in enumerate(names) if plain_name(name) in one.words]
     if len(found) > 1:
         raise DataError(
             f"{path}: which of {', '.join(repr(names[number]) for number in found)} is the {role}? Leave the others out"

@@ -16,35 +16,31 @@ GraphSource = Annotated[
 ]
 Directed = Annotated[
     bool | None,
-    typer.Option("--directed/--undirected", metavar=FLAG, help="Whether edges have a direction. Default: what the file says."),
+    typer.Option("--directed/--undirected", metavar=FLAG, help="Whether edges have a direction. Default: as the file says."),
 ]  # fmt: skip
 Columns = Annotated[
     str | None,
     typer.Option(metavar="S,T,W", help="Columns of source, target and perhaps weight, by name or number from 0."),
 ]
-Ids = Annotated[
-    str, typer.Option(metavar="KIND", help="What nodes are called in the file: numbers, names, text, or auto.")
-]
+Ids = Annotated[str, typer.Option(metavar="KIND", help="How the file names nodes: numbers, names, text, or auto.")]
 Relation = Annotated[
     str | None,
-    typer.Option(metavar="COLUMN", help="Edges are of several kinds, which this column of GRAPH (.csv, .tsv, .parquet) tells."),
+    typer.Option(metavar="COLUMN", help="Column of GRAPH (.csv, .tsv, .parquet) with the kind of each edge."),
 ]  # fmt: skip
 WeightOf = Annotated[
     list[str] | None,
-    typer.Option("--weight-of", metavar="KIND=W", help="With --relation: what edges of a kind count; 1 unless told. May be repeated."),
+    typer.Option("--weight-of", metavar="KIND=W", help="With --relation: weight of the edges of a kind. Default: 1. May be repeated."),
 ]  # fmt: skip
 Share = Annotated[
     str,
-    typer.Option(metavar="HOW", help="With --relation: edges count by their kind (edges), or a walk draws the kind first (relations)."),
+    typer.Option(metavar="HOW", help="With --relation: weigh each edge (edges), or let a walk choose the kind first (relations)."),
 ]  # fmt: skip
 # The second name is the former one.
 Workers = Annotated[
     int | None,
-    typer.Option(
-        "--workers", "--threads", metavar="N", min=1, help="Threads that work side by side. Default: one per core."
-    ),
+    typer.Option("--workers", "--threads", metavar="N", min=1, help="Number of threads. Default: one per core."),
 ]
-Top = Annotated[int, typer.Option("--top", "-k", metavar="K", min=1, help="How many results.")]
+Top = Annotated[int, typer.Option("--top", "-k", metavar="K", min=1, help="Number of results.")]
 
 
 def check_extra() -> None:
@@ -57,5 +53,5 @@ def check_picture(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix not in PICTURES:
-        raise InputError(f"{str(path)!r} is no picture that can be drawn; its name must end in .png or .svg")
+        raise InputError(f"{str(path)!r} is not a picture file; its name must end in .png or .svg")
     require("plots", by=f"drawing {path}")

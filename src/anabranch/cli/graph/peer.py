@@ -39,19 +39,22 @@ class Heard:
 
 def peer(
     store: Annotated[
-        Path, typer.Argument(metavar="LOG", help="Where its log of clicks is kept, and goes on from (.db).")
+        Path, typer.Argument(metavar="LOG", help="File for its log of clicks (.db); an existing one is continued.")
     ],
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What the node is called. Default: as its key, else as LOG.")
+        str | None, typer.Option(metavar="NAME", help="Name of the node. Default: that of its key, else of LOG.")
     ] = None,
     others: Annotated[
         list[str] | None,
-        typer.Option("--peer", metavar="HOST:PORT", help="A peer to ask; it tells of further ones. May be repeated."),
+        typer.Option(
+            "--peer", metavar="HOST:PORT", help="A peer to ask; others are found through it. May be repeated."
+        ),
     ] = None,
     listen: Annotated[
         str,
         typer.Option(
-            metavar="HOST:PORT", help="Where to answer others; port 0 takes a free one. There is no encryption."
+            metavar="HOST:PORT",
+            help="Address for requests of other peers; port 0 takes a free port. There is no encryption.",
         ),
     ] = "127.0.0.1:0",
     clicks: Annotated[
@@ -64,36 +67,36 @@ def peer(
     ] = None,
     items: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE", help="Its library: a table of id and perhaps title, artist, tags (.csv, .parquet)."
-        ),
+        typer.Option(metavar="FILE", help="Its items: a table of id and perhaps title, artist, tags (.csv, .parquet)."),
     ] = None,
     every: Annotated[
-        float, typer.Option(metavar="S", min=0.01, help="Seconds between two questions to others.")
+        float, typer.Option(metavar="S", min=0.01, help="Seconds between two requests to other peers.")
     ] = 10.0,
     rounds: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, help="End after so many rounds of questions. Default: at Ctrl-C."),
+        typer.Option(metavar="N", min=0, help="Stop after N rounds of requests. Default: at Ctrl-C."),
     ] = None,
     key: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Sign clicks with this key, and refuse others' unsigned ones; made if it is not there."
+            metavar="FILE",
+            help="Sign clicks with this key, and refuse unsigned clicks of others. A missing key file is created.",
         ),
     ] = None,
     isolation: Annotated[
-        float, typer.Option(metavar="F", help="What users without anything in common weigh, at least 0.")
+        float, typer.Option(metavar="F", help="Weight of users who have nothing in common, at least 0.")
     ] = 0.0,
     plain: Annotated[
-        bool, typer.Option("--paper", metavar=FLAG, help="The paper's peer: all clicks count, whoever sends them.")
+        bool,
+        typer.Option("--paper", metavar=FLAG, help="Behave as in the paper: all clicks count, whoever sends them."),
     ] = False,
     top: Top = 10,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a peer: it keeps a log of clicks, asks other peers for theirs, answers them, and ranks by what it heard.
+    """Run a peer: it keeps a log of clicks, exchanges clicks with other peers, and ranks items by them.
 
-    Clicks of users who search and click alike count more. Nothing is trained, and there is no server.
+    Clicks of users with similar searches and clicks count more. Nothing is trained, and there is no server.
 
     Example: anabranch graph peer ann.db --click jazz=42 --peer 10.0.0.7:7001 --listen 0.0.0.0:7001
     """  # fmt: skip
@@ -174,7 +177,7 @@ def _node(store: Path, name: str | None, key: Path | None, items: str | None, is
             secret = SigningKey.generate()
             secret.save(key)
         if name is not None:
-            raise InputError("--name is not for a node with a --key, which is called as the key")
+            raise InputError("--name cannot be combined with --key, which is the name of the node")
     defences = replace(NONE if plain else Defences(), signed=secret is not None)
     return Peer(
         read_items(items) if items is not None else (), None if secret else name or store.stem, isolation, store=store,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from anabranch.cli.graph.node_tables import read_names, read_seeds
 from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Relation, Share, Top, WeightOf, Workers
 from anabranch.cli.graph.tables import ENDINGS, check_ending, write_table
 from anabranch.cli.graph.waiting import Rate, waiting
+from anabranch.cli.option_sets import OptionSet, takes_sets
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, size, table, wrote
 from anabranch.cli.progress import Progress
@@ -32,13 +34,57 @@ if TYPE_CHECKING:
 OWN = ".anb"
 
 
+@dataclass(frozen=True)
+class How(OptionSet):
+    """How rankings are computed."""
+
+    alpha: Annotated[
+        float,
+        typer.Option(metavar="A", help="Probability that a walk ends before each step; 1 - A is also called damping."),
+    ] = 0.15
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="M", help="auto, solve, power, push, monte_carlo; with --all: auto, exact, decompose, walks."
+        ),
+    ] = "auto"
+    engine: Annotated[str, typer.Option(metavar="E", help="With --all: local, spark, or auto.")] = "auto"
+    tol: Annotated[
+        float | None, typer.Option(metavar="T", help="Allowed L1 error, for methods that guarantee one.")
+    ] = None
+    walks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of random walks, for methods that use them.")
+    ] = None
+    dangling: Annotated[
+        str,
+        typer.Option(
+            metavar="D",
+            help="What walks do at nodes without outgoing edges: restart (at a new random seed), source, absorb, uniform.",
+        ),
+    ] = "restart"
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="With --all, any other argument of FullyPPR, e.g. --set eps=0.5 --set delta=0.001 --set p_f=0.01, --set "
+            "estimator=fullpath, --set plan=partitioned, --set partitions=8, --set gamma=10, --set theta=1000; with "
+            "--index, rounds, eps or bound. May be repeated.",
+        ),
+    ] = None
+
+
+HOW = How()
+
+
+@takes_sets()
 def ppr(
     source: GraphSource,
     nodes: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="NODE[=WEIGHT]...",
-            help="Where walks start, by name or number. Default: anywhere (plain PageRank).",
+            help="Start nodes, by name or number. Default: any node (plain PageRank).",
         ),
     ] = None,
     seeds: Annotated[
@@ -46,42 +92,19 @@ def ppr(
     ] = None,
     every: Annotated[
         bool,
-        typer.Option("--all", metavar=FLAG, help="From every node (or every node given): a file of the best of each."),
+        typer.Option(
+            "--all",
+            metavar=FLAG,
+            help="Rank from every node (or from each given one), and write the best results of each into --out.",
+        ),
     ] = False,
     top: Top = 10,
-    alpha: Annotated[
-        float,
-        typer.Option(metavar="A", help="Probability that a walk ends before each step; others call 1 - A damping."),
-    ] = 0.15,
-    method: Annotated[
-        str,
-        typer.Option(
-            metavar="M", help="auto, solve, power, push, monte_carlo; with --all: auto, exact, decompose, walks."
-        ),
-    ] = "auto",
-    engine: Annotated[str, typer.Option(metavar="E", help="Of --all: local, spark, or auto.")] = "auto",
-    tol: Annotated[float | None, typer.Option(metavar="T", help="L1 error allowed, where a method proves one.")] = None,
-    walks: Annotated[int | None, typer.Option(metavar="N", min=1, help="Random walks, where a method walks.")] = None,
-    dangling: Annotated[
-        str,
-        typer.Option(
-            metavar="D",
-            help="What walks do at nodes without an edge out: restart (start over at a seed drawn anew), source, absorb, uniform.",
-        ),
-    ] = "restart",
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Of --all, any other argument of FullyPPR, e.g. --set eps=0.5 --set delta=0.001 --set p_f=0.01,"
-            " --set estimator=fullpath, --set plan=partitioned, --set partitions=8, --set gamma=10, --set theta=1000;"
-            " of --index, rounds, eps or bound. May be repeated.",
-        ),
-    ] = None,
+    how: How = HOW,
     index: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Ask an index of walks instead (anabranch graph index GRAPH --walks N)."),
+        typer.Option(
+            metavar="FILE", help="Use an index of walks instead (made by anabranch graph index GRAPH --walks N)."
+        ),
     ] = None,
     out: Annotated[
         str | None,
@@ -90,7 +113,7 @@ def ppr(
             help="Write a table (.parquet, .csv, .tsv, .jsonl); with --all also .anb, on Spark a folder.",
         ),
     ] = None,
-    memory: Annotated[float | None, typer.Option(metavar="GB", help="Of --all: memory to use at most.")] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GB", help="With --all: memory limit.")] = None,
     relation: Relation = None,
     weight_of: WeightOf = None,
     share: Share = "edges",
@@ -104,10 +127,10 @@ def ppr(
 ) -> None:
     """Rank nodes by personalised PageRank.
 
-    From one node or several with weights, from anywhere, or with --all from each, here or on Spark.
+    Start from one node, from several with weights, from anywhere, or with --all from every node, on this machine or on Spark.
 
-    A run with --all that was stopped goes on where it was. With --engine spark edges in Parquet (a file, a folder, a URI) are read by
-    Spark, and the graph is never whole in one process.
+    After an interruption, the same command with --all continues. With --engine spark, Spark reads edges in Parquet (a file, a folder, a
+    URI), and the graph need not fit into one process.
 
     Example: anabranch graph ppr lesmis Valjean Javert=2
     """  # fmt: skip
@@ -116,23 +139,23 @@ def ppr(
     if memory is not None and not 0 < memory < 1e9:
         raise InputError(f"--memory is {memory:g}; it must be a number of gigabytes above 0 and below 1e9")
     limit = None if memory is None else int(memory * 1e9)
-    options: dict[str, Any] = {"alpha": alpha, "method": method, "engine": engine, "dangling": dangling, "top_k": top,
-                               "seed": seed, "walks": walks, "workers": workers, "memory_limit": limit}  # fmt: skip
-    if every and engine == "spark" and is_edges(source):
+    options: dict[str, Any] = {"alpha": how.alpha, "method": how.method, "engine": how.engine, "dangling": how.dangling, "top_k": top,
+                               "seed": seed, "walks": how.walks, "workers": workers, "memory_limit": limit}  # fmt: skip
+    if every and how.engine == "spark" and is_edges(source):
         if relation is not None:
             raise InputError("--engine spark reads edges of one kind from Parquet; leave out --relation")
         check_untyped(weight_of, share)
-        options |= {} if tol is None else {"tol": tol}
+        options |= {} if how.tol is None else {"tol": how.tol}
         files = edge_files(source, out, directed=directed, columns=columns, ids=ids)
         rank_files(
-            files, {**options, **_known(read_assignments(changes))}, _given_names(nodes, seeds), out, quiet, as_json
+            files, {**options, **_known(read_assignments(how.changes))}, _given_names(nodes, seeds), out, quiet, as_json
         )
         return
     place = None if out is None else Path(out)
     parts = place.with_name(f"{place.name}.parts") if place is not None and every else None
     check_apart([place, parts], [source, seeds, index])
     if every:
-        _check_all(place, engine)
+        _check_all(place, how.engine)
     else:
         check_ending(place)
     if relation is not None:
@@ -142,17 +165,17 @@ def ppr(
         opened = open_graph(source, directed=directed, columns=columns, ids=ids, quiet=quiet)
     given = _seeds(opened, nodes, seeds)
     if every:
-        if tol is not None:
-            options["tol"] = tol
-        options |= _known(read_assignments(changes))
+        if how.tol is not None:
+            options["tol"] = how.tol
+        options |= _known(read_assignments(how.changes))
         _rank_all(opened, None if given is None else given[0], options, place, quiet, as_json)
         return
-    if engine != "auto":
-        raise InputError(f"--engine {engine} is for --all; one ranking is made on this machine")
+    if how.engine != "auto":
+        raise InputError(f"--engine {how.engine} is for --all; one ranking is made on this machine")
     if index is not None:
-        if given is None or method != "auto":
+        if given is None or how.method != "auto":
             raise InputError("--index answers for seeds, by its own method; give a node, and no --method")
-        asked = {"rounds": 2, "eps": 1e-6, "bound": False, **read_assignments(changes)}
+        asked = {"rounds": 2, "eps": 1e-6, "bound": False, **read_assignments(how.changes)}
         if unknown := next((name for name in asked if name not in ("rounds", "eps", "bound")), None):
             raise InputError(
                 f"cannot set {unknown}; with --index it is rounds, eps or bound (the rest is told when it is built)"
@@ -162,10 +185,10 @@ def ppr(
         asked["bound"] = check_flag("bound", asked["bound"])
         _rank_one(opened, given, {"index": str(index), **asked}, top, place, quiet, as_json)
         return
-    if changes:
+    if how.changes:
         raise InputError("--set is for --all and --index; one exact ranking has options of its own")
-    options = {"alpha": alpha, "method": method, "dangling": dangling, "seed": seed}
-    options |= {name: value for name, value in (("tol", tol), ("walks", walks)) if value is not None}
+    options = {"alpha": how.alpha, "method": how.method, "dangling": how.dangling, "seed": seed}
+    options |= {name: value for name, value in (("tol", how.tol), ("walks", how.walks)) if value is not None}
     _rank_one(opened, given, options, top, place, quiet, as_json)
 
 
@@ -174,7 +197,7 @@ def _given_names(nodes: list[str] | None, file: Path | None) -> list[str] | None
     if file is None:
         return nodes or None
     if nodes:
-        raise InputError("seeds come as arguments or by --seeds, not both")
+        raise InputError("give seeds as arguments or with --seeds, not both")
     return read_names(str(file))
 
 
@@ -202,7 +225,7 @@ def _seeds(opened: Opened, nodes: list[str] | None, file: Path | None) -> tuple[
     if file is None:
         return weighted_nodes(opened.graph, nodes) if nodes else None
     if nodes:
-        raise InputError("seeds come as arguments or by --seeds, not both")
+        raise InputError("give seeds as arguments or with --seeds, not both")
     return read_seeds(str(file), opened.graph)
 
 
@@ -289,7 +312,7 @@ def _listed(names: list[Any], weights: list[float]) -> str:
 
 def _check_all(out: Path | None, engine: str) -> None:
     if out is None:
-        raise InputError("--all makes a row for each node; say where to with --out FILE (.parquet, .csv, .anb)")
+        raise InputError("--all writes a row for each node; name a file with --out FILE (.parquet, .csv, .anb)")
     if engine != "spark":
         check_ending(out, (OWN, *ENDINGS))
 

@@ -29,9 +29,9 @@ def predict(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score edges: the larger, the likelier.
+    """Score edges: the higher the score, the more likely the edge.
 
-    By GraphVite the product of the vector of the source and the context of the target; by FastRP the cosine of both vectors.
+    GraphVite: the dot product of the source's vector and the target's context vector. FastRP: the cosine of both vectors.
 
     Example: anabranch graph predict model.anb candidates.csv --out scores.csv
     """  # fmt: skip

@@ -32,14 +32,14 @@ def rank(
     ],
     terms: Annotated[
         list[str] | None,
-        typer.Argument(metavar="TERM...", help="What is searched for. Without it, the log is described."),
+        typer.Argument(metavar="TERM...", help="Search term. Without it, the log is described."),
     ] = None,
     node: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Rank for this user. Default: for everybody alike.")
+        str | None, typer.Option(metavar="NAME", help="Rank for this user. Default: for no particular user.")
     ] = None,
     top: Top = 10,
     isolation: Annotated[
-        float, typer.Option(metavar="F", help="What users without anything in common weigh, at least 0.")
+        float, typer.Option(metavar="F", help="Weight of users who have nothing in common, at least 0.")
     ] = 0.0,
     columns: Annotated[
         str, typer.Option(metavar="N,T,I", help="Columns of user, search term and clicked item.")
@@ -48,22 +48,22 @@ def rank(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Items: a table of id and perhaps title, artist, tags (.csv, .parquet). Those that match a term stand first.",
+            help="Items: a table of id and perhaps title, artist, tags (.csv, .parquet). Items that match a term come first.",
         ),
     ] = None,
     test: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Clicks that are held out: tell how well they are predicted.")
+        str | None, typer.Option(metavar="FILE", help="Held-out clicks: report how well they are predicted.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write rankings as a table (.parquet, .csv, .tsv, .jsonl).")
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save the counted clicks (.anb), which open quicker than a log.")
+        Path | None, typer.Option(metavar="FILE", help="Save the counted clicks (.anb), which open faster than a log.")
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Rank items for search terms from a log of clicks, by G-Rank: clicks of similar users count more. Nothing is trained.
+    """Rank items for a search term from a log of clicks with G-Rank: clicks of similar users count more. Nothing is trained.
 
     Example: anabranch graph rank clicks.csv jazz --node alice
     """  # fmt: skip
@@ -113,7 +113,7 @@ def _model(clicks: str, isolation: float, names: tuple[str, str, str], items: st
 
     if Path(clicks).suffix == OWN:
         if items is not None:
-            raise InputError(f"{clicks} has the items that it was saved with; --items go with a log of clicks")
+            raise InputError(f"{clicks} already contains items; --items is only for a log of clicks")
         return GRank.load(clicks).set_params(F=isolation)
     return GRank(isolation).fit(clicks, columns=names, items=() if items is None else read_items(items))
 

@@ -23,10 +23,10 @@ from anabranch.files import check_apart
 def resume(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     source: GraphSource,
-    save: Annotated[Path, typer.Option(metavar="FILE", help="The model after that (.anb).")],
+    save: Annotated[Path, typer.Option(metavar="FILE", help="File for the new model (.anb).")],
     epochs: Annotated[
         float | None,
-        typer.Option(metavar="N", help="More passes over the edges. Default: what is left of a run that was stopped."),
+        typer.Option(metavar="N", help="More passes over the edges. Default: the rest of an interrupted run."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write vectors: .npy, .npz, .parquet, .csv or .tsv.")
@@ -36,9 +36,9 @@ def resume(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on training a GraphVite on the graph that it was trained on.
+    """Continue to train a GraphVite model on its graph.
 
-    More epochs are a run of their own: the rate starts anew, walks are new, vectors go on from where they are.
+    More epochs are a new run: the learning rate starts again, walks are new, and vectors continue from their values.
 
     Example: anabranch graph resume model.anb edges.csv --epochs 500 --save more.anb
     """  # fmt: skip
@@ -53,7 +53,7 @@ def resume(
     from anabranch.graph import GraphVite
 
     if not isinstance(found, GraphVite):
-        raise InputError(f"{model} is a {type(found).__name__}, which is not trained; there is nothing to go on with")
+        raise InputError(f"{model} is a {type(found).__name__}, which is not trained, so it cannot be continued")
     if workers is not None:
         found.set_params(workers=workers)
     started = time.perf_counter()

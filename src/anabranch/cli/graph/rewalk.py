@@ -30,25 +30,27 @@ def rewalk(
     ],
     source: GraphSource,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The new index, e.g. new.anb.")],
-    out_graph: Annotated[Path, typer.Option(metavar="FILE", help="The new graph, which the new index is of (.anb).")],
+    out_graph: Annotated[
+        Path, typer.Option(metavar="FILE", help="The new graph (.anb), to which the new index belongs.")
+    ],
     add: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Table of new edges (.csv, .parquet): source, target and perhaps weight. Unknown nodes are new ones.",
+            help="Table of new edges (.csv, .parquet): source, target and perhaps weight. Unknown nodes are added.",
         ),
     ] = None,
     remove: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Table of edges that are gone: source and target.")
+        Path | None, typer.Option(metavar="FILE", help="Table of edges to remove: source and target.")
     ] = None,
     reading: Reading = AS_IT_SAYS,
     workers: Workers = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add edges to a graph and its index of walks, or take some away.
+    """Add edges to a graph and its index of walks, or remove some.
 
-    Only walks that met a change are walked again, and those from new nodes. The index is what building it anew would give.
+    Only walks that a change affects are repeated. The result is the same as a newly built index.
 
     Example: anabranch graph rewalk walks.anb graph.anb --add new.csv --out walks2.anb --out-graph graph2.anb
     """  # fmt: skip

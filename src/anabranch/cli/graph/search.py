@@ -45,28 +45,32 @@ def search(
     top: Top = 10,
     ef: Annotated[
         int,
-        typer.Option(metavar="EF", min=1, help="Width of the search, at least K; more finds more and takes longer."),
+        typer.Option(
+            metavar="EF", min=1, help="Size of the candidate list, at least K; larger values find more and take longer."
+        ),
     ] = 64,
     radius: Annotated[
         float | None,
         typer.Option(metavar="R", help="Find all within this distance (squared for l2), instead of the K nearest."),
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", metavar=FLAG, help="Of --radius: measure every distance, so that none is missed.")
+        bool,
+        typer.Option("--exact", metavar=FLAG, help="With --radius: measure every distance, so that none is missed."),
     ] = False,
     only: Annotated[
         str | None,
-        typer.Option(metavar="I,J", help="Find only these elements: ids, e.g. 0,7 or 0-9, or names, e.g. ann,bob."),
+        typer.Option(metavar="I,J", help="Only find these elements: ids, e.g. 0,7 or 0-9, or names, e.g. ann,bob."),
     ] = None,
     without: Annotated[str | None, typer.Option(metavar="I,J", help="Find all but these elements.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", metavar=FLAG, help="Measure all distances too, and tell the recall.")
+        bool, typer.Option("--check", metavar=FLAG, help="Also measure all distances, and report the recall.")
     ] = False,
     curve: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw recall and speed over ef into this .png or .svg file.")
     ] = None,
     sample: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Of --check and --curve without queries: elements drawn.")
+        int,
+        typer.Option(metavar="N", min=1, help="With --check and --curve without queries: number of random elements."),
     ] = 1000,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all results as a table (.parquet, .csv, .tsv, .jsonl).")
@@ -78,7 +82,7 @@ def search(
 ) -> None:
     """Find nearest neighbours in an index.
 
-    Elements are searched for without themselves among their results. With --check or --curve and nothing to search for, elements are drawn.
+    An element is never among its own results. With --check or --curve and no queries, random elements are used.
 
     Example: anabranch graph search index.anb --rows 0,7 --check
     """
@@ -87,9 +91,9 @@ def search(
     check_picture(curve)
     check_apart([out, curve], [index, queries])
     if exact and radius is None:
-        raise InputError("--exact is for --radius; --check measures all distances of a search for the nearest")
+        raise InputError("--exact is only for --radius; for the nearest, --check measures all distances")
     if radius is not None and curve is not None:
-        raise InputError("--curve is of the K nearest; leave out --radius")
+        raise InputError("--curve is only for the K nearest; leave out --radius")
     from anabranch.graph.live import open_named
 
     made, called = open_named(index, workers=workers)
@@ -149,7 +153,7 @@ class _Wanted:
         if only is None and without is None:
             return
         if only is not None and without is not None:
-            raise InputError("give --only or --without, one of them")
+            raise InputError("give only one of --only and --without")
         import numpy as np
 
         ids = index.ids
@@ -211,7 +215,7 @@ def _wanted(
 
     given = [what for what in (names or None, queries, rows) if what is not None]
     if len(given) > 1:
-        raise InputError("search for names, --queries or --rows, one of them")
+        raise InputError("give only one of names, --queries and --rows")
     if not len(index):
         raise InputError("the index is empty, so nothing can be found in it")
     if queries is not None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import InputError
-from anabranch.graph.beside import new_file
 
 ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")
 
@@ -24,6 +23,8 @@ def write_table(path: Path, columns: Mapping[str, Any]) -> None:
     check_ending(path)
     import pyarrow as pa
     from pyarrow import csv, parquet
+
+    from anabranch.graph.beside import new_file
 
     table = pa.table(dict(columns))
     with new_file(path) as temporary:

@@ -23,30 +23,31 @@ if TYPE_CHECKING:
 
 def transform(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where vectors go: .npy, .npz, .parquet, .csv or .tsv.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output file: .npy, .npz, .parquet, .csv or .tsv.")],
     nodes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NODE...", help="Nodes that were fitted, by name or number. Default: all of them."),
+        typer.Argument(metavar="NODE...", help="Nodes of the fitted graph, by name or number. Default: all."),
     ] = None,
     edges: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Of new nodes (FastRP): a table of source (new), target (known or new) and perhaps weight.",
+            help="Edges of new nodes (FastRP): a table of source (new), target (known or new) and perhaps weight.",
         ),
     ] = None,
     features: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Of new nodes: vectors with names (.parquet, .csv, .npz), where fitted with some."
+            metavar="FILE",
+            help="Features of new nodes: vectors with names (.parquet, .csv, .npz), if the model was fitted with features.",
         ),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write vectors of nodes by a model that was fitted before.
+    """Write vectors of nodes from a fitted model.
 
-    With --edges those of nodes that were not there: what they would have got, without fitting again.
+    With --edges, compute vectors of new nodes without fitting again.
 
     Example: anabranch graph transform model.anb --edges new.csv --out new.parquet
     """  # fmt: skip
@@ -56,7 +57,7 @@ def transform(
     check_written(out)
     check_apart([out], [model, edges, features])
     if nodes and edges is not None:
-        raise InputError("nodes that were fitted come as arguments, new ones by --edges; not both")
+        raise InputError("give fitted nodes as arguments or new nodes with --edges, not both")
     if features is not None and edges is None:
         raise InputError("--features are those of new nodes; give their --edges")
     found = open_model(model)

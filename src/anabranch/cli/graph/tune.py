@@ -29,21 +29,22 @@ def tune(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Labels to score by: a table of node and label, or own for those of a data set. Default: hidden edges.",
+            help="Labels to score by: a table of node and label, or own for the labels of a data set. Default: hidden edges.",
         ),
     ] = None,
     hide: Annotated[
-        float, typer.Option(metavar="SHARE", help="Without labels: share of the edges that are hidden and to be found.")
+        float,
+        typer.Option(metavar="SHARE", help="Without labels: share of the edges that are hidden and must be predicted."),
     ] = 0.1,
-    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Points that are tried.")] = 20,
-    dim: Annotated[int, typer.Option(metavar="D", min=1, help="Numbers in a vector during the search.")] = 64,
+    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Number of settings to try.")] = 20,
+    dim: Annotated[int, typer.Option(metavar="D", min=1, help="Dimension of the vectors during the search.")] = 64,
     objective: Annotated[str, typer.Option(metavar="F1", help="With labels: macro_f1 or micro_f1.")] = "macro_f1",
-    train: Annotated[float, typer.Option(metavar="SHARE", help="With labels: share of nodes to learn from.")] = 0.1,
+    train: Annotated[
+        float, typer.Option(metavar="SHARE", help="With labels: share of nodes to train the classifiers on.")
+    ] = 0.1,
     changes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="An argument of FastRP that stays, e.g. --set direction=both."
-        ),
+        typer.Option("--set", metavar="NAME=VALUE", help="A fixed argument of FastRP, e.g. --set direction=both."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all trials (.parquet, .csv, .tsv, .jsonl).")
@@ -54,9 +55,9 @@ def tune(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search weights and beta of FastRP for a graph, by labels or by hidden edges.
+    """Tune the weights and beta of FastRP for a graph, by labels or by hidden edges.
 
-    Labels or edges that final figures are reported on should not be among those that are searched with.
+    Do not tune on the labels or edges on which you report final results.
 
     Example: anabranch graph tune blogcatalog --labels own --trials 12
     """  # fmt: skip

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.cli.graph.files import DAMAGED, NAMES, open_array, read_arrow
+from anabranch.cli.graph.files import DAMAGED, NAMES, delimiter_of, open_array, read_arrow
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.beside import new_file
-from anabranch.graph.table_columns import are_fractions, as_names, is_index
+from anabranch.graph.table_columns import are_fractions, as_names, is_index, is_of_r, named_index
 
 WRITTEN = (".npy", ".npz", ".parquet", ".csv", ".tsv")
 
@@ -108,13 +108,18 @@ def _npy(path: Path) -> Vectors:
 def _npz(path: Path) -> Vectors:
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as found:
+            beside = [name for name in found.files if name not in ("vectors", "names")]
+            if "vectors" in found.files and beside:
+                raise DataError(
+                    f"{path} holds {', '.join(beside)} beside the vectors; call names of the rows 'names', and leave others out"
+                )
             if "vectors" in found.files:
                 return Vectors(found["vectors"], found["names"] if "names" in found.files else None)
             if len(found.files) == 1:
                 return Vectors(found[found.files[0]])
             raise DataError(f"{path} holds {', '.join(found.files)}; call the array of vectors 'vectors'")
     except DAMAGED as error:
-        raise DataError(f"{path} is no .npz of numpy, or is damaged: {first_line(error)}") from None
+        raise DataError(f"{path} is not a numpy .npz file, or is damaged: {first_line(error)}") from None
 
 
 def _index(path: Path) -> Vectors:
@@ -148,12 +153,11 @@ def _table(path: Path) -> Vectors:
     called_as = table[names] if path.suffix == ".parquet" else as_names(table[names], is_float=is_index(names))
     named = _row_names(called_as, names, path)
     is_number = named.dtype.kind in "iu" and np.array_equal(named, np.arange(len(named)))
-    if (
-        is_index(names)
-        and named.dtype.kind in "iu"
-        and (is_number or np.array_equal(named, np.arange(1, len(named) + 1)))
+    # Rows that are counted have no names. R counts from 1; elsewhere rows of these numbers were chosen.
+    is_counted = named.dtype.kind in "iu" and np.array_equal(named, np.arange(1, len(named) + 1))
+    if is_index(names) and (
+        is_number or (is_counted and path.suffix != ".parquet" and is_of_r(path, delimiter_of(path)))
     ):
-        # Rows that are counted have no names.
         return Vectors(found)
     return Vectors(found, None if is_number else named, is_named=True)
 
@@ -164,7 +168,7 @@ def _names_of(table: Any, path: Path) -> str | None:
 
     if table.num_columns < 2:
         return next((name for name in table.column_names if name.lower() in NAMES), None)
-    said = [name for name in table.column_names if name.lower() in NAMES]
+    said = [name for name in table.column_names if name.lower() in NAMES] or named_index(table.schema)
     index = [name for name in table.column_names if is_index(name)]
     if len(said) > 1:
         raise DataError(f"{path}: which of {', '.join(map(repr, said))} calls the rows? Leave the others out")
@@ -263,7 +267,7 @@ def _checked_bits(array: np.ndarray, path: Path) -> np.ndarray:
         return np.packbits(array, axis=1)
     bad = np.flatnonzero(((array < 0) | (array > 255)).any(1))
     if bad.size:
-        raise DataError(f"{path}, row {bad[0]}: a number is no byte, 0 to 255")
+        raise DataError(f"{path}, row {bad[0]}: a number is not a byte, 0 to 255")
     return np.ascontiguousarray(array, np.uint8)
 
 

@@ -25,17 +25,17 @@ def report(
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Text to run through the model. Default: the held-out text of the run. Of a Whisper: a folder of speech.",
+            help="Text to run through the model. Default: the held-out text of the run. For Whisper: a folder of speech.",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="About how many tokens of it.")] = 16384,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Approximate number of tokens.")] = 16384,
     sequence_length: Annotated[
         int | None, typer.Option(metavar="L", min=1, help="Tokens the model sees at once. Default: as in training.")
     ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also write every decision (.parquet), for anabranch report and other tools."
+            metavar="FILE", help="Also write every routing decision (.parquet), for anabranch report and other tools."
         ),
     ] = None,
     dtype: Dtype = None,
@@ -43,12 +43,11 @@ def report(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show which heads of a model are on for how many tokens, by layer and by domain of the text, and how much work that spares.
+    """Show how often each head is on, by layer and by domain of the text, and how much work that saves.
 
-    Work is counted as it was done: heads that are off for a whole block of tokens are not computed.
+    The work is what was really computed: a head is skipped if it is off for a whole block of tokens.
 
-    Of a Whisper, how well it writes down speech is told too: nats for each token of the texts, and the share of words that are wrong in
-    what it writes by itself. Domains are the folders of --data.
+    For Whisper, it also reports nats per token of the transcripts and the word error rate. Domains are the subfolders of --data.
     """
     require("lm", by="anabranch heads report")
     from anabranch.heads import head_report

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, wrote
+from anabranch.cli.output import duration, fact, print_json, quantity, say, shell_word, visible, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
@@ -22,7 +22,7 @@ _SETTABLE = ("train.", "task.heads.", "task.validation_fraction")
 
 def is_speech_run(out: Path) -> bool:
     """Whether the run in a folder is one of these."""
-    from anabranch.train.config import task_kind
+    from anabranch.run_folder import task_kind
 
     return task_kind(out) == "speech"
 
@@ -100,6 +100,16 @@ def introduce(trainer: Trainer[Any]) -> None:
         f"{config.speech}   {len(task.learned)} files, {held} held out   {trainer.workers.device}",
         to=sys.stderr,
     )
+    say_unread(config.speech)
+
+
+def say_unread(speech: str) -> None:
+    """What of a folder of speech is left out, though somebody may have meant it."""
+    from anabranch.heads.whisper.sound import told_unread, unread_in
+
+    told = told_unread(unread_in(Path(speech), texts=True))
+    if told:
+        say(visible(told))
 
 
 def shown(event: Event) -> str | None:
@@ -167,7 +177,9 @@ def heard(model: str, data: str | None, device: str | None, limit_tokens: int) -
         )
     network, words = open_whisper(model)
     chosen, count = [], 0
-    for each in read_speech(data):
+    found = read_speech(data)
+    say_unread(data)
+    for each in found:
         chosen.append(each)
         count += len(words.encode(each.text))
         if count >= limit_tokens:

@@ -38,60 +38,69 @@ def train(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="What gets routed heads: a training run, a saved model, a Hugging Face folder or a .gguf file; or a Whisper.",
+            help="A training run, a saved model, a Hugging Face folder or a .gguf file; or a Whisper folder.",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Argument(
             metavar="TEXT",
-            help="Text to learn from. Default: the source of Python's standard library. Of a Whisper: a folder of speech.",
+            help="Text to learn from. Default: the source of Python's standard library. For Whisper: a folder of speech.",
         ),
     ] = None,
     shared: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, help="Heads that are always on. Default: two thirds, as in PVChat."),
+        typer.Option(metavar="N", min=0, help="Number of heads that are always on. Default: two thirds, as in PVChat."),
     ] = None,
     routing: Annotated[
         Literal["relu", "topk"] | None,
-        typer.Option(help="ReMoH, as many heads as a token needs, or MoH, always as many. Default: relu."),
+        typer.Option(
+            help="relu (ReMoH): as many heads as a token needs; topk (MoH): always the same number. Default: relu."
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
         typer.Option(
-            metavar="K", min=1, help="Routed heads of a token with topk; of relu's default target. Default: 2."
+            metavar="K",
+            min=1,
+            help="Routed heads per token, with topk; with relu, it sets the default of --target. Default: 2.",
         ),
     ] = None,
     target: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="Of routed heads that shall be on, with relu. Default: top-k of them."),
+        typer.Option(
+            metavar="SHARE", help="Target share of routed heads that are on, with relu. Default: --top-k of them."
+        ),
     ] = None,
     init: Annotated[
         Literal["preserve", "released"] | None,
-        typer.Option(help="Begin as the model is, or as the papers' codes begin. Default: preserve."),
+        typer.Option(help="Start with an unchanged model (preserve), or as the papers' code does. Default: preserve."),
     ] = None,
     learn: Annotated[
         Literal["all", "gates"] | None,
-        typer.Option(help="What learns: the whole model, or what weighs heads alone. Default: all."),
+        typer.Option(help="What is trained: the whole model, or only the head routers. Default: all."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Optimizer steps (train.steps). Default: 200.")
     ] = None,
-    seed: Annotated[Seed | None, typer.Option(metavar="S", help="Of the data order (train.seed). Default: 0.")] = None,
+    seed: Annotated[
+        Seed | None, typer.Option(metavar="S", help="Seed of the data order (train.seed). Default: 0.")
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", metavar=" ", help="Go on with the run in DIR, with its config.")
+        bool, typer.Option("--resume", metavar=" ", help="Continue the run in DIR with its config.")
     ] = False,
     assignments: Assignments = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a model learn with some of its heads on for some tokens only.
+    """Train a model in which each token uses only some of the attention heads.
 
-    At the start nothing changes; training then turns heads off where they are not missed, down to the share that is wanted. What learns and
-    for how long is any field of a run: --set train.learning_rate=1e-4, --set data.sequence_length=512.
+    At first the model is unchanged; training then turns off heads that are not needed, down to the target share. Any field of a run can
+    be set: --set train.learning_rate=1e-4, --set data.sequence_length=512.
 
-    Of a Whisper (a folder of transformers or CTranslate2) the decoder's cross-attention is routed, and TEXT is a folder of .wav files, each
-    with what is said in it in a .txt of the same name. Folders in it are domains for heads report. The model is DIR/model then.
+    In a Whisper model (a folder of transformers or CTranslate2), the decoder's cross-attention is routed. TEXT is then a folder of .wav
+    files, each with its transcript in a .txt file of the same name; its subfolders are the domains of heads report. The trained model is
+    DIR/model.
 
     Example: anabranch heads train SmolLM2-135M my/texts --shared 6 --target 0.5 --out runs/heads
     """

@@ -13,10 +13,10 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="""Let a small model learn to know a drawn subject from one drawing, and ask it about clips.
+    help="""Teach a small model a new subject from one drawing, and ask it about video clips (PVChat).
 
-    pretrain makes a model of a folder of drawings, learn adds a subject, ask and eval use it, ways lets it choose among twenty; compose
-    makes clips to ask about.""",
+    pretrain makes a model from a folder of drawings, learn adds a subject, ask and eval use it, ways measures a choice among twenty
+    subjects, compose makes clips to ask about.""",
 )
 
 app.command("pretrain")(pretrain)

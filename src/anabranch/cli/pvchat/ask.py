@@ -21,7 +21,7 @@ def ask(
     ],
     questions: Annotated[
         list[str],
-        typer.Argument(metavar="QUESTION...", help="Each names the subject, such as: 'where is <Ab> ?'."),
+        typer.Argument(metavar="QUESTION...", help="Questions that name the subject, e.g. 'where is <Ab> ?'."),
     ],
     as_json: AsJson = False,
 ) -> None:

@@ -21,24 +21,25 @@ _OURS = r"\d{4}\.(gif|webp)|clips\.jsonl"
 
 def compose(
     drawings: Drawings,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the clips.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the clips.")],
     subject: Annotated[
         str | None,
-        typer.Option(metavar="SUBJECT", help="Show this one in every clip, such as Greek/character01. Default: any."),
+        typer.Option(metavar="SUBJECT", help="Subject of every clip, e.g. Greek/character01. Default: any."),
     ] = None,
-    count: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How many clips.")] = 8,
-    frames: Annotated[int, typer.Option(metavar="F", min=1, max=64, help="Frames of each.")] = 8,
-    size: Annotated[int, typer.Option(metavar="PIXELS", min=16, max=512, help="Of a frame's side.")] = 48,
+    count: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Number of clips.")] = 8,
+    frames: Annotated[int, typer.Option(metavar="F", min=1, max=64, help="Frames per clip.")] = 8,
+    size: Annotated[int, typer.Option(metavar="PIXELS", min=16, max=512, help="Width and height of a frame.")] = 48,
     kind: Annotated[
-        Literal["gif", "webp"], typer.Option(metavar="KIND", help="gif, or webp, which loses no pixel.")
+        Literal["gif", "webp"], typer.Option(metavar="KIND", help="gif, or webp, which is lossless.")
     ] = "webp",
     groups: Groups = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compose clips in which drawn subjects move over a background, and say in clips.jsonl what they show.
+    """Make clips in which drawn subjects move over a background; clips.jsonl describes what they show.
 
-    Example: anabranch pvchat compose drawings --subject cat --out clips && anabranch pvchat ask runs/cat clips/0000.webp "where is <cat> ?"
+    Example: anabranch pvchat compose drawings --subject cat --out clips && anabranch pvchat ask runs/cat clips/0000.webp "where is <cat>
+    ?"
     """
     require("lm", "images", by="anabranch pvchat compose")
     import torch

@@ -18,22 +18,27 @@ def evaluate(
     model: ChatModel,
     drawings: Annotated[
         Path,
-        typer.Argument(metavar="DRAWINGS", help="Other drawings of the subject and of others, a folder or a zip."),
+        typer.Argument(
+            metavar="DRAWINGS", help="New drawings of the subject and of other subjects: a folder or zip file."
+        ),
     ],
     name: Name,
     subject: Annotated[
-        str, typer.Option(metavar="SUBJECT", help="Which of the drawings are of it: Greek/character01.")
+        str, typer.Option(metavar="SUBJECT", help="Folder with the drawings of the subject, e.g. Greek/character01.")
     ],
     without: Annotated[
         int | None,
-        typer.Option(metavar="NUMBER", min=0, help="Of the drawing that it was learned from, which is not shown."),
+        typer.Option(metavar="NUMBER", min=0, help="Number of the drawing it was learned from, which is left out."),
     ] = None,
-    clips: Annotated[int, typer.Option(metavar="N", min=4, max=100_000, help="Clips, half of them without it.")] = 64,
+    clips: Annotated[
+        int,
+        typer.Option(metavar="N", min=4, max=100_000, help="Number of clips; half of them do not show the subject."),
+    ] = 64,
     groups: Groups = None,
     seed: Seed = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a model about new clips of a subject and of others, half of these its look-alikes, and count what is right word by word.
+    """Ask a model about new clips, with and without the subject (half of the others look similar), and count the correct words.
 
     Example: anabranch pvchat eval runs/ab omniglot.zip --name '<Ab>' --subject Greek/character01 --without 0
     """

@@ -1,4 +1,4 @@
-"""``anabranch pvchat learn``: a model learns to know a new subject, from one drawing."""
+"""``anabranch pvchat learn``: a model learns to know a new subject, from one drawing or one clip."""
 
 from __future__ import annotations
 
@@ -35,23 +35,30 @@ def learn(
     model: ChatModel,
     drawings: Annotated[
         list[str],
-        typer.Argument(metavar="DRAWING...", help="A picture of each subject, or SUBJECT:NUMBER of the bank: cat:0."),
+        typer.Argument(
+            metavar="REFERENCE...",
+            help="A picture of each subject, a clip (an animation, or a folder of frames) in which it alone moves, or SUBJECT:NUMBER for a "
+            "drawing in the bank, e.g. cat:0.",
+        ),
     ],
     names: Annotated[
         list[str],
-        typer.Option("--name", metavar="NAME", help="Of the subject, in angle brackets: '<Ab>'. One for each drawing."),
+        typer.Option(
+            "--name", metavar="NAME", help="Name of the subject in angle brackets, e.g. '<Ab>'. One for each reference."
+        ),
     ],
     bank: Annotated[
         Path,
         typer.Option(
             metavar="DRAWINGS",
-            help="Drawings of others, a folder or a zip as of pretrain: what the subject is told apart from.",
+            help="Drawings of other subjects, from which the subject is to be distinguished: a folder or zip file as for "
+            "pretrain.",
         ),
     ],
     out: RunFolder,
     groups: Groups = None,
     image_steps: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Steps on first frames, before all else. Default: 40.")
+        int | None, typer.Option(metavar="N", min=0, help="Steps on first frames, before the clips. Default: 40.")
     ] = None,
     video_steps: Annotated[int | None, typer.Option(metavar="N", min=0, help="Steps on clips. Default: 80.")] = None,
     seed: RunSeed = None,
@@ -61,9 +68,10 @@ def learn(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Learn a new subject of one drawing: clips are made of it, and of those of the bank that look most like it.
+    """Learn a new subject from one drawing or one clip, with clips of it and of the most similar drawings in the bank.
 
-    Several drawings are several subjects, learned at once. MODEL stays as it is; learn from DIR to add others later.
+    What moves in a clip is cut out of its frames. With several references, several subjects are learned at once. MODEL stays as it is; to
+    add more subjects later, start from DIR.
 
     Example: anabranch pvchat learn runs/base cat.png --name '<cat>' --bank drawings --out runs/cat
     """
@@ -71,10 +79,11 @@ def learn(
     from anabranch.config import override
     from anabranch.heads.pvchat import Learning, PVChat, portraits, read_drawings
     from anabranch.heads.pvchat import learn as run
+    from anabranch.heads.pvchat.cut_out import views_of
 
     if len(names) != len(drawings) or len(set(names)) != len(names):
         raise ConfigError(
-            f"{len(drawings)} drawings and {len(set(names))} different names; give a --name for each, in the same order"
+            f"{len(drawings)} references and {len(set(names))} different names; give a --name for each, in the same order"
         )
     said = {
         "image_steps": image_steps,
@@ -116,6 +125,7 @@ def learn(
         "subjects": {
             name: {
                 "subject": reference.subject,
+                "views": len(views_of(reference)),
                 "balance": asdict(learned.balance[name]),
                 "look_alikes": [{"subject": subject, "cosine": cosine} for subject, cosine in learned.found[name]],
             }
@@ -138,7 +148,11 @@ def _tell(told: dict[str, Any], out: Path) -> None:
     for name, each in told["subjects"].items():
         balance = each["balance"]
         clips = ", ".join(f"{count} {source}" for source, count in balance["clips"].items())
-        fact("subject", f"{name}   {each['subject']}: {clips} clips; {balance['yes_share']:.2f} of the answers are yes")
+        cut = f", cut out of {each['views']} frames" if each["views"] > 1 else ""
+        fact(
+            "subject",
+            f"{name}   {each['subject']}{cut}: {clips} clips; {balance['yes_share']:.2f} of the answers are yes",
+        )
         near = list(dict.fromkeys(found["subject"] for found in each["look_alikes"]))
         if near:
             fact("near", f"{', '.join(near[:4])}")

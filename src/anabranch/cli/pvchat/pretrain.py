@@ -35,7 +35,9 @@ def pretrain(
         Literal["relu", "topk", "none"] | None,
         typer.Option(metavar="KIND", help="Routed heads: relu (ReMoH), topk (MoH), none. Default: relu."),
     ] = None,
-    clips: Annotated[int | None, typer.Option(metavar="N", min=2, help="Clips to compose. Default: 4000.")] = None,
+    clips: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Number of clips to make. Default: 4000.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps. Default: 2500.")] = None,
     seed: RunSeed = None,
     resume: Resume = False,
@@ -44,9 +46,9 @@ def pretrain(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a model of a folder of drawings: clips are composed of them, and it learns to answer questions about each subject.
+    """Train a model on clips made from a folder of drawings, to answer questions about each subject.
 
-    Ctrl-C saves; the same line with --resume goes on.
+    Ctrl-C saves; the same command with --resume continues.
 
     Example: anabranch pvchat pretrain omniglot_background_small1.zip --groups Korean,Latin,Greek --out runs/base
     """

@@ -23,20 +23,24 @@ if TYPE_CHECKING:
 MODEL = "model"
 Drawings = Annotated[
     Path,
-    typer.Argument(metavar="DRAWINGS", help="A folder, or a zip of one, with a folder of pictures for each subject."),
+    typer.Argument(metavar="DRAWINGS", help="A folder or zip file with a folder of pictures for each subject."),
 ]
 Groups = Annotated[
     str | None,
     typer.Option(metavar="NAME,...", help="Only the subjects in these folders, such as alphabets. Default: all."),
 ]
-ChatModel = Annotated[Path, typer.Argument(metavar="MODEL", help="What pretrain or learn made.")]
+ChatModel = Annotated[Path, typer.Argument(metavar="MODEL", help="A model that pretrain or learn made.")]
 RunFolder = Annotated[
     Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the model is DIR/model.")
 ]
-RunSeed = Annotated[int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of everything. Default: 0.")]
-Resume = Annotated[bool, typer.Option("--resume", metavar=FLAG, help="Go on with the run in DIR, of the same line.")]
+RunSeed = Annotated[
+    int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Seed of all random choices. Default: 0.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", metavar=FLAG, help="Continue the run in DIR that the same command started.")
+]
 AnyDevice = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, auto.")]
-Name = Annotated[str, typer.Option(metavar="NAME", help="The subject's name, in angle brackets: '<Ab>'.")]
+Name = Annotated[str, typer.Option(metavar="NAME", help="Name of the subject in angle brackets, e.g. '<Ab>'.")]
 
 
 def read_groups(text: str | None, option: str = "--groups") -> list[str] | None:
@@ -62,21 +66,24 @@ def model_folder(path: Path) -> Path:
 
 
 def reference_in(text: str, subjects: Sequence[Subject], bank: Path) -> Portrait:
-    """The one drawing that is meant: a file, or ``SUBJECT`` or ``SUBJECT:NUMBER`` of the bank. Raises DataError for what is neither."""
-    from anabranch.heads.pvchat import read_drawing
+    """What is meant: a picture or a clip, or ``SUBJECT`` or ``SUBJECT:NUMBER`` of the bank. Raises DataError for what is neither."""
+    from anabranch.heads.pvchat import read_reference
 
     named = {subject.name: subject for subject in subjects}
     found = re.fullmatch(r"(.+?)(?::(\d{1,6}))?", text, re.DOTALL)
     if found and found[1] in named:
         return named[found[1]].portrait(int(found[2] or 0))
     path = Path(text)
-    if not path.is_file():
+    if not path.exists():
         near = ", ".join(list(named)[:3])
-        raise DataError(f"{text} is neither a picture nor a subject of {bank}, which has {near}, ...")
+        raise DataError(f"{text} is neither a picture or clip nor a subject of {bank}, which has {near}, ...")
     # One of the bank's own drawings is of that subject.
-    inside = path.resolve().parent
-    whose = next((name for name in named if (bank / name).is_dir() and (bank / name).resolve() == inside), None)
-    return read_drawing(path, whose)
+    places = {(bank / name).resolve(): name for name in named if (bank / name).is_dir()}
+    if path.resolve() in places:
+        own = places[path.resolve()]
+        raise DataError(f"{text} holds drawings of {own} in the bank; name one, as {own}:0")
+    whose = places.get(path.resolve().parent)
+    return read_reference(path, whose)
 
 
 def shown(progress: Progress, total: Callable[[str], int]) -> Callable[[str, Event], None]:

@@ -32,21 +32,19 @@ def ways(
     model: ChatModel,
     trials: Annotated[
         Path,
-        typer.Argument(metavar="RUNS", help="Omniglot's all_runs.zip, or a folder or a zip of such runs."),
+        typer.Argument(metavar="RUNS", help="Omniglot's all_runs.zip, or a folder or zip file of such runs."),
     ],
     bank: Annotated[
-        Path, typer.Option(metavar="DRAWINGS", help="Drawings of others, a folder or a zip as of pretrain.")
+        Path, typer.Option(metavar="DRAWINGS", help="Drawings of other subjects: a folder or zip file as for pretrain.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the runs, and of ways.json.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the runs and ways.json.")],
     only: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Only these runs, such as run01,run02. Default: all.")
     ] = None,
     groups: Groups = None,
-    clips: Annotated[
-        int, typer.Option(metavar="N", min=1, max=1000, help="Clips of each drawing that is to be told.")
-    ] = 4,
+    clips: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Clips of each drawing to classify.")] = 4,
     image_steps: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Steps on first frames, before all else. Default: 200.")
+        int | None, typer.Option(metavar="N", min=0, help="Steps on first frames, before the clips. Default: 200.")
     ] = None,
     video_steps: Annotated[int | None, typer.Option(metavar="N", min=0, help="Steps on clips. Default: 400.")] = None,
     seed: RunSeed = None,
@@ -56,16 +54,16 @@ def ways(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a model learn the subjects of each run, all at once and each from ONE drawing, and choose for other drawings of them which it is.
+    """One-shot classification: learn the subjects of each run, each from one drawing, then classify other drawings.
 
-    Beside it stands the nearest drawing, of which nothing is learned. MODEL stays as it is.
+    The baseline is the nearest drawing, without any learning. MODEL stays as it is.
 
     Example: anabranch pvchat ways runs/base all_runs.zip --bank omniglot_background_small1.zip --only run01 --out runs/ways
     """
     require("lm", "images", "numba", by="anabranch pvchat ways", of="graph")
     from anabranch.config import override
     from anabranch.files import atomic_write_json
-    from anabranch.heads.pvchat import PVChat, portraits, read_drawings, read_trials
+    from anabranch.heads.pvchat import Learned, PVChat, portraits, read_drawings, read_trials
     from anabranch.heads.pvchat import ways as run
     from anabranch.heads.pvchat.trials import LEARNING
 
@@ -86,9 +84,9 @@ def ways(
                 chat, trial, others, out / trial.name, config, clips=clips, resume=resume, device=device,
                 on_event=shown(progress, before.__getitem__),
             )  # fmt: skip
-            if result is None:
+            if isinstance(result, Learned):
                 wrote(str(out), "the same line with --resume")
-                raise typer.Exit(INTERRUPTED.get("", 130))
+                raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
             found.append(result)
     told: dict[str, Any] = {
         "folder": str(out),

@@ -10,7 +10,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="""Learn by acting (reinforcement learning): PPO in environments of gymnasium and in LaneWorld, a road of our own.""",
+    help="""Reinforcement learning: PPO in gymnasium environments and in LaneWorld, our own road simulator.""",
 )
 
 app.command("train")(train)

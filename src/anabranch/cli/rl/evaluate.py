@@ -11,7 +11,8 @@ from anabranch.bounds import MOST_SEED
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import fact, print_json, shell_word, wrote
 from anabranch.cli.progress import Progress
-from anabranch.cli.rl.kinds import is_router_run
+from anabranch.cli.rl.kinds import is_token_run
+from anabranch.cli.rl.own import MaxCalls, MaxUsd, Own
 from anabranch.cli.rl.train import _returned
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -46,28 +47,33 @@ def _referee(name: str, agent: Agent) -> Environment:
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run of anabranch rl train.")],
-    episodes: Annotated[int, typer.Option(metavar="N", min=1, max=1_000_000, help="Whole episodes.")] = 100,
+    episodes: Annotated[int, typer.Option(metavar="N", min=1, max=1_000_000, help="Number of episodes.")] = 100,
     seed: Annotated[
         int | None,
         typer.Option(
-            metavar="S", min=0, max=MOST_SEED, help="Of their beginnings. Default: the run's, as after training."
+            metavar="S",
+            min=0,
+            max=MOST_SEED,
+            help="Seed of the initial states. Default: the seed of the run, as after training.",
         ),
     ] = None,
     referee: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Who judges a driver of laneworld instead: sumo, on its own roads. Default: where it learned.",
+            help="Evaluate a laneworld driver in another simulator: sumo, on its own roads. Default: the training environment.",
         ),
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a line for each episode.")] = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw how returns grew in training: .svg or .png.")
+        Path | None, typer.Option(metavar="FILE", help="Draw the returns during training (.svg or .png).")
     ] = None,
+    max_calls: MaxCalls = None,
+    max_usd: MaxUsd = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a policy act for whole episodes, without trying anything out, from beginnings that are no training's.
+    """Run a policy for whole episodes without exploration, from initial states that training did not use.
 
     Example: anabranch rl eval runs/cartpole --episodes 100 --csv episodes.csv
     """
@@ -78,10 +84,12 @@ def evaluate(
     if picture is not None and picture.suffix not in _FORMS:
         raise ConfigError(f"--picture is {str(picture)!r}; its name must end in {' or '.join(_FORMS)}")
     check_apart([csv, picture], [run])
-    if is_router_run(run):
-        from anabranch.cli.rl.router import evaluate_router
+    own = Own(max_calls=max_calls, max_usd=max_usd)
+    if is_token_run(run):
+        from anabranch.cli.rl.tokens import evaluate_tokens
 
-        return evaluate_router(run, episodes, seed, csv, picture, as_json=as_json)
+        return evaluate_tokens(run, episodes, seed, csv, picture, own, as_json=as_json)
+    own.refuse(run)
     agent = load_agent(run)
     environment = agent.task.environment if referee is None else _referee(referee, agent)
     begins = agent.config.train.seed if seed is None else seed

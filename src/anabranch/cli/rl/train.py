@@ -12,10 +12,12 @@ import typer
 
 from anabranch.bounds import MOST_SEED
 from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
-from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, wrote
+from anabranch.cli.output import fact, print_json, quantity, shell_word, wrote
 from anabranch.cli.progress import Progress
+from anabranch.cli.rl.conclusion import Conclusion
 from anabranch.cli.rl.given import check_resumed, check_settings
-from anabranch.cli.rl.kinds import learns_router
+from anabranch.cli.rl.kinds import learns_tokens
+from anabranch.cli.rl.own import Data, MaxCalls, MaxUsd, Model, Own, PoolFile, Reward
 from anabranch.cli.train import INTERRUPTED
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -29,7 +31,9 @@ def train(
     environment: Annotated[
         str | None,
         typer.Argument(
-            metavar="WHAT", help="What is learned: cartpole, pendulum, laneworld, highway, router-r1 or router-r1-grpo."
+            metavar="WHAT",
+            help="The task: cartpole, pendulum, laneworld, highway, the id of a gymnasium environment (Acrobot-v1), router-r1, "
+            "router-r1-grpo, grpo or token-ppo.",
         ),
     ] = None,
     samples: Annotated[
@@ -37,26 +41,38 @@ def train(
         typer.Option(
             metavar="N",
             min=1,
-            help="Steps of environments (of a router: episodes) to learn from, at most. Default: as it is usually learned.",
+            help="Environment steps (for a language model: episodes) to train on. Default: that of the task.",
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of everything random. Default: 0.")
+        int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Seed of all random choices. Default: 0.")
     ] = None,
+    model: Model = None,
+    data: Data = None,
+    pool: PoolFile = None,
+    reward: Reward = None,
+    max_calls: MaxCalls = None,
+    max_usd: MaxUsd = None,
     resume: Annotated[
-        bool, typer.Option("--resume", metavar=" ", help="Go on with the run in DIR, with its config.")
+        bool, typer.Option("--resume", metavar=" ", help="Continue the run in DIR with its config.")
     ] = False,
     assignments: Assignments = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Let a policy learn by acting, with PPO. Ctrl-C saves; --resume goes on, to the bit.
+    """Train a policy with PPO. Ctrl-C saves; --resume continues exactly where it stopped.
 
-    Any field of the run can be set: --set task.gamma=0.95, --set train.learning_rate=1e-4. What is told at the end is the mean return of
-    20 episodes (100 of pendulum) in which nothing is tried out, none of which was learned from; rl eval plays more.
+    The id of any gymnasium environment can be given, such as Acrobot-v1 or package:Name-v0; observations and rewards are then normalised
+    by running averages.
 
-    router-r1 is a language model that learns which models to ask, in a world of facts that models know; router-r1-grpo learns it without a
-    critic. Its checkpoints can be served.
+    Any field of the run can be set: --set task.gamma=0.95, --set train.learning_rate=1e-4. At the end it reports the mean return of 20
+    new episodes (100 for pendulum) without exploration; rl eval plays more.
+
+    router-r1 trains a language model to decide which models to ask; router-r1-grpo does so without a critic. On its own it learns in a
+    small world of facts that the models know; with --model, --data and --pool it learns from your questions, asking the models of the
+    pool.
+
+    grpo and token-ppo train --model to answer the questions of --data, with a reward that checks the answer. Checkpoints can be served.
 
     Example: anabranch rl train cartpole --samples 100000 --out runs/cartpole
     """
@@ -66,15 +82,17 @@ def train(
     from anabranch.train.run import check_free, check_new
 
     settings = read_assignments(assignments)
-    if learns_router(out, environment, resume=resume):
-        from anabranch.cli.rl.router import train_router
+    own = Own(model, data, pool, reward, max_calls, max_usd)
+    if learns_tokens(out, environment, resume=resume):
+        from anabranch.cli.rl.tokens import train_tokens
 
-        return train_router(out, environment, samples, seed, settings, resume=resume, quiet=quiet, as_json=as_json)
+        return train_tokens(out, environment, own, samples, seed, settings, resume=resume, quiet=quiet, as_json=as_json)
+    own.refuse(environment or out)
     if resume:
         config = _resumed(out, environment, samples, seed, settings)
     else:
         if environment is None:
-            raise ConfigError("WHAT is not given; name what is learned, such as cartpole, or go on with --resume")
+            raise ConfigError("WHAT is missing; name a task, such as cartpole, or continue a run with --resume")
         check_free(out)
         check_new(out)
         check_settings(settings, ("task", "train"), "task.gamma or train.learning_rate")
@@ -121,15 +139,10 @@ def _introduce(trainer: Trainer[TaskRunConfig]) -> None:
     config = trainer.config
     task: Any = config.task
     layout = trainer.model.layout
-    acts = (
-        f"{layout.actions.choices} choices" if layout.actions.is_discrete else f"{layout.actions.num_numbers} numbers"
-    )
     private = f" and {layout.num_private} that only the critic sees" if layout.num_private else ""
     fact(
         "agent",
-        f"sees {layout.num_observed} numbers{private}, does one of {acts}"
-        if layout.actions.is_discrete
-        else f"sees {layout.num_observed} numbers{private}, does {acts}",
+        f"sees {layout.num_observed} numbers{private}, answers with {layout.actions}",
         to=sys.stderr,
     )
     learns = sum(each.numel() for each in trainer.model.parameters())
@@ -152,7 +165,10 @@ class _Shown:
         task: Any = self.config.task
         if event.kind == "step":
             rate = event.values["uses_per_second"] / task.epochs
-            self.progress.update(event.step, f"loss {event.values['loss']:.3f}  {quantity(rate)} samples/s")
+            loss = event.values["loss"]
+            # Of a mini-batch that was passed over there is none.
+            told = "passed over" if math.isnan(loss) else f"loss {loss:.3f}"
+            self.progress.update(event.step, f"{told}  {quantity(rate)} samples/s")
         elif event.kind == "evaluation":
             width = len(str(event.steps))
             values = event.values
@@ -166,36 +182,13 @@ def _conclude(trainer: Trainer[TaskRunConfig], result: TrainResult, out: Path, *
 
     config = trainer.config
     task: Any = config.task
-    samples = samples_of(config, result.step)
-    rate = samples / result.seconds if result.seconds else 0.0
-    measures = {name: value for name, value in result.measures.items() if name not in ("step", "kind")}
+    told = Conclusion(config, result, out, samples_of(config, result.step), "samples")
     if as_json:
-        print_json(
-            {
-                "folder": str(out),
-                "status": result.status,
-                "step": result.step,
-                "steps": config.train.steps,
-                "mean_return": result.headline,
-                **measures,
-                "samples": samples,
-                "samples_per_second": rate,
-                "updates": samples // task.collecting.num_samples,
-                "seconds": result.seconds,
-                "seed": config.train.seed,
-                "skipped_steps": result.skipped_steps,
-                "peak_memory_bytes": result.peak_memory_bytes,
-                "checkpoint": str(result.checkpoint) if result.checkpoint else None,
-            }
-        )
+        print_json(told.to_dict() | {"updates": told.samples // task.collecting.num_samples})
         return
     if math.isfinite(result.headline):
-        fact("return", _returned(measures))
-    fact(
-        "work",
-        f"{samples:,} samples, {result.step:,} of {config.train.steps:,} steps in {duration(result.seconds)}, "
-        f"{quantity(rate)} samples/s, {size(result.peak_memory_bytes)} memory",
-    )
+        fact("return", _returned(told.measures))
+    told.tell_work()
     if result.status == "interrupted":
         wrote(f"{result.checkpoint}", f"anabranch rl train --out {shell_word(out)} --resume")
         return

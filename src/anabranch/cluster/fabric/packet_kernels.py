@@ -363,7 +363,9 @@ def heard(state: Any, c: Any, place: int, number: int, says: int) -> int:
             return 0
         state.bits_M[bit] |= 2
         piece.acked += 1
-        piece.flying = max(0, piece.flying - 1)
+        # One that was given up and is not sent again yet flies no more: it is heard of late.
+        if number < piece.following:
+            piece.flying -= 1
         return 1
     count = max(0, number - piece.acked)
     piece.acked += count

@@ -7,6 +7,7 @@ from typing import Any
 
 from anabranch.cluster.pccl.checks import check_world
 from anabranch.cluster.pccl.faults import TopologyFailed, not_in_time
+from anabranch.cluster.pccl.links import Place
 from anabranch.cluster.pccl.part import Part
 
 # Between two looks whether newcomers wait.
@@ -28,6 +29,11 @@ class Membership(Part):
     def ring_order(self) -> list[int]:
         """Peers of the own group in the order of its ring."""
         return [int(row[0]) for row in self._topology.get("ring", [])]
+
+    @property
+    def places(self) -> dict[int, str]:
+        """The host at which others call each peer of the own group, in the order of its ring."""
+        return {place.peer: place.host for place in map(Place.of, self._topology.get("ring", []))}
 
     @property
     def group_size(self) -> int:

@@ -6,7 +6,7 @@
 
 `attention` is where to begin; `layout` says who has which positions, `pieces` what they see, `schedule` who sends what when, `program` what
 a rank does, `kernel` the arithmetic, `link` the messages, `choice` which scheme is quickest, `model` and `sharded_cache` decoders, `grid`
-rings of ranks that cut heads between them.
+rings of ranks that cut heads between them, `hybrid` TokenRing inside nodes and a ring of keys between them.
 """
 
 from anabranch.extras import require

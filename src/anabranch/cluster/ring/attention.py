@@ -23,6 +23,7 @@ from anabranch.cluster.ring.by_heads import ByHeads, head_shares, schedule_by_he
 from anabranch.cluster.ring.choice import choose
 from anabranch.cluster.ring.costs import SCHEMES, Sizes, Topology
 from anabranch.cluster.ring.grid import attend_on_grid
+from anabranch.cluster.ring.hybrid import Hybrid, hybrid_of
 from anabranch.cluster.ring.kernel import fine_dtype
 from anabranch.cluster.ring.layout import KINDS, Layout, Placement
 from anabranch.cluster.ring.link import GroupLink, SimulatedLinks, Traffic
@@ -50,12 +51,13 @@ class RingOptions:
     """What attention over ranks is told beside tensors.
 
     Attributes:
-        scheme: ``auto``, or one of `SCHEMES`.
+        scheme: ``auto``, one of `SCHEMES`, or ``hybrid`` (TokenRing inside nodes, a ring of keys between them), which ``auto`` looks at too
+            where ``topology`` says which ranks are of a node.
         causal: queries see nothing behind themselves.
         window: positions that a causal query sees, its own among them; None for all.
         softmax_scale: factor on scores; None for 1 / sqrt(D).
         out_dtype: of partial results that travel: None for float32 (float64 of float64), or the type of the inputs.
-        topology: what ``auto`` assumes of links; None for `Topology()`.
+        topology: what ``auto`` assumes of links, and the nodes of ``hybrid``; None for `Topology()`.
         timeout_s: how long a message may take; None for as long as the group says.
         traffic: counts what is sent and how long it is waited for; None for not at all.
         check: ask first whether all ranks were given the same, which costs one small exchange; without it, ranks that were not wait.
@@ -263,11 +265,22 @@ def _settings(parts: Sequence[Tensor], queries: Placement, keys: Placement, opti
         scheme = choose(queries, keys, options.mask, sizes, options.topology or Topology())
     if scheme == ByHeads.scheme:
         head_shares(query.shape[1], key.shape[1], queries.world)
-        schedule: Schedule | ByHeads = schedule_by_heads(queries, keys, options.mask)
+        schedule: Schedule | ByHeads | Hybrid = schedule_by_heads(queries, keys, options.mask)
+    elif scheme == Hybrid.scheme:
+        schedule = hybrid_of(queries, keys, options.mask, _node_size(options))
     else:
         schedule = schedule_of(scheme, queries, keys, options.mask)
     scale = query.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     return Settings(schedule, scale, home)
+
+
+def _node_size(options: RingOptions) -> int:
+    size = None if options.topology is None else options.topology.node_size
+    if size is None:
+        raise InputError(
+            "scheme is 'hybrid', and nothing says which ranks are of a node; pass topology=Topology(node_size=...), or another scheme"
+        )
+    return size
 
 
 def _attend(
@@ -280,8 +293,8 @@ def _attend(
     problem: str | None = None,
 ) -> Any:
     problem = _problem(*tensors) or problem
-    if options.scheme not in ("auto", *SCHEMES):
-        problem = f"scheme is {options.scheme!r}; use auto, {', '.join(SCHEMES)}"
+    if options.scheme not in ("auto", *SCHEMES, Hybrid.scheme):
+        problem = f"scheme is {options.scheme!r}; use auto, {', '.join((*SCHEMES, Hybrid.scheme))}"
     if team.group is not None and tensors[0].device.type != team.link.device.type:
         moved = team.link.device.type
         problem = f"the tensors are on {tensors[0].device}, and this group moves those of {moved}; use a group of nccl for CUDA"

@@ -12,6 +12,7 @@ Bytes per rank and step, forward, with b bytes per number and o per number of a 
     token_ring    n H D b one way, n H D o + 4 n H the other
     all_gather    2 n G D b to each rank at once, and memory for all of it
     ulysses       n (2 H + 2 G) D b / N to each rank in all, where heads divide
+    hybrid        of M nodes: token_ring inside of a node, M times; and M - 1 times 2 n G D b of a rank out of its node, in all
 
 So with o = b TokenRing beats the ring where H < 2 G, ties at groups of 2 and loses with larger ones; it wins clearly where queries are few
 against keys that stay (`kv_cached`).
@@ -19,6 +20,7 @@ against keys that stay (`kv_cached`).
 # Shapes: N ranks, n rows of a rank, H query heads, G key heads, D head width
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -26,7 +28,17 @@ from typing import Any, Literal
 import torch
 
 from anabranch.cluster.ring.by_heads import head_shares, schedule_by_heads
-from anabranch.cluster.ring.costs import ORDER, SCHEMES, SchemeCost, Sizes, Topology, cost_by_heads, cost_of
+from anabranch.cluster.ring.costs import (
+    ORDER,
+    SCHEMES,
+    SchemeCost,
+    Sizes,
+    Topology,
+    cost_by_heads,
+    cost_of,
+    cost_of_nodes,
+)
+from anabranch.cluster.ring.hybrid import Hybrid, hybrid_of
 from anabranch.cluster.ring.layout import Layout, Placement
 from anabranch.cluster.ring.pieces import Mask
 from anabranch.cluster.ring.schedule import RINGS, schedule_of
@@ -41,7 +53,7 @@ class AttentionPlan:
 
     Attributes:
         choice: the quickest of those that are allowed.
-        costs: in the order of `ORDER`.
+        costs: in the order of `ORDER`; behind them, where the topology has nodes, that of ``hybrid``.
         topology: that was assumed.
         sizes: likewise.
         backward: whether of a backward pass.
@@ -131,8 +143,9 @@ def plan_attention(
     topology = topology or Topology()
     costs = _costs(queries, keys, Mask(causal, window), sizes, topology, backward)
     if schemes is not None:
-        if unknown := [name for name in schemes if name not in SCHEMES]:
-            raise InputError(f"schemes has {unknown[0]!r}; use {', '.join(SCHEMES)}")
+        known = (*SCHEMES, Hybrid.scheme)
+        if unknown := [name for name in schemes if name not in known]:
+            raise InputError(f"schemes has {unknown[0]!r}; use {', '.join(known)}")
         costs = tuple(cost for cost in costs if cost.scheme in schemes)
         if not any(cost.is_allowed for cost in costs):
             raise InputError(f"none of the schemes {', '.join(schemes)} can be used here; name another")
@@ -161,8 +174,10 @@ def _costs(
         for scheme in ORDER
         if scheme in RINGS
     ]
-    try:
+    with suppress(InputError):
         head_shares(sizes.heads, sizes.kv_heads, queries.world)
-    except InputError:
-        return tuple(costs)
-    return (*costs, cost_by_heads(schedule_by_heads(queries, keys, mask), sizes, topology, backward))
+        costs.append(cost_by_heads(schedule_by_heads(queries, keys, mask), sizes, topology, backward))
+    size = topology.node_size
+    if size is not None and 1 < size < queries.world and queries.world % size == 0:
+        costs.append(cost_of_nodes(hybrid_of(queries, keys, mask, size), sizes, topology, backward))
+    return tuple(costs)

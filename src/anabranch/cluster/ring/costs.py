@@ -1,6 +1,7 @@
 """What a scheme costs on a topology: the tasks of its messages and its work, simulated."""
 # Shapes: N ranks, n rows of a rank, H query heads, G key heads, D head width
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from anabranch.cluster.events import Task, run_tasks
 from anabranch.cluster.ring.by_heads import ByHeads, head_shares
-from anabranch.cluster.ring.schedule import RINGS, Schedule
+from anabranch.cluster.ring.hybrid import Hybrid
+from anabranch.cluster.ring.schedule import RINGS, Message, Schedule
 from anabranch.errors import ConfigError
 
-__all__ = ["ORDER", "SCHEMES", "SchemeCost", "Sizes", "Topology", "cost_by_heads", "cost_of"]
+__all__ = ["ORDER", "SCHEMES", "SchemeCost", "Sizes", "Topology", "cost_by_heads", "cost_of", "cost_of_nodes"]
 
 # Of equally quick ones the first: fewer messages, less memory.
 ORDER = ("ring", "ring2", "token_ring", "all_gather", "ulysses")
@@ -27,26 +29,31 @@ class Topology:
 
     Attributes:
         kind: ``mesh``: a link of its own for each directed pair; ``ring``: links between neighbours, one each way, others are reached over
-            several; ``switch``: one port out of each rank.
-        bandwidth: bytes per second of a directed link.
+            several; ``switch``: one port out of each rank; ``nodes``: a mesh inside each node, and one port out of each node.
+        bandwidth: bytes per second of a directed link; of ``nodes``, inside them.
         latency_s: of a message, on each link.
         flops: floating point operations per second of a rank; None for so many that links alone count.
         matrix: bytes per second from each rank to each, in the place of ``bandwidth`` in a mesh.
+        node_size: ranks of a node, which follow each other: with them ``hybrid`` is looked at, in any kind; None for none.
+        between: bytes per second out of each node, of ``nodes``.
         gather_bytes: ``all_gather`` is left out where the blocks of the others take more memory than this.
 
     Raises ConfigError for a kind that is none, and for numbers that are not positive.
     """
 
-    kind: Literal["mesh", "ring", "switch"] = "mesh"
+    kind: Literal["mesh", "ring", "switch", "nodes"] = "mesh"
     bandwidth: float = 16e9
     latency_s: float = 1e-5
     flops: float | None = None
     matrix: tuple[tuple[float, ...], ...] | None = None
     gather_bytes: int = 64 << 20
+    node_size: int | None = None
+    between: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("mesh", "ring", "switch"):
-            raise ConfigError(f"kind is {self.kind!r}; use mesh, ring or switch")
+        if self.kind not in ("mesh", "ring", "switch", "nodes"):
+            raise ConfigError(f"kind is {self.kind!r}; use mesh, ring, switch or nodes")
+        self._check_nodes()
         if not self.bandwidth > 0 or self.latency_s < 0 or (self.flops is not None and not self.flops > 0):
             raise ConfigError(
                 f"bandwidth is {self.bandwidth}, latency_s {self.latency_s} and flops {self.flops}; use positive numbers "
@@ -61,10 +68,27 @@ class Topology:
             if any(len(speeds) != len(self.matrix) for speeds in self.matrix) or not all(speed > 0 for speed in off):
                 raise ConfigError("matrix must be square, with positive numbers beside its diagonal")
 
+    def _check_nodes(self) -> None:
+        if self.node_size is not None and self.node_size < 1:
+            raise ConfigError(f"node_size is {self.node_size}; use at least 1")
+        if (self.kind == "nodes") != (self.between is not None) or (self.kind == "nodes" and self.node_size is None):
+            raise ConfigError(
+                f"kind is {self.kind!r}, node_size {self.node_size} and between {self.between}; nodes have both, and between goes with no "
+                "other kind"
+            )
+        if self.between is not None and not self.between > 0:
+            raise ConfigError(f"between is {self.between}; use a positive number of bytes per second")
+
     def route(self, source: int, to: int, world: int) -> list[tuple[Any, float]]:
         """The links that a message takes, each with its bytes per second."""
         if self.kind == "switch":
             return [((source, "out"), self.bandwidth)]
+        if self.kind == "nodes":
+            assert self.node_size is not None, "it is checked"
+            assert self.between is not None, "it is checked"
+            node = source // self.node_size
+            if node != to // self.node_size:
+                return [((node, "node"), self.between)]
         if self.kind == "ring":
             ahead = (to - source) % world
             turn, hops = (1, ahead) if ahead <= world - ahead else (-1, world - ahead)
@@ -147,57 +171,102 @@ class SchemeCost:
     is_allowed: bool
 
 
+class _Wires:
+    """The tasks of a pass, as they are found out: messages over links, and work of ranks."""
+
+    def __init__(self, topology: Topology, world: int) -> None:
+        self.topology, self.world = topology, world
+        self.tasks: list[Task] = []
+        self.link_bytes: dict[Any, int] = {}
+        self.size_bytes = 0
+        self.compute_s = [0.0] * world
+
+    def send(self, source: int, to: int, size: int, after: tuple[int, ...]) -> int:
+        """A message; the number of the task with which it is there."""
+        self.size_bytes += size
+        for link, speed in self.topology.route(source, to, self.world):
+            self.tasks.append(Task(link, size / speed, after, self.topology.latency_s))
+            after = (len(self.tasks) - 1,)
+            self.link_bytes[link] = self.link_bytes.get(link, 0) + size
+        return len(self.tasks) - 1
+
+    def work(self, rank: int, flops: int, after: tuple[int, ...]) -> int:
+        """Computing; the number of its task."""
+        seconds = 0.0 if self.topology.flops is None else flops / self.topology.flops
+        self.compute_s[rank] += seconds
+        self.tasks.append(Task(("rank", rank), seconds, after))
+        return len(self.tasks) - 1
+
+    def cost(self, scheme: str, memory_bytes: int, *, is_allowed: bool = True) -> SchemeCost:
+        """Of all of it."""
+        return SchemeCost(
+            scheme,
+            max((interval.end_s for interval in run_tasks(self.tasks)), default=0.0),
+            max(self.compute_s, default=0.0),
+            self.size_bytes,
+            max(self.link_bytes.values(), default=0),
+            memory_bytes,
+            is_allowed,
+        )
+
+
 def cost_of(schedule: Schedule, sizes: Sizes, topology: Topology, backward: bool) -> SchemeCost:
     """Of a ring, by the schedule's own messages and work."""
+    wires = _Wires(topology, schedule.world)
+    _rounds(schedule, wires, range(schedule.world), sizes, backward, dict.fromkeys(range(schedule.world), ()))
+    memory = _memory(schedule, sizes, backward)
+    is_allowed = not schedule.is_direct or memory <= topology.gather_bytes
+    return wires.cost(schedule.scheme, memory, is_allowed=is_allowed)
+
+
+def _rounds(
+    schedule: Schedule,
+    wires: _Wires,
+    ranks: range,
+    sizes: Sizes,
+    backward: bool,
+    ready: Mapping[int, tuple[int, ...]],
+) -> dict[int, tuple[int, ...]]:
+    """Add the steps of a ring.
+
+    Args:
+        ranks: of all that are simulated, those of the ring.
+        ready: tasks after which a rank of the ring begins.
+
+    Returns for each rank of the ring the tasks with which it is done.
+    """
     brings_home = schedule.moves_queries or backward
-    world = schedule.world
-    tasks: list[Task] = []
     computed: dict[tuple[int, int], int] = {}
     arrived: dict[tuple[int, int], list[int]] = {}
     returned: dict[tuple[int, int], list[int]] = {}
-    link_bytes: dict[Any, int] = {}
-    total, compute = 0, [0.0] * world
-    messages: dict[tuple[int, str], list[Any]] = {}
+    messages: dict[tuple[int, str], list[Message]] = {}
     for message in schedule.messages(brings_home=brings_home):
         messages.setdefault((message.step, message.flow), []).append(message)
 
-    def send(message: Any, after: tuple[int, ...]) -> int:
-        nonlocal total
+    def send(message: Message, after: tuple[int, ...]) -> int:
         rows = message.rows[1] - message.rows[0]
         size = rows * sizes.row_bytes(message.flow, moves_queries=schedule.moves_queries, backward=backward)
-        total += size
-        for link, speed in topology.route(message.source, message.to, world):
-            tasks.append(Task(link, size / speed, after, topology.latency_s))
-            after = (len(tasks) - 1,)
-            link_bytes[link] = link_bytes.get(link, 0) + size
-        return len(tasks) - 1
+        return wires.send(ranks[message.source], ranks[message.to], size, after)
 
-    for step in range(world):
+    for step in range(schedule.world):
         for message in messages.get((step, "travel"), []):
             # A block goes on when its sender has come to this step, and has it.
             came = arrived.get((message.source, step), [])
-            after = () if schedule.is_direct or not step else (computed[message.source, step - 1], *came)
+            after = (computed[message.source, step - 1], *came) if step else ready[message.source]
+            after = ready[message.source] if schedule.is_direct else after
             arrived.setdefault((message.to, step + 1), []).append(send(message, after))
-        for rank in range(world):
-            work = sizes.work(schedule.pairs(rank, step), backward=backward)
-            seconds = 0.0 if topology.flops is None else work / topology.flops
-            compute[rank] += seconds
-            before = [computed[rank, step - 1]] if step else []
+        for rank in range(schedule.world):
+            before = (computed[rank, step - 1],) if step else ready[rank]
             needs = (*before, *arrived.get((rank, step), []), *returned.get((rank, step - 2), []))
-            tasks.append(Task(("rank", rank), seconds, needs))
-            computed[rank, step] = len(tasks) - 1
+            flops = sizes.work(schedule.pairs(rank, step), backward=backward)
+            computed[rank, step] = wires.work(ranks[rank], flops, needs)
         for message in messages.get((step, "home"), []):
             returned.setdefault((message.to, step), []).append(send(message, (computed[message.source, step],)))
-    memory = _memory(schedule, sizes, backward)
-    return SchemeCost(
-        schedule.scheme,
-        max((interval.end_s for interval in run_tasks(tasks)), default=0.0),
-        max(compute, default=0.0),
-        total,
-        max(link_bytes.values(), default=0),
-        memory,
-        not schedule.is_direct or memory <= topology.gather_bytes,
-    )
+    last = schedule.world - 1
+    return {
+        rank: (computed[rank, last], *returned.get((rank, last - 1), []), *returned.get((rank, last), []))
+        for rank in range(schedule.world)
+    }
 
 
 def _memory(schedule: Schedule, sizes: Sizes, backward: bool) -> int:
@@ -220,16 +289,8 @@ def cost_by_heads(schedule: ByHeads, sizes: Sizes, topology: Topology, backward:
     world, batch, width = schedule.world, sizes.batch, sizes.head_dim
     shares = head_shares(sizes.heads, sizes.kv_heads, world)
     ranks = [(source, to) for source in range(world) for to in range(world) if source != to]
-    tasks: list[Task] = []
-    link_bytes: dict[Any, int] = {}
+    wires = _Wires(topology, world)
     arrived: dict[int, list[int]] = {rank: [] for rank in range(world)}
-
-    def send(source: int, to: int, size: int, after: tuple[int, ...]) -> int:
-        for link, speed in topology.route(source, to, world):
-            tasks.append(Task(link, size / speed, after, topology.latency_s))
-            after = (len(tasks) - 1,)
-            link_bytes[link] = link_bytes.get(link, 0) + size
-        return len(tasks) - 1
 
     def size_of(owner: int, other: int, *, is_home: bool) -> int:
         """Bytes of what ``other`` computes on of the rows of ``owner``, there or back."""
@@ -245,23 +306,53 @@ def cost_by_heads(schedule: ByHeads, sizes: Sizes, topology: Topology, backward:
     there = {pair: size_of(*pair, is_home=False) for pair in ranks}
     back = {(other, owner): size_of(owner, other, is_home=True) for owner, other in ranks}
     for (source, to), size in there.items():
-        arrived[to].append(send(source, to, size, ()))
-    seconds = 0.0
-    if topology.flops is not None:
-        seconds = sizes.work(schedule.pairs(0, 0), backward=backward) / topology.flops
-    computed = {}
-    for rank in range(world):
-        tasks.append(Task(("rank", rank), seconds, tuple(arrived[rank])))
-        computed[rank] = len(tasks) - 1
+        arrived[to].append(wires.send(source, to, size, ()))
+    flops = sizes.work(schedule.pairs(0, 0), backward=backward)
+    computed = {rank: wires.work(rank, flops, tuple(arrived[rank])) for rank in range(world)}
     for (source, to), size in back.items():
-        send(source, to, size, (computed[source],))
+        wires.send(source, to, size, (computed[source],))
     memory = max((sum(size for (_, to), size in there.items() if to == rank) for rank in range(world)), default=0)
-    return SchemeCost(
-        schedule.scheme,
-        max((interval.end_s for interval in run_tasks(tasks)), default=0.0),
-        seconds,
-        sum(there.values()) + sum(back.values()),
-        max(link_bytes.values(), default=0),
-        memory,
-        True,
+    return wires.cost(schedule.scheme, memory)
+
+
+def cost_of_nodes(schedule: Hybrid, sizes: Sizes, topology: Topology, backward: bool) -> SchemeCost:
+    """Of TokenRing inside nodes and a ring of keys between them: the keys of the next step travel while this one's rings run."""
+    wires = _Wires(topology, schedule.world)
+    every = range(schedule.world)
+    size, row, home = (
+        schedule.size,
+        *(sizes.row_bytes(flow, moves_queries=False, backward=backward) for flow in ("travel", "home")),
     )
+    done: dict[int, tuple[int, ...]] = dict.fromkeys(every, ())
+    arrived: dict[tuple[int, int], tuple[int, ...]] = {}
+    returned: dict[tuple[int, int], tuple[int, ...]] = {}
+    memory = 0
+    for step in range(schedule.nodes):
+        for rank in every:
+            if (hop := schedule.onward(rank, step)) is not None:
+                count = hop.rows[1] - hop.rows[0]
+                after = (*done[rank], *arrived.get((rank, step), ()))
+                arrived[hop.to, step + 1] = (wires.send(rank, hop.to, count * row, after),)
+        ready = {
+            rank: (*done[rank], *arrived.get((rank, step), ()), *returned.get((rank, step - 2), ())) for rank in every
+        }
+        for node in range(schedule.nodes):
+            ranks = range(node * size, (node + 1) * size)
+            ring = schedule.inside(node, step)
+            ended = _rounds(
+                ring, wires, ranks, sizes, backward, {place: ready[rank] for place, rank in enumerate(ranks)}
+            )
+            done |= {ranks[place]: tasks for place, tasks in ended.items()}
+            keys = [_held_rows(schedule, node, step, place) for place in range(size)]
+            memory = max(memory, max(keys) * row + _memory(ring, sizes, backward))
+        for rank in every if backward else ():
+            if (hop := schedule.homeward(rank, step)) is not None:
+                count = hop.rows[1] - hop.rows[0]
+                returned[hop.to, step] = (wires.send(rank, hop.to, count * home, done[rank]),)
+    return wires.cost(schedule.scheme, memory)
+
+
+def _held_rows(schedule: Hybrid, node: int, step: int, place: int) -> int:
+    """Rows of others' keys that a rank has at a time: of this step and of the next one."""
+    steps = [one for one in (step, step + 1) if 0 < one < schedule.nodes]
+    return sum(last - first for first, last in (schedule.held(node, one, place) for one in steps))

@@ -19,27 +19,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from anabranch.cluster.ring.agreement import check_agreement
 from anabranch.cluster.ring.by_heads import head_shares
-from anabranch.cluster.ring.layout import Placement
+from anabranch.cluster.ring.layout import Placement, rows_together
 from anabranch.cluster.ring.link import GroupLink, Traffic, drive
 from anabranch.errors import InputError
 
 if TYPE_CHECKING:
     from anabranch.cluster.ring.attention import RingOptions
 
-__all__ = ["attend_on_grid", "rows_together"]
+__all__ = ["attend_on_grid"]
 
 Heads = Sequence[tuple[int, int]]
-
-
-def rows_together(placement: Placement, size: int) -> Placement:
-    """Every ``size`` ranks as one, their rows one behind another."""
-    made: list[Placement] = []
-    for first in range(0, placement.world, size):
-        together = Placement((0,), ((),))
-        for rank in range(first, first + size):
-            together = together.followed_by(Placement((placement.rows[rank],), (placement.runs[rank],)))
-        made.append(together)
-    return Placement(tuple(one.rows[0] for one in made), tuple(one.runs[0] for one in made))
 
 
 def attend_on_grid(

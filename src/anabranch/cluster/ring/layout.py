@@ -24,7 +24,7 @@ from torch import Tensor
 
 from anabranch.errors import InputError
 
-__all__ = ["KINDS", "Layout", "Placement", "Run", "check_documents"]
+__all__ = ["KINDS", "Layout", "Placement", "Run", "check_documents", "rows_together"]
 
 KINDS = ("contiguous", "zigzag", "stripe")
 
@@ -73,6 +73,17 @@ class Placement:
             for rows, mine, theirs in zip(self.rows, self.runs, other.runs, strict=True)
         )
         return Placement(tuple(map(sum, zip(self.rows, other.rows, strict=True))), runs)
+
+
+def rows_together(placement: Placement, size: int) -> Placement:
+    """Every ``size`` ranks as one, their rows one behind another."""
+    made: list[Placement] = []
+    for first in range(0, placement.world, size):
+        together = Placement((0,), ((),))
+        for rank in range(first, first + size):
+            together = together.followed_by(Placement((placement.rows[rank],), (placement.runs[rank],)))
+        made.append(together)
+    return Placement(tuple(one.rows[0] for one in made), tuple(one.runs[0] for one in made))
 
 
 @dataclass(frozen=True)

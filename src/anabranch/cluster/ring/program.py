@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anabranch.cluster.ring import by_heads
+from anabranch.cluster.ring import by_heads, hybrid
 from anabranch.cluster.ring.by_heads import ByHeads
+from anabranch.cluster.ring.hybrid import Hybrid
 from anabranch.cluster.ring.inputs import Inputs, Program, like_rows
 from anabranch.cluster.ring.kernel import attend, gradients, merge
 from anabranch.cluster.ring.link import Handle, Link, Outgoing
@@ -49,20 +50,30 @@ class Passenger(Protocol):
         """What the pass gives."""
 
 
-def forward(schedule: Schedule | ByHeads, rank: int, inputs: Inputs, link: Link) -> Program:
+def forward(schedule: Schedule | ByHeads | Hybrid, rank: int, inputs: Inputs, link: Link) -> Program:
     """(out_BHLD, lse_BHL) of this rank's queries, both of `fine_dtype`; lse is minus infinity where a query sees nothing."""
     if isinstance(schedule, ByHeads):
         return by_heads.forward(schedule, rank, inputs, link)
+    if isinstance(schedule, Hybrid):
+        return hybrid.forward(schedule, rank, inputs, link, forward)
     kind = _QueriesForward if schedule.moves_queries else _KeysForward
     return _circulate(schedule, rank, kind(inputs), link)
 
 
 def backward(
-    schedule: Schedule | ByHeads, rank: int, inputs: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, link: Link
+    schedule: Schedule | ByHeads | Hybrid,
+    rank: int,
+    inputs: Inputs,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    link: Link,
 ) -> Program:
     """(dquery, dkey, dvalue) of this rank, of `fine_dtype`. ``lse`` and ``delta`` are those of its queries, see `kernel`."""
     if isinstance(schedule, ByHeads):
         return by_heads.backward(schedule, rank, inputs, dout, lse, delta, link)
+    if isinstance(schedule, Hybrid):
+        return hybrid.backward(schedule, rank, inputs, dout, lse, delta, link, backward)
     kind = _QueriesBackward if schedule.moves_queries else _KeysBackward
     return _circulate(schedule, rank, kind(inputs, dout, lse, delta), link)
 

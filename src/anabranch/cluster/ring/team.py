@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from anabranch.cluster.ring import program
 from anabranch.cluster.ring.by_heads import ByHeads
+from anabranch.cluster.ring.hybrid import Hybrid
 from anabranch.cluster.ring.inputs import Inputs, Program
 from anabranch.cluster.ring.link import GroupLink, SimulatedLinks, Traffic, drive
 from anabranch.cluster.ring.schedule import Schedule
@@ -83,7 +84,7 @@ def process_group(group: Group) -> dist.ProcessGroup | None:
 class Settings:
     """What the passes are told beside tensors."""
 
-    schedule: Schedule | ByHeads
+    schedule: Schedule | ByHeads | Hybrid
     scale: float
     home_dtype: torch.dtype | None
 

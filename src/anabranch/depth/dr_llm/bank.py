@@ -21,9 +21,9 @@ from anabranch.depth.dr_llm.labels import CHOICES
 from anabranch.depth.dr_llm.windows import plain_windows, pool_windows
 from anabranch.depth.routed import PLAIN
 from anabranch.errors import CheckpointError, ConfigError, NotFiniteError
-from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.files import atomic_folder, atomic_write_json, read_json
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import SafetensorsFiles, read_json
+from anabranch.lm.tensors import SafetensorsFiles
 
 if TYPE_CHECKING:
     from anabranch.depth.stack import BlockStack

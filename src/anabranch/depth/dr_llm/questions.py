@@ -3,14 +3,13 @@
     {"id": "q1", "prompt": "2 + 3 =", "answer": " 5"}
     {"id": "q2", "prompt": "Which is red?\\n", "options": ["A", "B"], "answer": "A"}
 
-What is asked may be called ``prompt``, ``input``, ``question`` or ``instruction``; the answer ``answer``, ``output``, ``target`` or
-``completion``. With ``options`` the answer is one of them, by its text, its letter or its number from 0. A question without an ``id`` is
+Fields are those of `anabranch.questions`; of several answers the first is the one that should follow. A question without an ``id`` is
 named by its content, so that the order of a file means nothing.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,13 +19,9 @@ from anabranch.data import Tokenizer
 from anabranch.data.reading import read_bytes
 from anabranch.errors import DataError
 from anabranch.files import parse_json
+from anabranch.questions import ASKED, QuestionRow, question_rows
 
 __all__ = ["Question", "contexts", "is_questions", "read_questions"]
-
-_ASKED = ("prompt", "input", "question", "instruction")
-_ANSWERED = ("answer", "output", "target", "completion")
-# Bytes of a line: a row of a book is no question.
-_LONGEST = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -75,14 +70,14 @@ class Question:
 def is_questions(path: str | Path) -> bool:
     """Whether a file looks like questions: JSON lines whose first row asks something. Other files are text."""
     place = Path(path)
-    if not place.is_file() or not place.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+    if not place.is_file() or not place.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson")):
         return False
     first = next((line for line in read_bytes(place).split(b"\n") if line.strip()), b"")
     try:
         row = parse_json(first)
     except ValueError:
         return False
-    return isinstance(row, dict) and any(name in row for name in _ASKED)
+    return isinstance(row, dict) and any(name in row for name in ASKED)
 
 
 def read_questions(
@@ -99,18 +94,7 @@ def read_questions(
     Raises DataError: a file that cannot be read or asks nothing, a line that is no question (with its number), an id that comes twice.
     """
     place = Path(path)
-    if place.is_dir():
-        raise DataError(f"{place} is a folder; name a file of JSON lines, one question each")
-    try:
-        text = read_bytes(place).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place} is no UTF-8 text ({error.reason} at byte {error.start})") from None
-    found: list[Question] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if limit is not None and len(found) >= limit:
-            break
-        if line.strip():
-            found.append(_question(line, f"{place}, line {number}", tokenizer))
+    found = [_question(row, tokenizer) for row in question_rows(place, limit=limit)]
     if not found:
         raise DataError(f'{place} asks nothing; each line is to be {{"id": ..., "prompt": ..., "answer": ...}}')
     check_questions(found, str(place), vocabulary)
@@ -154,67 +138,15 @@ def contexts(token_BL: Any, *, after: int = 1, name: str = "text") -> list[Quest
     return list(found.values())
 
 
-def _question(line: str, where: str, tokenizer: Tokenizer) -> Question:
-    if len(line) > _LONGEST:
-        raise DataError(f"{where}: {len(line):,} characters; a question has at most {_LONGEST:,}")
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise DataError(f"{where}: this is no JSON ({error}); the file is to be JSON lines, one object each") from None
-    if not isinstance(row, dict):
-        raise DataError(f'{where}: {shown(row)} is no object; write {{"id": ..., "prompt": ..., "answer": ...}}')
-    prompt = next((_text(row, name, where) for name in _ASKED if name in row), "")
-    if not prompt:
-        raise DataError(f"{where}: nothing is asked; one of {', '.join(_ASKED)} must be a text")
-    options = _options(row, where)
-    name = next((name for name in _ANSWERED if row.get(name) is not None), None)
-    if name is None:
-        raise DataError(f"{where}: there is no answer; one of {', '.join(_ANSWERED)} must say it")
-    correct = _which(row[name], options, f"{where}: {name}") if options else None
-    answer = options[correct] if correct is not None else _text(row, name, where)
+def _question(asked: QuestionRow, tokenizer: Tokenizer) -> Question:
     # What stands in an answer is data, no special token.
-    said = [tuple(tokenizer.encode(option, parse_special=False)) for option in options]
+    said = [tuple(tokenizer.encode(option, parse_special=False)) for option in asked.options]
     if any(not tokens for tokens in said):
-        raise DataError(f"{where}: option {said.index(())} has no tokens")
+        raise DataError(f"{asked.where}: option {said.index(())} has no tokens")
+    answer, correct = asked.answers[0], asked.correct
     tokens = said[correct] if correct is not None else tuple(tokenizer.encode(answer, parse_special=False))
     if not tokens:
-        raise DataError(f"{where}: the answer has no tokens; write what should follow the prompt")
-    made = Question("", tuple(tokenizer.encode_prompt(prompt)), tokens, tuple(said), correct, answer, tuple(options))
-    return replace(made, id=_id(row, where) or made.digest())
-
-
-def _id(row: dict[str, Any], where: str) -> str:
-    value = row.get("id", "")
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"{where}: id is {shown(value)}; it must be a text or a whole number")
-    return str(value)
-
-
-def _text(row: dict[str, Any], name: str, where: str) -> str:
-    value = row[name]
-    if isinstance(value, list) and value:
-        value = value[0]
-    if isinstance(value, bool | dict | list) or value is None:
-        raise DataError(f"{where}: {name} is {shown(value)}; it must be a text")
-    return str(value)
-
-
-def _options(row: dict[str, Any], where: str) -> list[str]:
-    value = row.get("options", row.get("choices"))
-    if value is None:
-        return []
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(one, str) and one for one in value):
-        raise DataError(f"{where}: options is {shown(value)}; it must be a list of at least two texts")
-    return value
-
-
-def _which(value: Any, options: Sequence[str], what: str) -> int:
-    """The number of the option that an answer names: by its text, its letter, or its number."""
-    if isinstance(value, str) and value in options:
-        return options.index(value)
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
-    if isinstance(value, str) and len(value.strip()) == 1 and value.strip().upper() in letters:
-        return letters.index(value.strip().upper())
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
-        return value
-    raise DataError(f"{what} is {shown(value)}; it must be one of the options, its letter, or 0 to {len(options) - 1}")
+        raise DataError(f"{asked.where}: the answer has no tokens; write what should follow the prompt")
+    prompt = tuple(tokenizer.encode_prompt(asked.prompt))
+    made = Question("", prompt, tokens, tuple(said), correct, answer, asked.options)
+    return replace(made, id=asked.id or made.digest())

@@ -6,14 +6,9 @@ knows a reward by its attribute ``name``; one from a module or file without that
 """
 # Shapes: B sequences, L positions, V vocabulary
 
-import hashlib
-import importlib
-import importlib.util
 import math
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +18,8 @@ from anabranch.depth.dr_llm.masked import takes_masks
 from anabranch.depth.dr_llm.questions import Question
 from anabranch.depth.dr_llm.runner import PathRun
 from anabranch.errors import AnabranchError, ConfigError, DataError
+from anabranch.own_code import own_function
+from anabranch.test_time.answers import WAYS, boxed, first_letter
 
 __all__ = [
     "REWARDS",
@@ -38,6 +35,14 @@ __all__ = [
     "identity_of",
     "name_of",
 ]
+
+
+class Named(Protocol):
+    """A question as far as errors tell of it."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
 
 
 class Reward(Protocol):
@@ -171,26 +176,7 @@ class ExactMatch:
         return float(self._extract(self._tokenizer.decode(said)) == right)
 
 
-def first_letter(text: str) -> str | None:
-    """The letter that a multiple-choice answer is: the first capital that stands alone at the beginning, as ``B``, ``(B)``, ``B.``."""
-    found = re.match(r"[\s(\[*]*([A-Z])(?![A-Za-z])", text)
-    return found[1] if found else None
-
-
-def boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{...}`` holds, braces within it included; a plain answer without any is itself."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return text.strip() or None
-    depth, begin = 0, start + len(r"\boxed")
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[begin + 1 : place].strip()
-    return None
-
-
-REWARDS = ("next-token", "options", "exact", "letter", "boxed")
+REWARDS = ("next-token", "options", *WAYS)
 
 
 def find_reward(name: str, tokenizer: Tokenizer, *, max_tokens: int | None = None) -> Reward:
@@ -207,46 +193,16 @@ def find_reward(name: str, tokenizer: Tokenizer, *, max_tokens: int | None = Non
         return NextToken()
     if name == "options":
         return OptionLikelihood()
-    if name in ("exact", "letter", "boxed"):
-        ways: dict[str, Callable[[str], str | None]] = {"exact": str.strip, "letter": first_letter, "boxed": boxed}
+    if name in WAYS:
         return ExactMatch(
-            tokenizer, max_tokens=max_tokens or (15 if name == "boxed" else 10), extract=ways[name], name=name
+            tokenizer, max_tokens=max_tokens or (15 if name == "boxed" else 10), extract=WAYS[name], name=name
         )
-    module, colon, attribute = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         raise ConfigError(
             f"there is no reward {name!r}; use {', '.join(REWARDS)}, or your own as module:name or file.py:name"
         )
-    try:
-        loaded = _module(module)
-        found = getattr(loaded, attribute)
-    # Whatever code of a user's raises while it is loaded.
-    except Exception as error:
-        raise ConfigError(f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"reward {name!r} is a {type(found).__name__}; it must be called with a question and a run")
-    return OwnReward(name, found, version=_version(found, loaded))
-
-
-def _module(name: str) -> Any:
-    """The module of a name, or of a file of Python."""
-    if not name.endswith(".py"):
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{name} is no file of Python")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-def _version(found: Any, module: Any) -> str:
-    """What a function says that it is, by its attribute ``name``; else the content of the file that it is from."""
-    told = getattr(found, "name", None)
-    if isinstance(told, str) and told:
-        return told
-    file = Path(getattr(module, "__file__", None) or "")
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else ""
+    found, version = own_function(name, what="reward", called_with="a question and a run")
+    return OwnReward(name, found, version=version)
 
 
 class OwnReward:
@@ -293,7 +249,7 @@ def identity_of(reward: Reward) -> str:
     return f"{told} {version}" if version else told
 
 
-def checked(value: object, question: Question) -> float:
+def checked(value: object, question: Named) -> float:
     """A reward as a finite float. Raises DataError for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()

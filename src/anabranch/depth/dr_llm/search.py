@@ -83,7 +83,7 @@ def search_question(
         search: what the row says of model and settings.
         flips: whether to search where the whole model is wrong; otherwise the row of such a question has its reward alone.
 
-    Raises DataError for a reward that is no finite number.
+    Raises DataError for a reward that is not a finite number.
     """
     config = config or SearchConfig()
     num_blocks, whole = stack.num_blocks, tuple(range(stack.num_blocks))

@@ -333,7 +333,12 @@ class TokenSkipper:
 
         Raises CheckpointError for a file that is missing, damaged, or of another model.
         """
-        stack, stored = stack_of(model), read_skipper(path)
+        return cls.of(read_skipper(path), model, str(path))
+
+    @classmethod
+    def of(cls, stored: Stored, model: Any, path: str = "the skipper") -> "TokenSkipper":
+        """What was read of the file ``path``, on its model. Raises CheckpointError for another one."""
+        stack = stack_of(model)
         if len(stored.schedule) != stack.num_blocks:
             raise CheckpointError(
                 f"{path} is of a model of {len(stored.schedule)} blocks; this one has {stack.num_blocks}"

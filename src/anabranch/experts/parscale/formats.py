@@ -17,13 +17,14 @@ from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import CheckpointError
 from anabranch.experts.parscale.recipe import fold, remove_streams
 from anabranch.experts.parscale.streams import ParScale
+from anabranch.files import read_json
 from anabranch.lm import formats
 from anabranch.lm.checkpoint import load_model
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.folder import check_no_adapter, model_folder
 from anabranch.lm.formats import qwen2
 from anabranch.lm.formats.common import Foreign, Pieces, self_attention
-from anabranch.lm.tensors import Piece, build_empty, read_json, state_once
+from anabranch.lm.tensors import Piece, build_empty, state_once
 from anabranch.nn import SwiGLU
 
 __all__ = ["export_parscale", "load_parscale"]

@@ -6,7 +6,6 @@ that asks much weighs no more than one that asks little. Answers of a strategy t
 its arm.
 """
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from anabranch.gateway.ab.sequential import confidence_sequence, two_means
 from anabranch.gateway.config.ab import ABConfig
 from anabranch.gateway.store.arms import ArmRow, read_arms
 from anabranch.routers.money import dollars
+from anabranch.web.turns import in_thread
 
 if TYPE_CHECKING:
     from anabranch.gateway.config import GatewayConfig
@@ -102,7 +102,7 @@ async def results_of(store: "Store", config: "GatewayConfig") -> list[ABResult]:
     rows = await store.look(read_arms)
     tests = [(name, test, version_of(name, test)) for name, test in config.ab.items()]
     # Beside the event loop: of many units it takes seconds.
-    return await asyncio.to_thread(_results, rows, tests)
+    return await in_thread(_results, rows, tests)
 
 
 async def results_of_store(store: "Store") -> list[ABResult]:
@@ -116,7 +116,7 @@ async def results_of_store(store: "Store") -> list[ABResult]:
         except AnabranchError:
             # Written by a version that knows other settings.
             continue
-    return await asyncio.to_thread(_results, rows, tests)
+    return await in_thread(_results, rows, tests)
 
 
 def _results(rows: Sequence[ArmRow], tests: Sequence[tuple[str, ABConfig, str]]) -> list[ABResult]:

@@ -28,7 +28,7 @@ class Abroad:
 
     async def find(self, tenant: str, context: bytes, vector_D: np.ndarray) -> tuple[Entry, float] | None:
         """The answer to the nearest text with its cosine, as `SemanticCache.get`."""
-        if not await self._learn(tenant, context, len(vector_D)):
+        if not await self._learn(tenant, context):
             return None
         for _ in range(MOST_GONE):
             near = self._index.get(tenant, context, vector_D)
@@ -42,10 +42,10 @@ class Abroad:
             if found[0] is not None:
                 return found[0], cosine
             # It ended there before it did here, or was cleared.
-            self._index.remove(tenant, context, name)
+            self._index.remove(tenant, context, len(vector_D), name)
         return None
 
-    async def _learn(self, tenant: str, context: bytes, dim: int) -> bool:
+    async def _learn(self, tenant: str, context: bytes) -> bool:
         """Take in what others have kept meanwhile; whether they could be asked."""
         place = tenant, context
         after = self._known.get(place, "")
@@ -60,8 +60,7 @@ class Abroad:
         while len(self._known) > self._index.size:
             self._known.popitem(last=False)
         for vector_D, name, left_s in found:
-            if len(vector_D) == dim:
-                self._index.put(tenant, context, vector_D, Entry(body=name.encode(), model=""), left_s)
+            self._index.put(tenant, context, vector_D, Entry(body=name.encode(), model=""), left_s)
         return True
 
     def put(self, tenant: str, context: bytes, vector_D: np.ndarray, entry: Entry) -> None:

@@ -63,7 +63,7 @@ class SharedTexts(Protocol):
 
 @dataclass(slots=True)
 class _Room:
-    """What is held for one context of one tenant."""
+    """What is held for one context of one tenant, and one length of vectors: those of another are compared with none of them."""
 
     index: Index
     ids: set[int] = field(default_factory=set)
@@ -99,8 +99,8 @@ class SemanticCache:
         self.threshold, self.ttl_s, self.size = threshold, ttl_s, size
         self.most_bytes: float = math.inf if size_bytes is None else size_bytes
         self._index, self._clock = index or Exact.Config(), clock
-        self._rooms: dict[tuple[str, bytes], _Room] = {}
-        self._held: Held[int, tuple[bytes, Entry, float]] = Held(self._dropped)
+        self._rooms: dict[tuple[str, bytes, int], _Room] = {}
+        self._held: Held[int, tuple[bytes, int, Entry, float]] = Held(self._dropped)
         self._held.bound(size, self.most_bytes)
         self._next_id = 0
 
@@ -114,7 +114,7 @@ class SemanticCache:
 
     def get(self, namespace: str, context: bytes, vector_D: np.ndarray) -> tuple[Entry, float] | None:
         """The answer to the nearest text with its cosine, if that reaches the threshold and is not too old."""
-        room = self._rooms.get((namespace, context))
+        room = self._rooms.get((namespace, context, len(vector_D)))
         while room is not None and room.ids and np.isfinite(vector_D).all():
             id_K, cosine_K = room.index.search(vector_D, 1)
             if not len(id_K) or cosine_K[0] < self.threshold:
@@ -122,7 +122,7 @@ class SemanticCache:
             id, cosine = int(id_K[0]), float(cosine_K[0])
             found = self._held.get(namespace, id)
             assert found is not None, "what an index finds is held"
-            _, entry, until = found
+            _, _, entry, until = found
             if until > self._clock():
                 self._held.use(namespace, id)
                 return entry, min(cosine, 1.0)
@@ -143,7 +143,7 @@ class SemanticCache:
         length = float(np.linalg.norm(vector_D))
         if not np.isfinite(length) or length == 0:
             return
-        place = (namespace, context)
+        place = (namespace, context, len(vector_D))
         if place not in self._rooms:
             self._rooms[place] = _Room(self._index.build(len(vector_D)))
         room, id = self._rooms[place], self._next_id
@@ -151,15 +151,16 @@ class SemanticCache:
         room.index.add(vector_D, [id])
         room.ids.add(id)
         until = self._clock() + min(self.ttl_s, self.ttl_s if ttl_s is None else ttl_s)
-        if not self._held.put(namespace, id, (context, entry, until), entry.size_bytes):
-            self._dropped(namespace, id, (context, entry, until))
+        value = (context, len(vector_D), entry, until)
+        if not self._held.put(namespace, id, value, entry.size_bytes):
+            self._dropped(namespace, id, value)
 
-    def remove(self, namespace: str, context: bytes, entry: Entry) -> None:
-        """Forget this one answer, if it is there."""
-        room = self._rooms.get((namespace, context))
+    def remove(self, namespace: str, context: bytes, dim: int, entry: Entry) -> None:
+        """Forget this one answer, if it is there; ``dim``: of its vector."""
+        room = self._rooms.get((namespace, context, dim))
         for id in [] if room is None else list(room.ids):
             found = self._held.get(namespace, id)
-            if found is not None and found[1] is entry:
+            if found is not None and found[2] is entry:
                 self._held.drop(namespace, id)
 
     def delete(self, namespace: str) -> int:
@@ -171,8 +172,8 @@ class SemanticCache:
         self._rooms.clear()
         self._held.clear()
 
-    def _dropped(self, namespace: str, id: int, value: tuple[bytes, Entry, float]) -> None:
-        place = (namespace, value[0])
+    def _dropped(self, namespace: str, id: int, value: tuple[bytes, int, Entry, float]) -> None:
+        place = (namespace, value[0], value[1])
         room = self._rooms[place]
         room.index.remove([id])
         room.ids.discard(id)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import InputError
 from anabranch.gateway.core.decision_log import Collecting
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.store import COLLECT, LedgerQuery, LedgerRow
 from anabranch.routers.money import dollars
 from anabranch.web.api_error import ApiError
@@ -167,7 +168,7 @@ class Calls:
         return None
 
     def _note(self, model: str, error: ApiError) -> None:
-        what = f"{model}: {str(error)[:SHOWN]}"
+        what = f"{model}: {words(error)[:SHOWN]}"
         if what in self.unanswered or len(self.unanswered) < KINDS:
             self.unanswered[what] += 1
 

@@ -26,11 +26,13 @@ from anabranch.gateway.collect.origins import PAGE, Answers, Origin, told_page
 from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.config.shadow import ShadowConfig
 from anabranch.gateway.config.strategies import LearningConfig
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.store import SHADOW, KeyRecord, Store, schema
 from anabranch.gateway.store.learned import OUTCOME, VOUCHED, withdraw_vouched
 from anabranch.routers.judges import ModelJudge
 from anabranch.routers.money import nano_dollars
 from anabranch.routers.strategies.training import share
+from anabranch.web.turns import in_thread
 
 if TYPE_CHECKING:
     from anabranch.gateway.gateway import Gateway
@@ -92,7 +94,7 @@ class Shadow:
                     if is_alone:
                         await self._under(config, config.shadow)
             except AnabranchError as error:
-                logger.warning("shadow samples wait: %s", error)
+                logger.warning("shadow samples wait: %s", words(error))
             except Exception as error:
                 logger.error("shadow samples wait: %s", type(error).__name__, exc_info=error)
             await self.rest(AWAY_S)
@@ -113,7 +115,7 @@ class Shadow:
             await _withdraw(store)
         # Not started: it neither learns, nor cares for the store, nor tells anybody; it only makes calls. Models in this process are those
         # that serve.
-        aside = await asyncio.to_thread(self._beside, for_shadow(config))
+        aside = await in_thread(self._beside, for_shadow(config))
         try:
             await aside.load()
             models = wanted.models or tuple(model.name for model in config.models)

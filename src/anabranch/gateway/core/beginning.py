@@ -15,6 +15,7 @@ from anabranch.gateway.core.model_calls import ModelCalls
 from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.counted_texts import Texts
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media
 from anabranch.gateway.native_tokens import count_native
 from anabranch.gateway.prompt_tokens import count_prompt, has_images
@@ -62,7 +63,7 @@ def _read(state: RequestState) -> Texts | None:
     except UnknownModelError as error:
         raise ApiError(404, "model_not_found", str(error), param="model") from None
     except InputError as error:
-        raise wrong("model", str(error)) from None
+        raise wrong("model", words(error)) from None
     state.label = label_of(state.target)
     if is_media(state.endpoint):
         if state.target.model is None:
@@ -87,10 +88,10 @@ def _look(state: RequestState) -> None:
 
 def _check(state: RequestState) -> None:
     body, most_tokens = state.body, state.runtime.config.limits.most_tokens
-    for header, words in WISHES.items():
+    for header, known in WISHES.items():
         wish = state.headers.get(header, "")
-        if wish and wish.lower() not in words:
-            raise wrong(header, f"{header} is {said(wish)}; it must be {' or '.join(words)}, or left out")
+        if wish and wish.lower() not in known:
+            raise wrong(header, f"{header} is {said(wish)}; it must be {' or '.join(known)}, or left out")
     check_depth(body)
     if state.endpoint == "chat":
         check_chat(body, most_tokens)
@@ -124,7 +125,7 @@ async def name(state: RequestState) -> None:
         state.tags = (*found.tags, *ours)
         state.subjects = subjects_of(record, user=found.user, tags=state.tags)
     except InputError as error:
-        raise wrong("x-tags", str(error)) from None
+        raise wrong("x-tags", words(error)) from None
     except CapacityError as error:
         raise unavailable(error) from None
     state.user, state.named_user = found.user, (record.user if record is not None else "") or named[:256]

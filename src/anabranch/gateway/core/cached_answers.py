@@ -148,6 +148,8 @@ class CachedAnswers:
         if self._context is None or caches.semantic is None:
             return None
         state.vector = await caches.embed(self._context[1])
+        if state.vector is None:
+            return None
         entry = await caches.alike(state.tenant, self._context[0], state.vector)
         return None if entry is None else (entry, "semantic")
 

@@ -1,5 +1,6 @@
 """The end of a request: its rows in the ledger, what is told of it, and what the strategy that decided learns of it."""
 
+import logging
 from dataclasses import replace
 
 from anabranch.gateway.core import settlement
@@ -8,10 +9,14 @@ from anabranch.gateway.core.finished import Priced
 from anabranch.gateway.core.ledger_row import call_rows, finished, priced, row_of
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.dispatch import Report
+from anabranch.gateway.logged_error import raised
 from anabranch.gateway.metrics import StageClock
 from anabranch.gateway.store import LedgerRow, Reservation
 from anabranch.routers.contract.query import Outcome
 from anabranch.routers.money import dollars
+from anabranch.web.turns import plainly
+
+logger = logging.getLogger(__name__)
 
 
 def conclude(state: RequestState, status: str, http_status: int, code: str, cache: str, latency_s: float) -> None:
@@ -34,7 +39,11 @@ def conclude(state: RequestState, status: str, http_status: int, code: str, cach
     outcome = outcome_of(state, report, status, latency_s)
     services.unsettled.add(state.id, row)
     correct_rate(state)
-    _log_decision(state, row, report)
+    try:
+        # Writing it runs what a strategy gave.
+        plainly(lambda: _log_decision(state, row, report))
+    except Exception as error:
+        logger.error("why a model was chosen is not in the store: %s", raised(error))
     services.on_finished(finished(state, row, report, outcome, http_status))
     _write(state, row, outcome)
 

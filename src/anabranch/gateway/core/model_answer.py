@@ -12,6 +12,7 @@ from anabranch.gateway.core.payable import payable
 from anabranch.gateway.core.purse import Hold
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.dispatch import Plan, Report
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.providers.anthropic_request import LEAST_BUDGET
 from anabranch.gateway.providers.provider import Answer, UpstreamRequest
 
@@ -63,7 +64,8 @@ class ModelAnswer:
         if not most:
             return error
         return BudgetError(
-            f"{error}; with {_limit_name(state)} = {most} or less{_thoughts_within(state.body, most)} it may cost no more than is left",
+            f"{words(error)}; "
+            f"with {_limit_name(state)} = {most} or less{_thoughts_within(state.body, most)} it may cost no more than is left",
             subject=error.subject,
             period=error.period,
             limit_nano=error.limit_nano,

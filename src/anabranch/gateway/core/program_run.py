@@ -16,11 +16,11 @@ from anabranch.errors import InputError, LimitError
 from anabranch.gateway.core.model_calls import ModelCalls
 from anabranch.gateway.core.pieces import AHEAD, drained
 from anabranch.gateway.dispatch import Report
-from anabranch.gateway.logged_error import raised
+from anabranch.gateway.logged_error import raised, words
 from anabranch.gateway.providers.provider import BODY_BYTES, Answer, Failure, UpstreamError, Usage
-from anabranch.routers.contract.program import Done, Program, ProgramRequest, Said, Step
+from anabranch.routers.contract.program import Done, Program, ProgramRequest, Said, Shown, Step
 from anabranch.web.sse import DONE, HEARTBEAT, event
-from anabranch.web.turns import plainly_awaited
+from anabranch.web.turns import in_task, plainly_awaited
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class ProgramRun:
     Attributes:
         report: of no attempt of its own: the calls have theirs. ``model`` is whose answer it is, as far as known.
         trace: the steps so far, ready for JSON.
+        shown: what the sender is shown beside the answer, likewise.
         failure: what broke its stream.
         first_s: seconds after `open` began to the first piece; None before.
 
@@ -61,16 +62,18 @@ class ProgramRun:
         self._program, self._request, self._calls, self._left_s = program, request, calls, left_s
         self._wants_usage, self._beat_s = wants_usage, beat_s
         self._head = {"id": f"chatcmpl-{id}", "created": int(time.time())}
-        self._ready: asyncio.Queue[str] = asyncio.Queue(AHEAD)
+        # Pieces of the answer, and what is shown beside it.
+        self._ready: asyncio.Queue[str | dict[str, Any]] = asyncio.Queue(AHEAD)
         self._said: list[str] = []
         self._size = 0
         self._done: Done | None = None
         self._task: asyncio.Task[None] | None = None
-        self._pieces: AsyncGenerator[str | None, None] | None = None
-        self._first: str | None = None
+        self._pieces: AsyncGenerator[str | dict[str, Any] | None, None] | None = None
+        self._first: str | dict[str, Any] | None = None
         self._stream = self._relayed()
         self.report, self.failure, self.first_s = Report(), None, None
         self.trace: list[dict[str, Any]] = []
+        self.shown: list[dict[str, Any]] = []
 
     failure: Failure | None
     first_s: float | None
@@ -119,6 +122,7 @@ class ProgramRun:
             "model": self.report.model or "",
             "choices": [choice],
             "usage": usage.to_openai(),
+            **({"trace": self.shown} if self.shown else {}),
         }
         answer = Answer(body, None, usage)
         answer.report = self.report
@@ -148,14 +152,8 @@ class ProgramRun:
     async def _run(self) -> None:
         """Take events until the end. Raises UpstreamError at the deadline, InputError for what makes no answer."""
         try:
-            async with asyncio.timeout(max(0.0, self._left_s)):
-                events: Any = self._program.run(self._request, self._calls)
-                async with contextlib.aclosing(events):
-                    async for one in events:
-                        if isinstance(one, Done):
-                            self._end(one)
-                            break
-                        await self._take(one)
+            # In a task that may be left behind: what a program does about its end is its own.
+            await in_task(self._take_all, max(0.0, self._left_s))
         except TimeoutError:
             message = "the program has not come to its end within the time that a request may take"
             raise UpstreamError(Failure(kind="deadline", message=message)) from None
@@ -164,18 +162,27 @@ class ProgramRun:
                 raise InputError(f"the program {self._program.name} ended without an answer")
             self._end(Done())
 
+    async def _take_all(self) -> None:
+        events: Any = self._program.run(self._request, self._calls)
+        async with contextlib.aclosing(events):
+            async for one in events:
+                if isinstance(one, Done):
+                    self._end(one)
+                    break
+                await self._take(one)
+
     async def _take(self, one: Any) -> None:
         if isinstance(one, Step):
             self._note(one)
+        elif isinstance(one, Shown):
+            await self._show(one)
         elif isinstance(one, Said) and isinstance(one.text, str):
             if one.text:
-                self._size += len(one.text)
-                if self._size > BODY_BYTES:
-                    raise InputError(f"the program says more than {BODY_BYTES:,} characters")
+                self._grow(len(one.text))
                 self._said.append(one.text)
                 await self._ready.put(one.text)
         else:
-            raise InputError(f"the program yields {type(one).__name__}; it may yield Said, Step and Done")
+            raise InputError(f"the program yields {type(one).__name__}; it may yield Said, Shown, Step and Done")
 
     def _end(self, done: Done) -> None:
         """Take the end. Raises InputError if it does not begin as what was said, or is not ready for JSON."""
@@ -201,13 +208,20 @@ class ProgramRun:
         given = {"content": "".join(self._said)} if self._done.message is None else self._done.message
         return {"role": "assistant", **given}
 
+    def _grow(self, characters: int) -> None:
+        self._size += characters
+        if self._size > BODY_BYTES:
+            raise InputError(f"the program says more than {BODY_BYTES:,} characters")
+
+    async def _show(self, shown: Shown) -> None:
+        line = _line(shown, "event")
+        self._grow(len(json.dumps(line)))
+        if len(self.shown) < STEPS:
+            self.shown.append(line)
+            await self._ready.put(line)
+
     def _note(self, step: Step) -> None:
-        try:
-            line = {**json.loads(json.dumps(dict(step.facts), allow_nan=False)), "step": str(step.name)[:80]}
-        except (TypeError, ValueError, RecursionError):
-            raise InputError(
-                f"the facts of the program's step {str(step.name)[:80]!r} are not ready for JSON"
-            ) from None
+        line = _line(step, "step")
         if len(self.trace) < STEPS:
             is_short = len(json.dumps(line)) <= STEP_CHARACTERS
             self.trace.append(line if is_short else {"step": line["step"], "is_left_out": True})
@@ -223,13 +237,22 @@ class ProgramRun:
         def chunk(delta: Mapping[str, Any], reason: str | None = None, **more: Mapping[str, Any]) -> bytes:
             return event({**head, "choices": [{"index": 0, "delta": delta, **more, "finish_reason": reason}]})
 
+        def beside(shown: Mapping[str, Any]) -> bytes:
+            return event({**head, "choices": [], "trace": shown})
+
         try:
-            yield chunk({"role": "assistant", "content": self._first or ""})
+            first = self._first
+            yield chunk({"role": "assistant", "content": first if isinstance(first, str) else ""})
+            if isinstance(first, dict):
+                yield beside(first)
             # From here on a reader waits who is to be told that it goes on.
             beating = drained(self._ready, task, self._beat_s)
             async with contextlib.aclosing(beating):
-                async for text in beating:
-                    yield HEARTBEAT if text is None else chunk({"content": text})
+                async for piece in beating:
+                    if isinstance(piece, dict):
+                        yield beside(piece)
+                    else:
+                        yield HEARTBEAT if piece is None else chunk({"content": piece})
             error = None if task.cancelled() else task.exception()
             if error is not None:
                 self.failure = failure_of(error, self._program.name)
@@ -263,12 +286,21 @@ class ProgramRun:
         return sum((call.report.usage for call in self._calls.made), Usage())
 
 
+def _line(one: Step | Shown, kind: str) -> dict[str, Any]:
+    """What a program did or shows, ready for JSON. Raises InputError for what is not."""
+    name = str(one.name)[:80]
+    try:
+        return {**json.loads(json.dumps(dict(one.facts), allow_nan=False)), kind: name}
+    except (TypeError, ValueError, RecursionError):
+        raise InputError(f"the facts of the program's {kind} {name!r} are not ready for JSON") from None
+
+
 def failure_of(error: BaseException, name: str) -> Failure:
     """What a program failed with after it had said something, as its reader is told it."""
     if isinstance(error, UpstreamError):
         return error.failure
     if isinstance(error, LimitError):
-        return Failure(kind="rate_limit", message=str(error))
+        return Failure(kind="rate_limit", message=words(error))
     logger.warning(
         "program %s failed: %s", name, raised(error) if isinstance(error, Exception) else type(error).__name__
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import logging
 import random
 import time
 from collections import deque
@@ -23,10 +24,12 @@ from anabranch.gateway.dispatch.run import Run
 from anabranch.gateway.dispatch.shared_rooms import SharedRooms
 from anabranch.gateway.dispatch.stream import Stream, linger
 from anabranch.gateway.dispatch.upstream_beside import UpstreamBeside
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.providers.answer_bounds import most_bytes
 from anabranch.gateway.providers.provider import (
     Answer,
     HttpCall,
+    Provider,
     Reply,
     Transport,
     UpstreamError,
@@ -36,7 +39,9 @@ from anabranch.gateway.providers.provider import (
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.money import Price
 from anabranch.web.answer_room import AnswerRoom
-from anabranch.web.turns import Turns
+from anabranch.web.turns import Turns, plainly_awaited
+
+logger = logging.getLogger(__name__)
 
 # Large requests are written and large answers read here, one after another: the more threads want Python's lock, the longer the event loop
 # waits for it.
@@ -194,17 +199,16 @@ class Dispatcher:
         for group in self.groups.values():
             for live in group.lives:
                 try:
-                    await live.provider.start()
+                    await plainly_awaited(live.provider.start)
                 except AnabranchError as error:
-                    raise ConfigError(f"deployment {live.name} cannot start: {error}") from error
+                    raise ConfigError(f"deployment {live.name} cannot start: {words(error)}") from error
             known = [live.provider.context for live in group.lives if live.provider.context is not None]
             if known and group.group.context is None:
                 group.group = replace(group.group, context=min(known))
 
     async def release(self) -> None:
         """Have providers give back what `start` got."""
-        for live in self.lives():
-            await live.provider.close()
+        await close_providers(live.provider for live in self.lives())
 
     # Asking
 
@@ -245,7 +249,7 @@ class Dispatcher:
         attempt.is_whole = True
         reader = run.reader(live, request, attempt)
         exchange: Exchange = asyncio.ensure_future(
-            exchanged(live.transport, call, attempt, reader, most_bytes(request))
+            plainly_awaited(lambda: exchanged(live.transport, call, attempt, reader, most_bytes(request)))
         )
         try:
             async with attempt.time.limited(limit_s, run.left_s):
@@ -308,3 +312,12 @@ class Dispatcher:
         await self.release()
         if self._owns_http:
             await self._http.close()  # type: ignore[attr-defined]
+
+
+async def close_providers(providers: Iterable[Provider]) -> None:
+    """Have each give back what it got. One that fails keeps no other from it."""
+    for provider in providers:
+        try:
+            await plainly_awaited(provider.close)
+        except Exception as error:
+            logger.error("%r could not be closed", provider, exc_info=error)

@@ -29,7 +29,7 @@ from anabranch.gateway.providers.provider import (
     read_error,
 )
 from anabranch.web.large_json import LARGE
-from anabranch.web.turns import Turns
+from anabranch.web.turns import Turns, plainly
 
 # Status, headers and body of an answer, and that as it was read, if it was large.
 Exchange = asyncio.Task[tuple[int, Headers, bytes, Answer | None]]
@@ -206,5 +206,5 @@ def answer_of(provider: Provider, request: UpstreamRequest, exchange: Exchange) 
     """The answer that has come. Raises UpstreamError, and CancelledError if it was given up."""
     status, headers, body, answer = exchange.result()
     if not 200 <= status < 300:
-        raise UpstreamError(provider.error(status, headers, body))
+        raise UpstreamError(plainly(lambda: provider.error(status, headers, body)))
     return read_answer(provider, request, body) if answer is None else answer

@@ -6,10 +6,10 @@ from functools import partial
 
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.retry import OUTCOME
-from anabranch.gateway.logged_error import raised
+from anabranch.gateway.logged_error import plain, raised
 from anabranch.gateway.providers.provider import Failure, HttpCall, UpstreamError, UpstreamRequest
 from anabranch.web.large_json import LARGE
-from anabranch.web.turns import Turns
+from anabranch.web.turns import Turns, plainly
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,9 @@ def as_failure(error: Exception, name: str) -> UpstreamError:
         return error
     logger.error("the provider of deployment %s failed", name, exc_info=error)
     return UpstreamError(
-        Failure(kind="garbage", message=f"the provider of {name} failed ({type(error).__name__}); the log says how")
+        Failure(
+            kind="garbage", message=f"the provider of {name} failed ({type(plain(error)).__name__}); the log says how"
+        )
     )
 
 
@@ -65,7 +67,7 @@ def _outgoing(live: Live, request: UpstreamRequest) -> Outgoing:
 
 def _built(live: Live, request: UpstreamRequest) -> HttpCall:
     try:
-        return live.provider.build(request)
+        return plainly(lambda: live.provider.build(request))
     except UpstreamError as error:
         failure = error.failure
         kind = failure.kind if OUTCOME[failure.kind] == "ignored" else "request"
@@ -73,5 +75,5 @@ def _built(live: Live, request: UpstreamRequest) -> HttpCall:
         raise UpstreamError(replace(failure, kind=kind, status=None)) from None
     except Exception as error:
         logger.error("the provider of deployment %s cannot send a request: %s", live.name, raised(error))
-        message = f"the request cannot be put into the form that {live.name} takes ({type(error).__name__})"
+        message = f"the request cannot be put into the form that {live.name} takes ({type(plain(error)).__name__})"
         raise UpstreamError(Failure(kind="unsupported", message=message)) from None

@@ -418,7 +418,7 @@ class Run:
     # Endings
 
     def _too_late(self) -> UpstreamError:
-        message = f"the time for this request ({self.plan.deadline - self.began:g} s) is up"
+        message = f"the time for this request ({max(0.0, self.plan.deadline - self.began):g} s) is up"
         if self._last is not None:
             message += f"; the last failure was: {self._last.failure.message}"
         return UpstreamError(Failure(kind="deadline", message=message), self.report)

@@ -41,6 +41,7 @@ from anabranch.gateway.providers.provider import (
 from anabranch.gateway.providers.sse import DONE_DATA, events
 from anabranch.web.large_json import LARGE
 from anabranch.web.sse import DONE, HEARTBEAT, event
+from anabranch.web.turns import plainly, plainly_awaited
 
 STITCHED = b": x-stitched\n\n"
 RESTART = b'event: restart\ndata: {"object":"stream.restart"}\n\n'
@@ -184,14 +185,16 @@ class Stream:
         try:
             async with attempt.time.limited(limit_s, self._run.left_s):
                 call.is_sent = True
-                reply = await live.transport.open(call)
-                attempt.http_status = reply.status
-                if not 200 <= reply.status < 300:
-                    raise UpstreamError(live.provider.error(reply.status, reply.headers, await read_error(reply)))
-                opened = Opened(self._run, live, attempt, request, reply, self._stitch)
-                if "json" in reply.headers.get("content-type", ""):
+                came = await plainly_awaited(lambda: live.transport.open(call))
+                reply = came
+                attempt.http_status = came.status
+                if not 200 <= came.status < 300:
+                    status, headers, body = came.status, came.headers, await read_error(came)
+                    raise UpstreamError(plainly(lambda: live.provider.error(status, headers, body)))
+                opened = Opened(self._run, live, attempt, request, came, self._stitch)
+                if "json" in came.headers.get("content-type", ""):
                     attempt.is_whole = True
-                    opened.from_answer(await self._run.reader(live, request, attempt).read(reply))
+                    opened.from_answer(await self._run.reader(live, request, attempt).read(came))
                 else:
                     await opened.until_content()
         except TimeoutError:

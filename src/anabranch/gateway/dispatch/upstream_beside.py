@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from anabranch.gateway.dispatch.upstream import Upstream
 from anabranch.gateway.providers.provider import Failure, Headers, HttpCall, Reply, UpstreamError
+from anabranch.web.turns import in_thread
 
 __all__ = ["BESIDE_BYTES", "UpstreamBeside"]
 
@@ -57,7 +58,7 @@ class UpstreamBeside:
         loop, self._loop = self._loop, None
         if loop is not None:
             await _Work(loop, self._there.close()).done
-            await asyncio.to_thread(loop.end)
+            await in_thread(loop.end)
 
 
 class _Loop:

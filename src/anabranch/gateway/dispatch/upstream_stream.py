@@ -40,6 +40,7 @@ from anabranch.gateway.providers.provider import (
 from anabranch.gateway.providers.sse import DONE_DATA, EVENT_BYTES, Splitter, events
 from anabranch.gateway.providers.vocabulary import status_said
 from anabranch.web.sse import event
+from anabranch.web.turns import plainly
 
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.run import Run
@@ -83,7 +84,7 @@ class Opened:
     ) -> None:
         self.run, self.live, self.attempt, self.request, self.reply = run, live, attempt, request, reply
         self.splitter = Splitter()
-        self.translator: Translator | None = live.provider.translator(request)
+        self.translator: Translator | None = plainly(lambda: live.provider.translator(request))
         self.first, self.head = b"", Json()
         self.is_done = self.has_finished = self.has_given_usage = False
         self._stitch = stitch
@@ -322,16 +323,17 @@ class Opened:
                 self.is_done = True
                 self.has_finished = self.has_finished or self._has_begun
                 break
-            if self.translator is not None:
-                for chunk in self.translator.feed(data):
+            if (translator := self.translator) is not None:
+                for chunk in plainly(lambda: list(translator.feed(data))):  # noqa: B023
                     if self._is_passed(chunk):
                         kept.append(event(chunk))
                         self._count_translated(chunk, kept[-1])
-                self.is_done = self.translator.is_done
+                self.is_done = translator.is_done
                 continue
             chunk = read_chunk(data)
             if name == b"error" or chunk.get("error"):
-                raise UpstreamError(self.live.provider.error(status_said(chunk), self.reply.headers, data))
+                status, headers, provider = status_said(chunk), self.reply.headers, self.live.provider
+                raise UpstreamError(plainly(lambda: provider.error(status, headers, data)))  # noqa: B023
             had, is_list = len(chunk), flattened(chunk, "delta")
             if self._is_passed(chunk):
                 is_as_it_came = self._stitch is None and len(chunk) == had and not is_list

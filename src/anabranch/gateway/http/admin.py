@@ -1,6 +1,5 @@
 """``/admin/*``: what operators do. Every route needs the admin key, or a key of the store that is an admin's."""
 
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -14,10 +13,12 @@ from aiohttp import web
 from anabranch.config import to_dict
 from anabranch.errors import AnabranchError, CapacityError, DataError, InputError
 from anabranch.gateway.config.redact import redacted
+from anabranch.gateway.decision_checks import BypassError
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator, check_origin
 from anabranch.gateway.http.peers import PeerError, Peers
-from anabranch.gateway.lane import BypassError
+from anabranch.gateway.learning.erasures import NotForgottenError
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.refusals import unavailable
 from anabranch.gateway.shared import AwayError, Shared
 from anabranch.gateway.store import GROUPS, Budget, KeyRecord, LedgerQuery, Spend, key_rows
@@ -34,7 +35,7 @@ from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 from anabranch.web.json_text import Rows
 from anabranch.web.large_json import is_light, json_slices
 from anabranch.web.slices import send_json, sliced
-from anabranch.web.turns import Turns
+from anabranch.web.turns import Turns, in_thread
 
 T = TypeVar("T")
 Work = Callable[["_Call"], Awaitable[Any]]
@@ -211,12 +212,12 @@ class AdminRoutes:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise wrong("strategies", "strategies must be a list of names")
         try:
-            outcomes = await asyncio.to_thread(_outcomes, call.body.get("outcomes"))
+            outcomes = await in_thread(_outcomes, call.body.get("outcomes"))
             done = await self._gateway.add_model(call.name, strategies=names, outcomes=outcomes)
         except CapacityError as error:
             raise unavailable(error) from None
         except AnabranchError as error:
-            raise ApiError(400, "invalid_value", str(error)) from None
+            raise ApiError(400, "invalid_value", words(error)) from None
         if self._on_reload is None:
             await self._gateway.reload(self._gateway.config)
         else:
@@ -228,7 +229,7 @@ class AdminRoutes:
         try:
             decision = await self._gateway.explain(call.body)
         except BypassError as error:
-            raise ApiError(409, "bypassed", str(error)) from None
+            raise ApiError(409, "bypassed", words(error)) from None
         return {**_fields(decision), "candidates": _rows(decision.candidates), "details": dict(decision.details)}
 
     async def _decisions(self, call: _Call) -> Any:
@@ -300,7 +301,10 @@ class AdminRoutes:
         if call.name != "forget":
             raise ApiError(404, "not_found", f"there is no /admin/ic-cache/{call.name[:40]}; there is forget")
         order = await self._order(call)
-        num_examples, num_texts = await self._gateway.erasures.order(**order)
+        try:
+            num_examples, num_texts = await self._gateway.erasures.order(**order)
+        except NotForgottenError as error:
+            raise ApiError(503, "not_forgotten", str(error), headers={"Retry-After": "5"}) from None
         return {"forgotten": num_examples, "texts": num_texts}
 
     async def _order(self, call: _Call) -> dict[str, Any]:
@@ -338,7 +342,7 @@ class AdminRoutes:
         except PeerError as error:
             raise ApiError(409, "reload_failed", f"not every worker uses the new config: {error}") from None
         except AnabranchError as error:
-            raise ApiError(409, "reload_failed", f"the old config stays: {error}") from None
+            raise ApiError(409, "reload_failed", f"the old config stays: {words(error)}") from None
         return {"status": "reloaded", "models": len(self._gateway.config.models)}
 
 
@@ -391,7 +395,7 @@ def _limit_of(name: str, value: Any) -> int:
     try:
         nano = nano_dollars(value)
     except InputError as error:
-        raise wrong(name, f"{name}: {error}") from None
+        raise wrong(name, f"{name}: {words(error)}") from None
     if nano < 0:
         raise wrong(name, f"{name} is {value!r:.40}; it must be 0 or more")
     return nano
@@ -420,5 +424,5 @@ async def _told(work: Awaitable[T]) -> T:
     except UnknownKeyError:
         raise
     except InputError as error:
-        field = str(error).split(" ", 1)[0]
-        raise wrong(field, str(error)) if field in FIELDS else ApiError(400, "invalid_value", str(error)) from None
+        field = words(error).split(" ", 1)[0]
+        raise wrong(field, words(error)) if field in FIELDS else ApiError(400, "invalid_value", words(error)) from None

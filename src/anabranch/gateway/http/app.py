@@ -25,6 +25,7 @@ from anabranch.gateway.http.openapi import describe
 from anabranch.gateway.http.page import PageRoutes
 from anabranch.gateway.http.peers import Peers
 from anabranch.gateway.http.responses import ResponsesRoutes
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.metrics_text import labelled
 from anabranch.gateway.refusals import unavailable
 from anabranch.web.answers import Route, error_response, json_response, wrong_method
@@ -196,7 +197,7 @@ class App:
             return _early(refused(unavailable(error)))
         except AnabranchError as error:
             # An argument that the store or the config refuses.
-            return _early(refused(ApiError(400, "invalid_value", str(error))))
+            return _early(refused(ApiError(400, "invalid_value", words(error))))
         except (asyncio.CancelledError, ConnectionError):
             raise
         except Exception as error:

@@ -10,6 +10,7 @@ from anabranch.gateway.core.request_state import TOKENIZED
 from anabranch.gateway.counted_texts import Texts
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.exchange import Exchange, Received
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.native_tokens import count_native
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.providers.provider import UpstreamRequest
@@ -41,7 +42,7 @@ async def _counted(gateway: Gateway, exchange: Exchange, received: Received, is_
         except UnknownModelError as error:
             raise ApiError(404, "model_not_found", str(error), param="model") from None
         except InputError as error:
-            raise ApiError(400, "invalid_value", str(error), param="model") from None
+            raise ApiError(400, "invalid_value", words(error), param="model") from None
         if record is not None and target.model is not None and not record.allows(target.model):
             message = f"this key may use {', '.join(record.models)}"
             raise ApiError(403, "model_not_allowed", message, param="model")

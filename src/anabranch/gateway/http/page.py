@@ -7,6 +7,7 @@ from anabranch.gateway.ab import results_of
 from anabranch.gateway.collect.labels import Labels
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import check_operator, check_origin
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.ui.ab import render_ab
 from anabranch.gateway.ui.frame import CSP
 from anabranch.gateway.ui.label import render_label
@@ -72,7 +73,7 @@ class PageRoutes:
         try:
             is_taken = await Labels(self._gateway.store).say(id, said)
         except InputError as error:
-            raise wrong("verdict", str(error)) from None
+            raise wrong("verdict", words(error)) from None
         if not is_taken:
             raise ApiError(409, "not_waiting", "there is no such pair, or somebody has judged it already")
         return json_response({"id": id, "verdict": said})

@@ -15,6 +15,7 @@ import aiohttp
 from aiohttp import web
 
 from anabranch.errors import AnabranchError
+from anabranch.gateway.logged_error import words
 
 logger = logging.getLogger(__name__)
 ANSWER_S = 2.0
@@ -81,7 +82,7 @@ class Peers:
         try:
             return web.Response(body=await told(request.query.get("of", "")))
         except AnabranchError as error:
-            return web.Response(status=409, text=str(error))
+            return web.Response(status=409, text=words(error))
 
     async def ask(self, name: str, of: str = "", *, most_s: float = ANSWER_S) -> dict[int, bytes]:
         """What the others answer, by their index. One that is not there now, or does not answer in time, is left out.

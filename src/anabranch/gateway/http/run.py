@@ -21,6 +21,7 @@ from anabranch.sockets import listening, url_of
 from anabranch.web import heap
 from anabranch.web.places import Places, room_for_files
 from anabranch.web.server import BACKLOG, Connection, Server, Signals, reload_on, runner
+from anabranch.web.turns import in_thread
 
 logger = logging.getLogger(__name__)
 SWITCH_S = 1e-3
@@ -130,7 +131,7 @@ class _Reload:
         """Raises AnabranchError, and the old config stays."""
         # Whatever the config says now: the log's file may have been moved away.
         self._gateway.observers.reopen()
-        new = await asyncio.to_thread(self._load)
+        new = await in_thread(self._load)
         with told_where(self._path):
             await self._gateway.reload(new)
         heap.set_aside()

@@ -16,6 +16,7 @@ from anabranch.errors import AnabranchError
 from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.http.peers import Seat
 from anabranch.gateway.http.run import run
+from anabranch.gateway.logged_error import words
 
 MISTAKE = 2
 
@@ -49,7 +50,7 @@ def main(report: int) -> int:
             admin_port=task["admin_port"],
         )
     except AnabranchError as error:
-        tell(error=str(error))
+        tell(error=words(error))
         return MISTAKE
     return 0
 

@@ -25,8 +25,10 @@ from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.config.needs import inside
 from anabranch.gateway.config.source import told_where
 from anabranch.gateway.http.run import Ready, load
+from anabranch.gateway.logged_error import words
 from anabranch.sockets import listening
 from anabranch.web.server import Signals
+from anabranch.web.turns import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +182,7 @@ class Supervisor:
         self._workers[index] = worker
         assert worker.stdin is not None
         worker.stdin.write(self._task.line(index))
-        said = await asyncio.to_thread(_line, reader)
+        said = await in_thread(_line, reader)
         told: dict[str, str] = json.loads(said) if said else {}
         if "url" not in told:
             code = await worker.wait()
@@ -204,7 +206,7 @@ class Supervisor:
             try:
                 await self._start(index)
             except (ConfigError, OSError) as error:
-                logger.error("worker %d cannot start: %s", index, error)
+                logger.error("worker %d cannot start: %s", index, words(error))
 
     async def _pass_on(self, signals: Signals) -> None:
         while True:

@@ -15,13 +15,14 @@ from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.dispatch import Report
 from anabranch.gateway.dispatch.senders import own_sender
 from anabranch.gateway.learning.services import LearningServices
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.gateway.store import LEARNING, KeyRecord, LedgerRow, Reservation
 from anabranch.gateway.store.records import GLOBAL
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.ids import new_id
-from anabranch.web.turns import plainly_awaited
+from anabranch.web.turns import in_task
 
 if TYPE_CHECKING:
     from anabranch.gateway.lane import Lane
@@ -34,6 +35,9 @@ EVERY_S = 10.0
 
 # Of a call: nobody waits for it.
 LONGEST_S = 120.0
+
+# Of one round of errands of one strategy.
+ROUND_S = 600.0
 
 # Whose budgets pay.
 SUBJECTS = (GLOBAL, f"tag:{LEARNING}")
@@ -160,32 +164,48 @@ class ErrandRounds:
         return LaneErrands(self._services, lane, self._key)
 
     async def once(self) -> None:
-        """Upkeep of all strategies, and one round of their errands. What cannot be had is left to the next round."""
-        pool = self._services.runtime.dispatcher.pool()
+        """One round of each strategy, one after another."""
         for lane in list(self._services.lanes.values()):
-            strategy = lane.strategy
-            try:
-                if type(strategy).upkeep is not Strategy.upkeep:
-                    await lane.alone(lambda: strategy.upkeep(pool))  # noqa: B023
-                if type(strategy).errands is not Strategy.errands:
-                    await _run(strategy, self.of(lane), lane)
-            except LimitError as error:
-                logger.info("strategy %s asks no more for now: %s", lane.name, error)
-            except AnabranchError as error:
-                logger.warning("strategy %s could not have asked what it wanted: %s", lane.name, error)
-            except Exception as error:
-                logger.error("the upkeep of strategy %s failed: %s", lane.name, type(error).__name__, exc_info=error)
+            await self._round(lane)
 
     async def forever(self) -> None:
-        """`once`, every few seconds."""
-        while True:
-            await asyncio.sleep(EVERY_S)
-            await self.once()
+        """A round of each strategy every few seconds, beside those of others; none while its last one goes on."""
+        running: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                await asyncio.sleep(EVERY_S)
+                running = {name: task for name, task in running.items() if not task.done()}
+                for name, lane in self._services.lanes.items():
+                    if name not in running:
+                        running[name] = asyncio.ensure_future(self._round(lane))
+        finally:
+            for task in running.values():
+                task.cancel()
+            await asyncio.gather(*running.values(), return_exceptions=True)
+
+    async def _round(self, lane: "Lane") -> None:
+        """Upkeep of one strategy, and its errands. What cannot be had is left to the next round."""
+        strategy, pool = lane.strategy, self._services.runtime.dispatcher.pool()
+        try:
+            if type(strategy).upkeep is not Strategy.upkeep:
+                await lane.alone(lambda: strategy.upkeep(pool))
+            if type(strategy).errands is not Strategy.errands:
+                await _run(strategy, self.of(lane), lane)
+        except LimitError as error:
+            logger.info("strategy %s asks no more for now: %s", lane.name, words(error))
+        except TimeoutError:
+            logger.warning(
+                "strategy %s is not done with its errands within %g s; they are given up", lane.name, ROUND_S
+            )
+        except AnabranchError as error:
+            logger.warning("strategy %s could not have asked what it wanted: %s", lane.name, words(error))
+        except Exception as error:
+            logger.error("the upkeep of strategy %s failed: %s", lane.name, type(error).__name__, exc_info=error)
 
 
 async def _run(strategy: Strategy, errands: LaneErrands, lane: "Lane") -> None:
     try:
-        await plainly_awaited(lambda: strategy.errands(errands))
+        await in_task(lambda: strategy.errands(errands), ROUND_S)
     finally:
         if errands.asked:
             lane.touch()

@@ -7,7 +7,6 @@
 Rows of what was learned are found by what a strategy was made from, so a changed file would begin anew without the second step.
 """
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from anabranch.gateway.decide import load_router
 from anabranch.gateway.lane import made_of
 from anabranch.gateway.learning.kept import Kept, packed_part, read_part
 from anabranch.gateway.learning.services import LearningServices
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import NOBODY, LearnedRow
 from anabranch.routers.contract.dataset import Recorded
@@ -30,6 +30,7 @@ from anabranch.routers.fitted import ENDING, FittedRouter, load_folder
 from anabranch.routers.joining import joined, outcomes_of, save_joined
 from anabranch.routers.money import Price
 from anabranch.routers.recommendation import no_recommendation, pick
+from anabranch.web.turns import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ async def join(
     if not fitted:
         raise InputError("no strategy of the config serves a fitted router; set router of one")
     if outcomes is not None:
-        await asyncio.to_thread(outcomes_of, outcomes, name)
+        await in_thread(outcomes_of, outcomes, name)
     async with nullcontext(True) if store is None else store.alone_beside(WORK) as is_alone:
         if not is_alone:
             raise InputError("another model is joining; try again")
@@ -138,19 +139,19 @@ async def _join(
     files: dict[Path, FittedRouter] = {}
     taken: list[str] = []
     # All of them before the first is written.
-    before = {one: await asyncio.to_thread(_served, config, one) for one in names}
+    before = {one: await in_thread(_served, config, one) for one in names}
     for one in names:
         try:
-            path = await asyncio.to_thread(file_of, str(config.strategies[one].router), one)
+            path = await in_thread(file_of, str(config.strategies[one].router), one)
             if path not in files:
-                files[path] = await asyncio.to_thread(lambda: joined(FittedRouter.load(path), model, outcomes))  # noqa: B023
+                files[path] = await in_thread(lambda: joined(FittedRouter.load(path), model, outcomes))  # noqa: B023
             taken.append(one)
         except InputError as error:
-            refused[one] = str(error)
+            refused[one] = words(error)
     if not taken:
         raise InputError("; ".join(f"strategy {one}: {why}" for one, why in refused.items()))
     for path, router in files.items():
-        await asyncio.to_thread(save_joined, router, path)
+        await in_thread(save_joined, router, path)
     for one in taken:
         if store is None:
             break
@@ -192,7 +193,7 @@ async def _carry_over(
     outcomes: Recorded | None,
 ) -> None:
     """Put what was learned under the mark of the new file."""
-    (old, made), (_, new_made) = before, await asyncio.to_thread(_served, config, name)
+    (old, made), (_, new_made) = before, await in_thread(_served, config, name)
     if not made or not new_made or made == new_made:
         return
     if old.strategy.adds_up:
@@ -202,9 +203,9 @@ async def _carry_over(
     rows = await store.look(lambda connection: learned.read_learned(connection, name, made))
     for row in reversed(rows):
         try:
-            body = await asyncio.to_thread(_with_model, old, row.body, model, outcomes, name)
+            body = await in_thread(_with_model, old, row.body, model, outcomes, name)
         except Exception as error:
-            logger.warning("what strategy %s learned (row of %s) is left behind: %s", name, row.writer, error)
+            logger.warning("what strategy %s learned (row of %s) is left behind: %s", name, row.writer, words(error))
             continue
         new = LearnedRow(
             strategy=name, made=new_made, writer=NOBODY, kind=row.kind, version=1, ts_us=store.now_us(), body=body

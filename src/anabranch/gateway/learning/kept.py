@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from anabranch.errors import AnabranchError, CapacityError
+from anabranch.gateway.logged_error import raised, words
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import LearnedRow
 from anabranch.routers.contract.strategy import Arrays, Example, Facts
 from anabranch.routers.fitted import VERSION, packed, unpacked
+from anabranch.web.turns import in_thread, plainly
 
 if TYPE_CHECKING:
     from anabranch.gateway.lane import Lane
@@ -41,6 +43,9 @@ MEGABYTE_S = 5.0
 
 # Of reading again because others wrote meanwhile; then the next round tries.
 TRIES = 3
+
+# As above, of making a row part of nobody's, which each process that ends does: where one is late, another has come through.
+LEAVES = 100
 
 # What does not add up and was written before, by processes that are gone, is deleted when it is so old.
 OLD_US = 86_400 * 10**6
@@ -113,7 +118,7 @@ class Kept:
                     await self._forget_since(lane, await self._take_examples(lane, held))
                 await self._say(lane)
             except AnabranchError as error:
-                logger.warning("what strategy %s learned before cannot be read: %s", lane.name, error)
+                logger.warning("what strategy %s learned before cannot be read: %s", lane.name, words(error))
             except Exception as error:
                 logger.error("what strategy %s learned before cannot be read", lane.name, exc_info=error)
 
@@ -131,6 +136,7 @@ class Kept:
                 if held is None or held.made != lane.made:
                     continue
                 try:
+                    _check_owed(lane)
                     if at_once or is_last:
                         # What waits for the strategy's thread is learned first: `told` does not know of it yet.
                         await lane.alone(lambda: None)
@@ -138,7 +144,7 @@ class Kept:
                     if is_last:
                         await self._leave(lane, held)
                 except AnabranchError as error:
-                    logger.warning("what strategy %s learned is not in the store yet: %s", lane.name, error)
+                    logger.warning("what strategy %s learned is not in the store yet: %s", lane.name, words(error))
                 except Exception as error:
                     logger.error("what strategy %s learned cannot be kept", lane.name, exc_info=error)
 
@@ -162,6 +168,7 @@ class Kept:
     # One strategy
 
     async def _round(self, lane: "Lane", held: _Held, at_once: bool) -> None:
+        _check_owed(lane)
         if lane.strategy.keeps_examples:
             await self._take_examples(lane, held)
             await self._give_examples(lane, held)
@@ -171,7 +178,7 @@ class Kept:
             if lane.told == held.told or (self._clock() < held.next_s and not at_once):
                 return
             told, part = await lane.alone(lambda: (lane.told, _copy(lane)))
-            body = await asyncio.to_thread(_bytes, part, lane.name)
+            body = await in_thread(_bytes, part, lane.name)
             row = LearnedRow(
                 strategy=lane.name,
                 made=held.made,
@@ -193,7 +200,7 @@ class Kept:
     async def _begin_anew(self, lane: "Lane", held: _Held) -> None:
         """The own row is nobody's by now: what it tells of is heard of again like that of others."""
         logger.warning("this process was taken for dead; strategy %s goes on beside what it had told", lane.name)
-        part = await asyncio.to_thread(read_part, held.body, lane.name)
+        part = await in_thread(read_part, held.body, lane.name)
         await lane.alone(lambda: lane.strategy.disown(*part))
         held.writer, held.body, held.seen = self._writer(), b"", None
 
@@ -219,7 +226,7 @@ class Kept:
                 raise
             except Exception as error:
                 held.unfolded.add(writer)
-                logger.debug("the row of %s stays apart: %s", writer, error)
+                logger.debug("the row of %s stays apart: %s", writer, words(error))
         return bool(dead)
 
     async def _hear(self, lane: "Lane", held: _Held) -> None:
@@ -236,13 +243,16 @@ class Kept:
             return
         rows = await store.look(lambda connection: learned.read_learned(connection, name, held.made))
         rows = [row for row in rows if row.writer != held.writer]
-        whole = await asyncio.to_thread(self._joined, lane, held, rows)
+        whole = await in_thread(self._joined, lane, held, rows)
         await lane.alone(lambda: lane.strategy.hear(*whole))
         held.seen = {row.writer: row.version for row in rows}
 
     def _joined(self, lane: "Lane", held: _Held, rows: Sequence[LearnedRow]) -> Part:
         """All that can be read of them, as one."""
-        join = lane.strategy.joined
+
+        def join(parts: Sequence[Part]) -> Part:
+            return plainly(lambda: lane.strategy.joined(parts))
+
         try:
             return join([_part(row) for row in rows])
         except Exception:
@@ -265,7 +275,7 @@ class Kept:
         begun: Part = (start[0], json.loads(start[1]))
         for row in reversed(rows):
             try:
-                part = await asyncio.to_thread(_part, row)
+                part = await in_thread(_part, row)
                 await lane.alone(lambda: lane.strategy.load_kept(*part))  # noqa: B023
                 await self._forget_since(lane, [row.ts_us])
                 return
@@ -280,7 +290,11 @@ class Kept:
         orders = await self._store().look(lambda connection: learned.read_erasures(connection, 0))
         for _, ordered_us, order in orders:
             if any(ordered_us <= ts_us <= ordered_us + OVERLAP_US for ts_us in written_us):
-                await lane.forget(json.loads(order))
+                try:
+                    await lane.forget(json.loads(order))
+                except Exception as error:
+                    # It owes this one, and is told of the others all the same.
+                    logger.error("strategy %s could not forget: %s", lane.name, raised(error))
 
     async def _take_examples(self, lane: "Lane", held: _Held) -> list[int]:
         """Take over what others wrote since; when they wrote it."""
@@ -291,7 +305,7 @@ class Kept:
             )
             others = [row for row in rows if row[1] != held.writer]
             if others:
-                examples = await asyncio.to_thread(_examples, others)
+                examples = await in_thread(_examples, others)
                 await lane.alone(lambda: lane.strategy.take_examples(examples))  # noqa: B023
                 written_us += [ts_us for _, _, _, ts_us, body, _ in others if body]
             if rows:
@@ -305,7 +319,7 @@ class Kept:
         while True:
             if not held.unwritten:
                 changed = await lane.alone(lambda: lane.strategy.changed_examples(MOST_EXAMPLES))
-                held.unwritten = await asyncio.to_thread(_rows, changed)
+                held.unwritten = await in_thread(_rows, changed)
             if not held.unwritten:
                 return
             await self._put_examples(lane.name, held)
@@ -326,7 +340,15 @@ class Kept:
         def join(bodies: Sequence[bytes]) -> bytes:
             return _bytes(_ready(*lane.strategy.joined([read_part(body, name) for body in bodies])), name)
 
-        await store.change(lambda connection: learned.leave_learned(connection, name, held.made, writer, join, now_us))
+        for _ in range(LEAVES):
+            rows = await store.look(lambda connection: learned.read_leaving(connection, name, held.made, writer))
+            if not any(row.writer == writer for row in rows):
+                return
+            # Beside the store's transaction: what a strategy does there, and how long, would be everybody's.
+            body = await in_thread(join, [row.body for row in rows])
+            if await store.change(lambda connection: learned.leave_learned(connection, rows, writer, body, now_us)):  # noqa: B023
+                return
+        raise CapacityError(f"others write the rows of strategy {name} all the time")
 
     async def _leave(self, lane: "Lane", held: _Held) -> None:
         store, name = self._store(), lane.name
@@ -341,7 +363,10 @@ class Kept:
         if (row.writer, row.version) not in held.damaged:
             held.damaged.add((row.writer, row.version))
             logger.warning(
-                "what strategy %s learned (row of %s) is left out: %s", row.strategy, row.writer or "nobody", error
+                "what strategy %s learned (row of %s) is left out: %s",
+                row.strategy,
+                row.writer or "nobody",
+                words(error),
             )
 
     async def _say(self, lane: "Lane") -> None:
@@ -354,6 +379,12 @@ class Kept:
             logger.warning(
                 "strategy %s begins anew: what it learned when it was made otherwise (%d rows) is not read", name, count
             )
+
+
+def _check_owed(lane: "Lane") -> None:
+    """Raises CapacityError for one whose strategy keeps what it was told to forget."""
+    if lane.owed:
+        raise CapacityError("it has not forgotten yet what it was told to")
 
 
 def _copy(lane: "Lane") -> tuple[Arrays, str]:
@@ -404,7 +435,7 @@ def _examples(rows: Sequence[tuple[str, str, int, int, str, bytes]]) -> list[Exa
                 raise ValueError("it is no object")
             found.append(Example(key, value, vector_D))
         except (ValueError, RecursionError) as error:
-            logger.warning("an example (version %d) is damaged and left out: %s", version, error)
+            logger.warning("an example (version %d) is damaged and left out: %s", version, words(error))
     return found
 
 

@@ -15,6 +15,7 @@ from anabranch.gateway.learning.permission import is_learned_of, may_score, may_
 from anabranch.gateway.learning.said import Said
 from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.learning.waiting import Waiting
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.store import KeyRecord, LedgerQuery, LedgerRow, SaidBeforeError
 from anabranch.routers.contract.query import Outcome
 from anabranch.web.api_error import ApiError, wrong
@@ -182,7 +183,7 @@ class Teaching:
                 await self._services.unsettled.wait(row.request_id)
                 await self._keep(row, told, whose)
             except AnabranchError as error:
-                logger.warning("feedback of request %s is not kept: %s", row.request_id, error)
+                logger.warning("feedback of request %s is not kept: %s", row.request_id, words(error))
             finally:
                 self._scoring.discard((row.request_id, whose, _kind(told)))
 

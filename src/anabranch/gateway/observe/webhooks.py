@@ -26,6 +26,7 @@ from anabranch.errors import AnabranchError
 from anabranch.gateway.config import WebhookConfig
 from anabranch.gateway.config.observe import check_webhook_url
 from anabranch.gateway.config.secret import Secret, is_reference
+from anabranch.gateway.logged_error import words
 from anabranch.gateway.name_resolver import NameResolver
 from anabranch.gateway.store import Budget, Store, alerts
 from anabranch.gateway.store.alerts import TRIES, Alert
@@ -120,7 +121,7 @@ class Webhooks:
                     try:
                         await self._begin()
                     except AnabranchError as error:
-                        logger.warning("budgets are looked at later: %s", error)
+                        logger.warning("budgets are looked at later: %s", words(error))
                 await asyncio.sleep(LOOK_S)
         finally:
             telling = list(self._telling.values())

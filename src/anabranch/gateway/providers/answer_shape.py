@@ -10,13 +10,14 @@ from typing import Any
 from anabranch.gateway.providers.provider import WRITES, Answer, Provider, UpstreamRequest, estimated, garbage
 from anabranch.gateway.providers.usage import TOKENS, Usage, is_untold
 from anabranch.web.large_json import num_bytes
+from anabranch.web.turns import plainly
 
 _COUNTS = tuple(field.name for field in fields(Usage) if field.type is int)
 
 
 def read_answer(provider: Provider, request: UpstreamRequest, body: bytes) -> Answer:
     """The body of a 2xx answer. Raises UpstreamError: of kind ``garbage`` if it is none, else for what it reports."""
-    answer = provider.parse(request, body)
+    answer = plainly(lambda: provider.parse(request, body))
     if request.endpoint not in ("embeddings", *WRITES):
         # Its provider has looked, and what it is made of passes as it came.
         return answer

@@ -37,6 +37,7 @@ from anabranch.gateway.providers.provider import (
     Usage,
 )
 from anabranch.web.api_error import ApiError
+from anabranch.web.turns import in_thread
 
 if TYPE_CHECKING:
     from anabranch.serving.http.inside import Inside, InsideReply, Kind
@@ -159,7 +160,7 @@ class Local(Provider, kind="local"):
         """Load the model, or join those who have it. Raises AnabranchError."""
         config, began = self.config.inside(), time.monotonic()
         # Which brings torch: that takes seconds, for which the loop has better use.
-        make = await asyncio.to_thread(_engine_class)
+        make = await in_thread(_engine_class)
         made_from = to_dict(config)
         made_from["engine"]["model"] = os.path.realpath(self.config.model)
         self._of = json.dumps(made_from, sort_keys=True)

@@ -91,25 +91,37 @@ def put_learned(connection: Connection, row: LearnedRow, seen: Mapping[str, int]
     return True
 
 
-def leave_learned(
-    connection: Connection, strategy: str, made: str, writer: str, join: Callable[[Sequence[bytes]], bytes], now_us: int
-) -> None:
-    """Make the row of a writer that ends, or has ended, part of that of nobody; ``join`` makes one body of several.
+def read_leaving(connection: Connection, strategy: str, made: str, writer: str) -> list[LearnedRow]:
+    """What `leave_learned` is told of: the row of a writer and that of nobody, as far as they are there."""
+    return [row for row in read_learned(connection, strategy, made) if row.writer in (writer, NOBODY)]
+
+
+def leave_learned(connection: Connection, rows: Sequence[LearnedRow], writer: str, body: bytes, now_us: int) -> bool:
+    """Make the row of a writer that ends, or has ended, part of that of nobody; whether that is done, or need not be any more.
 
     It is there once, whoever else does the same: who comes second finds no row of the writer any more.
+
+    Args:
+        connection: in a transaction.
+        rows: see `read_leaving`; where another is there by now, nothing is changed.
+        writer: whose row goes.
+        body: of all of them. Of one alone it is made too: what cannot be read must not become nobody's, which all others are joined with.
+        now_us: the time.
     """
     connection.lock("learned")
-    rows = [row for row in read_learned(connection, strategy, made) if row.writer in (writer, NOBODY)]
-    if not any(row.writer == writer for row in rows):
-        return
-    # One alone too: what cannot be read must not become nobody's, which all others would be joined with.
-    body = join([row.body for row in rows])
+    strategy, made = rows[0].strategy, rows[0].made
+    marks = read_marks(connection, strategy, made)
+    if writer not in marks:
+        return True
+    if {row.writer: row.version for row in rows} != {who: marks[who] for who in (writer, NOBODY) if who in marks}:
+        return False
     version = 1 + max(row.version for row in rows)
     left = LearnedRow(
         strategy=strategy, made=made, writer=NOBODY, kind=rows[0].kind, version=version, ts_us=now_us, body=body
     )
     put_learned(connection, left, None)
     _delete(connection, strategy, made, writer)
+    return True
 
 
 def move_learned(connection: Connection, strategy: str, made: str, new_made: str) -> int:
@@ -174,6 +186,17 @@ def delete_before(connection: Connection, strategy: str, before_us: int) -> int:
     """Delete what was learned with a strategy and written before."""
     return connection.run(
         "DELETE FROM learned WHERE strategy = :strategy AND ts_us < :before", strategy=strategy, before=before_us
+    )
+
+
+def delete_own(connection: Connection, strategy: str, replica: str) -> int:
+    """Delete what one process wrote of what was learned with a strategy."""
+    own = f"{replica}."
+    return connection.run(
+        "DELETE FROM learned WHERE strategy = :strategy AND substr(writer, 1, :length) = :own",
+        strategy=strategy,
+        length=len(own),
+        own=own,
     )
 
 

@@ -16,6 +16,7 @@ from anabranch.gateway.store.batch import recover
 from anabranch.gateway.store.database import BusyError, Connection, Database
 from anabranch.gateway.store.jobs import Do
 from anabranch.gateway.store.writer import Writer
+from anabranch.web.turns import in_thread, plainly
 
 T = TypeVar("T")
 READERS = 4
@@ -77,11 +78,11 @@ class StoreAccess:
     async def alone_beside(self, work: str) -> AsyncIterator[bool]:
         """`alone`, whose database may be far away, beside an event loop that serves."""
         held = self.alone(work)
-        is_alone = await asyncio.to_thread(held.__enter__)
+        is_alone = await in_thread(held.__enter__)
         try:
             yield is_alone
         finally:
-            await asyncio.to_thread(held.__exit__, None, None, None)
+            await in_thread(held.__exit__, None, None, None)
 
     @property
     def replica(self) -> str:
@@ -120,7 +121,7 @@ class StoreAccess:
                 except BusyError as error:
                     raise CapacityError(f"the store cannot be read: {error}") from error
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, plainly, run)
 
     async def _patient(self, read: Callable[[], Awaitable[T]]) -> T:
         """What ``read`` gives, asked again while the database does not answer, for `PATIENCE_S`. Raises CapacityError."""
@@ -151,7 +152,7 @@ class StoreAccess:
     async def backup(self, path: str | Path) -> None:
         """Write a copy of one moment while all goes on. Raises BackendError for PostgreSQL, which has pg_dump."""
         await self._flush()
-        await asyncio.get_running_loop().run_in_executor(self._readers, self._database.backup, path)
+        await asyncio.get_running_loop().run_in_executor(self._readers, plainly, lambda: self._database.backup(path))
 
     async def vacuum(self) -> None:
         """Give the room of deleted rows back to the disk; writes wait meanwhile."""
@@ -159,15 +160,14 @@ class StoreAccess:
 
     async def close(self) -> None:
         """Write what is left, and let go. Requests still under way are settled as crashed by whoever opens the store next."""
-        loop = asyncio.get_running_loop()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await loop.run_in_executor(None, self._writer.close)
-        await loop.run_in_executor(None, self._readers.shutdown)
+        await in_thread(self._writer.close)
+        await in_thread(self._readers.shutdown)
         for connection in self._connections:
             connection.close()
-        await loop.run_in_executor(None, self._database.close)
+        await in_thread(self._database.close)
 
     async def __aenter__(self) -> Self:
         return self

@@ -25,6 +25,7 @@ from anabranch.errors import AnabranchError, CapacityError
 from anabranch.gateway.store.batch import apply, recover
 from anabranch.gateway.store.database import BusyError, Database
 from anabranch.gateway.store.jobs import Append, Do, Insert, Job, Reserve, Settle, Unmake
+from anabranch.web.turns import plainly
 
 logger = logging.getLogger(__name__)
 GATHER_S = 0.05
@@ -230,7 +231,9 @@ class Writer:
             return
         if first.in_transaction:
             self._connection.begin()
-        first.result = first.work(self._connection)
+        # Whatever it raises fails it alone: the thread is everybody's.
+        work, connection = first.work, self._connection
+        first.result = plainly(lambda: work(connection))
         if first.in_transaction:
             self._connection.commit()
 

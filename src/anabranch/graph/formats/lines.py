@@ -26,7 +26,10 @@ BLOCK = 1 << 22
 MOST_LINE = 1 << 28
 _COMPRESSED = {b"\x1f\x8b": ("gzip", gzip.open), b"BZh": ("bzip2", bz2.open), b"\xfd7zXZ\x00": ("xz", lzma.open)}
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
-_FINE, _RAGGED, _OPEN_QUOTE, _AFTER_QUOTE = range(4)
+_FINE, _RAGGED, _OPEN_QUOTE, _AFTER_QUOTE, _IN_DOUBT = range(5)
+IN_DOUBT = "a comment, or a row? Begin the file with a line that names its columns if it is a row; `comment` says what comments begin with"
+# Lines that begin as comments do and have as many fields as the rows before them.
+SKIPPED, ROWS, DOUBTFUL = range(3)
 _NOT_A_NUMBER, _TOO_LONG = 1, 2
 
 
@@ -146,10 +149,15 @@ class Splitter:
         delimiter: a byte, or `WHITESPACE`.
         comment: characters that start a line to be left out.
         wanted: the fields that are kept, by number.
+        full_comments: what comments are that have as many fields as a row before them, and no blank or second mark behind their first
+            character: `SKIPPED`, `ROWS`, or `DOUBTFUL`, a fault.
     """
 
-    def __init__(self, path: Path, delimiter: int, comment: str, wanted: tuple[int, ...]) -> None:
+    def __init__(
+        self, path: Path, delimiter: int, comment: str, wanted: tuple[int, ...], full_comments: int = SKIPPED
+    ) -> None:
         self.path = path
+        self.full_comments = full_comments
         self.delimiter = delimiter
         self.comment = np.frombuffer(comment.encode(), np.uint8)
         self.wanted = wanted
@@ -162,6 +170,7 @@ class Splitter:
             text,
             self.delimiter,
             self.comment,
+            self.full_comments,
             fields.wanted,
             self.num_fields,
             first_line,
@@ -178,6 +187,7 @@ class Splitter:
             _RAGGED: f"{found} field{'s' * (found != 1)}, where the lines before have {expected}",
             _OPEN_QUOTE: "a quote that is not closed on its line",
             _AFTER_QUOTE: "something behind a closing quote",
+            _IN_DOUBT: IN_DOUBT,
         }[problem]
         return fields, DataError(f"{self.path}, line {line}: {what}")
 
@@ -222,7 +232,24 @@ def fail(path: Path, line: int, what: str) -> NoReturn:
 
 
 @nb.njit(cache=True, nogil=True)
-def split_fields(text, delimiter, comment, wanted, num_fields, first_line, start_FR, end_FR, quoted_FR, line_R):
+def count_fields(text, at, end, delimiter):
+    """How many fields a line has, were it a row; delimiters in quotes divide none."""
+    count, is_quoted, is_begin = 1, False, True
+    while at < end:
+        character = text[at]
+        if character == 34 and (is_quoted or is_begin):
+            is_quoted = not is_quoted
+        elif character == delimiter and not is_quoted:
+            count += 1
+        is_begin = character == delimiter or (is_begin and (character == 32 or character == 9))
+        at += 1
+    return count
+
+
+@nb.njit(cache=True, nogil=True)
+def split_fields(
+    text, delimiter, comment, full_comments, wanted, num_fields, first_line, start_FR, end_FR, quoted_FR, line_R
+):
     """Find the wanted fields of all lines. Returns rows, a problem, its line, the fields found there, and fields a row has."""
     size, at_line, rows, position = len(text), first_line, 0, 0
     white = delimiter == 0
@@ -236,10 +263,21 @@ def split_fields(text, delimiter, comment, wanted, num_fields, first_line, start
         at = position
         while at < end and (text[at] == 32 or text[at] == 9) and text[at] != delimiter:
             at += 1
-        is_data = at < end
+        is_data, is_comment = at < end, False
         if is_data:
             for character in comment:
-                is_data = is_data and text[at] != character
+                is_comment = is_comment or text[at] == character
+        if is_comment:
+            # Only a whole look at it tells how many fields it has.
+            is_data = (
+                full_comments != 0 and num_fields > 0 and at + 1 < end and text[at + 1] != 32 and text[at + 1] != 9
+            )
+            for character in comment:
+                is_data = is_data and text[at + 1] != character
+            if is_data and count_fields(text, at, end, delimiter) != num_fields:
+                is_data = False
+            elif is_data and full_comments == 2:
+                return rows, _IN_DOUBT, at_line, num_fields, num_fields
         if is_data:
             count = 0
             while True:

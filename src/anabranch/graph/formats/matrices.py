@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import near_name
 from anabranch.errors import DataError, InputError, first_line
-from anabranch.graph.checks import near_name
 from anabranch.graph.formats.build import Rules
 from anabranch.graph.store import Graph
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from anabranch.errors import DataError
 from anabranch.graph.formats.build import EdgeSink, Rules
-from anabranch.graph.formats.edge_list import Dialect, add_fields
+from anabranch.graph.formats.edge_list import add_fields
+from anabranch.graph.formats.layout import Dialect
 from anabranch.graph.formats.lines import WHITESPACE, Splitter, blocks, fail
 from anabranch.graph.store import Graph
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from anabranch.errors import DataError
 from anabranch.graph.formats.build import EdgeSink, Rules
-from anabranch.graph.formats.edge_list import Dialect
+from anabranch.graph.formats.layout import Dialect
 from anabranch.graph.formats.lines import blocks, fail
 from anabranch.graph.store import Graph
 

@@ -7,10 +7,11 @@ import numpy as np
 
 from anabranch.errors import InputError, first_line
 from anabranch.graph.formats.build import Rules
-from anabranch.graph.formats.edge_list import Column, Dialect
+from anabranch.graph.formats.layout import Dialect
 from anabranch.graph.formats.matrices import of_entries
 from anabranch.graph.formats.parquet import choose_columns, graph_of
 from anabranch.graph.store import Graph
+from anabranch.graph.table_columns import Column, check_no_matrix
 
 
 def from_networkx(graph: Any, weight: str | None = "weight", **options: Any) -> Graph:
@@ -204,14 +205,16 @@ def from_table(
         table = table if isinstance(table, pa.Table) else pa.table(table)
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(f"from_table needs a table, not {type(table).__name__}: {first_line(error)}") from None
+    check_no_matrix("the table", table.schema, table.num_rows, table.column)
     columns = choose_columns("the table", table.schema, Dialect(source=source, target=target, weight=weight))
     batch = [table.column(column) for column in columns]
     return graph_of("the table", table.schema, columns, [batch], Rules(directed=directed, **options))
 
 
 def note_of(graph: Graph) -> str:
-    """What is kept beside a table of edges: nodes, direction."""
-    return f"{graph.num_nodes} {'directed' if graph.is_directed else 'undirected'}"
+    """What is kept beside a table of edges: nodes, direction, and whether ends are names that may be numbers."""
+    kind = "directed" if graph.is_directed else "undirected"
+    return f"{graph.num_nodes} {kind}{'' if graph.names is None else ' named'}"
 
 
 def edge_columns(

@@ -10,10 +10,21 @@ import numpy as np
 
 from anabranch.errors import DataError, first_line
 from anabranch.graph.formats.build import EdgeSink, Rules
-from anabranch.graph.formats.edge_list import Dialect, checked_floats
+from anabranch.graph.formats.edge_list import checked_floats
+from anabranch.graph.formats.layout import Dialect
 from anabranch.graph.formats.lines import RowError
 from anabranch.graph.store import Graph
-from anabranch.graph.table_columns import WEIGHTS, called, chosen_ends, column_of
+from anabranch.graph.table_columns import (
+    WEIGHTS,
+    called,
+    check_no_matrix,
+    chosen_ends,
+    column_of,
+    index_first,
+    named_index,
+    names_ends,
+    range_index,
+)
 
 # `write_graph` leaves it in the metadata: nodes, direction.
 NOTE = b"anabranch.graph"
@@ -27,6 +38,7 @@ def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16, page_checksum_verification=True) as file:
             schema = file.schema_arrow
+            check_no_matrix(path, schema, file.metadata.num_rows, lambda name: file.read(columns=[name]).column(0))
             columns = choose_columns(path, schema, dialect)
             batches = file.iter_batches(
                 rules.chunk_rows, columns=[schema.names[column] for column in columns], use_threads=False
@@ -51,7 +63,10 @@ def choose_columns(path: Path | str, schema: Any, dialect: Dialect) -> tuple[int
         raise DataError(f"{path} has {len(names)} column{'s' * (len(names) != 1)}, where an edge needs two")
     if len(set(names)) != len(names):
         raise DataError(f"{path} has several columns of the same name: {', '.join(map(str, names))}")
-    source, target = chosen_ends(path, dialect.source, dialect.target, names, len(names))
+    if not any(isinstance(column, int) for column in (dialect.source, dialect.target, dialect.weight)):
+        names = index_first(schema)
+    source, target = chosen_ends(path, dialect.source, dialect.target, names, len(names), named_index(schema))
+    _check_index(path, schema, names, dialect)
     chosen: tuple[int, ...] = (source, target)
     if dialect.weight == "auto":
         weight = called(names, WEIGHTS)
@@ -60,15 +75,26 @@ def choose_columns(path: Path | str, schema: Any, dialect: Dialect) -> tuple[int
         weight = column_of(path, dialect.weight, names, len(names), None)
         assert weight is not None
         chosen += (weight,)
+    chosen = tuple(schema.names.index(names[column]) for column in chosen)
     for column in chosen[:2]:
         kind = schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_integer(kind) or _is_text(kind)):
-            raise DataError(f"{path}: the column {names[column]!r} is of type {kind}; node ids are integers or text")
+            raise DataError(
+                f"{path}: the column {schema.names[column]!r} is of type {kind}; node ids are integers or text"
+            )
     kind = schema.field(chosen[-1]).type
     if len(chosen) > 2 and not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
-        raise DataError(f"{path}: the column {names[chosen[-1]]!r} is of type {kind}; weights are numbers")
+        raise DataError(f"{path}: the column {schema.names[chosen[-1]]!r} is of type {kind}; weights are numbers")
     return chosen
+
+
+def _check_index(path: Path | str, schema: Any, names: list[str], dialect: Dialect) -> None:
+    """Raises DataError where an end may be a data frame's index, which the file has as a note alone, and nothing says which are ends."""
+    name, numbers = range_index(schema) or (None, range(0))
+    is_said = dialect.source is not None or dialect.target is not None or names_ends(names)
+    if name is not None and not is_said and numbers != range(len(numbers)):
+        raise DataError(f"{path}: its index {name!r} is not among its columns; call reset_index() before it is written")
 
 
 def graph_of(
@@ -80,7 +106,9 @@ def graph_of(
     kinds = [schema.field(column).type for column in columns[:2]]
     is_text = rules.ids == "text" or any(_is_text(k.value_type if pa.types.is_dictionary(k) else k) for k in kinds)
     note = ((schema.metadata or {}).get(NOTE) or b"").split()
-    if len(note) == 2 and note[0].isdigit():
+    if len(note) in (2, 3) and note[0].isdigit():
+        if note[2:] == [b"named"] and rules.ids == "auto" and rules.num_nodes is None:
+            rules = replace(rules, ids="names")
         if rules.num_nodes is None and rules.ids in ("auto", "numbers") and not is_text:
             rules = replace(rules, num_nodes=int(note[0]))
         if rules.directed is None:

@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from anabranch.bounds import shown, whole
+from anabranch.bounds import near_name, shown, whole
 from anabranch.errors import DataError, InputError
 from anabranch.graph.arguments import as_path, check_flag, check_one_of
 from anabranch.graph.array_file import MAGIC
-from anabranch.graph.checks import near_name
 from anabranch.graph.csr import DUPLICATES
 from anabranch.graph.formats.build import IDS, LEAST_LIMIT, Rules
-from anabranch.graph.formats.edge_list import Column, Dialect, read_edge_list
+from anabranch.graph.formats.edge_list import read_edge_list
+from anabranch.graph.formats.layout import Dialect
 from anabranch.graph.formats.lines import compression, first_bytes
 from anabranch.graph.formats.matrices import read_mat, read_npz
 from anabranch.graph.formats.matrix_market import read_matrix_market
@@ -19,6 +19,7 @@ from anabranch.graph.formats.metis import read_metis
 from anabranch.graph.formats.parquet import read_parquet
 from anabranch.graph.formats.write import name_of
 from anabranch.graph.store import Graph
+from anabranch.graph.table_columns import Column
 
 FORMATS = {
     "anb": "our own file, checked and mappable",
@@ -48,6 +49,23 @@ ENDINGS = {
     ".el": "edges",
     ".ncol": "edges",
 }
+# Of other programs, whose text would be taken for edges.
+_FOREIGN = (
+    ".gdf",
+    ".gml",
+    ".graphml",
+    ".gexf",
+    ".net",
+    ".dot",
+    ".gv",
+    ".dl",
+    ".json",
+    ".jsonl",
+    ".md",
+    ".sql",
+    ".xml",
+    ".html",
+)
 _MAGICS = {MAGIC: "anb", b"PAR1": "parquet", b"PK\x03\x04": "npz", b"MATLAB 5.0": "mat", b"MATLAB 7.3": "mat"}
 _STREAMED = ("edges", "csv", "parquet", "mtx", "metis")
 
@@ -62,7 +80,7 @@ def read_graph(
     weight: Column = "auto",
     header: bool | None = None,
     delimiter: str | None = None,
-    comment: str = "#%",
+    comment: str | None = None,
     ids: str = "auto",
     num_nodes: int | None = None,
     variable: str | None = None,
@@ -83,10 +101,11 @@ def read_graph(
         weight: the column of weights. "auto": the one called weight, or without a header the third; None for none.
         header: whether the first row of a text names its columns. Default: looked at (see `docs/systems/graph.md`).
         delimiter: one character or "whitespace". Default: tab, comma, semicolon or bar, whichever is in the first row, else whitespace.
-        comment: characters that start a line to be left out.
+        comment: characters that start a line to be left out. Default: # and %, but where nodes are text and columns have names, a line
+            with as many fields, as of hashtags, is a row.
         ids: what ends of edges are. "numbers": ids from 0 up, those that are missing are isolated nodes; "names": numbers or text that
             become `Graph.names` in rising order; "text": names, read as text. "auto": numbers if they are whole numbers that fill
-            0 ... N - 1 (or ``num_nodes`` is given), else names.
+            0 ... N - 1 (or ``num_nodes`` is given), else names; text where the first row has one like 007.
         num_nodes: nodes, where ids are numbers.
         variable: the matrix in an .npz or .mat file.
         duplicates, drop_zero, allow_negative: as in `Graph.from_edges`.
@@ -152,7 +171,7 @@ def _dialect(source: Column, target: Column, weight: Column, header: Any, delimi
             whole(name, column, 0)
     for name, text in (("delimiter", delimiter), ("comment", comment)):
         # One that is not ASCII marks no byte.
-        if not (isinstance(text, str) and text.isascii()) and not (text is None and name == "delimiter"):
+        if not (isinstance(text, str) and text.isascii()) and text is not None:
             raise InputError(f"{name} is {shown(text)}; it must be text in ASCII")
     header = None if header is None else check_flag("header", header)
     return Dialect(source=source, target=target, weight=weight, header=header, delimiter=delimiter, comment=comment)
@@ -189,4 +208,10 @@ def _kind(path: Path, format: str | None) -> str:
         known = "mtx"
     if known is not None and known != "mtx" and compression(path):
         raise DataError(f"{path} is a compressed {known!r} file; uncompress it first")
-    return known or ENDINGS.get(name_of(path).suffix.lower(), "edges")
+    ending = name_of(path).suffix.lower()
+    if known is None and ending in _FOREIGN:
+        raise DataError(
+            f"{path}: files with the ending {ending} are not read; those of {', '.join(FORMATS)} are (say which by `format`), "
+            "and graphs that networkx or igraph has read"
+        )
+    return known or ENDINGS.get(ending, "edges")

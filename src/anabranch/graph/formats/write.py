@@ -12,6 +12,7 @@ import numpy as np
 
 from anabranch.errors import InputError
 from anabranch.graph.beside import new_file
+from anabranch.graph.formats.layout import is_number
 from anabranch.graph.formats.objects import edge_columns, note_of
 from anabranch.graph.formats.parquet import NOTE
 from anabranch.graph.store import Graph
@@ -44,7 +45,7 @@ def _need_quotes(graph: Graph) -> bool:
         or name != name.strip()
         or name[0] in "#%"
         or any(mark in name for mark in '\t,;|" ')
-        or name.lstrip("+-").isdigit()
+        or is_number(name)
         for name in map(str, graph.names.tolist())
     )
 
@@ -63,7 +64,8 @@ def _write_rows(graph: Graph, path: Path, delimiter: bytes, quoting: str, *, hea
     with new_file(path) as temporary, _opened(temporary, path) as file:
         if not header:
             kind = "directed" if graph.is_directed else "undirected"
-            file.write(f"# anabranch graph: {graph.num_nodes} nodes, {kind}\n".encode())
+            by_name = "" if graph.names is None else " by name"
+            file.write(f"# anabranch graph: {graph.num_nodes} nodes{by_name}, {kind}\n".encode())
         schema = pa.table(edge_columns(graph, *_none(graph), True)).schema
         with csv.CSVWriter(file, schema, write_options=options) as writer:
             for part in parts(graph):

@@ -80,7 +80,7 @@ def train(
 
     ``samplers`` threads make the next pool meanwhile; with 0 of them it is made before training goes on, by ``in_turn`` threads.
 
-    Raises InputError as `diverged` once a loss is no finite number, before callbacks are told.
+    Raises InputError as `diverged` once a loss is not a finite number, before callbacks are told.
     """
     with ExitStack() as stack:
         # One thread waits for those that walk.

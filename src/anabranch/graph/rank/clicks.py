@@ -10,7 +10,7 @@ from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.arguments import as_path
 from anabranch.graph.masks import unmasked
-from anabranch.graph.table_columns import as_names
+from anabranch.graph.table_columns import as_names, is_of_r
 
 
 def read_clicks(
@@ -80,7 +80,10 @@ def _read_file(path: Path, columns: tuple[str, str, str]) -> Any:
             separator = "\t" if name.endswith(".tsv") else ","
             text = dict.fromkeys(columns, pa.string())
             options = csv.ConvertOptions(
-                column_types=text, strings_can_be_null=True, quoted_strings_can_be_null=False, null_values=[""]
+                column_types=text,
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+                null_values=["", "NA"] if is_of_r(path, separator) else [""],
             )
             table = csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=separator), convert_options=options)
             for name in {columns[0], columns[2]} & {*table.column_names}:

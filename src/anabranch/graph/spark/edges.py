@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from anabranch.errors import DataError, InputError
-from anabranch.graph.formats.edge_list import Dialect
+from anabranch.graph.formats.layout import Dialect
 from anabranch.graph.formats.parquet import NOTE, choose_columns
 from anabranch.graph.spark.files import Files, as_text, is_uri, why_unread
 from anabranch.graph.spark.run import Run
@@ -189,7 +189,7 @@ def _columns(read: Any, given: EdgeFiles) -> tuple[Any, str]:
     if len(wanted) not in (2, 3):
         raise InputError(f"columns are {wanted!r}; give those of source, target and perhaps weight")
     dialect = Dialect(source=wanted[0], target=wanted[1], weight=weight)
-    places = choose_columns(as_text(given.path), pa.schema(fields), dialect)
+    places = choose_columns(as_text(given.path), pa.schema(fields, _metadata(read)), dialect)
     chosen = [fields[place] for place in places]
     id_type = "string" if any(field.type == pa.string() for field in chosen[:2]) else "long"
     columns = [
@@ -199,19 +199,25 @@ def _columns(read: Any, given: EdgeFiles) -> tuple[Any, str]:
     return read.select(*columns), id_type
 
 
-def _note(read: Any) -> tuple[int, bool] | None:
-    """Nodes and direction as `write_graph` noted them: of a single local file, whose footer alone is read."""
+def _metadata(read: Any) -> dict[bytes, bytes]:
+    """What the first of local files notes, whose footer alone is read; nothing of others."""
     import pyarrow.parquet as pq
 
     files = read.inputFiles()
-    if len(files) != 1 or not files[0].startswith("file:"):
+    if not files or not files[0].startswith("file:"):
+        return {}
+    return pq.read_schema(unquote(urlparse(files[0]).path)).metadata or {}
+
+
+def _note(read: Any) -> tuple[int | None, bool] | None:
+    """Nodes (None where ends are names) and direction as `write_graph` noted them: of a single local file."""
+    parts = _metadata(read).get(NOTE, b"").split() if len(read.inputFiles()) == 1 else []
+    if len(parts) not in (2, 3) or not parts[0].isdigit():
         return None
-    found = pq.read_schema(unquote(urlparse(files[0]).path)).metadata or {}
-    parts = found.get(NOTE, b"").split()
-    return (int(parts[0]), parts[1] == b"directed") if len(parts) == 2 and parts[0].isdigit() else None
+    return None if parts[2:] == [b"named"] else int(parts[0]), parts[1] == b"directed"
 
 
-def _check(frame: Any, given: EdgeFiles, allow_negative: bool, note: tuple[int, bool] | None) -> None:
+def _check(frame: Any, given: EdgeFiles, allow_negative: bool, note: tuple[int | None, bool] | None) -> None:
     """One pass over the edges; a row of counts comes back."""
     from pyspark.sql import functions as sql
 

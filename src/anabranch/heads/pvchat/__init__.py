@@ -2,11 +2,14 @@
 
     from anabranch.heads.pvchat import Learning, learn, pretrain, read_drawing, read_drawings
 
-A model answers questions about clips of drawn subjects; from one drawing it learns to know a new subject and to say whether it is in a
-clip, what it looks like, does, and where it is. "PVChat: Personalized Video Chat with One-Shot Learning", 2025, arXiv 2503.17069.
+A model answers questions about clips of drawn subjects; from one drawing, or one clip, it learns to know a new subject and to say whether
+it is in a clip, what it looks like, does, and where it is.
+
+"PVChat: Personalized Video Chat with One-Shot Learning", 2025, arXiv 2503.17069.
 """
 
 from anabranch.heads.pvchat.clips import Actor, Clip, Composer, fitted, read_clip, write_clip
+from anabranch.heads.pvchat.cut_out import Seen, cut_out, read_reference
 from anabranch.heads.pvchat.drawings import Portrait, Subject, portraits, read_drawing, read_drawings
 from anabranch.heads.pvchat.generators import Composed, Embedder, Generator, InkEmbedder, Warped, nearest
 from anabranch.heads.pvchat.learn import Learned, Learning, Pretraining, exam, learn, pretrain
@@ -39,12 +42,14 @@ __all__ = [
     "Rates",
     "Row",
     "Score",
+    "Seen",
     "Subject",
     "Trial",
     "Vocabulary",
     "Warped",
     "Ways",
     "ask_all",
+    "cut_out",
     "exam",
     "fitted",
     "learn",
@@ -57,6 +62,7 @@ __all__ = [
     "read_clip",
     "read_drawing",
     "read_drawings",
+    "read_reference",
     "read_trials",
     "rows_learning",
     "ways",

@@ -28,10 +28,13 @@ from anabranch.errors import DataError
 from anabranch.extras import require
 
 __all__ = [
+    "IS_INK",
+    "SHOWS_SOMETHING",
     "SIDE",
     "Opened",
     "Portrait",
     "Subject",
+    "framed",
     "ink_of",
     "is_picture",
     "portraits",
@@ -49,7 +52,7 @@ _MOST_BYTES = 50_000_000
 _MOST_PIXELS = 16_000_000
 _MOST_PICTURES = 100_000
 # What is this far from the colour around it is ink; and a picture where nothing is further shows nothing.
-_IS_INK, _SHOWS_SOMETHING = 0.3, 0.08
+IS_INK, SHOWS_SOMETHING = 0.3, 0.08
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,10 +180,14 @@ def ink_of(gray_HW: Tensor) -> Tensor:
     edge = torch.cat([gray_HW[0], gray_HW[-1], gray_HW[:, 0], gray_HW[:, -1]])
     ink_HW = (gray_HW - edge.median()).abs()
     top = float(ink_HW.max())
-    if not top >= _SHOWS_SOMETHING:
+    if not top >= SHOWS_SOMETHING:
         raise DataError("it shows nothing: all of it is as its border is")
-    ink_HW = ink_HW / top
-    rows, columns = (ink_HW > _IS_INK).nonzero().unbind(1)
+    return framed(ink_HW / top)
+
+
+def framed(ink_HW: Tensor) -> Tensor:
+    """Ink [H, W], at full strength somewhere, as ink [S, S]: cut out, made smaller, in the middle of an empty border."""
+    rows, columns = (ink_HW > IS_INK).nonzero().unbind(1)
     cut = ink_HW[int(rows.min()) : int(rows.max()) + 1, int(columns.min()) : int(columns.max()) + 1]
     # What is narrow stays narrow. The strongest ink of each cell: thin lines of large pictures would be averaged away.
     most = SIDE - 2 * _BORDER

@@ -21,6 +21,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError, DataError
 from anabranch.heads.pvchat.clips import Composer
+from anabranch.heads.pvchat.cut_out import views_of
 from anabranch.heads.pvchat.drawings import Portrait, Subject, portraits
 from anabranch.heads.pvchat.generators import Composed, Embedder, Generator
 from anabranch.heads.pvchat.model import PVChat
@@ -103,6 +104,11 @@ class Learned:
     def is_finished(self) -> bool:
         """Whether no stage was interrupted."""
         return all(result.status == "finished" for result in self.stages.values())
+
+    @property
+    def signal(self) -> str | None:
+        """Which one interrupted it, such as SIGTERM."""
+        return next((result.signal for result in self.stages.values() if result.signal), None)
 
 
 def generic_part(
@@ -205,8 +211,8 @@ def learn(
 
     Args:
         model: a pretrained one.
-        references: one picture of each subject, by the name that it is to have: ``{"<Ab>": portrait}``. Several are learned at once, and
-            each is among the others of the other.
+        references: one picture of each subject, or what was cut out of a clip of it, by the name that it is to have:
+            ``{"<Ab>": portrait}``. Several are learned at once, and each is among the others of the other.
         bank: others, as of `OneShotSet`, which takes ``positives``, ``augmented``, ``embedder`` and ``consent`` too.
         out: folder of the runs: ``images`` and ``videos`` in it.
         config: how.
@@ -228,7 +234,7 @@ def learn(
             config.data,
             name,
             reference,
-            [*bank, *(each for each in references.values() if each is not reference)],
+            [*bank, *(view for each in references.values() if each is not reference for view in views_of(each))],
             **given,
         )
         for name, reference in references.items()

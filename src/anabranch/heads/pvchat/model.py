@@ -24,7 +24,7 @@ from anabranch.bounds import Size
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass, from_dict, to_dict
 from anabranch.errors import CheckpointError, ConfigError, InputError
-from anabranch.files import atomic_folder, atomic_write_json
+from anabranch.files import atomic_folder, atomic_write_json, read_json
 from anabranch.heads.config import HeadRouting
 from anabranch.heads.pvchat import heads as heads_of
 from anabranch.heads.pvchat.clips import Clip, fitted
@@ -32,7 +32,7 @@ from anabranch.heads.pvchat.layers import SPREAD, PatchEncoder, QueryFormer
 from anabranch.heads.pvchat.vocabulary import END, PAD, Vocabulary
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_tensors
-from anabranch.lm.tensors import Piece, check_amount, open_tensors, overwrite, read_json, state_once
+from anabranch.lm.tensors import Piece, check_amount, open_tensors, overwrite, state_once
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.registry import resolve
 from anabranch.train.evaluate import evaluation_mode

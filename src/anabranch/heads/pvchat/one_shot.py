@@ -24,6 +24,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError, DataError
 from anabranch.heads.pvchat.clips import Clip
+from anabranch.heads.pvchat.cut_out import views_of
 from anabranch.heads.pvchat.drawings import Portrait
 from anabranch.heads.pvchat.generators import Composed, Embedder, Generator, InkEmbedder, Warped, is_of_people, nearest
 from anabranch.heads.pvchat.questions import KINDS, OF_IMAGES, Kind, answer_to, check_name, question
@@ -99,7 +100,8 @@ class OneShotSet:
     Args:
         config: how much of what.
         name: of the subject, in angle brackets.
-        reference: the one picture (or what else the generators take) of the subject.
+        reference: the one picture (or what else the generators take) of the subject; of one that was cut out of a clip (`cut_out`) clips
+            are made of all that was seen of it.
         bank: others. Those of the reference's own subject are left out, and one that is given twice, be it as two equal drawings of one
             subject, counts once.
         positives: makes clips of the reference as it is, and of negatives; default `Composed` beside others of the bank.
@@ -168,8 +170,8 @@ class OneShotSet:
             )
         self.found: list[tuple[str, float]] = []
         self.clips: list[tuple[Source, Clip]] = [
-            *self._made("positive", self._positives, [reference], config.positives),
-            *self._made("augmented", self._augmented, [reference], config.augmented),
+            *self._made("positive", self._positives, views_of(reference), config.positives),
+            *self._made("augmented", self._augmented, views_of(reference), config.augmented),
             *self._made("hard", self._positives, self._look_alikes(), config.hard_negatives),
             *self._made("easy", self._positives, self._others(), config.easy_negatives),
         ]

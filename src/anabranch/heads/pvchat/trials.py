@@ -25,15 +25,14 @@ from torch import Tensor
 
 from anabranch.errors import DataError
 from anabranch.extras import require
-from anabranch.files import atomic_write_json
+from anabranch.files import atomic_write_json, read_json
 from anabranch.heads.pvchat.clips import Clip, Composer, fitted
 from anabranch.heads.pvchat.drawings import Opened, Portrait, is_picture, read_ink
 from anabranch.heads.pvchat.generators import Composed, InkEmbedder
-from anabranch.heads.pvchat.learn import Learning, OnEvent, learn
+from anabranch.heads.pvchat.learn import Learned, Learning, OnEvent, learn
 from anabranch.heads.pvchat.model import PVChat
 from anabranch.heads.pvchat.one_shot import OneShotSet
 from anabranch.heads.pvchat.questions import question
-from anabranch.lm.tensors import read_json
 from anabranch.train.evaluate import evaluation_mode
 
 __all__ = ["LEARNING", "Trial", "Ways", "odds", "read_trials", "ways"]
@@ -237,8 +236,8 @@ def ways(
     resume: bool = False,
     device: str = "auto",
     on_event: OnEvent = lambda stage, event: None,
-) -> Ways | None:
-    """Let a copy of ``model`` learn the subjects of a trial, and choose; None where learning was interrupted.
+) -> Ways | Learned:
+    """Let a copy of ``model`` learn the subjects of a trial, and choose; what was learned so far where that was interrupted.
 
     Args:
         model: a pretrained one, which stays as it is.
@@ -260,7 +259,7 @@ def ways(
     references = dict(zip(trial.names, trial.references, strict=True))
     learned = learn(known, references, bank, out, config, resume=resume, device=device, on_event=on_event)
     if not learned.is_finished:
-        return None
+        return learned
     composer = Composed(Composer(Composer.Config(frames=model.config.frames, size=model.config.size)))
     # Far from the seeds of what was learned from.
     generator = torch.Generator().manual_seed(config.seed ^ 2**41)

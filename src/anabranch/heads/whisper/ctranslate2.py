@@ -4,7 +4,8 @@
     variable = name, shape, type, bytes
 
 There the projections of queries, keys and values are one matrix (those of another sequence: keys and values), which are taken apart here,
-and the embedding is the head.
+and the embedding is the head. Weights of fewer bits stand beside the scale by which they were multiplied: one for each row of int8, one
+for all of int16.
 """
 
 import math
@@ -196,11 +197,19 @@ def _float(variables: dict[str, Tensor], name: str, dims: int | None = None) -> 
         raise CheckpointError(f"there is no {name}")
     if dims is not None and (found.dim() != dims or not found.numel()):
         raise CheckpointError(f"{name} is of shape {list(found.shape)}, and {dims} dimensions above 0 are read")
-    if not found.is_floating_point():
-        raise CheckpointError(
-            f"{name} is {found.dtype}, in fewer bits than are read here; convert the model with --quantization float16"
-        )
-    return found.float()
+    return found.float() if found.is_floating_point() else _scaled(variables, name, found)
+
+
+def _scaled(variables: dict[str, Tensor], name: str, found: Tensor) -> Tensor:
+    """Weights of whole numbers by their scale, in float32."""
+    scale = variables.get(f"{name}_scale")
+    if scale is None or not scale.is_floating_point():
+        raise CheckpointError(f"{name} is {found.dtype}, and there is no {name}_scale beside it that says how large")
+    if scale.numel() not in (1, len(found) if found.dim() else 1):
+        raise CheckpointError(f"{name}_scale has {scale.numel()} numbers, and {name} is of shape {list(found.shape)}")
+    if not bool((scale > 0).all() and scale.isfinite().all()):
+        raise CheckpointError(f"{name}_scale has numbers that are not above 0, or not finite")
+    return found.float() / scale.float().reshape(-1, *[1] * (found.dim() - 1))
 
 
 def _whole(variables: dict[str, Tensor], name: str) -> int:

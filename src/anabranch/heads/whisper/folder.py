@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anabranch.errors import CheckpointError, TokenizerError
+from anabranch.errors import CheckpointError, ConfigError, TokenizerError
 from anabranch.extras import require
-from anabranch.files import atomic_folder
+from anabranch.files import atomic_folder, read_json
 from anabranch.heads.put_on import load_heads, save_heads, take_off_heads
 from anabranch.heads.whisper.ctranslate2 import WEIGHTS, is_ctranslate2, read_variables, whisper_sizes, whisper_tensors
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import open_tensors, read_json, state_once
+from anabranch.lm.tensors import open_tensors, state_once
 
 __all__ = ["Words", "is_whisper", "open_whisper", "save_whisper"]
 
 CONFIG, GENERATION, WEIGHTS_OF_TRANSFORMERS = "config.json", "generation_config.json", "model.safetensors"
 TOKENIZER, HEADS, MODEL = "tokenizer.json", "heads", "model"
 START, END, PLAIN, TRANSCRIBE = "<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>", "<|transcribe|>"
+SILENCE = ("<|nospeech|>", "<|nocaptions|>")
 # Words of a Whisper that knows English alone, and so is not told the language.
 _ENGLISH = 51864
 
@@ -39,15 +40,20 @@ class Words:
         tokenizer: of the ``tokenizers`` package.
         start: what stands before a text: that it begins, its language and what to do in models of several, and that no times are told.
         end: the token behind it.
+        silence: the token that says that nobody speaks; None where there is none.
     """
 
     tokenizer: Any
     start: tuple[int, ...]
     end: int
+    silence: int | None = None
 
     @classmethod
     def of(cls, path: Path, vocab_size: int, language: str = "en") -> Words:
-        """Those of a ``tokenizer.json``. Raises TokenizerError for one that is not there, or is not Whisper's."""
+        """Those of a ``tokenizer.json``.
+
+        Raises TokenizerError for one that is not there, or is not Whisper's, ConfigError for a language that it does not know.
+        """
         from tokenizers import Tokenizer
 
         try:
@@ -57,13 +63,20 @@ class Words:
             raise TokenizerError(
                 f"cannot read {path}: {error}; put Whisper's tokenizer.json beside its weights"
             ) from None
-        names = [START] if vocab_size <= _ENGLISH else [START, f"<|{language}|>", TRANSCRIBE]
+        spoken = f"<|{language}|>"
+        if vocab_size <= _ENGLISH and language != "en":
+            raise ConfigError(f"language is {language!r}, and the model knows en alone")
+        if vocab_size > _ENGLISH and made.token_to_id(START) is not None and made.token_to_id(spoken) is None:
+            raise ConfigError(f"language is {language!r}, which {path} does not know; name one by its code, such as de")
+        names = [START] if vocab_size <= _ENGLISH else [START, spoken, TRANSCRIBE]
         found = {name: made.token_to_id(name) for name in (*names, PLAIN, END)}
         ids = {name: id for name, id in found.items() if id is not None and id < vocab_size}
         missing = [name for name in found if name not in ids]
         if missing:
             raise TokenizerError(f"{path} has no {missing[0]} that the model knows; is it another model's tokenizer?")
-        return cls(made, tuple(ids[name] for name in (*names, PLAIN)), ids[END])
+        # By its name in files of today, and of before.
+        silent = [id for name in SILENCE if (id := made.token_to_id(name)) is not None and id < vocab_size]
+        return cls(made, tuple(ids[name] for name in (*names, PLAIN)), ids[END], silent[0] if silent else None)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without those around it. Whisper's begin with a space."""
@@ -85,10 +98,13 @@ def is_whisper(path: str | Path) -> bool:
         return False
 
 
-def open_whisper(path: str | Path) -> tuple[Any, Words]:
+def open_whisper(path: str | Path, language: str = "en") -> tuple[Any, Words]:
     """(transformers' ``WhisperForConditionalGeneration`` in float32 and evaluation mode, its words), with its routed heads if it has some.
 
-    Raises CheckpointError for a folder that holds none or a damaged one, TokenizerError, MissingExtraError without transformers.
+    ``language`` is what is spoken, by its code.
+
+    Raises CheckpointError for a folder that holds none or a damaged one, ConfigError for a language that it does not know, TokenizerError,
+    MissingExtraError without transformers.
     """
     require("huggingface", by="a Whisper")
     place = _place(Path(path))
@@ -96,7 +112,7 @@ def open_whisper(path: str | Path) -> tuple[Any, Words]:
         raise CheckpointError(
             f"{path} holds no Whisper: neither a config.json of model_type whisper nor {WEIGHTS} of CTranslate2"
         )
-    model, words = _of_ctranslate2(place) if is_ctranslate2(place) else _of_transformers(place)
+    model, words = _of_ctranslate2(place, language) if is_ctranslate2(place) else _of_transformers(place, language)
     if (place / HEADS).is_dir():
         load_heads(place / HEADS, model)
     return model.eval(), words
@@ -130,7 +146,7 @@ def _place(path: Path) -> Path:
     return inner if (inner / CONFIG).is_file() and not (path / WEIGHTS).is_file() else path
 
 
-def _of_transformers(place: Path) -> tuple[nn.Module, Words]:
+def _of_transformers(place: Path, language: str) -> tuple[nn.Module, Words]:
     from transformers import GenerationConfig, WhisperConfig
 
     try:
@@ -146,10 +162,10 @@ def _of_transformers(place: Path) -> tuple[nn.Module, Words]:
     model = _filled(config, tensors, place)
     if generation is not None:
         model.generation_config = generation
-    return model, Words.of(place / TOKENIZER, config.vocab_size)
+    return model, Words.of(place / TOKENIZER, config.vocab_size, language)
 
 
-def _of_ctranslate2(place: Path) -> tuple[nn.Module, Words]:
+def _of_ctranslate2(place: Path, language: str) -> tuple[nn.Module, Words]:
     from transformers import WhisperConfig
 
     variables = read_variables(place / WEIGHTS)
@@ -157,7 +173,7 @@ def _of_ctranslate2(place: Path) -> tuple[nn.Module, Words]:
         sizes, tensors = whisper_sizes(variables), whisper_tensors(variables)
     except CheckpointError as error:
         raise CheckpointError(f"{place / WEIGHTS}: {error}") from None
-    words = Words.of(place / TOKENIZER, sizes["vocab_size"])
+    words = Words.of(place / TOKENIZER, sizes["vocab_size"], language)
     ends: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), words.end)
     config = WhisperConfig(**sizes, **ends, decoder_start_token_id=words.start[0])
     model = _filled(config, tensors, place / WEIGHTS)

@@ -9,7 +9,6 @@ By default heads of the decoder's cross-attention are routed: each token of the 
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,19 @@ from torch import Tensor, nn
 
 from anabranch.config import Field, configclass
 from anabranch.errors import CheckpointError, DataError
-from anabranch.files import atomic_write_json
+from anabranch.files import atomic_write_json, read_json
 from anabranch.heads.config import HeadRouting
 from anabranch.heads.padding import real_queries
 from anabranch.heads.put_on import fingerprint, head_losses, put_heads, routed_heads_of
 from anabranch.heads.whisper.folder import Words, open_whisper
 from anabranch.heads.whisper.sound import Utterance, features_of, read_speech
+from anabranch.heads.whisper.writing import decoded, listened
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import Piece, open_tensors, overwrite, read_json, state_once
+from anabranch.lm.tensors import Piece, open_tensors, overwrite, state_once
 from anabranch.train.examples import Examples
 from anabranch.train.task import Losses, Task, TaskContext
 
-__all__ = ["CROSS", "Speech", "SpeechTask", "listened", "measure", "transcribe"]
+__all__ = ["CROSS", "Speech", "SpeechTask", "measure"]
 
 # Names of what listens.
 CROSS = "model.decoder.layers.*.encoder_attn"
@@ -91,24 +91,6 @@ class Speech:
         return hashed.hexdigest()[:16]
 
 
-def listened(model: Any, feature_NMF: Tensor) -> Tensor:
-    """``[N, S, D]``: what the encoder makes of sound, one file at a time."""
-    with torch.no_grad():
-        made = [model.get_encoder()(feature_MF.unsqueeze(0)).last_hidden_state for feature_MF in feature_NMF]
-    return torch.cat(made)
-
-
-def _decoded(model: Any, state_BSD: Tensor, token_BL: Tensor, *, cache: Any = None) -> Any:
-    """What the decoder makes of tokens, and of those of before that a cache holds."""
-    from transformers.modeling_outputs import BaseModelOutput
-
-    heard = BaseModelOutput(last_hidden_state=state_BSD)
-    # By its name in the versions of before 5.24, and since.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    more = {} if cache is None else {name: cache}
-    return model(encoder_outputs=heard, decoder_input_ids=token_BL, use_cache=cache is not None, **more)
-
-
 @torch.no_grad()
 def measure(model: Any, speech: Speech, *, begin: Callable[[int], None] = lambda number: None) -> dict[str, Any]:
     """``nats_per_token``, ``accuracy`` (next token, given those before it) and ``tokens`` of the texts, each alone, so without padding.
@@ -121,41 +103,12 @@ def measure(model: Any, speech: Speech, *, begin: Callable[[int], None] = lambda
     for number, (feature_MF, tokens, targets) in enumerate(files):
         begin(number)
         state_1SD = listened(model, feature_MF.unsqueeze(0).to(device))
-        logits_LV = _decoded(model, state_1SD, torch.tensor([tokens], device=device)).logits[0].float()
+        logits_LV = decoded(model, state_1SD, torch.tensor([tokens], device=device)).logits[0].float()
         target_L = torch.tensor(targets, device=device)
         nats += float(nn.functional.cross_entropy(logits_LV, target_L, ignore_index=IGNORED, reduction="sum"))
         right += int((logits_LV.argmax(-1) == target_L).sum())
         count += int((target_L != IGNORED).sum())
     return {"nats_per_token": nats / count, "accuracy": right / count, "tokens": count}
-
-
-@torch.no_grad()
-def transcribe(model: Any, words: Words, feature_MF: Tensor, most: int | None = None) -> str:
-    """What the model writes of sound, the likeliest token each time, with a cache; at most so many tokens.
-
-    Signs, and what the model's ``generation_config`` says is not to be said, are left out, as Whisper does.
-    """
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    device, settings = next(model.parameters()).device, model.generation_config
-    state_1SD = listened(model, feature_MF.unsqueeze(0).to(device))
-    never = [
-        *range(words.end + 1, model.config.vocab_size),
-        *(each for each in settings.suppress_tokens or () if each >= 0),
-    ]
-    first = [*never, *(settings.begin_suppress_tokens or ())]
-    tokens, step = list(words.start), list(words.start)
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    room = model.config.max_target_positions - len(tokens)
-    for place in range(room if most is None else min(most, room)):
-        out = _decoded(model, state_1SD, torch.tensor([step], device=device), cache=cache)
-        logits_V = out.logits[0, -1].float()
-        logits_V[never if place else first] = -torch.inf
-        step = [int(logits_V.argmax())]
-        if step[0] == words.end:
-            break
-        tokens += step
-    return words.decode(tokens[len(words.start) :])
 
 
 class SpeechTask(Task, kind="speech"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anabranch.lm.tensors import TensorSource
+from anabranch.nn.fp4 import half_powers
 
 __all__ = ["Unpacked", "unpack"]
 
@@ -42,6 +43,16 @@ class Unpacked:
     def names(self) -> Collection[str]:
         """All names."""
         return self._names
+
+    @property
+    def packed(self) -> Collection[str]:
+        """Names of those that are stored in MXFP4."""
+        return self._packed
+
+    def integers(self, name: str, index: int) -> tuple[Tensor, Tensor]:
+        """(code_RK uint8, scale_RG), see `anabranch.nn.fp4`, of one matrix of a stack: the rows that are stored, in their order."""
+        blocks_RGH, exponent_RG = (self._source.read_one(f"{name}{end}", index) for end in (BLOCKS, SCALES))
+        return torch.stack((blocks_RGH & 15, blocks_RGH >> 4), dim=-1).flatten(1), half_powers(exponent_RG)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `TensorSource`."""

@@ -1,4 +1,4 @@
-// Weights packed for few rows of activations, and their products: float32, bfloat16, int8 and int4. Included by the kernels beside.
+// Weights packed for few rows of activations, and their products: float32, bfloat16, int8, int4 and fp4. Included by the kernels beside.
 //
 // A matrix [rows, depth] lies in panels of 16 rows, so that a product fills whole vectors without sums across lanes. Within a panel, for
 // k along the depth:
@@ -8,6 +8,7 @@
 //     INT8     groups of [k / 4][16][4] bytes u, then [16] fp16 scales s, then 32 bytes of nothing:       w = s (u - 128)
 //     INT4     groups of [k / 8][16][4] bytes, low half k .. k + 3, high half k + 4 .. k + 7 (u),
 //              then [16] fp16 scales s, then [16] fp16 minima m:                                          w = s u + m
+//     FP4      as INT4, whose u stand for t[u], then [16] bf16 scales s, then 32 bytes of nothing:        w = s t[u]
 //
 // Blocks of 256 along the depth, of 32 weights each (parts), with scales of small integers (superblocks.py), are kept as they were stored:
 //
@@ -20,6 +21,8 @@
 //
 //     ROWS     [16][k] float
 //     HALVES   [16][k] bf16
+//
+// Rows that are stored in several kinds of integers are parts, each of whole panels, one behind the other.
 //
 // Activations of integer weights are rounded to int8, 32 at a time with a scale of their own. A row's result does not depend on how many
 // rows there are: every row is summed in one order, by the same instructions.
@@ -36,17 +39,27 @@ constexpr int NV = WIDE / VL;  // vectors that hold them
 constexpr int SHARE = 32;      // activations that share a scale
 constexpr int BLOCK_ROWS = VL == 16 ? 12 : 4;
 
-enum Kind : int64_t { FLOAT, HALF, INT8, INT4, ROWS, HALVES, SUPER4, SUPER5, SUPER6 };
+enum Kind : int64_t { FLOAT, HALF, INT8, INT4, ROWS, HALVES, SUPER4, SUPER5, SUPER6, FP4 };
 
 inline bool takes_floats(int64_t kind) { return kind == FLOAT || kind == ROWS || kind == HALVES; }
 
 struct Matrix {  // mirrored by packed.py
   const char* data;
   int64_t rows, depth, group, panel_bytes, kind, expert_bytes;
+  int64_t first;       // panel of the whole that this part begins with
+  const Matrix* next;  // the part behind, of other integers; null for none. `rows` of the first part are those of all
+  int64_t beyond;      // bytes from the first matrix of a stack to this one: `data` is there already, that of parts behind is not
+
   int64_t panels() const { return (rows + WIDE - 1) / WIDE; }
+  const Matrix& part_of(int64_t panel) const {
+    const Matrix* part = this;
+    while (part->next && panel >= part->next->first) part = part->next;
+    return *part;
+  }
   Matrix of(int64_t expert) const {
     Matrix one = *this;
     one.data += expert * expert_bytes;
+    one.beyond += expert * expert_bytes;
     return one;
   }
 };
@@ -171,9 +184,22 @@ inline ivec dot4_bytes(ivec sum, uvec8 u, int32_t a) {
 #endif
 }
 
+// The whole numbers that codes of FP4 stand for, plus 12.
+inline uvec8 levels(uvec8 u) {
+  alignas(16) static constexpr uint8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+#if defined(__AVX512BW__)
+  return as<uvec8>(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), as<__m512i>(u)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return as<uvec8>(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), as<__m256i>(u)));
+#else
+  for (int i = 0; i < 4 * VL; ++i) u[i] = table[u[i]];
+  return u;
+#endif
+}
+
 // ---- products: out[M][16] = M rows of activations times one panel ----
 
-template <int BITS, int M>
+template <int BITS, bool LEVELS, int M>
 void product_integers(const Matrix& w, const char* panel, const char* const* rows, float* out) {
   vec sum[M][NV] = {};
   const int64_t shares = w.depth / SHARE, parts = w.group / SHARE;
@@ -183,14 +209,15 @@ void product_integers(const Matrix& w, const char* panel, const char* const* row
     const uint16_t* side = (const uint16_t*)(panel + w.group * 2 * BITS);
     vec scale[NV], least[NV];
     for (int v = 0; v < NV; ++v) {
-      scale[v] = half_floats(side + v * VL);
-      least[v] = BITS == 4 ? half_floats(side + WIDE + v * VL) : vec{};
+      scale[v] = LEVELS ? load((const bf16*)side + v * VL) : half_floats(side + v * VL);
+      least[v] = BITS == 4 && !LEVELS ? half_floats(side + WIDE + v * VL) : vec{};
     }
     for (int64_t part = 0; part < parts; ++part, ++share) {
       ivec dot[M][NV];
 #pragma GCC unroll 12
       for (int i = 0; i < M; ++i) {
-        int32_t start = BITS == 8 ? -128 * ((const int32_t*)(rows[i] + w.depth))[shares + share] : 0;
+        constexpr int32_t zero = BITS == 8 ? 128 : LEVELS ? 12 : 0;
+        int32_t start = zero ? -zero * ((const int32_t*)(rows[i] + w.depth))[shares + share] : 0;
         for (int v = 0; v < NV; ++v) dot[i][v] = ivec{} + start;
       }
       const int64_t base = share * (SHARE / 4);
@@ -200,6 +227,7 @@ void product_integers(const Matrix& w, const char* panel, const char* const* row
           uvec8 u = read<uvec8>(panel + v * 4 * VL);
           if constexpr (BITS == 4) {
             uvec8 low = u & 15, high = as<uvec8>((as<uvec>(u) >> 4) & 0x0f0f0f0fu);
+            if constexpr (LEVELS) low = levels(low), high = levels(high);
 #pragma GCC unroll 12
             for (int i = 0; i < M; ++i) dot[i][v] = dot4(dot[i][v], low, a[i][base + 2 * step]);
 #pragma GCC unroll 12
@@ -214,10 +242,10 @@ void product_integers(const Matrix& w, const char* panel, const char* const* row
       for (int i = 0; i < M; ++i) {
         const float* scales = (const float*)(rows[i] + w.depth);
         float own = scales[share];
-        float shift = BITS == 4 ? own * (float)((const int32_t*)scales)[shares + share] : 0.f;
+        float shift = BITS == 4 && !LEVELS ? own * (float)((const int32_t*)scales)[shares + share] : 0.f;
         for (int v = 0; v < NV; ++v) {
           sum[i][v] = fused(__builtin_convertvector(dot[i][v], vec), scale[v] * spread(own), sum[i][v]);
-          if constexpr (BITS == 4) sum[i][v] = fused(least[v], spread(shift), sum[i][v]);
+          if constexpr (BITS == 4 && !LEVELS) sum[i][v] = fused(least[v], spread(shift), sum[i][v]);
         }
       }
     }
@@ -363,11 +391,12 @@ using Product = void (*)(const Matrix&, const char*, const char* const*, float*)
 template <int... M>
 inline Product product_of(std::integer_sequence<int, M...>, int64_t kind, int m) {
   static constexpr Product floats[] = {product_floats<M + 1>...}, halves[] = {product_halves<M + 1>...};
-  static constexpr Product bytes[] = {product_integers<8, M + 1>...}, nibbles[] = {product_integers<4, M + 1>...};
+  static constexpr Product bytes[] = {product_integers<8, false, M + 1>...}, nibbles[] = {product_integers<4, false, M + 1>...};
+  static constexpr Product fours[] = {product_integers<4, true, M + 1>...};
   static constexpr Product rows[] = {product_rows<float, M + 1>...}, half_rows[] = {product_rows<bf16, M + 1>...};
   static constexpr Product super4[] = {product_super<4, M + 1>...}, super5[] = {product_super<5, M + 1>...};
   static constexpr Product super6[] = {product_super<6, M + 1>...};
-  static constexpr const Product* of_kind[] = {floats, halves, bytes, nibbles, rows, half_rows, super4, super5, super6};
+  static constexpr const Product* of_kind[] = {floats, halves, bytes, nibbles, rows, half_rows, super4, super5, super6, fours};
   return of_kind[kind][m - 1];
 }
 
@@ -396,13 +425,16 @@ void multiply(const Matrix& w, const Activations& a, int64_t first, int64_t coun
 #endif
   const char* rows[BLOCK_ROWS];
   int64_t blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  for (int64_t j = begin; j < end; ++j)
+  for (int64_t j = begin; j < end; ++j) {
+    const Matrix& part = w.part_of(j);
+    const char* data = &part == &w ? w.data : part.data + w.beyond;
     for (int64_t block = 0; block < blocks; ++block) {
       int64_t from = count * block / blocks, m = count * (block + 1) / blocks - from;
       for (int64_t r = 0; r < m; ++r) rows[r] = a.row(first + from + r);
-      product_of(std::make_integer_sequence<int, BLOCK_ROWS>{}, w.kind, (int)m)(w, w.data + j * w.panel_bytes, rows, out);
+      product_of(std::make_integer_sequence<int, BLOCK_ROWS>{}, part.kind, (int)m)(part, data + (j - part.first) * part.panel_bytes, rows, out);
       for (int64_t r = 0; r < m; ++r) emit(first + from + r, j, out + r * WIDE);
     }
+  }
 }
 
 struct Range {

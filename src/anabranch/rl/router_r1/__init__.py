@@ -1,5 +1,6 @@
-"""Router-R1 learns: the two-hop world in tokens, worlds of recorded questions, ready trainings, and routers back from their runs."""
+"""Router-R1 learns: the two-hop world in tokens, worlds of one's own questions, ready trainings, and routers back from their runs."""
 
+from anabranch.rl.router_r1.live import LiveWorld, PoolModel, PoolPrice
 from anabranch.rl.router_r1.recorded import RecordedWorld
 from anabranch.rl.router_r1.routed import Routed, RoutedPlay, RoutedWorld
 from anabranch.rl.router_r1.runs import (
@@ -7,6 +8,7 @@ from anabranch.rl.router_r1.runs import (
     Training,
     judge_router,
     load_router,
+    own_router_training,
     router_training,
     warm_model,
     warm_up,
@@ -15,6 +17,9 @@ from anabranch.rl.router_r1.words import word_tokenizer
 from anabranch.rl.router_r1.world import TwoHopPlay, TwoHopWorld
 
 __all__ = [
+    "LiveWorld",
+    "PoolModel",
+    "PoolPrice",
     "RecordedWorld",
     "Routed",
     "RoutedPlay",
@@ -25,6 +30,7 @@ __all__ = [
     "TwoHopWorld",
     "judge_router",
     "load_router",
+    "own_router_training",
     "router_training",
     "warm_model",
     "warm_up",

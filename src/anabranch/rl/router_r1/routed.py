@@ -13,10 +13,11 @@ from typing import Any, Literal
 from anabranch.bounds import Size
 from anabranch.config import Field, configclass
 from anabranch.data.tokenizer import Tokenizer
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, LimitError
 from anabranch.rl.tokens.world import Outcome, Tokens, TokenWorld, Told
 from anabranch.routers.router_r1 import CostWindow, Episode, Rules, exact_match, raw_cost, token_f1, total_reward
 from anabranch.routers.router_r1.environment import RoutePool
+from anabranch.routers.router_r1.reward import Basis
 
 __all__ = ["Routed", "RoutedPlay", "RoutedWorld", "mean_of"]
 
@@ -61,17 +62,25 @@ class RoutedPlay:
         episode: not begun.
         pool: that is asked.
         wanted: answers that are right.
+        basis: what calls cost.
 
     Attributes:
         cost, invalid, calls: see `Routed`; so far.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: str, episode: Episode, pool: RoutePool, wanted: Sequence[str] = ()
+        self,
+        tokenizer: Tokenizer,
+        prompt: str,
+        episode: Episode,
+        pool: RoutePool,
+        wanted: Sequence[str] = (),
+        *,
+        basis: Basis = "completion",
     ) -> None:
         self.prompt: Tokens = tuple(tokenizer.encode_chat(prompt))
         self.episode, self.wanted = episode, tuple(wanted)
-        self._tokenizer, self._pool = tokenizer, pool
+        self._tokenizer, self._pool, self._basis = tokenizer, pool, basis
         self.cost, self.invalid = 0.0, 0
         self.calls: list[tuple[str, str]] = []
 
@@ -85,7 +94,7 @@ class RoutedPlay:
         return any(end in tail for end in _ENDS)
 
     def step(self, turn: Tokens) -> Told:
-        """Ask what the turn asks. A model that fails has said nothing."""
+        """Ask what the turn asks. A model that fails has said nothing. Raises LimitError where nobody may be asked any more."""
         episode = self.episode
         before = len(episode.parts)
         asked = episode.feed(self._tokenizer.decode(turn))
@@ -95,8 +104,10 @@ class RoutedPlay:
                 reply = self._pool.reply(asked.model, asked.query)
                 price = self._pool.prices[asked.model]
                 call = (reply.prompt_tokens, reply.completion_tokens, price.prompt, price.completion)
-                self.cost += raw_cost([call])
+                self.cost += raw_cost([call], self._basis)
                 episode.inform(reply.text)
+            except LimitError:
+                raise
             except AnabranchError:
                 episode.inform(None)
         self.invalid += episode.actions[-1].startswith(("invalid", "unanswered"))
@@ -135,6 +146,7 @@ class RoutedWorld(TokenWorld):
             format_reward: a broken form is worth -1; without (an ablation) it is not looked at.
             cost_only_if_correct: see `total_reward`.
             window: costs by which a cost is judged.
+            cost_basis: tokens of the ``completion`` alone cost something (the paper's code), or ``all``, by their prices.
             max_turns, information_tokens: see `Rules`.
             turn_tokens: most of a turn.
         """
@@ -144,6 +156,7 @@ class RoutedWorld(TokenWorld):
         format_reward: bool = True
         cost_only_if_correct: bool = True
         window: Size = Field(default=1000, ge=1)
+        cost_basis: Basis = "completion"
         max_turns: int = Field(default=4, ge=0, le=64)
         information_tokens: Size = Field(default=600, ge=1)
         turn_tokens: Size = Field(default=1024, ge=1)
@@ -186,6 +199,19 @@ class RoutedWorld(TokenWorld):
             "raw_cost": mean_of(each.cost for each in facts),
             "well_formed": mean_of(not each.faults for each in facts),
             "invalid_turns": mean_of(each.invalid / max(each.turns, 1) for each in facts),
+        }
+
+    def row(self, outcome: Outcome) -> dict[str, Any]:
+        """See `TokenWorld`."""
+        facts: Routed = outcome.facts
+        return {
+            "question": facts.asked,
+            "answer": facts.judged or "",
+            "wanted": " | ".join(facts.wanted),
+            "turns": facts.turns,
+            "calls": len(facts.calls),
+            "raw_cost": facts.cost,
+            "faults": "; ".join(facts.faults),
         }
 
     # What later rewards hang on

@@ -8,7 +8,7 @@ So it goes on after any of its mini-batches, to the bit, from the rollout that a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.files import atomic_write_json, parse_json
 from anabranch.rl.tokens.engine import Drawn, PolicyEngine
 from anabranch.rl.tokens.trajectory import Samples, Trajectory, padded
-from anabranch.rl.tokens.world import Split, TokenWorld
+from anabranch.rl.tokens.world import Play, Split, TokenWorld
 
 __all__ = ["Playing", "Rollout", "TokenRollouts"]
 
@@ -193,10 +193,11 @@ class TokenRollouts:
             )
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engine, and what the world holds."""
         if self._engine is not None:
             self._engine.close()
         self._engine = None
+        self.world.close()
 
     # Playing
 
@@ -212,13 +213,17 @@ class TokenRollouts:
             split: which questions.
             draws: seeds of what is drawn; None for those of the world.
         """
+        plays = [self.world.play(each, seed=seed, split=split) for each, seed in zip(questions, seeds, strict=True)]
+        return self.played(plays, draws or seeds, drawn)
+
+    def played(self, plays: Sequence[Play], draws: Sequence[int], drawn: Drawn) -> list[Trajectory]:
+        """Episodes that have been begun, with the weights as they are; ``draws`` are seeds of what is drawn."""
         try:
             if self._engine is None:
                 self._engine = self._make_engine()
             else:
                 self._engine.refresh()
-            plays = [self.world.play(each, seed=seed, split=split) for each, seed in zip(questions, seeds, strict=True)]
-            return self._engine.play(plays, draws or seeds, drawn, waits=self.world.waits)
+            return self._engine.play(plays, draws, drawn, waits=self.world.waits)
         except BaseException:
             # An engine that has failed stays so.
             self._engine = None

@@ -349,26 +349,32 @@ class TokenTask(Task):
         return self.measures(*self.tried(model, data, seed=context.settings.seed))
 
     def tried(
-        self, model: TokenPolicy, episodes: int, *, seed: int, temperature: float | None = None
+        self, model: TokenPolicy, episodes: int, *, seed: int, temperature: float | None = None, first: int = 0
     ) -> tuple[list[Trajectory], list[float]]:
         """Episodes of questions that nothing was learned from, and what each was worth; nothing of later rewards hangs on them.
 
         Args:
             model: who plays.
-            episodes: the first so many questions of the test.
+            episodes: so many questions of the test.
             seed: of the world's, and of what is drawn.
             temperature: None as the config says.
+            first: number of the first question.
         """
         assert self.rollouts is not None, "training_data comes first"
-        self._policy = model
-        seeds = [_seed(seed, _EVALUATION, number) for number in range(episodes)]
+        self.act_with(model)
+        numbers = list(range(first, first + episodes))
+        seeds = [_seed(seed, _EVALUATION, number) for number in numbers]
         heat = self.config.eval_temperature if temperature is None else temperature
         kept = copy.deepcopy(self.world.state_dict())
         drawn = Drawn(heat, 1.0, self.world.turn_tokens)
-        played = self.rollouts.play(list(range(episodes)), seeds, drawn, split="test")
+        played = self.rollouts.play(numbers, seeds, drawn, split="test")
         rewards = self.world.rewards([each.outcome for each in played if each.outcome is not None])
         self.world.load_state_dict(kept)
         return played, rewards
+
+    def act_with(self, model: TokenPolicy) -> None:
+        """Have this policy play from now on."""
+        self._policy = model
 
     def measures(self, played: list[Trajectory], rewards: list[float]) -> dict[str, Any]:
         """Numbers about episodes, `headline` first."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
@@ -88,7 +88,7 @@ class TokenWorld(Part, family="token_world"):
         num_tests: and those to measure by, which are no others' questions.
     """
 
-    waits: ClassVar[bool] = False
+    waits: bool = False
     tokenizer: Tokenizer | None = None
     vocab_size: int
     turn_tokens: int
@@ -128,6 +128,13 @@ class TokenWorld(Part, family="token_world"):
         raise ConfigError(
             f"{type(self).__name__} has no traces to begin with; start from a model that speaks its language"
         )
+
+    def row(self, outcome: Outcome) -> dict[str, Any]:
+        """What somebody would read of an episode, by name: texts and numbers. Default: its measures."""
+        return dict(outcome.measures)
+
+    def close(self) -> None:
+        """Free what it holds; played again it begins anew."""
 
     def state_dict(self) -> dict[str, Any]:
         """What of rewards hangs on earlier rollouts: JSON-ready."""

@@ -3,7 +3,7 @@
 from anabranch.routers.contract.ask import Answered, Arm, Ask, Said
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor, Ranked
-from anabranch.routers.contract.program import Done, Program, ProgramRequest, Step
+from anabranch.routers.contract.program import Done, Program, ProgramRequest, Shown, Step
 from anabranch.routers.contract.query import Candidate, Decision, Model, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Played, Strategy
 
@@ -26,6 +26,7 @@ __all__ = [
     "Ranked",
     "Recorded",
     "Said",
+    "Shown",
     "Step",
     "Strategy",
 ]

@@ -44,6 +44,7 @@ class Answered:
         prompt_tokens, completion_tokens, cached_tokens: of all attempts at it.
         cost: dollars, likewise, as far as known when it came.
         latency_s: seconds that it took.
+        is_counted: the tokens are what the model's endpoint told; where it told none, or what cannot be, they are 0.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Answered:
     cached_tokens: int = 0
     cost: float = 0.0
     latency_s: float = 0.0
+    is_counted: bool = True
 
     @classmethod
     def saying(cls, *texts: str, model: str = "", **fields: Any) -> Self:

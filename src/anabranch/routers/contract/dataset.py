@@ -40,6 +40,9 @@ class Recorded:
         tokens_NM2: float64, prompt and completion tokens; None if not recorded.
         latency_NM: float64, seconds; None if not recorded.
         answers: of each query, model to answer; empty if not recorded.
+        samples: of each query, model to the scores of its single answers, in their order, whose mean is the score; empty if every model
+            was asked once.
+        texts: of each query, model to the texts of those single answers, as many as ``samples``; empty if not recorded.
         vector_ND: float32 unit vectors of the texts; None until embedded.
         signals: float64 ``[N, M]`` by name: what is known of an answer beside its score, NaN where it is not: ``logprob`` (mean of its
             tokens), ``entropy``, ``votes`` (share of self-verifications for it), ``agreement`` (share of samples that say the same).
@@ -54,6 +57,8 @@ class Recorded:
     tokens_NM2: np.ndarray | None = None
     latency_NM: np.ndarray | None = None
     answers: tuple[Mapping[str, str], ...] = ()
+    samples: tuple[Mapping[str, tuple[float, ...]], ...] = ()
+    texts: tuple[Mapping[str, tuple[str, ...]], ...] = ()
     vector_ND: np.ndarray | None = None
     signals: Mapping[str, np.ndarray] = field(default_factory=dict)
     reading: Reading = field(default_factory=Reading)
@@ -67,6 +72,8 @@ class Recorded:
         lengths = {
             "task": self.task,
             "answers": self.answers or self.query,
+            "samples": self.samples or self.query,
+            "texts": self.texts or self.query,
             "vector_ND": self.query if self.vector_ND is None else self.vector_ND,
         }
         for name, value in lengths.items():
@@ -104,6 +111,8 @@ class Recorded:
             task=tuple(self.task[row] for row in at),
             score_NM=self.score_NM[at],
             answers=tuple(self.answers[row] for row in at) if self.answers else (),
+            samples=tuple(self.samples[row] for row in at) if self.samples else (),
+            texts=tuple(self.texts[row] for row in at) if self.texts else (),
             signals={name: value[at] for name, value in self.signals.items()},
             **part,
         )
@@ -120,6 +129,22 @@ class Recorded:
         }
         signals = {name: value[:, at] for name, value in self.signals.items()}
         return replace(self, models=tuple(models), score_NM=self.score_NM[:, at], signals=signals, **part)
+
+    def samples_of(self, row: int, column: int) -> tuple[float, ...]:
+        """Scores of a model's single answers to a query; none where it was not asked."""
+        known = self.samples[row].get(self.models[column]) if self.samples else None
+        if known is not None:
+            return known
+        score = float(self.score_NM[row, column])
+        return () if np.isnan(score) else (score,)
+
+    def texts_of(self, row: int, column: int) -> tuple[str, ...]:
+        """Texts of a model's single answers to a query, one for each of `samples_of`; none where one of them is not known."""
+        name, count = self.models[column], len(self.samples_of(row, column))
+        known = self.texts[row].get(name, ()) if self.texts else ()
+        if not known and self.answers and name in self.answers[row]:
+            known = (self.answers[row][name],)
+        return known if len(known) == count else ()
 
     def with_vectors(self, vector_ND: np.ndarray) -> Self:
         """The same with vectors of the texts."""

@@ -1,6 +1,7 @@
 """The seam beside `Strategy`: a `Program` answers itself, asking as many models as often as it wants.
 
-    run(request, ask) -> events      Said("a piece of the answer"), Step("what was done", {...}), and Done.of(answered) at the end
+    run(request, ask) -> events      Said("a piece of the answer"), Step("what was done", {...}), Shown("what may be seen", {...}), and
+                                     Done.of(answered) at the end
 
 What it says is sent on as it comes, so a program streams where it can: `Ask.stream` gives pieces that may be passed on as they are. What
 it asked, the ledger holds call by call; what else explains its answer it tells in steps, which are its trace.
@@ -38,6 +39,7 @@ __all__ = [
     "ProgramRequest",
     "Purpose",
     "Said",
+    "Shown",
     "Step",
 ]
 
@@ -93,6 +95,21 @@ class Step:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Something that the sender, who asked for it, is shown while the answer is made: no part of that, and in no trace that is kept.
+
+    A stream has it as a chunk without choices, whose ``trace`` it is; a whole answer has all of them as a list, ``trace``.
+
+    Attributes:
+        name: short; its ``event``.
+        facts: ready for JSON; texts may be among them.
+    """
+
+    name: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
     """The end of an answer.
@@ -138,7 +155,7 @@ def is_json(value: Any) -> bool:
     return True
 
 
-Event = Said | Step | Done
+Event = Said | Shown | Step | Done
 
 
 class Program(Strategy):

@@ -101,6 +101,7 @@ class Strategy(Part, family="strategy"):
 
     Attributes:
         needs_vector: ``route`` wants ``query.vector_D``.
+        learns_vectors: ``fit`` learns from vectors of the texts where there are some, and may want them in ``route`` since.
         reads_answers: ``accept`` is asked after each answer.
         keeps_examples: `changed_examples` and `take_examples` do something, and what they tell of is not in `kept_state`.
         keeps_answers: `observe` wants the text of the answer, which a gateway otherwise does not hold on to.
@@ -119,6 +120,7 @@ class Strategy(Part, family="strategy"):
         """Nothing in common."""
 
     needs_vector: ClassVar[bool] = False
+    learns_vectors: ClassVar[bool] = False
     reads_answers: ClassVar[bool] = False
     keeps_answers: ClassVar[bool] = False
     keeps_examples: ClassVar[bool] = False
@@ -151,6 +153,10 @@ class Strategy(Part, family="strategy"):
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Learn from recorded outcomes. Same data, same seed, same result."""
         return self
+
+    def told(self) -> Sequence[str]:
+        """What of its learning is worth a line to whoever fitted it."""
+        return ()
 
     def route(self, query: Query, pool: Pool) -> Decision:
         """Order the models of the pool; each available one once, the unavailable ones left out or last.

@@ -21,8 +21,8 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.routers.contract.dataset import Reading, Recorded
 from anabranch.routers.contract.query import Model
 from anabranch.routers.data.header import guess
-from anabranch.routers.data.lines import read_lines
 from anabranch.routers.data.table import PARTS, Row, gather, number
+from anabranch.text_lines import read_lines
 
 _TRUTH = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 _UNKNOWN = ("", "nan", "none", "null", "na")

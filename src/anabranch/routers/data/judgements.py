@@ -20,8 +20,8 @@ from anabranch.errors import DataError
 from anabranch.routers.both_orders import LOSS, TIE, WIN, of_both_orders
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model
-from anabranch.routers.data.lines import read_lines
 from anabranch.routers.data.table import Row, gather
+from anabranch.text_lines import read_lines
 
 QUESTIONS = "question.jsonl"
 FOLDERS = (".", "model_judgment", "model_judgement")

@@ -1,14 +1,17 @@
 """Against fooling oneself: duplicates go, copies of a question stay on one side of a split, a test seen in training is refused."""
 # Shapes: N queries, G different questions, T those of one task, P parts
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.wording import normal_form
+
+T = TypeVar("T")
 
 HOLD_OUT = (0.8, 0.2)  # train, test
 
@@ -32,8 +35,8 @@ def deduplicated(data: Recorded) -> Recorded:
 def pooled(data: Recorded) -> Recorded:
     """One row of each question, each value the mean over all its copies that know it; texts, tasks and vectors of the first.
 
-    Of a log, in which every copy was answered by one model, that is all that is known of the question. Probabilities, which are of one
-    answer each, are left out.
+    Of a log, in which every copy was answered by one model, that is all that is known of the question. Scores of single answers are put
+    one behind another. Probabilities, which are of one answer each, are left out.
     """
     group_N = groups(data)
     first_G = np.unique(group_N, return_index=True)[1]
@@ -51,9 +54,42 @@ def pooled(data: Recorded) -> Recorded:
     answers: list[dict[str, str]] = [{} for _ in first_G]
     for group, of_model in zip(group_N, data.answers, strict=False):
         answers[group] = {**of_model, **answers[group]}
-    signals = {name: mean(value_NM) for name, value_NM in data.signals.items() if name != "probability"}
-    means = {name: mean(getattr(data, name)) for name in ("score_NM", "cost_NM", "tokens_NM2", "latency_NM")}
-    return replace(found, answers=tuple(answers) if data.answers else (), signals=signals, **means)  # type: ignore[arg-type]
+    samples = _joined(data.samples_of, data, group_N, len(first_G))
+    # What single answers say is of use where it is known of all of them.
+    said = _joined(data.texts_of, data, group_N, len(first_G)) if data.texts or data.answers else ()
+    said = tuple(
+        {name: texts for name, texts in of.items() if len(texts) == len(own.get(name, ()))}
+        for of, own in zip(said, samples, strict=False)
+    )
+    means_of_signals: Any = {name: mean(of) for name, of in data.signals.items() if name != "probability"}
+    means: dict[str, Any] = {
+        name: mean(getattr(data, name)) for name in ("score_NM", "cost_NM", "tokens_NM2", "latency_NM")
+    }
+    if data.samples:
+        # The mean of all answers, however many of them stood in one row.
+        means["score_NM"] = np.array(
+            [[float(np.mean(of[name])) if name in of else np.nan for name in data.models] for of in samples]
+        )
+    texts = tuple(answers) if data.answers else ()
+    return replace(found, answers=texts, samples=samples, texts=said, signals=means_of_signals, **means)
+
+
+def _joined(
+    single: Callable[[int, int], tuple[T, ...]], data: Recorded, group_N: np.ndarray, num_groups: int
+) -> tuple[dict[str, tuple[T, ...]], ...]:
+    """Single answers of each question, one row's behind another's; nothing where each question stands in one row, once.
+
+    ``single`` gives those of a row and a column.
+    """
+    if not data.samples and num_groups == len(data):
+        return ()
+    found: list[dict[str, tuple[T, ...]]] = [{} for _ in range(num_groups)]
+    for row, group in enumerate(group_N):
+        for column, name in enumerate(data.models):
+            own = single(row, column)
+            if own:
+                found[group][name] = (*found[group].get(name, ()), *own)
+    return tuple(found)
 
 
 def split(data: Recorded, fractions: Sequence[float] = HOLD_OUT, *, seed: int) -> list[Recorded]:

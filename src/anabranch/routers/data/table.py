@@ -24,7 +24,8 @@ USUAL_COMPLETION = 512
 
 @dataclass
 class Row:
-    """One query: its values by part and model. A value of None is one that is not known.
+    """One query: its values by part and model. A value of None is one that is not known. ``samples`` are scores of single answers,
+    ``texts`` what those say.
 
     ``is_conversation`` says that the query is only the last text of what was asked: the answers are to all of it. ``is_vouched`` says that
     they may be learned from all the same. ``unread`` are fields that mean nothing here.
@@ -35,6 +36,8 @@ class Row:
     values: dict[str, dict[str, float | None]] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
     signals: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     is_conversation: bool = False
     is_vouched: bool = False
     unread: tuple[str, ...] = ()
@@ -80,6 +83,8 @@ def gather(rows: list[Row], path: Path, prices: Mapping[str, Model] | None) -> R
         tokens_NM2=_known(tokens_NM2),
         latency_NM=_known(table["latency"]),
         answers=tuple(row.answers for row in rows) if any(row.answers for row in rows) else (),
+        samples=tuple(row.samples for row in rows) if any(row.samples for row in rows) else (),
+        texts=tuple(row.texts for row in rows) if any(row.texts for row in rows) else (),
         signals=signals,
     )
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from anabranch.errors import AnabranchError, BackendError, DataError, InputError
+from anabranch.errors import AnabranchError, BackendError, DataError, InputError, LimitError
 from anabranch.routers.router_r1.episode import Asked, Episode, Rules, words
 from anabranch.routers.router_r1.prompts import router_prompt
 from anabranch.routers.router_r1.reward import Basis, raw_cost
@@ -41,11 +41,13 @@ class Reply:
     Attributes:
         text: of it.
         prompt_tokens, completion_tokens: that it took.
+        is_counted: they were told; else they are the words of question and text, and what it cost is not known.
     """
 
     text: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    is_counted: bool = True
 
 
 class RoutePool(Protocol):
@@ -56,7 +58,10 @@ class RoutePool(Protocol):
         """Of each, by name; all that may be asked are here."""
 
     def reply(self, model: str, query: str) -> Reply:
-        """What a model says. Raises an AnabranchError where it says nothing; it may be called from several threads."""
+        """What a model says. Raises an AnabranchError where it says nothing; it may be called from several threads.
+
+        A LimitError says that nobody may be asked any more, and ends whatever asked.
+        """
 
 
 class FunctionPool:
@@ -104,18 +109,19 @@ class RecordedPool(FunctionPool):
         if unknown:
             raise InputError(f"the table has {unknown[0]!r}, which has no price; priced: {', '.join(prices)}")
         self._rows, self._other = dict(rows), other
-        self._folded = {(model, _folded(query)): reply for (model, query), reply in rows.items()}
+        self._folded = {(model, folded(query)): reply for (model, query), reply in rows.items()}
         super().__init__(self._look_up, prices)
 
     def _look_up(self, model: str, query: str) -> Reply | str:
         found = self._rows.get((model, query))
-        found = self._folded.get((model, _folded(query)), self._other) if found is None else found
+        found = self._folded.get((model, folded(query)), self._other) if found is None else found
         if found is None:
             raise DataError(f"{model} was not recorded with this question")
         return found
 
 
-def _folded(query: str) -> str:
+def folded(query: str) -> str:
+    """A question as tables look it up: its words, in any case."""
     return " ".join(query.casefold().split())
 
 
@@ -251,6 +257,8 @@ class MultiRoundRouteEnv:
         def reply(one: Asked) -> Reply | None:
             try:
                 return self.pool.reply(one.model, one.query)
+            except LimitError:
+                raise
             except AnabranchError:
                 return None
 

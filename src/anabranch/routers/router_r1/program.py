@@ -8,14 +8,20 @@
 The sender is given the answer alone. What was thought and asked is the request's business: each turn is a line of the trace, without its
 texts, each call has its row. Descriptions are all that the router knows of the models, so that one more joins by being described.
 
+A sender may ask for less: ``auto/router-r1?calls=2&usd=0.01&seconds=20`` are most calls of models in the rounds, dollars of the whole
+request, and seconds of the rounds; what is configured stays the most there is. A call that could pass the dollars is not made, a direct
+answer no more than others: with ``usd=0`` only models that cost nothing are asked. With ``exposes_trace`` a sender may ask to see what
+happens (``?trace=1``): thoughts, questions and replies come as events of the stream, as they are made.
+
 Rounds end at ``max_turns``, at a budget, and at six tenths of the request's time. Where no answer has come by then, a model is asked
-directly, the dearest first, and the trace says why; where nothing can be asked any more, the last information there is is given.
+directly, the dearest that there is money for first, and the trace says why; where nothing can be asked any more, the last information there
+is is given, and where there is none the request is refused.
 """
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,13 +29,15 @@ from typing import Any
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, ConfigError, InputError, LimitError
 from anabranch.routers.contract.ask import Answered, Arm, Ask
-from anabranch.routers.contract.program import Done, Event, Program, ProgramRequest, Step
+from anabranch.routers.contract.knobs import knob_of
+from anabranch.routers.contract.program import Done, Event, Program, ProgramRequest, Shown, Step
 from anabranch.routers.contract.query import Decision, Model, Pool, Query
 from anabranch.routers.contract.strategy import ordered
 from anabranch.routers.router_r1.episode import Asked, Episode, Rules
-from anabranch.routers.router_r1.grammar import closed
+from anabranch.routers.router_r1.grammar import closed, contents
 from anabranch.routers.router_r1.prompts import agent_prompt, router_prompt
 from anabranch.routers.scale.work import Problem
+from anabranch.routers.strategies.capped_ask import CappedAsk
 from anabranch.routers.strategies.chained import given_as_it_comes
 from anabranch.routers.strategies.rules import by_price
 
@@ -39,6 +47,9 @@ ROUNDS_SHARE = 0.6
 CALLS_SHARE = 0.8
 # What a router is told that has done nothing in its turn.
 GO_ON = "Go on."
+# What a sender may set of one request: most calls of models in the rounds, dollars of all of it, seconds of the rounds; and whether it is
+# shown what happens.
+LIMITS, TRACE = ("calls", "usd", "seconds"), "trace"
 # Of what a sender asks, what no router could give.
 WHOLE = ("tools", "functions", "modalities", "audio", "response_format")
 
@@ -65,6 +76,7 @@ class RouterR1(Program, kind="router_r1"):
             instruction: what the router is told before the question, with ``{models}`` where their descriptions stand: that which it was
                 taught with. "" for the paper's.
             shows_trace: the answer is the whole trajectory, thoughts and all.
+            exposes_trace: senders may ask for thoughts, questions and replies as events beside the answer.
         """
 
         policy: str = ""
@@ -83,6 +95,7 @@ class RouterR1(Program, kind="router_r1"):
         warns: bool = False
         instruction: str = ""
         shows_trace: bool = False
+        exposes_trace: bool = False
 
         def __post_init__(self) -> None:
             ours = sorted({"model", "messages", "n", "best_of", "stream", "stream_options"} & self.settings.keys())
@@ -93,10 +106,19 @@ class RouterR1(Program, kind="router_r1"):
 
     is_fast = True
 
+    @property
+    def sender_knobs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Limits of one request, and whether its trace is shown, where it may be."""
+        return (*LIMITS, TRACE) if self.config.exposes_trace else LIMITS
+
     # -- deciding
 
     def route(self, query: Query, pool: Pool) -> Decision:
-        """Models from dear to cheap: who answers where the router does not. Raises InputError for a policy that is not in the pool."""
+        """Models from dear to cheap: who answers where the router does not.
+
+        Raises InputError for a policy that is not in the pool, and for a knob that is none.
+        """
+        _Asked.of(query.knobs)
         places = [int(at) for at in by_price(pool)]
         policy = self.config.policy or next(
             (pool.models[at].name for at in places if pool.models[at].is_available), pool.models[places[0]].name
@@ -130,22 +152,55 @@ class RouterR1(Program, kind="router_r1"):
             yield done
             return
         yield Step("direct", {"why": running.why})
-        async with aclosing(self._directly(request, ask, running)) as given:
+        if running.asked.is_shown:
+            yield Shown("direct", {"why": running.why})
+        async with aclosing(self._directly(request, running)) as given:
             async for event in given:
                 if isinstance(event, Done):
                     yield running.totals()
                 yield event
 
-    async def _directly(self, request: ProgramRequest, ask: Ask, running: "_Rounds") -> AsyncGenerator[Event, None]:
+    async def _directly(self, request: ProgramRequest, running: "_Rounds") -> AsyncGenerator[Event, None]:
         """The answer of the first model that gives one; else the last information there was."""
         for name in request.names:
-            given: Any = given_as_it_comes(request, name, ask, running.spare, name == request.names[-1])
+            given: Any = given_as_it_comes(request, name, running.paid, running.spare, name == request.names[-1])
             async with aclosing(given) as events:
                 async for event in events:
                     # What a router was to answer and did not is better asked for again than kept.
                     yield replace(event, is_spare=running.can_route) if isinstance(event, Done) else event
                     if isinstance(event, Done):
                         return
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the sender set; None for what it did not.
+
+    Attributes:
+        calls, seconds: most of the rounds.
+        usd: most of the whole request.
+        is_shown: the sender sees what happens.
+    """
+
+    calls: int | None = None
+    usd: float | None = None
+    seconds: float | None = None
+    is_shown: bool = False
+
+    @classmethod
+    def of(cls, knobs: Mapping[str, str]) -> "_Asked":
+        """Raises InputError for what is no number, or no whole one where it counts."""
+        calls, usd, seconds = (knob_of(knobs, name) for name in LIMITS)
+        shown = knob_of(knobs, TRACE, 1)
+        for name, value in (("calls", calls), (TRACE, shown)):
+            if value is not None and not value.is_integer():
+                raise InputError(f"{name} is {knobs[name][:80]!r}; it must be a whole number")
+        return cls(None if calls is None else int(calls), usd, seconds, shown == 1)
+
+
+def _least(*values: Any) -> Any:
+    """The smallest of those that are set; None for none."""
+    return min((value for value in values if value is not None), default=None)
 
 
 @dataclass(slots=True)
@@ -156,6 +211,8 @@ class _Rounds:
         done: the answer; None where none came.
         spare: what is better than none.
         why: no answer came.
+        asked: what the sender set.
+        paid: asks within the sender's dollars.
     """
 
     config: Any
@@ -165,8 +222,15 @@ class _Rounds:
     spare: Done | None = None
     why: str = ""
     episode: Episode | None = None
+    asked: _Asked = field(init=False)
+    paid: Any = field(init=False)
     _began: float = field(default_factory=time.monotonic)
     _sums: dict[str, list[float]] = field(default_factory=lambda: {"router": [0, 0, 0.0, 0], "pool": [0, 0, 0.0, 0]})
+
+    def __post_init__(self) -> None:
+        self.asked = _Asked.of(self.request.query.knobs)
+        usd = self.asked.usd
+        self.paid = self.ask if usd is None else CappedAsk(self.ask, usd, "usd", self.request.pool)
 
     @property
     def can_route(self) -> bool:
@@ -186,7 +250,7 @@ class _Rounds:
         policy = policy if policy in self.request.names else self.request.names[-1]
         problem = Problem.of(self.request.messages)
         rules = Rules(
-            max_turns=config.max_turns, max_calls=config.max_calls, information_tokens=config.information_tokens,
+            max_turns=config.max_turns, max_calls=_least(config.max_calls, self.asked.calls), information_tokens=config.information_tokens,
             aliases={alias: name for alias, name in config.aliases.items() if name in names},
         )  # fmt: skip
         self.episode = episode = Episode(problem.text, rules, names)
@@ -207,11 +271,16 @@ class _Rounds:
             before = len(episode.parts)
             asked = episode.feed(turn)
             facts: dict[str, Any] = {"turn": episode.turns}
+            written = next(text for text, is_router in episode.parts[before:] if is_router)
+            for shown in self._shown(written, asked):
+                yield shown
             if asked is not None:
-                facts |= await self._asked(asked)
+                facts |= await self._informed(asked)
             yield Step("turn", {**facts, "action": episode.actions[-1]})
             told = "".join(text for text, is_router in episode.parts[before:] if not is_router)
-            written = next(text for text, is_router in episode.parts[before:] if is_router)
+            if asked is not None and self.asked.is_shown:
+                said = next((text for _, text in contents(told, "information")), "")
+                yield Shown("reply", {**facts, "text": said})
             messages = [
                 *messages,
                 {"role": "assistant", "content": written or "..."},
@@ -242,7 +311,20 @@ class _Rounds:
         asked = (self.request.settings.get(name) for name in ("max_tokens", "max_completion_tokens"))
         return min([self.config.turn_tokens, *(most for most in asked if isinstance(most, int))])
 
-    async def _asked(self, asked: Asked) -> dict[str, Any]:
+    def _shown(self, written: str, asked: Asked | None) -> Iterator[Shown]:
+        """What the sender sees of a turn before a model is asked; nothing where it did not want to."""
+        assert self.episode is not None
+        if not self.asked.is_shown:
+            return
+        turn = {"turn": self.episode.turns}
+        for _, thought in contents(written, "think"):
+            yield Shown("thought", {**turn, "text": thought.strip()})
+        if asked is not None:
+            yield Shown("call", {**turn, "model": asked.model, "query": asked.query})
+        elif self.episode.answer is None:
+            yield Shown("invalid", {**turn, "action": self.episode.actions[-1]})
+
+    async def _informed(self, asked: Asked) -> dict[str, Any]:
         """Ask a model, and tell the router; what it took."""
         assert self.episode is not None
         prompt = agent_prompt(asked.query, self.config.reply_tokens)
@@ -270,7 +352,7 @@ class _Rounds:
         left_s = min(self.config.call_s, CALLS_SHARE * self.request.left_s - self._elapsed())
         try:
             async with asyncio.timeout(max(0.0, left_s)):
-                found = await self.ask(arm, messages, **how)
+                found = await self.paid(arm, messages, **how)
         except TimeoutError:
             raise LimitError(
                 f"{arm.model} took longer than it may for one call of router_r1", retry_after_s=1.0
@@ -285,13 +367,15 @@ class _Rounds:
     def _used_up(self) -> str:
         """Why no further round may begin; "" where one may."""
         soft_s = ROUNDS_SHARE * self.request.left_s
-        soft_s = soft_s if self.config.budget_s is None else min(soft_s, self.config.budget_s)
+        soft_s = _least(soft_s, self.config.budget_s, self.asked.seconds)
         if self._elapsed() >= soft_s:
             return "time"
         # Calls that failed may have cost something as well.
         spent = getattr(self.ask, "spent", None)
         cost = max(sum(sums[2] for sums in self._sums.values()), 0.0 if spent is None else spent.cost)
-        if self.config.budget_usd is not None and cost >= self.config.budget_usd:
+        most = _least(self.config.budget_usd, self.asked.usd)
+        # With no dollars at all rounds go on by models that cost nothing.
+        if most is not None and cost >= most > 0:
             return "money"
         # A turn, what it asks, and a direct answer.
         return "calls" if self.ask.left < 3 else ""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anabranch.routers.scale.calls import Budget
     from anabranch.routers.scale.client_ask import ClientAsk
     from anabranch.routers.scale.decompose import Decomposer, Given, Identity, Prompted
+    from anabranch.routers.scale.engine_ask import EngineAsk
     from anabranch.routers.scale.probe import Probe
     from anabranch.routers.scale.program import Scale
     from anabranch.routers.scale.reasoner import SelectiveReasoner
@@ -29,6 +30,7 @@ _WHERE = {
     ".calls": ("Budget",),
     ".client_ask": ("ClientAsk",),
     ".decompose": ("Decomposer", "Given", "Identity", "Prompted"),
+    ".engine_ask": ("EngineAsk",),
     ".probe": ("Probe",),
     ".program": ("Scale",),
     ".reasoner": ("SelectiveReasoner",),
@@ -45,6 +47,7 @@ __all__ = [
     "Constant",
     "Decomposer",
     "Disagreement",
+    "EngineAsk",
     "Entropy",
     "Given",
     "Identity",

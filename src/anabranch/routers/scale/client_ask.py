@@ -4,7 +4,8 @@
 
 The client is given, not made: nothing here knows HTTP. One that is not async is called in threads. Its own retries count as one call, of
 which it tells the last answer's tokens; make it with ``max_retries=0`` to have them counted. What an endpoint bills for an answer that did
-not come, it tells nobody here.
+not come, or without ``usage``, it tells nobody here: the error of a call that nobody bills says so (``is_free``), and an answer whose
+tokens were not told, too (``is_counted``).
 """
 
 import asyncio
@@ -14,9 +15,10 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from anabranch.errors import BackendError
+from anabranch.errors import AnabranchError, BackendError
 from anabranch.routers.contract.ask import Answered, Arm, Messages, Purpose, Said, Spent
 from anabranch.routers.money import Price, dollars
 
@@ -29,6 +31,8 @@ KNOWN = frozenset(
         "stream_options", "safety_identifier", "prompt_cache_key", "web_search_options",
     }
 )  # fmt: skip
+# Of one answer: whoever tells more tells nothing that can be.
+_MOST_TOKENS = 10**9
 
 
 class ClientAsk:
@@ -65,9 +69,9 @@ class ClientAsk:
                 found = self._create(**body) if self._is_async else await in_thread(lambda: self._create(**body))
                 told = plain(await found if inspect.isawaitable(found) else found)
             except Exception as error:
-                raise BackendError(
-                    f"{body['model']} did not answer: {type(error).__name__}: {str(error)[:200]}"
-                ) from error
+                failed = BackendError(f"{body['model']} did not answer: {type(error).__name__}: {str(error)[:200]}")
+                failed.is_free = isinstance(error, AnabranchError) and error.is_free
+                raise failed from error
         return self._answered(body["model"], told, time.monotonic() - began)
 
     async def stream(
@@ -99,7 +103,7 @@ class ClientAsk:
         )
         if not told:
             raise BackendError(f"{model} gave an answer without choices")
-        return Answered(
+        answered = Answered(
             model=model,
             choices=tuple(told),
             prompt_tokens=prompt,
@@ -108,6 +112,22 @@ class ClientAsk:
             cost=cost,
             latency_s=latency_s,
         )
+        # No chat is without a token of its prompt, nor a text without one of its own.
+        return replace(answered, is_counted=prompt > 0 and (completion > 0 or not any(answered.texts)))
+
+
+class PostClient:
+    """What posts bodies (`anabranch.web.endpoint.Endpoint`) as OpenAI's clients are called: ``chat.completions.create``."""
+
+    def __init__(self, endpoint: Any) -> None:
+        self._endpoint = endpoint
+        self.chat = self.completions = self
+
+    def create(self, **body: Any) -> dict[str, Any]:
+        """Post a chat."""
+        extra = body.pop("extra_body", {})
+        found: dict[str, Any] = self._endpoint.post("/chat/completions", {**body, **extra})
+        return found
 
 
 def body_of(
@@ -174,7 +194,7 @@ def plain(found: Any) -> Any:
 
 
 def _tokens(usage: Any) -> tuple[int, int, int]:
-    """Prompt, completion and cached tokens that an answer tells; 0 for what it does not tell as a number."""
+    """Prompt, completion and cached tokens that an answer tells; 0 for what it does not tell as a number that can be."""
     table = usage if isinstance(usage, Mapping) else {}
     details = table.get("prompt_tokens_details")
     told = (
@@ -182,5 +202,5 @@ def _tokens(usage: Any) -> tuple[int, int, int]:
         table.get("completion_tokens"),
         details.get("cached_tokens") if isinstance(details, Mapping) else 0,
     )
-    prompt, completion, cached = (one if type(one) is int and one >= 0 else 0 for one in told)
+    prompt, completion, cached = (one if type(one) is int and 0 <= one <= _MOST_TOKENS else 0 for one in told)
     return prompt, completion, cached

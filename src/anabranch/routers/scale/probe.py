@@ -87,7 +87,8 @@ class Probe(Assessor, kind="probe"):
         x_ND = self._features(texts)
         p1_N = sigmoid(x_ND @ self.theta1_D)
         p2_N = np.maximum(p1_N, self.config.success2) if self.theta2_D is None else sigmoid(x_ND @ self.theta2_D)
-        return [Score(1.0 - float(p1), float(p1), float(p2)) for p1, p2 in zip(p1_N, p2_N, strict=True)]
+        knows2 = self.theta2_D is not None
+        return [Score(1.0 - float(p1), float(p1), float(p2), knows2=knows2) for p1, p2 in zip(p1_N, p2_N, strict=True)]
 
     async def assess(self, work: Work, view: View) -> Score:
         """By its text alone."""

@@ -59,10 +59,11 @@ class Scale(Program, kind="scale"):
             system1, system2: models; "" for the cheapest and the dearest of the pool.
             settings1, settings2: fields of OpenAI's chat request that make them so: the switch of a model's thinking.
             tokens1, tokens2: most completion tokens of a step's answer; None for the model's own limit.
-            expected1, expected2: tokens of a step's answer that a budgeted rule reckons with before it has seen any.
+            expected1, expected2: tokens of a step's answer that a budgeted rule reckons with before it has seen any; the second is what
+                several answers of a step share a budget of tokens by, too.
             decomposer, assessor, rule: parts.
-            rescore, force_last, last_step, max_steps, retries, temperature, top_p, top_k, score_tokens, outline_tokens, call_s, seed: as in
-                `Settings`.
+            rescore, force_last, last_step, max_steps, retries, temperature, top_p, top_k, score_tokens, outline_tokens, call_s, seed,
+                samples2, batch2, least_gain2: as in `Settings`; a request with tools has one answer to each step.
             budget_tokens, budget_usd, budget_s: of one request; see `Budget`. The request's own purse and deadline hold beside them.
             language: of the prompts, or a file of them.
         """
@@ -90,6 +91,9 @@ class Scale(Program, kind="scale"):
         outline_tokens: int | None = Field(default=None, ge=1)
         call_s: float = Field(default=300.0, gt=0)
         seed: int | None = Field(default=0, ge=0, le=2**31 - 1)
+        samples2: int = Field(default=1, ge=1, le=64)
+        batch2: int = Field(default=3, ge=1, le=64)
+        least_gain2: float = Field(default=0.01, gt=0, lt=1)
         budget_tokens: int | None = Field(default=None, ge=1)
         budget_usd: float | None = Field(default=None, gt=0)
         budget_s: float | None = Field(default=None, gt=0)
@@ -195,7 +199,7 @@ class Scale(Program, kind="scale"):
                 seconds=min(seconds, default=None),
                 deadline_s=max(HARD_SHARE * left_s, 1e-3),
             ),
-            settings=self._settings(request),
+            settings=replace(self._settings(request), samples2=1) if is_whole else self._settings(request),
             language=self._prompts,
         )
         running = reasoner.begin(problem, ask, sender=self._sender(request), streams=request.is_streamed, is_plain=True)
@@ -203,14 +207,37 @@ class Scale(Program, kind="scale"):
             running.as_it_came = [dict(one) for one in messages if isinstance(one, Mapping)]
         return running
 
+    def reasoner(self) -> SelectiveReasoner:
+        """The same without a gateway, over any `Ask`: of models whose prices and windows nobody knows.
+
+        Raises ConfigError where the config does not name both systems.
+        """
+        config = self.config
+        if not config.system1 or not config.system2:
+            raise ConfigError("name system1 and system2; without a gateway there is no pool to choose them from")
+        one, two = (
+            System(
+                arm=Arm(getattr(config, f"system{number}"), dict(getattr(config, f"settings{number}"))),
+                max_tokens=getattr(config, f"tokens{number}"),
+                expected_tokens=getattr(config, f"expected{number}"),
+            )
+            for number in (1, 2)
+        )
+        return SelectiveReasoner(
+            system1=one,
+            system2=two,
+            decomposer=self._decomposer,
+            assessor=self._assessor,
+            rule=self._rule,
+            budget=Budget(tokens=config.budget_tokens, usd=config.budget_usd, seconds=config.budget_s),
+            settings=settings_of(config, config.seed),
+            language=self._prompts,
+        )
+
     def _settings(self, request: ProgramRequest) -> Settings:
-        names = (
-            "rescore", "force_last", "last_step", "max_steps", "retries", "temperature", "top_p", "top_k", "score_tokens", "outline_tokens",
-            "call_s",
-        )  # fmt: skip
         seed = request.settings.get("seed")
         own = seed if type(seed) is int and self.config.seed is not None else self.config.seed
-        return Settings(seed=own, **{name: getattr(self.config, name) for name in names})
+        return settings_of(self.config, own)
 
     def _sender(self, request: ProgramRequest) -> dict[str, Any]:
         """What the sender wants of the answer; seeds are the program's own."""
@@ -242,6 +269,15 @@ class Scale(Program, kind="scale"):
             if one.answer is not None
         ]
         return Done(message={"content": "\n\n".join(results)}, model=model, finish_reason="length", is_spare=True)
+
+
+def settings_of(config: Any, seed: int | None) -> Settings:
+    """Of a run by a config."""
+    names = (
+        "rescore", "force_last", "last_step", "max_steps", "retries", "temperature", "top_p", "top_k", "score_tokens", "outline_tokens",
+        "call_s", "samples2", "batch2", "least_gain2",
+    )  # fmt: skip
+    return Settings(seed=seed, **{name: getattr(config, name) for name in names})
 
 
 def usd_per_token(model: Model) -> float:

@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ class SelectiveReasoner:
             raise ConfigError(
                 "the rule's budget is in dollars; say usd_per_token of both systems, or give it in tokens"
             )
+
+    def with_settings(self, settings: Settings) -> "SelectiveReasoner":
+        """The same with other settings."""
+        made = copy(self)
+        made.settings = settings
+        return made
 
     def begin(
         self,

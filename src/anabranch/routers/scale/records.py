@@ -88,6 +88,9 @@ class StepRecord:
         is_scored: its score was measured; False where it counts as hard for want of one.
         answer: its final content, without thoughts.
         prompt_tokens, completion_tokens, cost, latency_s: of all calls of the step's answer that came, not of its score.
+        samples: answers that were drawn of the system.
+        agreed: of those, that come to the same as the one that was taken.
+        stopped: why no more were drawn; None of a system that gives one.
     """
 
     text: str
@@ -103,6 +106,9 @@ class StepRecord:
     completion_tokens: int
     cost: float
     latency_s: float
+    samples: int = 1
+    agreed: int = 1
+    stopped: str | None = None
 
     def facts(self, index: int) -> dict[str, Any]:
         """Without its texts."""

@@ -30,12 +30,14 @@ class Score:
         difficulty: d, from 0 to 1.
         p1, p2: chance of success in each system.
         is_fallback: nothing was measured: the step counts as hard.
+        knows2: p2 was learned of System 2's answers, and not assumed.
     """
 
     difficulty: float
     p1: float
     p2: float
     is_fallback: bool = False
+    knows2: bool = False
 
     @property
     def gain(self) -> float:

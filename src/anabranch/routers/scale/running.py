@@ -8,13 +8,13 @@ each call. Where the budget is used up the rest is System 1's; where hardly any 
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from anabranch.errors import AnabranchError, BackendError, DataError, LimitError
-from anabranch.routers.contract.ask import Answered, Purpose, Said
+from anabranch.routers.contract.ask import Answered, Arm, Messages, Purpose, Said
 from anabranch.routers.contract.program import Step
 from anabranch.routers.scale.assess import Assessor, View
 from anabranch.routers.scale.calls import LateError
@@ -22,16 +22,18 @@ from anabranch.routers.scale.decompose import Decomposer, Outline
 from anabranch.routers.scale.parsing import boxed, final_content
 from anabranch.routers.scale.records import StepRecord, Tokens, Trace
 from anabranch.routers.scale.rules import Left, Rule, Score
+from anabranch.routers.scale.several import LEAST_TOKENS, Room, Voted, is_cut_off, rules_of, vote
 from anabranch.routers.scale.work import Earlier, Work
 
 # Share of the time that must be left for a step that is not the last.
 LAST_SHARE = 0.25
 # Of the time that is left, what a system may take for whom the other could stand in, and a step that is not the last.
 FIRST_SHARE, STEP_SHARE = 0.6, 0.75
-# Completion tokens of a budget below which System 2 is not begun.
-LEAST_TOKENS = 16
 # What a step's own answer is asked for as the sender wants it, and what of that the steps before have too.
 CARRIED = ("temperature", "top_p", "top_k", "user", "service_tier", "safety_identifier", "prompt_cache_key")
+
+# Places of a step's further answers, between which lie those of attempts.
+SAMPLE = 100
 
 UNSCORED = Score(1.0, 0.0, 1.0, is_fallback=True)
 
@@ -67,6 +69,8 @@ class Running:
     _has_said: bool = field(default=False, init=False)
     _rule_spent: float = field(default=0.0, init=False)
     _told_budget: str = field(default="", init=False)
+    # Of System 2's last step.
+    _voted: Voted | None = field(default=None, init=False)
 
     async def events(self) -> AsyncGenerator[Said | Step, None]:
         """Its trace as it goes, and pieces of the last answer where it streams.
@@ -216,6 +220,12 @@ class Running:
         seen = [one.completion_tokens for one in self.records if one.system == system and one.wanted == system]
         return (self.work.systems[system].expected_tokens + sum(seen)) / (1 + len(seen))
 
+    def _expected_answer(self) -> float:
+        """Tokens of one answer of System 2, likewise; a step may have several."""
+        made = self.work.calls.made
+        seen = [one.completion_tokens for one in made if (one.stage, one.system, one.status) == ("solve", 2, "ok")]
+        return (self.work.systems[2].expected_tokens + sum(seen)) / (1 + len(seen))
+
     def _extra(self) -> float:
         """What System 2 costs more for a step, in the rule's unit."""
         one, two = self._expected(1), self._expected(2)
@@ -306,7 +316,11 @@ class Running:
             work.fit(system, step, self.earlier)
             messages = work.problem.asked(work.prompt("last" if is_last else "solve", system, step, self.earlier))
         how: dict[str, Any] = {"max_tokens": self._most(system, found.max_tokens), "share": share}
-        if is_last and self.streams:
+        self._voted = None
+        if system == 2 and work.settings.samples2 > 1 and arm.settings.get("temperature") != 0:
+            self._voted = await self._several(index, attempt, arm, messages, how)
+            yield self._voted.taken
+        elif is_last and self.streams:
             streamed = work.calls.stream("solve", index, attempt, system, arm, messages, **how)
             async with aclosing(streamed) as coming:
                 async for piece in coming:
@@ -315,20 +329,50 @@ class Running:
             purpose: Purpose = "answer" if is_last else "draft"
             yield await work.calls("solve", index, attempt, system, arm, messages, purpose=purpose, **how)
 
+    async def _several(self, index: int, attempt: int, arm: Arm, messages: Messages, how: Mapping[str, Any]) -> Voted:
+        """Answers of System 2 to a step, as many as pay and there is room for."""
+        calls, later = self.work.calls, self._num_steps - index - 1
+
+        def ask(sample: int, most: int | None) -> Awaitable[Answered]:
+            place = attempt + SAMPLE * sample
+            return calls("solve", index, place, 2, arm, messages, purpose="draft", **{**how, "max_tokens": most})
+
+        def is_short() -> bool:
+            return self._is_short() if later else not calls.has_time_for(1)
+
+        room = Room(calls, most=how["max_tokens"], later=later, is_short=is_short, expected=self._expected_answer)
+        voted = await vote(ask, rules_of(self.work.settings, self.scores.get(index)), room)
+        if room.is_cut and voted.reason in ("budget", "deadline"):
+            self.work.note(f"step {index + 1}: {voted.reason} ended it at {voted.samples} answers", degrades=True)
+        return voted
+
     def _most(self, system: int, own: int | None) -> int | None:
         """Tokens of an answer: the system's, the sender's and, in System 2, what is left of the budget, whichever is least."""
-        wanted = [self.sender.get(name) for name in ("max_completion_tokens", "max_tokens")]
-        limits = [one for one in (own, *wanted) if type(one) is int and one > 0]
-        room = self.work.calls.room
+        limits, room = self._limits(own), self.work.calls.room
         if system == 2 and not math.isinf(room):
             limits.append(max(1, int(room)))
         return min(limits, default=None)
+
+    def _limits(self, own: int | None) -> list[int]:
+        """Tokens of an answer, as the system and the sender have it."""
+        wanted = [self.sender.get(name) for name in ("max_completion_tokens", "max_tokens")]
+        return [one for one in (own, *wanted) if type(one) is int and one > 0]
+
+    def _is_cut_by_budget(self, system: int, found: Answered) -> bool:
+        """It ended before any limit but that of the budget."""
+        if system != 2 or not is_cut_off(found) or math.isinf(self.work.calls.room):
+            return False
+        return found.completion_tokens < min(self._limits(self.work.systems[2].max_tokens), default=math.inf)
 
     def _record(
         self, index: int, step: str, score: Score | None, wanted: int, answered: tuple[int, Answered] | None
     ) -> None:
         assert answered is not None
         system, found = answered
+        if self._is_cut_by_budget(system, found):
+            self.work.note(f"step {index + 1}: the budget of tokens cut its answer off", degrades=True)
+        elif system == 2 and is_cut_off(found):
+            self.work.note(f"step {index + 1}: its answer was cut off at {found.completion_tokens} tokens")
         answer = final_content(found.text)
         self.earlier.append(Earlier(step, answer or None))
         if index == self._num_steps - 1:
@@ -336,6 +380,7 @@ class Running:
         calls = [one for one in self.work.calls.made if one.stage == "solve" and one.index == index]
         spent = sum((one.tokens for one in calls), Tokens())
         is_scored = score is not None and not score.is_fallback
+        voted = self._voted if system == 2 else None
         self.records.append(
             StepRecord(
                 text=step,
@@ -351,6 +396,9 @@ class Running:
                 completion_tokens=spent.completion,
                 cost=spent.cost,
                 latency_s=sum(one.latency_s for one in calls),
+                samples=1 if voted is None else voted.samples,
+                agreed=1 if voted is None else voted.agreed,
+                stopped=None if voted is None else voted.reason,
             )
         )
         self._pay_rule(self.records[-1])

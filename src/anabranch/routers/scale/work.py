@@ -106,6 +106,10 @@ class Settings:
         score_tokens, outline_tokens: of such replies; None for the model's own limit.
         call_s: most seconds of one call.
         seed: of the run; None sends none.
+        samples2: answers that System 2 gives to a step at most, of which the commonest is taken (`several`); 1 is the paper's. At a
+            temperature of 0, where all are the same, it is one.
+        batch2: of those at a time.
+        least_gain2: chance of solving the step from which one more is worth drawing.
     """
 
     rescore: Literal["online", "upfront"] = "online"
@@ -120,6 +124,9 @@ class Settings:
     outline_tokens: int | None = None
     call_s: float = 300.0
     seed: int | None = 0
+    samples2: int = 1
+    batch2: int = 3
+    least_gain2: float = 0.01
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -129,10 +136,12 @@ class Settings:
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        for name in ("max_steps", "retries", "score_tokens"):
+        for name in ("max_steps", "retries", "score_tokens", "samples2", "batch2"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not 0 < self.least_gain2 < 1:
+            raise InputError(f"least_gain2 is {self.least_gain2!r}; it must be above 0 and below 1")
         if not 0 < self.call_s < math.inf:
             raise InputError(f"call_s is {self.call_s!r}; it must be above 0, in seconds")
 

@@ -4,8 +4,9 @@
     else another batch
 
 Rules and curve: `anabranch.test_time` (TTSPM, arXiv 2505.20522). N is decided on what this model was seen to do on this task: before the
-first call by its curve, after each batch by what became of it. The best is the first that a verifier finds right, the commonest, the one
-of the likeliest tokens, or the one that a judge scores best; or, with ``rounds``, the last of one that is thought over again.
+first call by its curve, or by that of the very question where `difficulty` was learned, after each batch by what became of it. The best
+is the first that a verifier finds right, the commonest, the one of the likeliest tokens, or the one that a judge scores best; or, with
+``rounds``, the last of one that is thought over again.
 
 Where a model gives no answer, the next of the pool is asked in its place.
 """
@@ -115,6 +116,11 @@ class BestOf(Counting, Program, kind="best_of"):
             except SandboxError as error:
                 raise ConfigError(f"verifier is 'examples', and {error}") from None
 
+    @property
+    def in_order(self) -> bool:
+        """Of rounds."""
+        return bool(self.config.rounds)
+
     def route(self, query: Query, pool: Pool) -> Decision:
         """The model that answers first, then the others of the pool; with how many samples pay. Raises InputError for a model not there."""
         name = self.config.model
@@ -125,21 +131,19 @@ class BestOf(Counting, Program, kind="best_of"):
             score_P[pool.names.index(name)] = 1.0
         candidates = ordered(pool, score_P)
         first = next(model for model in pool.models if model.name == candidates[0].model)
-        curve, num_questions = self.known(first.name, query.task)
+        curve, known = self.prior_of(query, first.name)
         cost = self._cost(first, query)
         rules = self._rules(curve, cost, self._most(query))
         n = rules.begin().budget
-        details = {
-            "curve": {"f_max": float(curve.f_max), "a": float(curve.a), "b": float(curve.b)},
-            "questions": num_questions,
-            "budget": n,
-            "sample_usd": cost,
-        }
+        details = {**known, "budget": n, "sample_usd": cost}
         solved = float(curve.value(max(1, n)))
+        of_whom = (
+            "this question is solved so with" if "difficulty" in known else "of such questions are solved so about"
+        )
         return Decision(
             candidates=candidates,
             strategy=self.name,
-            reason=f"up to {n} answers of {first.name} are worth their price; about {solved:.0%} of such questions are solved so",
+            reason=f"up to {n} answers of {first.name} are worth their price; {of_whom} {solved:.0%}",
             confidence=solved,
             details=details,
             probability=1.0,

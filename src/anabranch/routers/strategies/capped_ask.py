@@ -9,11 +9,13 @@ attempts at a call too. Of any other it is reckoned by the pool's prices: a toke
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from anabranch.errors import AnabranchError, LimitError
-from anabranch.routers.contract.ask import Answered, Arm, Ask, Messages
+from anabranch.routers.contract.ask import Answered, Arm, Ask, Messages, Said
 from anabranch.routers.contract.query import Pool
 from anabranch.routers.money import dollars
 
@@ -22,6 +24,13 @@ _BESIDE = 64
 
 # Of a cap, which is a sum of fractions.
 _ROUNDING = 1e-12
+
+
+@dataclass
+class _Call:
+    """One that is under way: what it costs, as far as that is known."""
+
+    cost: float
 
 
 class CappedAsk:
@@ -82,21 +91,37 @@ class CappedAsk:
     async def __call__(self, arm: Arm | str, messages: Messages, **how: Any) -> Answered:
         """See `Ask`. Raises LimitError where the cap has no room for what it may cost, and nothing was asked then."""
         purpose = {"purpose": how.pop("purpose")} if "purpose" in how else {}
-        most = await self.most(arm, messages, **how)
+        with self._held_free(await self.most(arm, messages, **how)) as call:
+            answered = await self._ask(arm, messages, **purpose, **how)
+            call.cost = answered.cost
+            return answered
+
+    async def stream(self, arm: Arm | str, messages: Messages, **how: Any) -> AsyncGenerator[Said | Answered, None]:
+        """See `Ask`. Raises as a call."""
+        purpose = {"purpose": how.pop("purpose")} if "purpose" in how else {}
+        with self._held_free(await self.most(arm, messages, **how)) as call:
+            pieces: Any = self._ask.stream(arm, messages, **purpose, **how)
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    if isinstance(piece, Answered):
+                        call.cost = piece.cost
+                    yield piece
+
+    @contextmanager
+    def _held_free(self, most: float) -> Iterator["_Call"]:
+        """A call that may cost so much: it is kept free until the call ends. Raises LimitError where there is no room for it."""
         if self.spent + most > self.cap * (1 + _ROUNDING):
             raise self.full(most)
         self._held, self._under_way = self._held + most, self._under_way + 1
-        cost = most
+        call = _Call(most)
         try:
-            answered = await self._ask(arm, messages, **purpose, **how)
-            cost = answered.cost
-            return answered
+            yield call
         except AnabranchError as error:
             # One for which there was no room was not made; what another came to is not known here.
-            cost = 0.0 if error.is_for_room else most
+            call.cost = 0.0 if error.is_for_room else most
             raise
         finally:
-            self._end(most, cost)
+            self._end(most, call.cost)
 
     def full(self, most: float) -> LimitError:
         """What is said where the cap has no room."""

@@ -4,7 +4,8 @@ A question counts once: when it was verified, as soon as its request is told of;
 whether the commonest answer was right, and so at which sample it came first.
 
 Names of tasks are the sender's, so only those that the config lists, or that recorded outcomes had, are told apart; all else counts for
-the model alone, as far as a key may teach it (a gateway's ``feedback.share``). Curves are fitted in a thread beside: who decides goes by
+the model alone, as far as a key may teach it (a gateway's ``feedback.share``). Where recorded questions have vectors, a prior for each
+question is learned too (`difficulty`). Curves are fitted in a thread beside: who decides goes by
 what was fitted last.
 """
 
@@ -24,10 +25,12 @@ import numpy as np
 from anabranch.config import Field, configclass
 from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
-from anabranch.routers.contract.query import Outcome
+from anabranch.routers.contract.query import Outcome, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Strategy
-from anabranch.routers.strategies.unit_scale import Span
-from anabranch.test_time import BetaTTSPM, Priors
+from anabranch.routers.samples import RIGHT, Drawn, drawn
+from anabranch.routers.strategies.difficulty import DifficultyEncoder, told_of
+from anabranch.test_time import BetaTTSPM, Priors, ends_at_first
+from anabranch.test_time.difficulty import odds_left
 from anabranch.test_time.priors import ANY, LONGEST
 
 logger = logging.getLogger(__name__)
@@ -130,6 +133,7 @@ class Counting(Strategy):
             weight: questions that it counts for.
             tasks: names of tasks (header ``x-task``) that are told apart, beside those of recorded outcomes it was fitted to.
             right: score, on the scale from the least to the largest, from which an answer counts as right.
+            difficulty: whether recorded outcomes teach a prior for each question, from an embedding of its text.
         """
 
         f_max: float = Field(default=0.9, gt=0, le=1)
@@ -137,9 +141,25 @@ class Counting(Strategy):
         b: float = Field(default=1.0, gt=0, le=1e6)
         weight: float = Field(default=20.0, gt=0, le=1e6)
         tasks: tuple[str, ...] = ()
-        right: float = Field(default=0.5, gt=0, le=1)
+        right: float = Field(default=RIGHT, gt=0, le=1)
+        difficulty: bool = True
 
     adds_up = True
+
+    @property
+    def needs_vector(self) -> bool:  # type: ignore[override]
+        """A prior for each question was learned."""
+        return bool(self.encoder)
+
+    @property
+    def learns_vectors(self) -> bool:  # type: ignore[override]
+        """See the config."""
+        return bool(self.config.difficulty)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether samples of a question follow from one another, so that their order counts."""
+        return False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -153,7 +173,10 @@ class Counting(Strategy):
         self._recorded: set[str] = set()
         # Pairs that are being fitted, or will be.
         self._due: set[tuple[str, str]] = set()
+        # Models of the outcomes that it was fitted to.
+        self._models: tuple[str, ...] = ()
         self._ran = Waiting()
+        self.encoder = DifficultyEncoder()
         # Requests run on an event loop, and are told of in a thread.
         self._lock = threading.Lock()
 
@@ -233,36 +256,81 @@ class Counting(Strategy):
             self._fit_beside(self._all, ran.model, task)
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
-        """Count recorded outcomes, each as one sample of its model. Raises DataError where no score is known."""
+        """Count recorded outcomes, a question once for each model, whose answers are its samples. Raises DataError without scores."""
         if not np.isfinite(data.score_NM).any():
             raise DataError(f"{self.name} learns from scores, and the data have none")
         self._base, self._all, self._fits = self._none(), None, self._none()
-        right_NM = Span.of(data.score_NM).shrink(data.score_NM) >= self.config.right
         self._recorded = {(task or ANY)[:LONGEST] for task in data.task}
-        tasks, task_N = np.unique([task or "" for task in data.task], return_inverse=True)
-        for column, model in enumerate(data.models):
-            is_known_N = np.isfinite(data.score_NM[:, column])
-            for number, task in enumerate(tasks):
-                right_n = right_NM[is_known_N & (task_N == number), column]
-                self._base.add(model, str(task), 1, True, times=int(right_n.sum()))
-                self._base.add(model, str(task), 1, False, times=int((~right_n).sum()))
+        for model in data.models:
+            found = drawn(data, model, right=self.config.right)
+            is_in_order = self.in_order or ends_at_first([one.tolist() for one in found.right])
+            for task in sorted(set(found.task_Q)):
+                self._count_all(found.take(np.flatnonzero(found.task_Q == task)), str(task), is_in_order)
         self.settle()
+        self.encoder = DifficultyEncoder()
+        if data.vector_ND is not None and self.config.difficulty:
+            for model in data.models:
+                self._learn_difficulty(drawn(data, model, right=self.config.right), data.vector_ND, seed)
+        self._models = data.models
         return self
+
+    def _learn_difficulty(self, found: Drawn, vector_ND: np.ndarray, seed: int) -> None:
+        """Of single samples where those of a question do not tell the same of it, whatever their order."""
+        curves = {task: self.priors.curve(found.model, str(task)) for task in set(found.task_Q)}
+        of_task = {task: (float(curve.value(1)), odds_left(curve)) for task, curve in curves.items()}
+        mean_Q, odds_Q = np.array([of_task[task] for task in found.task_Q]).reshape(-1, 2).T
+        is_in_order = self.in_order or ends_at_first([one.tolist() for one in found.right])
+        # Of questions drawn for until one was right the first sample alone is drawn as any.
+        correct_Q = np.array([int(one[0]) for one in found.right]) if is_in_order else found.correct_Q
+        samples_Q = np.ones(len(correct_Q), np.int64) if is_in_order else found.samples_Q
+        ended_Q2 = None
+        if is_in_order:
+            ended_Q2 = np.array([[one.any(), one.argmax() + 1 if one.any() else len(one)] for one in found.right], int)
+        self.encoder.learn(
+            found.model, vector_ND[found.row_Q], correct_Q, samples_Q, mean_Q, odds_Q, ended_Q2=ended_Q2, seed=seed
+        )
+
+    def told(self) -> Sequence[str]:
+        """Whose questions have a prior of their own."""
+        return told_of(self.encoder, self._models) if self.config.difficulty and self._models else ()
+
+    def prior_of(self, query: Query, model: str) -> tuple[BetaTTSPM, Facts]:
+        """The curve to go by, of the question itself where there is one, and what is told of it. Raises as `DifficultyEncoder.prior`."""
+        curve, num_questions = self.known(model, query.task)
+        own = self.encoder.prior(model, query.vector_D, curve)
+        used = curve if own is None else own
+        facts: Facts = {
+            "curve": {"f_max": float(used.f_max), "a": float(used.a), "b": float(used.b)},
+            "questions": num_questions,
+        }
+        if own is not None:
+            known = {"chance": round(float(own.value(1)), 4), "of_task": round(float(curve.value(1)), 4)}
+            facts["difficulty"] = known | self.encoder.facts(model)
+        return used, facts
+
+    def _count_all(self, found: Drawn, task: str, is_in_order: bool) -> None:
+        if not is_in_order:
+            self._base.add_samples(found.model, task, found.correct_Q, found.samples_Q)
+            return
+        for one in found.right:
+            self._base.add(found.model, task, int(one.argmax()) + 1 if one.any() else len(one), bool(one.any()))
 
     # Kept, told and heard
 
     def state(self) -> tuple[Arrays, Facts]:
         """All counts."""
         arrays, facts = self.priors.state()
-        return arrays, {**facts, "tasks": sorted(self._recorded)}
+        weights, heads = self.encoder.state()
+        return {**arrays, **weights}, {**facts, "tasks": sorted(self._recorded), **heads}
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave."""
         recorded = facts.get("tasks", ())
         if not isinstance(recorded, Sequence) or not all(isinstance(task, str) for task in recorded):
             raise DataError(f"tasks of test-time samples are damaged: {str(recorded)[:80]}")
-        read = self._none()
+        read, encoder = self._none(), DifficultyEncoder.of(arrays, facts)
         read.load_state(arrays, facts)
+        self.encoder = encoder
         self._recorded = set(recorded)
         read = read.folded(self._tasks | self._recorded)
         self._base, self._own, self._others, self._all = read, self._none(), self._none(), None

@@ -40,6 +40,8 @@ class Entry(Generic[H]):
         held: its numbers; None where they are not in memory.
         uses: requests under way with it.
         used_at: when one last began, by a count.
+        key: of that one; None where there was none yet.
+        idle_since: when the last one ended, or it was read, in seconds.
         size: bytes of the numbers, in memory or not; 0 before they were first looked at.
     """
 
@@ -50,6 +52,8 @@ class Entry(Generic[H]):
     held: H | None = None
     uses: int = 0
     used_at: int = 0
+    key: str | None = None
+    idle_since: float = 0.0
     size: int = 0
 
     @property

@@ -2,11 +2,12 @@
 
 1. Keys take turns: the key that has waited for longest since it last had its turn is first, with the first of its requests; a key's
    second request comes behind the first of each. A request that is cancelled changes nobody else's place.
-2. Whoever has room begins, and with those whose turn it is all that wait for adapters which are in use then. The first that has none,
-   though what its own key uses would leave it some, has the right of way (backfilling with a reservation for the head, Lifka 1995): as
-   many of the adapters in use as have to fall idle for it, the least used ones, are closed to all others, and whoever begins meanwhile
-   leaves it what room it will have then. A sixth of a request's waiting time later one more adapter is closed to others, and so on, as
-   those that were chosen may be in use for long.
+2. Whoever has room begins. The first that has none, though what its own key uses would leave it some, has the right of way (backfilling
+   with a reservation for the head, Lifka 1995): as many of the adapters in use as have to fall idle for it, the least used ones, are closed
+   to all others, and whoever begins meanwhile leaves it what room it will have then. A sixth of a request's waiting time later one more
+   adapter is closed to others, and so on, as those that were chosen may be in use for long. Each time that a turn was taken all that have
+   room begin first, before anything is kept for the next: what stood idle for one is not kept idle for another, nor for more of its key.
+   Who has the right of way keeps it, also where one before it in line could have it now.
 3. So a request that adds no bytes, since its adapters are pinned or in use, waits only where one of them is closed; never for pinned ones.
 4. A request waits for so long at most, and is refused then. A key whose request leaves without having begun is without the right of way
    for as long as that had it: it keeps others waiting for half of the time at most. One that never had it gives its place to the next of
@@ -89,13 +90,13 @@ class AdapterLine(Generic[H]):
         self._vain = {key: until for key, until in self._vain.items() if until > now}
         self._kept = {key: kept for key, kept in self._kept.items() if kept[1] > now}
         self._closable = [entry for entry in self._closable if entry in self._room.used]
-        order = list(self)
+        order = sorted(self, key=lambda one: one is not self._head)
         left, head = self._take_turns(order)
         if len(left) < len(order):
-            left = self._begin_if(left, lambda one: self._room.adds_nothing(one) and self._room.fits(one))
+            left = self._begin_if(left, self._room.fits)
             # Its own key may be what leaves the head no room now.
             left, head = self._take_turns(left)
-        self._give(head, now, is_later=len(left) < len(order))
+        self._give(head, now)
         left = self._begin_if(left, lambda one: self._room.fits(one) and self.spares(one, now))
         return [one for one in order if one not in left]
 
@@ -183,12 +184,11 @@ class AdapterLine(Generic[H]):
         elif is_turn:
             self._served[one.key] = next(self._serial)
 
-    def _give(self, head: Waiter[H] | None, now: float, *, is_later: bool = False) -> None:
-        """Somebody has the right of way, or nobody; ``is_later``: others began before it, whose turn came first."""
+    def _give(self, head: Waiter[H] | None, now: float) -> None:
+        """Somebody has the right of way, or nobody."""
         if self._head is not None:
             self._head.held_s += now - self._counted_until
         self._counted_until = now
-        if head is not self._head or is_later:
-            self._closable = [] if head is None else self._room.closable(head)
         if head is not self._head:
+            self._closable = [] if head is None else self._room.closable(head)
             self._head, self._head_since = head, now

@@ -76,6 +76,7 @@ class AdapterRoom(Generic[H]):
         """A request uses its adapters from now on."""
         for entry, _ in one.entries:
             entry.uses += 1
+            entry.key = one.key
             self.touch(entry)
         self.used |= one.adapters
         self._leases[one.id] = one

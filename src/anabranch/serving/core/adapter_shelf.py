@@ -1,13 +1,14 @@
 """`AdapterShelf`: which adapters there are, which of them are in memory, and who uses them.
 
-An adapter is known by a name and comes from a folder. The least recently used ones leave memory where there is no room, and are read
-again when somebody asks for them; those that are pinned stay, and so does what a request under way uses. Under a name another adapter may
-take the place of the one before: requests that began with that one end with it.
+An adapter is known by a name and comes from a folder. Where there is no room some leave memory (`anabranch.serving.core.adapter_memory`),
+and are read again when somebody asks for them; those that are pinned stay, and so does what a request under way uses. Under a name another
+adapter may take the place of the one before: requests that began with that one end with it.
 
 A request that finds no room (`anabranch.serving.core.adapter_room`) beside what others use waits in a line, in which keys take turns
 (`anabranch.serving.core.adapter_line`).
 
-Reading is for a thread of the shelf's own. All methods may be called from any thread.
+Reading is for a thread of the shelf's own, one adapter after the other. There too keys take turns: the next is of the key for which one was
+read longest ago, and what operators load has turns as a key has. All methods may be called from any thread.
 """
 
 import itertools
@@ -15,16 +16,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, InputError
 from anabranch.serving.core.adapter_entry import Entry, H, Held, Read
 from anabranch.serving.core.adapter_line import AdapterLine
+from anabranch.serving.core.adapter_memory import AdapterMemory, NoRoomError
 from anabranch.serving.core.adapter_room import AdapterRoom, Waiter
 from anabranch.serving.core.client import BusyError, EngineStats
 from anabranch.serving.core.mixture import Mixture, check_name
+from anabranch.serving.core.turns import Turns
 from anabranch.sharing import most_beside
 
 __all__ = ["AdapterShelf", "Held", "Read"]
@@ -67,9 +70,9 @@ class AdapterShelf(Generic[H]):
         # Looks after those that have waited for as long as they may, while anybody waits.
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
-        self._worker: ThreadPoolExecutor | None = None
-        self._entries: dict[str, Entry[H]] = {}
-        self._num_loads = self._num_evictions = 0
+        self._reads = Turns("anabranch-adapters", "adapters wait to be read", threads=1, most_waiting=None)
+        self._memory = AdapterMemory[H](self._room, clock)
+        self._entries = self._memory.entries
 
     # What an operator does
 
@@ -107,26 +110,24 @@ class AdapterShelf(Generic[H]):
         def check(nbytes: int) -> None:
             entry.size = nbytes
             with self._lock:
-                self._find_room(entry, nbytes, self._entries.get(name))
+                self._memory.find_room(entry, before=self._entries.get(name))
 
         held = self._read(folder, root, check)
         with self._lock:
             before = self._entries.get(name)
-            self._make_room(entry, held, before)
+            self._memory.hold(entry, held, before=before)
             if before is not None:
-                self._retire(before)
-            entry.held = held
+                self._memory.retire(before)
             self._room.touch(entry)
             if is_pinned:
                 self._room.pinned.append(entry)
-            self._num_loads += 1
             self._entries[name] = entry
             return entry.facts()
 
     def load(self, name: str, folder: str, root: str | None = None) -> "Future[dict[str, Any]]":
         """`load_now` in the shelf's thread."""
         self._check_place(name, False)
-        return self._submit(lambda: self.load_now(name, folder, root))
+        return self._submit(None, lambda: self.load_now(name, folder, root))
 
     def register(self, name: str, folder: str, root: str | None = None) -> None:
         """Know an adapter that is read when the first request asks for it; nothing for a name that there is. Raises InputError.
@@ -150,15 +151,18 @@ class AdapterShelf(Generic[H]):
                 raise InputError(f"adapter {name!r} is pinned, and stays as long as the engine")
             told = entry.facts()
             del self._entries[name]
-            self._retire(entry)
+            self._memory.retire(entry)
             return told
 
     def stats(self) -> EngineStats:
         """For pictures of the engine."""
         with self._lock:
-            held = [entry for entry in self._all() if entry.held is not None]
+            held = [entry for entry in self._memory.all() if entry.held is not None]
             return EngineStats(
-                counters={"adapter_loads": self._num_loads, "adapter_evictions": self._num_evictions},
+                counters={
+                    "adapter_loads": self._memory.num_loads,
+                    "adapter_evictions": self._memory.num_evictions,
+                },
                 gauges={
                     "adapters_in_memory": len(held),
                     "adapter_resident_bytes": sum(entry.nbytes for entry in held),
@@ -187,7 +191,7 @@ class AdapterShelf(Generic[H]):
                 begun = self._join(one)
             else:
                 first = next(entry for entry, _ in one.entries if not entry.is_pinned)
-                one.ready.set_exception(self._never(first, first.size, one.adapters))
+                one.ready.set_exception(self._memory.never(first, one.adapters))
                 return one.ready
             is_ready = one in begun and one.is_there
         self._go_on([other for other in begun if not (other is one and is_ready)])
@@ -204,7 +208,7 @@ class AdapterShelf(Generic[H]):
         """A request has ended. Nothing for one that has begun with none."""
         with self._lock:
             has_waited = self._line.leave(id, self._time()) is not None
-            has_begun = self._end(id)
+            has_begun = self._memory.end(id)
         if has_waited or has_begun:
             self.advance()
 
@@ -228,70 +232,70 @@ class AdapterShelf(Generic[H]):
             waiting = [one for one in self._line if self._line.leave(one.id, self._time())]
         for one in waiting:
             _refuse(one, "the engine ends")
-        if self._worker is not None:
-            self._worker.shutdown(wait=False, cancel_futures=True)
+        self._reads.close()
 
     # In the shelf's thread
 
-    def _submit(self, work: Callable[[], R]) -> "Future[R]":
-        with self._lock:
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, "anabranch-adapters")
-            return self._worker.submit(_bare, work)
+    def _submit(self, key: str | None, work: Callable[[], R]) -> "Future[R]":
+        """Have something done in the turn of a key, or of operators."""
+        return self._reads.submit(key, _bare, work)
 
     def _go_on(self, begun: "Iterable[Waiter[H]]") -> None:
         """Tell requests that have begun that their adapters are there, or have these read."""
         for one in begun:
             if not one.is_there:
-                self._submit(partial(self._fill, one))
+                self._submit(one.key, partial(self._fill, one))
             elif _is_wanted(one):
                 one.ready.set_result(None)
 
     def _fill(self, one: Waiter[H]) -> None:
-        """Read those of a request's adapters that are not in memory; it waits where they have no room."""
+        """Read the first of a request's adapters that are not in memory, the others in later turns; it waits where they have no room."""
         if not _is_wanted(one):
             return
         try:
-            for entry, _ in one.entries:
-                self._read_missing(entry, one)
-        except _NoRoomError:
+            is_there = self._read_missing(one)
+        except NoRoomError:
             with self._lock:
                 # It may have gone meanwhile.
-                begun = self._join(one) if self._room.lease(one.id) is one and self._end(one.id) else []
+                begun = self._join(one) if self._room.lease(one.id) is one and self._memory.end(one.id) else []
             self._go_on(begun)
         except BaseException as error:
             # What it would have used is free for others, before who asked has heard of it.
             with self._lock:
                 if self._room.lease(one.id) is one:
-                    self._end(one.id)
+                    self._memory.end(one.id)
             self.advance()
             one.ready.set_exception(error)
         else:
-            one.ready.set_result(None)
+            if is_there:
+                one.ready.set_result(None)
+            else:
+                self._submit(one.key, partial(self._fill, one))
 
-    def _read_missing(self, entry: Entry[H], one: Waiter[H]) -> None:
+    def _read_missing(self, one: Waiter[H]) -> bool:
+        """Read one of its adapters; whether there is no more to read for it."""
         # Another request may have waited for the same, and this one may have gone.
-        if entry.held is not None or self._room.lease(one.id) is not one:
-            return
-        held = self._read_again(entry, one)
+        missing = [entry for entry, _ in one.entries if entry.held is None]
+        if not missing or self._room.lease(one.id) is not one:
+            return True
+        held = self._read_again(missing[0], one)
         with self._lock:
             # It is nobody's where all have gone meanwhile for whom it was read, and it is known no more.
-            if entry in self._all():
-                self._make_room(entry, held, None, one.adapters)
-                entry.held = held
-                self._num_loads += 1
+            if missing[0] in self._memory.all():
+                self._memory.hold(missing[0], held, together=one.adapters, key=one.key)
+        return len(missing) == 1
 
     def _read_again(self, entry: Entry[H], one: Waiter[H]) -> H:
         def check(nbytes: int) -> None:
             with self._lock:
                 entry.size = nbytes
-                self._find_room(entry, nbytes, None, one.adapters)
+                self._memory.find_room(entry, together=one.adapters, key=one.key)
                 # Whoever waited may begin. One whose size nobody knew before has begun already, and is looked at as if it came now.
                 if not one.until and self._room.end(one.id) is not None:
                     may_begin = self._room.fits(one) and self._line.spares(one, self._time())
                     self._room.begin(one)
                     if not may_begin:
-                        raise _NoRoomError("others use the memory for its adapters, or are first")
+                        raise NoRoomError("others use the memory for its adapters, or are first")
 
         try:
             return self._read(entry.folder, entry.root, check)
@@ -306,18 +310,6 @@ class AdapterShelf(Generic[H]):
         )
 
     # With the lock
-
-    def _all(self) -> list[Entry[H]]:
-        """Those that there are, and those that are unloaded or replaced and still in use."""
-        return list(dict.fromkeys((*self._entries.values(), *self._room.used)))
-
-    def _end(self, id: str) -> bool:
-        """A request uses its adapters no more; False for one that has not begun."""
-        idle = self._room.end(id)
-        for entry in idle or ():
-            if self._entries.get(entry.name) is not entry:
-                entry.held = None
-        return idle is not None
 
     def _join(self, one: Waiter[H]) -> list[Waiter[H]]:
         """Let a request begin, or wait, or refuse it where too many do, of its key or in all; those that begin now, whoever it is."""
@@ -352,64 +344,6 @@ class AdapterShelf(Generic[H]):
                 what = "is there already" if is_pinned else "is pinned, and nothing takes its place"
                 raise InputError(f"adapter {name!r} {what}; give the other one another name")
 
-    def _make_room(
-        self, entry: Entry[H], held: H, before: "Entry[H] | None", together: "Iterable[Entry[H]]" = ()
-    ) -> None:
-        """Let go of adapters that nobody uses until there is room for ``held``. Arguments and errors as `_find_room`."""
-        entry.size = held.nbytes
-        for other in self._find_room(entry, held.nbytes, before, together):
-            other.held = None
-            self._num_evictions += 1
-
-    def _find_room(
-        self, entry: Entry[H], nbytes: int, before: "Entry[H] | None", together: "Iterable[Entry[H]]" = ()
-    ) -> list[Entry[H]]:
-        """Adapters that nobody uses and that have to go for one more, the least recently used first.
-
-        Args:
-            entry: the one more.
-            nbytes: of it.
-            before: what it takes the place of.
-            together: all that the request it is read for uses.
-
-        Raises CapacityError where there never is room, `BusyError` where there is none now.
-        """
-        others = [other for other in self._all() if other is not before or other.uses]
-        if (error := self._never(entry, nbytes, together)) is not None:
-            raise error
-        total = sum(other.nbytes for other in others)
-        free = [other for other in others if other.held is not None and not other.uses and not other.is_pinned]
-        leaving = []
-        for other in sorted(free, key=lambda other: other.used_at):
-            if total + nbytes <= self.most_bytes:
-                break
-            leaving.append(other)
-            total -= other.nbytes
-        if total + nbytes > self.most_bytes:
-            raise _NoRoomError(
-                f"adapter {entry.name!r} takes {nbytes:,} bytes, and those in use {total:,} of {self.most_bytes:,}; ask again"
-            )
-        return leaving
-
-    def _never(self, entry: Entry[H], nbytes: int, together: Iterable[Entry[H]]) -> CapacityError | None:
-        """Why there never is room for one more, if so. Arguments as of `_find_room`."""
-        pinned = sum(other.nbytes for other in self._room.pinned)
-        mixed = sum(other.size for other in together if other is not entry and not other.is_pinned)
-        if pinned + mixed + nbytes <= self.most_bytes:
-            return None
-        beside = [f"{pinned:,} of those that are pinned"] if pinned else []
-        beside += [f"{mixed:,} of the others in its mixture"] if mixed else []
-        told = f" beside {' and '.join(beside)}" if beside else ""
-        return CapacityError(
-            f"adapter {entry.name!r} takes {nbytes:,} bytes{told}, and adapters may take {self.most_bytes:,}; allow more with "
-            "engine.adapters.memory"
-        )
-
-    def _retire(self, entry: Entry[H]) -> None:
-        """An adapter that no request to come gets."""
-        if not entry.uses:
-            entry.held = None
-
     def _unknown(self, name: str) -> str:
         known = [repr(other) for other in itertools.islice(self._entries, 10)]
         more = f" and {len(self._entries) - len(known)} more" if len(self._entries) > len(known) else ""
@@ -424,10 +358,6 @@ def _is_wanted(one: Waiter[Any]) -> bool:
 def _refuse(one: Waiter[Any], why: str) -> None:
     if _is_wanted(one):
         one.ready.set_exception(BusyError(why))
-
-
-class _NoRoomError(BusyError):
-    """There is none beside what others use."""
 
 
 def _bare(work: Callable[[], R]) -> R:

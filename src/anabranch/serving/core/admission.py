@@ -9,8 +9,9 @@ has nothing in flight from those whose keys had nothing either when they came, o
 (two or three, four to seven, ...). So nobody is refused for what keys wait that have more. Prompts share the steps, so it is also not
 refused for how long longer prompts wait.
 
-A request may wait for what is not the engine's time: its adapters are read or have to find memory, its grammar is compiled. It holds up
-nobody meanwhile, so who asks for nothing of the kind is told only of those that do not either.
+A request may wait for what is not the engine's time: its adapters are read or have to find memory, its grammar is compiled. It stands aside
+meanwhile (`Ticket.prepared`): it holds up nobody, and what it waits for is held against nobody, whatever others ask for. Who would have
+to wait for the like is let in, and told when it does: what is in memory, and whose turn it is, is known to the engine alone.
 """
 
 import math
@@ -22,30 +23,12 @@ from types import TracebackType
 from typing import Self
 
 from anabranch.config import Config, Field, configclass
-from anabranch.errors import InputError, LimitError
+from anabranch.errors import InputError
+from anabranch.serving.core.overload import REASONS, OverloadError, overloaded, seconds_until
 from anabranch.serving.core.pace import DrainRate, Line
 from anabranch.sharing import most_beside
 
-# The official Python client gives up rather than wait longer.
-MOST_RETRY_S = 120.0
-
-# Retry-After has whole seconds.
-LEAST_RETRY_S = 1.0
-REASONS = ("in_flight", "queued", "queued_tokens", "key_concurrency", "key_share", "deadline")
-
-
-class OverloadError(LimitError):
-    """The engine has no room for a request now.
-
-    Attributes:
-        reason: one of `REASONS`, a label for metrics.
-        status: the HTTP status to answer with.
-        retry_after_s: seconds after which there should be room, 1 to 120.
-    """
-
-    def __init__(self, message: str, *, reason: str, status: int, retry_after_s: float) -> None:
-        super().__init__(message, retry_after_s)
-        self.reason, self.status = reason, status
+__all__ = ["Admission", "AdmissionConfig", "Held", "Ticket"]
 
 
 @configclass
@@ -131,27 +114,21 @@ class Admission(Held):
         self.rejections: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         self._of_key: dict[str, Held] = {}
         window_s = self.config.window_s
-        # All that are queued, and those of them that wait for nothing but the engine.
-        self._line, self._plain = Line[Ticket](window_s), Line[Ticket](window_s)
-        # Of the queued those for which other keys make room, by whether something is made ready for them, and by how many their keys had in
-        # flight when they came (bits of that number).
-        self._owed: defaultdict[tuple[bool, int], Line[Ticket]] = defaultdict(lambda: Line(window_s, is_passed=True))
+        # All that are queued and wait for nothing but the engine.
+        self._line = Line[Ticket](window_s)
+        # Of these, those for which other keys make room, by how many their keys had in flight when they came (bits of that number).
+        self._owed: defaultdict[int, Line[Ticket]] = defaultdict(lambda: Line(window_s, is_passed=True))
         # Prompt tokens that leave the queue, and requests that end.
         self._token_rate, self._end_rate = DrainRate(window_s), DrainRate(window_s)
 
-    def admit(
-        self, num_tokens: int, key: str = "", deadline_s: float | None = None, *, is_prepared: bool = False
-    ) -> "Ticket":
+    def admit(self, num_tokens: int, key: str = "", deadline_s: float | None = None) -> "Ticket":
         """Let a request of ``num_tokens`` prompt tokens in; close the ticket when it ends.
 
-        ``deadline_s``: seconds from now by which its first token must be there. ``is_prepared``: adapters or a grammar are made ready for
-        it. Raises OverloadError.
+        ``deadline_s``: seconds from now by which its first token must be there. Raises OverloadError.
         """
-        return self.admit_all([num_tokens], key, deadline_s, is_prepared=is_prepared)[0]
+        return self.admit_all([num_tokens], key, deadline_s)[0]
 
-    def admit_all(
-        self, prompts: Sequence[int], key: str = "", deadline_s: float | None = None, *, is_prepared: bool = False
-    ) -> list["Ticket"]:
+    def admit_all(self, prompts: Sequence[int], key: str = "", deadline_s: float | None = None) -> list["Ticket"]:
         """`admit` for each of ``prompts`` (tokens of each), or for none of them.
 
         When nothing is in flight no deadline is refused: what is known of the pace is then old, and only who is let in renews it. Raises
@@ -161,7 +138,7 @@ class Admission(Held):
             deadline_s = None
         tickets: list[Ticket] = []
         try:
-            tickets.extend(self._admit(num_tokens, key, deadline_s, is_prepared) for num_tokens in prompts)
+            tickets.extend(self._admit(num_tokens, key, deadline_s) for num_tokens in prompts)
         except OverloadError as error:
             for ticket in tickets:
                 ticket.close()
@@ -180,23 +157,22 @@ class Admission(Held):
         empty = Admission(self.config, is_shared=self._is_shared, clock=self._clock)
         try:
             for num_tokens in prompts:
-                empty._admit(num_tokens, "", None, is_prepared=False)
+                empty._admit(num_tokens, "", None)
         except OverloadError:
             return empty.in_flight
         return len(prompts)
 
-    def _admit(self, num_tokens: int, key: str, deadline_s: float | None, is_prepared: bool) -> "Ticket":
+    def _admit(self, num_tokens: int, key: str, deadline_s: float | None) -> "Ticket":
         self.check(num_tokens, key)
         if deadline_s is not None:
-            expected_s = self.expected_first_token_s(num_tokens, key, is_prepared=is_prepared)
+            expected_s = self.expected_first_token_s(num_tokens, key)
             if expected_s is not None and expected_s > deadline_s:
                 text = f"the first token is expected in {expected_s:.1f} s, after the deadline of {deadline_s:g} s"
                 self.rejections["deadline"] += 1
                 raise self._refusal("deadline", text, expected_s - deadline_s)
-        owed = self._owed_line(key, is_prepared)
-        return Ticket(self, num_tokens, key, self._counted(num_tokens, key), owed, is_prepared=is_prepared)
+        return Ticket(self, num_tokens, key, self._counted(num_tokens, key), self._owed_line(key))
 
-    def _owed_line(self, key: str, is_prepared: bool) -> "Line[Ticket] | None":
+    def _owed_line(self, key: str) -> "Line[Ticket] | None":
         """Those that came like one more of this key, if another makes room for it; None if not.
 
         One does if the key has no seat yet, or were all it has seated, the other had two more.
@@ -206,7 +182,7 @@ class Admission(Held):
         own = self._of_key.get(key, Held())
         most = max((held.started for name, held in self._of_key.items() if name != key), default=0)
         is_owed = not own.in_flight or most - own.queued >= own.in_flight + 2
-        return self._owed[is_prepared, own.in_flight.bit_length()] if is_owed else None
+        return self._owed[own.in_flight.bit_length()] if is_owed else None
 
     def _counted(self, num_tokens: int, key: str) -> int:
         """As how many tokens a prompt counts for the limit: the only one of a key, however long, leaves the others their part."""
@@ -238,14 +214,13 @@ class Admission(Held):
             return False
         return True
 
-    def expected_first_token_s(self, num_tokens: int, key: str = "", *, is_prepared: bool = False) -> float | None:
-        """Seconds to the first token of a request that came now; None while nothing is known of the engine's pace.
+    def expected_first_token_s(self, num_tokens: int, key: str = "") -> float | None:
+        """Seconds to the first token of a request that came now and had all it needs; None while nothing is known of the engine's pace.
 
         For one that is owed a seat that is the pace of those that came like it. If none has waited lately nothing is known.
         """
-        now = self._clock()
-        line, owed = self._line if is_prepared else self._plain, self._owed_line(key, is_prepared)
-        expected_s = line.expected_s(key, num_tokens, now)
+        now, owed = self._clock(), self._owed_line(key)
+        expected_s = self._line.expected_s(key, num_tokens, now)
         if expected_s is None or owed is None:
             return expected_s
         owed_s = owed.expected_s(key, num_tokens, now)
@@ -262,23 +237,23 @@ class Admission(Held):
     def _find_room(self, num_tokens: int, key: str) -> None:
         config, now = self.config, self._clock()
         if config.max_in_flight is not None and self.in_flight >= config.max_in_flight:
-            wait_s = _wait_s(self.in_flight + 1 - config.max_in_flight, self._end_rate.per_s(now))
+            wait_s = seconds_until(self.in_flight + 1 - config.max_in_flight, self._end_rate.per_s(now))
             raise self._refusal("in_flight", f"{self.in_flight} requests are in flight, as many as may be", wait_s)
         own = self._of_key[key].in_flight if key in self._of_key else 0
         if config.max_per_key is not None and own >= config.max_per_key:
             # This key's requests end as often as others, so its share of all that end is its share of what is in flight.
             rate = self._end_rate.per_s(now)
-            wait_s = _wait_s(own + 1 - config.max_per_key, None if rate is None else rate * own / self.in_flight)
+            wait_s = seconds_until(own + 1 - config.max_per_key, None if rate is None else rate * own / self.in_flight)
             raise self._refusal(
                 "key_concurrency", f"{own} requests of this key are in flight, as many as may be", wait_s
             )
         if config.max_queued is not None and self.queued >= config.max_queued:
-            wait_s = _wait_s(self.queued + 1 - config.max_queued, self._line.rate.per_s(now))
+            wait_s = seconds_until(self.queued + 1 - config.max_queued, self._line.rate.per_s(now))
             raise self._refusal("queued", f"{self.queued} requests wait, as many as may", wait_s)
         counted, limit = self._counted(num_tokens, key), config.max_queued_tokens
         over = 0 if limit is None else self.counted_tokens + counted - limit
         if over > 0 and self.queued:
-            wait_s = _wait_s(self._tokens_before(over), self._token_rate.per_s(now))
+            wait_s = seconds_until(self._tokens_before(over), self._token_rate.per_s(now))
             text = f"{self.queued_tokens} prompt tokens wait; {num_tokens} more are over the limit of {config.max_queued_tokens}"
             raise self._refusal("queued_tokens", text, wait_s)
         self._check_share(num_tokens, key)
@@ -310,37 +285,39 @@ class Admission(Held):
                 if rate is self._token_rate:
                     has, total, over = held.queued_tokens, self.queued_tokens, self._tokens_before(over, key)
                 # Of what goes its part goes for it.
-                wait_s = _wait_s(over, None if per_s is None else per_s * has / total)
+                wait_s = seconds_until(over, None if per_s is None else per_s * has / total)
                 text = f"{has} {what}; beside the other keys {max(int(most), 1)} may"
                 raise self._refusal("key_share", text, wait_s)
 
     def _refusal(self, reason: str, text: str, wait_s: float) -> OverloadError:
-        retry_after_s = min(max(float(math.ceil(min(wait_s, MOST_RETRY_S))), LEAST_RETRY_S), MOST_RETRY_S)
-        return OverloadError(
-            f"overloaded: {text}; try again in {retry_after_s:.0f} s",
-            reason=reason,
-            status=self.config.status,
-            retry_after_s=retry_after_s,
-        )
+        return overloaded(reason, text, wait_s, self.config.status)
 
     def _lines(self, ticket: "Ticket") -> list["Line[Ticket]"]:
         """Those that a request waits in."""
-        plain = [] if ticket.is_prepared else [self._plain]
-        return [self._line, *plain, *([] if ticket.owed is None else [ticket.owed])]
+        return [self._line, *([] if ticket.owed is None else [ticket.owed])]
 
     def _enter(self, ticket: "Ticket") -> None:
-        now = self._clock()
         self.enter(ticket.num_tokens, ticket.counted)
         self._of_key.setdefault(ticket.key, Held()).enter(ticket.num_tokens, ticket.counted)
+        self._end_rate.resume(self._clock())
+        self._line_up(ticket)
+
+    def _line_up(self, ticket: "Ticket") -> None:
+        now = self._clock()
         for line in self._lines(ticket):
             line.join(ticket, now)
-        for rate in (self._token_rate, self._end_rate):
-            rate.resume(now)
+        self._token_rate.resume(now)
 
     def _dequeue(self, ticket: "Ticket", *, is_served: bool) -> None:
-        now = self._clock()
         self.dequeue(ticket.num_tokens, ticket.counted)
         self._of_key[ticket.key].dequeue(ticket.num_tokens, ticket.counted)
+        self._leave_line(ticket, is_served=is_served)
+
+    def _leave_line(self, ticket: "Ticket", *, is_served: bool) -> None:
+        """One has its first token, or waits for the engine no more without it; nothing for one that stands aside."""
+        now = self._clock()
+        if ticket not in self._line.waiting:
+            return
         for line in self._lines(ticket):
             line.leave(ticket, now, is_served=is_served)
         if is_served:
@@ -348,7 +325,7 @@ class Admission(Held):
         else:
             # One that goes away makes room, but says nothing of the engine's pace.
             self._token_rate.forget(next(iter(self._line.waiting.values()), now), now)
-        if not self.queued:
+        if not self._line.waiting:
             self._token_rate.pause(now)
 
     def _leave(self, ticket: "Ticket") -> None:
@@ -365,25 +342,25 @@ class Admission(Held):
 class Ticket:
     """A request that was let in. Also a context manager that closes it.
 
-    ``owed``: those for which, as for it, other keys make room. ``is_prepared``: see `Admission.admit`.
+    ``owed``: those for which, as for it, other keys make room.
     """
 
-    __slots__ = ("_admission", "_is_open", "_is_queued", "counted", "is_prepared", "key", "num_tokens", "owed")
+    __slots__ = ("_admission", "_is_open", "_is_queued", "counted", "key", "num_tokens", "owed")
 
     def __init__(
-        self,
-        admission: Admission,
-        num_tokens: int,
-        key: str,
-        counted: int,
-        owed: "Line[Ticket] | None",
-        *,
-        is_prepared: bool,
+        self, admission: Admission, num_tokens: int, key: str, counted: int, owed: "Line[Ticket] | None"
     ) -> None:
-        self._admission, self.num_tokens, self.key, self.counted = admission, num_tokens, key, counted
-        self.owed, self.is_prepared = owed, is_prepared
+        self._admission, self.num_tokens, self.key, self.counted, self.owed = admission, num_tokens, key, counted, owed
         self._is_open = self._is_queued = True
         admission._enter(self)
+
+    def prepared(self, is_prepared: bool | None) -> None:
+        """What it needs beside the engine is there; False while it is not: it is queued then, and stands aside. None says nothing."""
+        if not self._is_queued or is_prepared is None:
+            return
+        self._admission._leave_line(self, is_served=False)
+        if is_prepared:
+            self._admission._line_up(self)
 
     def started(self) -> None:
         """Its first token is there. A second call does nothing."""
@@ -407,10 +384,3 @@ class Ticket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _wait_s(amount: float, rate: float | None) -> float:
-    """Seconds until ``amount`` has drained; at an unknown pace the shortest wait there is, at none at all endless."""
-    if amount <= 0 or rate is None:
-        return 0.0
-    return amount / rate if rate > 0 else math.inf

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from anabranch.bounds import is_whole, shown
 from anabranch.errors import AnabranchError, InputError
+from anabranch.seen_files import SeenFiles
 from anabranch.serving.core.request import Output, Request
 
 # How often a depth that is asked for over HTTP may run one block, as `anabranch.depth` has it; it needs torch.
@@ -58,8 +59,11 @@ class EngineInfo:
         max_depth: most blocks that a request's own path may have; None where requests at a server say none.
         routes_depth: whether there are depth routers.
         skips_tokens: whether there is a skipper of tokens.
+        rewires: whether routers may be turned to the text of a request.
         depth: ``routed``, ``pruned`` or ``full``, of a request that does not say.
         tasks: names of the tasks that the model itself goes by; none where it does not.
+        files: that the model was read from, as they were; none where it was not read from files.
+        numbers: type and bits in which it computes; empty where nobody says.
     """
 
     model: str
@@ -79,8 +83,11 @@ class EngineInfo:
     max_depth: int | None = None
     routes_depth: bool = False
     skips_tokens: bool = False
+    rewires: bool = False
     depth: str = "full"
     tasks: tuple[str, ...] = ()
+    files: SeenFiles = field(default_factory=SeenFiles)
+    numbers: str = ""
 
     def check_streams(self, num_streams: int | None) -> None:
         """Raises InputError for a number of parallel streams that a request cannot have."""
@@ -91,6 +98,11 @@ class EngineInfo:
             raise InputError(f"num_streams is {num_streams!r}, but the model has no parallel streams; leave it out")
         known = ", ".join(map(str, self.stream_choices))
         raise InputError(f"num_streams is {num_streams!r}; the model runs with {known}")
+
+    def check_rewire(self, wanted: bool | None) -> None:
+        """Raises InputError where routers are to be turned and none can be."""
+        if wanted and not self.rewires:
+            raise InputError("rewire is true, but the server turns no routers (--rewire); leave it out")
 
     def check_depth(self, depth: Any) -> None:
         """Raises InputError for a depth that a request cannot have, or not here."""
@@ -115,6 +127,15 @@ class EngineInfo:
         if not isinstance(depth, list | tuple) or not all(is_whole(block) for block in depth):
             raise InputError(f"depth is {shown(depth)}; it must be {DEPTHS}")
         self._check_path(depth)
+
+    def check_depth_control(self, depth: Any, control: float | None) -> None:
+        """Raises InputError for a control beside a depth that no routers choose; ``depth`` is what the request runs."""
+        if control is None or depth == "routed":
+            return
+        if not self.routes_depth:
+            raise InputError("depth_control is set, but the server has no depth routers (--depth); leave it out")
+        named = shown(depth) if isinstance(depth, str) else "a list of blocks"
+        raise InputError(f"depth_control goes with depth 'routed', and depth is {named}; leave one of them out")
 
     def _check_path(self, path: Sequence[int]) -> None:
         for block in path:

@@ -46,7 +46,8 @@ class OverrideHook(Protocol):
     An engine with such a hook takes every step layer by layer, as compiled steps know no overrides; so what other requests get does not
     depend on whether one is overridden. With ``deterministic`` it is the same to the bit.
 
-    What is said of a request changes its keys and values. It must be the same in all of its steps, and the request must have an entry
+    What is said of a request changes its keys and values. It must be the same in all of its steps, unless all of it is computed again
+    (`Scheduler.go_on`), and the request must have an entry
     ``routing`` in `Request.options`, whose value names what is said: the prefix cache shares only among requests of the same options.
     """
 

@@ -199,6 +199,11 @@ class Request:
             of (`ServingConfig.max_depth`).
         routes_depth: let the engine's depth routers choose the path by the prompt, see `anabranch.serving.depth`; its prefix is not
             shared. The path is told with the first output (`Output.path`).
+        depth_control: how deep they go for it, as `DepthConfig.control`; None for the engine's. Whatever it says, no more blocks run than
+            the engine keeps keys and values of.
+        rewires: let the routers of its experts be turned to its text, before it begins and while it goes on, see
+            `anabranch.adapters.rewiring`; where the engine does that (`ServingConfig.rewiring`).
+        turn_every: new tokens after each of which nothing is computed for it until it is told to go on; for the engine alone.
         skips_tokens: let blocks pass over tokens of the prompt as the engine's skipper decides by it, see `anabranch.serving.depth`; its
             prefix is not shared. What each block computed is told with the first output (`Output.computed`).
         pooling: make a vector of the prompt (`Output.embedding`) of the model's last states, after the norm: that of the ``last`` token, or
@@ -226,7 +231,10 @@ class Request:
     num_streams: int | None = None
     path: tuple[int, ...] | None = None
     routes_depth: bool = False
+    depth_control: float | None = None
     skips_tokens: bool = False
+    rewires: bool = False
+    turn_every: int | None = None
     pooling: str | None = None
     adapters: Mixture = ()
     task: str | None = None
@@ -239,7 +247,8 @@ class Request:
         object.__setattr__(self, "adapters", pairs_of(self.adapters))
         object.__setattr__(self, "prompt", _tokens(self.prompt))
         object.__setattr__(self, "path", _tokens(self.path))
-        object.__setattr__(self, "num_streams", _plain(self.num_streams))
+        for name in ("num_streams", "depth_control"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
 
     @property
     def shares_prefix(self) -> bool:
@@ -320,6 +329,10 @@ class Output:
         path: the blocks that it runs, where depth routers have chosen them, or those of new tokens, where blocks pass over tokens of the
             prompt; with the first output that has something of the model.
         computed: there, how many tokens of the prompt each block has computed; likewise.
+        is_prepared: where it has to wait for more than the engine: False as what it needs (adapters, a grammar) begins to be made ready or
+            to wait for room, True once that is there. Both come before all else, with nothing but that.
+        rewiring: where routers are turned to its text, a report of each time since the last output: the fields of
+            `anabranch.adapters.rewiring.Phase`.
     """
 
     id: str
@@ -335,3 +348,10 @@ class Output:
     embedding: tuple[float, ...] = ()
     path: tuple[int, ...] | None = None
     computed: tuple[int, ...] | None = None
+    rewiring: tuple[dict[str, Any], ...] = ()
+    is_prepared: bool | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it says nothing but whether the request is prepared."""
+        return self.is_prepared is not None and self == Output(id=self.id, is_prepared=self.is_prepared)

@@ -43,6 +43,8 @@ COUNTERS = (
     "evicted_blocks", "swapped_out_blocks", "swapped_in_blocks", *(f"finished_{finish.value}" for finish in Finish),
 )  # fmt: skip
 KEPT_SAMPLES = 4096
+# Why a request is paused: its reader is slow, or it waits to be told how it goes on.
+READER, TURN = "reader", "turn"
 _MISSING = "the step gave no token"
 
 
@@ -221,17 +223,39 @@ class Scheduler:
         self._states[request.id] = state
         return state
 
-    def pause(self, id: str) -> None:
-        """Compute nothing more for a request until `resume`; nothing if there is none of that id. Steps under way still give theirs."""
-        state = self._states.get(id)
-        if state is not None and state not in self._places.paused:
-            self._places.pause(state)
+    def pause(self, id: str, why: str = READER) -> None:
+        """Compute nothing more for a request until `resume` of each reason; nothing if there is none of that id.
 
-    def resume(self, id: str) -> None:
-        """Let a paused request go on; nothing if there is none of that id."""
+        Steps under way still give theirs.
+        """
         state = self._states.get(id)
-        if state is not None and state in self._places.paused:
+        if state is None:
+            return
+        if not state.holds:
+            self._places.pause(state)
+        state.holds.add(why)
+
+    def resume(self, id: str, why: str = READER) -> None:
+        """Let a paused request go on, unless it is held for another reason too; nothing if there is none of that id."""
+        state = self._states.get(id)
+        if state is None or why not in state.holds:
+            return
+        state.holds.discard(why)
+        if not state.holds:
             self._places.resume(state)
+
+    def go_on(self, id: str, request: Request | None) -> None:
+        """Let a request go on that waits after so many new tokens (`Request.turn_every`); nothing if there is none of that id.
+
+        ``request`` is what it is from now on, with other ``options``, so that all of it is computed again; None for as before.
+        """
+        state = self._states.get(id)
+        if state is None:
+            return
+        if request is not None and state.blocks:
+            self._places.send_back(state)
+        state.go_on(request)
+        self.resume(id, TURN)
 
     def abort(self, id: str) -> Output | None:
         """End a request, wherever it is; None if there is none of that id. What a step under way computes for it is discarded."""

@@ -28,6 +28,8 @@ class RequestState:
         ahead_since: the step that computed more than that since it runs; -1 for none, see `Seats`.
         stop_tokens: what ends it.
         most_tokens: length at which it ends.
+        turn_at: length at which it waits until it is told to go on, see `Request.turn_every`; ``most_tokens`` where it never does.
+        holds: why nothing is computed for it now; empty while something is.
         num_scored: tokens of the prompt after the first whose log probabilities the steps formed so far give, or that nobody asked for.
         lookup: guesses what it says next; None until that is asked for.
         is_known: the runner has been told of it.
@@ -35,9 +37,10 @@ class RequestState:
     """
 
     __slots__ = (
-        "ahead_since", "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "furthest", "is_known", "kept", "key", "keys",
+        "ahead_since", "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "furthest", "holds", "is_known", "kept", "key",
+        "keys",
         "last_step", "local", "local_table", "lookup", "most_tokens", "num_pending", "num_prompt", "num_published", "num_scored",
-        "own_priority", "path", "prompt_logprobs", "queue_s", "rank", "request", "root", "stop_tokens", "table", "tokens",
+        "own_priority", "path", "prompt_logprobs", "queue_s", "rank", "request", "root", "stop_tokens", "table", "tokens", "turn_at",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +50,8 @@ class RequestState:
         self.request = request
         self.num_prompt = len(request.prompt)
         self.most_tokens = min(self.num_prompt + sampling.max_tokens, max_positions)
+        self.turn_at = self.most_tokens if request.turn_every is None else self.num_prompt + request.turn_every
+        self.holds: set[str] = set()
         self.rank = (request.priority, request.arrival or now, serial)
         self.own_priority = request.own_priority
         self.key, self.cost = request.key, self.most_tokens
@@ -84,8 +89,12 @@ class RequestState:
     @property
     def decodes(self) -> bool:
         """Whether it lacks one token, and that is not one that the step under way will end it with."""
-        length = len(self.tokens)
-        return length - self.computed == 1 and not (self.num_pending and length >= self.most_tokens)
+        return len(self.tokens) - self.computed == 1 and not self.awaits_last
+
+    @property
+    def awaits_last(self) -> bool:
+        """Whether the step under way gives its last token, or the last before it has to wait."""
+        return self.num_pending > 0 and len(self.tokens) >= min(self.most_tokens, self.turn_at)
 
     @property
     def num_reusable(self) -> int:
@@ -110,7 +119,7 @@ class RequestState:
             start=start,
             blocks=self.table,
             local=self.local_table,
-            samples=end == len(tokens) < self.most_tokens,
+            samples=end == len(tokens) < self.most_tokens and not self.awaits_last,
             targets=tuple(tokens[first + 1 : last + 1]) if first < last else (),
             first_scored=first - start if first < last else 0,
             pooling=self.request.pooling,
@@ -139,6 +148,16 @@ class RequestState:
         self.furthest, self.ahead_since = max(self.furthest, self.computed), -1
         self.computed = self.num_published = 0
         self.epoch += 1
+
+    def go_on(self, request: Request | None) -> None:
+        """Behind `turn_at`: as ``request``, whose keys and values are others, or None for as before."""
+        assert self.request.turn_every is not None, "nothing else waits there"
+        self.turn_at += self.request.turn_every
+        # The row of the last token is to sample now.
+        self.computed = min(self.computed, len(self.tokens) - 1)
+        if request is not None:
+            self.request, self.root = request, b""
+            self.keys.clear()
 
     def expect(self) -> None:
         """A step that samples its next token has been formed."""

@@ -90,9 +90,7 @@ class StepParts:
                 break
             if count == 1:
                 reserved -= 1
-                if (state.num_pending and len(state.tokens) >= state.most_tokens) or (
-                    turn is not None and state not in turn
-                ):
+                if state.awaits_last or (turn is not None and state not in turn):
                     # The step under way gives its last token, or the next one is its turn.
                     continue
             elif shares is None or not count:

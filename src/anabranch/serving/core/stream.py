@@ -38,9 +38,11 @@ def joined(first: Output, second: Output) -> Output:
         prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
         cached_tokens=second.cached_tokens if first.cached_tokens is None else first.cached_tokens,
         embedding=second.embedding or first.embedding,
+        rewiring=first.rewiring + second.rewiring,
         path=second.path if first.path is None else first.path,
         computed=second.computed if first.computed is None else first.computed,
         queue_s=second.queue_s if first.queue_s is None else first.queue_s,
+        is_prepared=first.is_prepared if second.is_prepared is None else second.is_prepared,
     )
 
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Turns:
-    """Threads, and who is next: sources take turns, each in the order of coming. Safe for threads.
+    """Threads, and who is next: the source that was served longest ago, each in the order of coming. Safe for threads.
 
     What is cancelled before its turn never runs, and no longer counts.
 
@@ -24,23 +24,25 @@ class Turns:
         what: waits here, for messages: ``grammars wait to be compiled``.
         threads: at most; they begin when they are needed.
         at_once: most that run for one source; None for as many as there are threads.
-        most_waiting: of one source.
+        most_waiting: of one source; None for any number.
     """
 
-    def __init__(self, name: str, what: str, *, threads: int, at_once: int | None = None, most_waiting: int) -> None:
+    def __init__(
+        self, name: str, what: str, *, threads: int, at_once: int | None = None, most_waiting: int | None
+    ) -> None:
         self._what, self._at_once, self._most_waiting = what, at_once or threads, most_waiting
         self._threads = ThreadPoolExecutor(threads, name)
         self._lock = threading.RLock()
         # By source, the one whose turn is next first.
-        self._waiting: OrderedDict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = OrderedDict()
-        self._running: Counter[str] = Counter()
+        self._waiting: OrderedDict[Hashable, deque[tuple[Future[Any], Callable[[], Any]]]] = OrderedDict()
+        self._running: Counter[Hashable] = Counter()
 
-    def submit(self, source: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> "Future[T]":
+    def submit(self, source: Hashable, function: Callable[..., T], *args: Any, **kwargs: Any) -> "Future[T]":
         """What a function returns or raises, called when it is the turn of ``source``. Raises BusyError where too many of it wait."""
         future: Future[T] = Future()
         with self._lock:
             own = self._waiting.setdefault(source, deque())
-            if len(own) >= self._most_waiting:
+            if self._most_waiting is not None and len(own) >= self._most_waiting:
                 raise BusyError(f"busy: {len(own)} {self._what}; ask again")
             own.append((future, partial(function, *args, **kwargs)))
         future.add_done_callback(partial(self._left, source))
@@ -55,7 +57,7 @@ class Turns:
             future.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _left(self, source: str, future: "Future[Any]") -> None:
+    def _left(self, source: Hashable, future: "Future[Any]") -> None:
         """One that is done was cancelled if it still waits."""
         with self._lock:
             own = self._waiting.get(source, deque())
@@ -63,7 +65,7 @@ class Turns:
             if len(kept) < len(own):
                 self._keep(source, kept)
 
-    def _keep(self, source: str, own: deque[tuple["Future[Any]", Callable[[], Any]]]) -> None:
+    def _keep(self, source: Hashable, own: deque[tuple["Future[Any]", Callable[[], Any]]]) -> None:
         if own:
             self._waiting[source] = own
         else:
@@ -71,20 +73,26 @@ class Turns:
 
     def _work(self) -> None:
         """In a thread: whatever may run, until nothing may. One whose source has enough under way is run by the thread that ends that."""
-        while (taken := self._take()) is not None:
-            source, future, function = taken
-            try:
-                result = function()
-            except BaseException as error:
-                self._ended(source)
-                future.set_exception(error)
-            else:
-                self._ended(source)
-                future.set_result(result)
-            # Nothing is kept while this thread has nothing to do.
-            del future, function, taken
+        while self.run_next():
+            pass
 
-    def _take(self) -> tuple[str, "Future[Any]", Callable[[], Any]] | None:
+    def run_next(self) -> bool:
+        """Run, in this thread, what is next; whether there was anything that may run."""
+        taken = self._take()
+        if taken is None:
+            return False
+        source, future, function = taken
+        try:
+            result = function()
+        except BaseException as error:
+            self._ended(source)
+            future.set_exception(error)
+        else:
+            self._ended(source)
+            future.set_result(result)
+        return True
+
+    def _take(self) -> tuple[Hashable, "Future[Any]", Callable[[], Any]] | None:
         with self._lock:
             for source in self._waiting:
                 if self._running[source] < self._at_once:
@@ -100,8 +108,11 @@ class Turns:
             self._running[source] += 1
             return source, future, function
 
-    def _ended(self, source: str) -> None:
+    def _ended(self, source: Hashable) -> None:
         with self._lock:
             self._running[source] -= 1
             if not self._running[source]:
                 del self._running[source]
+            # Behind whoever came while it was served.
+            if source in self._waiting:
+                self._waiting.move_to_end(source)

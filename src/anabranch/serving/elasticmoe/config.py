@@ -6,6 +6,7 @@ from typing import Any, Literal
 from anabranch.config import Config, Field, Repeats, Seed, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.serving.config import blocks_in
+from anabranch.serving.depth import DepthConfig
 from anabranch.serving.elasticmoe.policy import Policy
 from anabranch.sizes import parse_bytes
 
@@ -46,6 +47,7 @@ class ElasticConfig(Config):
         watchdog_s: a rank that serves and gives no sign of life for so many seconds is ended, and replaced; None waits for ever.
         pace_s, pace_token_s: see `Limits`.
         seed: of requests that bring none; None draws it.
+        depth: a skipper of tokens, see `anabranch.serving.depth.DepthConfig`; a group has no depth routers.
     """
 
     model: str
@@ -76,8 +78,11 @@ class ElasticConfig(Config):
     pace_s: float = Field(default=0.0, ge=0)
     pace_token_s: float = Field(default=0.0, ge=0)
     seed: Seed | None = None
+    depth: DepthConfig = DepthConfig()
 
     def __post_init__(self) -> None:
+        if self.depth.routers is not None:
+            raise ConfigError("depth.routers is set, and a group of devices has no depth routers; leave it out")
         if self.kv_memory is not None:
             parse_bytes(self.kv_memory, "kv_memory")
         if self.devices > self.policy.max_devices:

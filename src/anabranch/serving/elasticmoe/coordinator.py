@@ -24,6 +24,8 @@ from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.fork_server import ForkServer
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Autoscaler, Load
+from anabranch.serving.engine.depths import check_depth
+from anabranch.serving.engine.skips import check_skips
 from anabranch.serving.grammar import try_out
 from anabranch.serving.grammar.forms import key_of, text_of
 from anabranch.serving.grammar.store import MOST_WAITING
@@ -87,6 +89,8 @@ class Coordinator:
         if request.adapters or request.task is not None:
             what = "adapters" if request.adapters else "a task"
             raise InputError(f"a request has {what}, and a group of devices serves the model alone; leave it out")
+        check_depth(request, None)
+        check_skips(request, self.group.skipper)
         # The ranks have no time for what cannot be followed.
         if request.sampling.grammar is not None:
             key_of(request.sampling.grammar)

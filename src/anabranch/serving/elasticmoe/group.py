@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from anabranch.errors import BackendError, InputError
+from anabranch.lm.checkpoint import find_model
+from anabranch.lm.seen_model import check_unchanged, see_model
 from anabranch.serving.core.request import Finish
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.counts import Counts
@@ -60,8 +63,18 @@ class Group:
         fork_server: ForkServer | None = None,
     ) -> None:
         self.config, self.on_phase = config, on_phase
-        self.layout = layout_of(config.model, backend_for(config).page)
-        self.limits, self.info, self.kv_bytes = sizes_of(config, self.layout)
+        # Once: a training run may have a newer checkpoint at any time.
+        found = find_model(config.model)
+        seen = see_model(found)
+        self.layout = layout_of(found, backend_for(config).page)
+        self.limits, info, self.kv_bytes = sizes_of(config, self.layout)
+        self.info = replace(info, files=seen)
+        # Once, too.
+        self.skipper: Any = None
+        if config.depth.skipper is not None:
+            from anabranch.depth.ftp.saving import read_skipper
+
+            self.skipper = read_skipper(config.depth.skipper)
         self.ledger = Ledger(self.limits, self.info.vocab_size, served)
         self.counts = Counts()
         self.standby = Standby(config.standby)
@@ -222,12 +235,16 @@ class Group:
         with ThreadPoolExecutor(1) as pool:
             copied = pool.submit(memory.prepare, plan, from_disk=not self.config.p2p)
             new = self.standby.take(plan.new.devices)
+            # One on standby has read what it needs.
+            reads = new is None or not self.config.p2p
             if new is None:
                 new = self.boot(plan.new.devices)
             self.coming = new
             try:
                 new.wait_ready()
                 report.bytes = copied.result()
+                if reads:
+                    self.check_files()
             except BaseException:
                 new.close()
                 raise
@@ -370,6 +387,7 @@ class Group:
                 limits=self.limits,
                 copies=not self.config.mapped,
                 kind=self.config.device,
+                skipper=self.skipper,
             )
             for rank, device in enumerate(devices)
         ]
@@ -382,10 +400,14 @@ class Group:
                 raise
             return Instance.boot(self.start_fork_server(), self.memory, boots, self._event)
 
-    @staticmethod
-    def bring_up(instance: Instance, which: Which) -> None:
-        """Wait for the ranks, give them their weights, and warm them up. Raises InstanceError."""
+    def check_files(self) -> None:
+        """Raise CheckpointError where what processes have read by now may be of another model than what was read before."""
+        check_unchanged(self.info.files, self.config.model)
+
+    def bring_up(self, instance: Instance, which: Which) -> None:
+        """Wait for the ranks, give them their weights, and warm them up. Raises InstanceError, and CheckpointError as `check_files`."""
         instance.wait_ready()
+        self.check_files()
         instance.all("attach", which=which)
         instance.all("warm")
 
@@ -420,6 +442,7 @@ class Group:
         instance = self.boot(target)
         try:
             instance.wait_ready()
+            self.check_files()
         except BaseException:
             instance.close()
             raise

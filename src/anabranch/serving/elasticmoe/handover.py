@@ -7,8 +7,10 @@ computed again (`carried`, `adopt`). What the sampler knows follows from a reque
 """
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler
@@ -36,16 +38,22 @@ class Carried:
     num_scored: int = 0
 
 
-def freeze(scheduler: Scheduler) -> bytes:
-    """A scheduler between two steps, to go on in another process."""
+def freeze(scheduler: Scheduler, decided: Mapping[str, Any] = MappingProxyType({})) -> bytes:
+    """A scheduler between two steps, to go on in another process, and what was ``decided`` about its requests.
+
+    What is stored of a request whose prompt blocks passed over in parts (`anabranch.serving.engine.skips`) is of use only with that.
+    """
     if not scheduler.is_between_steps:
         raise RuntimeError("a step is under way; tell the scheduler what it gave first")
-    return pickle.dumps(scheduler, protocol=5)
+    # One that ended in the last step may still be decided about, and its id may come again with another prompt.
+    under_way = {state.request.id for state in scheduler.states()}
+    return pickle.dumps((scheduler, {id: one for id, one in decided.items() if id in under_way}), protocol=5)
 
 
-def thaw(frozen: bytes) -> Scheduler:
-    """The scheduler that was frozen."""
-    return pickle.loads(frozen)
+def thaw(frozen: bytes) -> tuple[Scheduler, dict[str, Any]]:
+    """The scheduler that was frozen, and what was decided."""
+    scheduler, decided = pickle.loads(frozen)
+    return scheduler, decided
 
 
 def carried(scheduler: Scheduler) -> list[Carried]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.lm.tensors import read_header
+from anabranch.lm.tensors import read_header, weight_files
 from anabranch.serving.elasticmoe.mapped import PAGE, padded
 
 __all__ = ["Layout", "Matrix", "Tensor", "layout_of"]
@@ -175,7 +175,7 @@ def pool_names(model: Any) -> list[str]:
 
 def _stored(folder: Path) -> dict[str, tuple[str, int, int, str, tuple[int, ...]]]:
     """{tensor: (file, first byte, bytes, dtype, shape)} of a folder's safetensors files."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
     if not files:
         raise CheckpointError(f"no safetensors files in {folder}; elastic serving reads parts of them")
     found = {}

@@ -33,6 +33,7 @@ from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError
 from anabranch.serving.engine.loop import IDLE_S
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.engine.runner import ModelRunner
+from anabranch.serving.engine.skips import Skips
 from anabranch.serving.grammar import GrammarStore
 from anabranch.serving.sampling import Sampler
 
@@ -153,8 +154,13 @@ class Rank:
             is_tried=True,
         )
         self.sampler = ResumingSampler(sampler)
-        self.runner = ModelRunner(self.model, pool=pool, block_tokens=limits.block_tokens, sampler=self.sampler)
-        self.scheduler = limits.scheduler() if frozen is None else handover.thaw(frozen)
+        skips = self._skips()
+        self.runner = ModelRunner(
+            self.model, pool=pool, block_tokens=limits.block_tokens, sampler=self.sampler, skips=skips
+        )
+        self.scheduler, decided = (limits.scheduler(), {}) if frozen is None else handover.thaw(frozen)
+        if skips is not None:
+            skips.take_over(decided)
         for each in handover.carried(self.scheduler):
             self.sampler.outputs[each.request.id] = each.output
         # The batches that were their first ran elsewhere.
@@ -167,6 +173,14 @@ class Rank:
             told["brought"] += brought
             told["again"] += again_tokens
         return told
+
+    def _skips(self) -> Skips | None:
+        """The group's skipper of tokens, on the weights that are attached."""
+        if self.boot.skipper is None:
+            return None
+        from anabranch.depth.ftp.skipper import TokenSkipper
+
+        return Skips(TokenSkipper.of(self.boot.skipper, self.model), self.device)
 
     def do_go(self) -> None:
         """Begin to step: the coordinator knows by now that what was handed over is here."""
@@ -202,7 +216,10 @@ class Rank:
         if how == "drain":
             return handover.reserve(self.scheduler)
         self.is_serving = False
-        return handover.freeze(self.scheduler) if how == "freeze" else handover.carried(self.scheduler)
+        if how != "freeze":
+            return handover.carried(self.scheduler)
+        skips = None if self.runner is None else self.runner.skips
+        return handover.freeze(self.scheduler, {} if skips is None else skips.handed_over())
 
     def do_resume(self, blocks: Sequence[int] = ()) -> None:
         """Nothing came of a pause: make ready to go on. ``blocks`` were given away by a drain."""

@@ -1,6 +1,7 @@
 """What a rank is told when it starts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
 from anabranch.serving.elasticmoe.backend import Kind
@@ -48,7 +49,10 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Boot:
-    """What a rank is told first. The files beside it: its channel to the memory manager, then those to ask each peer and to answer it."""
+    """What a rank is told first. The files beside it: its channel to the memory manager, then those to ask each peer and to answer it.
+
+    ``skipper``: an `anabranch.depth.ftp.saving.Stored`, by which prompts are pruned; None for none.
+    """
 
     layout: Layout
     device: int
@@ -57,3 +61,4 @@ class Boot:
     limits: Limits
     copies: bool = False
     kind: Kind = "cpu"
+    skipper: Any = None

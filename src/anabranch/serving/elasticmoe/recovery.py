@@ -67,6 +67,8 @@ def _bring_back(group: "Group", *, is_memory_lost: bool) -> None:
     assert group.placement is not None
     assert memory is not None
     group.counts.recoveries += 1
+    # Before anything is read of another model.
+    group.check_files()
     if is_memory_lost or not memory.process.is_alive:
         # They are connected to the memory manager that is gone.
         group.standby.close()

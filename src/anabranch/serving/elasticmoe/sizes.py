@@ -4,7 +4,7 @@ from pathlib import Path
 
 from anabranch.data.tokenizer import load_tokenizer
 from anabranch.errors import ConfigError
-from anabranch.lm.checkpoint import find_model, load_config
+from anabranch.lm.checkpoint import load_config
 from anabranch.lm.tensors import build_empty
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.elasticmoe.backend import Backend, backend_of
@@ -13,13 +13,17 @@ from anabranch.serving.elasticmoe.layout import Layout
 from anabranch.serving.elasticmoe.mapped import padded
 from anabranch.serving.elasticmoe.rank_boot import Limits
 from anabranch.serving.engine.paged import PagedShape
+from anabranch.serving.load import check_depth
 
 __all__ = ["backend_for", "sizes_of"]
 
 
 def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo, int]:
     """(limits of a rank, what is served, bytes of the key-value cache of a device). Raises CheckpointError."""
-    model, folder = load_config(config.model), find_model(config.model)
+    folder = Path(layout.folder)
+    check_depth(config.depth, str(folder))
+    prunes = config.depth.skipper is not None
+    model = load_config(folder)
     stops = config.stop_tokens
     if stops is None:
         stops = tuple(load_tokenizer(folder).stop_ids) if (folder / "tokenizer.json").is_file() else ()
@@ -57,6 +61,9 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
         routed_layers=dict(enumerate(layout.num_experts)),
         num_streams=built.streams_of(None)[0],
         stream_choices=model.stream_choices,
+        num_layers=model.num_layers,
+        skips_tokens=prunes,
+        depth=config.depth.usually(routes=False, prunes=prunes),
     )
     size = num_blocks * config.block_tokens * shape.bytes_per_token
     return limits, info, 2 * padded(size // 2, layout.page)

@@ -26,7 +26,8 @@ def adaptable_pools(model: Decoder) -> Iterator[tuple[str, "AdaptingExperts"]]:
     for name, pool in model.named_modules():
         is_plain = isinstance(pool, ExpertPool) and pool.layers is None and pool.b13 is None and pool.exchange is None
         owner = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
-        if (is_plain or isinstance(pool, QuantizedPool)) and isinstance(owner, MoE):
+        is_few = isinstance(pool, QuantizedPool) and pool.is_plain
+        if (is_plain or is_few) and isinstance(owner, MoE):
             yield name, AdaptingExperts(pool, name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.errors import InputError
+from anabranch.errors import ConfigError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.batch import Chunk
@@ -24,7 +24,7 @@ class Depths:
     Attributes:
         bank: the routers.
         num_blocks: N, of the model.
-        control: see `anabranch.serving.depth.DepthConfig`.
+        control: of requests that do not say it, see `anabranch.serving.depth.DepthConfig`.
         most: visits of blocks that the engine keeps keys and values of.
     """
 
@@ -32,8 +32,8 @@ class Depths:
     num_blocks: int
     control: float
     most: int
-    # The prompts of requests that have no path yet, and paths that nobody has been told of, by id.
-    _waiting: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    # Requests that have no path yet, and paths that nobody has been told of, by id.
+    _waiting: dict[str, Request] = field(default_factory=dict)
     _untold: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -44,7 +44,7 @@ class Depths:
     def add(self, request: Request) -> None:
         """A request that begins."""
         if request.routes_depth:
-            self._waiting[request.id] = request.prompt
+            self._waiting[request.id] = request
 
     def forget(self, id: str) -> None:
         """One that has ended."""
@@ -53,8 +53,8 @@ class Depths:
 
     def prompt_behind(self, chunk: Chunk) -> tuple[int, ...] | None:
         """The prompt of a request that waits and has more than ``chunk`` of it, which routers would have to see; None for any other."""
-        prompt = self._waiting.get(chunk.id)
-        return None if prompt is None or len(chunk.tokens) >= len(prompt) else prompt
+        request = self._waiting.get(chunk.id)
+        return None if request is None or len(chunk.tokens) >= len(request.prompt) else request.prompt
 
     def choose(
         self, id: str, x_1LD: Tensor, run: Callable[[int, Tensor, Sequence[int]], Tensor]
@@ -70,9 +70,11 @@ class Depths:
         from anabranch.depth.routed import routed_blocks
 
         mask_1L = torch.ones(x_1LD.shape[:2], dtype=torch.bool, device=x_1LD.device)
-        made = routed_blocks(self.bank, self.num_blocks, x_1LD, mask_1L, run, control=self.control, most=self.most)
+        own = self._waiting[id].depth_control
+        control = self.control if own is None else own
+        made = routed_blocks(self.bank, self.num_blocks, x_1LD, mask_1L, run, control=control, most=self.most)
         path = path_of(made.decision_BN[0].tolist())
-        self._waiting.pop(id, None)
+        del self._waiting[id]
         self._untold[id] = path
         return made.x_BLD, path
 
@@ -82,13 +84,26 @@ class Depths:
 
 
 def check_depth(request: Request, depths: Depths | None) -> None:
-    """Raise InputError for a request that wants routers to choose its path and has one, or where there are none."""
+    """Raise InputError for a request that wants routers to choose its path and has one, or where there are none, or in no way they know."""
     if not request.routes_depth:
+        if request.depth_control is not None:
+            raise InputError("depth_control is set, and routes_depth is not; it is for routers that choose the path")
         return
+    if request.depth_control is not None:
+        _check_control(request.depth_control)
     if request.path is not None:
         raise InputError("routes_depth is set, and path says which blocks run; leave one of them out")
     if depths is None:
         raise InputError("routes_depth is set, and the engine has no depth routers (engine.depth.routers)")
+
+
+def _check_control(control: Any) -> None:
+    from anabranch.depth.routed import check_control
+
+    try:
+        check_control(control)
+    except ConfigError as error:
+        raise InputError(f"depth_{error}") from None
 
 
 def routers_of(model: Decoder, bank: Any) -> Any:

@@ -25,6 +25,7 @@ from anabranch.serving.engine.kinds import Kinds
 from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Event
 from anabranch.serving.engine.paged import PagedPool, PagedShape
+from anabranch.serving.engine.rewired import RewiredRequests, check_rewired
 from anabranch.serving.engine.runner import WARM_TOKENS, ModelRunner, TokenSampler
 from anabranch.serving.engine.served_adapters import ServedAdapters
 from anabranch.serving.engine.skips import Skips, check_skips, skipper_of
@@ -43,6 +44,7 @@ class Engine:
         controls: an operator's commands by name, see `EngineLoop`.
         sources: what adds to pictures of the engine.
         adapters: that requests may use.
+        rewired: requests whose routers are turned to their text; None where none are.
     """
 
     info: EngineInfo
@@ -52,6 +54,7 @@ class Engine:
     controls: dict[str, Callable[..., Any]] = field(default_factory=dict)
     sources: list[Callable[[], EngineStats]] = field(default_factory=list)
     adapters: ServedAdapters
+    rewired: RewiredRequests | None = None
 
     @classmethod
     def of(
@@ -106,7 +109,7 @@ class Engine:
         if pool is None and tier is None and config.host_kv is not None:
             shape = PagedShape.of(model, config.max_depth)
             pool, tier = second_place(shape, config, model.embedding.weight.device)
-        is_whole = pool is not None or tier is not None
+        is_whole = pool is not None or tier is not None or skipper is not None
         kinds = (Kinds.whole if is_whole else Kinds.of)(model, config)
         num_blocks = kinds.blocks() if pool is None else pool.num_blocks
         most_visits = (kinds.kinds[0] if pool is None else pool).shape.layers
@@ -114,6 +117,9 @@ class Engine:
             raise ConfigError(
                 "depth.skipper is set, and hooks override single requests, row by row; where blocks pass over tokens there are other rows"
             )
+        rewired = RewiredRequests(model, config.rewiring.rewiring) if config.rewiring.on else None
+        if rewired is not None:
+            hooks = (*hooks, rewired)
         if memory is None and config.admit_by_peak:
             memory = PeakMemory(num_blocks * config.block_tokens, most=kinds.most_tokens)
         stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
@@ -166,6 +172,7 @@ class Engine:
                 max_depth=None if config.max_depth is None else most_visits,
                 routes_depth=depth_bank is not None,
                 skips_tokens=skipper is not None,
+                rewires=rewired is not None,
                 depth=config.depth.usually(routes=depth_bank is not None, prunes=skipper is not None),
             ),
             scheduler=scheduler,
@@ -174,6 +181,7 @@ class Engine:
             controls={"reset_prefix_cache": scheduler.reset_prefixes, **adapters.controls, **(controls or {})},
             sources=[adapters.shelf.stats],
             adapters=adapters,
+            rewired=rewired,
         )
         engine._listen(hooks)
         return engine
@@ -188,11 +196,13 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise InputError for a request that this model can never run."""
         request.check_fields()
-        if max(request.prompt, default=0) >= self.info.vocab_size:
-            raise InputError(f"the prompt has the token {max(request.prompt)}; use 0 to {self.info.vocab_size - 1}")
+        for token in (min(request.prompt, default=0), max(request.prompt, default=0)):
+            if not 0 <= token < self.info.vocab_size:
+                raise InputError(f"the prompt has the token {token}; use 0 to {self.info.vocab_size - 1}")
         self.info.check_streams(request.num_streams)
         check_depth(request, self.runner.depths)
         check_skips(request, self.runner.skips)
+        check_rewired(request, self.rewired)
         try:
             self.runner.check_variant(request.num_streams, request.path)
         except ConfigError as error:
@@ -202,7 +212,10 @@ class Engine:
             sampler.check(request.sampling)
 
     def prepare(self, request: Request) -> "Future[Any] | None":
-        """What a request needs before it can run: its grammar, compiled in another thread, its adapters, read in one. None for nothing."""
+        """What a request needs before it can run, each made in another thread: its grammar, its adapters, its routers' vectors.
+
+        None for nothing.
+        """
         sampler = self.runner.sampler
         grammar = sampler.prepare(request) if isinstance(sampler, Sampler) else None
         try:
@@ -211,7 +224,19 @@ class Engine:
             if grammar is not None:
                 grammar.cancel()
             raise
-        return both(grammar, adapters)
+        vectors = None if self.rewired is None else self.rewired.prepare(request)
+        return both(both(grammar, adapters), vectors)
+
+    def bind(self, request: Request) -> Request:
+        """The request as the scheduler gets it, once it is prepared. Raises `FieldInputError` as `ServedAdapters.bind`."""
+        bound = self.adapters.bind(request)
+        return bound if self.rewired is None else self.rewired.bind(bound)
+
+    def release(self, id: str) -> None:
+        """A request has ended."""
+        self.adapters.release(id)
+        if self.rewired is not None:
+            self.rewired.release(id)
 
     def warm_up(self) -> None:
         """Run a request of nobody's, so that the first one waits for nothing but itself; before `loop`."""
@@ -226,8 +251,9 @@ class Engine:
             is_async=self.is_async,
             check=self.check,
             prepare=self.prepare,
-            bind=self.adapters.bind,
-            release=self.adapters.release,
+            bind=self.bind,
+            release=self.release,
+            turn=None if self.rewired is None else self.rewired.turn,
             controls=self.controls,
             sources=self.sources,
         )

@@ -45,9 +45,9 @@ class Kinds:
 
     @classmethod
     def of(cls, model: Decoder, config: ServingConfig) -> Self:
-        """Those of a decoder. One that keeps all where keys and values go to a second place, or paths may visit layers again: see
-        ``host_kv`` and ``max_depth``."""
-        if config.host_kv is not None or config.max_depth is not None:
+        """Those of a decoder. One that keeps all where keys and values go to a second place, paths may visit layers again, or blocks pass
+        over tokens: see ``host_kv``, ``max_depth`` and ``depth.skipper``."""
+        if config.host_kv is not None or config.max_depth is not None or config.depth.skipper is not None:
             return cls.whole(model, config)
         shape = PagedShape.of(model)
         by_window: dict[int | None, list[int]] = {}
@@ -74,10 +74,10 @@ class Kinds:
         return self.kinds[0].window, self.kinds[1].window if len(self.kinds) > 1 else None
 
     def blocks(self) -> int:
-        """Blocks of the first kind, as the config says. Raises CapacityError if not even one fits."""
+        """Blocks of the first kind, as the config says: of all processes that keep some. Raises CapacityError if not even one fits."""
         if self.config.num_blocks is not None:
             return self.config.num_blocks
-        return self.blocks_in(parse_bytes(self.config.kv_memory or DEFAULT_KV))
+        return self.blocks_in(parse_bytes(self.config.kv_memory or DEFAULT_KV) * (self.config.context or 1))
 
     def second_blocks(self, num_blocks: int) -> int | None:
         """Blocks of the second kind beside so many of the first: as many, or all that requests of a step ever need.

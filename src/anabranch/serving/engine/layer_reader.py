@@ -20,6 +20,7 @@ from anabranch.config import to_dict
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty, some
+from anabranch.nn.quantize import PackedEmbedding
 from anabranch.serving.engine.adapter_place import PoolKind
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
 from anabranch.serving.engine.served_layers import ServedLayers
@@ -107,6 +108,9 @@ class LayerReader:
         # What is put on is made where the embedding is; it takes no memory of its own.
         if self._base is None:
             weight = torch.empty(self._config.vocab_size, self._config.dim, device=self._device)
+        elif isinstance(self._base.embedding, PackedEmbedding):
+            made.embedding = self._base.embedding
+            return made
         else:
             weight = self._base.embedding.weight.detach()
         made.embedding.weight = nn.Parameter(weight, requires_grad=False)

@@ -44,6 +44,7 @@ class StepLayout:
         stored: of each chunk how much is stored before it, where that is not all that comes before it: blocks that pass over tokens keep
             the others one behind the other. None for `Chunk.start`.
         position_T: there, the position of each row; None for one after the other.
+        position_NS: there, of each chunk those of all that is stored of it, its rows' last; needed by layers with a window alone.
 
     Attributes:
         spans: one per chunk.
@@ -61,19 +62,25 @@ class StepLayout:
         is_local: bool = False,
         stored: Sequence[int] | None = None,
         position_T: NDArray[np.int64] | None = None,
+        position_NS: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
         self.block_tokens, self.device = block_tokens, torch.device(device)
+        self._position_NS = position_NS
         self.spans: list[Span] = []
-        first, starts, used, positions = 0, [], 0, []
+        first, used, positions = 0, 0, []
+        starts: list[int] = []
         tables: list[Sequence[int]] = []
+        table: Sequence[int] | None = None
         for number, chunk in enumerate(chunks):
             count, past = len(chunk.tokens), chunk.start if stored is None else stored[number]
             self.spans.append(Span(first, count, past))
-            needed = -(-(past + count) // block_tokens)
-            tables.append((chunk.local if is_local else chunk.blocks)[:needed])
+            needed, blocks = -(-(past + count) // block_tokens), chunk.local if is_local else chunk.blocks
+            # Runs of tokens of one request, as of blocks that pass over some, come in order and share its blocks.
+            has = used - starts[-1] if starts and blocks is table else 0
+            starts.append(used - has)
+            tables.append(blocks[has:needed])
             positions.append(np.arange(chunk.start, chunk.start + count))
-            starts.append(used)
-            first, used = first + count, used + needed
+            first, used, table = first + count, used + max(0, needed - has), blocks
         self.num_rows = first
         self.table_U = np.array([number for table in tables for number in table], np.int32)
         self.start_N = np.array(starts, np.int64)
@@ -87,6 +94,10 @@ class StepLayout:
         start = self.start_N[sequence]
         block_S = self.table_U[start : start - (-span.length // size)].astype(np.int64)
         return (block_S[:, None] * size + np.arange(size)).reshape(-1)[: span.length]
+
+    def positions(self, sequence: int) -> NDArray[np.int64] | None:
+        """Positions of all that is stored of one sequence, ascending; None where they are its places there."""
+        return None if self._position_NS is None else self._position_NS[sequence]
 
     @cached_property
     def slot_T(self) -> Tensor:

@@ -1,7 +1,7 @@
 """`LLM`: text in, text out, without a server; the same scheduler, runner and loop."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,33 @@ class LLM:
             self._loop.put(Add(one))
         self._loop.run(until_idle=True)
         return self._gathered(requests)
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        sampling: Sampling | Sequence[Sampling | Mapping[str, Any]] | None = None,
+        **request: Any,
+    ) -> list[Generation]:
+        """Answer conversations by the model's own chat template; results are in order.
+
+        Args:
+            conversations: each in OpenAI's form, ``[{"role": "user", "content": "..."}]``.
+            sampling: for all, or one for each; fields of `Sampling` will do.
+            request: as of `generate`.
+
+        Raises what `generate` does; InputError without a tokenizer, TokenizerError for messages that the template refuses.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise InputError("the model has no tokenizer, and a conversation is text; use generate with token ids")
+        prompts = [
+            tuple(tokenizer.encode_chat(tokenizer.apply_chat_template([dict(one) for one in messages])))
+            for messages in conversations
+        ]
+        if sampling is None or isinstance(sampling, Sampling):
+            return self.generate(prompts, sampling, **request)
+        each = [one if isinstance(one, Sampling) else Sampling(**one) for one in sampling]
+        return self.generate(prompts, each, **request)
 
     def best_of(
         self, prompts: Sequence[Prompt], rules: BudgetController, sampling: Sampling | None = None, **how: Any

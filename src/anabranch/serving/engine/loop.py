@@ -12,6 +12,7 @@ from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.batch import Batch, Sampled
 from anabranch.serving.core.client import BusyError, EngineStats, FieldInputError
 from anabranch.serving.core.request import Finish, Output, Request
+from anabranch.serving.core.scheduler import TURN
 from anabranch.serving.engine.messages import (
     Abort,
     Add,
@@ -27,6 +28,7 @@ from anabranch.serving.engine.messages import (
     Refused,
     Reply,
     Resume,
+    Turned,
 )
 
 logger = logging.getLogger(__name__)
@@ -49,8 +51,9 @@ class Scheduling(Protocol):
 
     def add(self, request: Request) -> object: ...  # noqa: D102
     def abort(self, id: str) -> Output | None: ...  # noqa: D102
-    def pause(self, id: str) -> None: ...  # noqa: D102
+    def pause(self, id: str, why: str = ...) -> None: ...  # noqa: D102
     def resume(self, id: str) -> None: ...  # noqa: D102
+    def go_on(self, id: str, request: Request | None) -> None: ...  # noqa: D102
     def schedule(self) -> Batch | None: ...  # noqa: D102
     def update(self, batch: Batch, sampled: Sequence[Sampled]) -> list[Output]: ...  # noqa: D102
     def stats(self) -> EngineStats: ...  # noqa: D102
@@ -81,6 +84,8 @@ class EngineLoop:
             What its future gives is held while the request is under way.
         bind: the request as the scheduler and the runner get it, once it is prepared; None for as it came.
         release: told the id of each request that was begun by ``prepare`` and has ended.
+        turn: told what is new of each request; where it gives a future the request waits for that, which says what it is from then on
+            (`Scheduler.go_on`).
         controls: functions by name, called in the loop's thread between steps. One that gives a future is answered when that is done.
         sources: each gives counters, gauges and samples that are added to a picture.
     """
@@ -96,17 +101,20 @@ class EngineLoop:
         prepare: Callable[[Request], Future[Any] | None] | None = None,
         bind: Callable[[Request], Request] | None = None,
         release: Callable[[str], None] | None = None,
+        turn: Callable[[Output], Future[Any] | None] | None = None,
         controls: Mapping[str, Callable[..., Any]] | None = None,
         sources: Sequence[Callable[[], EngineStats]] = (),
     ) -> None:
         self.scheduler, self.runner = scheduler, runner
         self._emit, self._check, self._prepare = emit, check, prepare
-        self._bind, self._release = bind, release
+        self._bind, self._release, self._turn_of = bind, release, turn
         self._controls, self._sources = dict(controls or {}), tuple(sources)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._live: set[str] = set()
-        # Live, but not yet the scheduler's.
-        self._preparing: dict[str, tuple[Request, Future[Any]]] = {}
+        # Live, but not yet the scheduler's; and whether that was told.
+        self._preparing: dict[str, tuple[Request, Future[Any], bool]] = {}
+        # What those wait for that are in the midst of their text.
+        self._turning: dict[str, Future[Any]] = {}
         # What was prepared for those under way.
         self._held: dict[str, Any] = {}
         self._flight: deque[tuple[Batch, Future[tuple[list[Sampled], float]]]] = deque()
@@ -173,14 +181,24 @@ class EngineLoop:
         self._step_times.append(seconds)
         self._is_idle_told = False
         for output in outputs:
-            if output.finish is not None:
-                self._forget(output.id)
+            self._note(output)
         events: list[Event] = [*outputs]
         if not self._live or time.monotonic() - self._picture_at > PICTURE_S:
             # After the last request's end at once: its tokens are counted where it is seen to end.
             events.append(self._picture())
         if events:
             self._emit(events)
+
+    def _note(self, output: Output) -> None:
+        """Something is new of a request: it may have ended, or have to wait."""
+        future = None if self._turn_of is None else self._turn_of(output)
+        if output.finish is not None:
+            self._forget(output.id)
+        elif future is not None:
+            self.scheduler.pause(output.id, TURN)
+            waits, id = future, output.id
+            self._turning[id] = waits
+            waits.add_done_callback(lambda _: self.put(Turned(id, waits)))
 
     def _rest(self) -> None:
         """Nothing can run: say how the engine is, and wait for a command."""
@@ -226,6 +244,8 @@ class EngineLoop:
                 self.scheduler.pause(id)
             case Resume(id):
                 self.scheduler.resume(id)
+            case Turned(id, future):
+                self._turned(id, future)
             case Control():
                 self._control(command)
             case Answered(number, future):
@@ -251,11 +271,14 @@ class EngineLoop:
             self._schedule(request)
             return
         self._live.add(request.id)
-        self._preparing[request.id] = request, future
+        is_told = not future.done()
+        if is_told:
+            self._emit([Output(id=request.id, is_prepared=False)])
+        self._preparing[request.id] = request, future, is_told
         future.add_done_callback(lambda _: self.put(Prepared(request.id)))
 
     def _prepared(self, id: str) -> None:
-        request, future = self._preparing.get(id, (None, None))
+        request, future, is_told = self._preparing.get(id, (None, None, False))
         # It was aborted, and its id may have come again.
         if request is None or future is None or not future.done():
             return
@@ -263,6 +286,8 @@ class EngineLoop:
         error = AnabranchError("the engine ends") if future.cancelled() else future.exception()
         if error is None:
             self._held[id] = future.result()
+            if is_told:
+                self._emit([Output(id=id, is_prepared=True)])
             self._schedule(request)
             return
         self._forget(id)
@@ -270,6 +295,23 @@ class EngineLoop:
             logger.error("request %s could not be prepared: %s", id, error, exc_info=error)
         is_busy = isinstance(error, BusyError)
         self._emit([Refused(id, str(error) or type(error).__name__, is_busy=is_busy, field=_field_of(error))])
+
+    def _turned(self, id: str, future: Future[Any]) -> None:
+        # It was aborted, and its id may have come again.
+        if self._turning.get(id) is not future:
+            return
+        del self._turning[id]
+        error = AnabranchError("the engine ends") if future.cancelled() else future.exception()
+        if error is None:
+            self.scheduler.go_on(id, future.result())
+            return
+        if not isinstance(error, AnabranchError):
+            logger.error("request %s cannot go on: %s", id, error, exc_info=error)
+        output = self.scheduler.abort(id)
+        self._forget(id)
+        if output is not None:
+            output.finish, output.error = Finish.ERROR, str(error) or type(error).__name__
+            self._emit([output])
 
     def _schedule(self, request: Request) -> None:
         try:
@@ -304,6 +346,7 @@ class EngineLoop:
     def _forget(self, id: str) -> None:
         self._live.discard(id)
         self._held.pop(id, None)
+        self._turning.pop(id, None)
         if self._release is not None:
             self._release(id)
 
@@ -341,7 +384,7 @@ class EngineLoop:
         message = f"{type(error).__name__}: {error}"
         lost = [Output(id=id, finish=Finish.ERROR, error=message, engine_failed=True) for id in sorted(self._live)]
         self._live.clear()
-        for _, future in self._preparing.values():
+        for _, future, _ in self._preparing.values():
             future.cancel()
         self._preparing.clear()
         self._emit([*lost])

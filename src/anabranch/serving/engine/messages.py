@@ -63,6 +63,14 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
+class Turned:
+    """What a request waits for in the midst of its text is done; the loop tells itself."""
+
+    id: str
+    future: Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Answered:
     """The future that a control has given is done; the loop tells itself."""
 
@@ -70,7 +78,7 @@ class Answered:
     future: Future[Any]
 
 
-Command = Add | Abort | Pause | Resume | Control | Close | Prepared | Answered
+Command = Add | Abort | Pause | Resume | Control | Close | Prepared | Turned | Answered
 
 # Events, from the loop
 

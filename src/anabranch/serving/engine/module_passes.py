@@ -55,7 +55,7 @@ class ModulePasses:
         model = self.model
         token_1T, context = self.begin(chunks, tokens)
         keep_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        with self.running(chunks, context):
+        with self._stores.passing(chunks, tokens, rows), self.running(chunks, context):
             x_PRD = model.hidden(token_1T, context, keep_L=keep_R)
             return (x_PRD if model.streams is None or not rows else model.streams.merge(x_PRD, context))[0]
 

@@ -4,8 +4,9 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -312,7 +313,7 @@ class PagedStore:
         """y_PHTV, sequence by sequence; of one with a window only what its rows see is gathered."""
         made = []
         for number, span in enumerate(self.layout.spans):
-            seen = span.length if scoring.window is None else min(span.length, span.count - 1 + scoring.window)
+            seen, position_S = self._within(number, scoring.window)
             slot_S = torch.from_numpy(self.layout.slots(number)[-seen:]).to(self.pool.device)
             key, value = (part_PSGD[:, slot_S].transpose(1, 2) for part_PSGD in (key_PSGD, value_PSGD))
             rows = slice(span.first, span.first + span.count)
@@ -322,10 +323,21 @@ class PagedStore:
                 past = span.past + prefix[0].shape[2]
                 made.append(gated_sum(steady_attention(*wide, PLAIN, past), gate))
             elif self.is_steady:
-                made.append(steady_attention(query, key, value, scoring, span.past, prefix))
+                made.append(steady_attention(query, key, value, scoring, span.past, prefix, position_S=position_S))
             else:
-                made.append(scored_attention(query, key, value, scoring))
+                made.append(scored_attention(query, key, value, scoring, position_S=position_S))
         return torch.cat(made, dim=2)
+
+    def _within(self, number: int, window: int | None) -> tuple[int, Tensor | None]:
+        """(how many of what is stored last the rows of a sequence see, their positions); None for these where they follow each other."""
+        span = self.layout.spans[number]
+        if window is None:
+            return span.length, None
+        positions = self.layout.positions(number)
+        if positions is None:
+            return min(span.length, span.count - 1 + window), None
+        first = int(np.searchsorted(positions, positions[span.past] - window, "right"))
+        return span.length - first, torch.from_numpy(positions[first:]).to(self.pool.device)
 
     def _gathered(
         self,
@@ -377,7 +389,7 @@ class StoreByKind:
     takes_scoring = True
     takes_gates = True
 
-    def __init__(self, stores: Sequence[PagedStore], kind_of: Mapping[int, int]) -> None:
+    def __init__(self, stores: Sequence[Any], kind_of: Mapping[int, int]) -> None:
         self.stores, self._kind_of = stores, kind_of
 
     def attend(
@@ -389,7 +401,11 @@ class StoreByKind:
         gate_BL: Tensor | None = None,
     ) -> Tensor:
         """See `PagedStore.attend`."""
-        return self.stores[self._kind_of[layer]].attend(layer, *parts, visit=visit, scoring=scoring, gate_BL=gate_BL)
+        store = self.stores[self._kind_of[layer]]
+        # Not every store takes gates.
+        gate: dict[str, Any] = {} if gate_BL is None else {"gate_BL": gate_BL}
+        found: Tensor = store.attend(layer, *parts, visit=visit, scoring=scoring, **gate)
+        return found
 
 
 def _gather(part_PSGD: Tensor, slot_NS: Tensor) -> Tensor:

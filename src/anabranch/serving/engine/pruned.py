@@ -1,9 +1,14 @@
 """`PrunedPasses`: steps of requests whose blocks pass over tokens: each block runs its own rows, and stores them one behind the other.
 
 A block that keeps fewer tokens than there are has them in the first places of the request's blocks of memory, in order; so what it attends
-to is a sequence without gaps, to any kernel, and positions are in queries and keys already.
+to is a sequence without gaps, to any kernel, and positions are in queries and keys already. A window is counted in positions, which layers
+that have one are told.
+
+A block that keeps keys and values of all tokens has them at their own places; those of tokens that it passes over are made and stored
+first. Then what it computes are runs of tokens that follow each other, each a sequence of its own in the same blocks of memory, behind all
+that stands before it.
 """
-# Shapes: T tokens of a step, R rows of it that a block computes, I blocks, N tokens of a prompt, D width
+# Shapes: T tokens of a step, R rows of it that a block computes, I blocks, N tokens of a prompt, D width, G key heads, S keys
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -44,7 +49,8 @@ class _Part:
 
     Attributes:
         row_R: which; None for all.
-        chunks: those with rows among them, with as many tokens; which ones, nobody asks.
+        chunks: those with rows among them, with as many tokens, once for each run of rows where the block stores all; which ones, nobody
+            asks.
         layout: where they stand, and what is stored before them.
     """
 
@@ -69,18 +75,18 @@ class Ahead:
 
 
 class _Looked(Exception):  # noqa: N818
-    """Ends a block when its queries and keys are known."""
+    """Ends a block when its queries, keys and values are known; ``looks`` is how queries and keys meet."""
 
-    def __init__(self, query_1HRD: Tensor, key_1GRD: Tensor, looks: Any) -> None:
-        super().__init__("queries and keys")
-        self.query_1HRD, self.key_1GRD, self.looks = query_1HRD, key_1GRD, looks
+    def __init__(self, query_1HRD: Tensor, key_1GRD: Tensor, value_1GRD: Tensor, looks: Any) -> None:
+        super().__init__("queries, keys and values")
+        self.query_1HRD, self.key_1GRD, self.value_1GRD, self.looks = query_1HRD, key_1GRD, value_1GRD, looks
 
 
 class PrunedPasses:
     """Runs them, by the compiled step where its blocks can be told apart, else by modules.
 
     Args:
-        model: of plain blocks, one stream and layers without windows.
+        model: of plain blocks and one stream.
         fast: its compiled form; None for none.
         pool: keys and values.
         stores: the same.
@@ -101,6 +107,9 @@ class PrunedPasses:
         self._fast = fast if fast is not None and CompiledPaths.supports(fast) else None
         self._paths = None if self._fast is None else CompiledPaths(self._fast, pool.key[:, 0], pool.value[:, 0])
         self.context_of, self.running = context_of, running
+        self._has_window = [
+            getattr(model.config.attention_of(layer), "window", None) is not None for layer in range(len(model.blocks))
+        ]
 
     def hidden(
         self,
@@ -119,6 +128,8 @@ class PrunedPasses:
             step.run_behind(chunks, kept)
         else:
             for layer in range(len(self.model.blocks)):
+                if (passed := self._passed(layer, chunks, kept)) is not None:
+                    step.modules.keep(layer, step.rows_of(passed), passed)
                 step.run(layer, self._part(layer, chunks, kept))
         return step.normed(rows)
 
@@ -157,16 +168,27 @@ class PrunedPasses:
 
     def _choose(self, step: "_Compiled | _Modules", chunk: Chunk, choosing: Choosing) -> Kept:
         """Run a whole prompt, each block on what is decided as it is come to."""
-        count = len(chunk.tokens)
+
+        def part_of(place_R: NDArray[np.int64], *, stores: bool, has_window: bool) -> _Part:
+            # The whole prompt, so places in it are positions, and all that is stored where not all is.
+            seen_NS = [place_R] if has_window and not stores else None
+            return _part_of(
+                [chunk], [place_R], [None if stores else 0], seen_NS, self.pool.block_tokens, self.pool.device
+            )
+
         for layer in range(len(self.model.blocks)):
             place_R = choosing.decide(layer, step.x_1TD)
-            part = _part_of([chunk], [place_R], [0], self.pool.block_tokens, self.pool.device, count)
-            wants = choosing.wants_scores(layer)
+            how = {"stores": choosing.stores(layer), "has_window": self._has_window[layer]}
+            passed_R, key_1GSD = choosing.passed(layer), None
+            if len(passed_R):
+                passed = part_of(passed_R, **how)
+                key_1GSD = step.modules.keep(layer, step.rows_of(passed), passed)
+            part = part_of(place_R, **how)
             # Before it runs: the compiled step works in place.
-            seen = step.modules.look(layer, step.rows_of(part), part) if wants else None
+            looked = step.modules.look(layer, step.rows_of(part), part) if choosing.wants_scores(layer) else None
             step.run(layer, part)
-            if seen is not None:
-                choosing.looked(layer, *seen)
+            if looked is not None:
+                choosing.looked(layer, looked.query_1HRD, looked.key_1GRD, looked.looks, key_1GSD)
         return choosing.kept()
 
     def _begin(
@@ -188,32 +210,59 @@ class PrunedPasses:
 
     def _part(self, layer: int, chunks: Sequence[Chunk], kept: Sequence[Kept]) -> _Part:
         places = [one.places(layer, chunk.start, len(chunk.tokens)) for one, chunk in zip(kept, chunks, strict=True)]
+        # One skipper has decided about all of them.
+        if kept[0].stores_I[layer]:
+            return _part_of(chunks, places, [None] * len(chunks), None, self.pool.block_tokens, self.pool.device)
         stored = [one.stored(layer, chunk.start) for one, chunk in zip(kept, chunks, strict=True)]
-        count = sum(len(chunk.tokens) for chunk in chunks)
-        return _part_of(chunks, places, stored, self.pool.block_tokens, self.pool.device, count)
+        seen_NS = None
+        if self._has_window[layer]:
+            ends = [chunk.start + len(chunk.tokens) for chunk in chunks]
+            seen_NS = [one.positions(layer, end) for one, end in zip(kept, ends, strict=True)]
+        return _part_of(chunks, places, stored, seen_NS, self.pool.block_tokens, self.pool.device)
+
+    def _passed(self, layer: int, chunks: Sequence[Chunk], kept: Sequence[Kept]) -> _Part | None:
+        """The rows of which the block makes keys and values alone; None for none."""
+        places = [one.passed(layer, chunk.start, len(chunk.tokens)) for one, chunk in zip(kept, chunks, strict=True)]
+        if not any(map(len, places)):
+            return None
+        return _part_of(chunks, places, [None] * len(chunks), None, self.pool.block_tokens, self.pool.device)
 
 
 def _part_of(
     chunks: Sequence[Chunk],
     places: Sequence[NDArray[np.int64]],
-    stored: Sequence[int],
+    stored: Sequence[int | None],
+    seen_NS: Sequence[NDArray[np.int64]] | None,
     block_tokens: int,
     device: torch.device,
-    count: int,
 ) -> _Part:
-    """The rows at ``places`` of each chunk, behind so much that is ``stored``; there are ``count`` rows in all."""
-    own, past, rows, positions, first = [], [], [], [], 0
-    for chunk, place_R, before in zip(chunks, places, stored, strict=True):
-        if len(place_R):
-            own.append(replace(chunk, tokens=(0,) * len(place_R)))
-            past.append(before)
-            rows.append(first + place_R)
-            positions.append(chunk.start + place_R)
+    """The rows at ``places`` of each chunk of a step.
+
+    They stand behind so much that is ``stored`` of it, one behind the other; or, for None, each at its own position among all. ``seen_NS``
+    are positions of what is stored of each chunk, its rows' last; None where no layer asks, or where they are places.
+    """
+    own, past, rows, positions, seen, first = [], [], [], [], [], 0
+    for number, (chunk, place_R, before) in enumerate(zip(chunks, places, stored, strict=True)):
+        for run_R in [place_R] if before is not None else _runs(place_R):
+            if len(run_R):
+                if seen_NS is not None:
+                    seen.append(seen_NS[number])
+                own.append(replace(chunk, tokens=(0,) * len(run_R)))
+                past.append(chunk.start + int(run_R[0]) if before is None else before)
+                rows.append(first + run_R)
+                positions.append(chunk.start + run_R)
         first += len(chunk.tokens)
     row_R = np.concatenate(rows) if rows else np.zeros(0, np.int64)
     position_R = np.concatenate(positions) if positions else np.zeros(0, np.int64)
-    layout = StepLayout(own, block_tokens, device, stored=past, position_T=position_R)
-    return _Part(None if len(row_R) == count else row_R, own, layout)
+    layout = StepLayout(
+        own, block_tokens, device, stored=past, position_T=position_R, position_NS=None if seen_NS is None else seen
+    )
+    return _Part(None if len(row_R) == first else row_R, own, layout)
+
+
+def _runs(place_R: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Ascending numbers, apart where one is left out."""
+    return np.split(place_R, np.flatnonzero(np.diff(place_R) > 1) + 1)
 
 
 class _Modules:
@@ -250,12 +299,12 @@ class _Modules:
         at_R = None if row_R is None else torch.from_numpy(row_R).to(self.x_1TD.device)
         self.x_1TD = x_1RD if at_R is None else self.x_1TD.index_copy(1, at_R, x_1RD)
 
-    def look(self, layer: int, x_1RD: Tensor, part: _Part) -> tuple[Tensor, Tensor, Any]:
-        """(queries, keys, how they meet) that a block makes of its rows, which go no further into it."""
+    def look(self, layer: int, x_1RD: Tensor, part: _Part) -> _Looked:
+        """What a block's attention makes of its rows, which go no further into it."""
         from anabranch.depth.gathered import AttendedBy
 
         def stop(query: Tensor, key: Tensor, value: Tensor, weigh: Any, looks: Any) -> Tensor:
-            raise _Looked(query, key, looks)
+            raise _Looked(query, key, value, looks)
 
         context = replace(self._context(part, ToldSlot()), cache=AttendedBy(stop))
         model = self._passes.model
@@ -263,8 +312,15 @@ class _Modules:
             with self._passes.running(part.chunks, context):
                 model.blocks[layer](x_1RD.to(model.embedding.weight.dtype), context)
         except _Looked as found:
-            return found.query_1HRD, found.key_1GRD, found.looks
+            return found
         raise ConfigError(f"block {layer} has no attention for the skipper of tokens to look at")
+
+    def keep(self, layer: int, x_1RD: Tensor, part: _Part) -> Tensor:
+        """Store keys and values of rows that a block passes over; key_1GSD, their keys."""
+        found, pool = self.look(layer, x_1RD, part), self._stores.pools[0]
+        for stored_SGD, made_1GSD in ((pool.key[layer, 0], found.key_1GRD), (pool.value[layer, 0], found.value_1GRD)):
+            stored_SGD.index_copy_(0, part.layout.slot_T, made_1GSD[0].transpose(0, 1).to(stored_SGD.dtype))
+        return found.key_1GRD
 
     def normed(self, rows: Sequence[int]) -> Tensor:
         """x_RD after the last norm."""

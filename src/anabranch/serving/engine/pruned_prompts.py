@@ -41,9 +41,12 @@ class PrunedPrompts:
         self.ahead.pop(id, None)
 
     def look_ahead(self, chunk: Chunk) -> None:
-        """Run a prompt that comes in pieces whole, before its first piece: what blocks pass over depends on all of it."""
+        """Run a prompt that comes in pieces whole, before its first piece: what blocks pass over depends on all of it.
+
+        So, too, one that comes with tokens that the request was given elsewhere: what blocks pass over does not depend on them.
+        """
         prompt = self._skips.prompt_of(chunk.id)
-        if prompt is None or len(chunk.tokens) >= len(prompt):
+        if prompt is None or len(chunk.tokens) == len(prompt):
             return
         whole = replace(chunk, tokens=prompt, start=0)
         ahead = self.passes.ahead(whole, self._skips.choosing(chunk.id), is_compiled=self._is_compiled(chunk))

@@ -20,6 +20,7 @@ from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.request import Request, Route, Sampling
 from anabranch.serving.engine.any_path import AnyPath
 from anabranch.serving.engine.compiled import compiled_form, compiled_hidden
+from anabranch.serving.engine.cut import Cut
 from anabranch.serving.engine.depths import Depths
 from anabranch.serving.engine.head import StepHead
 from anabranch.serving.engine.isolate import Isolation
@@ -85,6 +86,7 @@ class ModelRunner:
         adapters: which requests may have; None for none. Raises as `ServedAdapters` for those that cannot be had.
         depths: depth routers, and the requests whose path they are to choose; None for none.
         skips: a skipper of tokens, and what it has decided about requests; None for none.
+        cut: the processes over which blocks are cut; all of them make such a runner, and those that are not the first `follow`.
 
     Attributes:
         adapters: those that requests may have; None for none.
@@ -121,8 +123,17 @@ class ModelRunner:
         adapters: AdaptersConfig | None = None,
         depths: Depths | None = None,
         skips: Skips | None = None,
+        cut: Cut | None = None,
     ) -> None:
         model.check_causal()
+        if cut is not None:
+            if model.streams is not None:
+                raise ConfigError(
+                    "parallel streams have keys and values in front of every sequence, which are not cut over processes; leave "
+                    "engine.context out"
+                )
+            # It knows no ranks.
+            use_kernel = False
         self.model = model.eval()
         self.device = model.embedding.weight.device
         self.num_streams, _ = model.streams_of(num_streams)
@@ -135,7 +146,9 @@ class ModelRunner:
             pool=pool,
             use_kernel=use_kernel,
             is_steady=deterministic,
+            cut=cut,
         )
+        self.cut = cut
         self.pool = self.stores.pools[0]
         self.sampler: TokenSampler = sampler or Sampler(model.config.vocab_size)
         self.hooks, self.use_kernel, self.deterministic = tuple(hooks), use_kernel, deterministic
@@ -241,8 +254,16 @@ class ModelRunner:
         finally:
             self._forget(_NOBODY)
 
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Run the passes of the first process until it ends; see `Cut.follow`."""
+        assert self.cut is not None, "there is another to follow"
+        self.cut.follow(lambda told: self.modules.hidden(told.chunks, told.tokens, told.rows))
+
     def close(self) -> None:
-        """Tell the hooks that the engine ends."""
+        """Tell the hooks, and other processes, that the engine ends."""
+        if self.cut is not None:
+            self.cut.close()
         for hook in self.hooks:
             hook.close()
         if self.adapters is not None:
@@ -257,6 +278,10 @@ class ModelRunner:
         self.model.streams_of(num_streams)
         if path is None:
             return
+        if self.cut is not None:
+            raise ConfigError(
+                "path is given, and keys and values are cut over processes, which all run the usual one; leave it out"
+            )
         if check_path(path, len(self.model.blocks), 1) != tuple(path):
             raise ConfigError(f"path is {path!r}; a request has one path, of block numbers")
         self.stores.check_path(path)

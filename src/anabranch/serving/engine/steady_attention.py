@@ -31,6 +31,8 @@ def steady_attention(
     scoring: Scoring,
     past: int,
     front: tuple[Tensor, Tensor] | None = None,
+    *,
+    position_S: Tensor | None = None,
 ) -> Tensor:
     """y_PHLV in the queries' type; computed in float32 at least.
 
@@ -41,6 +43,8 @@ def steady_attention(
         scoring: how scores become weights.
         past: positions before the first query.
         front: (key_PGMD, value_PGMV) that every query sees beside.
+        position_S: int64, of the keys, in which a window is counted where tokens were left out between them; all else goes by their places
+            then. None for the places.
     """
     if scoring.value_width is not None:
         value_PGSV = key_PGSD[..., : scoring.value_width]
@@ -51,6 +55,9 @@ def steady_attention(
     key_NPGKD, value_NPGKV = (_tiles(part.to(fine), begin, KEYS) for part in (key_PGSD, value_PGSV))
     fronts = [] if front is None else [_tiles(part.to(query_PHLD).to(fine), 0, KEYS) for part in front]
     offset_K, offset_R = (torch.arange(size, device=query_PHLD.device) for size in (KEYS, ROWS))
+    # By place, from that of the first tile of keys on.
+    begun = begin // KEYS * KEYS
+    table_S = None if position_S is None else _table(position_S, begin - begun, past + length - begun)
     made = []
     for number, query_PHRD in enumerate(_tiles(query_PHLD.to(fine) * scale, past, ROWS), past // ROWS):
         # A tile of its own lies where any other would: kernels may ask how memory is aligned.
@@ -59,15 +66,25 @@ def steady_attention(
             seen_RK = (tile * KEYS + offset_K < front[0].shape[2]).expand(ROWS, -1)  # type: ignore[index]
             rows = rows.after(fronts[0][tile], fronts[1][tile], seen_RK)
         position_R1 = (number * ROWS + offset_R).unsqueeze(1)
-        lowest = 0 if scoring.window is None else max(number * ROWS + 1 - scoring.window, 0)
+        lowest = 0 if scoring.window is None or table_S is not None else max(number * ROWS + 1 - scoring.window, 0)
         for tile in range(max(lowest, begin) // KEYS, (min((number + 1) * ROWS, past + length) - 1) // KEYS + 1):
             position_K = tile * KEYS + offset_K
             seen_RK = position_K <= position_R1
-            if scoring.window is not None:
+            if scoring.window is not None and table_S is not None:
+                seen_RK = seen_RK & (
+                    table_S[position_K - begun] > table_S[(position_R1 - begun).clamp_min(0)] - scoring.window
+                )
+            elif scoring.window is not None:
                 seen_RK = seen_RK & (position_K > position_R1 - scoring.window)
             rows = rows.after(key_NPGKD[tile - begin // KEYS], value_NPGKV[tile - begin // KEYS], seen_RK)
         made.append(rows.result(scoring.sink_H).reshape(streams, heads, ROWS, -1))
     return torch.cat(made, dim=2)[:, :, past % ROWS :][:, :, :length].to(query_PHLD.dtype)
+
+
+def _table(position_S: Tensor, before: int, count: int) -> Tensor:
+    """int64: positions by place, with room for whole tiles of keys and of queries; where there is no key no window reaches."""
+    behind = -count % KEYS + ROWS
+    return F.pad(position_S, (before, behind), value=torch.iinfo(torch.int64).min // 2)
 
 
 class _Rows(NamedTuple):

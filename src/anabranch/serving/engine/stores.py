@@ -2,13 +2,16 @@
 # Shapes: P streams, G key-value heads, D head width, M prefix entries
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anabranch.errors import ConfigError
 from anabranch.serving.core.batch import Chunk
+from anabranch.serving.engine.cut import Cut, Told
+from anabranch.serving.engine.cut_store import CutStore
 from anabranch.serving.engine.kinds import Kinds, LayerKind
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import PagedPool, PagedStore, StoreByKind, ToldSlot, VisitSlots
@@ -23,6 +26,7 @@ class Stores:
         kinds: of its layers; the second one's blocks are `Chunk.local`.
         pools: the memory of each.
         use_kernel, is_steady: see `PagedStore`.
+        cut: the ranks that hold a share of the blocks each; None for this process alone.
     """
 
     def __init__(
@@ -32,8 +36,11 @@ class Stores:
         *,
         use_kernel: bool = True,
         is_steady: bool = False,
+        cut: Cut | None = None,
     ) -> None:
-        self.kinds, self.pools, self._options = kinds, pools, {"use_kernel": use_kernel, "is_steady": is_steady}
+        self.cut = cut
+        self.kinds, self.pools = kinds, pools
+        self._options: Any = {"use_kernel": use_kernel, "is_steady": is_steady}
         self._kind_of = {layer: place for place, kind in enumerate(kinds) for layer in kind.layers}
         # Layers whose attention runs more than once in a pass of their own take what room there is behind the others.
         self._usual = [
@@ -52,19 +59,31 @@ class Stores:
         pool: PagedPool | None = None,
         use_kernel: bool = True,
         is_steady: bool = False,
+        cut: Cut | None = None,
     ) -> "Stores":
-        """New memory for a model's layers, see `PagedPool`; that of the first kind may have been made elsewhere (``pool``)."""
+        """New memory for a model's layers, see `PagedPool`; that of the first kind may have been made elsewhere (``pool``).
+
+        With a ``cut`` there is this rank's share of it, and one block more, which no scheduler knows.
+        """
         first, *others = [kind.shape for kind in kinds.kinds]
+        count = kinds.second_blocks(num_blocks) or 0
+        if cut is not None:
+            num_blocks, count = cut.own(num_blocks) + 1, cut.own(count) + 1
         if pool is None:
             pool = PagedPool(first, num_blocks, block_tokens=block_tokens, device=device, host_blocks=host_blocks)
-        count = kinds.second_blocks(num_blocks) or 0
         local = [PagedPool(shape, count, block_tokens=block_tokens, device=device) for shape in others]
-        return cls(kinds.kinds, [pool, *local], use_kernel=use_kernel, is_steady=is_steady)
+        return cls(kinds.kinds, [pool, *local], use_kernel=use_kernel, is_steady=is_steady, cut=cut)
 
     @property
     def num_tokens(self) -> int:
         """Positions that each pool has room for."""
         return min(pool.num_blocks * pool.block_tokens for pool in self.pools)
+
+    def passing(
+        self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        """A pass of these: over ranks all of them run it."""
+        return nullcontext() if self.cut is None else self.cut.passing(Told(chunks, tokens, rows))
 
     def view(
         self,
@@ -75,7 +94,7 @@ class Stores:
         *,
         is_open: bool = False,
         told: ToldSlot | None = None,
-    ) -> PagedStore | StoreByKind:
+    ) -> PagedStore | CutStore | StoreByKind:
         """What the layers of one step attend through.
 
         Args:
@@ -86,7 +105,7 @@ class Stores:
             is_open: the step finds their path.
             told: says where each visit is, of a model with one kind of layers.
         """
-        stores = []
+        stores: list[PagedStore | CutStore] = []
         for place, (kind, pool) in enumerate(zip(self.kinds, self.pools, strict=True)):
             own = layout if place == 0 else StepLayout(chunks, pool.block_tokens, layout.device, is_local=True)
             visits: VisitSlots | ToldSlot = self._usual[place]
@@ -96,7 +115,10 @@ class Stores:
                 visits = VisitSlots(pool.shape.layers, kind.layers, is_open=True)
             elif path is not None:
                 visits = self.visits(path, place)
-            stores.append(PagedStore(pool, own, prefix, visits=visits, **self._options))
+            if self.cut is not None:
+                stores.append(CutStore(pool, own, self.cut, visits))
+            else:
+                stores.append(PagedStore(pool, own, prefix, visits=visits, **self._options))
         return stores[0] if len(stores) == 1 else StoreByKind(stores, self._kind_of)
 
     def of_pool(self, pool: PagedPool) -> "Stores":
@@ -127,6 +149,11 @@ class Stores:
     @contextmanager
     def lent(self, chunk: Chunk, id: str) -> Iterator[Chunk]:
         """A token of ``id`` in the last block of ``chunk``, which is as it was afterwards."""
+        if self.cut is not None:
+            # The block that nobody else has, as others would have to save theirs too.
+            spare = [(pool.num_blocks - 1) * self.cut.world for pool in self.pools]
+            yield Chunk(id=id, tokens=(0,), start=0, blocks=(spare[0],), local=tuple(spare[1:]), samples=True)
+            return
         blocks = [table[-1] for table in (chunk.blocks, chunk.local)[: len(self.pools)]]
         parts = [
             part.unflatten(2, (-1, pool.block_tokens))[:, :, block]

@@ -4,9 +4,10 @@ from anabranch.extras import require
 
 require("lm", by=__name__)
 
-from anabranch.serving.expertflow.expertflow import OffloadEngine, find_pools, offload
+from anabranch.serving.expertflow.expertflow import OffloadEngine, offload
 from anabranch.serving.expertflow.layout import Expert, Layout
 from anabranch.serving.expertflow.loading import load_offloaded
+from anabranch.serving.expertflow.pools import find_pools
 from anabranch.serving.expertflow.predictors.base import Naming
 from anabranch.serving.expertflow.routes import Routes
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anabranch.nn.activation import activation_of
 from anabranch.nn.kernels.packed import advise
-from anabranch.nn.packed import Kind as PackedKind
-from anabranch.nn.packed import Packed
+from anabranch.nn.parts import Form, Matrices, empty_of, form_of
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedPool
 from anabranch.serving.expertflow.direct import BLOCK
@@ -24,38 +24,42 @@ class Kind:
         dim: D.
         hidden_dim: F.
         dtype: of its weights in a slot; uint8 of those in few bits.
-        schemes: of the two matrices of experts that are in slots as they are computed with, kinds of `anabranch.nn.packed`.
-        groups: with ``schemes``, weights that share a scale in each of the two.
+        forms: of the two matrices of experts that are in slots as they are computed with, see `anabranch.nn.parts`; None in floating point.
+        out_dim: O of adapters, whose A ``[F, D]`` and B ``[O, F]`` have one rank F; None for experts of a feed-forward layer.
+        parts: of the first matrix: a gate and up, or up alone.
     """
 
     dim: int
     hidden_dim: int
     dtype: torch.dtype
-    schemes: tuple[PackedKind, PackedKind] | None = None
-    groups: tuple[int, int] = (0, 0)
+    forms: tuple[Form, Form] | None = None
+    out_dim: int | None = None
+    parts: int = 2
 
     @classmethod
     def of(cls, pool: ExpertPool | QuantizedPool) -> "Kind":
         """Of the experts of a pool."""
+        parts = len(activation_of(pool.activation).parts)
         if isinstance(pool, ExpertPool):
-            return cls(pool.dim, pool.hidden_dim, pool.stacks[0].dtype)
+            return cls(pool.dim, pool.hidden_dim, pool.stacks[0].dtype, parts=parts)
         w13, w2 = pool.packed
-        return cls(pool.dim, pool.hidden_dim, torch.uint8, (w13.kind, w2.kind), (w13.group, w2.group))
+        return cls(pool.dim, pool.hidden_dim, torch.uint8, (form_of(w13), form_of(w2)), parts=parts)
 
-    def packed(self, num: int) -> tuple[Packed, Packed]:
-        """(w13, w2) of so many experts without their weights, with ``schemes``."""
-        assert self.schemes is not None, "floating-point experts are not packed"
-        sizes = ((2 * self.hidden_dim, self.dim), (self.dim, self.hidden_dim))
-        w13, w2 = (
-            Packed.empty(num, *size, scheme, group, device="meta")
-            for size, scheme, group in zip(sizes, self.schemes, self.groups, strict=True)
-        )
-        return w13, w2
+    def packed(self, num: int) -> tuple[Matrices, Matrices]:
+        """(w13, w2) of so many experts without their weights, with ``forms``."""
+        assert self.forms is not None, "floating-point experts are not packed"
+        first, second = self.forms
+        return empty_of(num, self.dim, first, device="meta"), empty_of(num, self.hidden_dim, second, device="meta")
 
     def shapes(self, num: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the two stacks of slots: ``[S, 2F, D]`` and ``[S, D, F]``, or ``[S, P, bytes]`` twice."""
-        if self.schemes is None:
-            return (num, 2 * self.hidden_dim, self.dim), (num, self.dim, self.hidden_dim)
+        """Of the two stacks of slots: ``[S, 2F, D]`` and ``[S, D, F]``, ``[S, F, D]`` and ``[S, O, F]``, or ``[S, P, bytes]`` twice.
+
+        Of rows in several kinds it is ``[S, bytes]``.
+        """
+        if self.out_dim is not None:
+            return (num, self.hidden_dim, self.dim), (num, self.out_dim, self.hidden_dim)
+        if self.forms is None:
+            return (num, self.parts * self.hidden_dim, self.dim), (num, self.dim, self.hidden_dim)
         w13, w2 = self.packed(num)
         return tuple(w13.data.shape), tuple(w2.data.shape)
 
@@ -137,10 +141,10 @@ class SlotsOfKind:
         return self.arena.w2_SDF[self.kind]
 
     @property
-    def packed(self) -> tuple[Packed, Packed] | None:
+    def packed(self) -> tuple[Matrices, Matrices] | None:
         """Both, of experts in few bits; None of others."""
         kind = self.arena.kinds[self.kind]
-        if kind.schemes is None:
+        if kind.forms is None:
             return None
         w13, w2 = kind.packed(0)
         return w13.with_data(self.w13_SFD), w2.with_data(self.w2_SDF)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from anabranch.lm.stored_file import state_of, written_to
 from anabranch.nn import kernels
 from anabranch.nn.kernels.binding import Kernel
 from anabranch.nn.kernels.transfers import CACHED, DIRECT
@@ -43,7 +44,8 @@ class DirectFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._cached = os.open(path, os.O_RDONLY)
+        self._path, self._cached = path, os.open(path, os.O_RDONLY)
+        self._was = state_of(self._cached)
         self._direct = _open_direct(path)
         self.is_direct = self._direct is not None
         self._own = threading.local()
@@ -62,6 +64,11 @@ class DirectFile:
         if past_cache:
             _forget(self._cached, offset, count)
         return count
+
+    def check(self) -> None:
+        """Raise CheckpointError where the file is no longer what it was when it was opened; what was read of it may be of both."""
+        if state_of(self._cached) != self._was:
+            raise written_to(self._path)
 
     def source(self, *, past_cache: bool = False) -> tuple[int, int] | None:
         """(kind, handle) of `transfers.Piece`, for who reads it himself; None if the system would have to be told to forget it after."""

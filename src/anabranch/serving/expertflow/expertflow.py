@@ -35,23 +35,20 @@ from torch import Tensor, nn
 
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
-from anabranch.nn.context import set_unregistered
 from anabranch.nn.moe import MoE
-from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.pool import ExpertPool
-from anabranch.nn.quantize import QuantizedPool
-from anabranch.routing.router import Router
 from anabranch.serving.core.batch import Batch, Sampled
 from anabranch.serving.core.client import EngineStats
-from anabranch.serving.expertflow.arena import Arena, Kind
+from anabranch.serving.expertflow.arena import Arena
 from anabranch.serving.expertflow.cache import Audit, Counters, ExpertCache
 from anabranch.serving.expertflow.history import BatchHistory, call_rows
-from anabranch.serving.expertflow.layout import Expert, Layout
+from anabranch.serving.expertflow.layout import Expert
 from anabranch.serving.expertflow.native_mover import make_mover
 from anabranch.serving.expertflow.pairs import Pairs
 from anabranch.serving.expertflow.policy import Policy, make_policy
+from anabranch.serving.expertflow.pools import Pools, pools_of, sketches, weights_of
 from anabranch.serving.expertflow.predictors import find_predictor
-from anabranch.serving.expertflow.predictors.base import Fingerprint, Naming, RoutePredictor, Row, new_ids, sketch
+from anabranch.serving.expertflow.predictors.base import Fingerprint, Naming, RoutePredictor, Row, new_ids
 from anabranch.serving.expertflow.predictors.plain import RouterLookahead
 from anabranch.serving.expertflow.tiers import CudaTier, DequantTier, MemoryTier, Tier, write_experts
 from anabranch.serving.expertflow.token_scheduler import TokenScheduler
@@ -84,7 +81,8 @@ def offload(
     """Replace the expert pools of a loaded model by pools of ``budget_bytes`` that load experts when they are wanted.
 
     Args:
-        model: a decoder with `MoE` layers (ReXMoE's and other designs on it too); shared experts and dense layers stay as they are.
+        model: a decoder with `MoE` layers (ReXMoE's and other designs on it too); shared experts and dense layers stay as they are. Of one
+            without, adapters of mixtures beside its matrices (`RoutedLowRank`, LoRA-Mixer's too) are the experts.
         budget_bytes: of experts in fast memory, as a number or "2GiB"; None for all of them.
         policy: see `anabranch.serving.expertflow.policy`.
         tier: where the experts go: they stay in ``memory``; a ``file`` in ``folder`` (a temporary one by default); ``int8`` or
@@ -105,13 +103,14 @@ def offload(
     DataError for a file that holds no predictor; CheckpointError for a predictor that was made for another model: of other numbers of
     experts, another tokenizer, or other weights of the routers (of files that do not say of which, it is told that they do not).
     """
-    found = find_pools(model)
+    found = pools_of(model)
     weights = list(map(weights_of, found.pools))
-    if tier in ("int8", "int4") and any(isinstance(pool, QuantizedPool) for pool in found.pools):
-        raise ConfigError(f"tier is {tier!r}, and the experts are in few bits already; use 'memory' or 'file'")
+    if tier in ("int8", "int4") and not all(isinstance(pool, ExpertPool) for pool in found.pools):
+        why = "the experts are in few bits already" if found.predicts else f"the experts are {found.what}"
+        raise ConfigError(f"tier is {tier!r}, and {why}; use 'memory' or 'file'")
     budget = found.layout.total_bytes if budget_bytes is None else parse_bytes(budget_bytes)
     # Refuse before anything is written.
-    found.layout.slots(budget, per_layer=make_policy(policy).per_layer)
+    found.slots(budget, policy)
     engine = OffloadEngine(
         model,
         found,
@@ -130,11 +129,6 @@ def offload(
         for pool in found.pools:
             pool.to_empty(device="meta")
     return engine
-
-
-def weights_of(pool: ExpertPool | QuantizedPool) -> tuple[Tensor, Tensor]:
-    """What of a pool goes into slots: (w13_EFD, w2_EDF), or its panels, both [E, P, bytes]."""
-    return pool.stacks if isinstance(pool, ExpertPool) else (pool.data13, pool.data2)
 
 
 def _tier(
@@ -166,73 +160,6 @@ def tokenizer_fingerprint(tokenizer: Any, model: Decoder) -> str:
         return size
     ids = ",".join(map(str, tokenizer.encode(PROBE)))
     return f"{size}:{hashlib.sha256(ids.encode()).hexdigest()[:16]}"
-
-
-class Pools:
-    """The pools of a model and the layers that use them.
-
-    Attributes:
-        layers: routed layers in the order they run.
-        pools: distinct ones, by number.
-        layout: see `Layout`.
-        kinds: of experts.
-    """
-
-    def __init__(self, layers: Sequence[MoE]) -> None:
-        self.layers = list(layers)
-        self.pools: list[ExpertPool | QuantizedPool] = []
-        self.kinds: list[Kind] = []
-        numbers: dict[int, int] = {}
-        kind_of_pool = []
-        for layer in self.layers:
-            pool: ExpertPool | QuantizedPool = layer.experts
-            if id(pool) in numbers:
-                continue
-            numbers[id(pool)] = len(self.pools)
-            self.pools.append(pool)
-            kind = Kind.of(pool)
-            if kind not in self.kinds:
-                self.kinds.append(kind)
-            kind_of_pool.append(self.kinds.index(kind))
-        self.layout = Layout(
-            tuple(numbers[id(layer.experts)] for layer in self.layers),
-            tuple(min(layer.config.num_choices, layer.experts.num_experts) for layer in self.layers),
-            tuple(pool.num_experts for pool in self.pools),
-            tuple(kind_of_pool),
-            tuple(kind.bytes for kind in self.kinds),
-        )
-
-    def fingerprint(self, tokenizer: str) -> Fingerprint:
-        """What predictors must have been made for; without the routers where their weights are not there yet."""
-        layout = self.layout
-        sizes = tuple(layout.num_experts[pool] for pool in layout.pool_of_layer)
-        return Fingerprint(sizes, layout.top_k, tokenizer, sketches(self.layers))
-
-
-def sketches(layers: Sequence[MoE]) -> tuple[tuple[float, ...], ...] | None:
-    """See `Fingerprint.routers`: of the matrices of the routers of these layers, in order, each once; None if one is not there yet.
-
-    They stay in floating point where a model is rounded to few bits.
-    """
-    routers = [part for layer in layers for part in layer.modules() if isinstance(part, Router)]
-    weights = [weight for router in routers for weight in router.score.parameters(recurse=False) if weight.dim() == 2]
-    distinct = list({id(weight): weight for weight in weights}.values())
-    return None if any(weight.is_meta for weight in distinct) else tuple(map(sketch, distinct))
-
-
-def find_pools(model: nn.Module, name: str = "") -> Pools:
-    """The expert pools of a model. Raises ConfigError, with its ``name``, if it has none that can be offloaded."""
-    known = (ExpertPool, QuantizedPool)
-    layers = [module for module in model.modules() if isinstance(module, MoE) and type(module.experts) in known]
-    if not layers:
-        raise ConfigError(
-            f"{name or type(model).__name__} has no layers of experts ('moe' and designs on it) to offload"
-        )
-    if not all(layer.experts.is_plain for layer in layers if isinstance(layer.experts, ExpertPool)):
-        raise ConfigError(
-            "experts are not plain SwiGLUs (biases, another activation, or linears), so they cannot be offloaded"
-        )
-    return Pools(layers)
 
 
 class OffloadEngine:
@@ -267,10 +194,11 @@ class OffloadEngine:
         self._insist = insist
         self.model, self.layout, self.fingerprint, self.naming = model, found.layout, fingerprint, naming
         self.cache = ExpertCache(found.layout, budget_bytes, make_policy(policy), audit)
-        self.predictor = self._ready(predictor, found.layers)
+        self.predictor = self._ready(predictor, found)
         place = torch.device(device) if device is not None else model.embedding.weight.device
         self.arena = Arena(found.kinds, self.cache.num_slots, place)
-        self._layers, self._originals = found.layers, [layer.experts for layer in found.layers]
+        self._found = found
+        self._layers, self._originals = found.layers, list(map(found.pool_of, found.layers))
         self.mover = make_mover(
             self.cache, CudaTier(tier, place) if place.type == "cuda" else tier, self.arena, workers
         )
@@ -282,12 +210,16 @@ class OffloadEngine:
         self._replace(found)
         self._handle = model.register_forward_pre_hook(self._before_call, with_kwargs=True)
 
-    def _ready(self, predictor: str | RoutePredictor | None, layers: Sequence[MoE]) -> RoutePredictor | None:
+    def _ready(self, predictor: str | RoutePredictor | None, found: Pools) -> RoutePredictor | None:
         if predictor is None or not self.cache.policy.needs_reference:
             return None
-        made = find_predictor(predictor, self.fingerprint, layers) if isinstance(predictor, str) else predictor
+        if not found.predicts:
+            if predictor == RouterLookahead.kind:
+                return None
+            raise ConfigError(f"a predictor is given, and nobody predicts which {found.what} are wanted; leave it out")
+        made = find_predictor(predictor, self.fingerprint, found.layers) if isinstance(predictor, str) else predictor
         made.fingerprint.check(self.fingerprint)
-        return self._fitting(made, layers)
+        return self._fitting(made, found.layers)
 
     def _fitting(self, made: RoutePredictor, layers: Sequence[MoE]) -> RoutePredictor:
         """The predictor if it is of this model's routers, as far as that is known; else what takes its place. Raises CheckpointError."""
@@ -325,16 +257,10 @@ class OffloadEngine:
             pool.is_watched = self.predictor.refines
 
     def _replace(self, found: Pools) -> None:
+        is_watched = self.predictor is not None and self.predictor.refines
         for number, layer in enumerate(found.layers):
-            pool, kind = layer.experts, found.layout.kind_of_pool[found.layout.pool_of_layer[number]]
-            backend = pool.backend if isinstance(pool, ExpertPool) else "auto"
-            sizes = (pool.num_experts, pool.dim, pool.hidden_dim, backend)
-            is_watched = self.predictor is not None and self.predictor.refines
-            made = OffloadedPool(number, *sizes, self.arena.of(kind), self._waves, is_watched)
-            if "experts" in layer._modules:
-                layer.experts = made  # type: ignore[assignment]
-            else:
-                set_unregistered(layer, "experts", made)
+            kind = found.layout.kind_of_pool[found.layout.pool_of_layer[number]]
+            found.put(layer, found.offloaded(number, self.arena.of(kind), self._waves, is_watched))
         shared: Any = getattr(self.model, "shared", {})
         gone = {id(pool) for pool in found.pools}
         self._shared = {name: pool for name, pool in shared.items() if id(pool) in gone}
@@ -424,9 +350,15 @@ class OffloadEngine:
         return self.naming.step(prob_TLE, self.layout, self.predictor.is_calibrated)
 
     def _waves(
-        self, layer: int, experts: list[int], x_ND: Tensor | None, index_NK: Tensor, carry: Mapping[str, Tensor]
+        self,
+        layer: int,
+        experts: list[int],
+        x_ND: Tensor | None,
+        index_NK: Tensor,
+        carry: Mapping[str, Tensor],
+        together: bool = False,
     ) -> Iterator[dict[int, int]]:
-        """{expert: slot} of what can run now, until all ``experts`` have run."""
+        """{expert: slot} of what can run now, until all ``experts`` have run; with ``together``, of all at once."""
         pool = self.layout.pool_of_layer[layer]
         wanted = [Expert(pool, index) for index in experts]
         self._last[layer] = wanted
@@ -438,7 +370,7 @@ class OffloadEngine:
         left = len(wanted)
         while left:
             with self.mover.lock:
-                while not (ready := self.cache.ready()):
+                while len(ready := self.cache.ready()) < (left if together else 1):
                     self.mover.wait()
                 slot_of = {expert.number: self.cache.slot_of[expert] for expert in ready}
             self.mover.go_on()
@@ -528,10 +460,7 @@ class OffloadEngine:
             )
         self.close()
         for layer, pool in zip(self._layers, self._originals, strict=True):
-            if "experts" in layer._modules:
-                layer.experts = pool
-            else:
-                set_unregistered(layer, "experts", pool)
+            self._found.put(layer, pool)
         for name, pool in self._shared.items():
             self.model.shared[name] = pool
 

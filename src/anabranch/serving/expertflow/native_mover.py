@@ -9,7 +9,7 @@ import threading
 import time
 from typing import TypeGuard
 
-from anabranch.errors import DataError
+from anabranch.errors import CheckpointError, DataError
 from anabranch.nn.kernels import load as load_kernels
 from anabranch.nn.kernels.transfers import CANCELLED, Transfers
 from anabranch.serving.expertflow.arena import Arena
@@ -140,7 +140,7 @@ class NativeMover(Mover):
     def _take(self) -> None:
         for id, result in self._transfers.take():
             load, _ = self._moving.pop(id)
-            if result == 0:
+            if result == 0 and self._is_intact(load):
                 self.cache.loaded(load)
             elif result != CANCELLED:
                 self._repair(load, 1)
@@ -149,6 +149,13 @@ class NativeMover(Mover):
             else:
                 # It is wanted again meanwhile.
                 self._hand_over(load)
+
+    def _is_intact(self, load: Load) -> bool:
+        try:
+            self.tier.check(load.expert)
+        except CheckpointError:
+            return False
+        return True
 
     def _repair(self, load: Load, turn: int) -> None:
         """Load it as `Mover` does, which knows better what is wrong; rarely wanted, so each in a thread of its own."""

@@ -2,7 +2,7 @@
 
     MemoryTier     tensors in memory (copied into the slot)
     FileTier       an offset table into files, read into the slot by whichever thread asks, past the page cache on demand
-    SourceTier     tensors read through `anabranch.lm.tensors` (memory-mapped), for files in whatever layout and type
+    SourceTier     tensors read through `anabranch.lm.tensors`, for files in whatever layout and type
     IntegerTier    int8 or int4 in files as plain integers, which quantised models of schema 2 are saved as, packed into the slot
     DequantTier    int8 or int4 in memory, dequantised into the slot
     ThrottledTier  any of them, slowed down to so many seconds per byte
@@ -62,6 +62,9 @@ class CopiedTier(Tier, Protocol):
     def copies(self, expert: Expert, slot: Slot) -> list[Copy] | None:
         """What `load` does, as copies; None where it has to do more."""
 
+    def check(self, expert: Expert) -> None:
+        """After such copies: raise CheckpointError where they may be of other numbers than those that the tier was made with."""
+
 
 def is_plain(stored: tuple[Sequence[int], torch.dtype], place: Tensor) -> bool:
     """Whether numbers of this shape and type can be copied to a place as they are, one after another."""
@@ -99,6 +102,9 @@ class MemoryTier:
                 return None
             made.append(Copy(MEMORY, 0, address(stored[expert.number]), place.nbytes, address(place)))
         return made
+
+    def check(self, expert: Expert) -> None:
+        """See `CopiedTier`; memory is ours."""
 
     def close(self) -> None:
         """See `Tier`."""
@@ -182,8 +188,17 @@ class FileTier:
             made.append(Copy(*source, piece.offset, piece.bytes, address(place)))
         return made
 
+    def check(self, expert: Expert) -> None:
+        """See `CopiedTier`."""
+        for path in {piece.path for piece in self.table[expert]}:
+            self._files[path].check()
+
     def _read(self, piece: Piece, into: memoryview) -> None:
-        if self._files[piece.path].read(piece.offset, into, past_cache=self.drop_cache) < len(into):
+        file = self._files[piece.path]
+        count = file.read(piece.offset, into, past_cache=self.drop_cache)
+        # Behind the read, which may have met what was being written.
+        file.check()
+        if count < len(into):
             raise DataError(f"{piece.path} ends before byte {piece.offset + piece.bytes}; it is truncated")
 
     def close(self) -> None:
@@ -338,6 +353,11 @@ class ThrottledTier:
         """See `CopiedTier`; they know no other clock than the system's."""
         is_timed = (self._sleep, self._clock) == (time.sleep, time.perf_counter)
         return self._tier.copies(expert, slot) if is_timed and isinstance(self._tier, CopiedTier) else None
+
+    def check(self, expert: Expert) -> None:
+        """See `CopiedTier`."""
+        if isinstance(self._tier, CopiedTier):
+            self._tier.check(expert)
 
     def close(self) -> None:
         """See `Tier`."""

@@ -26,6 +26,8 @@ from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.linear import is_plain
 from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.packed import SHARE, Packed
+from anabranch.nn.parted import PartedLinear
+from anabranch.nn.parts import Matrices
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import PackedEmbedding, QuantizedLinear, QuantizedPool, replace
 from anabranch.routing.router import Router
@@ -97,6 +99,7 @@ class FastDecoder:
         self.model = model
         # What the structures point at.
         self._keep: list[Tensor] = []
+        self._parts: list[Any] = []
         self._packed = _pack(model, takes_weights)
         self._head = self._packed.get(model.head if model.head is not None else model.embedding)
         self._recurrent: dict[Tensor, Packed] = {}
@@ -275,7 +278,19 @@ class FastDecoder:
 
     def _matrix(self, module: nn.Module | None, place: int = 0) -> Matrix:
         """What the kernels are told of one matrix; an empty one for None."""
-        return Matrix() if module is None else native.matrix(self._packed[module][place])
+        if module is None:
+            return Matrix()
+        packed: Any = self._packed[module]
+        return self._told(packed if isinstance(module, PartedLinear) else packed[place])
+
+    def _told(self, packed: Matrices | Sequence[Packed]) -> Matrix:
+        """What the kernels are told of matrices."""
+        if isinstance(packed, Packed):
+            return native.matrix(packed)
+        made, behind = native.matrix_of_parts(packed)
+        # They point at one another.
+        self._parts.append(behind)
+        return made
 
     def _blocks(self, number: int, routers: list[Router]) -> Iterator[CBlock]:
         """One layer: attention and feed-forward, then the passes without attention; its routers are added to ``routers``."""
@@ -327,7 +342,7 @@ class FastDecoder:
         if isinstance(pool, OffloadedPool):
             self._offloaded[made.number] = pool
             slots = (pool.w13_SFD, pool.w2_SDF)
-            made.w13, made.w2 = map(native.matrix, pool.packed) if pool.packed else map(native.matrix_of_rows, slots)
+            made.w13, made.w2 = map(self._told, pool.packed) if pool.packed else map(native.matrix_of_rows, slots)
         else:
             made.w13, made.w2 = self._matrix(pool), self._matrix(pool, 1)
         if form.shared is not None:
@@ -351,7 +366,7 @@ def _state_dim(router: Any) -> int:
 
 
 @torch.no_grad()
-def _pack(model: Decoder, takes_weights: bool) -> Mapping[nn.Module, Sequence[Packed]]:
+def _pack(model: Decoder, takes_weights: bool) -> Mapping[nn.Module, Sequence[Any]]:
     """The packed matrices of each module, all in one piece of memory with large pages.
 
     With ``takes_weights`` modules in floating point, which would be there twice, give way to ones that share this memory.
@@ -363,17 +378,21 @@ def _pack(model: Decoder, takes_weights: bool) -> Mapping[nn.Module, Sequence[Pa
     memory = torch.empty(sum(sizes), dtype=torch.uint8)
     native.advise(memory)
     start, pieces = 0, iter(sizes)
-    packed: dict[nn.Module, list[Packed]] = {}
+    packed: dict[nn.Module, list[Any]] = {}
     names = {module: name for name, module in model.named_modules()}
     while like:
         module = next(iter(like))
-        own = []
+        own: list[Any] = []
         for part, weight in zip(like.pop(module), _weights_of(module), strict=True):
             own.append(part.with_data(memory[start : start + part.nbytes].view(part.data.shape)))
             start += next(pieces)
             _put(own[-1], weight)
         if isinstance(module, QuantizedLinear):
+            if _is_table_of(model.embedding, module):
+                model.embedding.data = own[0].data
             module.data = own[0].data
+        elif isinstance(module, PartedLinear):
+            module.put(own)
         elif isinstance(module, QuantizedPool):
             module.data13, module.data2 = own[0].data, own[1].data
         elif takes_weights:
@@ -386,7 +405,12 @@ def _pack(model: Decoder, takes_weights: bool) -> Mapping[nn.Module, Sequence[Pa
     return packed
 
 
-def _in_place(model: Any, name: str, module: Any, own: list[Packed]) -> nn.Module:
+def _is_table_of(embedding: Any, head: QuantizedLinear) -> bool:
+    """Whether an embedding has the memory of a head."""
+    return isinstance(embedding, PackedEmbedding) and embedding.data.data_ptr() == head.data.data_ptr()
+
+
+def _in_place(model: Any, name: str, module: Any, own: Sequence[Any]) -> nn.Module:
     """What stands from now on where ``module`` stood: it computes with the packed weights."""
     made: nn.Module
     if isinstance(module, nn.Embedding):
@@ -394,25 +418,25 @@ def _in_place(model: Any, name: str, module: Any, own: list[Packed]) -> nn.Modul
         # The head, which it was too.
         model.head = made = QuantizedLinear(own[0])
         return made
-    made = QuantizedPool(*own) if isinstance(module, ExpertPool) else QuantizedLinear(own[0], module.bias)
+    made = QuantizedPool(own[0], own[1]) if isinstance(module, ExpertPool) else QuantizedLinear(own[0], module.bias)
     replace(model, name, made)
     return made
 
 
-def _put(packed: Packed, weight: Packed | Tensor) -> None:
+def _put(packed: Any, weight: Matrices | Tensor) -> None:
     """Write the weights to the place that ``packed`` has for them."""
-    if isinstance(weight, Packed):
+    if not isinstance(weight, Tensor):
         packed.data.copy_(weight.data)
         return
     for expert, matrix in enumerate(weight if weight.dim() == 3 else weight.unsqueeze(0)):
         packed.put(expert, matrix)
 
 
-def _sizes_of(module: Any) -> list[Packed]:
+def _sizes_of(module: Any) -> list[Matrices]:
     """The matrices of a module without their weights; none for a head that cannot be packed, which the model runs itself."""
-    made = []
+    made: list[Matrices] = []
     for weight in _weights_of(module):
-        if isinstance(weight, Packed):
+        if not isinstance(weight, Tensor):
             made.append(weight)
             continue
         if weight.dtype not in KIND_OF or weight.shape[-1] % SHARE:
@@ -422,10 +446,12 @@ def _sizes_of(module: Any) -> list[Packed]:
     return made
 
 
-def _weights_of(module: Any) -> Sequence[Packed | Tensor]:
+def _weights_of(module: Any) -> Sequence[Matrices | Tensor]:
     """The matrices of a module: quantised ones as they are."""
     if isinstance(module, QuantizedLinear):
         return [module.packed]
+    if isinstance(module, PartedLinear):
+        return module.parts
     if isinstance(module, QuantizedPool):
         return module.packed
     if isinstance(module, ExpertPool):

@@ -16,6 +16,7 @@ from anabranch.nn.kernels.operands import takes, why_refused
 from anabranch.nn.linear import is_plain, takes_context
 from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.packed import SHARE
+from anabranch.nn.parted import PartedLinear
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
 from anabranch.serving.fast.heads import plain_of, why_not_weigh
@@ -103,14 +104,18 @@ def _of_slots(layer: Any) -> str | None:
     if not isinstance(form, Passes) or not isinstance(form.experts, OffloadedPool):
         return None
     pool = form.experts
+    if not pool.is_plain:
+        return "experts are not plain SwiGLUs"
     if pool.packed is not None:
         return None
     return next((why for weight in (pool.w13_SFD, pool.w2_SDF) if (why := _of_weight(weight))), None)
 
 
 def _of_product(module: Any) -> str | None:
-    if type(module) in (QuantizedLinear, QuantizedPool):
+    if type(module) in (QuantizedLinear, PartedLinear):
         return None
+    if isinstance(module, QuantizedPool):
+        return None if module.is_plain else "experts are not plain SwiGLUs"
     if not isinstance(module, ExpertPool) and not is_plain(module):
         return f"a {type(module).__name__} stands where a linear layer or a pool should"
     if isinstance(module, ExpertPool) and not module.is_plain:

@@ -111,6 +111,7 @@ class Choice:
         adapters: tokens by (matrix, adapter) of the routers that were asked for.
         finish: why it ended; None while it goes on.
         path: the blocks that its tokens run, where they are not all blocks; None for all.
+        rewiring: reports of each time that routers were turned to its text, see `Output.rewiring`.
         computed: where blocks pass over tokens of the prompt, how many of these each has computed; None elsewhere.
         scores: of its prompt, complete before the first change; None where they were not asked for.
 
@@ -139,6 +140,7 @@ class Choice:
         self.cached_tokens: int = 0
         self.path: tuple[int, ...] | None = request.path
         self.computed: tuple[int, ...] | None = None
+        self.rewiring: list[dict[str, Any]] = []
         self.queue_s: float | None = None
         self.first_at: float | None = None
         self._last_at, self._on_gap = 0.0, on_gap
@@ -167,6 +169,7 @@ class Choice:
             self.queue_s = output.queue_s
         if output.path is not None:
             self.path = output.path
+        self.rewiring += output.rewiring
         if output.computed is not None:
             self.computed = output.computed
         if self.scores is not None:

@@ -92,6 +92,9 @@ class Completion:
                 async for output in outputs:
                     if self._error is not None:
                         return
+                    ticket.prepared(output.is_prepared)
+                    if output.is_bare:
+                        continue
                     change = choice.push(output)
                     if choice.scores is not None and not choice.scores.is_complete:
                         # There is nothing new to show before the last of them.

@@ -123,7 +123,7 @@ class Embeddings:
     ) -> tuple[list[Vector], int]:
         """Vectors of prompts, and how many of their tokens were there; ``asked`` are the adapters and the task. Raises ApiError."""
         frontend, left_s, (adapters, task) = self._frontend, context.left_s(), asked
-        [first] = frontend.admit([len(prompts[0])], context.key, left_s, is_prepared=bool(adapters))
+        [first] = frontend.admit([len(prompts[0])], context.key, left_s)
         base = frontend.new_id(context.id)
         salt = frontend.salt_of(context.key, salt)
         requests = [
@@ -217,7 +217,7 @@ class Vectors:
             await self._wait(LOOK_S)
         if self._error is not None:
             raise self._error
-        return self._admission.admit(size, key, is_prepared=bool(request.adapters))
+        return self._admission.admit(size, key)
 
     async def _wait(self, timeout_s: float | None) -> None:
         """Until one has ended or failed, or the time is up."""
@@ -243,6 +243,9 @@ class Vectors:
             async for output in outputs:
                 if (error := refused(output, request)) is not None:
                     raise error
+                ticket.prepared(output.is_prepared)
+                if output.is_bare:
+                    continue
                 ticket.started()
                 self.cached_tokens += output.cached_tokens or 0
                 if output.finish is not None:

@@ -120,6 +120,8 @@ SHARED: dict[str, Check] = {
     "routing": BOOL,
     "num_streams": integer(1, 2**31 - 1),
     "depth": DEPTH,
+    "depth_control": number(-1, 1),
+    "rewire": BOOL,
     "adapters": ADAPTERS,
     "task": TASK,
     "query": text(MOST_QUERY),
@@ -154,6 +156,8 @@ _SHARED_REFUSED: dict[str, Callable[[Any], bool]] = {
     "path": lambda value: False,
     "routes_depth": lambda value: False,
     "skips_tokens": lambda value: False,
+    # There `rewire`.
+    "rewires": lambda value: False,
     **_HINTS,
 }
 REFUSED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {

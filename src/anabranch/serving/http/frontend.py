@@ -9,9 +9,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
-from anabranch.errors import AnabranchError, InputError
-from anabranch.serving.core.admission import OverloadError, Ticket
+from anabranch.errors import AnabranchError, CheckpointError, InputError
+from anabranch.serving.core.admission import Ticket
 from anabranch.serving.core.client import BusyError, EngineClient, EngineInfo, NotBegunError
+from anabranch.serving.core.overload import OverloadError
 from anabranch.serving.core.request import Output, Request
 from anabranch.serving.core.turns import Turns
 from anabranch.serving.http.adapter_names import AdapterNames
@@ -30,10 +31,16 @@ logger = logging.getLogger(__name__)
 WATCH_S, PICTURE_S, CLOSE_S = 0.05, 1.0, 10.0
 # Before a start that follows one that has failed; twice as long before each further one. What was short may be there again.
 AGAIN_S = 1.0
+# Seconds after which who asks while the model is loaded is told to ask again.
+LEAST_RETRY_S, MOST_RETRY_S = 2, 60
 T = TypeVar("T")
 State = Literal["loading", "ready", "draining", "failed"]
 # Codes of errors that neither a request nor its sender is the reason of, and that end it before its answer is complete.
 _CUT = ("engine_failed", "aborted", "shutting_down")
+
+
+class OtherModelError(CheckpointError):
+    """An engine has read other files than those that the server was started with."""
 
 
 class UnderWay(Protocol):
@@ -103,6 +110,8 @@ class Frontend:
         self._waiting: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._restarts, self._ready_at, self._serial = 0, 0.0, 0
+        # Since when it loads, and how long that took last.
+        self._loading_at, self._load_s = time.monotonic(), 0.0
 
     @property
     def name(self) -> str:
@@ -125,28 +134,53 @@ class Frontend:
         """What is known of the model. Raises ApiError (503) while requests are not taken."""
         if self.state == "draining":
             raise ApiError(503, "draining", "the server is stopping", headers={"Retry-After": "5"})
+        if self.state == "failed":
+            raise ApiError(503, "failed", self.error)
         if self.state != "ready" or self.info is None or self.reader is None:
-            raise ApiError(503, "loading", "the model is being loaded", headers={"Retry-After": "2"})
+            raise ApiError(
+                503, "loading", "the model is being loaded", headers={"Retry-After": str(self._load_left_s())}
+            )
         return self.info, self.reader
 
+    def _load_left_s(self) -> int:
+        """Whole seconds until the model is likely there, if it takes as long as last time; clients do not heed more than a minute."""
+        left_s = self._load_s - (time.monotonic() - self._loading_at)
+        return min(max(LEAST_RETRY_S, math.ceil(left_s)), MOST_RETRY_S)
+
     async def start(self) -> None:
-        """Load, warm up, and take requests. Raises AnabranchError if the engine cannot start."""
+        """Load, warm up, and take requests.
+
+        Raises AnabranchError if the engine cannot start, and `OtherModelError` where it has read other files than the engine before it, or
+        than what reads texts for it.
+        """
         engine = self._engine = self._make_engine()
         reading = None if self.reader is not None else asyncio.ensure_future(asyncio.to_thread(self._make_reader))
         try:
-            self.info = await engine.start()
-            await self.adapters.begin(engine, self.info)
+            info = await engine.start()
+            reader = self.reader if reading is None else await reading
+            assert reader is not None, "it is read"
+            self._check_files(info, reader)
+            await self.adapters.begin(engine, info)
         except BaseException:
             if reading is not None:
                 await asyncio.gather(reading, return_exceptions=True)
             raise
-        if reading is not None:
-            self.reader = await reading
+        self.info, self.reader = info, reader
         self._ready_at = time.monotonic()
+        self._load_s = self._ready_at - self._loading_at
         if self.state == "loading":
             self._become("ready")
         if self._watcher is None:
             self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    def _check_files(self, info: EngineInfo, reader: Reader) -> None:
+        """Raise OtherModelError where an engine serves another model than requests are read for: its answers would be nonsense."""
+        known = reader.files if self.info is None else self.info.files
+        if known.files and info.files.files and (changed := known.difference(info.files)):
+            raise OtherModelError(
+                f"{changed} is another file than when the server was started: the engine has another model than texts are read for; start "
+                "the server again"
+            )
 
     def drain(self) -> None:
         """Take no more requests."""
@@ -182,8 +216,7 @@ class Frontend:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-        if self._engine is not None:
-            await self._end(self._engine)
+        await self._end_there()
         self._reading.close()
         self._rendering.close()
 
@@ -208,16 +241,13 @@ class Frontend:
             raise _overloaded(self.admission.config.status, str(error), 1.0) from None
         return await asyncio.wrap_future(future)
 
-    def admit(
-        self, prompts: Sequence[int], key: str, deadline_s: float | None, *, is_prepared: bool = False
-    ) -> list[Ticket]:
+    def admit(self, prompts: Sequence[int], key: str, deadline_s: float | None) -> list[Ticket]:
         """A place for each sequence, or for none of them.
 
         Args:
             prompts: tokens of each.
             key: whose they are.
             deadline_s: seconds from now.
-            is_prepared: adapters or a grammar are made ready for it.
 
         Raises ApiError (429, or 503 by config) with ``Retry-After``, 504 where the deadline has passed before anything was done, and 400
         for more sequences than are ever let in together.
@@ -226,7 +256,7 @@ class Frontend:
             raise ApiError(504, "deadline_exceeded", "the request's deadline has passed")
         try:
             with self._refusing():
-                return self.admission.admit_all(prompts, key, deadline_s, is_prepared=is_prepared)
+                return self.admission.admit_all(prompts, key, deadline_s)
         except InputError as error:
             raise ApiError(400, "too_many_sequences", str(error)) from None
 
@@ -302,7 +332,7 @@ class Frontend:
             priority=request.priority if is_above else 0, own_priority=0 if is_above else request.priority,
             record_routing=request.is_routing, num_streams=request.num_streams,
             path=None if isinstance(request.depth, str) else request.depth, routes_depth=request.depth == "routed",
-            skips_tokens=request.depth == "pruned",
+            depth_control=request.depth_control, skips_tokens=request.depth == "pruned", rewires=request.rewires,
             adapters=request.adapters, task=request.task, instruction=request.instruction_of(at // request.n) if request.adapters else None,
             # How long one may wait for a reader is the connection's to say.
             buffer=config.limits.stream_events, stall_s=math.inf,
@@ -316,6 +346,8 @@ class Frontend:
         return f"{len(key)} {key} {salt}"
 
     def _become(self, state: State) -> None:
+        if state == "loading":
+            self._loading_at = time.monotonic()
         self.state = state
         self.metrics.state.state(state)
 
@@ -368,7 +400,13 @@ class Frontend:
             logger.error("the engine died; starting it again (%d of %d)", self._restarts, self.config.restarts)
             try:
                 await self.start()
+            except OtherModelError as error:
+                await self._end_there()
+                logger.error("%s", error)
+                self._give_up("the model's files are no longer those that the server was started with")
+                return
             except Exception as error:
+                await self._end_there()
                 # Whatever was short, such as descriptors or processes, may be there the next time.
                 trace = None if isinstance(error, AnabranchError) else error
                 logger.error("the engine did not start: %s", error, exc_info=trace)
@@ -384,6 +422,11 @@ class Frontend:
         logger.error("%s; giving up", why)
         self._become("failed")
         self.failed.set()
+
+    async def _end_there(self) -> None:
+        """End the engine there is, also one that has started and is not to be used."""
+        if self._engine is not None:
+            await self._end(self._engine)
 
     async def _end(self, engine: EngineClient) -> None:
         try:

@@ -54,8 +54,7 @@ class Generate:
         if request.is_echo and request.max_tokens == 0 and request.logprobs is None:
             return await context.give_json(CompletionShape(request, [], reader, info).echoed())
         lengths = [len(prompt) for prompt in request.prompts for _ in range(request.n)]
-        is_prepared = bool(request.adapters) or request.sampling.grammar is not None
-        tickets = frontend.admit(lengths, context.key, context.left_s(), is_prepared=is_prepared)
+        tickets = frontend.admit(lengths, context.key, context.left_s())
         choices: Sequence[Choice] = ()
         try:
             async with frontend.run(request, context.id, context.key, tickets) as completion:

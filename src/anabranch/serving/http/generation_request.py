@@ -52,6 +52,8 @@ class GenerationRequest:
         query: what is asked for, in words, for routers of adapters; None for what is asked last (`asked`), or the prompt.
         asked: the last message of a chat that a user wrote.
         depth: ``full``, ``routed``, ``pruned``, or the blocks to run.
+        depth_control: see `Request`.
+        rewires: turn the routers of its experts to its text, see `Request`.
         unknown: fields that nobody knows.
         response_of: the request to ``/v1/responses`` that this chat is made of; None for any other.
     """
@@ -75,10 +77,12 @@ class GenerationRequest:
     cache_salt: str = ""
     num_streams: int | None = None
     depth: str | tuple[int, ...] = "full"
+    depth_control: float | None = None
     adapters: Mixture = ()
     task: str | None = None
     query: str | None = None
     asked: str = ""
+    rewires: bool = False
     unknown: tuple[str, ...] = ()
     response_of: dict[str, Any] | None = None
 
@@ -251,18 +255,9 @@ def _shared(
     except InputError as error:
         raise wrong("num_streams", str(error)) from None
     try:
-        info.check_depth(body.get("depth"))
+        info.check_rewire(body.get("rewire"))
     except InputError as error:
-        raise wrong("depth", str(error)) from None
-    depth = info.depth if body.get("depth") is None else body["depth"]
-    # A prompt of which parts are passed over has no experts, or likelihood, of each token.
-    is_whole = bool(body.get("routing")) or (bool(body.get("echo")) and logprobs is not None)
-    if depth == "pruned" and is_whole:
-        if body.get("depth") is not None:
-            raise wrong(
-                "depth", "depth is 'pruned', which goes with neither routing nor the logprobs of echo; leave these out"
-            )
-        depth = "full"
+        raise wrong("rewire", str(error)) from None
     n = body.get("n") or 1
     if n > most_n:
         raise wrong("n", f"n is {n}; this server makes at most {most_n} choices")
@@ -279,10 +274,34 @@ def _shared(
         "priority": body.get("priority") or 0,
         "cache_salt": body.get("cache_salt") or "",
         "num_streams": body.get("num_streams"),
-        "depth": tuple(depth) if isinstance(depth, list) else depth,
+        **_depth(body, info, logprobs),
+        "rewires": bool(body.get("rewire")),
         "task": body.get("task"),
         "query": body.get("query"),
     }
+
+
+def _depth(body: Mapping[str, Any], info: EngineInfo, logprobs: int | None) -> dict[str, Any]:
+    """Which blocks it runs, and how deep routers go for it. Raises ApiError (400)."""
+    wanted, control = body.get("depth"), body.get("depth_control")
+    try:
+        info.check_depth(wanted)
+    except InputError as error:
+        raise wrong("depth", str(error)) from None
+    depth = info.depth if wanted is None else wanted
+    try:
+        info.check_depth_control(depth, control)
+    except InputError as error:
+        raise wrong("depth_control", str(error)) from None
+    # A prompt of which parts are passed over has no experts, or likelihood, of each token.
+    is_whole = bool(body.get("routing")) or (bool(body.get("echo")) and logprobs is not None)
+    if depth == "pruned" and is_whole:
+        if wanted is not None:
+            raise wrong(
+                "depth", "depth is 'pruned', which goes with neither routing nor the logprobs of echo; leave these out"
+            )
+        depth = "full"
+    return {"depth": tuple(depth) if isinstance(depth, list) else depth, "depth_control": control}
 
 
 def _sampling(

@@ -13,7 +13,6 @@ What may be asked, what is answered, who is let in and in which order, errors an
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,11 +58,12 @@ class Inside:
         make_engine: Callable[[], EngineClient] | None = None,
         make_reader: Callable[[], Reader] | None = None,
     ) -> None:
-        self.config, engine, http = config, config.engine, config.http
+        self.config = config
+        self._engine, self._is_given = config.engine, bool(make_engine and make_reader)
         self.frontend = Frontend(
-            http.replace(name=self.name_of(config)),
-            make_engine or engine.build,
-            make_reader or partial(read_model, engine.model, http),
+            config.http.replace(name=self.name_of(config)),
+            make_engine or (lambda: self._engine.build()),
+            make_reader or (lambda: read_model(self._engine.model, config.http)),
             is_shared=True,
         )
         self._generate, self._embeddings = Generate(self.frontend), Embeddings(self.frontend)
@@ -82,6 +82,9 @@ class Inside:
     async def start(self) -> EngineInfo:
         """Load the model, and take requests. Raises AnabranchError if that cannot be; nothing is left of it then."""
         try:
+            if not self._is_given:
+                # Once, for what reads texts, the engine, and each one that is started after it.
+                self._engine = await asyncio.to_thread(self.config.engine.found)
             await self.frontend.start()
         except BaseException:
             await self.frontend.close()

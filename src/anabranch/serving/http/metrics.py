@@ -6,8 +6,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from anabranch.serving.core.admission import REASONS
 from anabranch.serving.core.client import EngineStats
+from anabranch.serving.core.overload import REASONS
 
 PREFIX = "anabranch_serving_"
 ENDPOINTS = (
@@ -36,6 +36,9 @@ ENGINE_COUNTERS = {
     "accepted_draft_tokens": "Of them, those that the model chose; their share of drafted_tokens is the rate of acceptance",
     "adapter_loads": "Adapters that were read",
     "adapter_evictions": "Adapters that left memory for others",
+    "rewiring_phases": "Times that routers were turned to the text of a request",
+    "rewiring_steps": "Gradient steps of that",
+    "rewiring_seconds": "Seconds of that, beside the engine's steps",
     "expert_hits": "Experts that were there when needed",
     "expert_misses": "Experts that were not",
     "expert_late": "Experts whose loading was under way when they were needed",

@@ -56,6 +56,11 @@ def _shared(most_n: int) -> dict[str, Any]:
         "routing": {**_maybe("boolean"), "description": "tell which experts each token went to"},
         "num_streams": {**_integer(1), "description": "parallel streams, of a model that has them (ParScale)"},
         "depth": _depth(),
+        "depth_control": {**_number(-1, 1), "description": _CONTROL},
+        "rewire": {
+            **_maybe("boolean"),
+            "description": "turn routers of experts to this text as it goes on, where the server does that",
+        },
         "adapters": _adapters(),
         "task": _task(),
         "query": {**_maybe("string", maxLength=2000), "description": _QUERY},
@@ -69,6 +74,12 @@ def _depth() -> dict[str, Any]:
         "order, each at most twice"
     )
     return {"anyOf": [{"enum": ["full", "routed", "pruned", None]}, blocks], "description": what}
+
+
+_CONTROL = (
+    "how deep routers go, beside depth routed: -1 skips all blocks, -0.5 is what they say, 0.5 is the whole model, 1 repeats all; "
+    "default: the server's"
+)
 
 
 def _adapters() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from anabranch.data import Tokenizer
 from anabranch.data.templates import TemplatesBusyError, template_variables
 from anabranch.errors import InputError, TokenizerError
+from anabranch.seen_files import SeenFiles
 from anabranch.serving.chat import Dialect, FieldError, Tools, render
 from anabranch.serving.core.text import Detokenizer, marks_of
 from anabranch.serving.http.fields import of_field, unsupported_field
@@ -27,12 +28,17 @@ class Reader:
         tokenizer: the model's.
         defaults: fields of requests that do not say them, see `anabranch.lm.generation_defaults`.
         dialect: how the model says what it thinks and calls; None for what its chat template tells of it.
+        files: that all this was read from, see `EngineInfo`.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, defaults: Mapping[str, Any] | None = None, dialect: Dialect | None = None
+        self,
+        tokenizer: Tokenizer,
+        defaults: Mapping[str, Any] | None = None,
+        dialect: Dialect | None = None,
+        files: SeenFiles = SeenFiles(),  # noqa: B008
     ) -> None:
-        self.tokenizer, self.defaults = tokenizer, dict(defaults or {})
+        self.tokenizer, self.defaults, self.files = tokenizer, dict(defaults or {}), files
         self.dialect = dialect or Dialect.of(tokenizer)
         self.marks = marks_of(tokenizer)
 

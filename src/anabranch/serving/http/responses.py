@@ -16,7 +16,7 @@ from anabranch.web.responses import ResponseStream, to_chat, to_response
 
 # Of this API alone; what asks for nothing passes.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "top_logprobs": (0,), "truncation": ("disabled",), "n": (1,), "max_tool_calls": (), "include": ([],), "context_management": ([],),
+    "top_logprobs": (0,), "truncation": ("disabled",), "n": (1,), "max_tool_calls": (), "context_management": ([],),
 }  # fmt: skip
 # What a field of chat is called here. Items are not messages: several make one.
 _NAMES = {

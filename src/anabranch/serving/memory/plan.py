@@ -18,16 +18,16 @@ from typing import Any, cast
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm.checkpoint import find_model, open_model, quantization_of
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.outline import stored_bits
+from anabranch.lm.quantized import has_few_bits, makes_experts
 from anabranch.lm.tensors import SafetensorsFiles, has_weights
 from anabranch.nn.quantize import QuantizedPool
-from anabranch.serving.config import DEFAULT_KV, ServingConfig
+from anabranch.serving.config import DEFAULT_KV, Quantize, ServingConfig
 from anabranch.serving.experts import ExpertsConfig
-from anabranch.serving.load import dtype_of
+from anabranch.serving.load import dtype_of, quantize_of
 from anabranch.serving.memory.adapters import adapter_bytes
-from anabranch.serving.memory.forms import Form, Quantize
+from anabranch.serving.memory.forms import Form
 from anabranch.serving.memory.program import program_bytes
-from anabranch.serving.memory.work import FLOAT, load_bytes, step_bytes
+from anabranch.serving.memory.work import FLOAT, READ_BYTES, load_bytes, step_bytes
 from anabranch.sizes import parse_bytes
 
 __all__ = ["LEAST_POSITIONS", "Ladder", "MemoryPlan", "plan_memory"]
@@ -37,6 +37,9 @@ LEAST_POSITIONS = 4096
 
 # Requests of so many tokens that a rung still serves well, see above.
 FEW = 4
+
+# Times the bytes of an expert, that there are while it is made of what a file stores.
+MAKING = 8
 
 # Of the memory, that keys and values get at most before bits of weights do.
 KV_SHARE = 8
@@ -129,6 +132,7 @@ def plan_memory(
     *,
     shape: Decoder.Config | None = None,
     measure: Callable[..., int] | None = None,
+    beside: int = 0,
 ) -> MemoryPlan:
     """How to serve the model of ``config`` in ``config.memory``. No weights are read; `MemoryPlan.check` tells whether it fits.
 
@@ -136,6 +140,7 @@ def plan_memory(
         config: ``memory`` must be set.
         shape: of the model, where there is no folder or file of it.
         measure: `program_bytes`, or what stands for it.
+        beside: bytes that a step takes for what an engine does not do, such as logits of whole texts.
 
     Raises:
         ConfigError: ``memory`` together with what it does not go with.
@@ -143,20 +148,25 @@ def plan_memory(
     """
     if config.memory is None:
         raise ConfigError("memory is None; give a size such as 8GiB")
-    return Ladder(config, shape, measure).plan(parse_bytes(config.memory, "memory"))
+    return Ladder(config, shape, measure, beside=beside).plan(parse_bytes(config.memory, "memory"))
 
 
 class Ladder:
     """What of a plan does not depend on how much memory there is. Arguments and errors as `plan_memory`."""
 
     def __init__(
-        self, config: ServingConfig, shape: Decoder.Config | None = None, measure: Callable[..., int] | None = None
+        self,
+        config: ServingConfig,
+        shape: Decoder.Config | None = None,
+        measure: Callable[..., int] | None = None,
+        *,
+        beside: int = 0,
     ) -> None:
         if not config.device.startswith("cpu"):
             raise ConfigError(
                 f"memory is {config.memory} and device is {config.device!r}; only the memory of a CPU is planned, leave one of them out"
             )
-        self.config = config
+        self.config, self.beside = config, beside
         self.model: str | Decoder.Config = config.model if shape is None else shape
         self.found = None if shape is not None else find_model(config.model)
         self.resident, self.on_disk = self._rungs()
@@ -180,7 +190,12 @@ class Ladder:
     def _rungs(self) -> tuple[list[Form], list[Form]]:
         """Forms with all in memory, and forms with experts on disk, in the order in which they are tried."""
         config = self.config
-        found = [form for quantize in self._bits() if (form := self._form(quantize)) is not None]
+        found: list[Form] = []
+        for quantize in self._bits():
+            form = self._form(quantize)
+            # What is stored in few bits may take no less in others.
+            if form is not None and (not found or form.bytes < found[-1].bytes):
+                found.append(form)
         on_disk = [form for form in found if self._can_stay_on_disk(form)]
         if config.expert_budget is None:
             return found, on_disk[-1:]
@@ -192,19 +207,24 @@ class Ladder:
 
     def _bits(self) -> Sequence[Quantize]:
         """Kinds of weights, the one with the most digits first."""
-        if self.config.quantize != "none":
+        if self.config.quantize != "auto":
             return (self.config.quantize,)
         if self.found is not None and quantization_of(self.found) is not None:
             return ("none",)
-        stored = stored_bits(self.model)
-        return ("none", "int8", "int4") if stored is None else (stored,)
+        stored = None if self.found is None or not has_few_bits(self.found) else self._form("stored")
+        if stored is None or not stored.is_few_bits:
+            return ("none", "int8", "int4")
+        # As without a limit, see `quantize_of`, where that fits.
+        return (
+            ("stored", "int8", "int4") if quantize_of(self.config) == "stored" else ("none", "stored", "int8", "int4")
+        )
 
     def _form(self, quantize: Quantize) -> Form | None:
         try:
             return Form.of(self.model, quantize, dtype_of(self.config))
         except ConfigError:
             # No layer can be in these bits.
-            if quantize == "none" or self.config.quantize != "none":
+            if quantize in ("none", "stored") or self.config.quantize != "auto":
                 raise
             return None
 
@@ -212,11 +232,12 @@ class Ladder:
         # Guesses would load experts for nothing, see `ServingConfig`.
         if form.pools is None or self.config.prompt_lookup:
             return False
-        if form.quantize != "none":
+        if form.quantize in ("int8", "int4"):
             return all(isinstance(pool, QuantizedPool) for pool in form.pools.pools)
-        if self.found is None or (self.found.is_dir() and not has_weights(self.found)):
+        if self.found is None or self.found.is_file() or not has_weights(self.found):
             return True
-        return self.found.is_dir() and isinstance(open_model(self.found).source, SafetensorsFiles)
+        is_read = form.is_few_bits or isinstance(open_model(self.found).source, SafetensorsFiles)
+        return is_read or makes_experts(self.found, None)
 
     # one rung
 
@@ -250,7 +271,7 @@ class Ladder:
 
     def _made(self, memory: int, form: Form, resident: int, kv: int, *, on_disk: bool) -> MemoryPlan:
         config = self.config
-        is_rounded = form.quantize != "none"
+        is_rounded, is_written = form.quantize != "none", on_disk and form.quantize in ("int8", "int4")
         step = self._step(form, on_disk=on_disk)
         # Slots of experts, keys and values are not written before all else is there.
         later = kv + (resident if on_disk else 0)
@@ -267,17 +288,23 @@ class Ladder:
             changes["kv_memory"] = f"{kv}B"
         return MemoryPlan(
             config.replace(**changes), memory=memory, rest=form.rest, experts=form.experts, resident=resident, kv=kv, work=work,
-            program=self.program, disk=form.experts if on_disk and is_rounded else 0, least=0, adapters=self.adapters.held,
+            program=self.program, disk=form.experts if is_written else 0, least=0, adapters=self.adapters.held,
         )  # fmt: skip
 
     def _step(self, form: Form, *, on_disk: bool) -> int:
         """What a step takes. Routers and skippers see a prompt whole before its first piece, however many tokens a step has."""
         config, positions = self.config, self._positions(form)
         sees_whole = config.depth.routers is not None or config.depth.skipper is not None
-        step = step_bytes(
+        step = self.beside + step_bytes(
             form, max(config.max_batched_tokens, positions * sees_whole), config.max_seqs, positions,
             prompt_lookup=config.prompt_lookup, workers=config.experts.workers if on_disk else 0, is_adapted=bool(self.adapters.held),
         )  # fmt: skip
+        # A model in NF4 is not planned for, and "auto" was settled before.
+        bits = (
+            form.quantize if form.quantize == "stored" or form.quantize == "int8" or form.quantize == "int4" else None
+        )
+        if on_disk and self.found is not None and makes_experts(self.found, bits):
+            step += READ_BYTES + MAKING * max(form.pools.layout.bytes_of_kind if form.pools is not None else (0,))
         if config.depth.skipper is None:
             return step
         # What it computes is kept until the last piece, of one prompt at a time, and there is the one that runs.

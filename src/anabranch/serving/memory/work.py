@@ -10,12 +10,11 @@ from torch import nn
 
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.outline import weight_bytes
-from anabranch.lm.tensors import REMAP_BYTES
 from anabranch.nn import RMSNorm
 from anabranch.nn.moe import MoE
 from anabranch.nn.packed import AT_ONCE
 from anabranch.nn.pool import ExpertPool
-from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
+from anabranch.nn.quantize import FewBitLinear, QuantizedPool
 from anabranch.routing import Score
 from anabranch.serving.engine.score import TILE
 from anabranch.serving.expertflow.direct import CHUNK
@@ -34,6 +33,9 @@ SPARE_ROWS = 32
 
 # Bytes of a weight while it is rounded: itself in float32, scaled, rounded, and as an integer of several types.
 ROUNDED = 24
+
+# What is counted for tensors as they are stored, of which one or two are in memory while they are read.
+READ_BYTES = 64_000_000
 
 # A page, where each matrix of the compiled step begins.
 PAGE = 4096
@@ -78,19 +80,19 @@ def step_bytes(
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | QuantizedLinear)
+    return isinstance(module, nn.Linear | FewBitLinear)
 
 
 def _width(module: nn.Module) -> int:
     """Outputs of a linear layer."""
-    return module.out_features if isinstance(module, nn.Linear | QuantizedLinear) else 0
+    return module.out_features if isinstance(module, nn.Linear | FewBitLinear) else 0
 
 
 def _depth(module: nn.Module) -> int:
     """Inputs of a linear layer, or the most of one of an expert's."""
     if isinstance(module, ExpertPool | QuantizedPool):
         return max(getattr(module, "hidden_dim", 0), getattr(module, "dim", 0))
-    return module.in_features if isinstance(module, nn.Linear | QuantizedLinear) else 0
+    return module.in_features if isinstance(module, nn.Linear | FewBitLinear) else 0
 
 
 def _row_of_experts(layer: Any) -> int:
@@ -123,7 +125,7 @@ def _beside(model: Decoder) -> int:
 
 
 def load_bytes(form: Form, is_rounded: bool, on_disk: bool) -> int:
-    """While the model is loaded: parts of files that are mapped, and what is rounded or packed and so there twice.
+    """While the model is loaded: tensors as they are stored, and what is rounded or packed and so there twice.
 
     Args:
         form: the model.
@@ -140,6 +142,6 @@ def load_bytes(form: Form, is_rounded: bool, on_disk: bool) -> int:
     )
     packed = others if on_disk else max(pools, others)
     if not is_rounded:
-        # A pool may lie in its file as one tensor, and is mapped whole while it is read.
-        return max(packed, REMAP_BYTES + packed)
-    return REMAP_BYTES + ROUNDED * AT_ONCE + max(pools, packed)
+        # A pool may lie in its file as one tensor, and is in memory whole while it is read.
+        return max(packed, READ_BYTES + packed)
+    return READ_BYTES + ROUNDED * AT_ONCE + max(pools, packed)

@@ -136,7 +136,7 @@ class ShareTable:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"no share table: {error}") from None
+            raise ConfigError(f"not a table of shares: {error}") from None
 
 
 PAPER_TABLE = ShareTable(PAPER_POINTS)

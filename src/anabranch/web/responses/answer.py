@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from anabranch.web.beside import beside, images_of
+from anabranch.web.beside import beside, images_of, is_whole
 from anabranch.web.reasoning_details import details_in, sealed_blocks
 from anabranch.web.responses.items import call_item, image_item, logprobs_of, message_item, new_id, reasoning_item
 from anabranch.web.responses.request import table_of
@@ -31,6 +31,9 @@ _SHOWN: dict[str, Any] = {
     "store": False,
 }
 
+# Of the usage of our own servers, which say it under these names everywhere: the layers that ran, and each turn of routers to the text.
+_OURS = ("depth", "rewiring")
+
 
 def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     """The response that says what an answer of chat says.
@@ -55,6 +58,10 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
         is_custom = name in custom
         id = new_id("ctc" if is_custom else "fc")
         output.append(call_item(id, call.get("id"), name, arguments, is_custom=is_custom))
+        if why_cut(choice.get("finish_reason")) and not is_whole(arguments):
+            output[-1]["status"] = "incomplete"
+    if output and why_cut(choice.get("finish_reason")) and not message.get("tool_calls"):
+        output[-1]["status"] = "incomplete"
     output += [image_item(kind, data) for kind, data in images_of(message)]
     made = response_of(body, answer.get("model"), answer.get("created"))
     return finished(made, output, choice.get("finish_reason"), answer.get("usage"), beside(message))
@@ -95,6 +102,11 @@ def response_of(body: dict[str, Any], model: str | None, created: int | None) ->
     }
 
 
+def why_cut(reason: str | None) -> str | None:
+    """Why an answer is not whole, by the reason that chat tells; None for one that is."""
+    return {"length": "max_output_tokens", "content_filter": "content_filter"}.get(reason or "")
+
+
 def finished(
     made: dict[str, Any],
     output: list[dict[str, Any]],
@@ -111,13 +123,14 @@ def finished(
         usage: in those of chat.
         more: what chat said beside the message.
     """
-    why = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(reason or "")
+    why = why_cut(reason)
     status = {"status": "incomplete", "incomplete_details": {"reason": why}} if why else {"status": "completed"}
     told = {"extra_content": more} if more else {}
     return {**made, **status, "output": output, "usage": _usage(usage), **told}
 
 
 def _usage(usage: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Tokens, and what our own servers tell beside them, in the words of responses."""
     if not usage:
         return None
     prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
@@ -129,4 +142,5 @@ def _usage(usage: dict[str, Any] | None) -> dict[str, Any] | None:
         "output_tokens": completion,
         "output_tokens_details": {"reasoning_tokens": reasoning},
         "total_tokens": prompt + completion,
+        **{name: usage[name] for name in _OURS if usage.get(name) is not None},
     }

@@ -5,7 +5,7 @@ from typing import Any
 
 from anabranch.web.beside import beside, images_of, is_whole, joined
 from anabranch.web.reasoning_details import details_in, joined_details, sealed_blocks
-from anabranch.web.responses.answer import finished, response_of
+from anabranch.web.responses.answer import finished, response_of, why_cut
 from anabranch.web.responses.items import (
     call_item,
     image_item,
@@ -73,12 +73,13 @@ class ResponseStream:
 
     def end(self) -> Iterator[bytes]:
         """After the last chunk."""
-        yield from self._close_item()
+        is_cut = why_cut(self._reason) is not None
+        yield from self._close_item("incomplete" if is_cut else "completed")
         if self._details:
             # They came behind what was said.
             yield from self._add_thoughts([])
             yield from self._close_item()
-        yield from self._close_calls()
+        yield from self._close_calls(is_cut=is_cut)
         made = finished(self._made, self._output, self._reason, self._usage, self._beside)
         yield self._event(f"response.{made['status']}", response=made)
 
@@ -135,12 +136,12 @@ class ResponseStream:
         yield self._event("response.content_part.done", **self._where(item), part=part)
         self._part = None
 
-    def _close_item(self) -> Iterator[bytes]:
+    def _close_item(self, status: str = "completed") -> Iterator[bytes]:
         if self._item is None:
             return
         yield from self._close_part()
         item, self._item = self._item, None
-        item["status"] = "completed"
+        item["status"] = status
         if item["type"] == "reasoning":
             thoughts, self._thoughts = self._thoughts, []
             details, self._details = self._details, []
@@ -190,10 +191,18 @@ class ResponseStream:
                 "response.function_call_arguments.delta", item_id=call["id"], output_index=self._at(call), delta=text
             )
 
-    def _close_calls(self, *, only_whole: bool = False) -> Iterator[bytes]:
+    def _close_calls(self, *, only_whole: bool = False, is_cut: bool = False) -> Iterator[bytes]:
         for call in self._calls.values():
             told = self._arguments.get(call["id"], call.get("arguments", ""))
-            if call["status"] == "in_progress" and not (only_whole and not is_whole(told)):
+            if call["status"] != "in_progress" or (only_whole and not is_whole(told)):
+                continue
+            if is_cut and not is_whole(told):
+                # Nobody is told that these arguments are done.
+                call["status"] = "incomplete"
+                if call["id"] in self._arguments:
+                    call["input"] = text_of(told)
+                yield self._event("response.output_item.done", output_index=self._at(call), item=call)
+            else:
                 yield from self._close_call(call)
 
     def _close_call(self, call: dict[str, Any]) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from anabranch.bounds import shown
 from anabranch.errors import DataError
 from anabranch.files import atomic_file, parse_json
 from anabranch.lm.checkpoint import find_model
-from anabranch.lm.folder import PREDICTOR_FILE
+from anabranch.lm.folder import PREDICTOR_FILE, run_of
 from anabranch.serving.expertflow.predictors.base import Fingerprint
 
 VERSION = 1
@@ -30,8 +30,9 @@ def place_of(model: str | Path) -> Path:
 
 
 def find_file(model: str | Path) -> Path | None:
-    """The file of the predictor that lies beside a model; for a training run in the run's folder, else in that of its checkpoint."""
-    places = (place_of(model), place_of(find_model(model)))
+    """The file of the predictor that lies beside a model; of a checkpoint in its folder, else in that of the training run around it."""
+    found = find_model(model)
+    places = [place_of(place) for place in (found, run_of(found)) if place is not None]
     return next((place for place in places if place.is_file()), None)
 
 

@@ -1,0 +1,111 @@
+"""Router-R1 with questions of one's own, which stand in a file, and a policy that reads: what worlds of that have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anabranch.config import Field, configclass
+from anabranch.data.tokenizer import Tokenizer, load_tokenizer
+from anabranch.errors import ConfigError, InputError
+from anabranch.rl.router_r1.routed import RoutedPlay, RoutedWorld
+from anabranch.rl.router_r1.words import TEMPLATE
+from anabranch.rl.tokens.questions import OwnQuestions, check_began
+from anabranch.rl.tokens.world import Split
+from anabranch.routers.router_r1 import Episode
+from anabranch.routers.router_r1.environment import RoutePool
+from anabranch.routers.router_r1.prompts import router_prompt
+
+__all__ = ["OwnWorld"]
+
+
+class OwnWorld(RoutedWorld):
+    """See the module. A subclass makes its `pool` and calls `begin`.
+
+    Attributes:
+        pool: that is asked.
+        names: of its models, in the order in which they are described.
+    """
+
+    pool: RoutePool
+    names: tuple[str, ...]
+
+    @configclass
+    class Config(RoutedWorld.Config):
+        """Files; rules and rewards as of `RoutedWorld`, whose defaults are the paper's.
+
+        Attributes:
+            questions: file of questions, see `anabranch.questions`.
+            about: descriptions of models.
+            tokenizer: folder of the policy, or its tokenizer.json.
+            instruction: what the router is told before the question, with ``{models}``; "" for the paper's.
+            held_out: share of the questions that is for tests, by a digest of their text.
+        """
+
+        questions: str = Field(min_length=1)
+        about: dict[str, str] = Field(default_factory=dict)
+        tokenizer: str = Field(min_length=1)
+        instruction: str = ""
+        held_out: float = Field(default=0.1, gt=0, lt=1)
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
+        # Saved with the policy: a gateway's chat is then the text of an episode, whatever chats the model knew before.
+        self.tokenizer.chat_template = TEMPLATE
+        self.vocab_size = self.tokenizer.vocab_size
+        self._questions = OwnQuestions(config.questions, config.held_out)
+        self._began = {"questions": self._questions.digest, "tokenizer": self.tokenizer.fingerprint}
+        self.num_questions, self.num_tests = (len(self._questions[split]) for split in ("train", "test"))
+
+    def begin(self, pool: RoutePool) -> None:
+        """Ask this pool. Raises ConfigError for a description of no model of it, and an instruction without models."""
+        self.pool, self.names = pool, tuple(pool.prices)
+        try:
+            router_prompt("?", self.names, self.config.about, instruction=self.config.instruction or None)
+        except InputError as error:
+            raise ConfigError(str(error)) from None
+
+    def play(self, question: int, *, seed: int, split: Split = "train") -> RoutedPlay:
+        """See `TokenWorld`; the seed says nothing, since nothing is drawn."""
+        row = self._questions[split][question]
+        return self.asked(row.prompt, row.answers)
+
+    def asked(self, question: str, answers: tuple[str, ...] = ()) -> RoutedPlay:
+        """An episode of any question. Raises InputError for an empty one."""
+        prompt = router_prompt(question, self.names, self.about(), instruction=self.config.instruction or None)
+        return RoutedPlay(
+            self.tokenizer,
+            prompt,
+            Episode(question, self.rules, self.names),
+            self.pool,
+            answers,
+            basis=self.config.cost_basis,
+        )
+
+    def longest_prompt(self) -> int:
+        """Tokens of the longest of all prompts."""
+        splits: tuple[Split, ...] = ("train", "test")
+        return max(
+            len(self.play(number, seed=0, split=split).prompt)
+            for split in splits
+            for number in range(len(self._questions[split]))
+        )
+
+    def about(self) -> dict[str, str]:
+        """As configured."""
+        return dict(self.config.about)
+
+    def strategy(self) -> dict[str, Any]:
+        """See `RoutedWorld`."""
+        return {**super().strategy(), **({"instruction": self.config.instruction} if self.config.instruction else {})}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window of costs, and which questions and tokens there are."""
+        return {**super().state_dict(), **self._began}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave. Raises CheckpointError for one of other questions or tokens."""
+        check_began(state, self._began)
+        super().load_state_dict(state)

@@ -1,0 +1,145 @@
+"""`AdapterMemory`: which adapters of a shelf there are, which are in memory, and which leave it for one more.
+
+Of those that nobody uses the least recently used leave first. But what a key has used within the last minute stays as long as something
+else can go, up to an even part of the memory among the keys that used any within it: who asks for one after another pushes out its own.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Generic
+
+from anabranch.errors import CapacityError
+from anabranch.serving.core.adapter_entry import Entry, H
+from anabranch.serving.core.adapter_room import AdapterRoom
+from anabranch.serving.core.client import BusyError
+
+__all__ = ["AdapterMemory", "NoRoomError"]
+
+# Seconds for which a key's part is kept for it.
+KEPT_S = 60.0
+
+
+class NoRoomError(BusyError):
+    """There is none beside what others use."""
+
+
+class AdapterMemory(Generic[H]):
+    """See the module. Not for several threads at once.
+
+    Args:
+        room: what requests use, and what all may take.
+        clock: seconds, monotonic.
+
+    Attributes:
+        entries: those that there are, by name.
+        num_loads, num_evictions: how often one came into memory, and left it for another.
+    """
+
+    def __init__(self, room: AdapterRoom[H], clock: Callable[[], float] = time.monotonic) -> None:
+        self._room, self._time = room, clock
+        self.entries: dict[str, Entry[H]] = {}
+        self.num_loads = self.num_evictions = 0
+
+    def all(self) -> list[Entry[H]]:
+        """Those that there are, and those that are unloaded or replaced and still in use."""
+        return list(dict.fromkeys((*self.entries.values(), *self._room.used)))
+
+    def hold(
+        self,
+        entry: Entry[H],
+        held: H,
+        *,
+        before: Entry[H] | None = None,
+        together: Iterable[Entry[H]] = (),
+        key: str | None = None,
+    ) -> None:
+        """One more is in memory, and others are not any longer. Arguments and errors as of `find_room`."""
+        entry.size = held.nbytes
+        for other in self.find_room(entry, before=before, together=together, key=key):
+            other.held = None
+            self.num_evictions += 1
+        entry.held, entry.idle_since = held, self._time()
+        self.num_loads += 1
+
+    def retire(self, entry: Entry[H]) -> None:
+        """An adapter that no request to come gets."""
+        if not entry.uses:
+            entry.held = None
+
+    def end(self, id: str) -> bool:
+        """A request uses its adapters no more; False for one that has not begun."""
+        idle = self._room.end(id)
+        for entry in idle or ():
+            entry.idle_since = self._time()
+            if self.entries.get(entry.name) is not entry:
+                entry.held = None
+        return idle is not None
+
+    def find_room(
+        self,
+        entry: Entry[H],
+        *,
+        before: Entry[H] | None = None,
+        together: Iterable[Entry[H]] = (),
+        key: str | None = None,
+    ) -> list[Entry[H]]:
+        """Adapters that nobody uses and that have to go for one more.
+
+        Args:
+            entry: the one more, whose size is known.
+            before: what it takes the place of.
+            together: all that the request it is read for uses.
+            key: of that request; None where an operator asks.
+
+        Raises CapacityError where there never is room, `NoRoomError` where there is none now.
+        """
+        if (error := self.never(entry, together)) is not None:
+            raise error
+        others = [other for other in self.all() if other is not before or other.uses]
+        total, most_bytes = entry.size + sum(other.nbytes for other in others), self._room.most_bytes
+        leaving = []
+        for other in self._idle(others, key):
+            if total <= most_bytes:
+                break
+            leaving.append(other)
+            total -= other.nbytes
+        if total > most_bytes:
+            raise NoRoomError(
+                f"adapter {entry.name!r} takes {entry.size:,} bytes, and those in use {total - entry.size:,} of {most_bytes:,}; ask again"
+            )
+        return leaving
+
+    def never(self, entry: Entry[H], together: Iterable[Entry[H]]) -> CapacityError | None:
+        """Why there never is room for one more, if so. Arguments as of `find_room`."""
+        pinned = sum(other.nbytes for other in self._room.pinned)
+        mixed = sum(other.size for other in together if other is not entry and not other.is_pinned)
+        if pinned + mixed + entry.size <= self._room.most_bytes:
+            return None
+        beside = [f"{pinned:,} of those that are pinned"] if pinned else []
+        beside += [f"{mixed:,} of the others in its mixture"] if mixed else []
+        told = f" beside {' and '.join(beside)}" if beside else ""
+        return CapacityError(
+            f"adapter {entry.name!r} takes {entry.size:,} bytes{told}, and adapters may take {self._room.most_bytes:,}; allow more with "
+            "engine.adapters.memory"
+        )
+
+    def _idle(self, entries: Iterable[Entry[H]], key: str | None) -> list[Entry[H]]:
+        """Those in memory that nobody uses, the first to go first: those that are nobody's part, of the key's own, of other keys'."""
+        kept = self._kept(key)
+        idle = [entry for entry in entries if entry.held is not None and not entry.uses and not entry.is_pinned]
+        return sorted(idle, key=lambda each: ((each in kept) + (each in kept and each.key != key), each.used_at))
+
+    def _kept(self, key: str | None) -> set[Entry[H]]:
+        """What keys have used of late, up to the part of each where this one has a part too, the most recently used first."""
+        since = self._time() - KEPT_S
+        there = [entry for entry in self.all() if entry.held is not None and not entry.is_pinned]
+        # What nobody has asked for yet is no key's.
+        recent = [entry for entry in there if entry.key is not None and (entry.uses or entry.idle_since > since)]
+        part = self._room.most_bytes / max(len({key, *(entry.key for entry in recent)} - {None}), 1)
+        kept, has = set(), Counter[str | None]()
+        for entry in sorted(recent, key=lambda each: each.used_at, reverse=True):
+            has[entry.key] += entry.nbytes
+            if has[entry.key] <= part:
+                kept.add(entry)
+        return kept

@@ -1,0 +1,105 @@
+"""Products through matrices that are made anew: the same numbers and gradients, and nothing of their size kept between the passes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anabranch.lm import Decoder
+from anabranch.nn import MoE, SelfAttention
+from anabranch.nn.nf4 import Nf4Linear
+from anabranch.nn.packed import Packed
+from anabranch.nn.parted import PartedLinear
+from anabranch.nn.quantize import QuantizedLinear, dequantize, quantize
+from anabranch.nn.remade import linear_remade
+
+ROWS, DEPTH = 64, 96
+
+
+def layers():
+    plain = nn.Linear(DEPTH, ROWS)
+    half = Packed.pack(plain.weight[: ROWS // 2], "int8"), Packed.pack(plain.weight[ROWS // 2 :], "int4", group=32)
+    return {
+        "int8": QuantizedLinear.of(plain, "int8"),
+        "int4": QuantizedLinear.of(plain, "int4", group=32),
+        "parts": PartedLinear(half, plain.bias.detach()),
+        "nf4": Nf4Linear(plain.weight, plain.bias),
+    }
+
+
+def test_by_hand():
+    weight, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0]], requires_grad=True)
+    asked = []
+    y = linear_remade(x, lambda dtype: asked.append(dtype) or weight.to(dtype), torch.tensor([10.0, 20.0]))
+    # 5 + 12 + 10, 15 + 24 + 20; and 1 + 3, 2 + 4.
+    assert y.tolist() == [[27.0, 59.0]]
+    y.sum().backward()
+    assert x.grad.tolist() == [[4.0, 6.0]]
+    assert asked == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", layers())
+def test_gradients_are_those_of_the_numbers_and_no_matrix_is_kept(name, dtype):
+    layer, kept = layers()[name], []
+    x = torch.randn(5, DEPTH).to(dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.numel()) or one, lambda one: one):
+        y = layer(x)
+    assert max(kept, default=0) < ROWS * DEPTH
+    wanted = F.linear(x, layer.weight_in(dtype), layer.bias.to(dtype))
+    assert torch.equal(y, wanted)
+    (found,), (right,) = (torch.autograd.grad(one.square().sum(), x) for one in (y, wanted))
+    assert torch.equal(found, right)
+
+
+def test_a_bias_that_learns_has_its_gradient():
+    weight, bias = torch.randn(ROWS, DEPTH), torch.randn(ROWS, requires_grad=True)
+    x = torch.randn(2, 5, DEPTH, requires_grad=True)
+    found, wanted = (
+        torch.autograd.grad(y.square().sum(), (x, bias))
+        for y in (linear_remade(x, weight.to, bias), F.linear(x, weight, bias))
+    )
+    torch.testing.assert_close(found, wanted)
+    # Either alone, where the other is not asked for.
+    (alone,) = torch.autograd.grad(linear_remade(x.detach(), weight.to, bias).square().sum(), bias)
+    torch.testing.assert_close(alone, wanted[1])
+
+
+# Of torch's own.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", layers())
+def test_transforms_of_functions_are_those_of_the_numbers(name):
+    """Tangents, gradients by row, and gradients of gradients, as of a layer whose matrix is kept."""
+    layer = layers()[name]
+    x, tangent = torch.randn(4, DEPTH), torch.randn(4, DEPTH)
+    plain = lambda x: F.linear(x, layer.weight_in(x.dtype), layer.bias.to(x.dtype))  # noqa: E731
+    loss = lambda call: lambda x: call(x).square().sum()  # noqa: E731
+    for transform in (
+        lambda call: torch.func.jvp(call, (x,), (tangent,)),
+        lambda call: torch.func.grad(loss(call))(x),
+        lambda call: torch.func.vmap(torch.func.grad(loss(call)))(x),
+        lambda call: torch.func.vmap(lambda row: torch.func.jvp(call, (row,), (tangent[0],)))(x),
+        lambda call: torch.func.jvp(torch.func.grad(loss(call)), (x,), (tangent,)),
+    ):
+        torch.testing.assert_close(transform(layer), transform(plain))
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_mixture_in_few_bits_has_the_gradients_of_its_numbers_and_keeps_no_matrix(bits):
+    model = Decoder.Config(
+        vocab_size=64, dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=2), init_std=0.2,
+        feed_forward=MoE.Config(num_experts=4, hidden_dim=32),
+    ).build(seed=0).eval().requires_grad_(False)  # fmt: skip
+    quantize(model, bits)
+    tokens, kept = torch.arange(20)[None], []
+    delta = torch.zeros(1, 20, 64, requires_grad=True)
+    handle = model.embedding.register_forward_hook(lambda module, given, made: made + delta)
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.shape) or one, lambda one: one):
+        loss = model(tokens, tokens).loss
+    (found,) = torch.autograd.grad(loss, delta)
+    assert not [shape for shape in kept if shape[-2:] in ((64, 64), (192, 64), (64, 32), (32, 64))]
+    dequantize(model)
+    model.requires_grad_(False)
+    (right,) = torch.autograd.grad(model(tokens, tokens).loss, delta)
+    handle.remove()
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,291 @@
+"""An engine that is started again has the model that requests are read for, or the server gives up."""
+
+import asyncio
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from anabranch.cli.serve_told import Told
+from anabranch.data import ByteTokenizer
+from anabranch.errors import CheckpointError
+from anabranch.lm import Decoder, load_model, save_model
+from anabranch.nn import SelfAttention
+from anabranch.seen_files import SeenFile, SeenFiles
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.engine.local import LocalEngine
+from anabranch.serving.http import frontend
+from anabranch.serving.http.config import HttpConfig
+from anabranch.serving.http.frontend import Frontend, OtherModelError
+from anabranch.serving.http.inside import Inside
+from anabranch.serving.http.inside_config import InsideConfig
+from anabranch.serving.http.serve import ServeConfig, read_model
+from anabranch.serving.http.shape import fingerprint
+from fake_engine import Script
+from serving_models import saved_moe
+from serving_thread import serving
+from waiting import until
+
+BODY = {"model": "small", "prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(saved_moe(), place)
+    return place
+
+
+class Engines:
+    """Engines of a folder, each in a thread; the last of them can be made to die."""
+
+    def __init__(self, folder):
+        self.config = ServingConfig(model=str(folder), name="small", num_blocks=64, dtype="float32", process=False)
+        self.made, self.clients = [], []
+
+    def __call__(self):
+        self.clients.append(LocalEngine(self._make))
+        return self.clients[-1]
+
+    def _make(self):
+        self.made.append(self.config.make_engine())
+        return self.made[-1]
+
+    def die(self, running):
+        def dead(batch):
+            raise RuntimeError("gone")
+
+        self.made[-1].runner.run = dead
+        assert running.ask("/v1/completions", BODY)[0] == 500
+
+
+def other_weights(folder):
+    model, tokenizer = load_model(folder)
+    save_model(folder.with_name("other"), model.config.build(seed=1), tokenizer)
+    os.replace(folder.with_name("other") / "model.safetensors", folder / "model.safetensors")
+
+
+def other_tokenizer(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text() + " ")
+
+
+def whole_folder(folder):
+    other_weights(folder)
+    os.replace(folder, folder.with_name("before"))
+    shutil.copytree(folder.with_name("before"), folder)
+
+
+OTHER = [other_weights, other_tokenizer, whole_folder]
+
+
+@pytest.mark.parametrize("change", OTHER, ids=lambda change: change.__name__)
+def test_an_engine_that_finds_another_model_is_not_served(folder, change, caplog):
+    engines = Engines(folder)
+    with serving(engines, read_model(str(folder), HttpConfig())) as running:
+        assert running.ask("/v1/completions", BODY)[0] == 200
+        change(folder)
+        # As long as the engine lives it has what it has read.
+        assert running.ask("/v1/completions", BODY)[0] == 200
+        engines.die(running)
+        until(running.frontend.failed.is_set)
+        status, _, answer = running.ask("/v1/completions", BODY)
+        assert (status, answer["error"]["code"]) == (503, "failed")
+        # The place is the operator's to know.
+        assert "no longer those" in answer["error"]["message"]
+        assert str(folder) not in answer["error"]["message"]
+        assert running.ask("/health/live")[0] == 503
+        # It does not come back by being tried again, and what was started has ended.
+        assert len(engines.clients) == 2
+        until(lambda: not any(client.is_ready for client in engines.clients))
+    assert f"{folder}{os.sep}" in caplog.text
+    assert "is another file than when the server was started" in caplog.text
+
+
+def test_an_engine_that_finds_its_model_again_is_served(folder):
+    engines = Engines(folder)
+    with serving(engines, read_model(str(folder), HttpConfig())) as running:
+        before = running.ask("/v1/completions", BODY)[2]
+        (folder / "README.md").write_text("something else")
+        (folder / "route-predictor.safetensors").write_text("something else")
+        engines.die(running)
+        until(lambda: len(engines.clients) == 2 and running.frontend.state == "ready")
+        after = running.ask("/v1/completions", BODY)[2]
+    assert [before[name] for name in ("choices", "system_fingerprint")] == [
+        after[name] for name in ("choices", "system_fingerprint")
+    ]
+
+
+def test_fingerprints_of_other_weights_differ(folder):
+    first = Engines(folder).config.load()[0].info
+    assert fingerprint(first) == fingerprint(Engines(saved_moe()).config.load()[0].info)
+    other_weights(folder)
+    assert fingerprint(first) != fingerprint(Engines(folder).config.load()[0].info)
+
+
+def test_fingerprints_of_other_bits_and_types_differ(tmp_path):
+    wide = Decoder.Config(vocab_size=257, dim=64, num_layers=1, attention=SelfAttention.Config(num_heads=2)).build(
+        seed=0
+    )
+    save_model(tmp_path, wide, ByteTokenizer())
+    config = ServingConfig(model=str(tmp_path), num_blocks=8)
+    made = [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"quantize": "int8"},
+        {"quantize": "int4"},
+        {"quantize": "nf4"},
+    ]
+    told = [fingerprint(config.replace(**more).load()[0].info) for more in (*made, *made)]
+    assert told[:5] == told[5:]
+    assert len(set(told)) == 5
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """A training run of one checkpoint."""
+    shutil.move(folder, tmp_path / "demo" / "checkpoints" / "step-00000001")
+    return tmp_path / "demo"
+
+
+def go_on(run):
+    """A checkpoint of other weights is written."""
+    steps = run / "checkpoints"
+    shutil.copytree(steps / "step-00000001", run / "made")
+    other_weights(run / "made")
+    (run / "made").rename(steps / "step-00000002")
+
+
+def served_by(config, monkeypatch):
+    """What `ServeConfig.serve` gives the server: (its own config, a maker of engines, one of readers)."""
+    given = []
+    monkeypatch.setattr("anabranch.serving.http.run.run", lambda *parts, **told: given.append(parts))
+    config.serve()
+    return given[0]
+
+
+SETTINGS = {"num_blocks": 64, "dtype": "float32", "process": False}
+
+
+def test_a_run_is_served_by_the_checkpoint_that_it_was_started_with(run, monkeypatch):
+    config = ServeConfig(engine=ServingConfig(model=str(run), **SETTINGS))
+    alone, _ = ServingConfig(model=str(run), **SETTINGS).load()
+    _http, make_engine, make_reader = served_by(config, monkeypatch)
+    # While the process of the engine imports, and before anybody reads.
+    go_on(run)
+    made = []
+
+    def engine():
+        made.append(make_engine())
+        return made[-1]
+
+    body = {**BODY, "model": "demo"}
+    with serving(engine, make_reader()) as running:
+        before = running.ask("/v1/completions", body)[2]
+        assert running.frontend.info.model == "demo"
+        assert {Path(one.path).parent.name for one in running.frontend.info.files.files} == {"step-00000001"}
+        # Also after the engine was started again.
+        asyncio.run_coroutine_threadsafe(made[0].close(), running.loop).result(60)
+        until(lambda: len(made) == 2 and running.frontend.state == "ready")
+        after = running.ask("/v1/completions", body)[2]
+        assert before["choices"] == after["choices"]
+        assert before["system_fingerprint"] == after["system_fingerprint"]
+        assert before["system_fingerprint"] == fingerprint(alone.info)
+        # What is replaced in the checkpoint itself is still refused.
+        other_weights(run / "checkpoints" / "step-00000001")
+        asyncio.run_coroutine_threadsafe(made[1].close(), running.loop).result(60)
+        until(running.frontend.failed.is_set)
+        assert "no longer those" in running.ask("/v1/completions", body)[2]["error"]["message"]
+
+
+def test_it_is_told_which_checkpoint_is_served(run, capsys):
+    step = run / "checkpoints" / "step-00000001"
+    for model, told in ((run, step), (step, step), (saved_moe(), saved_moe())):
+        config = ServeConfig(engine=ServingConfig(model=str(model))).found()
+        Told(config, as_json=False, quiet=False).bound("http://a:1")
+        assert re.search(rf"loading +{re.escape(str(told))} ", capsys.readouterr().err)
+    Told(ServeConfig(engine=ServingConfig(model="m", name="n")), as_json=False, quiet=False).bound("http://a:1")
+    assert re.search(r"loading +n ", capsys.readouterr().err)
+
+
+def test_devices_of_a_group_have_the_checkpoint_that_it_was_started_with(run, monkeypatch):
+    config = ServeConfig(engine=ServingConfig(model=str(run)), devices=2)
+    _, make_engine, _ = served_by(config, monkeypatch)
+    elastic = make_engine.__self__
+    assert (elastic.model, elastic.name) == (str(run / "checkpoints" / "step-00000001"), "demo")
+
+
+def test_a_model_inside_a_gateway_is_that_which_it_was_started_with(run):
+    config = InsideConfig(engine=ServingConfig(model=str(run), **SETTINGS))
+
+    async def work():
+        inside = Inside(config)
+        make_engine = inside.frontend._make_engine
+
+        def late():
+            go_on(run)
+            return make_engine()
+
+        inside.frontend._make_engine = late
+        try:
+            info = await inside.start()
+            assert info.model == "demo"
+            assert {Path(one.path).parent.name for one in info.files.files} == {"step-00000001"}
+        finally:
+            await inside.frontend.close()
+
+    asyncio.run(work())
+
+
+def test_where_there_is_no_model_a_gateway_is_told(tmp_path):
+    async def work():
+        with pytest.raises(CheckpointError, match="no model at"):
+            await Inside(InsideConfig(engine=ServingConfig(model=str(tmp_path / "none"), **SETTINGS))).start()
+
+    asyncio.run(work())
+
+
+def test_a_server_whose_tokenizer_is_of_another_model_does_not_start(folder):
+    reader = read_model(str(folder), HttpConfig())
+    other_weights(folder)
+
+    async def work():
+        made = Frontend(HttpConfig(), Engines(folder), lambda: reader)
+        try:
+            with pytest.raises(OtherModelError, match=r"model\.safetensors is another file"):
+                await made.start()
+            assert (made.info, made.reader) == (None, None)
+        finally:
+            await made.close()
+
+    asyncio.run(work())
+
+
+def test_engines_that_are_not_used_are_ended(monkeypatch):
+    """Whether they could not begin with adapters, or are of another model: each would keep its memory."""
+    monkeypatch.setattr(frontend, "AGAIN_S", 0.01)
+    script, ended = Script(), []
+
+    def make():
+        engine = script()
+        start, number = engine.start, len(script.made)
+
+        async def starting():
+            info = await start()
+            if number == 2:
+                raise RuntimeError("no more threads")
+            return replace(info, files=SeenFiles((SeenFile("m", 1, number),)))
+
+        async def closing(drain_s=0.0):
+            ended.append(number)
+
+        engine.start, engine.close = starting, closing
+        return engine
+
+    with serving(make, restarts=5) as running:
+        running.on_loop(script.made[0].kill)
+        until(running.frontend.failed.is_set)
+        assert ended == [1, 2, 3]
