@@ -1,5 +1,7 @@
 """Priors by question: learned from samples, better than one for all where words tell something, absent where they do not, and kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -141,6 +143,23 @@ def test_single_samples_tell_chances_and_take_the_concentration_of_the_curve():
     own = fitted.encoder.prior("small", asked("add these sums").vector_D, curve)
     assert own.a + own.b == pytest.approx(curve.a + curve.b)
     assert own.value(1) > curve.value(1) + 0.1
+
+
+def test_questions_of_a_task_of_which_hardly_a_sample_is_right_are_told_as_that_hard():
+    """They were told as one in a thousand, ten times what was counted, and drawn for as if that were so."""
+    texts, p_Q, _ = made(120, 8)
+    p_Q[60:] = 1e-4
+    right_QM = np.random.default_rng(0).random((120, 1500)) < p_Q[:, None]
+    counted = right_QM[60:].mean()
+    assert 3e-5 < counted < 3e-4
+    data = replace(recorded(texts, right_QM), task=("sums",) * 60 + ("proofs",) * 60)
+    fitted = strategies.make("best_of", least_gain=0.05, weight=1e-4).fit(data)
+    easy, hard = (
+        fitted.route(replace(asked(text), task="proofs"), POOL).details["difficulty"]
+        for text in ("add these sums please", "prove that theorem please")
+    )
+    assert easy["of_task"] == hard["of_task"] == pytest.approx(counted, rel=0.1)
+    assert hard["chance"] < counted < easy["chance"]
 
 
 def test_the_chance_of_a_model_that_it_knows_nothing_of_is_not_told():

@@ -60,9 +60,40 @@ def test_a_question_by_hand():
 def test_of_which_nothing_is_predicted_has_the_curve_of_its_task(f_max, a, b):
     curve = BetaTTSPM(f_max, a, b)
     own = moved(curve, 0.0)
-    if 1e-3 < curve.value(1) < 1 - 1e-3 and abs(odds_left(curve)) < 6.9:
+    if abs(odds_left(curve)) < 6.9:
         assert (own.f_max, own.a, own.b) == pytest.approx((f_max, a, b), rel=1e-9)
-    assert moved(curve, 0.0, TASK).value(1) == pytest.approx(np.clip(curve.value(1), 1e-3, 1 - 1e-3))
+    assert moved(curve, 0.0, TASK).value(1) == pytest.approx(curve.value(1))
+
+
+# Tasks of which a model solves one sample in ten, or in a hundred million.
+MEANS = st.floats(-8, -0.05).map(lambda power: 10.0**power)
+TOTALS = st.floats(-2, 6).map(lambda power: 10.0**power)
+
+
+@given(st.floats(0.01, 1), MEANS, TOTALS)
+def test_however_little_a_model_solves_a_question_of_which_nothing_is_predicted_is_no_easier(ceiling, mean, total):
+    """Priors of less than one in a thousand were one in a thousand, and so was all that more samples could solve of what one leaves."""
+    curve = BetaTTSPM(ceiling, mean * total, (1 - mean) * total)
+    own, samples = moved(curve, 0.0), [1, 4, 64, 10_000]
+    assert own.value(1) == pytest.approx(curve.value(1), rel=1e-9)
+    # g0 is below its edge of 1 - 1e-3.
+    if odds_left(curve) < 6.9:
+        assert own.value(samples) == pytest.approx(curve.value(samples), rel=1e-6)
+    assert (own.value(samples) <= curve.value(samples) * (1 + 1e-9)).all()
+
+
+@given(st.floats(1e-4, 1), MEANS, TOTALS, st.floats(-9, 9), st.one_of(st.none(), TOTALS))
+def test_a_prediction_moves_the_logit_by_what_it_says_and_nothing_else_does(ceiling, mean, total, shift, own_total):
+    curve = BetaTTSPM(ceiling, mean * total, (1 - mean) * total)
+    own = moved(curve, shift, Shape(own_total))
+    before, after = (math.log(of.value(1)) - math.log(of.unsolved(1)) for of in (curve, own))
+    if abs(before + shift) < 27:
+        assert after - before == pytest.approx(shift, abs=1e-6)
+    # By Bayes' rule: with each failure of that question less is left to hope for.
+    assert (np.diff(own.hazard([0, 1, 8, 64])) < 0).all()
+    # A harder question is not one that more samples solve more of.
+    if shift <= 0 and own_total is None and odds_left(curve) < 6.9:
+        assert (own.value([1, 8, 64]) <= curve.value([1, 8, 64]) * (1 + 1e-6)).all()
 
 
 @given(
@@ -75,7 +106,8 @@ def test_of_which_nothing_is_predicted_has_the_curve_of_its_task(f_max, a, b):
 )
 def test_a_prior_is_never_sure_whatever_is_predicted(f_max, a, b, shift, level, slope):
     own = moved(BetaTTSPM(f_max, a, b), shift, Shape(2.0, level, slope))
-    assert 1e-3 - 1e-12 < own.value(1) < own.f_max <= 1
+    assert 0 < own.value(1) <= own.f_max <= 1
+    assert own.unsolved(1) > 0
     assert min(own.a, own.b) > 0
     # Of one that is all but solved a failure teaches least, and it teaches something.
     assert own.hazard(64) < own.hazard(0)
@@ -98,6 +130,9 @@ def test_samples_of_a_question_go_together_as_its_ceiling_and_concentration_have
     assert Shape(3.0, 30.0, 0.0).correlation(np.array([0.2, 0.7]), 0.0, 0.0) == pytest.approx([0.25, 0.25], rel=1e-4)
     square = 0.75 * (2 / 3) * (2 / 3 * 3 + 1) / 4
     assert Shape(3.0, 0.0, 0.0).correlation(0.5, 0.0, 5.0) == pytest.approx((square - 0.25) / 0.25)
+    # Of what hardly is solved m is 0, and of what nearly always is m is 1, of which 1 - g = 1/2 times s = 3 is 1.5.
+    assert Shape(3.0, 0.0, 0.0).correlation(1e-12, 0.0, 0.0) == pytest.approx(0.25)
+    assert Shape(3.0, 0.0, 0.0).correlation(1 - 1e-12, 0.0, 0.0) == pytest.approx(2.5 / 4)
     assert Shape().correlation(np.full(3, 0.5), 0.0, 0.0).tolist() == [1, 1, 1]
 
 

@@ -24,12 +24,15 @@ import numpy as np
 from anabranch.bounds import finite
 from anabranch.errors import InputError
 from anabranch.test_time.curves import MOST_SHAPE, BetaTTSPM, Kind
+from anabranch.test_time.figures import LEAST as ROUNDING
 from anabranch.test_time.figures import count, numbers, positive, refuse, share, sigmoid
 from anabranch.test_time.likeliest import likeliest
 
-__all__ = ["TASK", "Shape", "likeliest_shape", "moved", "odds_left", "question_prior", "williams_weights"]
+__all__ = ["ROUNDING", "TASK", "Shape", "likeliest_shape", "moved", "odds_left", "question_prior", "williams_weights"]
 
-# No question is surely solved, or surely not; nor are those that one sample leaves.
+# Whoever only says that a question is surely solved, or surely not, is believed up to here; and no task tells that of what one sample
+# leaves none more can be solved, or all. What was counted is held off 0 and 1 by `ROUNDING` alone: a model may well solve one sample in a
+# million.
 EDGE = 1e-3
 LARGEST_SHIFT = 1e6
 # Where s is looked for: below, a question is all right or all wrong; above, the prediction is as good as exact.
@@ -61,21 +64,22 @@ class Shape:
     def correlation(self, mean_Q: Any, odds_Q: Any, shift_Q: Any) -> np.ndarray:
         """How much samples of one question go together beyond what is predicted of it; float64 ``[Q]``. Arguments as `likeliest_shape`.
 
-        (E p^2 - mu^2) / (mu (1 - mu)) = ((m s + 1) / (s + 1) - mu) / (1 - mu), which is 1 / (s + 1) without a ceiling; 1 for s of the task.
+        (E p^2 - mu^2) / (mu (1 - mu)) = (m (1 - g) s + 1) / (s + 1), which is 1 / (s + 1) without a ceiling; 1 for s of the task.
         """
         if self.total is None:
             return np.ones(np.shape(mean_Q))
-        _, ceiling_Q = _ceiling(mean_Q, odds_Q + self.level + self.slope * shift_Q)
-        return ((mean_Q / ceiling_Q * self.total + 1) / (self.total + 1) - mean_Q) / (1 - mean_Q)
+        mean_Q = np.asarray(mean_Q, np.float64)
+        left_Q, ceiling_Q = _ceiling(mean_Q, 1 - mean_Q, odds_Q + self.level + self.slope * shift_Q)
+        return (mean_Q / ceiling_Q * (1 - left_Q) * self.total + 1) / (self.total + 1)
 
 
 # Before anything is learned.
 TASK = Shape()
 
 
-def logit(chance: Any) -> np.ndarray:
-    """ln p / (1 - p), of chances that are held off 0 and 1."""
-    held = np.clip(chance, EDGE, 1 - EDGE)
+def logit(chance: Any, edge: Any = EDGE) -> np.ndarray:
+    """ln p / (1 - p), of chances that are held off 0 and 1: by `EDGE` what somebody says, by `ROUNDING` what was counted."""
+    held = np.clip(chance, edge, 1 - edge)
     return np.log(held) - np.log1p(-held)
 
 
@@ -83,7 +87,10 @@ def odds_left(curve: BetaTTSPM) -> float:
     """logit g0: ln of the odds that a question that one sample leaves unsolved can be solved, by the curve of its task."""
     solved = float(curve.value(1))
     left = max(float(curve.unsolved(1)), np.finfo(float).tiny)
-    return float(logit(max(0.0, float(curve.f_max) - solved) / left))
+    # Of a model that solves hardly any, more samples need not solve a thousandth of the others: as many as the first did will do.
+    least = float(np.clip(solved, ROUNDING, EDGE))
+    share_left = float(np.clip(max(0.0, float(curve.f_max) - solved) / left, least, 1 - EDGE))
+    return float(logit(share_left, ROUNDING))
 
 
 def question_prior(mean: float, total: float, kind: Kind = "parallel", *, ceiling: float = 1.0) -> BetaTTSPM:
@@ -108,10 +115,13 @@ def question_prior(mean: float, total: float, kind: Kind = "parallel", *, ceilin
 def moved(curve: BetaTTSPM, shift: float, shape: Shape = TASK) -> BetaTTSPM:
     """The curve of a question whose logit is predicted to be ``shift`` above that of its task. Raises InputError."""
     shift = finite("shift", shift, -LARGEST_SHIFT, LARGEST_SHIFT)
-    mean = float(np.clip(sigmoid(logit(curve.value(1)) + shift), EDGE, 1 - EDGE))
-    _, ceiling = _ceiling(mean, odds_left(curve) + shape.level + shape.slope * shift)
+    solved, unsolved = (max(float(of(1)), np.finfo(float).tiny) for of in (curve.value, curve.unsolved))
+    own_logit = float(np.clip(math.log(solved) - math.log(unsolved) + shift, *logit([0.0, 1.0], ROUNDING)))
+    # Both from the logit: of a chance near 1 a difference would leave no digit of what is left.
+    mean, rest = float(sigmoid(own_logit)), float(sigmoid(-own_logit))
+    left, ceiling = _ceiling(mean, rest, odds_left(curve) + shape.level + shape.slope * shift)
     total = min(float(curve.a + curve.b), MOST_SHAPE) if shape.total is None else shape.total
-    return question_prior(mean, total, curve.kind, ceiling=float(ceiling))
+    return BetaTTSPM(min(1.0, float(ceiling)), mean / ceiling * total, rest * float(left) / ceiling * total, curve.kind)
 
 
 def williams_weights(samples_Q: Any, rho: Any) -> np.ndarray:
@@ -161,7 +171,7 @@ def likeliest_shape(
         return None
     if len(told) > MOST_QUESTIONS:
         told = np.sort(np.random.default_rng(seed).choice(told, MOST_QUESTIONS, replace=False))
-    row_5Q = np.stack([np.clip(mean_Q, EDGE, 1 - EDGE), odds_Q, shift_Q, k_Q, n_Q])[:, told]
+    row_5Q = np.stack([np.clip(mean_Q, ROUNDING, 1 - ROUNDING), odds_Q, shift_Q, k_Q, n_Q])[:, told]
     found = likeliest(
         lambda theta_G3: _likelihood(theta_G3, row_5Q),
         _STARTS,
@@ -177,7 +187,7 @@ def _likelihood(theta_G3: np.ndarray, row_5Q: np.ndarray) -> np.ndarray:
     mean_Q, odds_Q, shift_Q, k_Q, n_Q = row_5Q
     log_total, level, slope = (of[:, None] for of in theta_G3.T)
     total, odds = np.exp(log_total), odds_Q + level + slope * shift_Q
-    left, ceiling = _ceiling(mean_Q, odds)
+    left, ceiling = _ceiling(mean_Q, 1 - mean_Q, odds)
     a, b = mean_Q / ceiling * total, (1 - mean_Q) * left / ceiling * total
     solvable = np.log(ceiling) + sum(
         sign * _log_gamma(x).astype(float)
@@ -188,7 +198,7 @@ def _likelihood(theta_G3: np.ndarray, row_5Q: np.ndarray) -> np.ndarray:
     return np.logaddexp(solvable, hopeless).sum(axis=1)
 
 
-def _ceiling(mean: Any, odds: Any) -> tuple[Any, Any]:
-    """g and f; odds of g are held where all chances are above 0 still."""
-    left = sigmoid(np.clip(odds, -12.0, 12.0))
-    return left, mean + (1 - mean) * left
+def _ceiling(mean: Any, rest: Any, odds: Any) -> tuple[Any, Any]:
+    """g and f, of mu and 1 - mu; odds of g are held where all chances are above 0 still, and no larger than a hopeless task's may be."""
+    left = sigmoid(np.clip(odds, logit(0.0, ROUNDING), 12.0))
+    return left, mean + rest * left

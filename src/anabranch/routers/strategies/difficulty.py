@@ -20,7 +20,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.strategy import Arrays, Facts
 from anabranch.routers.logistic import cross_entropy, fit_logistic, sigmoid
 from anabranch.test_time import BetaTTSPM
-from anabranch.test_time.difficulty import EDGE, TASK, Shape, likeliest_shape, logit, moved, williams_weights
+from anabranch.test_time.difficulty import ROUNDING, TASK, Shape, likeliest_shape, logit, moved, williams_weights
 
 # Fewer questions than these tell nothing of their words.
 LEAST_QUESTIONS = 30
@@ -79,7 +79,7 @@ class DifficultyEncoder:
             return False
         direction_DR = _directions(vector_QD)
         x_QF = np.concatenate([np.ones((len(vector_QD), 1)), vector_QD @ direction_DR], axis=1)
-        share_Q, offset_Q = correct_Q / samples_Q, logit(mean_Q)
+        share_Q, offset_Q = correct_Q / samples_Q, logit(mean_Q, ROUNDING)
         weight_Q = williams_weights(samples_Q, FIRST_RHO)
         base_Q = weight_Q * cross_entropy(offset_Q, share_Q)
         fold_Q = np.random.default_rng(seed).permutation(len(samples_Q)) % FOLDS
@@ -90,7 +90,7 @@ class DifficultyEncoder:
         if not better_Q.mean() > better_Q.std() / np.sqrt(len(better_Q)):
             return False
         ended_Q2 = np.stack([correct_Q, samples_Q], axis=1) if ended_Q2 is None else ended_Q2
-        held_Q = np.clip(sigmoid(held[best]), EDGE, 1 - EDGE)
+        held_Q = np.clip(sigmoid(held[best]), ROUNDING, 1 - ROUNDING)
         told_3Q = held_Q, odds_Q, held[best] - offset_Q
         shape = likeliest_shape(*told_3Q, *ended_Q2.T, seed=seed) or TASK
         weight_Q = williams_weights(samples_Q, shape.correlation(*told_3Q))

@@ -304,7 +304,8 @@ class Counting(Strategy):
             "questions": num_questions,
         }
         if own is not None:
-            known = {"chance": round(float(own.value(1)), 4), "of_task": round(float(curve.value(1)), 4)}
+            # Digits that count: of one right sample in a hundred thousand four behind the point show none.
+            known = {name: float(f"{of.value(1):.4g}") for name, of in (("chance", own), ("of_task", curve))}
             facts["difficulty"] = known | self.encoder.facts(model)
         return used, facts
 
