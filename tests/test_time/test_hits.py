@@ -1,5 +1,6 @@
 """Observed curves: Hit@n against all ways to draw, curves of questions that stopped early, and votes."""
 
+import tracemalloc
 from itertools import combinations, permutations
 
 import numpy as np
@@ -82,6 +83,44 @@ def test_a_vote_of_one_is_the_share_of_right_samples_and_ties_go_to_the_first():
     assert vote_curve(answer_QM, correct_QM, [1], draws=400)[0] == pytest.approx(correct_QM.mean(), abs=0.02)
     # Two that differ: the first drawn is given, so half of the time the right one.
     assert vote_curve([[0, 1]], [[1, 0]], [2], draws=2000)[0] == pytest.approx(0.5, abs=0.04)
+
+
+def every_pair(answer_QM, correct_QM, n_N, draws, seed):
+    """A vote as it is defined: each answer against each other one, in Q M^2."""
+    rng, right_N = np.random.default_rng(seed), np.zeros(len(n_N))
+    for _ in range(draws):
+        order_QM = rng.permuted(np.broadcast_to(np.arange(answer_QM.shape[1]), answer_QM.shape), axis=1)
+        drawn_QM = np.take_along_axis(answer_QM, order_QM, 1)
+        is_right_QM = np.take_along_axis(correct_QM, order_QM, 1)
+        for place, n in enumerate(n_N):
+            best_Q = (drawn_QM[:, :n, None] == drawn_QM[:, None, :n]).sum(2).argmax(1)
+            right_N[place] += is_right_QM[np.arange(len(best_Q)), best_Q].mean()
+    return right_N / draws
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 6), st.integers(0, 99))
+def test_a_vote_is_to_the_bit_that_of_each_answer_against_each_other(questions, samples, kinds, seed):
+    rng = np.random.default_rng(seed)
+    # Numbers need not be small, nor the same in two questions.
+    answer_QM = rng.integers(0, 2**40, (questions, kinds))[:, rng.integers(0, kinds, samples)]
+    answer_QM = rng.permuted(answer_QM, axis=1)
+    correct_QM = rng.random((questions, samples)) < 0.5
+    n_N = np.arange(1, samples + 1)
+    found = vote_curve(answer_QM, correct_QM, n_N, draws=5, seed=seed)
+    assert found.tolist() == every_pair(answer_QM, correct_QM, n_N, 5, seed).tolist()
+
+
+def test_a_vote_needs_memory_for_its_answers_and_not_for_their_pairs():
+    """It had a byte for each pair of answers to a question: here 200 MB."""
+    rng = np.random.default_rng(0)
+    answer_QM = rng.integers(0, 5, (50, 2000))
+    correct_QM = answer_QM == 0
+    vote_curve(answer_QM[:1, :2], correct_QM[:1, :2], [2], draws=1)
+    tracemalloc.start()
+    vote_curve(answer_QM, correct_QM, [1, 64, 2000], draws=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * answer_QM.size
 
 
 @given(st.lists(st.integers(1, 5).flatmap(lambda m: st.tuples(st.integers(0, m), st.just(m))), min_size=1, max_size=4))

@@ -139,12 +139,24 @@ def vote_curve(answer_QM: Any, correct_QM: Any, n_N: Any, *, draws: int = 64, se
     rng = np.random.default_rng(whole("seed", seed, 0))
     right_N = np.zeros(len(n_N))
     draws = whole("draws", draws, 1)
+    ballot_QM = _ballots(answer_QM)
     for _ in range(draws):
         order_QM = rng.permuted(np.broadcast_to(np.arange(answer_QM.shape[1]), answer_QM.shape), axis=1)
-        drawn_QM = np.take_along_axis(answer_QM, order_QM, 1)
+        drawn_QM = np.take_along_axis(ballot_QM, order_QM, 1)
         is_right_QM = np.take_along_axis(correct_QM, order_QM, 1)
-        same_QMM = drawn_QM[:, :, None] == drawn_QM[:, None, :]
         for place, n in enumerate(n_N):
-            best_Q = same_QMM[:, :n, :n].sum(2).argmax(1)
+            # Of each answer how often it is given among the first n; the first of those that are given most often is taken.
+            votes = np.bincount(drawn_QM[:, :n].ravel(), minlength=ballot_QM.size)
+            best_Q = votes[drawn_QM[:, :n]].argmax(1)
             right_N[place] += is_right_QM[np.arange(len(best_Q)), best_Q].mean()
     return right_N / draws
+
+
+def _ballots(answer_QM: np.ndarray) -> np.ndarray:
+    """Equal numbers for equal answers to one question, from 0 to below Q M, and no number for two questions; int64 ``[Q, M]``."""
+    order_QM = answer_QM.argsort(axis=1, kind="stable")
+    sorted_QM = np.take_along_axis(answer_QM, order_QM, 1)
+    is_new_QM = np.concatenate([np.zeros((len(answer_QM), 1), bool), sorted_QM[:, 1:] != sorted_QM[:, :-1]], axis=1)
+    ballot_QM = np.empty_like(answer_QM)
+    np.put_along_axis(ballot_QM, order_QM, is_new_QM.cumsum(axis=1), 1)
+    return ballot_QM + np.arange(len(answer_QM))[:, None] * answer_QM.shape[1]
