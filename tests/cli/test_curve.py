@@ -142,6 +142,27 @@ def test_answers_none_of_which_was_right_show_no_curve_and_give_no_config(run):
     assert row.split().count("-") == 3
 
 
+def test_one_question_has_no_interval_and_gives_no_config(run, place):
+    (place / "alone.jsonl").write_text(
+        json.dumps({"question": "q?", "samples": [True, False, False, True], "model": "small"})
+    )
+    code, out, err = run("routers curve alone.jsonl --json --quiet")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    [one] = told["curves"]
+    assert told["config"] == ""
+    assert (one["questions"], one["too_few_questions"], one["interval"], one["stop_interval"]) == (1, True, None, None)
+    code, out, err = run("routers curve alone.jsonl --picture alone.svg --quiet")
+    assert code == 0
+    assert err == (
+        "small: too few questions (1) to tell of others: no 95% is known, and no config is given for it; record at least 10\n"
+    )
+    row = out.splitlines()[2].split()
+    assert row[:4] == ["small", "all", "1", "4"]
+    assert row.count("-") == 1
+    assert "strategies" not in out
+
+
 def test_answers_with_their_texts_show_what_a_vote_delivers(run, place):
     rows = [
         {"question": f"q {at}?", "model": "small", "samples": [at % 2, 1, 0, 0], "answers": ["3", "3", "4", "4"]}

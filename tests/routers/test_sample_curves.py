@@ -97,9 +97,9 @@ def test_models_are_apart_and_one_without_several_samples_is_left_out():
     rows = [[[0, 1, 1], [1]], [[1, 0, 0], [0]]] * 8
     found = sample_curves(recorded(rows, models=("small", "large")))
     assert [one.model for one in found] == ["small"]
-    rows = [[[0, 1, 1], [1, 1, 0]], [[1, 0, 0], None]] * 8
+    rows = [[[0, 1, 1], [1, 1, 0]], [[1, 0, 0], None]] * 10
     found = sample_curves(recorded(rows, models=("small", "large")), eps={"small": 0.01, "large": 0.1})
-    assert [(one.model, one.questions, one.eps) for one in found] == [("small", 16, 0.01), ("large", 8, 0.1)]
+    assert [(one.model, one.questions, one.eps) for one in found] == [("small", 20, 0.01), ("large", 10, 0.1)]
     lines = tomllib.loads(config_lines(found, value_usd=0.5))["strategies"]
     assert [(name, of["model"], of["value_usd"]) for name, of in lines.items()] == [
         ("best-of-1", "small", 0.5),
@@ -115,6 +115,40 @@ def test_its_lines_are_a_strategy_that_begins_with_its_curve():
     n = np.array([1, 2, 8])
     assert made.priors.curve("small").value(n) == pytest.approx(one.curve.value(n), abs=2e-3)
     assert made.config.max_n == max(1, min(64, one.stop))
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_too_few_questions_have_a_curve_of_their_own_and_nothing_of_others(count):
+    """One had intervals of no width, and lines of a config as if that were sure."""
+    rows = [[[1, 0, 0, 0]], [[0, 1, 1, 0]], [[0, 0, 0, 1]]] * 3
+    (one,) = sample_curves(recorded(rows[:count]), eps=0.05)
+    assert (one.too_few, config_lines([one])) == (True, "")
+    # Each was solved by one of four; which a curve of so few points meets only about.
+    assert one.observed_N[-1] == pytest.approx(1.0)
+    assert one.curve.value(4) > 0.8
+    # All that can be: the ceiling from nothing to 1, and with gains that fall 1 / 0.05 samples less one.
+    assert one.interval["f_max"] == (pytest.approx(0, abs=1e-9), 1.0)
+    assert (one.interval["a"], one.interval["b"]) == ((0.0, np.inf), (0.0, np.inf))
+    assert one.stop_interval == (0.0, 19.0)
+    told = one.to_dict()
+    assert (told["too_few_questions"], told["interval"], told["stop_interval"]) == (True, None, None)
+    assert json.loads(json.dumps(told, allow_nan=False))["f_max"] == one.curve.f_max
+    assert not sample_curves(recorded((rows * 2)[:10]))[0].too_few
+
+
+def test_a_task_of_too_few_questions_takes_nothing_from_the_curve_of_all():
+    whole, few, many = sample_curves(recorded(outcomes(np.linspace(0.1, 0.9, 30), 4), ["a"] * 4 + ["b"] * 26))
+    assert (whole.too_few, few.too_few, many.too_few) == (False, True, False)
+    assert tomllib.loads(config_lines([whole, few, many]))["strategies"]["best-of"]["model"] == "small"
+
+
+def test_questions_that_do_not_differ_are_not_told_as_sure():
+    """Twelve, each with one right sample of four: to draw these again tells nothing, and had no width."""
+    (one,) = sample_curves(recorded([[[0, 1, 0, 0]]] * 12))
+    for name in ("f_max", "mean"):
+        low, high = one.interval[name]
+        assert high - low > 0.1
+    assert one.interval["mean"][0] < one.curve.mean < one.interval["mean"][1]
 
 
 def test_a_vote_may_end_below_what_any_choice_could_reach():

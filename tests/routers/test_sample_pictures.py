@@ -1,5 +1,6 @@
 """The picture of curves over samples: what each line, band, point and mark stands for."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -73,6 +74,14 @@ def test_the_legend_names_model_task_and_stop():
     assert axes.get_title("left") == "Samples that pay"
     assert axes.get_xlabel() == "samples"
     assert len(axes.collections) == 2
+
+
+def test_too_few_questions_have_no_band():
+    few = BetaTTSPM().fit(RIGHT[:9])
+    one = replace(made(), curve=few, observed_N=few.observed, questions=9)
+    (axes,) = draw([one, made()]).axes
+    assert len(axes.collections) == 1
+    assert len(axes.lines) == 6
 
 
 def test_rounds_are_called_so_and_a_title_stays():

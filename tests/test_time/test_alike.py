@@ -70,3 +70,27 @@ def test_every_curve_that_may_have_made_them_is_within(f_max, a, b, num_question
         told = bounds.parameters(("mean", "a", "b", "rho"))
         for name, value in (("f_max", f_max), ("rho", curve.rho)):
             assert told[name][0] - 1e-9 <= value <= told[name][1] + 1e-9
+
+
+@given(st.integers(1, 9), st.integers(0, 99), st.sampled_from([None, 0.5, 1.0]))
+def test_so_few_questions_bound_nothing_and_every_curve_lies_between(count, seed, ceiling):
+    right_QM = np.random.default_rng(seed).random((count, 4)) < 0.5
+    for made in (TTSPM(f_max=ceiling).fit(right_QM), BetaTTSPM(f_max=ceiling).fit(right_QM)):
+        assert made.too_few
+        if made.all_same is not None:
+            continue
+        told = made.interval(eps=0.01)
+        assert told["f_max"] == ((ceiling, ceiling) if ceiling else (pytest.approx(0, abs=1e-9), 1.0))
+        for name in made.names:
+            assert told[name][0] <= getattr(made, name) <= told[name][1]
+        assert told["saturation"] == (0.0, 100 * (ceiling or 1.0) - 1)
+        assert told["saturation"][0] <= made.saturation(0.01) <= told["saturation"][1]
+        low_N, high_N = made.band([0, 1, 8])
+        assert (low_N.tolist(), high_N.tolist()) == ([0, 0, 0], [0, ceiling or 1.0, ceiling or 1.0])
+
+
+def test_ten_questions_are_enough_and_curves_that_were_given_are_of_no_questions():
+    assert not TTSPM().fit(np.eye(10, dtype=int)).too_few
+    assert not BetaTTSPM(1.0, 1.0, 1.0).too_few
+    assert TTSPM().fit([0.2, 0.4], num_questions=9).too_few
+    assert not TTSPM().fit([0.2, 0.4]).too_few

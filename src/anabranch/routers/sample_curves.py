@@ -46,7 +46,7 @@ class SampleCurve:
         observed_N: share solved with 1 to N samples.
         curve: fitted to that.
         single: the same with one p. Of nothing but wrong answers, or right ones, neither holds more than bounds (`all_same`).
-        interval: of its parameters, see `Curve.interval`.
+        interval: of its parameters, see `Curve.interval`; of too few questions, all that can be.
         eps: gain from which one more sample is worth drawing.
         stop: samples after which one more gains no more than that.
         stop_interval: from where to where that may lie.
@@ -77,6 +77,11 @@ class SampleCurve:
         """0 where no answer was right, 1 where all were: both tell bounds and no curve. None otherwise."""
         return self.curve.all_same
 
+    @property
+    def too_few(self) -> bool:
+        """Whether it shows the curve of these questions, and nothing of others: no interval is known, and no config is given."""
+        return self.all_same is None and self.curve.too_few
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; null is what the outcomes do not tell."""
         points, is_told = np.arange(1, len(self.observed_N) + 1), self.all_same is None
@@ -92,14 +97,17 @@ class SampleCurve:
             "all_same": None if is_told else "right" if self.all_same else "wrong",
             "fitted": self.curve.value(points).tolist(),
             **{name: getattr(self.curve, name) if is_told else None for name in ("f_max", "a", "b")},
-            "interval": {
+            "too_few_questions": self.too_few,
+            "interval": None
+            if self.too_few
+            else {
                 name: [end if np.isfinite(end) else None for end in of]
                 for name, of in self.interval.items()
                 if name != "saturation"
             },
             "eps": self.eps,
             "stop": self.stop,
-            "stop_interval": list(self.stop_interval),
+            "stop_interval": None if self.too_few else list(self.stop_interval),
             "single": single if is_told else None,
             "lost": self.lost,
             "vote": None if self.vote is None else [[n, share] for n, share in self.vote.items()],
@@ -214,13 +222,15 @@ def _lost(part: Drawn) -> float | None:
 
 
 def config_lines(found: Sequence[SampleCurve], **fields: Any) -> str:
-    """TOML of a `best_of` for each model, which begins with its curve of all questions; of outcomes that show no curve there is none.
+    """TOML of a `best_of` for each model, which begins with its curve of all questions.
+
+    There is none of outcomes that show no curve, nor of too few questions, whose curve says nothing of those that will be asked.
 
     Args:
         found: curves.
         fields: further ones of each.
     """
-    whole = [one for one in found if one.task is None and one.all_same is None]
+    whole = [one for one in found if one.task is None and one.all_same is None and not one.too_few]
     strategies = {}
     for number, one in enumerate(whole, start=1):
         name = "best-of" if len(whole) == 1 else f"best-of-{number}"

@@ -13,6 +13,30 @@ from anabranch.test_time.figures import LEAST
 
 
 @dataclass(frozen=True)
+class Unknown:
+    """What so few questions tell of others that no interval of it can be given: what holds of every curve.
+
+    Attributes:
+        ceiling: that is known; None if not.
+    """
+
+    ceiling: float | None
+
+    def parameters(self, names: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+        """From where to where each may lie at all."""
+        told = {name: (0.0, math.inf) if name in ("a", "b") else (LEAST, 1.0) for name in names}
+        return told | {"f_max": (LEAST, 1.0) if self.ceiling is None else (self.ceiling, self.ceiling)}
+
+    def stop(self, eps: float) -> tuple[float, float]:
+        """Of N*: gain(n) <= F(n + 1) / (n + 1)."""
+        return 0.0, float(max(0, math.ceil((self.ceiling or 1.0) / eps) - 1))
+
+    def band(self, n_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of F(n), which is 0 at first."""
+        return np.zeros(len(n_N)), np.where(n_N > 0, self.ceiling or 1.0, 0.0)
+
+
+@dataclass(frozen=True)
 class Alike:
     """Outcomes of which none was another.
 

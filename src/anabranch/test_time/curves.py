@@ -23,7 +23,7 @@ import numpy as np
 
 from anabranch.bounds import LARGEST_INT, finite, shown, whole
 from anabranch.errors import InputError
-from anabranch.test_time.alike import Alike
+from anabranch.test_time.alike import Alike, Unknown
 from anabranch.test_time.figures import (
     LEAST,
     count,
@@ -45,6 +45,9 @@ from anabranch.test_time.fitting import (
 )
 
 Kind = Literal["parallel", "sequential"]
+
+# Of fewer questions a bootstrap tells next to nothing of others, and of one that it is as sure as can be.
+LEAST_QUESTIONS = 10
 
 # Of a and b: there the mixture is one p to the last digit.
 MOST_SHAPE = 1e15
@@ -101,6 +104,12 @@ class Curve:
     def all_same(self) -> int | None:
         """0 or 1 where no outcome that it was fitted to was another, so that they tell bounds and no curve; None otherwise."""
         return None if self._seen is None else self._seen.all_same
+
+    @property
+    def too_few(self) -> bool:
+        """Whether it was fitted to fewer than `LEAST_QUESTIONS`, so that it is of these alone and `interval` holds all that can be."""
+        seen = self._seen
+        return seen is not None and seen.num_questions is not None and seen.num_questions < LEAST_QUESTIONS
 
     def __repr__(self) -> str:
         if not self.is_fitted:
@@ -256,7 +265,8 @@ class Curve:
 
         Where all outcomes are the same a bootstrap tells nothing: then the exact bounds of that many draws or questions without an
         exception are given (`anabranch.test_time.alike`), from 0 to 1 or to infinity for what they do not bound. Of shares whose number of
-        questions is known, the questions are drawn from the fitted curve.
+        questions is known, and of questions that all had as many right samples, the questions are drawn from the fitted curve. Of fewer
+        than `LEAST_QUESTIONS` (10) it is not known where a parameter lies: then it is from where to where any curve's may.
 
         Args:
             level: share of such intervals that hold the truth.
@@ -268,9 +278,8 @@ class Curve:
         """
         level = finite("level", level, 0.0, 1.0)
         eps = None if eps is None else float(positive("eps", eps))
-        if self.all_same is not None:
-            alike = self._alike(1 - level)
-            return alike.parameters(self.names) | ({} if eps is None else {"saturation": alike.stop(eps)})
+        if (bounds := self._bounds(1 - level)) is not None:
+            return bounds.parameters(self.names) | ({} if eps is None else {"saturation": bounds.stop(eps)})
         found, ceiling = self._resampled(resamples, seed)
         assert self._seen is not None
         tail = 100 * (1 - level) / 2
@@ -286,8 +295,8 @@ class Curve:
     ) -> tuple[np.ndarray, np.ndarray]:
         """From where to where the share solved with ``n`` samples may lie: float64 ``[N]`` each. Arguments and errors as `interval`."""
         level, n_N = finite("level", level, 0.0, 1.0), np.atleast_1d(count("n", n))
-        if self.all_same is not None:
-            return self._alike(1 - level).band(n_N)
+        if (bounds := self._bounds(1 - level)) is not None:
+            return bounds.band(n_N)
         found, ceiling = self._resampled(resamples, seed)
         tail = 100 * (1 - level) / 2
         low_N, high_N = np.percentile(
@@ -303,11 +312,11 @@ class Curve:
         drawn = self._seen.resampled(self.value, resamples, np.random.default_rng(seed))
         return fit_family(drawn, self.family, self._seen.num_questions, self._fitted_fixed)
 
-    def _alike(self, tail: float) -> Alike:
-        """Of outcomes that are all the same."""
+    def _bounds(self, tail: float) -> Alike | Unknown | None:
+        """Of outcomes that are all the same, or that are of too few questions; None of others."""
         seen = self._seen
-        assert seen is not None
-        assert seen.all_same is not None
+        if seen is None or seen.all_same is None:
+            return Unknown(self._fitted_fixed) if self.too_few else None
         if seen.num_questions is None:
             raise unknown_questions()
         return Alike(seen.all_same, seen.num_questions, seen.num_points, seen.num_draws, self._fitted_fixed, tail)

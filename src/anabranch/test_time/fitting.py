@@ -110,11 +110,15 @@ class Observed:
         return len(self.curve_N)
 
     def resampled(self, value: Callable[[Any], Any], resamples: int, rng: np.random.Generator) -> np.ndarray:
-        """Curves of as many questions, drawn again: float64 ``[R, N]``. ``value`` is the fitted curve, where only shares are known."""
+        """Curves of as many questions, drawn again: float64 ``[R, N]``.
+
+        ``value`` is the fitted curve, which is drawn from where only shares are known, and where no question differs from another, so
+        that to draw these again would tell nothing.
+        """
         if self.num_questions is None:
             raise unknown_questions()
         num = self.num_questions
-        if self.row_QN is not None:
+        if self.row_QN is not None and (self.row_QN != self.row_QN[:1]).any():
             return rng.multinomial(num, np.full(num, 1 / num), size=resamples) @ self.row_QN / num
         solved_N = value(np.arange(self.num_points + 1))
         chance = np.append(np.diff(solved_N), 1 - solved_N[-1])

@@ -74,7 +74,7 @@ def curve(
     """Fit how the share of solved questions grows with answers, and tell how many of them pay.
 
     A row is a question with several samples of a model: {"question": "...", "samples": [true, false, ...]}, maybe with task and model, and
-    with what they said ("answers": ["...", ...]): then also what a vote delivers.
+    with what they said ("answers": ["...", ...]): then also what a vote delivers. Fewer than 10 questions give no 95% and no config.
 
     Example: anabranch gateway curve samples.jsonl --value 0.05 --cost 0.0004 --picture curve.svg
     """  # fmt: skip
@@ -154,13 +154,16 @@ def _draw(found: list[SampleCurve], place: Path, name: str, seed: int) -> None:
 
 
 def _print(found: list[SampleCurve]) -> None:
+    from anabranch.test_time.curves import LEAST_QUESTIONS
+
     rows, has_votes = [], any(one.vote is not None for one in found)
     for one in found:
         low, high = one.stop_interval
+        between = "-" if one.too_few else f"{math.floor(low):,} to {math.ceil(high):,}"
         rows.append([
             one.model, "all" if one.task is None else one.task, f"{one.questions:,}", f"{len(one.observed_N)}",
             f"{one.observed_N[0]:.3f}", f"{one.observed_N[-1]:.3f}", _between(one, "f_max"), _between(one, "a"), _between(one, "b"),
-            _told(one, f"{one.stop:,}"), f"{math.floor(low):,} to {math.ceil(high):,}", _told(one, f"{one.curve.value(one.stop):.3f}"),
+            _told(one, f"{one.stop:,}"), between, _told(one, f"{one.curve.value(one.stop):.3f}"),
             _told(one, f"{one.single_stop:,}"), *(["-" if one.vote is None else f"{list(one.vote.values())[-1]:.3f}"] if has_votes else []),
         ])  # fmt: skip
     headers = [
@@ -177,6 +180,12 @@ def _print(found: list[SampleCurve]) -> None:
         if one.all_same is not None:
             config = "; no config is given for it" if one.task is None else ""
             say(f"{name}: {_SAME[one.all_same]}, which bounds the curve and shows none{config}")
+        if one.too_few:
+            config = ", and no config is given for it" if one.task is None else ""
+            say(
+                f"{name}: too few questions ({one.questions}) to tell of others: no 95% is known{config}; "
+                f"record at least {LEAST_QUESTIONS}"
+            )
         if one.is_cut:
             say(f"{name}: drawn until one was right, so that the curve is that of survival")
         if one.vote is not None:
@@ -187,6 +196,8 @@ def _print(found: list[SampleCurve]) -> None:
 
 
 def _between(one: SampleCurve, name: str) -> str:
+    if one.too_few:
+        return f"{getattr(one.curve, name):.3g}"
     low, high = one.interval[name]
     return f"{getattr(one.curve, name):.3g} ({low:.3g}-{high:.3g})" if one.all_same is None else f"{low:.3g}-{high:.3g}"
 

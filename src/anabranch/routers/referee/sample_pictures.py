@@ -22,8 +22,10 @@ def draw(found: Sequence[SampleCurve], title: str = "", *, seed: int = 0) -> Fig
         for number, one in enumerate(shown):
             colour = SERIES[number]
             points = np.arange(1, len(one.observed_N) + 1)
-            low_N, high_N = one.curve.band(n_N, seed=seed)
-            axes.fill_between(n_N, low_N, high_N, color=colour, alpha=0.15, linewidth=0)
+            # Of too few questions it would be all there is.
+            if not one.too_few:
+                low_N, high_N = one.curve.band(n_N, seed=seed)
+                axes.fill_between(n_N, low_N, high_N, color=colour, alpha=0.15, linewidth=0)
             name = one.model if one.task is None else f"{one.model}, {one.task}"
             axes.plot(n_N, one.curve.value(n_N), color=colour, label=f"{name}: stop at {one.stop}")
             axes.plot(points, one.observed_N, MARKERS[number], color=colour, markersize=4)
