@@ -103,6 +103,52 @@ def test_what_was_cut_off_is_not_completed(delta, statuses, name, reason):
         assert len(told_done) == sum(status == "completed" for status in statuses[len(statuses) - len(calls) :])
 
 
+@pytest.mark.parametrize(("reason", "status"), [("stop", "completed"), ("length", "incomplete")])
+def test_an_answer_that_says_nothing_is_a_message_without_text(reason, status):
+    """It was one in a whole answer, and no item as events."""
+    last = events_of(ASKED, {"choices": [{"index": 0, "delta": {"role": "assistant"}, "finish_reason": reason}]})[-1]
+    for content in ("", None):
+        said = answer(content=content)
+        said["choices"][0]["finish_reason"] = reason
+        for output in (to_response(ASKED, said)["output"], last["response"]["output"]):
+            [item] = output
+            assert (item["type"], item["status"], item["content"][0]["text"]) == ("message", status, "")
+
+
+def test_what_was_cut_off_while_it_thought_has_no_message():
+    said = answer(content="", reasoning_content="hm")
+    said["choices"][0]["finish_reason"] = "length"
+    [item] = to_response(ASKED, said)["output"]
+    assert (item["type"], item["status"]) == ("reasoning", "incomplete")
+
+
+def test_log_probabilities_of_what_is_held_back_come_with_the_text():
+    chunks = [
+        {"choices": [{"index": 0, "delta": {"content": text}, "logprobs": {"content": [{"token": token}]}}]}
+        for text, token in (("a", "a"), ("", "<"), ("<b", "b"))
+    ]
+    last = events_of(ASKED, *chunks)[-1]["response"]
+    [part] = last["output"][0]["content"]
+    assert (part["text"], [one["token"] for one in part["logprobs"]]) == ("a<b", ["a", "<", "b"])
+
+
+def test_without_events_the_response_is_the_same():
+    chunk = {"choices": [{"index": 0, "delta": {"content": "so"}, "finish_reason": "stop"}]}
+    silent = ResponseStream(ASKED, tells=False)
+    assert b"".join([*silent.begin(), *silent.add(chunk), *silent.end()]) == b""
+    told = events_of(ASKED, chunk)[-1]["response"]
+    for response in (silent.response, told):
+        assert (response["status"], response["output"][0]["content"][0]["text"]) == ("completed", "so")
+
+
+def test_what_had_come_before_a_failure_is_told():
+    made = ResponseStream(ASKED)
+    chunk = {"choices": [{"index": 0, "delta": {"content": "so"}}]}
+    raw = [*made.begin(), *made.add(chunk), *made.add(chunk), *made.fail("it broke", None)]
+    last = next(read_data(raw[-1]))["response"]
+    assert (last["status"], last["output"][0]["content"][0]["text"]) == ("failed", "soso")
+
+
 def test_the_model_is_the_one_that_was_told_last():
     one = {"choices": [{"index": 0, "delta": {"content": "a"}}]}
     first, *_, last = events_of(ASKED, one, {**one, "model": "m-1"}, {**one, "model": "m-2"}, one)

@@ -162,6 +162,101 @@ def test_a_call_that_is_cut_off_is_not_completed():
     assert made.status == "incomplete"
 
 
+@pytest.fixture(scope="module")
+def speaking():
+    with Speaking(QWEN3) as asked:
+        yield asked
+
+
+PATCH = {"type": "custom", "name": "patch", "description": "Changes a file."}
+SAYINGS = [
+    "Yes. ",
+    "  ",
+    " and so on\n",
+    CALL,
+    '<tool_call>\n{"name": "patch", "arguments": {"input": "a\\nb"}}\n</tool_call>',
+    "<tool_call>\n{",
+]
+
+
+def without_ids(response):
+    """All that a response says, but for what is another each time."""
+    gone = {"id", "call_id", "created_at"}
+    items = [{name: value for name, value in item.items() if name not in gone} for item in response["output"]]
+    return {name: value for name, value in response.items() if name not in gone} | {"output": items}
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from(["", "<think>\nSo, so.\n</think>\n\n", "<think>\n</think>"]),
+    st.lists(st.sampled_from(SAYINGS), max_size=4),
+    st.floats(0, 1.1),
+    st.booleans(),
+    st.booleans(),
+)
+def test_whole_and_as_events_a_response_is_the_same_wherever_it_is_cut(
+    speaking, thought, said, share, is_parallel, scored
+):
+    """Text behind a call was another item in one of them and not in the other, and so its status was; nothing at all was an item in one."""
+    speaking.script.say = thought + "".join(said)
+    most = max(1, round(share * len(speaking.tokenizer.encode(speaking.script.say))))
+    body = {
+        "model": "fake",
+        "input": "hi",
+        "tools": [TOOL, PATCH],
+        "max_output_tokens": most,
+        "parallel_tool_calls": is_parallel,
+    }
+    # Thoughts have no log probabilities here, and which tokens are told beside the last of them is chance.
+    body |= {"include": ["message.output_text.logprobs"]} if scored and not thought else {}
+    whole = speaking.server.ask("/v1/responses", body)[2]
+    raw = speaking.server.ask("/v1/responses", {**body, "stream": True})[2].decode()
+    event = json.loads(raw.rstrip().rpartition("\ndata: ")[2])
+    assert without_ids(event["response"]) == without_ids(whole)
+    assert event["type"] == f"response.{whole['status']}"
+    *others, last = whole["output"]
+    # What calls say is whole or not; all else ends before the next begins.
+    assert all(item["status"] == "completed" for item in others if "call" not in item["type"])
+    if "call" not in last["type"]:
+        assert last["status"] == whole["status"]
+    elif whole["status"] == "completed":
+        assert last["status"] == "completed"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_tells_what_it_was_sampled_by(stream):
+    """The makers of a model say what is gone by where a request does not; 1.0 was told."""
+    script = Script(say="Yes.")
+    with serving(
+        script, Reader(ByteTokenizer.Config().build(), {"temperature": 0.6, "top_p": 0.9, "top_k": 20})
+    ) as running:
+        for given_fields, wanted in (
+            ({}, (0.6, 0.9)),
+            ({"temperature": 0.0}, (0.0, 0.9)),
+            ({"top_p": 1.0}, (0.6, 1.0)),
+        ):
+            body = {"model": "fake", "input": "hi", "stream": stream, **given_fields}
+            found = running.ask("/v1/responses", body)[2]
+            responses = [found]
+            if stream:
+                lines = [line for line in found.decode().splitlines() if line.startswith("data: ")]
+                told = [json.loads(line.removeprefix("data: ")) for line in lines]
+                responses = [event["response"] for event in told if "response" in event]
+                assert len(responses) == 3
+            for response in responses:
+                assert (response["temperature"], response["top_p"]) == wanted
+            sampling = script.requests[-1].sampling
+            assert (sampling.temperature, sampling.top_p) == wanted
+
+
+def test_many_log_probabilities_are_told_too():
+    """Of a whole answer with more than a thousand none were."""
+    with serving(Script(say="x" * 1100)) as running:
+        body = {"model": "fake", "input": "hi", "include": ["message.output_text.logprobs"]}
+        made = running.ask("/v1/responses", body)[2]
+    assert len(made["output"][0]["content"][0]["logprobs"]) == 1100
+
+
 def test_calls_come_back_and_are_answered():
     with serving(Script(say=f"Let me see. {CALL}\n{CALL}")) as running:
         with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:

@@ -1,6 +1,6 @@
 """``/v1/responses``: read as a chat and answered as one, in the form of OpenAI's Responses API (`anabranch.web.responses`)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,14 @@ from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import ChatShape
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import said
-from anabranch.web.responses import ResponseStream, to_chat, to_response
+from anabranch.web.responses import ResponseStream, to_chat
 
 # Of this API alone; what asks for nothing passes.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,), "truncation": ("disabled",), "n": (1,), "max_tool_calls": (), "context_management": ([],),
 }  # fmt: skip
+# Fields of a response that tell how it was sampled.
+_USED = ("temperature", "top_p")
 # What a field of chat is called here. Items are not messages: several make one.
 _NAMES = {
     "messages": FieldName("input"),
@@ -48,19 +50,33 @@ def read_response(
 
 
 class ResponseShape(ChatShape):
-    """``/v1/responses``: what a chat says, in this form."""
+    """``/v1/responses``: what a chat says, in this form; whole it is what the events of its stream come to."""
 
     # Its streams end with their last event.
     ending = b""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._body = dict(self.request.response_of or {})
-        self._events, self._has_started = ResponseStream(self._body), False
+        # What the engine went by, which the model's makers say where the request does not.
+        used = {name: getattr(self.request.sampling, name) for name in _USED}
+        body = {**(self.request.response_of or {}), **used}
+        self._events, self._has_started = ResponseStream(body, tells=self.request.is_stream), False
+
+    def take(self, change: ChoiceDelta) -> None:
+        """See `Shape`."""
+        for chunk in self.chunks(change):
+            for _ in self._events.add(chunk):
+                pass
 
     def whole(self) -> dict[str, Any]:
         """See `Shape`."""
-        return to_response(self._body, {**super().whole(), "choices": list(self._choices())})
+        for _ in (*self._events.add({"usage": self.usage()}), *self._events.end()):
+            pass
+        return self._events.response
+
+    def _rows(self, values: int, make: Callable[[], Iterable[Any]]) -> list[Any]:
+        """See `Shape`: they are taken into the response, so they are made at once."""
+        return list(make())
 
     def is_long(self, changes: Sequence[ChoiceDelta]) -> bool:
         """See `Shape`; no log probabilities are told, nor routes."""

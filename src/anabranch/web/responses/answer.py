@@ -48,8 +48,9 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     blocks = message.get("thinking_blocks") or sealed_blocks(details_in(message))
     if thought_in(message) or blocks:
         output.append(sealed(reasoning_item(new_id("rs"), thought_in(message)), blocks, body))
-    if message.get("content") is not None or message.get("refusal"):
-        text, refusal = _as_text(message.get("content")), message.get("refusal") or ""
+    text, refusal = _as_text(message.get("content")), message.get("refusal") or ""
+    # An answer that says nothing at all is a message without text, as its stream has it.
+    if text or refusal or not (output or message.get("tool_calls") or images_of(message)):
         output.append(message_item(new_id("msg"), text, refusal, logprobs=logprobs_of(choice)))
     custom = custom_names(body)
     for call in message.get("tool_calls") or ():

@@ -24,10 +24,19 @@ _TEXTS = {"text": "output_text", "refusal": "refusal", "reasoning": "reasoning_t
 
 
 class ResponseStream:
-    """Turns the chunks of a chat stream into the events of a streamed response: `begin`, `add` each chunk, `end` or `fail`."""
+    """Turns the chunks of a chat stream into the events of a streamed response: `begin`, `add` each chunk, `end` or `fail`.
 
-    def __init__(self, body: dict[str, Any]) -> None:
-        self._body, self._made = body, response_of(body, body.get("model"), None)
+    Attributes:
+        response: as of its last event.
+
+    Args:
+        body: the request, as it came.
+        tells: whether there are events; without, each is empty, and the response is all that is made.
+    """
+
+    def __init__(self, body: dict[str, Any], *, tells: bool = True) -> None:
+        self._body, self._tells = body, tells
+        self._made = self.response = response_of(body, body.get("model"), None)
         self._number = -1
         self._output: list[dict[str, Any]] = []
         # The message or reasoning that is being told, and what its last part is: "text", "refusal" or "reasoning".
@@ -36,6 +45,10 @@ class ResponseStream:
         self._calls: dict[int, dict[str, Any]] = {}
         # Of calls of custom tools, by id, the arguments that have come: what stands in them is told once it is whole.
         self._custom, self._arguments = custom_names(body), dict[str, str]()
+        # What has come of that part, which its item has once it ends.
+        self._pieces: list[str] = []
+        # Log probabilities of tokens whose text is held back still.
+        self._scores: list[Any] = []
         self._thoughts: list[dict[str, Any]] = []
         self._details: list[Any] = []
         self._beside: dict[str, Any] = {}
@@ -61,9 +74,12 @@ class ResponseStream:
                 ("text", delta.get("content")),
                 ("refusal", delta.get("refusal")),
             )
+            scores, self._scores = self._scores + logprobs_of(choice), []
+            if not any(text for _, text in texts) and not delta.get("tool_calls"):
+                self._scores = scores
             for kind, text in texts:
                 if text:
-                    yield from self._add_text(kind, text, logprobs_of(choice) if kind == "text" else [])
+                    yield from self._add_text(kind, text, scores if kind == "text" else [])
                 if kind == "reasoning" and (delta.get("thinking_blocks") or (self._details and self._item is None)):
                     yield from self._add_thoughts(delta.get("thinking_blocks") or [])
             for image in images_of(delta):
@@ -80,20 +96,28 @@ class ResponseStream:
             yield from self._add_thoughts([])
             yield from self._close_item()
         yield from self._close_calls(is_cut=is_cut)
-        made = finished(self._made, self._output, self._reason, self._usage, self._beside)
+        if not self._output:
+            yield from self._open_part("text")
+            yield from self._close_item("incomplete" if is_cut else "completed")
+        self.response = made = finished(self._made, self._output, self._reason, self._usage, self._beside)
         yield self._event(f"response.{made['status']}", response=made)
 
     def fail(self, message: str, code: str | None) -> Iterator[bytes]:
         """Instead of the end."""
+        self._put_together()
         failed = {**self._made, "status": "failed", "output": self._output}
         failed["error"] = {"code": code or "server_error", "message": message}
+        self.response = failed
         yield self._event("response.failed", response=failed)
 
     def _event(self, name: str, /, **fields: Any) -> bytes:
         self._number += 1
+        if not self._tells:
+            return b""
         return event({"type": name, "sequence_number": self._number, **fields}, name)
 
-    def _add_text(self, kind: str, text: str, logprobs: list[Any]) -> Iterator[bytes]:
+    def _open_part(self, kind: str) -> Iterator[bytes]:
+        """Begin what the text is part of, unless it goes on."""
         is_thought = kind == "reasoning"
         if self._item is not None and (self._item["type"] == "reasoning") != is_thought:
             yield from self._close_item()
@@ -109,7 +133,12 @@ class ResponseStream:
             self._part = kind
             item["content"].append(part_of(kind, ""))
             yield self._event("response.content_part.added", **self._where(item), part=item["content"][-1])
-        item["content"][-1]["refusal" if kind == "refusal" else "text"] += text
+
+    def _add_text(self, kind: str, text: str, logprobs: list[Any]) -> Iterator[bytes]:
+        yield from self._open_part(kind)
+        item = self._item
+        assert item is not None
+        self._pieces.append(text)
         more: dict[str, Any] = {}
         if kind == "text":
             item["content"][-1]["logprobs"] += logprobs
@@ -129,12 +158,19 @@ class ResponseStream:
     def _close_part(self) -> Iterator[bytes]:
         if self._part is None or self._item is None:
             return
+        self._put_together()
         part, kind, item = self._item["content"][-1], self._part, self._item
         field = "refusal" if kind == "refusal" else "text"
         more: dict[str, Any] = {"logprobs": part["logprobs"]} if kind == "text" else {}
         yield self._event(f"response.{_TEXTS[kind]}.done", **self._where(item), **{field: part[field]}, **more)
         yield self._event("response.content_part.done", **self._where(item), part=part)
         self._part = None
+
+    def _put_together(self) -> None:
+        """Give the part that is being told its text."""
+        if self._item is not None and self._part is not None:
+            self._item["content"][-1]["refusal" if self._part == "refusal" else "text"] += "".join(self._pieces)
+        self._pieces = []
 
     def _close_item(self, status: str = "completed") -> Iterator[bytes]:
         if self._item is None:
