@@ -19,6 +19,7 @@ from anabranch.lm.quantized_layers import Bits
 from anabranch.lm.seen_model import check_unchanged, see_model
 from anabranch.nn import kernels
 from anabranch.nn.nf4 import quantize_nf4
+from anabranch.serving.answering import answer_settings
 from anabranch.serving.config import Quantize, ServingConfig
 from anabranch.serving.depth import DepthConfig
 from anabranch.serving.engine.cut import Cut
@@ -73,7 +74,8 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     )
     engine = engine_of(loaded, config)
     numbers = f"{dtype_of(config)} {loaded.quantize}"
-    engine.info = replace(engine.info, files=seen, numbers=numbers)
+    adapters = {one["name"]: one["version"] for one in engine.adapters.shelf.facts()}
+    engine.info = replace(engine.info, files=seen, numbers=numbers, settings=answer_settings(config, adapters))
     check_unchanged(seen, config.model)
     if engine.runner.cut is not None:
         engine.runner.cut.agree(f"{seen.content} {numbers}", config.model)

@@ -64,6 +64,7 @@ class EngineInfo:
         tasks: names of the tasks that the model itself goes by; none where it does not.
         files: that the model was read from, as they were; none where it was not read from files.
         numbers: type and bits in which it computes; empty where nobody says.
+        settings: what else of its config changes answers, see `anabranch.serving.answering`; empty where nobody says.
     """
 
     model: str
@@ -88,6 +89,7 @@ class EngineInfo:
     tasks: tuple[str, ...] = ()
     files: SeenFiles = field(default_factory=SeenFiles)
     numbers: str = ""
+    settings: str = ""
 
     def check_streams(self, num_streams: int | None) -> None:
         """Raises InputError for a number of parallel streams that a request cannot have."""

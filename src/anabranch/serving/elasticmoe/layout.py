@@ -84,6 +84,12 @@ class Layout:
         return tuple(matrices[0].experts for matrices in self.layers)
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Names of the types of all numbers."""
+        experts = {matrix.dtype for matrices in self.layers for matrix in matrices}
+        return tuple(sorted({tensor.dtype for tensor in self.dense} | experts))
+
+    @property
     def expert_bytes(self) -> tuple[int, ...]:
         """Memory of one expert of each layer, padding included."""
         return tuple(sum(matrix.block for matrix in matrices) for matrices in self.layers)

@@ -6,6 +6,7 @@ from anabranch.data.tokenizer import load_tokenizer
 from anabranch.errors import ConfigError
 from anabranch.lm.checkpoint import load_config
 from anabranch.lm.tensors import build_empty
+from anabranch.serving.answering import answer_settings
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.elasticmoe.backend import Backend, backend_of
 from anabranch.serving.elasticmoe.config import ElasticConfig
@@ -64,6 +65,9 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
         num_layers=model.num_layers,
         skips_tokens=prunes,
         depth=config.depth.usually(routes=False, prunes=prunes),
+        # Devices compute in what is stored.
+        numbers=f"{' '.join(layout.dtypes)} stored",
+        settings=answer_settings(config),
     )
     size = num_blocks * config.block_tokens * shape.bytes_per_token
     return limits, info, 2 * padded(size // 2, layout.page)

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from anabranch import __version__
@@ -30,11 +31,16 @@ VALUE_CHARACTERS = 64
 MOST_APART = 256
 
 
+# Of an engine, what says nothing of its answers: how much room there is, and how experts come.
+NOT_ANSWERS = ("num_blocks", "block_tokens", "experts")
+
+
 def fingerprint(info: EngineInfo) -> str:
     """``system_fingerprint``: differs where the same seed may give other tokens."""
-    facts = f"{__version__} {info.model} {info.vocab_size} {info.max_positions} {sorted(info.routed_layers.items())}"
-    facts += f" {info.files.content} {info.numbers}"
-    return f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+    facts = {field.name: getattr(info, field.name) for field in fields(info) if field.name not in NOT_ANSWERS}
+    # Wherever they lie, and whenever they were written.
+    facts |= {"files": info.files.content, "routed_layers": sorted(info.routed_layers.items())}
+    return f"fp_{hashlib.sha256(repr((__version__, facts)).encode()).hexdigest()[:12]}"
 
 
 class Shape:
