@@ -191,16 +191,28 @@ def test_a_damaged_file_is_told(places, tmp_path, change, message):
         load_fitted(folder, mixture(places["theirs"]))
 
 
-def test_experts_without_names_are_told_by_their_layers(places, tmp_path):
-    """Of a config that was written by hand."""
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": (3, 3)}, r"ranks is \[2, 3\], and the model's is \[3, 3\]"),
+        ({"alphas": (1.0, 2.0)}, r"alphas is \[2.0, 3.0\], and the model's is \[1.0, 2.0\]"),
+        ({"rslora": True}, "rslora is False, and the model's is True"),
+        ({"closed": (1,)}, r"closed is \[\], and the model's is \[1\]"),
+        ({"router_group": None}, "router_group is 'qkv', and the model's is None"),
+        ({"router_group": "other"}, "router_group is 'qkv', and the model's is 'other'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_experts_without_names_are_told_by_their_layers(places, tmp_path, changes, message):
+    """Of a config that was written by hand: in all that its tensors do not tell, and what it computes depends on."""
     linears = {"*.attention.[qkv]": MixedLowRank.Config(ranks=(2, 3), router_group="qkv")}
     model = put_on(places["ours"][0](), linears)
     task = MixtureTask(MixtureTask.Config(), model=model, data=Labelled.of(ROWS, "ab"))
     (tmp_path / "kept").mkdir()
     task.save(tmp_path / "kept", model, model.state_dict())
     load_fitted(tmp_path / "kept", put_on(places["ours"][0](), linears, seed=3))
-    other = {"*.attention.[qkv]": MixedLowRank.Config(ranks=(3, 3), router_group="qkv")}
-    with pytest.raises(CheckpointError, match=r"ranks is \[2, 3\], and the model's is \[3, 3\]"):
+    other = {name: config.replace(**changes) for name, config in linears.items()}
+    with pytest.raises(CheckpointError, match=message):
         load_fitted(tmp_path / "kept", put_on(places["ours"][0](), other))
 
 

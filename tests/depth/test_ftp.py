@@ -192,6 +192,23 @@ def test_column_means_leave_padding_and_sinks_out():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("window", [None, 2])
+def test_column_means_know_nothing_of_a_query_that_sees_no_key(window):
+    """Padding in front sees nothing, not even itself: its weights are NaN, which times 0 is NaN still, of every key."""
+    query, key = torch.randn(2, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    place, real_BS = torch.arange(5)[None], torch.tensor([[0, 0, 1, 1, 1]]).bool()
+    options = {"query_position_BQ": place, "key_position_BS": place}
+    for elements in (None, 5, 10):
+        padded = column_means(
+            query, key, Looks(0.5, window), query_real_BQ=real_BS, key_real_BS=real_BS, **options, elements=elements
+        )
+        alone = {name: value[:, 2:] for name, value in options.items()}
+        torch.testing.assert_close(
+            padded[:, 2:], column_means(query[:, :, 2:], key[:, :, 2:], Looks(0.5, window), **alone)
+        )
+        assert not padded[:, :2].any()
+
+
 class Largest(TorchDispatchMode):
     """Notes the most numbers that a tensor made here has."""
 

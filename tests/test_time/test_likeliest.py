@@ -16,9 +16,11 @@ def test_the_top_of_a_parabola_is_found():
     assert found == pytest.approx(top, abs=1e-3)
 
 
-def test_a_ridge_is_followed_that_no_neighbour_lies_on():
+@pytest.mark.parametrize("scale", [(1e-2, 1.0, 30.0), (1e-3, 1.0, 1e3), (1e-2, 30.0, 1e4)])
+def test_a_ridge_is_followed_that_no_neighbour_lies_on(scale):
+    """The narrower ones by the parabola alone: all neighbours are lower than the middle, from the start on."""
     turn, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))
-    top, scale = np.array([1.0, -2.0, 1.5]), np.array([1e-2, 1.0, 30.0])
+    top = np.array([1.0, -2.0, 1.5])
     found = likeliest(lambda at: -(((at - top) @ turn) ** 2 * scale).sum(1), START, BOUND, step_3=STEP)
     assert found == pytest.approx(top, abs=0.02)
 

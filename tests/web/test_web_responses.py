@@ -149,6 +149,22 @@ def test_what_had_come_before_a_failure_is_told():
     assert (last["status"], last["output"][0]["content"][0]["text"]) == ("failed", "soso")
 
 
+@pytest.mark.parametrize("pieces", [['{"input": "a b'], ["", '{"inp', 'ut": "a b'], ['{"input"']])
+def test_of_a_custom_call_that_was_cut_off_what_came_is_told_as_it_is(pieces):
+    """Whole and as events: what is no whole object has no input that could be taken out of it."""
+    arguments = "".join(pieces)
+    whole = answer(tool_calls=[call(arguments)])
+    whole["choices"][0]["finish_reason"] = "length"
+    first = {**call(pieces[0]), "index": 0}
+    deltas = [first, *({"index": 0, "function": {"arguments": piece}} for piece in pieces[1:])]
+    chunks = [{"choices": [{"index": 0, "delta": {"tool_calls": [delta]}, "finish_reason": None}]} for delta in deltas]
+    events = events_of(ASKED, *chunks, {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    for item in (*to_response(ASKED, whole)["output"], *events[-1]["response"]["output"], *done):
+        assert (item["type"], item["status"], item["input"]) == ("custom_tool_call", "incomplete", arguments)
+    assert len(done) == 1
+
+
 def test_the_model_is_the_one_that_was_told_last():
     one = {"choices": [{"index": 0, "delta": {"content": "a"}}]}
     first, *_, last = events_of(ASKED, one, {**one, "model": "m-1"}, {**one, "model": "m-2"}, one)
