@@ -84,6 +84,24 @@ def test_transforms_of_functions_are_those_of_the_numbers(name):
         torch.testing.assert_close(transform(layer), transform(plain))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tangents_of_a_bias_come_with_those_of_what_goes_in_and_alone(dtype):
+    """The bias is kept in float32, and the product is in the type of what goes in."""
+    weight, bias, of_bias = torch.randn(ROWS, DEPTH), torch.randn(ROWS), torch.randn(ROWS)
+    x, tangent = torch.randn(4, DEPTH).to(dtype), torch.randn(4, DEPTH).to(dtype)
+    ours = lambda x, bias: linear_remade(x, weight.to, bias)  # noqa: E731
+    plain = lambda x, bias: F.linear(x, weight.to(dtype), bias.to(dtype))  # noqa: E731
+    for part, given, tangents in (
+        (lambda call: call, (x, bias), (tangent, of_bias)),
+        (lambda call: lambda bias: call(x, bias), (bias,), (of_bias,)),
+        (lambda call: lambda x: call(x, bias), (x,), (tangent,)),
+    ):
+        found, wanted = (torch.func.jvp(part(call), given, tangents) for call in (ours, plain))
+        assert found[1].dtype == wanted[1].dtype == dtype
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_a_mixture_in_few_bits_has_the_gradients_of_its_numbers_and_keeps_no_matrix(bits):
     model = Decoder.Config(
