@@ -13,7 +13,7 @@ BOUND_S = 60.0
 
 @contextmanager
 def a_master(**settings):
-    with Master("127.0.0.1:0", **{"heartbeat_s": 0.2, "dead_s": 2.0, "connect_s": 4.0, **settings}) as master:
+    with Master("127.0.0.1:0", **{"heartbeat_s": 0.2, "dead_s": 30.0, "connect_s": 30.0, **settings}) as master:
         yield master
 
 
@@ -26,7 +26,9 @@ class Peer:
 
     def __init__(self, address, work, number=0, world=1, **settings):
         self.work, self.number, self.world = work, number, world
-        self.communicator = Communicator(address, **{"idle_s": 4.0, "connect_s": 4.0, "master_wait_s": 6.0, **settings})
+        self.communicator = Communicator(
+            address, **{"idle_s": 60.0, "connect_s": 30.0, "master_wait_s": 30.0, **settings}
+        )
         self.value = self.error = None
         self.is_killed = False
         self.thread = threading.Thread(target=self._run, daemon=True)

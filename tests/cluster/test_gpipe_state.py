@@ -116,12 +116,13 @@ class Held(nn.Module):
 
 def test_a_stage_that_hangs_is_told_and_the_pipe_goes_on_when_it_has_ended():
     held = Held()
-    pipe = GPipe(nn.Sequential(nn.Linear(2, 2), held, nn.Linear(2, 2)), balance=[1, 1, 1], timeout_s=0.3)
+    pipe = GPipe(nn.Sequential(nn.Linear(2, 2), held, nn.Linear(2, 2)), balance=[1, 1, 1], timeout_s=2.0)
     x = torch.randn(4, 2)
     for _ in range(2):
         # In the second nothing is begun.
         with pytest.raises(TimeoutError, match="stage 1 did not end within"):
             pipe.step(x, x, F.mse_loss)
+        pipe.timeout_s = 0.1
     assert held.passes == 1
     held.go.set()
     pipe.timeout_s = 30.0

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_names_that_are_looked_up_at_a_time_are_bounded(monkeypatch, slow_names)
 
 
 def test_a_name_of_many_addresses_takes_no_longer_than_there_is_time(monkeypatch):
-    """Each once had five seconds of its own."""
+    """Each once had five seconds of its own. By a clock that goes on by what is waited."""
+    now = [100.0]
     with socket.create_server(("127.0.0.1", 0)) as server:
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", server.getsockname())] * 4
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
@@ -56,20 +58,18 @@ def test_a_name_of_many_addresses_takes_no_longer_than_there_is_time(monkeypatch
 
         def connect(self, address):
             tried.append(self.gettimeout())
-            time.sleep(self.gettimeout())
+            now[0] += self.gettimeout()
             raise TimeoutError("timed out")
 
         silent = type("Silent", (socket.socket,), {"connect": connect})
         with monkeypatch.context() as patched:
             patched.setattr(socket, "socket", silent)
-            began = time.monotonic()
+            patched.setattr(addresses, "time", SimpleNamespace(monotonic=lambda: now[0]))
             with pytest.raises(TimeoutError):
-                addresses.connected("many.example", 1, began + 0.4)
-            took = time.monotonic() - began
-        assert len(tried) == 4
-        assert sum(tried) < 0.5 < 4.0 > took
+                addresses.connected("many.example", 1, 100.4)
+        assert tried == pytest.approx([0.1] * 4)
         # And the first that answers is taken.
-        addresses.connected("many.example", 1, time.monotonic() + 10.0).close()
+        addresses.connected("many.example", 1, time.monotonic() + 60.0).close()
 
 
 def neighbour(way, server, key):
@@ -109,7 +109,7 @@ def test_a_newcomer_whose_name_is_resolved_slowly_is_sent_away_alone(slow_names)
 
     def work(number, peers):
         if number == 0:
-            late.append(Peer(master.address, lambda _, mine: None, 9, advertise="newcomer.slow:5000", connect_s=0.3))
+            late.append(Peer(master.address, lambda _, mine: None, 9, advertise="newcomer.slow:5000", connect_s=1.0))
         failed, is_over = 0, torch.zeros(1)
         while not is_over:
             try:
@@ -121,7 +121,7 @@ def test_a_newcomer_whose_name_is_resolved_slowly_is_sent_away_alone(slow_names)
             assert peers.all_reduce(is_over, op="max").world == 2
         return failed
 
-    # The master would wait for 2.1 s.
-    with a_master(connect_s=0.3, dead_s=1.5) as master:
-        assert together(master.address, 2, work, connect_s=8.0) == [2, 2]
+    # The master would wait for 32 s.
+    with a_master(connect_s=1.0) as master:
+        assert all(failed >= 2 for failed in together(master.address, 2, work))
         assert isinstance(late[0].wait().error, Kicked)

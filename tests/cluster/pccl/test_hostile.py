@@ -92,7 +92,7 @@ def test_a_vote_of_lists_within_lists_ends_its_peer_alone(tmp_path, depth, what)
         sock = socket.create_connection(parse_address(master.address, 0), timeout=60)
         with sock:
             hello = {"purpose": "join", "group": 1, "pool": 1, "host": "", "port": 1}
-            call(sock, b"", hello, time.monotonic() + 10)
+            call(sock, b"", hello, time.monotonic() + 60)
             deep = f'{{"what": "{what}", "req": 1, "tag": 1, "descriptor": {{}}, "why": {"[" * depth}{"]" * depth}}}'.encode()
             sock.sendall(HEADER.pack(len(deep), Kind.VOTE, 0) + deep)
             data = bytearray()
@@ -162,7 +162,7 @@ def test_a_newcomer_whose_host_is_none_is_not_let_in_and_nobody_else_notices():
             sock = socket.create_connection(parse_address(master.address, 0), timeout=60)
             hello = {"purpose": "join", "group": 0, "pool": 1, "host": host, "port": 1}
             with sock, pytest.raises(Refused, match="no host"):
-                call(sock, b"", hello, time.monotonic() + 10)
+                call(sock, b"", hello, time.monotonic() + 60)
         late = Peer(master.address, lambda number, mine: None, advertise="no.such.name.invalid:1", connect_s=0.5)
         lost = 0
         while not late.error:
@@ -188,7 +188,7 @@ def test_who_calls_takes_four_kibibytes_before_a_proof_as_well():
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         with socket.create_connection(server.getsockname(), timeout=60) as sock, pytest.raises(WireError, match="4096"):
-            call(sock, b"s", {"purpose": "join"}, time.monotonic() + 10)
+            call(sock, b"s", {"purpose": "join"}, time.monotonic() + 60)
         thread.join(60)
 
 
@@ -266,7 +266,7 @@ def test_a_peer_that_counts_what_cannot_be_is_accused_by_who_measures_it(told):
     with pytest.raises(LinkError, match="could not be measured") as error:
         bandwidth.measure(
             Place(7, "127.0.0.1", served.getsockname()[1], 1), secret=b"", run="run", me=1, seconds=0.02, streams=1,
-            deadline=time.monotonic() + 10, congestion=None,
+            deadline=time.monotonic() + 60, congestion=None,
         )  # fmt: skip
     assert error.value.accused == 7
     liar.join(60)

@@ -21,7 +21,7 @@ class Two:
         connect_s: for them.
     """
 
-    def __init__(self, pool=1, connect_s=6.0):
+    def __init__(self, pool=1, connect_s=50.0):
         self.links = [Links(KEY, connect_s, None) for _ in range(2)]
         self.listeners = [Listener("127.0.0.1", 0, KEY, {"link": links.offer}) for links in self.links]
         for listener in self.listeners:
@@ -65,7 +65,7 @@ def test_links_of_rings_that_were_given_up_take_no_place(monkeypatch):
             two.build(epoch, [unreached])
             assert len(two.links[1]._offers) <= 4
         for links in two.links:
-            links.connect_s = 10.0
+            links.connect_s = 50.0
         assert two.build(5) == {0: None, 1: None}
         assert [len(links.to_next) for links in two.links] == [4, 4]
         assert not two.links[0]._offers
@@ -76,10 +76,10 @@ def test_links_of_rings_that_were_given_up_take_no_place(monkeypatch):
 def test_who_fills_the_places_for_links_takes_none_of_others(monkeypatch, epoch):
     """Anybody who was told the name of the run can offer links that nobody awaits."""
     monkeypatch.setattr(module, "_MOST_OFFERS", 6)
-    with Two(connect_s=10.0) as two:
+    with Two() as two:
         for index in range(module._MOST_OFFERS + 8):
             hello = {"purpose": "link", "run": "run", "epoch": epoch, "from": 5 + index, "index": 0}
-            call_peer(two.places[1], KEY, "run", hello, time.monotonic() + 5)[0].close()
+            call_peer(two.places[1], KEY, "run", hello, time.monotonic() + 60)[0].close()
         until(lambda: len(two.links[1]._offers) == module._MOST_OFFERS)
         assert len(two.links[1]._offers) == module._MOST_OFFERS
         assert two.build(2) == {0: None, 1: None}
@@ -150,19 +150,22 @@ def test_links_that_come_after_the_end_are_closed():
 
 def test_over_a_long_way_calls_do_not_wait_for_each_other(monkeypatch):
     """64 links of three round trips each, of 0.1 s, would take 19 s one after another."""
-    counted, most, lock = [0], [0], threading.Lock()
+    counted, most, lock, are_many = [0], [0], threading.Lock(), threading.Event()
 
     def far(place, secret, run, hello, deadline, congestion=None):
         with lock:
             counted[0] += 1
             most[0] = max(most[0], counted[0])
-        time.sleep(0.02)
+        if most[0] > 2:
+            are_many.set()
+        # None goes on before others have begun.
+        assert are_many.wait(60)
         with lock:
             counted[0] -= 1
         return call_peer(place, secret, run, hello, deadline, congestion)
 
     monkeypatch.setattr(module, "call_peer", far)
-    with Two(pool=24, connect_s=10.0) as two:
+    with Two(pool=24) as two:
         assert two.build(1) == {0: None, 1: None}
         # Each number of a link is that of the other end.
         for index in range(24):

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import select
 import socket
 import threading
 import time
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from anabranch.errors import DataError, InputError
 from pccl_peers import Killed, Peer, a_master, together
 from waiting import until
 
-QUICK = {"heartbeat_s": 0.1, "dead_s": 2.0, "connect_s": 4.0}
+QUICK = {"heartbeat_s": 0.1, "dead_s": 30.0, "connect_s": 30.0}
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +179,7 @@ def test_peers_let_in_only_those_of_their_run(master):
     with Communicator(master.address) as peers:
         for key in (b"", b"|", b"|" + b"0" * 32):
             with connected(f"127.0.0.1:{peers._listener.port}") as sock, pytest.raises((Refused, WireError, OSError)):
-                call(sock, key, {"purpose": "state", "names": [], "revision": 0, "idle_s": 1}, time.monotonic() + 5)
+                call(sock, key, {"purpose": "state", "names": [], "revision": 0, "idle_s": 1}, time.monotonic() + 60)
         key = b"|" + peers.run.encode()
         for hello in (
             {"purpose": "link", "epoch": "x", "from": 0, "index": 0},
@@ -186,7 +188,7 @@ def test_peers_let_in_only_those_of_their_run(master):
             {"purpose": "format", "disk": "c"},
         ):
             with connected(f"127.0.0.1:{peers._listener.port}") as sock, pytest.raises((Refused, WireError, OSError)):
-                call(sock, key, {"run": peers.run, **hello}, time.monotonic() + 5)
+                call(sock, key, {"run": peers.run, **hello}, time.monotonic() + 60)
         assert peers.all_reduce(torch.ones(1)).alone
 
 
@@ -198,10 +200,34 @@ def test_half_a_message_and_silence_hold_nobody_up(monkeypatch):
         half = connected(quick.address)
         half.sendall(HEADER.pack(100, Kind.HELLO, 0) + b"{")
         with silent, half, Communicator(quick.address) as peers:
+            for line in list(quick._lines.values()):
+                # For longer than anybody may be silent.
+                line.heard -= 100.0 * (line.peer not in (None, peers.peer))
             assert until_closed(silent)[-1].kind == Kind.KICK
             assert until_closed(half) == []
             assert peers.all_reduce(torch.ones(1)).alone
         assert works(quick.address)
+
+
+def test_a_master_that_stands_still_in_the_midst_of_a_turn_misses_nobody(monkeypatch):
+    """It looked for what peers had sent, stood still, as its machine or a slow disk may, and took its own silence for theirs."""
+    stood = [0.0]
+    with a_master() as slow, Communicator(slow.address) as peers:
+        monkeypatch.setattr(module_of_master, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + stood[0]))
+        served, has_stood = slow._serve, threading.Event()
+
+        def serve(key, events):
+            served(key, events)
+            if not has_stood.is_set():
+                stood[0] += 1000.0
+                # Meanwhile signs of life have come, which are not read yet.
+                for line in list(slow._lines.values()):
+                    assert select.select([line.sock], [], [], 60)[0]
+                has_stood.set()
+
+        monkeypatch.setattr(slow, "_serve", serve)
+        assert has_stood.wait(60)
+        assert peers.all_reduce(torch.ones(1)).alone
 
 
 def test_more_peers_than_it_takes():
@@ -222,10 +248,9 @@ def test_a_peer_that_takes_nothing_is_dropped(master, monkeypatch):
     monkeypatch.setattr(module_of_master, "_MOST_UNSENT", 1 << 16)
     sock, _ = joined(master.address)
     with sock, Communicator(master.address) as peers:
-        sock.settimeout(0.5)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         beat = packed(Kind.BEAT) * 20_000
-        with pytest.raises((ConnectionError, TimeoutError)):
+        with pytest.raises(ConnectionError):
             deque((sock.sendall(beat) for _ in range(1000)), maxlen=0)
         assert peers.all_reduce(torch.ones(1)).alone
 
@@ -305,7 +330,7 @@ def test_a_peer_that_dies_while_there_is_no_master_is_missed_by_the_next(tmp_pat
 def test_without_a_journal_the_run_is_over_and_peers_are_told():
     first = Master("127.0.0.1:0", **QUICK).start()
     address = first.address
-    with Communicator(address, master_wait_s=5.0) as peers:
+    with Communicator(address, master_wait_s=60.0) as peers:
         first.stop()
         with Master(address, **QUICK), pytest.raises(Kicked, match="not in this run"):
             peers.all_reduce(torch.ones(1))
@@ -322,11 +347,11 @@ def test_a_master_that_serves_already_is_begun_once():
 def test_who_gives_up_while_the_master_is_away_is_told_when_it_is_back(tmp_path, how):
     """What it withdraws then goes to no connection."""
     is_over = threading.Event()
-    limits = {"wait_s": 1.0} if how == "wait_s" else {"gives_up": is_over.is_set}
-    journal, told = tmp_path / "j", []
-    old = Master("127.0.0.1:0", journal=journal, heartbeat_s=0.1, dead_s=8.0).start()
+    limits = {} if how == "wait_s" else {"gives_up": is_over.is_set}
+    journal, told, limit_s = tmp_path / "j", [], 2.0 if how == "wait_s" else None
+    old = Master("127.0.0.1:0", journal=journal, heartbeat_s=0.1, dead_s=30.0).start()
     with Communicator(old.address) as first:
-        late = Peer(old.address, lambda _, mine: told.append(waits(mine)), 1, master_wait_s=20.0, **limits)
+        late = Peer(old.address, lambda _, mine: told.append(waits(mine, limit_s)), 1, master_wait_s=60.0, **limits)
 
         def is_in():
             if first.world_size < 2:
@@ -337,14 +362,16 @@ def test_who_gives_up_while_the_master_is_away_is_told_when_it_is_back(tmp_path,
         until(lambda: any(waits_for(member, "sync") for member in old.state.members.values()))
         old.stop()
         is_over.set()
-        time.sleep(1.2)
+        # It has taken back what it asked for.
+        until(lambda: [vote for vote in list(late.communicator._line._open.values()) if vote.is_withdrawn])
         with restarted(old, journal):
             late.wait()
             assert told == [False]
 
 
-def waits(peers):
+def waits(peers, limit_s):
     """Whether what ended this peer's wait for others may be tried again."""
+    peers._wait_s = limit_s
     with pytest.raises(PeerLost) as told:
         peers.sync_shared_state(SharedState({"x": torch.ones(1)}, revision=1))
     return told.value.retryable
@@ -457,7 +484,7 @@ def test_a_false_master_s_answers_are_no_way_to_hang():
             with sock:
                 while called.hello is None:
                     sock.sendall(called.answer(receive_frame(sock, time.monotonic() + 60)))
-                told = {"peer": 0, "token": "t", "run": "r", "heartbeat_s": 1.0, "dead_s": 5.0, "connect_s": 10.0}
+                told = {"peer": 0, "token": "t", "run": "r", "heartbeat_s": 1.0, "dead_s": 60.0, "connect_s": 60.0}
                 sock.sendall(packed(Kind.WELCOME, told))
                 vote = receive_frame(sock, time.monotonic() + 60)
                 # A collective, and nothing of what belongs to one.

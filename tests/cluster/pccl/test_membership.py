@@ -37,7 +37,8 @@ def test_who_does_not_want_to_wait_withdraws_and_goes_on(master):
 
 
 def test_who_waits_for_peers_that_do_not_come_gives_up_in_time(master):
-    with Communicator(master.address, wait_s=0.3) as peers:
+    with Communicator(master.address) as peers:
+        peers._wait_s = 0.3
         with pytest.raises(PeerLost, match=r"1 of 2 peers were there after 0\.3 s"):
             in_time(lambda: peers.wait_for(2))
         assert peers.all_reduce(torch.ones(1)).alone

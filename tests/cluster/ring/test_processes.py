@@ -85,7 +85,7 @@ def test_a_process_outside_of_the_group_is_told_so(ran):
 
 
 def test_a_rank_that_does_not_come_is_named():
-    """By those that wait for it; in time, and not when the group gives up."""
+    """By those that wait for it, while it is away; not when the group gives up, which is after the test."""
     said = run_ranks(ring_ranks.alone, 2)
     assert said[0].startswith("PeerError: rank 1 did not")
     assert said[1] == "was away"

@@ -128,7 +128,7 @@ def test_the_others_wait_where_nothing_runs():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "stopped", "first"])
-def test_whoever_is_lost_the_others_say_so_in_time(how):
+def test_whoever_is_lost_the_others_say_so(how):
     victim = 0 if how == "first" else 2
     with Ranks(3, cut_ranks.lost, how, timeout_s=60) as ranks:
         ranks.expect_end(victim)
@@ -137,7 +137,6 @@ def test_whoever_is_lost_the_others_say_so_in_time(how):
     for said in found:
         assert said.startswith("RankLost: ")
         assert "start all processes again" in said
-        assert said.endswith("after less than 15 s")
 
 
 @pytest.mark.slow

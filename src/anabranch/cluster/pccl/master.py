@@ -188,6 +188,8 @@ class Master:
     # The loop
 
     def _turn(self) -> None:
+        # What came before this is read below. So nobody is missed because the master itself stood still in the midst of a turn.
+        asked = time.monotonic()
         for key, events in self._selector.select(self.times.heartbeat_s / 4):
             self._goes_on(self._serve, key, events)
         now = time.monotonic()
@@ -195,7 +197,7 @@ class Master:
             rings, is_late = self._done.popleft()
             self._goes_on(self.state.solved, rings, is_late=is_late, now=now)
         for line in list(self._lines.values()):
-            self._goes_on(self._miss, line, now)
+            self._goes_on(self._miss, line, asked)
         self._goes_on(self.state.tick, now)
         self._goes_on(self._tell)
 

@@ -183,7 +183,7 @@ class Transfers {
       if (one == nullptr) return;
       running_.push_back(one.get());
       lock.unlock();
-      const int64_t result = seconds_per_byte_ > 0 ? paced(*one, buffer) : moved(*one, buffer);
+      const int64_t result = seconds_per_byte_ > 0 ? paced(*one, buffer) : moved(*one, buffer, [](int64_t) {});
       lock.lock();
       running_.remove(one.get());
       endings_.emplace_back(one->id, result);
@@ -193,26 +193,28 @@ class Transfers {
     }
   }
 
-  // As over a wire: one at a time, each in the time that its bytes take.
+  // As over a wire: one at a time, each of its pieces in the time that its bytes take.
   int64_t paced(const Transfer &one, Buffer &buffer) {
     Lock wire(wire_);
     const auto start = Clock::now();
-    int64_t bytes = 0;
-    for (const Piece &piece : one.pieces) bytes += piece.bytes;
-    const int64_t result = moved(one, buffer);
-    if (result == 0) std::this_thread::sleep_until(start + std::chrono::duration<double>(seconds_per_byte_ * bytes));
-    return result;
+    return moved(one, buffer, [&](int64_t bytes) {
+      std::this_thread::sleep_until(start + std::chrono::duration<double>(seconds_per_byte_ * bytes));
+    });
   }
 
-  int64_t moved(const Transfer &one, Buffer &buffer) {
+  // `after` is called behind each piece, with the bytes so far.
+  template <typename After>
+  int64_t moved(const Transfer &one, Buffer &buffer, After after) {
+    int64_t bytes = 0;
     for (const Piece &piece : one.pieces) {
       if (is_cancelled(one)) return CANCELLED;
       if (piece.kind == MEMORY) {
         std::memcpy(piece.target, reinterpret_cast<const char *>(piece.from), static_cast<size_t>(piece.bytes));
-        continue;
+      } else {
+        const int64_t got = piece.kind == DIRECT ? direct(piece, buffer) : cached(piece);
+        if (got != piece.bytes) return got < 0 ? -got : EIO;
       }
-      const int64_t got = piece.kind == DIRECT ? direct(piece, buffer) : cached(piece);
-      if (got != piece.bytes) return got < 0 ? -got : EIO;
+      after(bytes += piece.bytes);
     }
     return 0;
   }
