@@ -56,7 +56,7 @@ class Redis:
             self._socket.parent,
         )
         self._process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while not self._answers():
             assert time.monotonic() < until, "redis-server does not start"
             assert self._process.poll() is None, "redis-server ended"
@@ -83,6 +83,19 @@ class Redis:
     def go_on(self):
         """See `hang`."""
         os.kill(self._process.pid, signal.SIGCONT)
+
+
+def wait_for_it(shared, timeout_s):
+    """Have links wait for an answer for so long from now on: a test of a server that hangs need not be one of how quick it is before."""
+    for one in shared:
+        one.link._config = one.link._config.replace(timeout_s=timeout_s)
+
+
+async def end_leases(link, held):
+    """Let all leases be over that are there, as if their time had passed."""
+    found = await link.run(lambda client: client.zrange(held, 0, -1))
+    assert found
+    await link.run(lambda client: client.zadd(held, dict.fromkeys(found, 1)))
 
 
 @contextmanager

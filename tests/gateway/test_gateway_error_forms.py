@@ -113,7 +113,7 @@ def answers(tmp_path, monkeypatch, trouble):
     config = GatewayConfig(
         models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small")),)),),
         store=str(tmp_path / "g.db"),
-        limits=LimitsConfig(body_bytes=MOST_BYTES, body_timeout_s=0.2),
+        limits=LimitsConfig(body_bytes=MOST_BYTES, body_timeout_s=0.2 if trouble.status == 408 else 60.0),
         **{"require_key": False, "admin": AdminConfig(key=Secret("env:ADMIN_TEST_KEY")), **trouble.config},
     )
 

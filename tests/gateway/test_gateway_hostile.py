@@ -1,5 +1,6 @@
 """What clients send that they should not: each gets a clear answer or is dropped, and the gateway goes on."""
 
+import contextlib
 import gzip
 import http.client
 import json
@@ -16,25 +17,39 @@ require_key = false
 store = "hostile.db"
 [limits]
 body_bytes = 12_000_000
-header_timeout_s = 0.6
-body_timeout_s = 1.5
+header_timeout_s = {header_s}
+body_timeout_s = {body_s}
 [strategies.cheapest]
 kind = "cheapest"
 [[models]]
 name = "small"
-deployments = [{ provider = { kind = "mock" } }]
+deployments = [{{ provider = {{ kind = "mock" }} }}]
 """
 LINE = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
 HELLO = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    config = tmp_path_factory.mktemp("hostile") / "gateway.toml"
-    config.write_text(CONFIG)
+@contextlib.contextmanager
+def serving(folder, **times):
+    config = folder / "gateway.toml"
+    config.write_text(CONFIG.format(**times))
     with served("--config", str(config)) as running:
         yield running
         assert running.process.poll() is None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One that waits for what it is sent for as long as a busy machine may need to send it."""
+    with serving(tmp_path_factory.mktemp("hostile"), header_s=2 * PATIENCE_S, body_s=2 * PATIENCE_S) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory):
+    """One that waits for nobody."""
+    with serving(tmp_path_factory.mktemp("hasty"), header_s=0.6, body_s=1.5) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -137,9 +152,9 @@ def test_broken_chunks_are_a_400(server):
     assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 408"))
 
 
-def test_a_slow_body_is_a_408(server):
+def test_a_slow_body_is_a_408(hasty):
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 500\r\n\r\n{"
-    answer = raw(server, head)
+    answer = raw(hasty, head)
     assert answer.startswith(b"HTTP/1.1 408")
 
 
@@ -157,9 +172,9 @@ def test_who_waits_until_the_body_is_wanted_is_told_so(server, size):
 
 
 @pytest.mark.parametrize("begin", [b"", b"POST /v1/chat", b"POST / HTTP/1.1\r\nhost: localhost\r\nx-a: "])
-def test_slow_headers_are_dropped(server, begin):
+def test_slow_headers_are_dropped(hasty, begin):
     """Slowloris: a connection that never finishes its headers is closed, byte by byte or not at all."""
-    link = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
+    link = socket.create_connection(("127.0.0.1", hasty.port), timeout=PATIENCE_S)
     link.sendall(begin)
     link.setblocking(False)
 

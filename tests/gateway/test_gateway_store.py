@@ -853,7 +853,7 @@ def test_a_database_that_cannot_write_refuses_reservations_and_keeps_the_rest(tm
     from anabranch.gateway.store import writer
     from anabranch.gateway.store.database import BusyError
 
-    monkeypatch.setattr(writer, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(writer, "PATIENCE_S", 120.0)
     works, real = [True], writer.apply
 
     def failing(connection, *arguments):
@@ -868,8 +868,11 @@ def test_a_database_that_cannot_write_refuses_reservations_and_keeps_the_rest(tm
             held = await store.reserve("a", ["global"], 5)
             works[0] = False
             settled = store.settle(held, row("a", 5))
+            await until_async(lambda: store._writer.trouble)
+            monkeypatch.setattr(writer, "PATIENCE_S", 0.05)
             with pytest.raises(CapacityError, match="the store cannot write: database or disk is full"):
                 await store.reserve("b", ["global"], 5)
+            monkeypatch.setattr(writer, "PATIENCE_S", 120.0)
             assert not settled.done()
             works[0] = True
             await settled

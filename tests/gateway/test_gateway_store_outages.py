@@ -28,7 +28,8 @@ from anabranch.web.api_error import ApiError
 from gateway_process import SOURCE, served
 from waiting import until_async
 
-PATIENCE_S = 0.4
+# In an outage alone: what is well may take as long as a busy machine needs.
+PATIENCE_S, HASTE_S = 120.0, 0.4
 
 
 def row(request_id, cost=0, **fields):
@@ -142,7 +143,7 @@ def fault(request, tmp_path, monkeypatch):
         yield url, begin, end
 
 
-def test_an_outage_refuses_what_is_new_and_keeps_what_is_under_way(fault):
+def test_an_outage_refuses_what_is_new_and_keeps_what_is_under_way(fault, monkeypatch):
     url, begin, end = fault
 
     async def main():
@@ -150,6 +151,7 @@ def test_an_outage_refuses_what_is_new_and_keeps_what_is_under_way(fault):
             await store.set_budget("global", 10**9)
             held = await store.reserve("a", ["global"], 50)
             begin()
+            monkeypatch.setattr(writer, "PATIENCE_S", HASTE_S)
             # The decision is more than there may be room for in pages that are there.
             settled, decision = (
                 store.settle(held, row("a", 30)),
@@ -165,6 +167,7 @@ def test_an_outage_refuses_what_is_new_and_keeps_what_is_under_way(fault):
                     await attempt()
             assert not settled.done()
             assert not decision.done()
+            monkeypatch.setattr(writer, "PATIENCE_S", PATIENCE_S)
             end()
             await asyncio.wait_for(asyncio.gather(settled, decision), 60)
             await store.settle(await store.reserve("c", ["global"], 5), row("c", 1))
@@ -175,9 +178,8 @@ def test_an_outage_refuses_what_is_new_and_keeps_what_is_under_way(fault):
     asyncio.run(main())
 
 
-def test_a_short_outage_is_waited_out(fault, monkeypatch):
+def test_a_short_outage_is_waited_out(fault):
     url, begin, end = fault
-    monkeypatch.setattr(writer, "PATIENCE_S", 15.0)
 
     async def main():
         async with open_store(url) as store:
@@ -240,7 +242,7 @@ def test_faults_that_come_and_go_lose_nothing(tmp_path, monkeypatch, seed):
     asyncio.run(main())
 
 
-def test_the_gateway_says_503_and_is_back(tmp_path):
+def test_the_gateway_says_503_and_is_back(tmp_path, monkeypatch):
     provider = Mock.Config(model="small", tokens=4)
     model = ModelConfig(
         name="small", price=Price.of_dollars(1, 2), max_tokens=50, deployments=(DeploymentConfig(provider=provider),)
@@ -253,10 +255,12 @@ def test_the_gateway_says_503_and_is_back(tmp_path):
             with locked(tmp_path / "g.db") as (begin, end):
                 await gateway.achat(body)
                 begin()
+                monkeypatch.setattr(writer, "PATIENCE_S", HASTE_S)
                 found = await asyncio.gather(*(gateway.achat(body) for _ in range(5)), return_exceptions=True)
                 for error in found:
                     assert isinstance(error, ApiError)
                     assert (error.status, error.code, error.headers["Retry-After"]) == (503, "store_unavailable", "5")
+                monkeypatch.setattr(writer, "PATIENCE_S", PATIENCE_S)
                 end()
             await until_async(lambda: not gateway.store._writer._num_rows)
             await gateway.achat(body)
@@ -399,15 +403,17 @@ COMMON = """
 import asyncio, os, resource, sys, time
 from anabranch.errors import CapacityError
 from anabranch.gateway.store import LedgerRow, open_store, writer
-writer.PATIENCE_S, writer.WATCH_S, writer.TICK_S = 0.4, 0.1, 0.05
+writer.PATIENCE_S, writer.WATCH_S, writer.TICK_S = 60, 0.1, 0.05
 
-async def refused(store):
+async def refused(work):
+    writer.PATIENCE_S = 0.4
     try:
-        await store.reserve("refused", ["global"], 5)
+        await work
     except CapacityError:
         pass
     else:
-        raise AssertionError("it was granted")
+        raise AssertionError("it was done")
+    writer.PATIENCE_S = 60
 
 async def well(store, held, settled, left):
     await asyncio.wait_for(settled, 60)
@@ -450,13 +456,8 @@ async def main(path):
     store._writer._connection._drop()
     take()
     settled = store.settle(held, LedgerRow(request_id="held", cost_nano=3))
-    await refused(store)
-    try:
-        await store.key_of("nobody's")
-    except CapacityError:
-        pass
-    else:
-        raise AssertionError("it was read")
+    await refused(store.reserve("refused", ["global"], 5))
+    await refused(store.key_of("nobody's"))
     await asyncio.sleep(0.3)
     for one in taken:
         os.close(one)
@@ -486,7 +487,7 @@ async def main(path):
     folder.chmod(0o500)
     store._writer._connection._drop()
     settled = store.settle(held, LedgerRow(request_id="held", cost_nano=3))
-    await refused(store)
+    await refused(store.reserve("refused", ["global"], 5))
     await asyncio.sleep(0.3)
     folder.chmod(0o700)
     for one in files:
@@ -503,7 +504,7 @@ asyncio.run(main(sys.argv[1]))
 def ran(code, path):
     environment = {**os.environ, "PYTHONPATH": SOURCE, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60, env=environment
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=250, env=environment
     )
     assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr[-4000:]
     assert "Traceback" not in done.stderr

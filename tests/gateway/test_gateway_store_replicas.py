@@ -3,6 +3,7 @@
 import asyncio
 import os
 import tempfile
+import threading
 import time
 from datetime import UTC, datetime
 
@@ -14,7 +15,7 @@ from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store, writer
 from anabranch.gateway.store.batch import recover
 from anabranch.gateway.store.jobs import Do
 from anabranch.gateway.store.sqlite import SqliteDatabase
-from waiting import until_async
+from waiting import until, until_async
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 HOUR = 3600.0
@@ -46,10 +47,20 @@ async def give_up(store, other):
 @pytest.fixture
 def hasty(monkeypatch):
     """Signs of life come ten times as often, and are waited for as much shorter."""
+    _with_times(monkeypatch, 0.5)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """They come as often, and nobody is dead before `pass_a_lease`."""
+    _with_times(monkeypatch, 1e6)
+
+
+def _with_times(monkeypatch, lease_s):
     from anabranch.gateway.store import postgres
 
     for module, name, value in (
-        (postgres, "LEASE_S", 0.5),
+        (postgres, "LEASE_S", lease_s),
         (postgres, "BEAT_S", 0.1),
         (writer, "WATCH_S", 0.1),
         (writer, "TICK_S", 0.05),
@@ -57,17 +68,38 @@ def hasty(monkeypatch):
         monkeypatch.setattr(module, name, value)
 
 
+async def pass_a_lease(store, alive):
+    """As if ``store`` had seen the others as they are for longer than a lease; those that are ``alive`` give a sign after that."""
+    database, alive = store._database, [one._database.replica for one in alive]
+
+    def passed(connection):
+        found = dict(connection.rows("SELECT id, seen_us FROM replicas"))
+        until(
+            lambda: all(dict(connection.rows("SELECT id, seen_us FROM replicas"))[one] != found[one] for one in alive)
+        )
+        database._signs = {replica: (seen_us, -1e9) for replica, seen_us in found.items()}
+
+    await store._do(passed)
+    # It has looked once more.
+    await until_async(lambda: all(since_s >= 0 for _, since_s in database._signs.values()))
+
+
 # Alive or not
 
 
-def test_a_replica_whose_writer_is_busy_is_alive(databases, hasty):
+def test_a_replica_whose_writer_is_busy_is_alive(databases, patient):
     """Its writer is held up for three leases, while another looks all the time."""
-    url = databases()
+    url, is_over = databases(), threading.Event()
 
     async def main():
         async with open_store(url) as busy, open_store(url) as other:
             held = await busy.reserve("a", ["global"], 5)
-            await busy._do(lambda connection: connection.rows("SELECT pg_sleep(1.5)"))
+            busies = asyncio.ensure_future(busy._do(lambda connection: is_over.wait(60)))
+            for _ in range(3):
+                await pass_a_lease(other, [busy])
+            assert not busies.done()
+            is_over.set()
+            await busies
             assert await other.ledger() == []
             await busy.settle(held, row("a", 2))
             assert told(await other.ledger()) == [("a", "ok", 2, ())]
@@ -76,22 +108,22 @@ def test_a_replica_whose_writer_is_busy_is_alive(databases, hasty):
 
 
 def test_a_replica_that_says_nothing_any_more_is_dead(databases, hasty):
-    url = databases()
+    url, began = databases(), time.monotonic()
 
     async def main():
         async with open_store(url) as silent, open_store(url) as other:
             await silent.reserve("a", ["global"], 5)
             silent._database._ends.set()
-            began = time.monotonic()
             await until_async(other.ledger)
-            assert time.monotonic() - began > 0.3
+            # A lease, which did not begin before the test.
+            assert time.monotonic() - began > 0.5
             assert told(await other.ledger()) == [("a", "crashed", 5, ("recovered",))]
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize("leap_us", [-(10**15), 10**15])
-def test_a_clock_that_leaps_makes_nobody_dead_and_nobody_immortal(databases, hasty, leap_us):
+def test_a_clock_that_leaps_makes_nobody_dead_and_nobody_immortal(databases, patient, leap_us):
     url = databases()
 
     def leap(connection):
@@ -102,9 +134,10 @@ def test_a_clock_that_leaps_makes_nobody_dead_and_nobody_immortal(databases, has
             await silent.reserve("dead", ["global"], 5)
             await living.reserve("alive", ["global"], 5)
             silent._database._ends.set()
+            silent._database._beater.join()
             await other._do(leap)
-            await until_async(other.ledger)
-            await asyncio.sleep(0.7)
+            for _ in range(3):
+                await pass_a_lease(other, [living])
             assert told(await other.ledger()) == [("dead", "crashed", 5, ("recovered",))]
 
     asyncio.run(main())

@@ -12,15 +12,22 @@ import pytest
 from anabranch.errors import ConfigError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, MetricsConfig, ModelConfig
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.observe import access_log
 from anabranch.gateway.observe.access_log import AccessLog
 from anabranch.gateway.providers.mock import Mock
 from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
 from gateway_process import ask, call, mock_config, served
-from waiting import until
+from waiting import PATIENCE_S, until
 
 SECRET = "a-text-that-stays-out"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+@pytest.fixture(autouse=True)
+def _last_words(monkeypatch):
+    """A log that is closed writes what is left, however long its thread gets no time."""
+    monkeypatch.setattr(access_log, "LEAVE_S", PATIENCE_S)
 
 
 def lines(path):

@@ -19,8 +19,7 @@ from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.shared import AwayError, clears, leases, link
 from anabranch.gateway.store import RateLimits
-from redis_process import needs_redis, processes, redis_server
-from waiting import until_async
+from redis_process import end_leases, needs_redis, processes, redis_server, wait_for_it
 
 pytestmark = needs_redis
 
@@ -154,15 +153,17 @@ async def _levels(client, bucket, sums):
 
 def test_what_redis_did_while_it_was_too_slow_to_say_so_is_not_done_again(server, prefix):
     async def main():
-        async with processes(server, prefix, 1, timeout_s=0.2) as [shared]:
+        async with processes(server, prefix, 1) as [shared]:
             assert await shared.counts.admit("k", "1", 10, Limits(None, 100_000, None))
             shared.counts.correct("k", 50_000, 100_000)
             server.hang()
+            wait_for_it([shared], 0.2)
             try:
                 with pytest.raises(AwayError):
                     await shared.counts.tell()
             finally:
                 server.go_on()
+                wait_for_it([shared], 5.0)
             shared.link._retry_at = 0
             while not shared.link.is_up:
                 await shared.link.look()
@@ -225,8 +226,7 @@ def test_requests_under_way_are_counted_together(server, prefix):
 
 
 def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not(server, prefix, monkeypatch):
-    monkeypatch.setattr(leases, "LEASE_S", 1.0)
-    monkeypatch.setattr(leases, "RENEW_S", 0.05)
+    monkeypatch.setattr(leases, "RENEW_S", 0.0)
 
     async def main():
         async with processes(server, prefix) as shared:
@@ -235,20 +235,17 @@ def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not
             await gone.enter("k", "a", 1, limits)
             await lives.enter("other", "b", 1, limits)
             assert await told(lives.enter("k", "c", 1, limits)) == "max_in_flight"
-
-            async def is_let_in():
-                await shared[1].counts.tell()
-                return await told(lives.enter("k", "c", 1, limits)) == ""
-
-            await until_async(is_let_in)
+            # Of both; whoever lives says so.
+            await end_leases(shared[1].link, shared[1].counts._held_key("k"))
+            await shared[1].counts.tell()
+            assert await told(lives.enter("k", "c", 1, limits)) == ""
             assert await told(gone.enter("other", "d", 1, limits)) == "max_in_flight"
 
     asyncio.run(main())
 
 
 def test_a_lease_of_a_process_that_is_gone_ends_beside_those_of_one_that_lives(server, prefix, monkeypatch):
-    monkeypatch.setattr(leases, "LEASE_S", 1.0)
-    monkeypatch.setattr(leases, "RENEW_S", 0.05)
+    monkeypatch.setattr(leases, "RENEW_S", 0.0)
 
     async def main():
         async with processes(server, prefix) as shared:
@@ -257,12 +254,10 @@ def test_a_lease_of_a_process_that_is_gone_ends_beside_those_of_one_that_lives(s
             await gone.enter("k", "a", 1, limits)
             await lives.enter("k", "b", 1, limits)
             assert await told(lives.enter("k", "c", 1, limits)) == "max_in_flight"
-
-            async def is_let_in():
-                await shared[1].counts.tell()
-                return await told(lives.enter("k", "c", 1, limits)) == ""
-
-            await until_async(is_let_in)
+            # Of both; whoever lives says so.
+            await end_leases(shared[1].link, shared[1].counts._held_key("k"))
+            await shared[1].counts.tell()
+            assert await told(lives.enter("k", "c", 1, limits)) == ""
             assert await told(gone.enter("k", "d", 1, limits)) == "max_in_flight"
 
     asyncio.run(main())
@@ -321,11 +316,12 @@ def test_while_it_is_away_each_goes_on_with_its_own_and_says_so_once(prefix, cap
     monkeypatch.setattr(link, "RETRY_S", 0.0)
 
     async def main(server):
-        async with processes(server, prefix, timeout_s=0.1) as shared:
+        async with processes(server, prefix) as shared:
             one, two = admissions(shared)
             limits = Limits(2, None, 3)
             await one.enter("k", "a", 1, limits)
             getattr(server, how)()
+            wait_for_it(shared, 0.1)
             asked = [told(door.enter("k", f"{at}", 1, limits)) for at in range(4) for door in (one, two)]
             found = await asyncio.gather(*asked)
             # What each has let in itself counts on.
@@ -339,6 +335,7 @@ def test_while_it_is_away_each_goes_on_with_its_own_and_says_so_once(prefix, cap
             text = shared[0].link._metrics
             assert (text.up._value.get(), text.lost._value.get() > 0) == (0, True)
             server.go_on() if how == "hang" else server.start()
+            wait_for_it(shared, 5.0)
             while not all(one_shared.link.is_up for one_shared in shared):
                 for one_shared in shared:
                     await one_shared.link.look()
@@ -466,7 +463,7 @@ def test_a_breaker_is_told_later_where_it_cannot_be_told_now(prefix, monkeypatch
 
     async def main(server):
         clock = Clock()
-        async with processes(server, prefix, timeout_s=0.1) as shared:
+        async with processes(server, prefix) as shared:
             one, two = (dispatcher(each, clock) for each in shared)
             server.stop()
             fail(one.lives()[0], clock)

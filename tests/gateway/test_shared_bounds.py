@@ -58,7 +58,7 @@ def test_requests_that_were_counted_while_the_clock_was_ahead_are_of_the_last_mi
             await shared.link.run(lambda client: client.hset(rpm, mapping={part: 1, part + 1: 1}))
             full = await shared.rooms.take(deployment(rpm=2), "a", 1)
             assert 0 < full.wait_s <= 0.4
-            until = time.monotonic() + 20
+            until = time.monotonic() + 120
             while await shared.rooms.take(deployment(rpm=2), "b", 1) is not None:
                 assert time.monotonic() < until, "they count for ever"
                 await asyncio.sleep(0.02)
@@ -83,7 +83,7 @@ def test_leases_that_were_given_while_the_clock_was_ahead_end_as_new_ones_do(ser
                 return await refusal(shared.counts.admit("d", "a", 1, Limits(None, None, 1))) is not None
 
             assert await is_full()
-            until = time.monotonic() + 20
+            until = time.monotonic() + 120
             while await is_full():
                 assert time.monotonic() < until, "they are held for ever"
                 await asyncio.sleep(0.02)
@@ -99,7 +99,7 @@ def test_a_bucket_that_was_written_while_the_clock_was_ahead_fills_up(server, ta
             rpm, *_ = shared.counts._keys("k")
             ahead = {"level": 0, "at": (time.time() + DAY_S) * 1e3}
             await shared.link.run(lambda client: client.hset(rpm, mapping=ahead))
-            limits, until = Limits(6000, None, None), time.monotonic() + 20
+            limits, until = Limits(6000, None, None), time.monotonic() + 120
 
             def asked():
                 return shared.counts.admit("k", "a", 1, limits) if takes else shared.counts.look("k", limits)

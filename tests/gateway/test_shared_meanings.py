@@ -133,7 +133,7 @@ def test_of_many_all_are_known_up_to_a_bound(server, prefix, monkeypatch):
 @needs_redis
 def test_an_answer_ends_everywhere_when_the_first_one_does(server, prefix):
     async def main():
-        async with with_caches(server, prefix, ttl_s=0.3) as (shared, (one, two)):
+        async with with_caches(server, prefix, ttl_s=2.0) as (shared, (one, two)):
             keep(one, "k", 0.0, entry())
             await shared[0].meanings.close()
             assert await two.alike("k", CONTEXT, vector(0.0)) == entry()
@@ -179,7 +179,7 @@ def test_what_is_cleared_is_gone_in_all(server, prefix, tenant):
 @needs_redis
 def test_a_long_answer_and_one_while_it_is_away_stay_where_they_are(prefix):
     async def main(server):
-        async with with_caches(server, prefix, answer_bytes=400, timeout_s=0.1) as (shared, (one, two)):
+        async with with_caches(server, prefix, answer_bytes=400) as (shared, (one, two)):
             keep(one, "k", 0.0, entry(b"x" * 1000))
             await shared[0].meanings.close()
             assert await two.alike("k", CONTEXT, vector(0.0)) is None

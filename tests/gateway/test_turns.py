@@ -196,9 +196,15 @@ def test_what_waits_for_an_executor_that_is_shut_down_ends():
     """As what the executor had taken and not begun: nobody waits for it for ever."""
 
     async def main():
-        released, executor = threading.Event(), ThreadPoolExecutor(1)
+        began, released, executor = threading.Event(), threading.Event(), ThreadPoolExecutor(1)
         turns = Turns(executor)
-        pieces = [turns.put(whose, lambda: released.wait(60)) for whose in "abc"]
+
+        def work():
+            began.set()
+            released.wait(60)
+
+        pieces = [turns.put(whose, work) for whose in "abc"]
+        assert await asyncio.to_thread(began.wait, 60)
         executor.shutdown(wait=False, cancel_futures=True)
         released.set()
         async with asyncio.timeout(60):

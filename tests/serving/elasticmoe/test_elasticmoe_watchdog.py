@@ -44,9 +44,10 @@ class Clock:
     def _wait(self, seconds):
         end = self.now + seconds
         while self._later and self._later[0][0] <= end:
-            self.now, _, do = heapq.heappop(self._later)
+            then, _, do = heapq.heappop(self._later)
+            self.now = max(self.now, then)
             do()
-        self.now = end
+        self.now = max(self.now, end)
         return end > self.end_s
 
     def watch(self, watched, patience_s, end_s):
@@ -110,6 +111,21 @@ def test_ranks_whose_steps_are_long_but_not_too_long_are_left_alone(clock):
     clock.watch(ranks.watched, PATIENCE_S, 20 * PATIENCE_S)
     assert not ranks.killed
     assert ranks.answers[0] == ranks.answers[1] > 10
+
+
+def test_who_stood_still_itself_takes_nobody_for_dead(clock):
+    """As with a machine that was asleep: it ended all ranks, whose last answer was before that."""
+    ranks = Ranks(clock, step_s=0.1 * PATIENCE_S, hangs={1: 30})
+
+    def stand_still():
+        clock.now += 100 * PATIENCE_S
+
+    for at in (3.05, 3.2, 3.3):
+        clock.after(at * PATIENCE_S, stand_still)
+    clock.watch(ranks.watched, PATIENCE_S, 330 * PATIENCE_S)
+    # The one that stops later is found all the same.
+    assert list(ranks.killed) == [1]
+    assert ranks.answers[1] == 30
 
 
 def test_of_a_process_that_is_gone_one_is_told_once():

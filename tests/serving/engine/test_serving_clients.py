@@ -316,24 +316,30 @@ def test_an_engine_that_hangs_is_given_up_and_tells_whom_it_had_begun_with(model
         return engine
 
     async def body():
-        engine = LocalEngine(make, watchdog_s=0.6)
+        engine, loop = LocalEngine(make, watchdog_s=120.0), asyncio.get_running_loop()
         await engine.start()
-        await asyncio.sleep(0.7)  # an idle one is alive
+        for _ in range(8):
+            # An idle one is alive: asked again, it answers.
+            loop.passed(20.0)
+            await until_async(lambda: engine._heard > loop.time() - 45.0)
         assert engine.is_ready
         bad = asyncio.create_task(collect(engine, Request(id="bad", prompt=prompts[0])))
         await asyncio.to_thread(hangs.wait)
         waits = asyncio.create_task(collect(engine, Request(id="good", prompt=prompts[0])))
+        while not bad.done():
+            loop.passed(1.0)
+            await asyncio.sleep(0)
         ended = await bad
         assert (ended.finish, ended.engine_failed) == (Finish.ERROR, True)
-        assert ended.error == "the engine has made no progress for 0.6 s"
+        assert ended.error == "the engine has made no progress for 120 s"
         with pytest.raises(NotBegunError, match="no progress"):
             await waits
         assert not engine.is_ready
         await asyncio.wait_for(engine.close(), 60)
         may_go.set()
 
-    asyncio.run(body())
-    assert "no progress for 0.6 s; it is given up" in caplog.text
+    run_paced(body())
+    assert "no progress for 120 s; it is given up" in caplog.text
 
 
 def deep(levels):
@@ -409,6 +415,27 @@ def test_a_loop_is_given_up_so_long_after_its_last_sign_of_life_and_not_a_quarte
         while not client.is_abandoned:
             await asyncio.sleep(0.001)
         assert patience_s - 0.001 <= clock() - heard < 1.2 * patience_s
+        await client.close()
+
+    run_paced(body())
+
+
+def test_who_stood_still_itself_takes_no_loop_for_dead():
+    """As with a machine that was asleep, or too busy for this process: the engine was given up without having been asked."""
+    patience_s = 0.4
+
+    async def body():
+        client = Mute(watchdog_s=patience_s)
+        await client.start()
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            # Both while it is asked and between.
+            for wait_s in (0.1 * patience_s, 0.3 * patience_s):
+                await asyncio.sleep(wait_s)
+                loop.passed(50 * patience_s)
+                await asyncio.sleep(0.1 * patience_s)
+                assert not client.is_abandoned
+            client._deliver([Reply(client.sent[-1].number)])
         await client.close()
 
     run_paced(body())

@@ -61,6 +61,8 @@ class _Ping:
 class Watchdog:
     """Asks processes for signs of life, in a thread.
 
+    While the watchdog itself stood still, with its machine or for want of a processor, nobody was asked: that counts as nobody's silence.
+
     Args:
         watched: the processes there are now.
         patience_s: from a process's last sign of life to its end.
@@ -80,10 +82,18 @@ class Watchdog:
         self._thread.join()
 
     def _run(self) -> None:
-        wait_s = self._patience_s / 4
+        wait_s, began = self._patience_s / 4, time.monotonic()
         while not self._is_over.wait(wait_s):
+            self._forgive(time.monotonic() - began - wait_s)
+            began = time.monotonic()
             # Not so short that a clock of floats would stand still.
             wait_s = min(self._patience_s / 4, max(self._look(), self._patience_s * 1e-6))
+
+    def _forgive(self, late_s: float) -> None:
+        """What it was late by is no silence of those that it watches, if that is more than they differ by."""
+        if late_s > self._patience_s / 4:
+            for ping in self._pings.values():
+                ping.heard = min(ping.heard + late_s, time.monotonic())
 
     def _look(self) -> float:
         """Ask those that have answered once more, end those that are too late; gives the seconds until the next one would be."""

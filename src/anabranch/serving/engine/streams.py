@@ -91,14 +91,17 @@ class StreamsClient:
         return info
 
     async def _watch(self, patience_s: float) -> None:
-        """Ask for signs of life; so many seconds after the last one the loop is given up."""
+        """Ask for signs of life; so many seconds after the last one the loop is given up. While this loop stood still, nobody was heard."""
         clock = asyncio.get_running_loop().time
         self._heard = clock()
         while self._is_open:
             asked = asyncio.ensure_future(self.control(PING))
             try:
                 while not asked.done():
-                    await asyncio.wait([asked], timeout=self._heard + patience_s - clock())
+                    ends = self._heard + patience_s
+                    await asyncio.wait([asked], timeout=ends - clock())
+                    if self._forgives(clock() - ends, patience_s):
+                        continue
                     if not asked.done() and clock() - self._heard >= patience_s:
                         if self._is_open:
                             self._give_up(f"the engine has made no progress for {patience_s:g} s")
@@ -110,7 +113,16 @@ class StreamsClient:
                 asked.cancel()
                 # Whatever becomes of it now: nobody asks.
                 asked.add_done_callback(lambda future: future.cancelled() or future.exception())
+            began = clock()
             await asyncio.sleep(patience_s / 4)
+            self._forgives(clock() - began - patience_s / 4, patience_s)
+
+    def _forgives(self, late_s: float, patience_s: float) -> bool:
+        """Whether this loop looks so late that it stood still itself: whoever is asked has its whole time again."""
+        if late_s <= patience_s / 4:
+            return False
+        self._heard = asyncio.get_running_loop().time()
+        return True
 
     def _give_up(self, message: str) -> None:
         logger.error("%s; it is given up", message)
