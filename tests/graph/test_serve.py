@@ -332,7 +332,7 @@ def test_what_takes_too_long_is_given_up_but_keeps_its_thread(slow):
 
 
 def test_what_waited_too_long_is_not_computed(slow):
-    limits = Limits(concurrency=1, waiting=1, timeout_s=0.3)
+    limits = Limits(concurrency=1, waiting=1, timeout_s=1.0)
     with TestClient(create_app(slow, limits)) as client:
         until(lambda: client.get("/readyz").status_code == 200)
         threads, answers = post_all(client, 2)

@@ -20,14 +20,41 @@ LARGE = {"ids": [*range(500)], "k": 1000, "ef": 1000}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("connections") / "index.anb"
     index = HNSW(DIM, M=8, ef_construction=40)
     index.add(np.random.default_rng(0).normal(size=(COUNT, DIM)).astype(np.float32))
     index.save(path)
-    with started(
-        *["graph", "serve", str(path), "--read-only", "--stall", "1", "--connections", str(CONNECTIONS), "--quiet"]
-    ) as server:
+    return path
+
+
+def serving(path, stall_s):
+    return started(
+        *[
+            "graph",
+            "serve",
+            str(path),
+            "--read-only",
+            "--stall",
+            str(stall_s),
+            "--connections",
+            str(CONNECTIONS),
+            "--quiet",
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def server(path):
+    """One that waits for nobody."""
+    with serving(path, 1) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def patient(path):
+    """One that waits for as long as a busy machine may need to send something."""
+    with serving(path, 120) as server:
         yield server
 
 
@@ -143,27 +170,27 @@ def test_one_who_drips_a_head_is_let_go_of(server, is_first):
             until(drip)
 
 
-def test_beyond_the_limit_only_whether_it_lives_is_told(server):
+def test_beyond_the_limit_only_whether_it_lives_is_told(patient):
     """One address has three quarters of the places; idle ones give way."""
     working = head("/search", b"x" * 10)[:-5]
     with contextlib.ExitStack() as stack:
         # Requests under way: their bodies do not come.
-        held = [stack.enter_context(connected(server)) for _ in range(CONNECTIONS * 3 // 4)]
+        held = [stack.enter_context(connected(patient)) for _ in range(CONNECTIONS * 3 // 4)]
         for one in held:
             one.sendall(working)
-        until(lambda: ask(server, "/search", {"ids": [1]})[0] == 503)
-        status, text = ask(server, "/search", {"ids": [1]})
+        until(lambda: ask(patient, "/search", {"ids": [1]})[0] == 503)
+        status, text = ask(patient, "/search", {"ids": [1]})
         assert (status, json.loads(text)["error"]["code"]) == (503, "too_many_connections")
-        assert ask(server, "/healthz")[0] == 200
-    until(lambda: ask(server, "/search", {"ids": [1]})[0] == 200)
-    assert metric(server, 'anabranch_refused_total{reason="too_many_connections"}') >= 2
+        assert ask(patient, "/healthz")[0] == 200
+    until(lambda: ask(patient, "/search", {"ids": [1]})[0] == 200)
+    assert metric(patient, 'anabranch_refused_total{reason="too_many_connections"}') >= 2
     with contextlib.ExitStack() as stack:
         # Kept alive, with nothing under way: the oldest makes place.
         for _ in range(CONNECTIONS):
-            one = stack.enter_context(connected(server))
+            one = stack.enter_context(connected(patient))
             one.sendall(head("/healthz", method="GET"))
             assert b" 200 OK" in one.recv(1 << 16)
-        assert ask(server, "/search", {"ids": [1]})[0] == 200
+        assert ask(patient, "/search", {"ids": [1]})[0] == 200
 
 
 def test_no_more_connections_than_files(monkeypatch):
@@ -174,10 +201,10 @@ def test_no_more_connections_than_files(monkeypatch):
     assert (bounds.readers.patience_s, bounds.readers.rate, bounds.readers.most_bytes) == (3.0, 4096, 2 << 20)
 
 
-def test_who_waits_until_the_body_is_wanted_is_told_so(server):
+def test_who_waits_until_the_body_is_wanted_is_told_so(patient):
     whole = head("/v1/search", json.dumps({"ids": [1]}).encode())
     before, body = whole.split(b"\r\n\r\n")
-    with connected(server) as link:
+    with connected(patient) as link:
         link.sendall(before + b"\r\nexpect: 100-continue\r\n\r\n")
         assert b" 100 Continue\r\n" in link.recv(65536)
         link.sendall(body)

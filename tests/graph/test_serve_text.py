@@ -359,7 +359,7 @@ def test_an_answer_that_comes_too_late_leaves_nothing(path, monkeypatch):
         return search(*arguments, **others)
 
     async def main():
-        app = create_app(Sources([path]), Limits(timeout_s=0.2))
+        app = create_app(Sources([path]), Limits(timeout_s=1.0))
         async with app.router.lifespan_context(app):
             room = await ready(app)
             monkeypatch.setattr(HNSW, "search", slow)

@@ -121,16 +121,15 @@ def test_vectors_and_tokens_count_too():
 
 
 def test_a_stream_lets_go_of_scores_that_have_been_told():
-    fields = {"model": "fake", "prompt": "x" * 300, "echo": True, "logprobs": 5, "max_tokens": 3, "stream": True}
-    with serving(Script(delay_s=0.5)) as server:
+    fields = {"model": "fake", "prompt": "x" * 300, "echo": True, "logprobs": 5, "max_tokens": 3000, "stream": True}
+    with serving(Script(delay_s=0.05, endless=True)) as server:
         with slow_reader(server, "", fields) as link:
             raw = b""
             while b"text_offset" not in raw:
                 raw += link.recv(1 << 16)
             until(lambda: server.frontend.answers.num_bytes == 0)
-            until(lambda: server.frontend.admission.in_flight == 1)
-            while b"[DONE]" not in raw:
-                raw += link.recv(1 << 16)
+            # More of it comes.
+            assert server.frontend.admission.in_flight == 1
 
 
 def test_so_many_scores_are_told_in_one_answer_at_most():

@@ -218,7 +218,7 @@ def test_an_engine_that_dies_while_it_drains_is_started_again_when_requests_are_
         assert running.chat(max_tokens=2)[0] == 200
 
 
-@pytest.mark.parametrize("header", [{"x_deadline_ms": "100"}, {"x_request_timeout": "0.1"}])
+@pytest.mark.parametrize("header", [{"x_deadline_ms": "800"}, {"x_request_timeout": "0.8"}])
 def test_a_deadline(header):
     with serving(Script(delay_s=0.02, endless=True)) as running:
         status, _, body = running.ask("/v1/chat/completions", {**HELLO, **SLOW}, **header)
@@ -243,8 +243,9 @@ def test_deadlines_that_are_none():
 def test_a_sign_of_life_while_nothing_comes():
     with serving(Script(delay_s=0.15, say="ab"), keep_alive_s=0.04) as running:
         raw = running.chat(stream=True)[2]
-        assert raw.count(b": waiting\n\n") >= 1
         assert streamed(raw) == "ab"
+        # Where the server gets no time until a token is there, it need not say that it waits.
+        until(lambda: b": waiting\n\n" in running.chat(stream=True)[2])
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -518,15 +519,17 @@ def test_the_access_log_has_no_prompts(caplog):
 
 
 def test_half_a_request_is_dropped():
-    with serving(limits=Limits(header_timeout_s=0.5, body_timeout_s=0.5)) as running:
+    with serving(limits=Limits(header_timeout_s=0.5, body_timeout_s=120.0)) as running:
         with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
             link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n")
             assert link.recv(100) == b""
+    with serving(limits=Limits(header_timeout_s=120.0, body_timeout_s=0.5)) as running:
         with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
             link.sendall(
                 b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
             )
             assert b"408" in link.recv(1000)
+    with serving() as running:
         with socket.create_connection(("127.0.0.1", running.port), timeout=60) as link:
             link.sendall(b"what is this\r\n\r\n")
             assert b" 400 " in link.recv(1000)
