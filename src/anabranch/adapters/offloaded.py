@@ -2,10 +2,11 @@
 
     model, tokenizer, engine = load_offloaded("runs/mixture", "64MiB")       # of anabranch.serving.expertflow: adapters stay in their file
 
-On a CPU, where nothing learns, sums are the same to the bit as those of the pool in memory, whatever the budget: adapters are added one
-after another by their numbers, as many at a time as there are slots. Where items use most adapters the pool computes all at once
-(`anabranch.adapters.side_by_side`); so does this where all of the layer have a slot, and otherwise sums are rounded otherwise. So they are
-on a GPU, and of bfloat16 without the compiled kernel.
+On a CPU, where nothing learns, the compiled kernel makes sums that are the same to the bit as those of the pool in memory, whatever the
+budget: adapters are added one after another by their numbers, as many at a time as there are slots. Where items use most adapters the pool
+computes all at once (`anabranch.adapters.side_by_side`); so does this where all of the layer have a slot, and otherwise sums are rounded
+otherwise. So they are on a GPU, in float64 and where nothing compiles: what a library's product of matrices rounds to depends on where they
+lie in memory.
 """
 # Shapes: N items, E adapters, K choices per item, R rows of a wave, S slots, C inputs, O outputs, Q greatest rank
 

@@ -88,8 +88,8 @@ def add_adapter(
 ) -> None:
     """Add what one adapter of the plan makes to ``y_NO``, in place and without a gradient.
 
-    Of all its adapters one after another, by their numbers, into zeros it is `segmented` to the bit, wherever they lie. ``y_NO`` is in
-    float32 where the kernel computes (`can_add`), else in the type of ``x_NC``.
+    Of all its adapters one after another, by their numbers, into zeros it is `segmented`: to the bit, wherever they lie, where the kernel
+    computes (`can_add`), and elsewhere up to rounding. ``y_NO`` is in float32 where the kernel computes, else in the type of ``x_NC``.
     """
     start = int(plan.offset_E[adapter - 1]) if adapter else 0
     choice_R = plan.choice_R[start : int(plan.offset_E[adapter])]

@@ -21,7 +21,7 @@ least 1.5, judged only where two products at once have 0.8 of the speed of one; 
 naive's, at least 3 times as deep on one stage and 10 times on four. E5: validation losses equal to 1e-4.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from anabranch.studies.harness import Arm, Claim, Column, Results, Study
 from anabranch.studies.paired import Verdict
 
 MODELS, STAGES = ("mlp", "cnn", "lm"), (2, 4, 8)
+BUBBLES = tuple(f"bubble-{count}" for count in STAGES)
 LEAST_CORES = 0.8
 COLUMNS = (
     Column("gradient", "gradients\n(relative)", ".1e"),
@@ -165,41 +166,50 @@ def _equal(results: Results, claim: str, paper: str) -> Claim:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Idle shares of sleeping stages beside the law, and bytes kept over depth."""
-    with figure(9, 3.4, ncols=2) as (made, (left, right)):
-        for number, count in enumerate(STAGES):
-            runs = results.runs.get(f"bubble-{count}", {})
-            if not runs:
-                continue
-            law = [(count - 1) / (m + count - 1) for m in range(1, 33)]
-            left.plot(range(1, 33), law, color=SERIES[number], linewidth=1, label=f"K = {count}")
-            config = next(arm.config for arm in arms(True, 1).values() if arm.name == f"bubble-{count}")
-            for metrics in runs.values():
-                seconds = metrics["seconds"]
-                if len(seconds) == len(config.micro_batches):
-                    idle = [
-                        1 - m * 2 * config.sleep_s / taken
-                        for m, taken in zip(config.micro_batches, seconds, strict=True)
-                    ]
-                    left.plot(config.micro_batches, idle, MARKERS[number], color=SERIES[number], markersize=4)
-        left.set(xlabel="micro-batches M", ylabel="idle share", title="The bubble: measured and (K - 1) / (M + K - 1)")
-        for number, mode in enumerate(("naive", "never", "always")):
-            for metrics in results.runs.get("memory", {}).values():
-                curve = metrics["curves"][mode]
-                right.plot(
-                    range(1, len(curve) + 1),
-                    [size / 2**20 for size in curve],
-                    color=SERIES[number],
-                    marker="o",
-                    label=mode,
-                )
-                break
-        right.set(xlabel="depth, doubling", ylabel="MB kept", title="Between forward and backward")
-        for axes in (left, right):
-            axes.axhline(0, color=INK, linewidth=0.8)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend()
+    """Idle shares of sleeping stages beside the law, and bytes kept over depth: what has run of them."""
+    parts = [part for part, names in ((draw_bubble, BUBBLES), (draw_memory, ("memory",))) if has_run(results, names)]
+    if not parts:
+        return
+    with figure(4.5 * len(parts), 3.4, ncols=len(parts)) as (made, axes):
+        for part, each in zip(parts, [axes] if len(parts) == 1 else axes, strict=True):
+            part(results, each)
+            each.axhline(0, color=INK, linewidth=0.8)
+            each.legend()
         png, svg = to_png(made), to_svg(made)
     with atomic_file(path.with_name(f"{path.name}.png")) as temporary:
         temporary.write_bytes(png)
     atomic_write_text(path.with_name(f"{path.name}.svg"), svg)
+
+
+def has_run(results: Results, names: Sequence[str]) -> bool:
+    """Whether any of these arms has."""
+    return any(results.runs.get(name) for name in names)
+
+
+def draw_bubble(results: Results, axes: Any) -> None:
+    """Idle shares over micro-batches, a mark for each run, and the law."""
+    made = arms(True, 1)
+    for number, (count, name) in enumerate(zip(STAGES, BUBBLES, strict=True)):
+        law = [(count - 1) / (m + count - 1) for m in range(1, 33)]
+        axes.plot(range(1, 33), law, color=SERIES[number], linewidth=1, label=f"K = {count}")
+        config = made[name].config
+        for metrics in results.runs.get(name, {}).values():
+            if len(metrics["seconds"]) == len(config.micro_batches):
+                pairs = zip(config.micro_batches, metrics["seconds"], strict=True)
+                idle = [1 - m * 2 * config.sleep_s / taken for m, taken in pairs]
+                axes.plot(config.micro_batches, idle, MARKERS[number], color=SERIES[number], markersize=4)
+    axes.set(xlabel="micro-batches M", ylabel="idle share", title="The bubble: measured and (K - 1) / (M + K - 1)")
+
+
+def draw_memory(results: Results, axes: Any) -> None:
+    """What is kept between forward and backward over depth, in the first run: bytes have no chance in them."""
+    curves = next(iter(results.runs["memory"].values()))["curves"]
+    depths = arms(True, 1)["memory"].config.depths[: len(curves["naive"])]
+    # Without recomputation as much is kept in stages as by the unsplit model: the one is drawn through the other.
+    for number, (mode, label) in enumerate(
+        (("naive", "unsplit"), ("never", "stages, no recomputation"), ("always", "stages, recomputed"))
+    ):
+        sizes = [size / 2**20 for size in curves[mode]]
+        style = {"linestyle": "--", "dashes": (3, 3)} if mode == "never" else {}
+        axes.plot(depths, sizes, color=SERIES[number], marker=MARKERS[number], label=label, **style)
+    axes.set(xlabel="layers", ylabel="MiB kept", xticks=depths, title="Between forward and backward")
