@@ -410,15 +410,16 @@ def _raise(error):
 
 
 def test_vectors_whose_length_changes_are_a_miss_and_keep_no_other_out(tmp_path, monkeypatch):
-    vectors = iter([[1.0, 0.0], [1.0, 0.0, 0.0], [], [1.0, 0.0], [1.0, 0.0, 0.0]])
+    # The first one as odd as any: what the embedder says of its length counts.
+    vectors = iter([[1.0, 0.0, 0.0], [1.0, 0.0], [1.0, 0.0, 0.0], [], [1.0, 0.0]])
     monkeypatch.setattr(Hashed, "embed", lambda self, texts: [next(vectors)])
-    settings = config(tmp_path, cache=CacheConfig(exact=False, semantic=True), embedder=Hashed.Config())
+    settings = config(tmp_path, cache=CacheConfig(exact=False, semantic=True), embedder=Hashed.Config(dim=2))
 
     async def main():
         async with asyncio.timeout(60), Gateway(settings) as gateway:
             return [(await gateway.handle("chat", ask("m", str(at)))).headers.get("x-cache") for at in range(5)]
 
-    assert asyncio.run(main()) == ["miss", "miss", "miss", "semantic", "semantic"]
+    assert asyncio.run(main()) == ["miss", "miss", "miss", "miss", "semantic"]
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -547,6 +548,7 @@ GUARDED = {
 }
 
 OWNERS = {"strategy", "program", "_program", "embedder", "_embedder"}
+OF_EMBEDDERS = {"unit_vectors"}
 PROVIDER = {"build", "parse", "translator", "error", "start", "close", "feed"}
 
 
@@ -567,6 +569,13 @@ def _direct_calls(tree):
             )
             if is_others and not is_deferred:
                 found.append((function, node.lineno))
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in OF_EMBEDDERS
+            and not is_deferred
+        ):
+            found.append((function, node.lineno))
         for child in ast.iter_child_nodes(node):
             deferred = is_deferred
             if isinstance(child, ast.Lambda) and isinstance(node, ast.Call):
@@ -669,9 +678,33 @@ def test_no_work_goes_to_a_thread_past_the_shared_part():
         ("async def f(lane): await lane.strategy.aroute(1)", True),
         ("def f(lane): g(lambda: lane.strategy.expire(1))", True),
         ("def f(live): live.provider.build(1)", True),
+        ("def f(embedder): unit_vectors(embedder, [])", True),
+        ("def f(embedder): plainly(lambda: unit_vectors(embedder, []))", False),
         ("def f(lane): plainly(lambda: lane.strategy.expire(1))", False),
         ("async def f(lane): await lane.alone(lambda: lane.strategy.expire(1))", False),
     ],
 )
 def test_calls_past_it_are_seen(text, is_bare):
     assert bool(_direct_calls(ast.parse(text))) == is_bare
+
+
+def test_no_embedder_is_believed_without_a_look():
+    """`unit_vectors` is what calls one: in the gateway, and wherever routers are fitted, judged and served."""
+    package = GATEWAY.parent
+    bare = [
+        f"{path.relative_to(package)}:{node.lineno}"
+        for folder in ("gateway", "routers", "cli/gateway")
+        for path in sorted((package / folder).rglob("*.py"))
+        if path.name != "checked.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "embed" and _owner(node.value) in EMBEDDERS
+    ]
+    assert bare == []
+
+
+# What an embedder is called there.
+EMBEDDERS = {"embedder", "_embedder", "made", "own"}
+
+
+def _owner(node):
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")

@@ -335,7 +335,8 @@ def test_vectors_are_made_in_a_thread():
     decider = Decider(config(tested={}), Embedder(), lambda *_: None, {"tested": strategy})
     decided = asyncio.run(decider.decide("tested", Query(text="x"), POOL, unasked))
     decider.close()
-    assert strategy.seen[0].vector_D.tolist() == decided.query.vector_D.tolist() == [1, 1]
+    assert strategy.seen[0].vector_D.tolist() == decided.query.vector_D.tolist()
+    assert decided.query.vector_D.tolist() == pytest.approx([0.5**0.5] * 2)
     with pytest.raises(ConfigError, match="embedder"):
         Decider(config(tested={}), None, strategies={"tested": strategy})
 

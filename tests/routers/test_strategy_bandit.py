@@ -241,3 +241,23 @@ def test_a_cold_start_settles_on_the_directions_of_what_it_saw():
         for one in (twin, read):
             observe(one, vector, "b", 0.5)
     assert np.array_equal(read.theta_MD, twin.theta_MD)
+
+
+@pytest.mark.parametrize("huge", [1e200, 1e77, 1e20])
+def test_sums_that_settle_nothing_leave_that_arm_as_it_was_and_take_in_the_others(huge):
+    """Of a store that a huge vector once got into."""
+    told = LinUCB.Config().build()
+    for vector in ((1.0, 0.0), (0.0, 1.0)):
+        observe(told, vector, "a", 1.0)
+        observe(told, vector, "b", 0.25)
+    told.hear({}, {})
+    arrays, facts = told.part()
+    at = facts["models"].index("a")
+    arrays["gram_MDD"][at] *= huge
+    heard = LinUCB.Config().build()
+    observe(heard, (1.0, 0.0), "a", 0.5)
+    before = heard.theta_MD[0].copy(), heard.inverse_MDD[0].copy()
+    heard.hear(arrays, facts)
+    assert heard.theta_MD[heard.models.index("b")] == pytest.approx(told.theta_MD[told.models.index("b")])
+    np.testing.assert_array_equal(heard.theta_MD[0], before[0])
+    np.testing.assert_array_equal(heard.inverse_MDD[0], before[1])

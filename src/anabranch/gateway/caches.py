@@ -19,7 +19,7 @@ from anabranch.gateway.cache import (
 )
 from anabranch.gateway.config import CacheConfig
 from anabranch.gateway.logged_error import raised
-from anabranch.routers.embed import Embedder
+from anabranch.routers.embed import Embedder, unit_vectors
 from anabranch.web.turns import in_thread
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Caches:
         embedder = self._embedder
         assert embedder is not None
         try:
-            return await in_thread(lambda: _vector(embedder.embed([text])[0]))
+            return await in_thread(lambda: unit_vectors(embedder, [text])[0])
         except Exception as error:
             logger.warning("the semantic cache is passed over, since the embedder failed: %s", raised(error))
             return None
@@ -152,11 +152,3 @@ class Caches:
         for cache in held:
             cache.clear()
         return count
-
-
-def _vector(given: Any) -> np.ndarray:
-    """Raises ValueError for what is no vector of numbers, or has one that is none."""
-    vector_D = np.asarray(given, np.float32)
-    if vector_D.ndim != 1 or not vector_D.size or not np.isfinite(vector_D).all():
-        raise ValueError("it gave no vector of finite numbers")
-    return vector_D

@@ -21,7 +21,7 @@ from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision, Pool, Query
 from anabranch.routers.contract.strategy import Metrics, Strategy
-from anabranch.routers.embed import Embedder
+from anabranch.routers.embed import Embedder, embed_of
 from anabranch.routers.fitted import FittedRouter
 from anabranch.web.turns import plainly
 
@@ -206,7 +206,7 @@ def _connect(name: str, strategy: Strategy, embedder: Embedder | None, metrics: 
     """Give a strategy what it works with. Raises ConfigError for whatever it raises."""
 
     def connect() -> None:
-        strategy.connect(embed=None if embedder is None else embedder.embed)
+        strategy.connect(embed=embed_of(embedder))
         if metrics is not None:
             strategy.report_to(metrics)
 
@@ -277,7 +277,7 @@ def load_router(
     if wanted.trade_off is not None or wanted.budget_usd is not None:
         made = _at(name, picked.router, wanted)
         own = picked.router.embedder or embedder
-        made.connect(embed=None if own is None else own.embed)
+        made.connect(embed=embed_of(own))
     return made, picked.router.embedder or embedder
 
 

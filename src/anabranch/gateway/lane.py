@@ -28,7 +28,7 @@ from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.knobs import check_knobs
 from anabranch.routers.contract.query import Decision, Outcome, Pool, Query
 from anabranch.routers.contract.strategy import Strategy
-from anabranch.routers.embed import Embedder
+from anabranch.routers.embed import Embedder, embed_of, unit_vectors
 from anabranch.routers.fitted import digest_of
 from anabranch.web.api_error import wrong
 from anabranch.web.turns import plainly, plainly_awaited
@@ -103,10 +103,7 @@ class Lane:
         try:
             check_knobs(query.knobs, self.strategy.sender_knobs, f"auto/{self.name}")
             if self._embedder is not None and query.vector_D is None:
-                embedder = self._embedder
-                text, whose = query.text, query.tenant
-                vector_D = await self._called(whose, lambda: embedder.embed([text])[0], self.timeout_s, is_short=False)
-                query = replace(query, vector_D=vector_D)
+                query = replace(query, vector_D=await self._vector(self._embedder, query))
             if self.strategy.is_async:
                 decision = await self._awaited(lambda: self.strategy.aroute(query, pool, ask))
             else:
@@ -126,6 +123,16 @@ class Lane:
             # Of what looking at it runs.
             raise self._raised(error) from None
         return decision, query
+
+    async def _vector(self, embedder: Embedder, query: Query) -> np.ndarray:
+        """Of the text. Raises BypassError, also for what is none: the strategy would learn from it, for all senders."""
+        try:
+            return await self._called(
+                query.tenant, lambda: unit_vectors(embedder, [query.text])[0], self.timeout_s, is_short=False
+            )
+        except InputError as error:
+            # No knob of the sender's is to blame for it.
+            raise self._raised(error) from None
 
     async def prepare(self, query: Query, model: str, decision: Decision) -> Sequence[Mapping[str, Any]]:
         """What to send to a candidate. Raises BypassError, also for what no messages can be."""
@@ -197,7 +204,7 @@ class Lane:
         before, self._thread = self._thread, old._thread.take()
         before.release()
         try:
-            plainly(lambda: self.strategy.connect(embed=None if self.embedder is None else self.embedder.embed))
+            plainly(lambda: self.strategy.connect(embed=embed_of(self.embedder)))
         except Exception as error:
             # It has what it was connected with before, which was made from the same.
             logger.warning("strategy %s could not be connected anew: %s", self.name, raised(error))

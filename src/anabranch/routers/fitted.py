@@ -27,6 +27,7 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Decision, Model, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Strategy
 from anabranch.routers.data.splits import question
+from anabranch.routers.embed.checked import embed_of, unit_vectors
 from anabranch.routers.embed.embedder import Embedder
 from anabranch.routers.money import Price
 from anabranch.routers.wording import letters_and_digits
@@ -62,7 +63,9 @@ class FittedRouter:
 
     def query(self, text: str, **fields: Any) -> Query:
         """A query as the strategy wants it, with its vector."""
-        vector_D = self.embedder.embed([text])[0] if self.embedder is not None and self.strategy.needs_vector else None
+        vector_D = (
+            unit_vectors(self.embedder, [text])[0] if self.embedder is not None and self.strategy.needs_vector else None
+        )
         return Query(text=text, vector_D=vector_D, **fields)
 
     def route(self, text: str, pool: Pool | None = None, **fields: Any) -> Decision:
@@ -102,7 +105,7 @@ class FittedRouter:
         try:
             strategy = from_dict(Strategy.Config, content["config"]).build()
             made = None if content["embedder"] is None else _embedder(content["embedder"], tensors, embedder)
-            strategy.connect(embed=None if made is None else made.embed)
+            strategy.connect(embed=embed_of(made))
             strategy.load_state(_part(tensors, "strategy."), content["facts"])
             models = tuple(_model_from_dict(fields) for fields in content["models"])
             return cls(strategy=strategy, models=models, embedder=made, about=content["about"])

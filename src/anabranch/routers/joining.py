@@ -16,6 +16,7 @@ from anabranch.errors import InputError
 from anabranch.files import atomic_write_json, parse_json
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model
+from anabranch.routers.embed import unit_vectors
 from anabranch.routers.fitted import MANIFEST, FittedRouter
 
 
@@ -31,7 +32,7 @@ def joined(router: FittedRouter, model: Model, outcomes: Recorded | None = None)
     """
     shots = None if outcomes is None else outcomes_of(outcomes, model.name)
     if shots is not None and router.embedder is not None:
-        shots = shots.with_vectors(router.embedder.embed(shots.query))
+        shots = shots.with_vectors(unit_vectors(router.embedder, shots.query))
     router.strategy.join(model, shots)
     return replace(router, models=(*(one for one in router.models if one.name != model.name), model))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from anabranch.errors import CheckpointError
 from anabranch.files import atomic_write_json, parse_json
+from anabranch.routers.embed import embed_of
 from anabranch.routers.fitted import RECOMMENDED, FittedRouter, load_folder
 from anabranch.routers.referee.verdict import Choice, Verdict, shown
 from anabranch.routers.strategies.fixed import Static
@@ -118,7 +119,7 @@ def _at(router: FittedRouter, setting: float | None) -> FittedRouter:
         strategy = router.strategy.with_knob(setting)
     except NotImplementedError:
         raise CheckpointError(f"{router.strategy.name} has no knob that could be at {setting:g}") from None
-    strategy.connect(embed=None if router.embedder is None else router.embedder.embed)
+    strategy.connect(embed=embed_of(router.embedder))
     return replace(router, strategy=strategy)
 
 

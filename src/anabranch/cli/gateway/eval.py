@@ -176,6 +176,7 @@ def _learn_and_judge(
     chosen: dict[str, Any], train: Recorded, test: Recorded, embedder: str, seeds: range, settings: dict[str, Any], quiet: bool
 ) -> Report:  # fmt: skip
     from anabranch.routers.data import check_disjoint
+    from anabranch.routers.embed import embed_of
     from anabranch.routers.referee import evaluate as judge
 
     if not settings["allow_leak"]:
@@ -188,7 +189,7 @@ def _learn_and_judge(
 
     if any(one.needs_vector or one.learns_vectors for one in chosen.values()):
         made = make_embedder(embedder).fit(train.query)
-        settings["embed"] = made.embed
+        settings["embed"] = embed_of(made)
         train, test = embed(made, train, tell), embed(made, test, tell)
     with waiting("judging", quiet):
         return judge(chosen, train=train, test=test, seeds=seeds, **settings)

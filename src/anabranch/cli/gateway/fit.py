@@ -55,6 +55,7 @@ def fit(
 
     Example: anabranch gateway fit outcomes.jsonl.gz --out routers --strategy knn --strategy ridge
     """
+    from anabranch.routers.embed import embed_of
     from anabranch.routers.fitted import RECOMMENDED, FittedRouter, check_router_folder, save_folder
     from anabranch.routers.referee.baselines import best_single
     from anabranch.routers.referee.evaluate import digest
@@ -79,7 +80,7 @@ def fit(
     routers, spent = {}, {}
     for name, one in chosen.items():
         with waiting(f"fitting {name}", quiet):
-            one.connect(embed=made.embed)
+            one.connect(embed=embed_of(made))
             try:
                 one.fit(learned, seed=seed)
             except (BackendError, DataError) as error:

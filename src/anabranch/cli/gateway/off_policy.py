@@ -76,6 +76,7 @@ def _learned(
 ) -> tuple[dict[str, Any], Recorded, Recorded]:  # fmt: skip
     """Routers, the part that they learned from, and the one to judge on."""
     from anabranch.routers.data import pooled, split
+    from anabranch.routers.embed import embed_of
 
     copies, test = split(log, (1 - share, share), seed=seed)
     train, chosen = pooled(copies), read_strategies(names, fields)
@@ -84,7 +85,7 @@ def _learned(
         tell = _tell(quiet)
         train, test = embed(made, train, tell), embed(made, test, tell)
         for one in chosen.values():
-            one.connect(embed=made.embed)
+            one.connect(embed=embed_of(made))
     judged = {}
     for name, one in chosen.items():
         with waiting(f"fitting {name}", quiet):

@@ -193,10 +193,10 @@ def make_embedder(kind: str) -> Embedder:
 
 def embed(embedder: Embedder, data: Recorded, progress: Any) -> Recorded:
     """Outcomes with vectors; those of a slow embedder are kept for another time."""
-    from anabranch.routers.embed import embed_cached
+    from anabranch.routers.embed import embed_cached, unit_vectors
 
     if embedder.is_fast:
-        return data.with_vectors(embedder.embed(data.query))
+        return data.with_vectors(unit_vectors(embedder, data.query))
     return data.with_vectors(embed_cached(embedder, data.query, progress=progress))
 
 

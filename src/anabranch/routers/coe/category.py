@@ -20,6 +20,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.routers.coe.calibration import CategoryReport, best_temperature, report_of
 from anabranch.routers.coe.heads import Head, KnnHead, LogisticHead, MlpHead, nearest, softmax
+from anabranch.routers.embed.checked import unit_vectors
 from anabranch.routers.embed.embedder import Embedder
 
 HeadKind = Literal["knn", "logreg", "mlp"]
@@ -288,7 +289,7 @@ class CategoryRouter:
             if all(isinstance(text, str) for text in texts):
                 if self.embedder is None:
                     raise InputError("texts need an embedder: CategoryRouter(embedder=...), or give vectors")
-                inputs = self.embedder.embed(texts)
+                inputs = unit_vectors(self.embedder, texts)
             else:
                 inputs = np.asarray(texts)
         vector_ND = np.asarray(inputs, np.float32)

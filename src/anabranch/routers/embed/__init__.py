@@ -1,6 +1,7 @@
 """Text to unit vectors."""
 
 from anabranch.routers.embed.cache import embed_cached
+from anabranch.routers.embed.checked import embed_of, unit_vectors
 from anabranch.routers.embed.embedder import Embedder
 
-__all__ = ["Embedder", "embed_cached"]
+__all__ = ["Embedder", "embed_cached", "embed_of", "unit_vectors"]

@@ -11,6 +11,7 @@ import numpy as np
 from anabranch.config import to_dict
 from anabranch.files import atomic_write, parse_json
 from anabranch.places import cache_folder
+from anabranch.routers.embed.checked import unit_vectors
 from anabranch.routers.embed.embedder import Embedder
 
 # Texts between two words of progress.
@@ -62,7 +63,7 @@ def _embed(embedder: Embedder, texts: list[str], progress: Callable[[str], None]
     for start in range(0, len(texts), AT_ONCE):
         progress(f"embedding texts: {start:,} of {len(texts):,}")
         rows = order[start : start + AT_ONCE]
-        vector_MD[rows] = embedder.embed([texts[row] for row in rows])
+        vector_MD[rows] = unit_vectors(embedder, [texts[row] for row in rows])
     return vector_MD
 
 

@@ -39,7 +39,7 @@ class Embedder(Part, family="embedder"):
         return self
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 ``[N, D]`` of length 1; an empty text is a row of zeros."""
+        """float32 ``[N, D]`` of length 1; an empty text is a row of zeros. Whoever calls one of others has `unit_vectors` look at it."""
         raise NotImplementedError
 
     def state(self) -> tuple[Arrays, Facts]:

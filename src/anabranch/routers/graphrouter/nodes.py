@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.routers.embed.checked import unit_vectors
 from anabranch.routers.embed.embedder import Embedder
 
 # Dimensions where nothing is described.
@@ -38,7 +39,7 @@ def described(
             f"{next(iter(texts))!r} has a description and no embedder to read it; set embedder, or give its vector"
         )
     if texts and embedder is not None:
-        given |= dict(zip(texts, embedder.embed(list(texts.values())), strict=True))
+        given |= dict(zip(texts, unit_vectors(embedder, list(texts.values())), strict=True))
     sizes = {len(vector) for vector in given.values()} | ({dim} if dim else set())
     if len(sizes) > 1:
         raise InputError(

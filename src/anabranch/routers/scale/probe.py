@@ -16,6 +16,7 @@ import numpy as np
 from anabranch.config import Field, configclass, from_dict, to_dict
 from anabranch.errors import AnabranchError, CheckpointError, InputError
 from anabranch.files import atomic_write_json, parse_json
+from anabranch.routers.embed.checked import unit_vectors
 from anabranch.routers.embed.embedder import Embedder
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.logistic import fit_logistic, sigmoid
@@ -134,5 +135,5 @@ class Probe(Assessor, kind="probe"):
 
     def _features(self, texts: Sequence[str]) -> np.ndarray:
         """float64 ``[N, D]``."""
-        vector_ND = np.asarray(self.embedder.embed(texts), np.float64)
+        vector_ND = unit_vectors(self.embedder, texts).astype(np.float64)
         return np.concatenate([np.ones((len(texts), 1)), vector_ND], axis=1)

@@ -10,6 +10,7 @@ order of its own alone.
 # Shapes: M arms, D dimensions of z, V of a vector
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.routers.contract.strategy import Arrays, Facts, Strategy
 from anabranch.routers.strategies.regression_sums import FIXED, SEEDED, Sums, joined
+
+logger = logging.getLogger(__name__)
 
 # Observations kept for a choice of directions that nobody could be told of, in times of those that it takes.
 KEPT = 4
@@ -149,7 +152,7 @@ class Pooled(Strategy):
         self._rebuild()
 
     def _rebuild(self) -> None:
-        """The regressions from their sums."""
+        """The regressions from their sums. One that its sums settle nothing of (a huge vector among them) stays as it was."""
         arrays, facts = self._first
         for name in (*self.own.models, *self.others.models):
             self._arm(name)
@@ -160,16 +163,40 @@ class Pooled(Strategy):
                     at = part.models.index(name)
                     gram_DD, moment_D = gram_DD + part.gram_MDD[at], moment_D + part.moment_MD[at]
                     calls, spent = calls + part.calls_M[at], spent + part.spent_M[at]
-            self.inverse_MDD[arm], self.b_MD[arm] = np.linalg.inv(gram_DD), moment_D
-            self.theta_MD[arm] = self.inverse_MDD[arm] @ moment_D
+            if (solved := _solved(gram_DD, moment_D)) is None:
+                logger.warning(
+                    "%s: the sums of %s are singular or not finite; its regression stays as it was", self.name, name
+                )
+            else:
+                self.inverse_MDD[arm], self.b_MD[arm], self.theta_MD[arm] = solved[0], moment_D, solved[1]
             self.calls_M[arm], self.cost_M[arm] = calls, spent / calls if calls else 0.0
         self.steps = int(facts.get("steps", 0)) + self.own.steps + self.others.steps
 
     def _at_start(self, name: str, arrays: Arrays, facts: Facts) -> tuple[np.ndarray, np.ndarray, float, float]:
-        """A, b, calls and dollars of a model before anything was observed or heard."""
+        """A, b, calls and dollars of a model before anything was observed or heard; A of NaN where there is none."""
         dim = self.b_MD.shape[1]
         if name not in facts.get("models", ()):
             return self.config.ridge * np.eye(dim), np.zeros(dim), 0.0, 0.0
         at = facts["models"].index(name)
         calls = float(arrays["calls_M"][at])
-        return np.linalg.inv(arrays["inverse_MDD"][at]), arrays["b_MD"][at], calls, calls * float(arrays["cost_M"][at])
+        try:
+            gram_DD = np.linalg.inv(arrays["inverse_MDD"][at])
+        except np.linalg.LinAlgError:
+            gram_DD = np.full((dim, dim), np.nan)
+        return gram_DD, arrays["b_MD"][at], calls, calls * float(arrays["cost_M"][at])
+
+
+def _solved(gram_DD: np.ndarray, moment_D: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """A^-1 and A^-1 b; None for what is no A: singular as floats see it, or not finite."""
+    if not (np.isfinite(gram_DD).all() and np.isfinite(moment_D).all()):
+        return None
+    try:
+        # Only a positive definite one has such a root; where a part of it is lost in the rounding of the rest, the inverse is noise.
+        root_D = np.diag(np.linalg.cholesky(gram_DD))
+        if root_D.min() ** 2 <= len(root_D) * np.finfo(float).eps * np.diag(gram_DD).max():
+            return None
+        inverse_DD = np.linalg.inv(gram_DD)
+    except np.linalg.LinAlgError:
+        return None
+    theta_D = inverse_DD @ moment_D
+    return (inverse_DD, theta_D) if np.isfinite(inverse_DD).all() and np.isfinite(theta_D).all() else None
