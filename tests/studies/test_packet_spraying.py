@@ -9,6 +9,7 @@ import pytest
 from anabranch.cluster.fabric import Topology, collective_flows, plan
 from anabranch.config import from_dict, to_dict
 from anabranch.studies import packet_spraying_kernel as kernel
+from anabranch.studies.corrected import settled
 from anabranch.studies.harness import Results
 from anabranch.studies.packet_spraying import SCHEMES, SMOKE, Size, arms, draw, judge, late, make, networks, run
 from claims import run_only
@@ -30,6 +31,18 @@ def verdicts(runs):
 )
 def test_the_theorem_allows_no_gap_at_all(gaps, verdict):
     assert verdicts({"theorem": runs("gap", gaps)}) == {"1: no link carries other than under spraying": verdict}
+
+
+def test_the_theorem_is_exact_and_not_counted_among_what_is_tested():
+    """A gap of 0 in each of five seeds was not resolved: what never varies does not differ from its limit."""
+    five = {seed: {"gap": 0.0, "pieces_off": 0} for seed in range(5)}
+    noisy = {seed: {"packets_s": 1.0 + seed / 10} for seed in range(5)}
+    found = settled(judge(Results({"theorem": five, "packet-ethereal": noisy, "packet-spray": noisy})), 5)
+    for claim in found[:2]:
+        assert (claim.exact, claim.verdict, claim.interval) == (True, "holds", None)
+    assert not any(claim.exact for claim in found[2:])
+    five[4] = {"gap": 0.5, "pieces_off": 1}
+    assert [claim.verdict for claim in settled(judge(Results({"theorem": five})), 5)[:2]] == ["not resolved"] * 2
 
 
 @pytest.mark.parametrize(
