@@ -1,5 +1,6 @@
 """`AdapterMemory` by hand: which adapters leave for one more."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ class Memory:
     """Room for 100 bytes. ``p50`` is an adapter of 50."""
 
     def __init__(self):
-        self.now = 1000.0
+        self.now, self.serial = 1000.0, itertools.count()
         self.room = AdapterRoom(100)
         self.memory = AdapterMemory(self.room, lambda: self.now)
 
@@ -25,7 +26,7 @@ class Memory:
         return [entry.name for entry in self.memory.find_room(self.entry(name), key=key, **how)]
 
     def use(self, key, *names, ends=True):
-        one = Waiter(f"{key}{names}", key, tuple((self.entry(name), 1.0) for name in names))
+        one = Waiter(f"{next(self.serial)}", key, tuple((self.entry(name), 1.0) for name in names))
         self.room.begin(one)
         for entry in one.adapters:
             if entry.held is None:
@@ -102,12 +103,53 @@ def test_a_part_is_kept_for_a_minute_after_it_was_used():
     assert "b20" not in made.there
 
 
+def test_what_another_key_uses_once_stays_of_the_part_of_those_that_used_it():
+    made = Memory()
+    for _ in range(3):
+        made.now += 1
+        made.use("b", "p10")
+        made.use("h", "p10")
+        for number in range(10):
+            made.use("h", f"{chr(100 + number)}10")
+            assert "p10" in made.there
+    # It is of another's part also for who has used it last.
+    assert made.leaves("z100", "h")[-1] == "p10"
+    assert set(made.entry("p10").used_by) == {"b", "h"}
+    # A minute later it is of the part of none but who uses it again.
+    made.now += KEPT_S
+    made.use("h", "p10")
+    assert set(made.entry("p10").used_by) == {"h"}
+    for number in range(10):
+        made.use("h", f"{chr(100 + number)}10")
+    assert "p10" not in made.there
+
+
+def test_what_a_key_s_request_uses_is_of_its_part_however_long_that_takes():
+    made = Memory()
+    first = made.use("b", "c20", ends=False)
+    one = made.use("b", "b40", ends=False)
+    made.use("b", "b40")
+    made.now += 2 * KEPT_S
+    assert made.memory.end(first.id)
+    made.use("h", "h10")
+    # Of its 50 the one that is in use has 40, whatever else it used less than a minute ago.
+    assert made.leaves("i40", "h") == ["c20"]
+    assert made.leaves("i60", "h") == ["c20", "h10"]
+    # The minute begins when the last request of the key has ended, not the first.
+    assert made.memory.end(one.id)
+    made.now += KEPT_S - 1
+    made.use("h", "h10")
+    assert made.leaves("i70", "h") == ["c20", "h10", "b40"]
+    made.now += 2
+    assert made.leaves("i70", "h") == ["c20", "b40"]
+
+
 def test_what_no_key_has_asked_for_goes_first():
     made = Memory()
     made.use("a", "p50")
     made.memory.hold(made.entry("x40"), SimpleNamespace(nbytes=40))
     made.room.touch(made.entry("x40"))
-    assert made.leaves("s50", "b") == ["x40"]
+    assert made.leaves("s50", "a") == made.leaves("s50", "b") == ["x40"]
 
 
 def test_what_takes_the_place_of_another_has_its_room_unless_that_is_in_use():

@@ -1,7 +1,7 @@
 """One adapter of a shelf (`anabranch.serving.core.adapter_shelf`), and what is read for it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 __all__ = ["Entry", "Held", "Read"]
@@ -40,8 +40,8 @@ class Entry(Generic[H]):
         held: its numbers; None where they are not in memory.
         uses: requests under way with it.
         used_at: when one last began, by a count.
-        key: of that one; None where there was none yet.
-        idle_since: when the last one ended, or it was read, in seconds.
+        used_by: keys that have used it of late: when a request of each last began, by that count, and when the last one ended, in seconds;
+            infinity while one is under way.
         size: bytes of the numbers, in memory or not; 0 before they were first looked at.
     """
 
@@ -52,8 +52,7 @@ class Entry(Generic[H]):
     held: H | None = None
     uses: int = 0
     used_at: int = 0
-    key: str | None = None
-    idle_since: float = 0.0
+    used_by: dict[str, tuple[int, float]] = field(default_factory=dict)
     size: int = 0
 
     @property

@@ -2,6 +2,7 @@
 
 Of those that nobody uses the least recently used leave first. But what a key has used within the last minute stays as long as something
 else can go, up to an even part of the memory among the keys that used any within it: who asks for one after another pushes out its own.
+One that several keys have used is of the part of each, so that nobody takes it out of another's by using it too.
 """
 
 import time
@@ -11,7 +12,7 @@ from typing import Generic
 
 from anabranch.errors import CapacityError
 from anabranch.serving.core.adapter_entry import Entry, H
-from anabranch.serving.core.adapter_room import AdapterRoom
+from anabranch.serving.core.adapter_room import AdapterRoom, Waiter
 from anabranch.serving.core.client import BusyError
 
 __all__ = ["AdapterMemory", "NoRoomError"]
@@ -59,7 +60,7 @@ class AdapterMemory(Generic[H]):
         for other in self.find_room(entry, before=before, together=together, key=key):
             other.held = None
             self.num_evictions += 1
-        entry.held, entry.idle_since = held, self._time()
+        entry.held = held
         self.num_loads += 1
 
     def retire(self, entry: Entry[H]) -> None:
@@ -69,9 +70,11 @@ class AdapterMemory(Generic[H]):
 
     def end(self, id: str) -> bool:
         """A request uses its adapters no more; False for one that has not begun."""
+        lease = self._room.lease(id)
         idle = self._room.end(id)
+        if lease is not None:
+            self._note_end(lease)
         for entry in idle or ():
-            entry.idle_since = self._time()
             if self.entries.get(entry.name) is not entry:
                 entry.held = None
         return idle is not None
@@ -124,22 +127,39 @@ class AdapterMemory(Generic[H]):
             "engine.adapters.memory"
         )
 
+    def _note_end(self, one: Waiter[H]) -> None:
+        """Note when the key of a request that has ended last used its adapters."""
+        now, still = self._time(), self._room.own(one.key)
+        for entry in one.adapters - still:
+            used_at, _ = entry.used_by[one.key]
+            entry.used_by[one.key] = (used_at, now)
+            # What keys have used longer ago counts no more, and many keys may come.
+            entry.used_by = {key: use for key, use in entry.used_by.items() if use[1] > now - KEPT_S}
+
     def _idle(self, entries: Iterable[Entry[H]], key: str | None) -> list[Entry[H]]:
-        """Those in memory that nobody uses, the first to go first: those that are nobody's part, of the key's own, of other keys'."""
+        """Those in memory that nobody uses, the first to go first: those that are nobody's part, of the key's own alone, of other keys'."""
         kept = self._kept(key)
         idle = [entry for entry in entries if entry.held is not None and not entry.uses and not entry.is_pinned]
-        return sorted(idle, key=lambda each: ((each in kept) + (each in kept and each.key != key), each.used_at))
+        return sorted(idle, key=lambda each: (bool(kept[each]) + bool(kept[each] - {key}), each.used_at))
 
-    def _kept(self, key: str | None) -> set[Entry[H]]:
-        """What keys have used of late, up to the part of each where this one has a part too, the most recently used first."""
+    def _kept(self, key: str | None) -> dict[Entry[H], set[str | None]]:
+        """The keys whose part each is of: what a key has used of late, the most recently used first, up to its part.
+
+        The parts are as large as if this key had one too.
+        """
         since = self._time() - KEPT_S
         there = [entry for entry in self.all() if entry.held is not None and not entry.is_pinned]
-        # What nobody has asked for yet is no key's.
-        recent = [entry for entry in there if entry.key is not None and (entry.uses or entry.idle_since > since)]
-        part = self._room.most_bytes / max(len({key, *(entry.key for entry in recent)} - {None}), 1)
-        kept, has = set(), Counter[str | None]()
-        for entry in sorted(recent, key=lambda each: each.used_at, reverse=True):
-            has[entry.key] += entry.nbytes
-            if has[entry.key] <= part:
-                kept.add(entry)
+        kept: dict[Entry[H], set[str | None]] = {entry: set() for entry in there}
+        uses = [
+            (used_at, other, entry)
+            for entry in there
+            for other, (used_at, ended) in entry.used_by.items()
+            if ended > since
+        ]
+        part = self._room.most_bytes / max(len({key, *(other for _, other, _ in uses)} - {None}), 1)
+        has = Counter[str]()
+        for _, other, entry in sorted(uses, key=lambda use: use[0], reverse=True):
+            has[other] += entry.nbytes
+            if has[other] <= part:
+                kept[entry].add(other)
         return kept

@@ -5,6 +5,7 @@ them, and gives none by its end. Memory that holds an adapter which nobody uses 
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -76,8 +77,8 @@ class AdapterRoom(Generic[H]):
         """A request uses its adapters from now on."""
         for entry, _ in one.entries:
             entry.uses += 1
-            entry.key = one.key
             self.touch(entry)
+            entry.used_by[one.key] = (entry.used_at, math.inf)
         self.used |= one.adapters
         self._leases[one.id] = one
 
@@ -91,6 +92,10 @@ class AdapterRoom(Generic[H]):
         idle = [entry for entry in lease.adapters if not entry.uses]
         self.used.difference_update(idle)
         return idle
+
+    def own(self, key: str) -> set[Entry[H]]:
+        """What the requests of a key that are under way use."""
+        return {entry for lease in self._leases.values() if lease.key == key for entry in lease.adapters}
 
     def adds_nothing(self, one: Waiter[H]) -> bool:
         """Whether a request uses nothing but what is pinned or in use."""
@@ -106,11 +111,11 @@ class AdapterRoom(Generic[H]):
 
     def fits_beside_own(self, one: Waiter[H]) -> bool:
         """Whether what its own key uses leaves a request room."""
-        return self._bytes_of(self._own(one.key) | one.adapters) <= self.most_bytes
+        return self._bytes_of(self.own(one.key) | one.adapters) <= self.most_bytes
 
     def closable(self, one: Waiter[H]) -> list[Entry[H]]:
         """What could fall idle to make room for a request: what others alone use, and it does not; the least used first."""
-        kept = self._own(one.key) | one.adapters
+        kept = self.own(one.key) | one.adapters
         found = [entry for entry in self.used if not entry.is_pinned and entry not in kept]
         return sorted(found, key=lambda entry: (entry.uses, entry.used_at))
 
@@ -127,9 +132,6 @@ class AdapterRoom(Generic[H]):
         """Whether ``head`` has room beside a request too, once nobody uses what is ``needed``."""
         later = (self.used.difference(needed)) | head.adapters | one.adapters
         return self.adds_nothing(one) or self._bytes_of(later) <= self.most_bytes
-
-    def _own(self, key: str) -> set[Entry[H]]:
-        return {entry for lease in self._leases.values() if lease.key == key for entry in lease.adapters}
 
     def _bytes_of(self, entries: Iterable[Entry[H]]) -> int:
         """Of these adapters and of those that are pinned."""
