@@ -1,7 +1,7 @@
 """How tests wait for what another thread, task or process does: for just that which they assert, and for as long as a busy machine needs.
 
 A test that waits for one thing and asserts another fails where the machine takes its time between the two. What is looked for here is the
-plain form of that, of deadlines that are too short, and of times that are asserted.
+plain form of that, of deadlines that are too short, and of times that are asserted, of the clock or of the processor.
 """
 
 import ast
@@ -19,7 +19,7 @@ from waiting import until, until_async
 HERE = Path(__file__).parent
 WAITS = ("until", "until_async")
 # Whose first argument, or `timeout`, is seconds; and those whose last one is.
-FIRST, LAST = ("wait", "join", "result", "communicate"), ("wait_for", "timeout")
+FIRST, LAST = ("wait", "join", "result", "communicate", "settimeout"), ("wait_for", "timeout")
 # What gives the same in every thread.
 PURE = (
     "len",
@@ -38,13 +38,22 @@ PURE = (
     "min",
     "isinstance",
 )
-CLOCKS = ("monotonic", "perf_counter", "time")
+CLOCKS = ("monotonic", "perf_counter", "time", "process_time", "thread_time")
+CLOCKS += tuple(f"{name}_ns" for name in CLOCKS)
 # Seconds of other waits.
 ENOUGH_S = 60
 # What has a limit that is tested.
 OURS = ("GossipServer",)
-# Where time goes on by hand.
-BY_HAND = ("web/test_web_readers.py", "gateway/test_virtual_time.py")
+# Files that are not looked at, and why.
+BY_HAND = {
+    "web/test_web_readers.py": "time goes on by hand",
+    "gateway/test_virtual_time.py": "time goes on by hand",
+    "test_waiting.py": "has what is looked for in its texts",
+    "waiting.py": "how it is done",
+    "paced_time.py": "a clock itself",
+    "mutations.py": "runs tests itself, and ends those that hang",
+    "damage.py": "the time of its thread alone, a thousand times what a reader takes: what never ends is told with its case",
+}
 
 
 def found_in(source: str) -> list[tuple[int, str]]:
@@ -62,6 +71,10 @@ def found_in(source: str) -> list[tuple[int, str]]:
             found.append((node.lineno, "a loop with a deadline; use until"))
         if isinstance(node, ast.Assert) and any(map(_is_elapsed, ast.walk(node.test))):
             found.append((node.lineno, "asserts a time"))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found += list(_kept_times(node))
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and _is_clock(node.left):
+            found += list(_short_seconds(node.lineno, node.right))
     return sorted(set(found))
 
 
@@ -70,7 +83,11 @@ def _name(call: ast.Call) -> str:
 
 
 def _is_clock(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and _name(node) in CLOCKS and ast.unparse(node.func) != "loop.time"
+    """Of the machine; that of a loop may go on by hand."""
+    if not isinstance(node, ast.Call) or _name(node) not in CLOCKS:
+        return False
+    said = ast.unparse(node.func)
+    return said == "time.time" if said.endswith("time") and "_" not in said else said.count(".") < 2
 
 
 def _is_elapsed(node: ast.AST) -> bool:
@@ -89,6 +106,31 @@ def _is_since(node: ast.AST) -> bool:
     return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and _is_clock(node.left)
 
 
+def _kept_times(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[int, str]]:
+    """As `_is_elapsed`, of a time that has a name: ``took_s = time.monotonic() - began`` and ``assert took_s < 5``."""
+    kept = {
+        name.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and _is_since(node.value)
+        for name in node.targets
+        if isinstance(name, ast.Name)
+    }
+    for node in ast.walk(function) if kept else ():
+        compared = (
+            [one for one in ast.walk(node.test) if isinstance(one, ast.Compare)] if isinstance(node, ast.Assert) else []
+        )
+        for one in compared:
+            sides = [one.left, *one.comparators]
+            for left, op, right in zip(sides, one.ops, sides[1:], strict=False):
+                less, _ = (left, right) if isinstance(op, ast.Lt | ast.LtE) else (right, left)
+                if (
+                    isinstance(op, ast.Lt | ast.LtE | ast.Gt | ast.GtE)
+                    and isinstance(less, ast.Name)
+                    and less.id in kept
+                ):
+                    yield node.lineno, "asserts a time"
+
+
 def _short(call: ast.Call) -> Iterator[tuple[int, str]]:
     """Seconds of a wait that are neither too few to wait for anything nor enough for a busy machine."""
     name, given = _name(call), [keyword.value for keyword in call.keywords if keyword.arg == "timeout"]
@@ -99,12 +141,13 @@ def _short(call: ast.Call) -> Iterator[tuple[int, str]]:
     if (name in LAST and len(call.args) == (2 if name == "wait_for" else 1)) or (name in WAITS and len(call.args) > 1):
         given.append(call.args[-1])
     for seconds in given:
-        if (
-            isinstance(seconds, ast.Constant)
-            and isinstance(seconds.value, int | float)
-            and 1 <= seconds.value < ENOUGH_S
-        ):
-            yield call.lineno, f"waits {seconds.value} s; a busy machine may need {ENOUGH_S}"
+        yield from _short_seconds(call.lineno, seconds)
+
+
+def _short_seconds(line: int, seconds: ast.AST) -> Iterator[tuple[int, str]]:
+    value = seconds.value if isinstance(seconds, ast.Constant) else None
+    if isinstance(value, int | float) and 1 <= value < ENOUGH_S:
+        yield line, f"waits {value} s; a busy machine may need {ENOUGH_S}"
 
 
 def _unawaited(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:
@@ -144,7 +187,8 @@ def _is_so_often(node: ast.AST) -> bool:
     """So many looks with a sleep between, which is a deadline too."""
     if not isinstance(node, ast.For) or not isinstance(node.iter, ast.Call) or _name(node.iter) != "range":
         return False
-    return any(map(_sleeps, node.body)) and any(isinstance(one, ast.Break) for one in ast.walk(node))
+    ends = ast.Break | ast.Return if ast.unparse(node.target) == "_" else ast.Break
+    return any(map(_sleeps, node.body)) and any(isinstance(one, ends) for one in ast.walk(node))
 
 
 def _chains(node: ast.AST) -> list[str]:
@@ -169,11 +213,11 @@ def _is_known(chain: str, known: set[str]) -> bool:
 def test_tests_wait_for_what_they_assert():
     # The others have nothing of the kind, and need not be parsed.
     waits = r"\buntil(_async)?\(|\bsleep\(|wait_for\(|\.(wait|join|result|communicate|timeout)\([\d.]|timeout=[\d.]"
-    looks = re.compile(waits + r"|monotonic\(|perf_counter\(|time\.time\(")
+    looks = re.compile(waits + r"|monotonic|perf_counter|\btime\.time|(process|thread)_time|settimeout\(")
     found = []
-    for path in sorted(HERE.rglob("test_*.py")):
+    for path in sorted(HERE.rglob("*.py")):
         name, source = str(path.relative_to(HERE)), path.read_text(encoding="utf-8")
-        if name not in (*BY_HAND, "test_waiting.py") and looks.search(source):
+        if name not in BY_HAND and looks.search(source):
             found += [f"{name}:{line}: {why}" for line, why in found_in(source)]
     assert found == []
 
@@ -187,6 +231,12 @@ def test_tests_wait_for_what_they_assert():
         ("if x:\n    until(lambda: a.b)\n    assert not a.c", "asserts a.c"),
         ("assert time.monotonic() - began < 5", "asserts a time"),
         ("assert 3 > time.perf_counter() - began", "asserts a time"),
+        ("assert time.process_time() - began < 5", "asserts a time"),
+        ("def f():\n    took_s = time.monotonic() - began\n    assert 0.1 < took_s < 5", "asserts a time"),
+        ("until_s = time.monotonic() + 20", "waits 20 s"),
+        ("call(sock, time.monotonic() + 5)", "waits 5 s"),
+        ("link.settimeout(5)", "waits 5 s"),
+        ("for _ in range(100):\n    sleep(0.1)\n    if done:\n        return", "a loop with a deadline"),
         ("while not done and time.monotonic() < end:\n    pass", "a loop with a deadline"),
         ("while not a.b:\n    time.sleep(0.1)\nassert a.c", "asserts a.c"),
         ("for _ in range(200):\n    if done:\n        break\n    time.sleep(0.01)", "a loop with a deadline"),
@@ -209,6 +259,10 @@ def test_what_is_found(source, why):
         "until(lambda: a.b)\nassert ask(a.c) == 200",
         "until(lambda: a.b)\nassert found == []",
         "assert time.monotonic() - began >= 0.2",
+        "def f():\n    took_s = time.monotonic() - began\n    assert took_s > 0.1",
+        "end = time.monotonic() + 120",
+        "late = time.monotonic() + 0.01",
+        "link.settimeout(0.5)",
         "thread.join(0.05)",
         "thread.join(60)",
         "', '.join('ab')",

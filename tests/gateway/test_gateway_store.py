@@ -580,11 +580,11 @@ def test_a_key_in_use_is_read_again_behind_the_scenes(tmp_path, monkeypatch):
             assert await store.key_of(secret) == key
             await tool.revoke_key(key.id)
             assert await store.key_of(secret) == key  # from memory, and now looked up
-            for _ in range(100):
-                await asyncio.sleep(0.01)
-                if await store.key_of(secret) is None:
-                    return
-            raise AssertionError("never read again")
+
+            async def is_read_again():
+                return await store.key_of(secret) is None
+
+            await until_async(is_read_again)
 
     run(main())
 

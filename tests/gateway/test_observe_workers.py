@@ -95,7 +95,7 @@ def test_requests_under_way_end_before_workers_do(tmp_path):
         link.sendall(head + body)
         until(lambda: number(call(running.url, "GET", "/metrics")[1], "anabranch_in_flight")[0] == 1)
         running.process.send_signal(signal.SIGTERM)
-        link.settimeout(20)
+        link.settimeout(120)
         assert link.recv(65536).startswith(b"HTTP/1.1 200")
         link.close()
         assert running.process.wait(60) == 0

@@ -375,8 +375,9 @@ def test_a_run_that_had_less_than_its_time_says_nothing(monkeypatch):
 
 @needs_jail
 def test_code_of_one_sender_that_hangs_leaves_room_for_that_of_another(monkeypatch):
-    monkeypatch.setattr(best_of_drawing, "MOST_S", 1.0)
-    until_s = time.monotonic() + 20.0
+    # Longer than the test: what hangs goes on until it is cancelled.
+    monkeypatch.setattr(best_of_drawing, "MOST_S", 200.0)
+    until_s = time.monotonic() + 200.0
 
     async def scene():
         hangs = examples_checker(replace(CODE, tenant="evil"), until_s)

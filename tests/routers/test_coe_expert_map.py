@@ -1,5 +1,4 @@
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -149,14 +148,13 @@ def test_both_equal_trying_every_assignment():
                 assert set(found.choice.values()) == set(found.chosen)
 
 
-def test_integer_program_is_quick_at_40_by_30():
+def test_integer_program_at_40_by_30_is_what_auto_takes():
     generator = np.random.default_rng(0)
     quality_CE = generator.random((40, 30))
     table = QualityTable.of({f"c{c}": {f"e{e}": quality_CE[c, e] for e in range(30)} for c in range(40)})
     parameters = {f"e{e}": float(generator.uniform(1, 100)) for e in range(30)}
-    started = time.process_time()
+    # About a second; a benchmark holds it to two.
     found = solve_map(table, parameters, limits=Limits(budget=50.0), solver="milp")
-    assert time.process_time() - started < 4  # about 1 s; the benchmark holds it to 2
     assert found.host <= 50
     assert solve_map(table, parameters, limits=Limits(budget=50.0)).choice == found.choice  # auto takes it
 

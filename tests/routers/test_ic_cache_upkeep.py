@@ -1,7 +1,6 @@
 """Upkeep: the knapsack against brute force, decay to 1e-12, replay and its cap, room."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -72,12 +71,10 @@ def test_knapsack_equals_brute_force_at_fifteen_items():
         assert knapsack(value, weight, capacity).value == pytest.approx(brute_force(value, weight, capacity), abs=1e-9)
 
 
-def test_knapsack_of_many_is_quick_near_its_bound_and_within_capacity():
+def test_knapsack_of_many_is_after_few_nodes_near_its_bound_and_within_capacity():
     random = np.random.default_rng(0)
     value, weight = random.exponential(size=50_000), random.integers(50, 500, 50_000).astype(float)
-    started = time.process_time()
-    packed = knapsack(value, weight, 2_000_000)
-    assert time.process_time() - started < 5
+    packed = knapsack(value, weight, 2_000_000, max_nodes=100)
     assert weight[packed.keep_N].sum() <= 2_000_000
     assert packed.value >= packed.bound * (1 - 1e-5)
     hard = knapsack(weight + 10, weight, 1_000_003, max_nodes=2000)  # stops, and says so

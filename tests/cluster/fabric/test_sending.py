@@ -240,7 +240,7 @@ def test_whoever_has_the_secret_stays(receiver, monkeypatch):
     with hello(receiver) as first, hello(receiver) as second:
         until(lambda: len(receiver._links) == 2 and not receiver._strangers)
         with socket.create_connection(receiver.address) as late:
-            late.settimeout(10)
+            late.settimeout(60)
             assert late.recv(1) == b""
         got = np.zeros(2, np.uint8)
         waiting = Receiving(receiver, got)

@@ -34,7 +34,7 @@ def test_bytes_come_back_as_they_went(settings):
             Relay(server.getsockname(), **settings) as relay,
             socket.create_connection(("127.0.0.1", relay.port)) as sock,
         ):
-            sock.settimeout(20)
+            sock.settimeout(60)
             sender = threading.Thread(target=lambda: (sock.sendall(sent), sock.shutdown(socket.SHUT_WR)))
             sender.start()
             back = b""
@@ -49,7 +49,7 @@ def test_who_calls_nobody_is_told():
     with socket.create_server(("127.0.0.1", 0)) as server:
         target = server.getsockname()
     with Relay(target) as relay, socket.create_connection(("127.0.0.1", relay.port)) as sock:
-        sock.settimeout(20)
+        sock.settimeout(60)
         assert sock.recv(1) == b""
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from anabranch.data.tokenizer import ByteTokenizer
 from anabranch.serving import chat
 from anabranch.serving.chat import ArgumentsDelta, TextDelta, ToolCallRefused, ToolCallStarted, ToolParser
+from counted_calls import counted_calls, grow_in_proportion
 from grammar_walks import takes
 
 NAMES = ("add", "get.time")
@@ -221,15 +221,18 @@ def test_text_is_not_held_back_longer_than_needed():
     assert ToolParser(NAMES).push('{"name": "add", "age":') == [TextDelta('{"name": "add", "age":')]
 
 
-def test_long_arguments_take_time_in_proportion():
+def test_long_arguments_are_work_in_proportion():
     # One push of all, as for an answer that is not streamed, and a push for each character: a quadratic reader takes minutes.
-    inner = json.dumps({"text": 'a "b" \\ é' * 4000})
-    for form in ("hermes", "as text", "name last"):
+    def length_of(form, size, is_whole):
+        inner = json.dumps({"text": 'a "b" \\ é' * size})
         text = FORMS[form]("add", inner)
-        for pieces in ([text], text):
-            begin = time.process_time()
-            assert told_length(pieces) == len(inner)
-            assert time.process_time() - begin < 5
+        assert told_length([text] if is_whole else text) == len(inner)
+
+    for form, is_whole in itertools.product(("hermes", "as text", "name last"), (True, False)):
+        assert grow_in_proportion(
+            lambda size, form=form, is_whole=is_whole: counted_calls(lambda: length_of(form, size, is_whole))[1], 100
+        )
+        length_of(form, 4000, is_whole)
 
 
 def told_length(pieces):

@@ -25,7 +25,7 @@ from anabranch.serving.engine.messages import Begun, Reply
 from anabranch.serving.engine.recorders import Told
 from anabranch.serving.engine.streams import StreamsClient
 from paced_time import run_paced
-from waiting import until_async
+from waiting import until, until_async
 
 COUNT = 12
 GREEDY = Sampling(temperature=0.0, max_tokens=COUNT, ignore_eos=True)
@@ -616,11 +616,14 @@ def test_a_process_ends_when_its_front_end_does(config, hangs, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     pid = int(done.stdout)
-    for _ in range(200):
-        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"process {pid} is still there")
+    until(lambda: has_ended(pid))
+
+
+def has_ended(pid):
+    try:
+        return "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_a_thread_whose_start_nobody_waits_for_ends_once_it_has_loaded(config):

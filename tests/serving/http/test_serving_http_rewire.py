@@ -1,7 +1,6 @@
 """``rewire`` in requests to a server, what usage tells of it, and ``anabranch serve --rewire``."""
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +15,7 @@ from anabranch.serving.engine.local import LocalEngine
 from anabranch.serving.rewiring import RewiringConfig
 from serving_models import posted, saved_dense, saved_moe, serve_process, small_moe
 from serving_thread import serving, streamed
+from waiting import until
 
 SETTINGS = {"interval": 4, "steps": 2, "eta": 0.5, "scale_step": False, "guard": False}
 BODY = {"model": "small", "prompt": "hello", "temperature": 0, "max_tokens": 10, "ignore_eos": True}
@@ -74,10 +74,7 @@ def test_each_request_is_turned_to_its_own_text(server, model):
             assert "rewiring" not in body["usage"]
     assert any(wanted(model, prompt)[0] != plain(model, prompt) for prompt in PROMPTS)
     # The server looks at its engine from time to time.
-    deadline = time.monotonic() + 30
-    while server.metrics()["rewiring_phases_total"] < len(PROMPTS) * 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: server.metrics()["rewiring_phases_total"] >= len(PROMPTS) * 3)
 
 
 def test_chats_and_streams_and_choices_too(server, model):
