@@ -13,6 +13,7 @@ from anabranch import sandbox
 from anabranch.data import templates
 from anabranch.sandbox import Refused, Sandbox, SandboxBusyError, Work
 from anabranch.sandbox_worker import Limits
+from waiting import until, until_async
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGPROF"), reason="the limits of POSIX")
 
@@ -141,28 +142,31 @@ def test_an_interrupt_at_the_terminal_is_not_for_its_processes():
 
 SLEEPS = """
 import json, time
+from pathlib import Path
 from anabranch.sandbox_worker import Limits, serve
 
 def answer(request):
     seconds = json.loads(request)
+    while not (Path(__file__).parent / "go").exists():
+        time.sleep(0.005)
     time.sleep(seconds)
     return {"answer": str(seconds)} if seconds < 1 else {"error": "too long"}
 
-serve(answer, Limits(seconds=5.0, memory=1 << 30))
+serve(answer, Limits(seconds=60.0, memory=1 << 30))
 """
 
 
 @pytest.fixture
 def sleeping(tmp_path):
-    """Processes that sleep as long as they are asked to."""
+    """Processes that sleep as long as they are asked to, once there is a file ``go``."""
     (tmp_path / "sleeps.py").write_text(SLEEPS)
-    limits = Limits(seconds=5.0, memory=1 << 30)
+    limits = Limits(seconds=60.0, memory=1 << 30)
     pool = Sandbox(Work(program=tmp_path / "sleeps.py", does="sleeps", do="sleep", limits=limits, greeting=0))
     yield pool
     pool.close()
 
 
-def test_turns_come_before_threads(sleeping):
+def test_turns_come_before_threads(sleeping, tmp_path):
     """However many one source asks for at once, another's one is not behind them."""
     order = []
 
@@ -171,10 +175,13 @@ def test_turns_come_before_threads(sleeping):
         order.append(source)
 
     async def scene():
-        many = [asyncio.create_task(ask("many", 0.02)) for _ in range(60)]
-        await asyncio.sleep(0.05)
-        await ask("one", 0.01)
-        place = len(order)
+        many = [asyncio.create_task(ask("many", 0.0)) for _ in range(60)]
+        await until_async(lambda: len(sleeping._waiting) == 60 - len(sleeping.workers))
+        one = asyncio.create_task(ask("one", 0.0))
+        await until_async(lambda: len(sleeping._waiting) == 61 - len(sleeping.workers))
+        (tmp_path / "go").touch()
+        await one
+        place = order.index("one") + 1
         await asyncio.gather(*many)
         return place
 
@@ -185,7 +192,9 @@ def test_turns_come_before_threads(sleeping):
     assert sorted(map(id, sleeping._free)) == sorted(map(id, sleeping.workers))
 
 
-def test_who_stops_waiting_holds_nothing(sleeping, monkeypatch):
+def test_who_stops_waiting_holds_nothing(sleeping, tmp_path, monkeypatch):
+    (tmp_path / "go").touch()
+
     async def scene():
         asked = [asyncio.create_task(sleeping.ask_in_turn("a", 0.05)) for _ in range(20)]
         await asyncio.sleep(0.02)
@@ -208,7 +217,4 @@ def test_who_stops_waiting_holds_nothing(sleeping, monkeypatch):
 
     asyncio.run(scene())
     assert sleeping._waiting == []
-    until = time.monotonic() + 120
-    while len(sleeping._free) < len(sleeping.workers):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    until(lambda: len(sleeping._free) == len(sleeping.workers))

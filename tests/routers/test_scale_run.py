@@ -780,7 +780,7 @@ def test_a_system_that_hangs_leaves_time_for_the_other_and_for_the_last_step():
             return await super().__call__(arm, messages, **how)
 
     models = Hanging(usual())
-    trace = solve(models, **three(budget=Budget(deadline_s=0.5)))
+    trace = solve(models, **three(budget=Budget(deadline_s=2.0)))
     assert (trace.answer, trace.is_whole, trace.is_degraded) == ("small", True, True)
     assert [one.system for one in trace.steps] == [1] * len(trace.steps)
 
