@@ -68,6 +68,7 @@ def test_the_plainest_file(tmp_path):
         "0 1 0.5\n1 2 2\n",
         "0\t1\t0.5\n1\t2\t2\n",
         "0,1,0.5\n1,2,2\n",
+        "0,1,0.5\r\r\n1,2,2\r\r\n\r\n",
         "0, 1, 0.5\r\n1 , 2,2\r\n",
         "0;1;0.5\n1;2;2",
         "0|1|.5\n1|2|2.\n",
@@ -175,7 +176,7 @@ def test_numbers_are_read_as_python_reads_them(texts):
     assert lines.numbers(fields, 0, "weight").tolist() == [float(text) for text in texts]
 
 
-@given(st.lists(st.integers(-(2**63) + 1, 2**63 - 1).map(lambda n: f"{n:+d}" if n % 3 else str(n)), min_size=1))
+@given(st.lists(st.integers(-(2**63), 2**63 - 1).map(lambda n: f"{n:+d}" if n % 3 else str(n)), min_size=1))
 def test_whole_numbers_are_read_as_python_reads_them(texts):
     block = np.frombuffer("\n".join(texts).encode(), np.uint8)
     fields, _ = lines.Splitter(None, lines.WHITESPACE, "#", (0,)).split(block, 1)
@@ -822,7 +823,18 @@ def edges_of(graph):
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "edges", "parquet", "anb"])
-@pytest.mark.parametrize("names", [[5, 6, 7], [1, 2, 3], [-3, 5, 2**62], ["", "1.0", "ann"], ["007", "1e5", "nan"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [5, 6, 7],
+        [1, 2, 3],
+        [-3, 5, 2**62],
+        ["", "1.0", "ann"],
+        ["007", "1e5", "nan"],
+        [-(2**63), 0, 2**63 - 1],
+        ["\ufeffa", "(a", "b)"],
+    ],
+)
 @pytest.mark.parametrize("weights", [None, [2.5, 1.5]])
 def test_graphs_whose_nodes_look_like_numbers_come_back(tmp_path, ending, names, weights):
     """The file said how many nodes there are, and names of numbers were out of that range."""
@@ -830,6 +842,18 @@ def test_graphs_whose_nodes_look_like_numbers_come_back(tmp_path, ending, names,
     write_graph(graph, tmp_path / f"g.{ending}")
     assert read_graph(tmp_path / f"g.{ending}").difference(graph) is None
     assert from_table(to_table(graph)).difference(graph) is None
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "edges"])
+@pytest.mark.parametrize(("name", "what"), [("a\0b", "zero byte"), ("a\rb", "line break"), ("a\nb", "line break")])
+def test_names_that_a_line_cannot_hold_are_not_written(tmp_path, ending, name, what):
+    """One with a zero byte was written, and refused when it was read."""
+    graph = Graph.from_edges([0], [1], names=[name, "b"])
+    with pytest.raises(InputError, match=f"holds a {what}; write .parquet or .anb"):
+        write_graph(graph, tmp_path / f"g.{ending}")
+    assert not list(tmp_path.iterdir())
+    write_graph(graph, tmp_path / "g.parquet")
+    assert read_graph(tmp_path / "g.parquet").difference(graph) is None
 
 
 @pytest.mark.parametrize("ending", [".gdf", ".gml", ".net", ".md", ".sql", ".json.gz"])

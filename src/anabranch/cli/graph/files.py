@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import DataError, first_line
 from anabranch.graph.table_columns import is_index, is_of_r, with_index
+from anabranch.graph.table_faults import check_one_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +64,9 @@ def read_arrow(path: str | Path, as_text: AsText | None = None) -> Any:
         kept = table if has_names else _read_text(path, delimiter, has_names=False)
         chosen = [] if as_text is None else as_text(_bare(kept))
         texts = [name for name in kept.column_names if name.strip() in chosen]
-        return _bare(_read_text(path, delimiter, has_names=has_names, texts=texts) if texts else kept)
+        whole = _bare(_read_text(path, delimiter, has_names=has_names, texts=texts) if texts else kept)
+        check_one_file(path, whole, whole.column_names if has_names else None)
+        return whole
 
     return _read(Path(path), read)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.graph.files import NAMES, read_cells
+from anabranch.cli.graph.files import NAMES, Cells, read_cells
 from anabranch.cli.graph.inputs import are_numbers, names_of, nodes_of
 from anabranch.errors import DataError, InputError
 from anabranch.graph.table_columns import (
@@ -29,6 +29,7 @@ from anabranch.graph.table_columns import (
     named_index,
     plain_name,
 )
+from anabranch.graph.table_faults import check_one_file, is_python
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,6 +107,7 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
     """
     cells = read_cells(path)
     names = cells.names
+    is_text = names is None
     if names is None:
         lines = cells.first_lines
         if len(lines) > 1 and is_matrix(*lines):
@@ -119,6 +121,8 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
     else:
         check_no_matrix(path, cells.table.schema, cells.table.num_rows, cells.table.column)
     places = _places(path, form, names, cells.table)
+    if is_text:
+        _check_rows(path, form, graph, cells, [places[role] for role in form.nodes])
     found = {role: _cells(path, cells.table, place, form.roles[role], graph) for role, place in places.items()}
     for column in found.values():
         empty = next((row for row, cell in enumerate(column) if cell in (None, "")), None)
@@ -127,6 +131,22 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
     if not found[form.nodes[0]]:
         raise DataError(f"{path} has no rows")
     return found
+
+
+def _check_rows(path: str, form: Form, graph: Graph | None, cells: Cells, ends: Sequence[int]) -> None:
+    """Raises DataError for a text that two files were put into, and for edges as Python prints them; what the graph knows is meant so."""
+
+    def is_meant(row: int) -> bool:
+        texts = [cells.table.column(place)[row].as_py() for place in ends]
+        # A single column without a graph may be of a node that is called node.
+        return all(_is_node(graph, text) for text in texts) if graph is not None else cells.table.num_columns == 1
+
+    check_one_file(path, cells.table, cells.names, is_meant)
+    for row, texts in enumerate(cells.first_lines if form is EDGES else ()):
+        if is_python([text or "" for text in texts]) and not is_meant(row):
+            raise DataError(
+                f"{path}, row {row}: it is written as Python or JSON prints it; write edges without brackets"
+            )
 
 
 def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Sequence[str]], table: pa.Table) -> bool:

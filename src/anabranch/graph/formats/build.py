@@ -175,10 +175,10 @@ class EdgeSink:
         distinct = self._distinct()
         if not len(distinct):
             return 0, None, None
-        if self.rules.ids == "auto" and distinct[0] == 0 and len(distinct) == distinct[-1] + 1:
+        if self.rules.ids == "auto" and distinct[0] == 0 and len(distinct) == int(distinct[-1]) + 1:
             return len(distinct), None, None
         if distinct[0] >= 0 and distinct[-1] < 4 * len(distinct):
-            table = np.zeros(distinct[-1] + 1, np.int64)
+            table = np.zeros(int(distinct[-1]) + 1, np.int64)
             table[distinct] = np.arange(len(distinct))
             return len(distinct), distinct, lambda ids: table[ids]
         return len(distinct), distinct, lambda ids: np.searchsorted(distinct, ids)

@@ -53,12 +53,39 @@ def read_edge_list(path: Path, rules: Rules, dialect: Dialect) -> Graph:
             fields, problem = splitter.split(text, first_line)
             if layout.header_line and len(fields.line_R) and fields.line_R[0] == layout.header_line:
                 fields.keep(slice(1, None))
+            again = _header_again(fields, layout.header) if layout.is_text else None
+            if again is not None:
+                problem = DataError(
+                    f"{path}, line {fields.line_R[again]}: the names of columns once more, as where a second file was put behind "
+                    "a first; leave the line out, or say header=True if it is an edge"
+                )
+                fields.keep(slice(0, again))
             add_fields(path, sink, fields, layout.is_text, has_quoted_words=layout.has_quoted_words)
             if problem:
                 raise problem
         if not sink.seen:
             raise DataError(f"{path} holds no edges")
         return sink.finish()
+
+
+def _header_again(fields: Fields, header: tuple[tuple[str, bool], ...]) -> int | None:
+    """The first row that is written as the header is, in quotes or not."""
+    if not header:
+        return None
+    is_same = np.ones(len(fields.line_R), bool)
+    for field, (text, is_quoted) in enumerate(header):
+        # Doubled quotes within are rare in names of columns: such a row is an edge.
+        is_same &= (fields.quoted_FR[field] == is_quoted) & (
+            fields.end_FR[field] - fields.start_FR[field] == len(text.encode())
+        )
+    return next(
+        (
+            row
+            for row in np.flatnonzero(is_same).tolist()
+            if all(fields.value(field, row) == text for field, (text, _) in enumerate(header))
+        ),
+        None,
+    )
 
 
 def add_fields(

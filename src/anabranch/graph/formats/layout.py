@@ -28,9 +28,10 @@ from anabranch.graph.table_columns import (
     names_ends,
     no_table,
 )
+from anabranch.graph.table_faults import is_python, other_mark
 
 # `write_graph` leaves it.
-NOTE = re.compile(rb"^# anabranch graph: (\d+) nodes( by name)?, (directed|undirected)\r?$", re.MULTILINE)
+NOTE = re.compile(rb"^# anabranch graph: (\d+) nodes( by name)?, (directed|undirected)\r*$", re.MULTILINE)
 
 # A longer row among the first two, which are looked at field by field, is none of a list of edges.
 MOST_ROW = 1 << 20
@@ -71,6 +72,7 @@ class Layout:
         columns: numbers of the columns of source, target and (perhaps) weight.
         is_text: whether ids are text.
         has_quoted_words: whether all words are in quotes, as R writes them, and a bare NA is none.
+        header: of ``columns`` what the header calls them, and whether in quotes; none where whoever asks says that there is one.
     """
 
     delimiter: int
@@ -78,6 +80,7 @@ class Layout:
     columns: tuple[int, ...]
     is_text: bool
     has_quoted_words: bool
+    header: tuple[tuple[str, bool], ...]
 
 
 def first_rows(path: Path, dialect: Dialect) -> tuple[bytes, list[int], list[str]]:
@@ -130,7 +133,7 @@ def _may_be_row(line: bytes, marks: str) -> bool:
 def check_comments(path: Path, start: bytes, first_line: int, marks: str, delimiter: int) -> None:
     """Raises DataError where a line before the first row begins as comments do, names no columns, and may be a row."""
     mark = bytes([delimiter])
-    begun = start.removeprefix(b"\xef\xbb\xbf").splitlines()[:first_line]
+    begun = start.removeprefix(b"\xef\xbb\xbf").split(b"\n")[:first_line]
     for number, line in enumerate(begun[:-1], 1):
         names = line.decode("utf-8", "replace").lstrip(marks).split(chr(delimiter))
         if line.count(mark) == begun[-1].count(mark) and _may_be_row(line, marks) and not names_ends(names):
@@ -158,6 +161,8 @@ def layout_of(
             lines[0],
             f"{len(first)} field, where an edge needs two (split at {mark}; `delimiter` says what else)",
         )
+    if not noted:
+        _check_rows(path, dialect, lines, texts, rows, delimiter)
     has_header, names = _names(path, dialect, start, lines[0], rows, delimiter, noted)
     columns = _columns(path, dialect, names, len(first), lines[0])
     sample = rows[1] if has_header and len(rows) > 1 else rows[0]
@@ -191,7 +196,32 @@ def layout_of(
             place,
             f"the third field {sample[columns[2]][0]!r} is not a number; weight=None leaves it out, weight=COLUMN takes another",
         )
-    return Layout(delimiter, lines[0] if has_header else 0, columns, is_text, has_quoted_words(rows[0]))
+    header = tuple(rows[0][column] for column in columns) if has_header and dialect.header is None else ()
+    return Layout(delimiter, lines[0] if has_header else 0, columns, is_text, has_quoted_words(rows[0]), header)
+
+
+def _check_rows(
+    path: Path,
+    dialect: Dialect,
+    lines: list[int],
+    texts: list[str],
+    rows: list[list[tuple[str, bool]]],
+    delimiter: int,
+) -> None:
+    """Raises DataError for rows as Python prints them, and where nobody can tell what they are split at."""
+    for line, row in zip(lines, rows, strict=True):
+        if not any(quoted for _, quoted in row) and is_python([text for text, _ in row]):
+            fail(path, line, "a row as Python or JSON prints it; write edges without brackets")
+    if dialect.delimiter is not None or delimiter != ord(",") or names_ends([text for text, _ in rows[0]]):
+        return
+    mark = other_mark(texts)
+    if mark is not None:
+        fail(
+            path,
+            lines[0],
+            f"split at ',', or at {'blanks' if mark == ' ' else repr(mark)}, where commas are those of decimals? "
+            f"Begin the file with the line source,target or source{mark}target; or `delimiter` says which",
+        )
 
 
 def _names(
@@ -225,7 +255,7 @@ def _names(
 
 def _said(path: Path, start: bytes, first_line: int, dialect: Dialect, delimiter: int, count: int) -> list[str] | None:
     """Names of columns in the comment above the first row, where they say that ends stand elsewhere than in front: ``#,source,target``."""
-    above = start.splitlines()[first_line - 2 : first_line - 1] if first_line > 1 else []
+    above = start.split(b"\n")[first_line - 2 : first_line - 1] if first_line > 1 else []
     text = b"".join(above).decode("utf-8", "replace").strip()
     if not text or text[0] not in dialect.marks:
         return None

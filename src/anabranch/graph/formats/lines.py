@@ -1,7 +1,7 @@
 """Lines of text files, plain or compressed: blocks of whole lines, split into fields by kernels that know every line's number.
 
 Files may be compressed by gzip, bzip2 or xz (told by their first bytes), start with a byte order mark, and end lines with a line feed,
-a carriage return before it or not. A field in double quotes may hold the delimiter, blanks and doubled quotes, but no line break.
+carriage returns before it or not. A field in double quotes may hold the delimiter, blanks and doubled quotes, but no line break.
 """
 # Shapes: R rows of a block, F fields that are wanted
 
@@ -26,7 +26,7 @@ BLOCK = 1 << 22
 MOST_LINE = 1 << 28
 _COMPRESSED = {b"\x1f\x8b": ("gzip", gzip.open), b"BZh": ("bzip2", bz2.open), b"\xfd7zXZ\x00": ("xz", lzma.open)}
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
-_FINE, _RAGGED, _OPEN_QUOTE, _AFTER_QUOTE, _IN_DOUBT = range(5)
+_FINE, _RAGGED, _OPEN_QUOTE, _AFTER_QUOTE, _IN_DOUBT, _RETURN, _ORDER_MARK = range(7)
 IN_DOUBT = "a comment, or a row? Begin the file with a line that names its columns if it is a row; `comment` says what comments begin with"
 # Lines that begin as comments do and have as many fields as the rows before them.
 SKIPPED, ROWS, DOUBTFUL = range(3)
@@ -188,6 +188,8 @@ class Splitter:
             _OPEN_QUOTE: "a quote that is not closed on its line",
             _AFTER_QUOTE: "something behind a closing quote",
             _IN_DOUBT: IN_DOUBT,
+            _RETURN: "a carriage return within the line; end all lines with a line feed, or all with both",
+            _ORDER_MARK: "a byte order mark (U+FEFF), as of a second file behind a first; take it out, or put the name in quotes",
         }[problem]
         return fields, DataError(f"{self.path}, line {line}: {what}")
 
@@ -254,13 +256,20 @@ def split_fields(
     size, at_line, rows, position = len(text), first_line, 0, 0
     white = delimiter == 0
     while position < size:
-        stop = position
+        stop, returned = position, size
         while stop < size and text[stop] != 10:
+            if text[stop] == 13 and returned == size:
+                returned = stop
             stop += 1
         end = stop
-        if end > position and text[end - 1] == 13:
+        # Python's csv ends lines with two of them on Windows, where a file was opened without newline="".
+        while end > position and text[end - 1] == 13:
             end -= 1
+        if returned < end:
+            return rows, _RETURN, at_line, 0, num_fields
         at = position
+        if end - at >= 3 and text[at] == 0xEF and text[at + 1] == 0xBB and text[at + 2] == 0xBF:
+            return rows, _ORDER_MARK, at_line, 0, num_fields
         while at < end and (text[at] == 32 or text[at] == 9) and text[at] != delimiter:
             at += 1
         is_data, is_comment = at < end, False
@@ -349,7 +358,8 @@ def parse_integers(text, start_R, end_R, value_R):
             digit = text[at] - 48
             if digit < 0 or digit > 9:
                 return row, _NOT_A_NUMBER
-            if value > (limit - np.uint64(digit)) // np.uint64(10):
+            # There is one more below 0.
+            if value > (limit + np.uint64(negative) - np.uint64(digit)) // np.uint64(10):
                 is_long = True
             value = value * np.uint64(10) + np.uint64(digit)
             at += 1

@@ -32,9 +32,15 @@ def write_edge_list(graph: Graph, path: Path) -> None:
     is_text = graph.names is not None and graph.names.dtype.kind not in "iu"
     if is_text and graph.names is not None:
         for name in graph.names.tolist():
-            if isinstance(name, str) and ("\n" in name or "\r" in name):
-                raise InputError(f"{path}: the name {name!r} holds a line break; write .parquet or .anb")
+            _check_name(path, name)
     _write_rows(graph, path, b"\t", "needed" if is_text and _need_quotes(graph) else "none", header=False)
+
+
+def _check_name(path: Path, name: object) -> None:
+    """Raises InputError for a name that a line of text cannot hold."""
+    if isinstance(name, str) and ("\n" in name or "\r" in name or "\0" in name):
+        what = "zero byte" if "\0" in name else "line break"
+        raise InputError(f"{path}: the name {name!r} holds a {what}; write .parquet or .anb")
 
 
 def _need_quotes(graph: Graph) -> bool:
@@ -43,7 +49,7 @@ def _need_quotes(graph: Graph) -> bool:
     return any(
         not name
         or name != name.strip()
-        or name[0] in "#%"
+        or name[0] in "#%\ufeff"
         or any(mark in name for mark in '\t,;|" ')
         or is_number(name)
         for name in map(str, graph.names.tolist())
@@ -59,8 +65,7 @@ def _write_rows(graph: Graph, path: Path, delimiter: bytes, quoting: str, *, hea
     )
     if header and graph.names is not None and graph.names.dtype.kind == "O":
         for name in graph.names.tolist():
-            if isinstance(name, str) and ("\n" in name or "\r" in name):
-                raise InputError(f"{path}: the name {name!r} holds a line break; write .parquet or .anb")
+            _check_name(path, name)
     with new_file(path) as temporary, _opened(temporary, path) as file:
         if not header:
             kind = "directed" if graph.is_directed else "undirected"

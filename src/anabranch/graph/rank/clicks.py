@@ -11,6 +11,7 @@ from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.arguments import as_path
 from anabranch.graph.masks import unmasked
 from anabranch.graph.table_columns import as_names, is_of_r
+from anabranch.graph.table_faults import check_one_file
 
 
 def read_clicks(
@@ -86,6 +87,7 @@ def _read_file(path: Path, columns: tuple[str, str, str]) -> Any:
                 null_values=["", "NA"] if is_of_r(path, separator) else [""],
             )
             table = csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=separator), convert_options=options)
+            check_one_file(path, table, table.column_names)
             for name in {columns[0], columns[2]} & {*table.column_names}:
                 table = table.set_column(table.column_names.index(name), name, as_names(table[name]))
             return table

@@ -1,0 +1,85 @@
+"""What tells that a table is none of those it looks like, so that it is refused rather than read as another."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anabranch.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+def is_python(cells: Sequence[str]) -> bool:
+    """Whether cells are of a row as Python or JSON prints it: ``(1, 2)``, ``[1, 2]``, ``{"source": 1, "target": 2}``.
+
+    A bracket opens in the first one and closes in the last; names may hold both.
+    """
+    bare = [cell.strip() for cell in cells if cell.strip()]
+    if len(bare) < 2 or bare[0][0] not in _OPENING or bare[-1][-1] not in _CLOSING:
+        return False
+    return _depth(bare[0]) > 0 > _depth(bare[-1])
+
+
+def _depth(text: str) -> int:
+    return sum(text.count(mark) for mark in _OPENING) - sum(text.count(mark) for mark in _CLOSING)
+
+
+def other_mark(lines: Sequence[str]) -> str | None:
+    """What lines that have commas may be split at instead, so that commas are those of decimals: ``a b 0,5``, ``1;2,5``; else None.
+
+    Each of them has as many of that mark. What is in quotes does not count.
+    """
+    bare = [re.sub(r'"[^"]*"', "x", line.strip()) for line in lines]
+    for mark in ";|":
+        counts = {line.count(mark) for line in bare}
+        if len(counts) == 1 and counts != {0}:
+            return mark
+    words = [line.split() for line in bare]
+    with_commas = [[word for word in row if "," in word] for row in words]
+    are_decimals = all(row and all(map(_has_decimal_comma, row)) for row in with_commas)
+    has_ends = len({len(row) for row in words}) == 1 and len(words[0]) > 2
+    return " " if are_decimals and has_ends else None
+
+
+def _has_decimal_comma(word: str) -> bool:
+    return re.fullmatch(r"[+-]?[0-9]*,[0-9]+([eE][+-]?[0-9]+)?", word) is not None
+
+
+def check_one_file(
+    path: Path | str,
+    table: "pa.Table",
+    names: Sequence[str] | None,
+    is_meant: Callable[[int], bool] = lambda row: False,
+) -> None:
+    """Raises DataError where a table of text is of two files, the second put behind the first: names of columns stand in a row once
+    more, or a row begins with a byte order mark.
+
+    ``names``: of the columns; None where no line has any. ``is_meant`` tells of a row whether it is one all the same.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = table.columns
+    if not columns or not pa.types.is_string(columns[0].type):
+        return
+    marked = pc.starts_with(pc.fill_null(columns[0], ""), "\ufeff")
+    for row in pc.indices_nonzero(marked).to_pylist():
+        if not is_meant(row):
+            raise DataError(
+                f"{path}, row {row}: it begins with a byte order mark (U+FEFF), as where a second file was put behind a first; take it out"
+            )
+    if names is None or not all(pa.types.is_string(column.type) for column in columns):
+        return
+    is_same = None
+    for name, column in zip(names, columns, strict=True):
+        found = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(column, "")), name.strip())
+        is_same = found if is_same is None else pc.and_(is_same, found)
+    for row in pc.indices_nonzero(is_same).to_pylist():
+        if not is_meant(row):
+            raise DataError(
+                f"{path}, row {row}: the names of columns once more, as where a second file was put behind a first; leave the line out"
+            )
