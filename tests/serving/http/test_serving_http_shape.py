@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.data import ByteTokenizer
-from anabranch.seen_files import SeenFiles
+from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, TokenLogprob
 from anabranch.serving.http.choice import ChoiceDelta, TokenText
 from anabranch.serving.http.generate import Generate
@@ -20,10 +20,9 @@ from anabranch.web.large_json import SLICE, is_light, json_slices
 from anabranch.web.slices import sliced
 from anabranch.web.turns import Turns
 
-INFO = types.SimpleNamespace(
-    model="m", vocab_size=257, max_positions=4096, routed_layers={1: 4}, num_layers=2, max_depth=None, skips_tokens=False,
-    files=SeenFiles(), numbers="",
-)  # fmt: skip
+INFO = EngineInfo(
+    model="m", vocab_size=257, max_positions=4096, block_tokens=16, num_blocks=256, routed_layers={1: 4}, num_layers=2
+)
 # A slice tells what weighs two slices at most, and one choice, or change, whose values are few is made at once.
 MOST_TOLD = 2 * SLICE // 64 + 2 * MOST_AT_ONCE
 
