@@ -92,11 +92,11 @@ def test_what_a_client_is_given():
     ("answer", "message"),
     [
         (ValueError("it broke"), "m did not answer: ValueError: it broke"),
-        ({}, "without choices"),
-        (None, "without choices"),
-        ("text", "without choices"),
-        ({"choices": "x"}, "without choices"),
-        ({"choices": [None]}, "without choices"),
+        ({}, "choices are no objects"),
+        (None, "choices are no objects"),
+        ("text", "choices are no objects"),
+        ({"choices": "x"}, "choices are no objects"),
+        ({"choices": [None]}, "choices are no objects"),
     ],
 )
 def test_what_is_no_answer(answer, message):

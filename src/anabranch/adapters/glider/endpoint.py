@@ -69,7 +69,9 @@ class EndpointEmbedder(Endpoint):
     def _vectors(self, found: dict[str, Any], count: int) -> list[np.ndarray]:
         data: Any = found.get("data")
         try:
-            by_place = {one["index"]: np.asarray(one["embedding"], np.float32) for one in data}
+            # What is beyond float32 is infinite there, and refused below.
+            with np.errstate(over="ignore"):
+                by_place = {one["index"]: np.asarray(one["embedding"], np.float32) for one in data}
         # Whole numbers of hundreds of digits are JSON, too.
         except (LookupError, TypeError, ValueError, OverflowError):
             by_place = {}

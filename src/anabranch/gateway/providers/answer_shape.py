@@ -9,6 +9,7 @@ from typing import Any
 
 from anabranch.gateway.providers.provider import WRITES, Answer, Provider, UpstreamRequest, estimated, garbage
 from anabranch.gateway.providers.usage import TOKENS, Usage, is_untold
+from anabranch.routers.contract.choices import are_objects, wrong_choices
 from anabranch.web.large_json import num_bytes
 from anabranch.web.turns import plainly
 
@@ -21,7 +22,10 @@ def read_answer(provider: Provider, request: UpstreamRequest, body: bytes) -> An
     if request.endpoint not in ("embeddings", *WRITES):
         # Its provider has looked, and what it is made of passes as it came.
         return answer
-    what = (_wrong_vectors if request.endpoint == "embeddings" else _wrong_choices)(answer.body, request.endpoint)
+    if request.endpoint == "embeddings":
+        what = "" if are_objects(answer.body.get("data")) else "data is no list of objects"
+    else:
+        what = wrong_choices(answer.body.get("choices"), is_chat=request.endpoint == "chat")
     if what:
         raise garbage(f"an answer whose {what}", body)
     usage = answer.usage
@@ -57,64 +61,3 @@ def _text_bytes(body: Mapping[str, Any]) -> int:
 def _can_be(usage: Usage) -> bool:
     counts = [getattr(usage, name) for name in _COUNTS]
     return all(type(count) is int and 0 <= count <= TOKENS for count in counts) and usage.cached <= usage.prompt
-
-
-def _wrong_vectors(body: Mapping[str, Any], _: str) -> str:
-    data = body.get("data")
-    return "" if _are_objects(data) else "data is no list of objects"
-
-
-def _wrong_choices(body: Mapping[str, Any], endpoint: str) -> str:
-    """What is wrong with the choices; empty if nothing is."""
-    choices = body.get("choices")
-    if not choices or not _are_objects(choices):
-        return "choices are no objects"
-    for choice in choices:
-        if not _is(choice.get("finish_reason"), str):
-            return "finish_reason is no text"
-        if type(choice.get("index", 0)) is not int:
-            return "index is no number"
-        if not _is(choice.get("logprobs"), dict):
-            return "logprobs are no object"
-        what = _wrong_message(choice.get("message")) if endpoint == "chat" else _wrong_text(choice.get("text"))
-        if what:
-            return what
-    return ""
-
-
-def _wrong_text(text: Any) -> str:
-    return "" if isinstance(text, str) else "text is none"
-
-
-def _wrong_message(message: Any) -> str:
-    if not isinstance(message, dict):
-        return "message is no object"
-    content = message.get("content")
-    if not (_is(content, str) or _are_objects(content)):
-        return "content is no text"
-    for name in ("reasoning_content", "reasoning", "refusal"):
-        if not _is(message.get(name), str):
-            return f"{name} is no text"
-    # Some write something empty for none.
-    calls = message.get("tool_calls") or []
-    if not _are_objects(calls):
-        return "tool_calls are no objects"
-    return next((what for call in calls if (what := _wrong_call(call))), "")
-
-
-def _wrong_call(call: Mapping[str, Any]) -> str:
-    if call.get("type") not in (None, "function"):
-        # Calls of another kind, which pass as they are.
-        return ""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        return "tool_calls name no function"
-    return "" if _is(function.get("arguments"), str) else "arguments of tool_calls are no text"
-
-
-def _are_objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-def _is(value: Any, kind: type) -> bool:
-    return value is None or isinstance(value, kind)

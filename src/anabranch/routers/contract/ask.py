@@ -69,8 +69,9 @@ class Answered:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What each choice says."""
-        said = (choice.get("message", {}).get("content") for choice in self.choices)
+        """What each choice says; empty for those that are no text."""
+        messages = (choice.get("message") for choice in self.choices)
+        said = (message.get("content") if isinstance(message, Mapping) else None for message in messages)
         return tuple(text if isinstance(text, str) else "" for text in said)
 
     def logprobs(self, choice: int = 0) -> list[Mapping[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from anabranch.errors import AnabranchError, BackendError, InputError
 from anabranch.routers.contract.ask import Answered, Arm, Ask, Messages, Purpose, Said
+from anabranch.routers.contract.choices import wrong_choices
 from anabranch.routers.scale.journal import Journal, digest_of
 from anabranch.routers.scale.records import CallRecord, Stage, Tokens
 
@@ -198,6 +199,9 @@ class Calls:
                     found = await self._ask(arm, messages, purpose=purpose or PURPOSES[stage], **how)
             except TimeoutError:
                 raise LateError(f"{arm.model} took longer than it may for one call of scale") from None
+            # Before it is kept: each later run would be given it again.
+            if what := wrong_choices(found.choices):
+                raise BackendError(f"{arm.model} gave an answer whose {what}")
         except AnabranchError as error:
             record.failed(type(error).__name__)
             if self._journal is not None:

@@ -11,6 +11,7 @@ tokens were not told, too (``is_counted``).
 import asyncio
 import contextlib
 import inspect
+import json
 import math
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Any
 
 from anabranch.errors import AnabranchError, BackendError
 from anabranch.routers.contract.ask import Answered, Arm, Messages, Purpose, Said, Spent
+from anabranch.routers.contract.choices import wrong_choices
 from anabranch.routers.money import Price, dollars
 
 # Fields of OpenAI's that its client takes as arguments; others go into its ``extra_body``.
@@ -61,7 +63,7 @@ class ClientAsk:
     async def __call__(
         self, arm: Arm | str, messages: Messages, *, purpose: Purpose | None = None, **how: Any
     ) -> Answered:
-        """See `Ask`. Raises BackendError for whatever the client fails with."""
+        """See `Ask`. Raises BackendError for whatever the client fails with, and for what is no answer of a chat."""
         body = body_of(arm, messages, **how)
         began = time.monotonic()
         async with self._room():
@@ -91,7 +93,6 @@ class ClientAsk:
 
     def _answered(self, model: str, body: Any, latency_s: float) -> Answered:
         choices = body.get("choices") if isinstance(body, Mapping) else None
-        told = [one for one in choices if isinstance(one, Mapping)] if isinstance(choices, list) else []
         usage = body.get("usage") if isinstance(body, Mapping) else None
         prompt, completion, cached = _tokens(usage)
         price = self._prices.get(model)
@@ -101,11 +102,12 @@ class ClientAsk:
             completion_tokens=self.spent.completion_tokens + completion,
             cost=self.spent.cost + cost,
         )
-        if not told:
-            raise BackendError(f"{model} gave an answer without choices")
+        what = wrong_choices(choices) or ("" if _can_be_kept(choices) else "choices are no JSON")
+        if choices is None or what:
+            raise BackendError(f"{model} gave an answer whose {what}")
         answered = Answered(
             model=model,
-            choices=tuple(told),
+            choices=tuple(choices),
             prompt_tokens=prompt,
             completion_tokens=completion,
             cached_tokens=cached,
@@ -191,6 +193,15 @@ def plain(found: Any) -> Any:
     dump = getattr(found, "model_dump", None)
     # What an endpoint wrote is not checked by its client, and need not be what the client's types say.
     return dump(mode="json", exclude_unset=True, warnings=False) if callable(dump) else found
+
+
+def _can_be_kept(choices: Any) -> bool:
+    """Whether a journal could write them: clients are not all of OpenAI's, and what they give need not have come as JSON."""
+    try:
+        json.dumps(choices)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _tokens(usage: Any) -> tuple[int, int, int]:

@@ -3,7 +3,8 @@
 A file of lines in JSON. The first says whose it is. Each further one holds a call that came, by its place in the run (stage, index,
 attempt), the digest of what was asked, and the answer; one that failed, with the name of its error; or what was lost in calls that failed,
 in all so far. A call that failed is asked again only where none that came was written after it: past others the run went on, and does so
-again. A last line that was not written to its end is dropped, and written over. One run at a time has the file: a second one is refused
+again. An answer that is of no form that is read, as journals of earlier versions may have, is dropped, and counts as a call that failed.
+A last line that was not written to its end is dropped, and written over. One run at a time has the file: a second one is refused
 before it writes, by a lock beside it, and what another wrote where there are no locks is never written over. Answers are texts of models:
 whoever keeps the file keeps those.
 """
@@ -20,6 +21,7 @@ from typing import Any
 from anabranch.errors import DataError
 from anabranch.locks import locked
 from anabranch.routers.contract.ask import Answered
+from anabranch.routers.contract.choices import wrong_choices
 from anabranch.routers.scale.records import Tokens
 
 VERSION = 1
@@ -35,6 +37,7 @@ class Journal:
 
     Attributes:
         lost: tokens of calls that failed, of all runs so far.
+        dropped: answers in the file that are none, and are asked for again.
 
     Args:
         path: of the file; made where there is none, gone on with where there is one.
@@ -49,6 +52,9 @@ class Journal:
         # Of calls that failed: what was asked, the error, and how many had come before.
         self._failed: dict[str, tuple[str, str, int]] = {}
         self.lost = Tokens()
+        self.dropped = 0
+        # Of those, what is not yet written down as failed, by place: what was asked, and its tokens.
+        self._unpaid: dict[str, tuple[str, Tokens]] = {}
         self._first = json.dumps({"version": VERSION, "run": run}).encode() + b"\n"
         # Bytes of the file as this run knows it.
         self._size = 0
@@ -57,6 +63,8 @@ class Journal:
             self._end = self._read(run)
             if not self._end:
                 self._write(self._first)
+            if self._unpaid:
+                self._drop()
             self._held = held.pop_all()
 
     def __enter__(self) -> "Journal":
@@ -105,13 +113,13 @@ class Journal:
 
     def note_failed(self, key: str, digest: str, status: str) -> None:
         """Write down a call that failed."""
-        self._append({"key": key, "digest": digest, "failed": status})
+        self._append(_failed_line(key, digest, status))
 
     def note_lost(self, lost: Tokens) -> None:
         """Write down what was lost in failed calls, in all so far."""
         if lost != self.lost:
             self.lost = lost
-            self._append({"lost": [lost.prompt, lost.completion, lost.cost, lost.calls]})
+            self._append(_lost_line(lost))
 
     def _read(self, run: str) -> int:
         """Where the last whole line ends; 0 for no file."""
@@ -150,12 +158,28 @@ class Journal:
         elif "lost" in line:
             self.lost = Tokens(*line["lost"])
         elif "failed" in line:
+            self._unpaid.pop(line["key"], None)
             self._failed[line["key"]] = line["digest"], str(line["failed"]), len(self._known)
         else:
-            self._known[line["key"]] = line["digest"], _read_answer(line["answer"])
+            found = _read_answer(line["answer"])
+            if wrong_choices(found.choices):
+                self.dropped += 1
+                paid = Tokens(found.prompt_tokens, found.completion_tokens, found.cost, 1)
+                self._unpaid[line["key"]] = line["digest"], paid
+            else:
+                self._known[line["key"]] = line["digest"], found
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        self._write(json.dumps(line).encode() + b"\n")
+    def _drop(self) -> None:
+        """Write down answers that are none as failed, and what they came to as lost, at once: neither is counted twice."""
+        self.lost = sum((paid for _, paid in self._unpaid.values()), self.lost)
+        lines = [_failed_line(key, digest, "BackendError") for key, (digest, _) in self._unpaid.items()]
+        for key, (digest, _) in self._unpaid.items():
+            self._failed[key] = digest, "BackendError", len(self._known)
+        self._unpaid = {}
+        self._append(*lines, _lost_line(self.lost))
+
+    def _append(self, *lines: Mapping[str, Any]) -> None:
+        self._write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
     def _write(self, data: bytes) -> None:
         try:
@@ -177,6 +201,14 @@ class Journal:
         self._end = self._size = self._end + len(data)
 
 
+def _failed_line(key: str, digest: str, status: str) -> dict[str, Any]:
+    return {"key": key, "digest": digest, "failed": status}
+
+
+def _lost_line(lost: Tokens) -> dict[str, Any]:
+    return {"lost": [lost.prompt, lost.completion, lost.cost, lost.calls]}
+
+
 def _written(found: Answered) -> dict[str, Any]:
     return {
         "model": found.model,
@@ -194,4 +226,5 @@ def _read_answer(table: Mapping[str, Any]) -> Answered:
         value = table[name]
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value!r:.40}; it must be a number of at least 0")
-    return Answered(**{**table, "choices": tuple(table["choices"])})
+    choices = table["choices"]
+    return Answered(**{**table, "choices": tuple(choices) if isinstance(choices, list) else ()})

@@ -109,6 +109,8 @@ class SelectiveReasoner:
             clock=clock,
         )
         work = Work(problem, self.systems, self.settings, self.prompts, calls)
+        if journal is not None and journal.dropped:
+            work.note(f"journal: answers that are none were dropped ({journal.dropped:,})")
         return Running(
             work, self.decomposer, self.assessor, self.rule, sender=sender or {}, streams=streams, is_plain=is_plain
         )

@@ -1,0 +1,67 @@
+"""The form of choices in OpenAI's answers, for all who read them: gateways, clients of endpoints, and what was kept of their answers.
+
+    wrong_choices([{"message": None}])        # "message is no object"
+
+Fields that are not named here are not read, and may hold anything.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["are_objects", "wrong_choices"]
+
+
+def wrong_choices(choices: Any, *, is_chat: bool = True) -> str:
+    """What is wrong with the choices of a chat, or of a completion of text; empty if nothing is. There must be one at least."""
+    if not choices or not are_objects(choices):
+        return "choices are no objects"
+    for choice in choices:
+        if not _is(choice.get("finish_reason"), str):
+            return "finish_reason is no text"
+        if type(choice.get("index", 0)) is not int:
+            return "index is no number"
+        if not _is(choice.get("logprobs"), dict):
+            return "logprobs are no object"
+        what = _wrong_message(choice.get("message")) if is_chat else _wrong_text(choice.get("text"))
+        if what:
+            return what
+    return ""
+
+
+def _wrong_text(text: Any) -> str:
+    return "" if isinstance(text, str) else "text is none"
+
+
+def _wrong_message(message: Any) -> str:
+    if not isinstance(message, dict):
+        return "message is no object"
+    content = message.get("content")
+    if not (_is(content, str) or are_objects(content)):
+        return "content is no text"
+    for name in ("reasoning_content", "reasoning", "refusal"):
+        if not _is(message.get(name), str):
+            return f"{name} is no text"
+    # Some write something empty for none.
+    calls = message.get("tool_calls") or []
+    if not are_objects(calls):
+        return "tool_calls are no objects"
+    return next((what for call in calls if (what := _wrong_call(call))), "")
+
+
+def _wrong_call(call: Mapping[str, Any]) -> str:
+    if call.get("type") not in (None, "function"):
+        # Calls of another kind, which pass as they are.
+        return ""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return "tool_calls name no function"
+    return "" if _is(function.get("arguments"), str) else "arguments of tool_calls are no text"
+
+
+def are_objects(value: Any) -> bool:
+    """Whether it is a list of JSON objects, perhaps an empty one."""
+    return isinstance(value, list | tuple) and all(isinstance(item, dict) for item in value)
+
+
+def _is(value: Any, kind: type) -> bool:
+    return value is None or isinstance(value, kind)
