@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.bounds import near_name, shown
 from anabranch.errors import DataError, InputError
+from anabranch.graph.table_faults import bare_matrix, check_meaning, is_adjacency
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,6 +89,12 @@ def names_ends(cells: Sequence[str]) -> bool:
     return called(cells, SOURCES) is not None and called(cells, TARGETS) is not None
 
 
+def are_of_r(cells: Sequence[str]) -> bool:
+    """Whether a line begins as R calls columns that have no names: V1 and V2, or X1 and X2."""
+    bare = [cell.strip() for cell in cells if not is_index(cell)]
+    return bare[:2] in (["V1", "V2"], ["X1", "X2"])
+
+
 def are_alike(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether a cell of a line is called as the one below, but for figures: node1 above node2 is a node, and no name of a column."""
     pairs = zip(first, second, strict=False)
@@ -127,8 +134,15 @@ def known_ends(path: Path | str, names: Sequence[str], index: Sequence[str] = ()
     Words that mean other things too count where both are there and nothing else may be an end before them. Where one end is known and it is
     not plain which column is the other, nobody can tell.
 
-    Raises DataError where nobody can.
+    Raises DataError where nobody can, and as `check_meaning`.
     """
+    source, target = _known_ends(path, names, index)
+    if source is not None and target is not None:
+        check_meaning(path, (source, names[source]), (target, names[target]))
+    return source, target
+
+
+def _known_ends(path: Path | str, names: Sequence[str], index: Sequence[str]) -> tuple[int | None, int | None]:
     low = [plain_name(name) for name in names]
     whole = [pair for pair in _SURE if set(pair) <= set(low)]
     # Of sender and sender_id the plain one.
@@ -304,6 +318,35 @@ def check_no_matrix(
     # Few columns without names are those of edges.
     if is_same or (not index and rest == [str(number) for number in range(rows)] and rows > 3):
         raise no_table(path)
+
+
+def check_no_bare_matrix(
+    path: Path | str, names: Sequence[str], rows: int, column: "Callable[[str], pa.ChunkedArray]"
+) -> None:
+    """Raises DataError for a matrix of numbers whose rows have no names, or only an index; ``column`` as of `check_no_matrix`."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    bare = [name for name in names if not is_index(name)]
+    if len(bare) != rows or rows < 3 or says_ends(names):
+        return
+    columns = []
+    for name in bare:
+        cells = column(name)
+        cells = pc.utf8_trim_whitespace(cells) if pa.types.is_string(cells.type) else cells
+        try:
+            columns.append(cells.cast(pa.float64()).to_numpy())
+        except pa.ArrowException:
+            # No number, so no matrix.
+            return
+    if is_adjacency(np.stack(columns, axis=1)):
+        raise bare_matrix(path)
+
+
+def says_ends(names: Sequence[str]) -> bool:
+    """Whether a column at least is called as ends or weights are."""
+    return called(names, (*SOURCES, *TARGETS, *WEIGHTS)) is not None
 
 
 def no_table(path: Path | str) -> DataError:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import DataError
 
@@ -83,3 +83,39 @@ def check_one_file(
             raise DataError(
                 f"{path}, row {row}: the names of columns once more, as where a second file was put behind a first; leave the line out"
             )
+
+
+def check_meaning(path: Path | str, source: tuple[int, str], target: tuple[int, str]) -> None:
+    """Raises DataError where columns, given by place and name, are called as ends are, but in a way that has two meanings, or whose nodes
+    are of two kinds that have the same ids."""
+    low = [name.strip().lower() for _, name in (source, target)]
+    if low == ["head", "tail"] and target[0] < source[0]:
+        raise DataError(
+            f"{path}: does an edge go from {target[1]!r} to {source[1]!r}, as in graph theory, or the other way, as in tables of facts? "
+            "Call the columns source and target, or say which they are"
+        )
+    groups = [re.fullmatch(r".*:(?:start_id|end_id)(?:\((.*)\))?", name) for name in low]
+    if all(groups) and len({group[1] for group in groups if group}) > 1:
+        raise DataError(
+            f"{path}: {source[1]!r} and {target[1]!r} are of two groups, in each of which an id is another node; "
+            "put the group in front of the ids and call the columns source and target, or say which they are if no id is in both"
+        )
+
+
+def is_adjacency(values_NN: Any) -> bool:
+    """Whether an array [N, N] looks like a matrix of a graph, and not like N edges of N columns; of 3 and 4 it may be either, and has to
+    be symmetric, empty on its diagonal, or of 0 and 1 alone."""
+    count = len(values_NN)
+    if values_NN.shape != (count, count) or count < 3:
+        return False
+    is_symmetric = (values_NN == values_NN.T).all()
+    is_binary = ((values_NN == 0) | (values_NN == 1)).all()
+    return bool(count > 4 or is_symmetric or is_binary or not values_NN.diagonal().any())
+
+
+def bare_matrix(path: Path | str) -> DataError:
+    """That a file seems to be a matrix whose rows have no names."""
+    return DataError(
+        f"{path} has as many rows as columns, all of numbers, and none is called as ends are: is it a matrix? "
+        "If it is a table of edges, call two columns source and target, or say which they are"
+    )

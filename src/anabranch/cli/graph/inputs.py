@@ -11,7 +11,14 @@ from anabranch.cli.graph.files import read_arrow
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.errors import ConfigError, DataError, InputError
-from anabranch.graph.table_columns import are_fractions, as_names, chosen_ends, is_index, named_index
+from anabranch.graph.table_columns import (
+    are_fractions,
+    as_names,
+    check_no_bare_matrix,
+    chosen_ends,
+    is_index,
+    named_index,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,6 +116,7 @@ def _typed_table(source: str, relation: str) -> Any:
         return [names[place] for place in places]
 
     table = read_arrow(source, lambda table: [*ends(table), *{relation} & {*table.column_names}])
+    check_no_bare_matrix(source, table.column_names, len(table), table.column)
     called = {name: as_names(table[name]) for name in ends(table)}
     kinds = {relation: table[relation]} if relation in table.column_names else {}
     for name, column in (called | kinds).items():

@@ -22,6 +22,7 @@ from anabranch.graph.table_columns import (
     WEIGHTS,
     are_alike,
     called,
+    check_no_bare_matrix,
     check_no_matrix,
     is_index,
     is_matrix,
@@ -120,6 +121,9 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
             raise DataError(f"{path} has several columns called {twice!r}")
     else:
         check_no_matrix(path, cells.table.schema, cells.table.num_rows, cells.table.column)
+    if form is EDGES and names is not None:
+        table, called_as = cells.table, names
+        check_no_bare_matrix(path, names, len(table), lambda name: table.column(called_as.index(name)))
     places = _places(path, form, names, cells.table)
     if is_text:
         _check_rows(path, form, graph, cells, [places[role] for role in form.nodes])

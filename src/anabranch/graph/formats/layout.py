@@ -12,11 +12,12 @@ import numpy as np
 from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.graph.formats.build import Rules
-from anabranch.graph.formats.lines import IN_DOUBT, WHITESPACE, Splitter, blocks, fail, first_bytes
+from anabranch.graph.formats.lines import IN_DOUBT, WHITESPACE, RowError, Splitter, blocks, fail, first_bytes, numbers
 from anabranch.graph.table_columns import (
     WEIGHTS,
     Column,
     are_alike,
+    are_of_r,
     called,
     chosen_ends,
     column_of,
@@ -27,8 +28,9 @@ from anabranch.graph.table_columns import (
     known_ends,
     names_ends,
     no_table,
+    says_ends,
 )
-from anabranch.graph.table_faults import is_python, other_mark
+from anabranch.graph.table_faults import bare_matrix, is_adjacency, is_python, other_mark
 
 # `write_graph` leaves it.
 NOTE = re.compile(rb"^# anabranch graph: (\d+) nodes( by name)?, (directed|undirected)\r*$", re.MULTILINE)
@@ -242,15 +244,43 @@ def _names(
         return bool(dialect.header), first if dialect.header else None
     if below and is_matrix(first, below):
         raise no_table(path)
-    if _has_header(rows, dialect):
+    has_header = _has_header(rows, dialect)
+    is_counted = len(first) > 3 and first == [str(number) for number in range(len(first))]
+    if (has_header or is_counted) and dialect.source is None and dialect.target is None and not says_ends(first):
+        _check_no_bare_matrix(path, dialect, delimiter, first, line)
+    if has_header:
         return True, first
-    if delimiter != WHITESPACE and is_end(first) and not are_alike(first, below):
+    if (are_of_r(first) and not are_alike(first, below)) or (
+        delimiter != WHITESPACE and is_end(first) and not are_alike(first, below)
+    ):
         fail(
             path,
             line,
             "a row, or names of columns? Begin the file with the line source,target; or `header` says which",
         )
     return False, _said(path, start, line, dialect, delimiter, len(first))
+
+
+def _check_no_bare_matrix(path: Path, dialect: Dialect, delimiter: int, names: list[str], header_line: int) -> None:
+    """Raises DataError for a matrix of numbers below names of its columns. Reads on until there are more rows than columns."""
+    places = [place for place, name in enumerate(names) if not is_index(name)]
+    if len(places) < 3:
+        return
+    splitter, parts, count = Splitter(path, delimiter, dialect.marks, tuple(places)), [], 0
+    for text, first_line in blocks(path, 1 << 16):
+        fields, problem = splitter.split(text, first_line)
+        if len(fields.line_R) and fields.line_R[0] == header_line:
+            fields.keep(slice(1, None))
+        count += len(fields.line_R)
+        if problem or count > len(places):
+            return
+        try:
+            parts.append(np.stack([numbers(fields, field, "cell") for field in range(len(places))], axis=1))
+        except RowError:
+            # No number, so no matrix.
+            return
+    if is_adjacency(np.concatenate(parts)):
+        raise bare_matrix(path)
 
 
 def _said(path: Path, start: bytes, first_line: int, dialect: Dialect, delimiter: int, count: int) -> list[str] | None:

@@ -9,9 +9,9 @@ from anabranch.errors import InputError, first_line
 from anabranch.graph.formats.build import Rules
 from anabranch.graph.formats.layout import Dialect
 from anabranch.graph.formats.matrices import of_entries
-from anabranch.graph.formats.parquet import choose_columns, graph_of
+from anabranch.graph.formats.parquet import check_edges, choose_columns, graph_of
 from anabranch.graph.store import Graph
-from anabranch.graph.table_columns import Column, check_no_matrix
+from anabranch.graph.table_columns import Column
 
 
 def from_networkx(graph: Any, weight: str | None = "weight", **options: Any) -> Graph:
@@ -205,8 +205,9 @@ def from_table(
         table = table if isinstance(table, pa.Table) else pa.table(table)
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(f"from_table needs a table, not {type(table).__name__}: {first_line(error)}") from None
-    check_no_matrix("the table", table.schema, table.num_rows, table.column)
-    columns = choose_columns("the table", table.schema, Dialect(source=source, target=target, weight=weight))
+    dialect = Dialect(source=source, target=target, weight=weight)
+    check_edges("the table", table.schema, table.num_rows, table.column, dialect)
+    columns = choose_columns("the table", table.schema, dialect)
     batch = [table.column(column) for column in columns]
     return graph_of("the table", table.schema, columns, [batch], Rules(directed=directed, **options))
 

@@ -1,7 +1,7 @@
 """Edges of Parquet files and Arrow tables, batch by batch."""
 # Shapes: E edges of a batch
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from anabranch.graph.store import Graph
 from anabranch.graph.table_columns import (
     WEIGHTS,
     called,
+    check_no_bare_matrix,
     check_no_matrix,
     chosen_ends,
     column_of,
@@ -38,7 +39,7 @@ def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16, page_checksum_verification=True) as file:
             schema = file.schema_arrow
-            check_no_matrix(path, schema, file.metadata.num_rows, lambda name: file.read(columns=[name]).column(0))
+            check_edges(path, schema, file.metadata.num_rows, lambda name: file.read(columns=[name]).column(0), dialect)
             columns = choose_columns(path, schema, dialect)
             batches = file.iter_batches(
                 rules.chunk_rows, columns=[schema.names[column] for column in columns], use_threads=False
@@ -48,6 +49,13 @@ def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
         if isinstance(error, FileNotFoundError):
             raise
         raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
+
+
+def check_edges(path: Path | str, schema: Any, rows: int, column: Callable[[str], Any], dialect: Dialect) -> None:
+    """Raises DataError for a matrix; one whose rows have no names may be edges, if whoever asks says which columns are ends."""
+    check_no_matrix(path, schema, rows, column)
+    if dialect.source is None and dialect.target is None and len(set(schema.names)) == len(schema.names):
+        check_no_bare_matrix(path, schema.names, rows, column)
 
 
 def _columns(batch: Any, schema: Any, columns: tuple[int, ...]) -> list[Any]:
