@@ -263,13 +263,8 @@ def _learn_in_rounds(
     )
     churn = config.way == "churned" and number < config.workers
     while outer.steps < config.steps:
-        outer.begin_step()
-        if outer.steps >= config.steps:
-            break
-        gradient()
-        optimizer.step()
-        outer.end_step()
-        if churn and outer.steps > config.steps // 2:
+        # Between rounds: in the midst of one the newcomer would meet nobody.
+        if churn and outer.steps >= config.steps // 2 and outer.steps % config.every == 0:
             if number == config.workers - 1:
                 raise _Gone
             gone.wait(_BOUND_S)
@@ -277,6 +272,12 @@ def _learn_in_rounds(
             peers.update_topology()
             peers.wait_for(config.workers)
             churn = False
+        outer.begin_step()
+        if outer.steps >= config.steps:
+            break
+        gradient()
+        optimizer.step()
+        outer.end_step()
     outer.finish()
     outer.close()
 
