@@ -124,7 +124,7 @@ def test_two_keys_of_one_owner_whose_prompts_take_too_long_stop_nobody(tmp_path,
     monkeypatch.setattr(Behaviour, "scene", scene)
     made = config(tmp_path, retries=RetryConfig(attempts=1))
     [model] = made.models
-    model = replace(model, deployments=(replace(model.deployments[0], timeout_s=0.05),))
+    model = replace(model, deployments=(replace(model.deployments[0], timeout_s=1.0),))
 
     async def work(gateway, post):
         evil = [(await gateway.store.create_key(name))[0] for name in ("one", "two")]

@@ -60,8 +60,10 @@ class Asks(Strategy):
 
 def model(name, price, **behaviour):
     provider = Mock.Config(model=name, **{"tokens": 4, **behaviour})
+    # Only what never answers is not waited for.
+    timeout_s = 0.1 if name == "hangs" else 60.0
     return ModelConfig(
-        name=name, price=price, max_tokens=50, deployments=(DeploymentConfig(provider=provider, timeout_s=0.1),)
+        name=name, price=price, max_tokens=50, deployments=(DeploymentConfig(provider=provider, timeout_s=timeout_s),)
     )
 
 

@@ -20,6 +20,7 @@ from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.store import LedgerRow, batch, open_store
 from anabranch.routers.money import MOST_NANO, Price
 from anabranch.web.api_error import ApiError
+from paced_time import pace, run_paced
 
 # 1,000 and 2,000 nano-dollars a token.
 PRICE = Price.of_dollars(1, 2)
@@ -99,7 +100,7 @@ def charged(tmp_path, handler, until=None, most=100, **fields):
 
     async def main():
         async with serving(tmp_path, handler, most=most, **fields) as gateway:
-            given = await gateway.achat(ask(stream=True) if until is not None else ask())
+            given = await pace(gateway).achat(ask(stream=True) if until is not None else ask())
             if until is not None:
                 async for one in given:
                     if until(one):
@@ -111,7 +112,8 @@ def charged(tmp_path, handler, until=None, most=100, **fields):
             assert not budgets
             return row
 
-    return asyncio.run(main())
+    # What may have been billed depends on how long it took.
+    return run_paced(main())
 
 
 def at_end(one):

@@ -80,13 +80,13 @@ def run(ask, query=None, pool=POOL, left_s=math.inf, settings=None, **fields):
 
 
 def test_one_that_never_answers_does_not_keep_the_others():
-    step, done, _ = run(Scripted(3000.0, "4"), batch=4, decides="prior", deadline_s=0.5)
+    step, done, _ = run(Scripted(3000.0, "4"), batch=4, decides="prior", deadline_s=1.5)
     assert done.message["content"] == "4"
     assert (step["reason"], step["samples"], step["failed"]) == ("deadline", 3, 1)
 
 
 def test_the_requests_own_end_counts_too():
-    step, done, _ = run(Scripted("4", "5", "6", "7", 30.0), left_s=0.4, decides="posterior")
+    step, done, _ = run(Scripted("4", "5", "6", "7", 30.0), left_s=1.5, decides="posterior")
     assert (done.message["content"], step["reason"]) == ("4", "deadline")
 
 
@@ -282,7 +282,7 @@ def test_a_judge_that_hangs_leaves_the_vote():
                 await asyncio.sleep(3000)
             return await super().__call__(arm, messages, **how)
 
-    step, done, _ = run(Hanging("5", "4", "4"), select="judge", judge="large", batch=3, max_n=3, left_s=1.0)
+    step, done, _ = run(Hanging("5", "4", "4"), select="judge", judge="large", batch=3, max_n=3, left_s=2.0)
     assert (done.message["content"], step["samples"]) == ("4", 3)
 
 
