@@ -7,6 +7,7 @@ import pytest
 from aiohttp import web
 
 from anabranch.web.slices import SlowReaderError, Writing, send_json
+from paced_time import run_paced
 
 NUM_PARTS = 5
 
@@ -143,7 +144,7 @@ def written(slowest, stall_s=0.2, most=200):
                 return number
         return most
 
-    return asyncio.run(main())
+    return run_paced(main())
 
 
 def test_a_reader_of_a_whole_answer_has_to_keep_up():
@@ -162,4 +163,4 @@ def test_what_waits_for_something_else_does_not_count():
             await writing.write(b"0")
         return reader.taken
 
-    assert asyncio.run(main()) == b"000"
+    assert run_paced(main()) == b"000"

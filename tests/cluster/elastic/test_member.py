@@ -47,7 +47,7 @@ class One:
         self.states, self.changes = [], []
         self.links = LinkPool(
             "127.0.0.1", b"s", on_snapshot=lambda *told: self.snapshots.take(self.links, *told),
-            interrupted=lambda: self.control.is_called(), suspect=lambda rank: None, timeout_s=20.0,
+            interrupted=lambda: self.control.is_called(), suspect=lambda rank: None, timeout_s=120.0,
         )  # fmt: skip
         self.links.rank = rank
         self.control = Words(self.links.changed)

@@ -1,6 +1,7 @@
 """The coordinator as an engine client: streams, refusals, commands, and an autoscaler that follows the load."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -76,10 +77,11 @@ def test_a_client_that_leaves_frees_its_place(folder, fork_server):
         await anext(stream)
         await stream.aclose()
         assert engine.group.ledger.live == {}
-        waiting = asyncio.create_task(answer(engine, "b", 100))
-        await asyncio.sleep(0.02)
+        # Nobody reads it, so that it has not ended by itself when it is to.
+        waits = engine.submit(replace(request("b", 100), buffer=2))
+        await anext(waits)
         await engine.abort("b")
-        assert (await waiting)[1] is Finish.ABORT
+        assert [output async for output in waits][-1].finish is Finish.ABORT
         assert (await answer(engine, "c"))[1] is Finish.LENGTH
 
     run(folder, fork_server, work)

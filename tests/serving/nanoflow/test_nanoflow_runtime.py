@@ -1,7 +1,6 @@
 """Nano-batched execution gives what the whole batch gives, whatever the cuts, the executor and the design."""
 
 import threading
-import time
 
 import pytest
 import torch
@@ -170,7 +169,7 @@ def test_threads_overlap_keep_dependences_and_restore_settings():
     graph = graph_of(("a", "compute", ()), ("b", "memory", ("a",)), ("c", "compute", ("b",)))
     schedule = Schedule(graph, list_order(graph))
     done, names, both = [], set(), []
-    lock = threading.Lock()
+    lock, together = threading.Lock(), threading.Barrier(2)
     running = set()
 
     def work(layer, op):
@@ -181,7 +180,9 @@ def test_threads_overlap_keep_dependences_and_restore_settings():
             number = graph.ops.index(op)
             assert all((layer, other) in done for other in graph.before[number])
             assert not layer or all((layer - 1, other) in done for other in graph.before_next[number])
-        time.sleep(0.002)
+        if (layer, graph.ops[number].name) in ((0, "a.1"), (0, "b.0")):
+            # Each waits until the other has begun.
+            together.wait(60)
         with lock:
             done.append((layer, graph.ops.index(op)))
             running.discard(op.resource)
