@@ -183,12 +183,22 @@ def _sleeps(statement: ast.stmt) -> bool:
     return any(isinstance(one, ast.Call) and _name(one) == "sleep" for one in ast.walk(statement))
 
 
+def _waits_a_moment(statement: ast.stmt) -> bool:
+    """``event.wait(0.01)``, where nobody looks what came of it."""
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    return (
+        isinstance(call, ast.Call) and _name(call) == "wait" and any(isinstance(one, ast.Constant) for one in call.args)
+    )
+
+
 def _is_so_often(node: ast.AST) -> bool:
     """So many looks with a sleep between, which is a deadline too."""
     if not isinstance(node, ast.For) or not isinstance(node.iter, ast.Call) or _name(node.iter) != "range":
         return False
     ends = ast.Break | ast.Return if ast.unparse(node.target) == "_" else ast.Break
-    return any(map(_sleeps, node.body)) and any(isinstance(one, ends) for one in ast.walk(node))
+    return any(_sleeps(one) or _waits_a_moment(one) for one in node.body) and any(
+        isinstance(one, ends) for one in ast.walk(node)
+    )
 
 
 def _chains(node: ast.AST) -> list[str]:
@@ -240,6 +250,7 @@ def test_tests_wait_for_what_they_assert():
         ("while not done and time.monotonic() < end:\n    pass", "a loop with a deadline"),
         ("while not a.b:\n    time.sleep(0.1)\nassert a.c", "asserts a.c"),
         ("for _ in range(200):\n    if done:\n        break\n    time.sleep(0.01)", "a loop with a deadline"),
+        ("for _ in range(1000):\n    if done:\n        break\n    ended.wait(0.01)", "a loop with a deadline"),
         ("thread.join(5)", "waits 5 s"),
         ("process.communicate(timeout=20)", "waits 20 s"),
         ("asyncio.wait_for(task, 1.5)", "waits 1.5 s"),

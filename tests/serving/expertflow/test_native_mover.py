@@ -18,6 +18,7 @@ from anabranch.serving.expertflow.mover import Mover
 from anabranch.serving.expertflow.native_mover import NativeMover, make_mover
 from anabranch.serving.expertflow.policy import make_policy
 from anabranch.serving.expertflow.tiers import DequantTier, FileTier, MemoryTier, ThrottledTier, Tier, write_experts
+from waiting import until
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="needs a C++ compiler")
 LAYERS, EXPERTS, KIND = 3, 8, Kind(32, 32, torch.float32)
@@ -134,14 +135,12 @@ def test_experts_come_while_nobody_asks(watched, tmp_path: Path) -> None:
     watched.append(one)
     named = [[Expert(layer, number) for number in range(3)] for layer in range(LAYERS)]
     one.step(named)
-    ended = threading.Event()
-    for _ in range(1000):
+
+    def are_there() -> bool:
         with one.mover.lock:
-            if len(one.cache.resident) == 9:
-                ended.set()
-                break
-        ended.wait(0.01)
-    assert ended.is_set()
+            return len(one.cache.resident) == 9
+
+    until(are_there)
     for layer in range(LAYERS):
         one.layer(layer, named[layer])
     assert one.cache.total().hit_rate == 1.0
@@ -222,7 +221,8 @@ def test_closing_ends_the_wait_of_another_thread(native: bool, tmp_path: Path) -
     def wanted(one: Watched) -> None:
         one.step([])
         try:
-            for _ in range(100):
+            # Until it is closed.
+            while True:
                 one.layer(0, [Expert(0, number) for number in range(EXPERTS)])
         except DataError as error:
             told.append(str(error))
