@@ -481,11 +481,12 @@ def test_rounds_of_engines_by_hand(benchmark):
     assert rows.medians(turns["ours int4"]) == {}
 
 
-def test_starts_are_timed_cold_and_warm(benchmark, tmp_path):
+def test_starts_are_timed_cold_and_warm(benchmark, tmp_path, monkeypatch):
     engine, serving, gateway = benchmark("serving_engine"), benchmark("_serving"), benchmark("_gateway")
     # Its second start finds what the first has left.
     code = (
         "import http.server, os, pathlib, sys, time\nleft = pathlib.Path(os.environ['ANABRANCH_CACHE'])\n"
+        "open('starts', 'a').write('warm ' if left.exists() else 'cold ')\n"
         "time.sleep(0 if left.exists() else 1)\nleft.mkdir(exist_ok=True)\n"
         "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()"
     )
@@ -497,9 +498,11 @@ def test_starts_are_timed_cold_and_warm(benchmark, tmp_path):
     bad = serving.Server("vllm", [sys.executable, "-c", "raise ValueError('no /root/x/y')"], port, "/none", log=log)
     untimed = serving.Server("vllm eager", ["none"], port, "/none", log=log)
     starts = engine.Starts()
+    monkeypatch.chdir(tmp_path)
     engine.time_starts([good, bad, untimed], starts)
     assert starts.cold["ours bfloat16"]["ready_s"] > 1
-    assert starts.warm["ours bfloat16"]["ready_s"] < starts.cold["ours bfloat16"]["ready_s"]
+    assert starts.warm["ours bfloat16"]["ready_s"] > 0
+    assert (tmp_path / "starts").read_text().split() == ["cold", "warm"]
     assert starts.cold["vllm"] == starts.warm["vllm"] == {"failed": "ValueError: no PATH"}
     assert "vllm eager" not in {**starts.cold, **starts.warm}
 

@@ -10,6 +10,7 @@ import pytest
 from anabranch.adapters.glider import ChatWriter, EndpointEmbedder, GliderPool, prompt_of
 from anabranch.adapters.glider.endpoint import _MOST_TEXTS
 from anabranch.errors import ConfigError, DataError
+from ports import held_port
 from scripted_endpoint import chat, endpoint, vectors
 
 
@@ -128,10 +129,7 @@ def test_vectors_have_one_size():
 
 
 def test_who_is_not_there_says_nothing_or_speaks_another_language():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(DataError, match=f"cannot reach http://127.0.0.1:{port}/v1: .*refused"):
+    with held_port() as port, pytest.raises(DataError, match=f"cannot reach http://127.0.0.1:{port}/v1: .*refused"):
         ChatWriter(f"http://127.0.0.1:{port}/v1", "small")("x")
     with endpoint(lambda *_: time.sleep(0.5) or (200, chat("late"), {})) as (url, _):
         with pytest.raises(DataError, match=r"did not answer within 0\.1 seconds"):

@@ -10,11 +10,7 @@ from anabranch.cluster.pccl import Reduction
 from anabranch.cluster.pccl.relay import Relay
 from anabranch.errors import InputError
 from pccl_peers import Peer, a_master
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+from ports import held_port
 
 
 def echo(server):
@@ -46,9 +42,11 @@ def test_bytes_come_back_as_they_went(settings):
 
 
 def test_who_calls_nobody_is_told():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        target = server.getsockname()
-    with Relay(target) as relay, socket.create_connection(("127.0.0.1", relay.port)) as sock:
+    with (
+        held_port() as port,
+        Relay(("127.0.0.1", port)) as relay,
+        socket.create_connection(("127.0.0.1", relay.port)) as sock,
+    ):
         sock.settimeout(60)
         assert sock.recv(1) == b""
 
@@ -61,11 +59,11 @@ def test_peers_reduce_over_a_long_way():
         peers.all_reduce_many([Reduction(value, tag=tag) for tag, value in enumerate(values)])
         return [value[0].item() for value in values]
 
-    relays, ports = [], [free_port() for _ in range(2)]
-    with a_master() as master:
+    relays = []
+    with held_port() as first, held_port() as second, a_master() as master:
         try:
             peers = []
-            for number, port in enumerate(ports):
+            for number, port in enumerate((first, second)):
                 relays.append(Relay(("127.0.0.1", port), delay_s=0.005, window=1 << 14))
                 settings = {"listen": f"127.0.0.1:{port}", "advertise": f"127.0.0.1:{relays[-1].port}", "pool": 2}
                 peers.append(Peer(master.address, work, number, 2, **settings))
