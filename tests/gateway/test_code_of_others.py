@@ -604,6 +604,19 @@ def test_what_others_wrote_is_called_through_the_shared_part_alone():
     assert bare == []
 
 
+def test_transports_of_providers_are_used_as_plain_ones_alone():
+    """What carries calls is others' code too: `plain_transport` stands between (see test_transports_of_others.py)."""
+    calls = [
+        (place, line.strip())
+        for place, text in _sources()
+        if not place.startswith("providers/")
+        for line in text.splitlines()
+        if "provider.transport(" in line
+    ]
+    assert calls
+    assert [call for call in calls if "plain_transport(" not in call[1]] == []
+
+
 # What an error of a strategy is caught as, and folders where none is: they call nothing of one.
 CAUGHT = {"Exception", "BaseException", "AnabranchError", "InputError", "ConfigError", "LimitError", "CheckpointError"}
 OTHER_PLACES = ("config/", "store/", "providers/", "shared/", "observe/access_log.py")

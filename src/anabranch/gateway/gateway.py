@@ -44,7 +44,7 @@ from anabranch.gateway.learning.kept import Kept
 from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.learning.teaching import Teaching
 from anabranch.gateway.metrics import Metrics
-from anabranch.gateway.metrics_text import labelled
+from anabranch.gateway.metrics_text import labelled, told_by
 from anabranch.gateway.observe.observers import Observers
 from anabranch.gateway.observe.webhooks import Webhooks, hooks_of
 from anabranch.gateway.overview import Overview, Sources
@@ -489,7 +489,7 @@ class Gateway(SyncGateway):
         for live in self.runtime.dispatcher.lives():
             if live.provider.series is not None:
                 engines.setdefault(live.provider.series, live.name)
-        return self.metrics.text() + labelled({name: text() for text, name in engines.items()}, "deployment")
+        return self.metrics.text() + labelled(told_by(engines), "deployment")
 
     def note_states(self) -> list[dict[str, Any]]:
         """How deployments are doing, noted in the metrics."""

@@ -1,7 +1,13 @@
 """Metrics of several sources as one text for Prometheus."""
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+from anabranch.gateway.logged_error import raised
+from anabranch.web.turns import plainly
+
+logger = logging.getLogger(__name__)
 
 _SAMPLE = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 
@@ -27,6 +33,19 @@ def labelled(texts: Mapping[int, bytes] | Mapping[str, bytes], label: str = "wor
                 samples.setdefault(family, []).append(f'{name}{{{label}="{whose}"{more}')
     lines = [line for family, known in headers.items() for line in (*known, *samples.get(family, ()))]
     return "".join(f"{line}\n" for line in lines).encode()
+
+
+def told_by(engines: Mapping[Callable[[], bytes], str]) -> dict[str, bytes]:
+    """What each engine says, by the name of its deployment; one that fails, or says what is no such text, is left out."""
+    told = {}
+    for text, name in engines.items():
+        try:
+            told[name] = plainly(text)
+            labelled({name: told[name]})
+        except Exception as error:
+            logger.warning("the numbers of deployment %s are left out: %s", name, raised(error))
+            told.pop(name, None)
+    return told
 
 
 def _escaped(value: str) -> str:

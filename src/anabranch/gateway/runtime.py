@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from anabranch.gateway.prompt_tokens import Counter
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder
-from anabranch.web.turns import plainly_awaited
+from anabranch.web.turns import plainly, plainly_awaited
 
 # Requests that began before a reload have this long to end.
 CLOSE_S = 600.0
@@ -90,13 +91,13 @@ class Runtime:
                 self.models[name] = model.replace(context=group.group.context)
             counters = [live.provider.counter for live in group.lives]
             if name not in self.counters and counters[0] is not None and all(counters):
-                self.counters[name] = counters[0]
+                self.counters[name] = partial(_guarded, counters[0])
         self.is_loaded = True
 
     @property
     def given_up(self) -> list[str]:
         """Deployments whose engine in this process has died too often: they answer nothing until a reload."""
-        return [live.name for live in self.dispatcher.lives() if live.provider.has_failed]
+        return [live.name for live in self.dispatcher.lives() if plainly(lambda: live.provider.has_failed)]  # noqa: B023
 
     @contextmanager
     def used(self) -> Iterator[Self]:
@@ -159,6 +160,11 @@ def _dispatcher(config: GatewayConfig, previous: Dispatcher | None) -> Dispatche
         # A provider does not know where in the config it stands.
         check_providers(config)
         raise
+
+
+def _guarded(counter: Counter, text: str) -> int:
+    """What a provider's own counter says of a text."""
+    return plainly(lambda: int(counter(text)))
 
 
 def _counter(path: str, field: str) -> Counter:

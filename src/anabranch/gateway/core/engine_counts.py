@@ -4,16 +4,21 @@ What is counted beforehand is texts. A chat template puts marks around each, wri
 asked: how much that is, only the engine's own reader knows.
 """
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from anabranch.gateway.dispatch.outgoing import outgoing
+from anabranch.gateway.logged_error import raised
 from anabranch.gateway.prompt_tokens import PromptCount
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest, Usage
+from anabranch.web.turns import plainly_awaited
 
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.deployment_state import Live
     from anabranch.gateway.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 # Of each kind: whether they cost anything is asked for, not how much.
 _MANY = 10**6
@@ -53,11 +58,16 @@ async def engine_count(
 
 
 async def _of(runtime: "Runtime", live: "Live", request: UpstreamRequest, sender: str) -> int | None:
-    provider = live.provider
+    count = live.provider.prompt_tokens
+    assert count is not None, "who asks has looked"
     try:
         call = (await outgoing(live, request, runtime.dispatcher.turns, sender)).call()
     except UpstreamError:
         return None
     call.sender = sender
-    assert provider.prompt_tokens is not None, "who asks has looked"
-    return await provider.prompt_tokens(call)
+    try:
+        found = await plainly_awaited(lambda: count(call))
+    except Exception as error:
+        logger.warning("the provider of deployment %s cannot count a prompt: %s", live.name, raised(error))
+        return None
+    return found if isinstance(found, int) and found >= 0 else None

@@ -9,8 +9,8 @@ from anabranch.gateway.dispatch.breaker import Outcome
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.hidden import asks_media, may_hide
 from anabranch.gateway.dispatch.late import Exchange, answer_of
-from anabranch.gateway.dispatch.outgoing import as_failure
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
+from anabranch.gateway.dispatch.provider_fault import as_failure
 from anabranch.gateway.dispatch.retry import DISPUTED, DOUBTED, OUTCOME
 from anabranch.gateway.prompt_tokens import Answers
 from anabranch.gateway.providers.provider import Answer, Failure, FailureKind, UpstreamRequest, Usage

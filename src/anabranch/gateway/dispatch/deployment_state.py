@@ -9,6 +9,7 @@ from anabranch.gateway.dispatch.bill import bill, is_unpriced
 from anabranch.gateway.dispatch.breaker import Breaker, BreakerRules, Outcome, admit, record, would_admit
 from anabranch.gateway.dispatch.deployments import Deployment
 from anabranch.gateway.dispatch.output_speed import OutputSpeed
+from anabranch.gateway.dispatch.plain_transport import plain_transport
 from anabranch.gateway.dispatch.senders import OWN, Senders, is_own
 from anabranch.gateway.dispatch.shared_rooms import Full
 from anabranch.gateway.dispatch.window import SlidingSum
@@ -72,7 +73,7 @@ class Live:
         self.name = deployment.name
         self.price = price if deployment.price is None else deployment.price
         self.provider: Provider = deployment.provider.build()
-        self.transport = self.provider.transport(http)
+        self.transport = plain_transport(self.provider.transport(http), http, deployment.name)
         self.breaker = Breaker()
         self.in_flight, self.waiting, self.failing, self.rests_until = 0, 0, 0.0, 0.0
         self.full_until, self.full_tokens = 0.0, 0

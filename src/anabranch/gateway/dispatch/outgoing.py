@@ -35,18 +35,6 @@ class Outgoing:
         return self.made
 
 
-def as_failure(error: Exception, name: str) -> UpstreamError:
-    """What went wrong at deployment ``name``. An exception that a provider may not raise is a fault of the provider, not of the request."""
-    if isinstance(error, UpstreamError):
-        return error
-    logger.error("the provider of deployment %s failed", name, exc_info=error)
-    return UpstreamError(
-        Failure(
-            kind="garbage", message=f"the provider of {name} failed ({type(plain(error)).__name__}); the log says how"
-        )
-    )
-
-
 async def outgoing(live: Live, request: UpstreamRequest, turns: Turns, sender: str) -> Outgoing:
     """What a deployment is to be sent; a large request is put into its form in another thread, where senders take ``turns``.
 

@@ -19,8 +19,9 @@ from anabranch.gateway.dispatch.attempt_ends import AttemptEnds
 from anabranch.gateway.dispatch.balance import pick
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.late import Reader
-from anabranch.gateway.dispatch.outgoing import Outgoing, as_failure, outgoing
+from anabranch.gateway.dispatch.outgoing import Outgoing, outgoing
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
+from anabranch.gateway.dispatch.provider_fault import as_failure
 from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, LASTING, backoff
 from anabranch.gateway.dispatch.shared_rooms import NoRoomError, SharedRooms, attempt_id
 from anabranch.gateway.observe.trace_context import new_span_id

@@ -20,8 +20,8 @@ from typing import Any
 
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.kept_stream import KeptStream
-from anabranch.gateway.dispatch.outgoing import as_failure
 from anabranch.gateway.dispatch.plan import Attempt, Report
+from anabranch.gateway.dispatch.provider_fault import as_failure
 from anabranch.gateway.dispatch.run import Run
 from anabranch.gateway.dispatch.upstream_stream import Opened, read_chunk
 from anabranch.gateway.providers.assembling import assembled

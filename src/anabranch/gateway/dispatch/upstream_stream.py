@@ -19,6 +19,7 @@ from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES
 from anabranch.gateway.dispatch.stream_made import Made
 from anabranch.gateway.dispatch.stream_tally import Tally
+from anabranch.gateway.logged_error import raised
 from anabranch.gateway.prompt_tokens import num_shown
 from anabranch.gateway.providers.chunks import as_chunks, ended, has_content
 from anabranch.gateway.providers.content_lists import flattened
@@ -189,7 +190,16 @@ class Opened:
     @property
     def told(self) -> Usage | None:
         """What the upstream has said of its usage so far; its prompt is 0 where it did not say that."""
-        return self.tally.told or getattr(self.translator, "told", None)
+        if self.tally.told is not None or self.translator is None:
+            return self.tally.told
+        try:
+            found = plainly(lambda: getattr(self.translator, "told", None))
+        except Exception as error:
+            logger.warning(
+                "the provider of deployment %s cannot tell the usage so far: %s", self.live.name, raised(error)
+            )
+            return None
+        return found if isinstance(found, Usage) else None
 
     def _look_ahead(self) -> bool:
         """Count what has come and nobody has read. Returns whether there may be more of that."""
@@ -324,11 +334,12 @@ class Opened:
                 self.has_finished = self.has_finished or self._has_begun
                 break
             if (translator := self.translator) is not None:
-                for chunk in plainly(lambda: list(translator.feed(data))):  # noqa: B023
+                chunks, is_over = plainly(lambda: (list(translator.feed(data)), bool(translator.is_done)))  # noqa: B023
+                for chunk in chunks:
                     if self._is_passed(chunk):
                         kept.append(event(chunk))
                         self._count_translated(chunk, kept[-1])
-                self.is_done = translator.is_done
+                self.is_done = is_over
                 continue
             chunk = read_chunk(data)
             if name == b"error" or chunk.get("error"):

@@ -1,0 +1,109 @@
+"""The transport of a provider, whoever wrote it, as the dispatcher may trust it.
+
+What it raises is an UpstreamError, whatever it was; nothing of it ends the process, or cancels whoever waits. To close it never fails.
+"""
+
+import logging
+from itertools import islice
+from typing import Any
+
+from anabranch.gateway.dispatch.provider_fault import as_failure
+from anabranch.gateway.logged_error import raised
+from anabranch.gateway.providers.provider import Failure, Headers, HttpCall, Reply, Transport, UpstreamError, garbage
+from anabranch.web.turns import plainly, plainly_awaited
+
+__all__ = ["PlainTransport", "plain_transport"]
+
+logger = logging.getLogger(__name__)
+
+# Of one answer; servers send some dozens.
+HEADERS = 1000
+
+
+def plain_transport(made: Transport, http: Transport, name: str) -> Transport:
+    """What carries the calls of deployment ``name``: ``http`` itself, which is ours, or what its provider ``made`` in place of it."""
+    return made if made is http else PlainTransport(made, name)
+
+
+class PlainTransport:
+    """See the module.
+
+    Args:
+        inner: of the provider.
+        name: of the deployment.
+    """
+
+    def __init__(self, inner: Transport, name: str) -> None:
+        self._inner, self._name = inner, name
+
+    async def open(self, call: HttpCall) -> Reply:
+        """Send, and wait for status and headers. Raises UpstreamError."""
+        try:
+            reply = await plainly_awaited(lambda: self._inner.open(call))
+        except Exception as error:
+            raise _failed(error, self._name) from None
+        try:
+            return _PlainReply(reply, self._name)
+        except Exception as error:
+            _close(reply, self._name)
+            raise _failed(error, self._name) from None
+
+
+class _PlainReply:
+    """An answer under way, of others."""
+
+    __slots__ = ("_name", "_reply", "headers", "status")
+
+    def __init__(self, reply: Reply, name: str) -> None:
+        self._reply, self._name = reply, name
+        self.status: int = plainly(lambda: int(reply.status))
+        self.headers: Headers = plainly(lambda: _headers(reply.headers))
+
+    def read_ready(self) -> bytes:
+        """What has come, without waiting. Raises UpstreamError."""
+        try:
+            return _bytes(plainly(self._reply.read_ready))
+        except Exception as error:
+            raise _failed(error, self._name) from None
+
+    async def read_some(self) -> bytes:
+        """What comes next; empty at the end. Raises UpstreamError."""
+        try:
+            return _bytes(await plainly_awaited(self._reply.read_some))
+        except Exception as error:
+            raise _failed(error, self._name) from None
+
+    def close(self) -> None:
+        """Drop the connection if the end has not been reached."""
+        _close(self._reply, self._name)
+
+
+def _failed(error: Exception, name: str) -> UpstreamError:
+    if isinstance(error, TimeoutError):
+        # Its own: the time that whoever waits has is over by a cancel.
+        return UpstreamError(Failure(kind="timeout", message=f"the transport of {name} took too long"))
+    return as_failure(error, name)
+
+
+def _close(reply: Any, name: str) -> None:
+    try:
+        plainly(lambda: reply.close())
+    except Exception as error:
+        logger.warning("a connection of deployment %s could not be closed: %s", name, raised(error))
+
+
+def _bytes(given: Any) -> bytes:
+    """Raises UpstreamError for what is none."""
+    if isinstance(given, bytes):
+        return given
+    if isinstance(given, bytearray | memoryview):
+        return bytes(given)
+    raise garbage(f"its transport gave {type(given).__name__} where bytes are due")
+
+
+def _headers(given: Any) -> dict[str, str]:
+    """In small letters; of a name that comes again the first."""
+    found: dict[str, str] = {}
+    for name, value in islice(given.items(), HEADERS):
+        found.setdefault(str(name).lower(), str(value))
+    return found

@@ -1,0 +1,276 @@
+"""Transports, replies and translators of providers of others: whatever they raise is a failure of their deployment, and of nothing else."""
+
+import asyncio
+import logging
+
+import pytest
+
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, RetryConfig
+from anabranch.gateway.dispatch.plain_transport import PlainTransport, plain_transport
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.providers.mock import Mock, MockTransport
+from anabranch.gateway.providers.provider import HttpCall, UpstreamError
+from anabranch.routers.money import Price
+from odd_errors import UNUSUAL
+
+# Ctrl-C cannot be told on the event loop.
+ERRORS = (ValueError, RecursionError, TimeoutError, *(one for one in UNUSUAL if one is not KeyboardInterrupt))
+PLACES = ("open", "status", "headers", "read_ready", "read_some", "close", "feed", "is_done", "told")
+
+
+class Hostile(Mock, kind="hostile_transport"):
+    """Raises in one place, as soon as it is told to."""
+
+    where, error, count = None, None, 0
+
+    def hit(self, where):
+        if type(self).where == where:
+            type(self).count += 1
+            raise type(self).error("by the provider")
+
+    def translator(self, request):
+        return _Translator(self)
+
+    def transport(self, http):
+        return _Transport(self, super().transport(http))
+
+
+class _Translator:
+    """Of chunks that are in OpenAI's form already."""
+
+    def __init__(self, provider):
+        self._provider, self._is_done = provider, False
+
+    def feed(self, data):
+        from anabranch.gateway.dispatch.upstream_stream import read_chunk
+
+        self._provider.hit("feed")
+        chunk = read_chunk(data)
+        # It is for `told` to say.
+        chunk.pop("usage", None)
+        return [chunk]
+
+    @property
+    def is_done(self):
+        self._provider.hit("is_done")
+        return self._is_done
+
+    @property
+    def told(self):
+        self._provider.hit("told")
+
+
+class _Transport:
+    def __init__(self, provider, inner):
+        self._provider, self._inner = provider, inner
+
+    async def open(self, call):
+        self._provider.hit("open")
+        return _Reply(self._provider, await self._inner.open(call))
+
+
+class _Reply:
+    def __init__(self, provider, inner):
+        self._provider, self._inner = provider, inner
+
+    @property
+    def status(self):
+        self._provider.hit("status")
+        return self._inner.status
+
+    @property
+    def headers(self):
+        self._provider.hit("headers")
+        return {name.title(): value for name, value in self._inner.headers.items()}
+
+    def read_ready(self):
+        self._provider.hit("read_ready")
+        return self._inner.read_ready()
+
+    async def read_some(self):
+        self._provider.hit("read_some")
+        return await self._inner.read_some()
+
+    def close(self):
+        self._provider.hit("close")
+        return self._inner.close()
+
+
+def settings(tmp_path, **fields):
+    def model(name, made):
+        deployment = DeploymentConfig(provider=made(model="m", tokens=4, **fields))
+        return ModelConfig(name=name, max_tokens=10, price=Price.of_dollars(1, 1), deployments=(deployment,))
+
+    models = (model("odd", Hostile.Config), model("fine", Mock.Config))
+    retries = RetryConfig(attempts=1)
+    return GatewayConfig(models=models, require_key=False, retries=retries, store=str(tmp_path / "g.db"))
+
+
+async def asked(gateway, model, is_stream, reads=None):
+    """Whether an answer came, whole; of a stream ``reads`` pieces are read."""
+    try:
+        body = {"model": model, "stream": is_stream, "messages": [{"role": "user", "content": "x"}]}
+        reply = await gateway.handle("chat", body)
+    except Exception:
+        return False
+    if reply.stream is None:
+        return bool(reply.body)
+    text = b""
+    async with asyncio.timeout(60):
+        async for piece in reply.stream:
+            text += piece
+            reads = None if reads is None else reads - 1
+            if reads == 0:
+                await reply.stream.aclose()
+                return True
+    return b"[DONE]" in text and b'"error"' not in text
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_transport_raises_is_a_failure_of_its_deployment(tmp_path, monkeypatch, where, error):
+    monkeypatch.setattr(Hostile, "count", 0)
+
+    async def main():
+        async with asyncio.timeout(60), Gateway(settings(tmp_path)) as gateway:
+            monkeypatch.setattr(Hostile, "error", error)
+            for is_stream, reads in ((False, None), (True, None), (True, 1)):
+                monkeypatch.setattr(Hostile, "where", where)
+                await asked(gateway, "odd", is_stream, reads)
+                monkeypatch.setattr(Hostile, "where", None)
+                assert await asked(gateway, "fine", is_stream)
+                await gateway.settled()
+                groups = gateway.runtime.dispatcher.groups
+                assert [groups[name].lives[0].in_flight for name in ("odd", "fine")] == [0, 0]
+            task = asyncio.current_task()
+            assert task is not None
+            assert not task.cancelling()
+
+    asyncio.run(main())
+    assert Hostile.count, "it was never called: the test would not see it fail"
+
+
+def test_one_that_behaves_answers(tmp_path):
+    """Its headers are read in small letters, however it writes them."""
+
+    async def main():
+        async with asyncio.timeout(60), Gateway(settings(tmp_path)) as gateway:
+            return [await asked(gateway, "odd", is_stream) for is_stream in (False, True)]
+
+    assert asyncio.run(main()) == [True, True]
+
+
+def test_ours_is_not_wrapped():
+    http = MockTransport(None)
+    assert plain_transport(http, http, "d") is http
+    assert isinstance(plain_transport(MockTransport(None), http, "d"), PlainTransport)
+
+
+class Scripted:
+    """A reply made of values."""
+
+    def __init__(self, status=200, headers=None, data=b""):
+        self.status, self.headers, self.data, self.is_closed = status, headers or {}, data, False
+
+    async def open(self, call):
+        return self
+
+    def read_ready(self):
+        return self.data
+
+    async def read_some(self):
+        return self.data
+
+    def close(self):
+        self.is_closed = True
+
+
+async def opened(reply):
+    return await PlainTransport(reply, "m:d").open(HttpCall("", {}, b""))
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(b"a", b"a"), (bytearray(b"a"), b"a"), (memoryview(b"a"), b"a")])
+def test_bytes_of_any_kind_are_read(given, wanted):
+    async def main():
+        reply = await opened(Scripted(data=given))
+        return reply.read_ready(), await reply.read_some()
+
+    assert asyncio.run(main()) == (wanted, wanted)
+
+
+@pytest.mark.parametrize("given", ["text", None, 3])
+def test_what_is_no_bytes_is_refused(given):
+    async def main():
+        reply = await opened(Scripted(data=given))
+        for read in (reply.read_ready, reply.read_some):
+            with pytest.raises(UpstreamError, match=f"gave {type(given).__name__} where bytes are due"):
+                await read() if read == reply.read_some else read()
+
+    asyncio.run(main())
+
+
+def test_a_reply_whose_head_cannot_be_read_is_closed():
+    reply = Scripted(status="none")
+    with pytest.raises(UpstreamError, match="ValueError") as caught:
+        asyncio.run(opened(reply))
+    assert caught.value.failure.kind == "garbage"
+    assert reply.is_closed
+
+
+def test_of_a_header_that_comes_twice_the_first_counts():
+    reply = asyncio.run(opened(Scripted(headers={"Retry-After": 3, "retry-after": 4})))
+    assert reply.headers == {"retry-after": "3"}
+
+
+def test_its_own_time_out_is_one():
+    class Slow(Scripted):
+        async def read_some(self):
+            raise TimeoutError
+
+    async def main():
+        with pytest.raises(UpstreamError) as caught:
+            await (await opened(Slow())).read_some()
+        return caught.value.failure.kind
+
+    assert asyncio.run(main()) == "timeout"
+
+
+def test_whoever_waits_is_cancelled_as_ever():
+    class Endless(Scripted):
+        async def read_some(self):
+            await asyncio.Event().wait()
+
+    async def main():
+        reply = await opened(Endless())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await reply.read_some()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [one for one in ERRORS if one is not TimeoutError])
+def test_counters_and_numbers_of_a_provider_are_left_out_where_they_fail(tmp_path, monkeypatch, caplog, error):
+    def fail(*arguments):
+        raise error("by the provider")
+
+    async def failing(call):
+        fail()
+
+    async def main():
+        async with asyncio.timeout(60), Gateway(settings(tmp_path)) as gateway:
+            live = gateway.runtime.dispatcher.groups["odd"].lives[0]
+            monkeypatch.setattr(live.provider, "prompt_tokens", failing)
+            monkeypatch.setattr(live.provider, "series", fail)
+            assert await asked(gateway, "odd", False)
+            text = gateway.metrics_text()
+            assert b"anabranch" in text
+            monkeypatch.setattr(live.provider, "series", lambda: b"# \xff")
+            assert gateway.metrics_text()
+            monkeypatch.setattr(live.provider, "series", lambda: b"# TYPE own_total counter\nown_total 3\n")
+            assert b'own_total{deployment="' in gateway.metrics_text()
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    assert "cannot count a prompt" in caplog.text
+    assert caplog.text.count("are left out") == 2
