@@ -45,7 +45,7 @@ SERVED = sorted(set(METHODS) - NOT_SERVED)
 ASYNC = {"aroute", "aaccept", "errands"}
 ADDING = {"part", "hear", "joined", "published", "disown"}
 # There Ctrl-C cannot be told from what a strategy raises.
-ON_LOOP = {*ASYNC, "headers", "connect"}
+ON_LOOP = {*ASYNC, "connect"}
 ERRORS = (ValueError, *UNUSUAL)
 
 

@@ -6,7 +6,7 @@ counted.
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from anabranch.errors import AnabranchError, CheckpointError, ConfigError, InputError, LimitError
@@ -15,7 +15,6 @@ from anabranch.gateway.decision_checks import BypassError
 from anabranch.gateway.lane import Lane
 from anabranch.gateway.logged_error import plain, raised, words
 from anabranch.gateway.providers.provider import UpstreamError
-from anabranch.gateway.strategy_headers import strategy_headers
 from anabranch.registry import kinds
 from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.program import Program
@@ -39,12 +38,14 @@ class Decided:
         bypassed: why the strategy that was asked for did not make it; "" if it did.
         query: with its vector, if one was made.
         lasts: why it was bypassed does not pass.
+        headers: what the strategy that was asked for tells the sender of its decision.
     """
 
     decision: Decision
     bypassed: str
     query: Query
     lasts: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Decider:
@@ -110,7 +111,8 @@ class Decider:
             lane = self.lanes[asked]
             try:
                 decision, seen = await lane.decide(query if asked == name else replace(query, knobs={}), pool, ask)
-                return Decided(decision, bypassed, seen, bool(bypassed) and does_last)
+                told = {} if bypassed else await self._headers(lane, seen, decision)
+                return Decided(decision, bypassed, seen, bool(bypassed) and does_last, told)
             except BypassError as error:
                 self._on_bypass(asked, error.why)
                 bypassed, does_last = bypassed or str(error), does_last and error.lasts
@@ -120,6 +122,16 @@ class Decider:
         reason = "the order of the config, since no strategy could decide"
         decision = Decision(candidates=candidates, strategy="order", reason=reason, probability=1.0)
         return Decided(decision, bypassed, query, does_last)
+
+    async def _headers(self, lane: Lane, query: Query, decision: Decision) -> dict[str, str]:
+        """What a strategy tells the sender of its decision; nothing where it fails at that, or takes too long."""
+        if type(lane.strategy).headers is Strategy.headers:
+            return {}
+        try:
+            return await lane.headers(query, decision)
+        except (BypassError, InputError) as error:
+            logger.warning("strategy %s has no headers to give: %s", lane.name, words(error))
+            return {}
 
     def program(self, name: str) -> Program | None:
         """The strategy, if it answers itself."""
@@ -155,17 +167,6 @@ class Decider:
             self._on_bypass(name, error.why if isinstance(error, BypassError) else "raised")
             return {}
         return found
-
-    def headers(self, name: str, decision: Decision) -> dict[str, str]:
-        """What a strategy tells the sender of its decision."""
-        strategy = self.lanes[name].strategy
-        if type(strategy).headers is Strategy.headers:
-            return {}
-        try:
-            return plainly(lambda: strategy_headers(name, strategy.headers(decision)))
-        except Exception as error:
-            logger.warning("strategy %s has no headers to give: %s", name, type(error).__name__)
-            return {}
 
     def acceptance(self, name: str, query: Query, ask: Ask) -> Callable[[str, Any], Awaitable[bool]] | None:
         """What a dispatcher asks after each answer; None if the strategy takes any."""

@@ -23,6 +23,7 @@ from anabranch.gateway.decision_checks import BypassError, check_decision, plain
 from anabranch.gateway.dispatch.senders import own_sender
 from anabranch.gateway.logged_error import plain, raised, words
 from anabranch.gateway.owed import FORGETTING_S, Order, Owed
+from anabranch.gateway.strategy_headers import strategy_headers
 from anabranch.gateway.strategy_thread import StrategyThread
 from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.knobs import check_knobs
@@ -140,6 +141,14 @@ class Lane:
         def made() -> Sequence[Mapping[str, Any]]:
             given = self.strategy.prepare(query, model, query.messages, decision=decision)
             return given if given is query.messages else plain_messages(given, query.messages)
+
+        return await self._called(query.tenant, made, self.timeout_s)
+
+    async def headers(self, query: Query, decision: Decision) -> dict[str, str]:
+        """What it tells the sender of a decision of its own. Raises BypassError."""
+
+        def made() -> dict[str, str]:
+            return strategy_headers(self.name, self.strategy.headers(decision))
 
         return await self._called(query.tenant, made, self.timeout_s)
 

@@ -30,7 +30,7 @@ def headers_of(state: "RequestState", report: Report) -> dict[str, str]:
         if decided.bypassed:
             found["x-route-bypassed"] = decided.bypassed[:200]
         else:
-            found |= state.runtime.decider.headers(state.strategy, decided.decision)
+            found |= decided.headers
     if state.program is not None:
         found["x-route-calls"] = str(len(state.calls.made))
     if state.is_cacheable:
