@@ -117,3 +117,14 @@ def test_decisions_on_models_that_there_are_pass():
         with pytest.raises(BypassError) as caught:
             check_decision(decision, pool)
         assert caught.value.why == why
+
+
+@pytest.mark.parametrize("chance", [0, 0.0, -0.5, 1.5, math.nan, math.inf, "1", [1]])
+def test_a_probability_that_nothing_can_be_divided_by_or_that_is_none_is_refused(chance):
+    """Off-policy estimates divide by it."""
+    pool = Pool((Model(name="a"),))
+    made = {"candidates": (Candidate(model="a", score=1.0),), "strategy": "s", "reason": "why"}
+    with pytest.raises(BypassError, match="above 0 and at most 1"):
+        check_decision(Decision(**made, probability=chance), pool)
+    for usable in (None, 1, 1.0, 1e-9):
+        check_decision(Decision(**made, probability=usable), pool)

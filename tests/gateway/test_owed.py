@@ -160,3 +160,35 @@ def test_what_another_owes_is_taken_over_once():
 
     asyncio.run(main())
     assert order("c") in owed
+
+
+def test_of_what_another_owes_no_more_is_taken_over_than_it_may_owe(monkeypatch):
+    monkeypatch.setattr(module, "MOST", 3)
+    owed, _, fill = owing("a", "b")
+    other, _, fill_other = owing("b", "c", "d")
+
+    async def main():
+        await fill()
+        await fill_other()
+        owed.take_over(other)
+
+    asyncio.run(main())
+    assert [order(tenant) in owed for tenant in "abcd"] == [True, True, True, False]
+
+
+def test_an_order_that_is_obeyed_while_a_round_goes_on_counts_once():
+    owed, forgets, fill = owing("a", "b")
+
+    async def main():
+        await fill()
+        forgets.slow["a"] = asyncio.Event()
+        going_on = asyncio.ensure_future(owed.tell_again(60, pytest.fail))
+        await asyncio.sleep(0)
+        assert await owed.tell(order("b"), 60) == 1
+        forgets.slow["a"].set()
+        # That of a.
+        assert await going_on == 1
+        assert sorted(forgets.told) == ["a", "b"]
+        assert not owed
+
+    asyncio.run(main())

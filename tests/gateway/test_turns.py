@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import inspect
 import json
 import threading
 import weakref
@@ -145,6 +146,24 @@ def test_whoever_waits_for_what_was_given_up_is_told_and_a_sender_keeps_its_turn
     assert done == [1, 2]
 
 
+def test_what_was_cancelled_and_never_dropped_is_not_begun():
+    gate, done = threading.Event(), []
+
+    async def main():
+        with ThreadPoolExecutor(1) as executor:
+            turns = Turns(executor)
+            try:
+                turns.put("x", gate.wait)
+                pieces = [turns.put(whose, partial(done.append, at)) for at, whose in enumerate("aab")]
+                pieces[0].cancel()
+            finally:
+                gate.set()
+            await asyncio.gather(*pieces[1:])
+
+    asyncio.run(main())
+    assert sorted(done) == [1, 2]
+
+
 def test_a_look_takes_nothing_and_sees_what_is_gone():
     now = [0.0]
     limits = RateLimits(lambda: now[0])
@@ -254,6 +273,21 @@ def test_whoever_awaits_may_be_cancelled_as_ever():
         return task.cancelled()
 
     assert asyncio.run(main())
+
+
+class Waits:
+    """Is awaited, on no loop."""
+
+    def __await__(self):
+        yield
+
+
+def test_what_is_closed_after_its_loop_has_ended_ends_as_ever():
+    awaited = plainly_awaited(Waits)
+    awaited.send(None)
+    # What it is told by is no error of the work.
+    awaited.close()
+    assert inspect.getcoroutinestate(awaited) == inspect.CORO_CLOSED
 
 
 def test_what_is_cancelled_is_told_once_and_may_tidy_up():
