@@ -224,7 +224,10 @@ class Strategy(Part, family="strategy"):
         raise InputError(f"{self.name} takes no further model; fit it anew on outcomes of all")
 
     def headers(self, decision: Decision) -> Mapping[str, str]:
-        """What of a decision of its own is told to the sender, in headers of the answer."""
+        """What of a decision of its own is told to the sender, in headers of the answer.
+
+        Names begin with ``x-``; those that servers, browsers or clients act upon (``x-accel-``, ``x-envoy-``, ...) are left out.
+        """
         return {}
 
     def upkeep(self, pool: Pool) -> None:
