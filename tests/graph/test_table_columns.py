@@ -1,6 +1,7 @@
 """What columns and cells of tables are taken for."""
 
 import gzip
+import json
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from anabranch.graph.table_columns import (
     named_index,
     names_ends,
     plain_name,
+    range_index,
     with_index,
 )
 
@@ -223,6 +225,16 @@ def test_an_index_of_even_steps_is_a_column_again():
     assert with_index(pa.Table.from_pandas(frame.rename_axis("event"))).column_names == ["a"]
     cut = pa.Table.from_pandas(frame.set_index(pd.RangeIndex(5, 9, 2))).slice(1)
     assert with_index(cut).column_names == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "is_one"),
+    [(0, 2**62, True), (-(2**62), 0, True), (0, 2**62 + 1, False), (-(2**62) - 1, 0, False), (0, 10**30, False)],
+)
+def test_an_index_beyond_what_its_numbers_hold_is_none(start, stop, is_one):
+    note = {"index_columns": [{"kind": "range", "name": None, "start": start, "stop": stop, "step": 2**61}]}
+    schema = pa.schema([("a", pa.int64())], metadata={b"pandas": json.dumps(note).encode()})
+    assert (range_index(schema) is not None) == is_one
 
 
 def test_a_matrix_in_a_table_is_told_from_edges():

@@ -354,6 +354,12 @@ def no_table(path: Path | str) -> DataError:
     return DataError(f"{path} is a matrix whose rows are called as its columns; edges are a table of source and target")
 
 
+def counts_rows(cells: Sequence[object]) -> bool:
+    """Whether a column counts the rows, from 0 as data frames do or from 1 as R does; 0.0 and 0 are one."""
+    counted = [str(number) for number in range(len(cells) + 1)]
+    return [str(cell).removesuffix(".0") for cell in cells] in (counted[:-1], counted[1:])
+
+
 def are_fractions(cells: "Sequence[object]") -> bool:
     """Whether all of these are whole numbers that are written as fractions, as data frames do: 5.0, of which nobody can tell if it is 5."""
     return all(isinstance(cell, str) and re.fullmatch(r"-?[0-9]+\.0+", cell) for cell in cells)

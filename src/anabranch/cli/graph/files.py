@@ -184,8 +184,9 @@ def _names_columns(table: Any, path: Path, delimiter: str) -> bool:
         return True
     is_named = not _is_number(first[0]) and len(first) > 1
     numbers = first[1:] if is_named else first
-    # What names a row is text in all of them.
-    if not all(map(_is_number, numbers)) or (is_named and table.num_rows and not pa.types.is_string(kinds[0])):
+    # What names a row is in all of them no number: text, also where it looks like a time or a truth value.
+    is_number = pa.types.is_integer(kinds[0]) or pa.types.is_floating(kinds[0]) or pa.types.is_null(kinds[0])
+    if not all(map(_is_number, numbers)) or (is_named and table.num_rows and is_number):
         return True
     is_counted = numbers in ([str(number + start) for number in range(len(numbers))] for start in (0, 1))
     if is_counted:

@@ -16,9 +16,11 @@ from anabranch.graph.table_columns import (
     as_names,
     check_no_bare_matrix,
     chosen_ends,
+    counts_rows,
     is_index,
     named_index,
 )
+from anabranch.graph.table_direction import MixedError, direction_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,9 +102,20 @@ def open_typed(
             raise InputError(f"--weight-of is {text!r}; write KIND=WEIGHT")
     with waiting(f"reading {source}", quiet):
         table = _typed_table(source, relation)
+        if directed is None and relation.lower() != "type":
+            directed = _said_direction(source, table)
         typed = TypedGraph.from_table(table, relation, weights=counted, share=share, directed=bool(directed))
     # Nodes that were written are found by name here, and given on by number.
     return Opened(typed.graph.numbered(), source)
+
+
+def _said_direction(source: str, table: Any) -> bool | None:
+    """What Gephi's column Type says of all edges. Raises DataError naming the first row that differs."""
+    name = next((name for name in table.column_names if name.lower() == "type"), None)
+    try:
+        return None if name is None else direction_of(table[name])
+    except MixedError as error:
+        raise DataError(f"{source}, row {error.row}: {error.what}") from None
 
 
 def _typed_table(source: str, relation: str) -> Any:
@@ -279,18 +292,18 @@ _OF_ITEMS = ("id", "item", "title", "artist", "tags")
 def read_items(path: str) -> list[Item]:
     """Items of a table with a column id (or item, else the first) and perhaps title, artist and tags (a list, or text with ; between).
 
-    Raises DataError naming the row of an item that cannot be one, or that is there twice.
+    A data frame's index is the id where no other column can be, and it does not count the rows.
+
+    Raises DataError where none of these columns is there or nobody can tell which is the id, and naming the row of an item that cannot
+    be one, or that is there twice.
     """
     from anabranch.graph.rank import Item
 
-    table = read_arrow(path, lambda table: [name for name in table.column_names if name.lower() in _OF_ITEMS])
+    table = read_arrow(path, lambda table: table.column_names)
     names = [name.lower() for name in table.column_names]
-    first = next(
-        (name for name in ("id", "item") if name in names),
-        next((name for name in names if not is_index(name)), names[0]),
-    )
+    first = _id_of_items(path, names, table)
     columns = {name: table.column(number).to_pylist() for number, name in enumerate(names)}
-    ids = as_names(table.column(names.index(first))).to_pylist()
+    ids = as_names(table.column(names.index(first)), is_float=is_index(first)).to_pylist()
     if not ids:
         raise DataError(f"{path} has no rows")
     found: dict[Any, Item] = {}
@@ -309,3 +322,21 @@ def read_items(path: str) -> list[Item]:
             raise DataError(f"{path}, row {row}: the item {made.id!r} is there twice")
         found[made.id] = made
     return list(found.values())
+
+
+def _id_of_items(path: str, names: list[str], table: Any) -> str:
+    """The column of ids, by its name in small letters. Raises DataError."""
+    if not {*names} & {*_OF_ITEMS}:
+        raise DataError(
+            f"{path}: none of its columns {', '.join(map(repr, names)):.100} is called {', '.join(_OF_ITEMS)}; "
+            "begin it with the line id,title"
+        )
+    said = next((name for name in ("id", "item") if name in names), None)
+    index = next((name for name in names if is_index(name)), None)
+    if said is not None or index is None:
+        return said or names[0]
+    others = [name for name in names if name not in _OF_ITEMS and not is_index(name)]
+    is_counted = counts_rows(table.column(names.index(index)).to_pylist())
+    if bool(others) != is_counted:
+        raise DataError(f"{path}: which of its columns {', '.join(map(repr, names)):.100} is the id? Call it id")
+    return others[0] if others else index

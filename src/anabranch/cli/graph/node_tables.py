@@ -24,6 +24,7 @@ from anabranch.graph.table_columns import (
     called,
     check_no_bare_matrix,
     check_no_matrix,
+    counts_rows,
     is_index,
     is_matrix,
     known_ends,
@@ -205,6 +206,11 @@ def _places(path: str, form: Form, names: list[str] | None, table: pa.Table) -> 
     """The number of the column of each role. Raises DataError."""
     count = table.num_columns
     if names is None:
+        if form is not EDGES and count > len(form.roles):
+            raise DataError(
+                f"{path} has {count} columns and no names of them, and {form.what} are {' and '.join(form.roles)}; "
+                "begin it with a line of names (a comma of decimals makes two columns of one)"
+            )
         found = dict(zip(form.roles, range(count), strict=False))
     else:
         by_name: dict[str, int | None] = {}
@@ -218,6 +224,9 @@ def _places(path: str, form: Form, names: list[str] | None, table: pa.Table) -> 
         index = next((number for number in free if number not in bare), None)
         if index is not None and missing:
             bare = _beside_index(path, form, names, table, index, bare, missing)
+        if "label" in missing and (len(bare) > len(missing) or (len(missing) > 1 and _are_classes(table, bare))):
+            # Of several attributes, or a column for each class.
+            raise _which(path, names, missing)
         found |= dict(zip(missing, bare, strict=False))
         _ask(path, form, names, table, found)
     short = [role for role, one in form.roles.items() if one.is_needed and role not in found]
@@ -253,18 +262,26 @@ def _beside_index(
     path: str, form: Form, names: list[str], table: pa.Table, index: int, bare: list[int], missing: list[str]
 ) -> list[int]:
     """Columns, in the order of the roles that are missing, of a table that has a data frame's index. Raises DataError."""
-    counted = [str(number) for number in range(len(table) + 1)]
-    said = [str(cell).removesuffix(".0") for cell in table.column(index).to_pylist()]
-    counts_rows = said in (counted[:-1], counted[1:])
+    is_counted = counts_rows(table.column(index).to_pylist())
     has_words = not all(_is_float(names[number]) for number in bare)
     # Two ends are none of them the index, whatever that counts.
-    if len(bare) >= len(missing) and has_words and (counts_rows or (missing == form.nodes and len(missing) > 1)):
+    if len(bare) >= len(missing) and has_words and (is_counted or (missing == form.nodes and len(missing) > 1)):
         return bare
     # It calls the rows by their nodes, as a series does.
-    if form.nodes == missing[:1] and len(bare) == len(missing) - 1 and not counts_rows:
+    if form.nodes == missing[:1] and len(bare) == len(missing) - 1 and not is_counted:
         return [index, *bare]
-    raise DataError(
-        f"{path}: which of {', '.join(map(repr, names))} are columns of {' and '.join(missing)}? Call them that"
+    raise _which(path, names, missing)
+
+
+def _are_classes(table: pa.Table, places: Sequence[int]) -> bool:
+    """Whether columns say of each row, by 0 and 1 or truth values, whether it is of a class."""
+    words = {"0", "1", "0.0", "1.0", "true", "false"}
+    return all({str(cell).strip().lower() for cell in table.column(place).to_pylist()} <= words for place in places)
+
+
+def _which(path: str, names: list[str], missing: list[str]) -> DataError:
+    return DataError(
+        f"{path}: which of {', '.join(map(repr, names)):.200} are columns of {' and '.join(missing)}? Call them that"
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from anabranch.errors import DataError
 from anabranch.graph.checks import weight_problem
 from anabranch.graph.formats.build import EdgeSink, Rules
-from anabranch.graph.formats.layout import NOTE, Dialect, check_comments, first_rows, layout_of
+from anabranch.graph.formats.layout import NOTE, Dialect, Layout, check_comments, first_rows, layout_of
 from anabranch.graph.formats.lines import (
     DOUBTFUL,
     ROWS,
@@ -26,6 +26,7 @@ from anabranch.graph.formats.lines import (
     numbers,
 )
 from anabranch.graph.store import Graph
+from anabranch.graph.table_direction import MixedError, direction_of
 
 
 def read_edge_list(path: Path, rules: Rules, dialect: Dialect) -> Graph:
@@ -47,6 +48,8 @@ def read_edge_list(path: Path, rules: Rules, dialect: Dialect) -> Graph:
         full = ROWS if layout.header_line else DOUBTFUL
     if full == DOUBTFUL:
         check_comments(path, start, lines[0], dialect.marks, layout.delimiter)
+    if layout.direction is not None and rules.directed is None:
+        rules = replace(rules, directed=_said_direction(path, rules, dialect, layout, full))
     splitter = Splitter(path, layout.delimiter, dialect.marks, layout.columns, full)
     with EdgeSink(rules, path, len(layout.columns) > 2) as sink:
         for text, first_line in blocks(path, rules.block_bytes):
@@ -66,6 +69,25 @@ def read_edge_list(path: Path, rules: Rules, dialect: Dialect) -> Graph:
         if not sink.seen:
             raise DataError(f"{path} holds no edges")
         return sink.finish()
+
+
+def _said_direction(path: Path, rules: Rules, dialect: Dialect, layout: Layout, full: int) -> bool | None:
+    """What Gephi's column Type says of all edges. Raises DataError naming the first line that says otherwise."""
+    assert layout.direction is not None
+    splitter = Splitter(path, layout.delimiter, dialect.marks, (layout.direction,), full)
+    found = None
+    for text, first_line in blocks(path, rules.block_bytes):
+        fields, problem = splitter.split(text, first_line)
+        if layout.header_line and len(fields.line_R) and fields.line_R[0] == layout.header_line:
+            fields.keep(slice(1, None))
+        try:
+            found = direction_of(_text(fields, 0, "type", has_quoted_words=False), found)
+        except (RowError, MixedError) as error:
+            fail(path, int(fields.line_R[error.row]), error.what)
+        if problem:
+            # Of which the reading of the edges tells, or of what is before it.
+            return found
+    return found
 
 
 def _header_again(fields: Fields, header: tuple[tuple[str, bool], ...]) -> int | None:

@@ -30,6 +30,7 @@ from anabranch.graph.table_columns import (
     no_table,
     says_ends,
 )
+from anabranch.graph.table_direction import is_direction
 from anabranch.graph.table_faults import bare_matrix, is_adjacency, is_python, other_mark
 
 # `write_graph` leaves it.
@@ -74,6 +75,7 @@ class Layout:
         columns: numbers of the columns of source, target and (perhaps) weight.
         is_text: whether ids are text.
         has_quoted_words: whether all words are in quotes, as R writes them, and a bare NA is none.
+        direction: the number of Gephi's column Type, which says Directed or Undirected in the first row; None where there is none.
         header: of ``columns`` what the header calls them, and whether in quotes; none where whoever asks says that there is one.
     """
 
@@ -83,6 +85,7 @@ class Layout:
     is_text: bool
     has_quoted_words: bool
     header: tuple[tuple[str, bool], ...]
+    direction: int | None
 
 
 def first_rows(path: Path, dialect: Dialect) -> tuple[bytes, list[int], list[str]]:
@@ -199,7 +202,12 @@ def layout_of(
             f"the third field {sample[columns[2]][0]!r} is not a number; weight=None leaves it out, weight=COLUMN takes another",
         )
     header = tuple(rows[0][column] for column in columns) if has_header and dialect.header is None else ()
-    return Layout(delimiter, lines[0] if has_header else 0, columns, is_text, has_quoted_words(rows[0]), header)
+    direction = None if names is None else called(names, ("type",))
+    if direction is not None and not (direction < len(sample) and is_direction(sample[direction][0])):
+        direction = None
+    return Layout(
+        delimiter, lines[0] if has_header else 0, columns, is_text, has_quoted_words(rows[0]), header, direction
+    )
 
 
 def _check_rows(

@@ -27,8 +27,9 @@ class Found:
 def read_npz(path: Path, rules: Rules, variable: str | None) -> Graph:
     """The graph of an ``.npz``: what `scipy.sparse.save_npz` writes, arrays ``X_data, X_indices, X_indptr, X_shape``, or lists of edges.
 
-    Lists are ``row, col`` (or ``source, target`` or ``src, dst``) with perhaps ``weight`` and ``num_nodes``, or ``edge_index`` [2, E] with
-    perhaps ``edge_weight``; they hold entries of the matrix, so an undirected edge stands in them both ways. Pickles are never read.
+    Lists are ``row, col`` (with perhaps ``data`` and ``shape``), ``source, target`` or ``src, dst`` with perhaps ``weight`` and
+    ``num_nodes``, or ``edge_index`` [2, E] with perhaps ``edge_weight`` or an ``edge_attr`` of one number an edge; they hold entries of
+    the matrix, so an undirected edge stands in them both ways. Pickles are never read.
     """
     with open(path, "rb") as opened:
         if opened.read(6) == b"\x93NUMPY":
@@ -134,12 +135,20 @@ def _lists_of(path: Path, file: Mapping[str, np.ndarray], names: list[str]) -> d
         raise DataError(f"{path}: edge_index has the shape {file['edge_index'].shape}; it must be [2, edges]")
     source, target = file["edge_index"] if ends is None else (file[ends[0]], file[ends[1]])
     weight = next((file[name] for name in ("weight", "edge_weight", "data") if name in names), None)
-    return {
-        "source": source,
-        "target": target,
-        "weight": weight,
-        "num_nodes": int(file["num_nodes"]) if "num_nodes" in names else None,
-    }
+    if weight is None and "edge_attr" in names and file["edge_attr"].size == len(source):
+        # One number an edge, as of `from_pyg`.
+        weight = file["edge_attr"].reshape(-1)
+    num_nodes = int(file["num_nodes"]) if "num_nodes" in names else None
+    if num_nodes is None and ends == ("row", "col") and "shape" in names:
+        num_nodes = _side(path, file["shape"])
+    return {"source": source, "target": target, "weight": weight, "num_nodes": num_nodes}
+
+
+def _side(path: Path, shape: np.ndarray) -> int:
+    """Of a square matrix. Raises DataError for what is none."""
+    if shape.shape != (2,) or shape.dtype.kind not in "iu" or shape[0] != shape[1]:
+        raise DataError(f"{path}: shape is {shape.tolist()}; the matrix of a graph is square")
+    return int(shape[0])
 
 
 def _of_lists(path: Path, lists: dict[str, Any], rules: Rules) -> Graph:

@@ -9,7 +9,7 @@ from anabranch.errors import InputError, first_line
 from anabranch.graph.formats.build import Rules
 from anabranch.graph.formats.layout import Dialect
 from anabranch.graph.formats.matrices import of_entries
-from anabranch.graph.formats.parquet import check_edges, choose_columns, graph_of
+from anabranch.graph.formats.parquet import check_edges, choose_columns, graph_of, with_direction
 from anabranch.graph.store import Graph
 from anabranch.graph.table_columns import Column
 
@@ -193,7 +193,7 @@ def from_table(
     Args:
         table: one edge a row.
         source, target, weight: columns by name or number; by default those with well-known names, else the first two and no weight.
-        directed: default False.
+        directed: default what Gephi's column Type says, else False.
         options: ``ids``, ``num_nodes``, ``duplicates``, ``drop_zero`` and ``allow_negative`` of `read_graph`.
 
     Raises:
@@ -209,7 +209,8 @@ def from_table(
     check_edges("the table", table.schema, table.num_rows, table.column, dialect)
     columns = choose_columns("the table", table.schema, dialect)
     batch = [table.column(column) for column in columns]
-    return graph_of("the table", table.schema, columns, [batch], Rules(directed=directed, **options))
+    rules = with_direction("the table", table.schema, table.column, Rules(directed=directed, **options))
+    return graph_of("the table", table.schema, columns, [batch], rules)
 
 
 def note_of(graph: Graph) -> str:

@@ -26,6 +26,7 @@ from anabranch.graph.table_columns import (
     names_ends,
     range_index,
 )
+from anabranch.graph.table_direction import MixedError, direction_of
 
 # `write_graph` leaves it in the metadata: nodes, direction.
 NOTE = b"anabranch.graph"
@@ -41,6 +42,7 @@ def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
             schema = file.schema_arrow
             check_edges(path, schema, file.metadata.num_rows, lambda name: file.read(columns=[name]).column(0), dialect)
             columns = choose_columns(path, schema, dialect)
+            rules = with_direction(path, schema, lambda name: file.read(columns=[name]).column(0), rules)
             batches = file.iter_batches(
                 rules.chunk_rows, columns=[schema.names[column] for column in columns], use_threads=False
             )
@@ -56,6 +58,17 @@ def check_edges(path: Path | str, schema: Any, rows: int, column: Callable[[str]
     check_no_matrix(path, schema, rows, column)
     if dialect.source is None and dialect.target is None and len(set(schema.names)) == len(schema.names):
         check_no_bare_matrix(path, schema.names, rows, column)
+
+
+def with_direction(path: Path | str, schema: Any, column: Callable[[str], Any], rules: Rules) -> Rules:
+    """Rules with the direction that Gephi's column Type says, where nobody else says one. Raises DataError naming a row that differs."""
+    place = called(schema.names, ("type",))
+    if rules.directed is not None or place is None or NOTE in (schema.metadata or {}):
+        return rules
+    try:
+        return replace(rules, directed=direction_of(column(schema.names[place])))
+    except MixedError as error:
+        raise DataError(f"{path}, row {error.row}: {error.what}") from None
 
 
 def _columns(batch: Any, schema: Any, columns: tuple[int, ...]) -> list[Any]:

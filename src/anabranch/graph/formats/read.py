@@ -96,7 +96,8 @@ def read_graph(
         path: the file; text may be compressed by gzip, bzip2 or xz.
         format: one of `FORMATS`. Default: by the file's first bytes, else by its ending, else an edge list.
         directed: whether (u, v) differs from (v, u). Default: what the file says (our own, MatrixMarket, METIS; a matrix is
-            undirected if it is symmetric), False for lists of edges. False for a matrix demands that it is symmetric.
+            undirected if it is symmetric; a list of edges by Gephi's column Type, Directed or Undirected in all rows), else False. False
+            for a matrix demands that it is symmetric.
         source, target: columns of a list of edges, by name or number (from 0). Default: those with well-known names, else the first two.
         weight: the column of weights. "auto": the one called weight, or without a header the third; None for none.
         header: whether the first row of a text names its columns. Default: looked at (see `docs/systems/graph.md`).
