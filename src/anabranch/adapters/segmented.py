@@ -212,8 +212,7 @@ def _by_adapter(
     weighed_RQ = z_RQ * _of_rows(weight_NK, plan, ends[-1]).to(x_NC.dtype)
     y_NO = x_NC.new_zeros(plan.num_items, b_EOQ.shape[1])
     for (expert, start, end), item in zip(active, items, strict=True):
-        # A copy, which begins where memory does: a BLAS may round otherwise what lies across its lines.
-        y_NO.index_add_(0, item, torch.mm(weighed_RQ[start:end].clone(), b_EOQ[expert].t()))
+        y_NO.index_add_(0, item, torch.mm(weighed_RQ[start:end], b_EOQ[expert].t()))
     return y_NO, z_RQ
 
 
