@@ -4,14 +4,16 @@ Compared are the words, not how the installed version of typer draws them.
 """
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import typer
+from typer import rich_utils
 from typer.testing import CliRunner
 
-from anabranch.cli.main import _built, app
+from anabranch.cli.main import _built, app, main
 
 FILE = Path(__file__).with_name("help.txt")
 SCRIPT = """
@@ -47,7 +49,8 @@ def shown(group=None):
             value = (parameter.metavar or "").strip()
             need = "  (needed)" if parameter.required else ""
             lines.append(f"  {f'{names} {value}'.strip():<28}{parameter.help}{need}")
-    return "\n".join(lines) + "\n"
+    # A backslash has the terminal show what would be its markup.
+    return "\n".join(lines).replace("\\[", "[") + "\n"
 
 
 def test_help_is_as_reviewed():
@@ -67,6 +70,22 @@ def test_every_option_is_explained_in_a_sentence():
             if "--help" not in parameter.opts:
                 assert parameter.help, (command.name, parameter.name)
                 assert parameter.help.endswith("."), (command.name, parameter.name, parameter.help)
+
+
+def test_help_is_shown_whole(monkeypatch, capsys):
+    """Of lists in brackets the terminal's markup made nothing: {"samples": [true, false, ...]} was shown without its list."""
+    # Nothing is broken into lines.
+    monkeypatch.setattr(rich_utils, "MAX_WIDTH", 20_000)
+    group = typer.main.get_command(app)
+    for name, command in {"": group, **commands(group)}.items():
+        assert main([*name.split(), "--help"]) == 0
+        output = " ".join(capsys.readouterr().out.split())
+        told = [command.help, *(one.help for one in command.params if "--help" not in one.opts and not one.hidden)]
+        told += [one.metavar for one in command.params if one.metavar and not one.hidden]
+        told += [one.short_help or one.help.split("\n")[0] for one in getattr(command, "commands", {}).values()]
+        for paragraph in "\n\n".join(map(str, told)).split("\n\n"):
+            words = " ".join(re.sub(r"\[/?bold\]", "", paragraph).split())
+            assert words in output, (name, words)
 
 
 def test_help_loads_nothing_heavy():

@@ -135,7 +135,23 @@ app = _app_of([*_COMMANDS, *_GROUPS])
 @functools.cache
 def _built(name: str) -> Any:
     """The command or group of this name, or all where there is none: of a start, the options of all others would take a quarter."""
-    return typer.main.get_command(_app_of([name]) if name in _COMMANDS or name in _GROUPS else app)
+    found = typer.main.get_command(_app_of([name]) if name in _COMMANDS or name in _GROUPS else app)
+    _show_brackets(found)
+    return found
+
+
+# What rich takes for its markup, but for what is meant so.
+_MARKUP = re.compile(r"(\[(?!/?bold\])[a-z#/@][^\[]*?\])")
+
+
+def _show_brackets(command: Any) -> None:
+    """Help has lists and tables in brackets, ``[true, false]`` and ``[method]``, which are shown as they are written."""
+    for one in (command, *command.params):
+        for name in ("help", "short_help"):
+            if text := getattr(one, name, None):
+                setattr(one, name, _MARKUP.sub(r"\\\1", text))
+    for one in getattr(command, "commands", {}).values():
+        _show_brackets(one)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
