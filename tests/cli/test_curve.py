@@ -107,7 +107,7 @@ def test_worth_and_cost_say_when_to_stop(run, curve):
         ("samples.jsonl --cost 0.1 --value 0", "--value is 0; it must be above 0 dollars"),
         ("samples.jsonl --cost -1 --value 1", "--cost is -1; it must be above 0 dollars"),
         ("samples.jsonl --cost 2 --value 1", "an answer of small costs 2 and a right one is worth 1, so that none pays"),
-        ("samples.jsonl --eps 0", "eps is 0.0; it must be a share of questions"),
+        ("samples.jsonl --eps 0", "--eps is 0; it must be a share of questions"),
         ("samples.jsonl --model tiny", "no model 'tiny' in the recorded outcomes; known: small"),
         ("samples.jsonl --picture c.pdf", "--picture is 'c.pdf'; its name must end in .png or .svg"),
         ("single.jsonl", "each question has one sample, which shows no curve; give several of each"),
@@ -202,3 +202,41 @@ def test_fit_counts_each_question_once_with_all_its_samples(run, place):
     rows = np.array(json.loads((place / "rows.json").read_text()))
     hit = 1 - np.prod([(8 - rows.sum(1) - at).clip(0) / (8 - at) for at in range(4)], axis=0).mean()
     assert program.priors.curve("small").value(4) == pytest.approx(hit, abs=0.05)
+
+
+def test_scores_on_a_scale_of_their_own_are_as_right_and_wrong(run, place):
+    rows = json.loads((place / "rows.json").read_text())
+    told = {}
+    for name, low, high in (("unit", 0, 1), ("ten", -5, 10)):
+        lines = [
+            {"question": f"q {at}?", "samples": [high if one else low for one in row]} for at, row in enumerate(rows)
+        ]
+        (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        code, out, _ = run(f"routers curve {name}.jsonl --json --scale {low} {high}")
+        assert code == 0
+        told[name] = json.loads(out)["curves"]
+    assert told["unit"] == told["ten"]
+    code, _, err = run("routers curve ten.jsonl")
+    assert (code, "question 1 of 90 ('q 0?') is " in err, "scores must lie from 0 to 1" in err) == (2, True, True)
+    code, _, err = run("routers curve ten.jsonl --scale 3 3")
+    assert (code, "scale is [3.0, 3.0]; it must be" in err) == (2, True)
+    # The same of a strategy, which is told it in its config.
+    code, _, err = run("routers fit ten.jsonl --strategy best_of --out refused")
+    assert (code, "scores must lie from 0 to 1" in err) == (2, True)
+    code, _, err = run(
+        "routers fit ten.jsonl --strategy best_of --out kept --hold-out 0 --set best_of.scale=[-5,10] --quiet"
+    )
+    assert code == 0, err
+    run("routers fit unit.jsonl --strategy best_of --hold-out 0 --out expected --quiet")
+    kept, expected = (load_folder(place / name).routers["best_of"].strategy for name in ("kept", "expected"))
+    told, known = (one.priors.curve("model") for one in (kept, expected))
+    assert (told.f_max, told.a, told.b) == (known.f_max, known.a, known.b)
+
+
+@pytest.mark.parametrize("eps", ["1", "2", "-1", "0"])
+def test_a_gain_that_is_no_share_is_refused_as_it_was_said(run, eps):
+    """--eps 1 was told as a fault of ours, --eps -1 as "eps is 0.0"."""
+    code, _, err = run(f"routers curve samples.jsonl --eps {eps}")
+    assert (code, err) == (2, f"error: --eps is {eps}; it must be a share of questions, from 1e-06 to below 1\n")
+    code, _, err = run("routers curve samples.jsonl --value 1e9 --cost 1e-9")
+    assert (code, "so that gains of less than 1e-06 of all questions would pay" in err) == (2, True)

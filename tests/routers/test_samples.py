@@ -10,7 +10,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.data import pooled
 from anabranch.routers.data.jsonl import load_jsonl
-from anabranch.routers.samples import drawn, right_span
+from anabranch.routers.samples import drawn
 
 DATA = Recorded(
     query=("a", "b", "c"),
@@ -19,26 +19,62 @@ DATA = Recorded(
     score_NM=np.array([[5.0, 9.0], [10.0, np.nan], [np.nan, 0.0]]),
     samples=({"small": (0.0, 10.0)}, {}, {}),
 )
+TEN = {"scale": (0.0, 10.0)}
 
 
 def test_what_a_model_answered_is_right_from_half_of_the_scale_of_single_answers():
-    found = drawn(DATA, "small")
+    found = drawn(DATA, "small", **TEN)
     assert found.row_Q.tolist() == [0, 1]
     assert found.task_Q.tolist() == ["t", ""]
     assert [one.tolist() for one in found.right] == [[False, True], [True]]
     assert (found.correct_Q.tolist(), found.samples_Q.tolist()) == ([1, 1], [2, 1])
-    other = drawn(DATA, "large")
+    other = drawn(DATA, "large", **TEN)
     assert [one.tolist() for one in other.right] == [[True], [False]]
     assert other.row_Q.tolist() == [0, 2]
     assert found.take(np.array([1])).right[0].tolist() == [True]
 
 
-def test_the_scale_is_that_of_samples_and_not_of_their_means():
-    # Means lie from 5 to 10; an answer that scored 6 is no bad one.
-    assert (right_span(DATA).low, right_span(DATA).high) == (0.0, 10.0)
-    assert drawn(DATA, "large", right=0.95).right[0].tolist() == [False]
+def test_the_scale_is_the_one_that_was_said():
+    assert drawn(DATA, "large", right=0.95, **TEN).right[0].tolist() == [False]
+    assert drawn(DATA, "large", right=0.95, scale=(-10.0, 10.0)).right[0].tolist() == [True]
+    assert drawn(DATA, "large", right=0.5, scale=(0.0, 20.0)).right[0].tolist() == [False]
+    for scale in ((1.0, 0.0), (1.0, 1.0), (0.0, np.inf), (np.nan, 1.0), (0.0,), (0.0, 1.0, 2.0)):
+        with pytest.raises(
+            InputError, match="it must be the scores of the worst and the best answer, the lower one first"
+        ):
+            drawn(DATA, "large", scale=scale)
     with pytest.raises(InputError, match=r"right is 1\.5; it must be a number from 0\.0 to 1\.0"):
         drawn(DATA, "small", right=1.5)
+
+
+@pytest.mark.parametrize("odd", [-1.0, 100.0, -0.001, 1.001])
+def test_one_odd_score_is_told_and_turns_no_other_over(odd):
+    """The scale went from the least to the largest: one of -1 made each 0 right, one of 100 each 1 wrong."""
+    samples = [{"m": (0.0, 0.0, 1.0)} for _ in range(40)]
+    whole = Recorded(
+        query=tuple(f"q{at}" for at in range(40)),
+        models=("m",),
+        score_NM=np.full((40, 1), 1 / 3),
+        samples=tuple(samples),
+    )
+    assert drawn(whole, "m").correct_Q.tolist() == [1] * 40
+    samples[5] = {"m": (0.0, odd, 1.0)}
+    with pytest.raises(DataError) as caught:
+        drawn(replace(whole, samples=tuple(samples)), "m")
+    assert str(caught.value) == (
+        f"a score of m for question 6 of 40 ('q5') is {odd:g}; scores must lie from 0 to 1: mend it, or say the scale of all "
+        "(scale, the worst and the best score)"
+    )
+
+
+def test_samples_that_are_not_known_are_to_be_left_out(tmp_path):
+    """One message said to write null, the next refused it."""
+    for odd, told in ((None, "null"), ("yes", "'yes'")):
+        with pytest.raises(DataError) as caught:
+            read(tmp_path, {"question": "a", "samples": [1, odd]})
+        assert str(caught.value).endswith(
+            f"sample 2 of 'model' is {told}; it must be a finite number; leave out what is not known"
+        )
 
 
 def test_what_single_answers_say_is_known_of_all_of_them_or_not_at_all():

@@ -17,7 +17,7 @@ import numpy as np
 from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
-from anabranch.routers.samples import RIGHT, Drawn, drawn
+from anabranch.routers.samples import RIGHT, UNIT, Drawn, Scale, drawn
 from anabranch.routers.strategies.consistency import final_answer
 from anabranch.test_time import TTSPM, BetaTTSPM, Curve, ends_at_first, survival_curve, vote_curve
 from anabranch.test_time.curves import Kind
@@ -120,6 +120,7 @@ def sample_curves(
     eps: float | Mapping[str, float] = EPS,
     kind: Kind = "parallel",
     right: float = RIGHT,
+    scale: Scale = UNIT,
     models: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[SampleCurve]:
@@ -129,11 +130,11 @@ def sample_curves(
         data: outcomes, each question once, with several samples (`pooled` puts copies together).
         eps: see `SampleCurve`; for all, or by model.
         kind: how samples came about.
-        right: see `anabranch.routers.samples.drawn`.
+        right, scale: see `anabranch.routers.samples.drawn`.
         models: those alone; None for all.
         seed: of intervals.
 
-    Raises InputError for a model that is not there, DataError where no model has questions with two samples.
+    Raises InputError for a model that is not there, DataError where no model has two samples of a question or a score is beyond.
     """
     names = data.only(models).models if models else data.models
     found = []
@@ -141,7 +142,7 @@ def sample_curves(
         least = eps[name] if isinstance(eps, Mapping) else eps
         if not LEAST_EPS <= least < 1:
             raise InputError(f"eps is {shown(least)}; it must be a share of questions, from {LEAST_EPS:g} to below 1")
-        of_model = drawn(data, name, right=right)
+        of_model = drawn(data, name, right=right, scale=scale)
         found += [one for part, task in _parts(of_model) if (one := _fitted(part, task, least, kind, seed)) is not None]
     if not found:
         raise DataError(

@@ -64,6 +64,12 @@ def curve(
             help="Score, of the scale from 0 to 1, from which an answer is right.",
         ),
     ] = 0.5,
+    scale: Annotated[
+        tuple[float, float],
+        typer.Option(
+            "--scale", metavar="LOW HIGH", help="Scores of the worst and the best answer. Others are refused."
+        ),
+    ] = (0.0, 1.0),
     columns: ColumnMap = None,
     prices: Prices = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curves (.png or .svg).")] = None,
@@ -89,7 +95,13 @@ def curve(
     least = _gains(recorded, model, eps, value, cost)
     with waiting("fitting", quiet):
         found = sample_curves(
-            recorded, eps=least, kind="sequential" if rounds else "parallel", right=right, models=model, seed=seed
+            recorded,
+            eps=least,
+            kind="sequential" if rounds else "parallel",
+            right=right,
+            scale=scale,
+            models=model,
+            seed=seed,
         )
         if picture is not None:
             _draw(found, picture, f"{Path(data).name}", seed)
@@ -116,13 +128,15 @@ def _gains(
     """Of each model, the gain from which one more answer is worth drawing. Raises InputError for prices that are none."""
     import numpy as np
 
-    from anabranch.routers.sample_curves import EPS
+    from anabranch.routers.sample_curves import EPS, LEAST_EPS
 
     for option, given in (("--value", value), ("--cost", cost)):
         if given is not None and not given > 0:
             raise InputError(f"{option} is {given:g}; it must be above 0 dollars")
     if cost is not None and value is None:
         raise InputError(f"--cost is {cost:g} without --value; say what a right answer is worth")
+    if eps is not None and not LEAST_EPS <= eps < 1:
+        raise InputError(f"--eps is {eps:g}; it must be a share of questions, from {LEAST_EPS:g} to below 1")
     gains = {}
     for name in data.only(models).models if models else data.models:
         known = math.nan if cost is None else cost
@@ -134,10 +148,9 @@ def _gains(
             raise InputError(f"--value needs what an answer of {name} costs, which {why}; give --cost")
         paid = 0.0 if value is None else known / value
         gains[name] = max(paid, (EPS if value is None else 0.0) if eps is None else eps)
-        if not gains[name] < 1:
-            raise InputError(
-                f"an answer of {name} costs {known:g} and a right one is worth {value:g}, so that none pays"
-            )
+        if value is not None and not LEAST_EPS <= gains[name] < 1:
+            why = "none pays" if gains[name] >= 1 else f"gains of less than {LEAST_EPS:g} of all questions would pay"
+            raise InputError(f"an answer of {name} costs {known:g} and a right one is worth {value:g}, so that {why}")
     return gains
 
 

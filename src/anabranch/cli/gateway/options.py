@@ -171,7 +171,8 @@ def read_strategies(names: list[str] | None, fields: list[str] | None) -> dict[s
         name, _, field = path.partition(".")
         if name not in of_name or not field:
             raise ConfigError(f"--set has {path!r}; write NAME.FIELD=VALUE with one of {', '.join(of_name)}")
-        of_name[name][field] = value
+        # Configs hold what TOML has as a list as a tuple.
+        of_name[name][field] = tuple(value) if isinstance(value, list) else value
     made = {}
     for name, given in of_name.items():
         try:

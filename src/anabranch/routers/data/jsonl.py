@@ -128,9 +128,7 @@ def _samples(name: str, scores: list[Any]) -> tuple[float, ...]:
         raise DataError(
             f"there are {len(scores):,} samples of {name!r}; at most {MOST_SAMPLES:,} of a question are read"
         )
-    read = [number(score, f"sample {place} of {name!r}") for place, score in enumerate(scores, start=1)]
-    if None in read:
-        raise DataError(f"sample {read.index(None) + 1} of {name!r} is null; leave out what is not known")
+    read = [number(score, f"sample {place} of {name!r}", is_known=True) for place, score in enumerate(scores, start=1)]
     return tuple(score for score in read if score is not None)
 
 

@@ -43,14 +43,20 @@ class Row:
     unread: tuple[str, ...] = ()
 
 
-def number(value: Any, what: str, *, low: float = -math.inf) -> float | None:
-    """A finite number, true and false counting as 1 and 0; None stays. Raises DataError, of which ``what`` is the subject."""
-    if value is None:
+def number(value: Any, what: str, *, low: float = -math.inf, is_known: bool = False) -> float | None:
+    """A finite number, true and false counting as 1 and 0; None stays unless it ``is_known``.
+
+    Raises DataError, of which ``what`` is the subject.
+    """
+    if value is None and not is_known:
         return None
     if isinstance(value, bool | int | float) and low <= value and abs(value) <= sys.float_info.max:
         return float(value)
     allowed = "a finite number" if low == -math.inf else f"a number of at least {low:g}"
-    raise DataError(f"{what} is {value!r}; it must be {allowed}, or null if it is not known")
+    unknown = "leave out what is not known" if is_known else "or null if it is not known"
+    raise DataError(
+        f"{what} is {'null' if value is None else repr(value)}; it must be {allowed}{';' if is_known else ','} {unknown}"
+    )
 
 
 def gather(rows: list[Row], path: Path, prices: Mapping[str, Model] | None) -> Recorded:

@@ -27,7 +27,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Outcome, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Strategy
-from anabranch.routers.samples import RIGHT, Drawn, drawn
+from anabranch.routers.samples import RIGHT, UNIT, Drawn, check_scale, drawn
 from anabranch.routers.strategies.difficulty import DifficultyEncoder, told_of
 from anabranch.test_time import BetaTTSPM, Priors, ends_at_first
 from anabranch.test_time.difficulty import odds_left
@@ -132,7 +132,8 @@ class Counting(Strategy):
             f_max, a, b: curve of a model on a task nobody has seen, as `BetaTTSPM` has it.
             weight: questions that it counts for.
             tasks: names of tasks (header ``x-task``) that are told apart, beside those of recorded outcomes it was fitted to.
-            right: score, on the scale from the least to the largest, from which an answer counts as right.
+            right: of the scale of scores, from 0 to 1, where an answer begins to count as right.
+            scale: scores of the worst and the best answer in recorded outcomes; others are refused. Feedback is from 0 to 1.
             difficulty: whether recorded outcomes teach a prior for each question, from an embedding of its text.
         """
 
@@ -142,6 +143,7 @@ class Counting(Strategy):
         weight: float = Field(default=20.0, gt=0, le=1e6)
         tasks: tuple[str, ...] = ()
         right: float = Field(default=RIGHT, gt=0, le=1)
+        scale: tuple[float, ...] = UNIT
         difficulty: bool = True
 
     adds_up = True
@@ -163,6 +165,7 @@ class Counting(Strategy):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        check_scale(config.scale)
         # What it started from, what was counted here since, and what others counted.
         self._base, self._own, self._others = self._none(), self._none(), self._none()
         self._all: Priors | None = None
@@ -262,7 +265,7 @@ class Counting(Strategy):
         self._base, self._all, self._fits = self._none(), None, self._none()
         self._recorded = {(task or ANY)[:LONGEST] for task in data.task}
         for model in data.models:
-            found = drawn(data, model, right=self.config.right)
+            found = drawn(data, model, right=self.config.right, scale=self.config.scale)
             is_in_order = self.in_order or ends_at_first([one.tolist() for one in found.right])
             for task in sorted(set(found.task_Q)):
                 self._count_all(found.take(np.flatnonzero(found.task_Q == task)), str(task), is_in_order)
@@ -270,7 +273,9 @@ class Counting(Strategy):
         self.encoder = DifficultyEncoder()
         if data.vector_ND is not None and self.config.difficulty:
             for model in data.models:
-                self._learn_difficulty(drawn(data, model, right=self.config.right), data.vector_ND, seed)
+                self._learn_difficulty(
+                    drawn(data, model, right=self.config.right, scale=self.config.scale), data.vector_ND, seed
+                )
         self._models = data.models
         return self
 
