@@ -7,6 +7,7 @@ from torch import nn
 
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SelfAttention
+from anabranch.nn.kernels import packed as packed_kernels
 from anabranch.nn.nf4 import Nf4Linear
 from anabranch.nn.packed import Packed
 from anabranch.nn.parted import PartedLinear
@@ -63,6 +64,22 @@ def test_a_bias_that_learns_has_its_gradient():
     # Either alone, where the other is not asked for.
     (alone,) = torch.autograd.grad(linear_remade(x.detach(), weight.to, bias).square().sum(), bias)
     torch.testing.assert_close(alone, wanted[1])
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize("name", layers())
+def test_a_bias_that_learns_behind_what_does_not_has_its_gradient(name, has_kernels, monkeypatch):
+    """As in a first layer, where compiled products of few bits would do but for that."""
+    if not has_kernels:
+        monkeypatch.setattr(packed_kernels, "load", lambda: None)
+    layer, x = layers()[name], torch.randn(2, 5, DEPTH)
+    layer.bias.requires_grad_()
+    (found,) = torch.autograd.grad(layer(x).square().sum(), layer.bias)
+    (wanted,) = torch.autograd.grad(F.linear(x, layer.weight_in(x.dtype), layer.bias).square().sum(), layer.bias)
+    torch.testing.assert_close(found, wanted)
+    # Nothing is kept for a gradient that is not asked for.
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
 
 
 # Of torch's own.

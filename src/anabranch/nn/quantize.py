@@ -132,7 +132,7 @@ class QuantizedLinear(FewBitLinear):
         """By torch's own kernels for packed weights on a CPU, where they know the format; else unpacked."""
         known = packed.kind == "int4" or (packed.kind == "int8" and packed.group == packed.depth)
         on_cpu = x_CK.device.type == "cpu" and x_CK.dtype in (torch.float32, torch.bfloat16) and packed.rows % 16 == 0
-        is_differentiated = (torch.is_grad_enabled() and x_CK.requires_grad) or is_transformed()
+        is_differentiated = native.learns(x_CK, self.bias) or is_transformed()
         if not on_cpu or not known or is_differentiated:
             return linear_remade(x_CK, packed.weight_in, self.bias)
         if self._torch is None or self._torch[1].dtype != x_CK.dtype:

@@ -16,7 +16,17 @@ from anabranch.nn.packed import KINDS, SHARE, WIDE, Packed, panel_bytes
 from anabranch.nn.parts import Parts
 from anabranch.nn.superblocks import BITS_OF, BLOCK
 
-__all__ = ["Matrix", "advise", "can", "linear", "linear_of_parts", "matrix", "matrix_of_parts", "matrix_of_rows"]
+__all__ = [
+    "Matrix",
+    "advise",
+    "can",
+    "learns",
+    "linear",
+    "linear_of_parts",
+    "matrix",
+    "matrix_of_parts",
+    "matrix_of_rows",
+]
 
 # Kinds of packed.h whose rows lie as they are.
 ROWS_OF = {torch.float32: 4, torch.bfloat16: 5}
@@ -125,12 +135,17 @@ def matrix_of_rows(weight_ENK: Tensor) -> Matrix:
 
 
 def can(packed: Packed, x_CK: Tensor, bias_N: Tensor | None) -> bool:
-    """Whether the kernels take this: on a CPU, without a gradient."""
+    """Whether the kernels take this: on a CPU, without a gradient, also of the bias alone."""
     if not takes(packed.data, x_CK) or (bias_N is not None and not takes(bias_N)):
         return False
-    if x_CK.dtype not in (torch.float32, torch.bfloat16) or (torch.is_grad_enabled() and x_CK.requires_grad):
+    if x_CK.dtype not in (torch.float32, torch.bfloat16) or learns(x_CK, bias_N):
         return False
     return load() is not None
+
+
+def learns(x_CK: Tensor, bias_N: Tensor | None) -> bool:
+    """Whether a product has a gradient to give: to what goes in, or to a bias."""
+    return torch.is_grad_enabled() and (x_CK.requires_grad or (bias_N is not None and bias_N.requires_grad))
 
 
 def linear(packed: Packed, x_CK: Tensor, bias_N: Tensor | None = None) -> Tensor:
