@@ -161,7 +161,7 @@ def _follow(engine: ServingConfig) -> None:
 _ENDS = {
     0: "stopped; every request under way was answered",
     1: "stopped; some requests were cut short",
-    3: "stopped: the engine died too often",
+    3: "stopped: the engine could not be started again; the log says why",
 }
 
 

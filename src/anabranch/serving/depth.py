@@ -1,9 +1,11 @@
 """`DepthConfig`: the depth routers, and the skipper of tokens, that a model is served with."""
 
+from pathlib import Path
 from typing import Literal
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
+from anabranch.seen_files import SeenFiles
 
 __all__ = ["DepthConfig", "Usual"]
 
@@ -41,6 +43,13 @@ class DepthConfig(Config):
             raise ConfigError(
                 f"depth.usual is {self.usual!r}, but depth.routers is not set; name their folder (--depth)"
             )
+
+    def seen(self) -> SeenFiles:
+        """The files of the routers and of the skipper, as they are now."""
+        from anabranch.depth.dr_llm.bank import CONFIG, ROUTERS
+
+        routers = [] if self.routers is None else [Path(self.routers) / name for name in (CONFIG, ROUTERS)]
+        return SeenFiles.of([*routers, *([] if self.skipper is None else [Path(self.skipper)])])
 
     def usually(self, *, routes: bool, prunes: bool) -> Usual:
         """What a request runs that says nothing, where there are routers, or a skipper."""

@@ -60,7 +60,7 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
         raise ConfigError("model is ''; give the folder or file of a model")
     # Once: a training run may have a newer checkpoint at any time.
     config = config.found()
-    seen = see_model(config.model)
+    seen, beside = see_model(config.model), config.depth.seen()
     config = config.planned()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -75,8 +75,11 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     engine = engine_of(loaded, config)
     numbers = f"{dtype_of(config)} {loaded.quantize}"
     adapters = {one["name"]: one["version"] for one in engine.adapters.shelf.facts()}
-    engine.info = replace(engine.info, files=seen, numbers=numbers, settings=answer_settings(config, adapters))
+    settings = answer_settings(config, adapters)
+    engine.info = replace(engine.info, files=seen, beside=beside, numbers=numbers, settings=settings)
     check_unchanged(seen, config.model)
+    if changed := beside.difference(config.depth.seen()):
+        raise CheckpointError(f"{changed} is another file than when it was read; start again, once it is written")
     if engine.runner.cut is not None:
         engine.runner.cut.agree(f"{seen.content} {numbers}", config.model)
     return engine, loaded.tokenizer

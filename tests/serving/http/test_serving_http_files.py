@@ -11,11 +11,14 @@ import pytest
 
 from anabranch.cli.serve_told import Told
 from anabranch.data import ByteTokenizer
+from anabranch.depth.ftp import TokenSkipper
 from anabranch.errors import CheckpointError
 from anabranch.lm import Decoder, load_model, save_model
 from anabranch.nn import SelfAttention
-from anabranch.seen_files import SeenFile, SeenFiles
+from anabranch.seen_files import SeenFiles
+from anabranch.serving import load
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.depth import DepthConfig
 from anabranch.serving.engine.local import LocalEngine
 from anabranch.serving.http import frontend
 from anabranch.serving.http.config import HttpConfig
@@ -24,8 +27,9 @@ from anabranch.serving.http.inside import Inside
 from anabranch.serving.http.inside_config import InsideConfig
 from anabranch.serving.http.serve import ServeConfig, read_model
 from anabranch.serving.http.shape import fingerprint
+from depth_banks import saved_bank
 from fake_engine import Script
-from serving_models import saved_moe
+from serving_models import saved_moe, small_moe
 from serving_thread import serving
 from waiting import until
 
@@ -103,6 +107,67 @@ def test_an_engine_that_finds_another_model_is_not_served(folder, change, caplog
         until(lambda: not any(client.is_ready for client in engines.clients))
     assert f"{folder}{os.sep}" in caplog.text
     assert "is another file than when the server was started" in caplog.text
+
+
+def cut(folder):
+    os.truncate(folder / "model.safetensors", 100)
+
+
+def taken(folder):
+    os.remove(folder / "config.json")
+
+
+@pytest.mark.parametrize("change", [cut, taken], ids=lambda change: change.__name__)
+def test_an_engine_that_cannot_read_its_model_again_is_given_up_at_once(folder, change, caplog):
+    engines = Engines(folder)
+    with serving(engines, read_model(str(folder), HttpConfig())) as running:
+        change(folder)
+        engines.die(running)
+        until(running.frontend.failed.is_set)
+        assert "no longer those" in running.frontend.error
+    assert len(engines.clients) == 2
+    assert "is another file than when the server was started, and cannot be read" in caplog.text
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """What may be beside a model, and how another comes in its place."""
+    skippers = [tmp_path / name for name in ("skipper", "another")]
+    banks = [Path(saved_bank(tmp_path / f"routers {seed}", small_moe(), seed)) for seed in (0, 1)]
+    for share, place in zip((0.6, 0.4), skippers, strict=True):
+        TokenSkipper(small_moe(), (0.0, share)).save(place)
+    routers = [bank / "routers.safetensors" for bank in banks]
+    return {
+        "skipper": (DepthConfig(skipper=str(skippers[0])), skippers),
+        "routers": (DepthConfig(routers=str(banks[0])), routers),
+    }
+
+
+@pytest.mark.parametrize("name", ["skipper", "routers"])
+def test_an_engine_that_finds_another_skipper_or_other_routers_is_not_served(folder, beside, name, caplog):
+    depth, (place, another) = beside[name]
+    engines = Engines(folder)
+    engines.config = engines.config.replace(depth=depth)
+    with serving(engines, read_model(str(folder), HttpConfig())) as running:
+        (place.parent / "README.md").write_text("something else")
+        engines.die(running)
+        until(lambda: len(engines.clients) == 2 and running.frontend.state == "ready")
+        assert running.ask("/v1/completions", BODY)[0] == 200
+        os.replace(another, place)
+        engines.die(running)
+        until(running.frontend.failed.is_set)
+        assert "no longer those" in running.frontend.error
+    assert f"{place} is another file than when the server was started" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["skipper", "routers"])
+def test_a_skipper_or_routers_that_change_while_they_are_read_are_not_served(folder, beside, name, monkeypatch):
+    depth, (place, another) = beside[name]
+    config = Engines(folder).config.replace(depth=depth)
+    settings = load.answer_settings
+    monkeypatch.setattr(load, "answer_settings", lambda *parts: os.replace(another, place) or settings(*parts))
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(place))} is another file than when it was read"):
+        config.load()
 
 
 def test_an_engine_that_finds_its_model_again_is_served(folder):
@@ -264,7 +329,7 @@ def test_a_server_whose_tokenizer_is_of_another_model_does_not_start(folder):
     asyncio.run(work())
 
 
-def test_engines_that_are_not_used_are_ended(monkeypatch):
+def test_engines_that_are_not_used_are_ended(monkeypatch, tmp_path):
     """Whether they could not begin with adapters, or are of another model: each would keep its memory."""
     monkeypatch.setattr(frontend, "AGAIN_S", 0.01)
     script, ended = Script(), []
@@ -277,7 +342,8 @@ def test_engines_that_are_not_used_are_ended(monkeypatch):
             info = await start()
             if number == 2:
                 raise RuntimeError("no more threads")
-            return replace(info, files=SeenFiles((SeenFile("m", 1, number),)))
+            (tmp_path / "m").write_text(str(max(number, 2)))
+            return replace(info, files=SeenFiles.of([tmp_path / "m"]))
 
         async def closing(drain_s=0.0):
             ended.append(number)

@@ -68,7 +68,7 @@ class Group:
         seen = see_model(found)
         self.layout = layout_of(found, backend_for(config).page)
         self.limits, info, self.kv_bytes = sizes_of(config, self.layout)
-        self.info = replace(info, files=seen)
+        self.info = replace(info, files=seen, beside=config.depth.seen())
         # Once, too.
         self.skipper: Any = None
         if config.depth.skipper is not None:

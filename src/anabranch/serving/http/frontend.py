@@ -7,9 +7,11 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from anabranch.errors import AnabranchError, CheckpointError, InputError
+from anabranch.seen_files import SeenFiles
 from anabranch.serving.core.admission import Ticket
 from anabranch.serving.core.client import BusyError, EngineClient, EngineInfo, NotBegunError
 from anabranch.serving.core.overload import OverloadError
@@ -174,13 +176,29 @@ class Frontend:
             self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     def _check_files(self, info: EngineInfo, reader: Reader) -> None:
-        """Raise OtherModelError where an engine serves another model than requests are read for: its answers would be nonsense."""
+        """Raise OtherModelError where an engine serves another model than requests are read for: its answers would be nonsense.
+
+        So it is where it goes by other routers or another skipper than the one before it: its answers would be others.
+        """
         known = reader.files if self.info is None else self.info.files
-        if known.files and info.files.files and (changed := known.difference(info.files)):
+        changed = known.difference(info.files) if known.files and info.files.files else ""
+        if self.info is not None:
+            changed = changed or self.info.beside.difference(info.beside)
+        if changed:
             raise OtherModelError(
-                f"{changed} is another file than when the server was started: the engine has another model than texts are read for; start "
-                "the server again"
+                f"{changed} is another file than when the server was started: the engine has another model than texts are read for, or "
+                "what it goes by is another; start the server again"
             )
+
+    def _check_there(self) -> None:
+        """Raise OtherModelError where files of the model are no longer those that the engines before had read; nothing before any has."""
+        if self.info is None:
+            return
+        for known in (self.info.files, self.info.beside):
+            if changed := known.difference(SeenFiles.of(Path(one.path) for one in known.files)):
+                raise OtherModelError(
+                    f"{changed} is another file than when the server was started, and cannot be read; start the server again"
+                )
 
     def drain(self) -> None:
         """Take no more requests."""
@@ -399,7 +417,7 @@ class Frontend:
             self.metrics.restarts.inc()
             logger.error("the engine died; starting it again (%d of %d)", self._restarts, self.config.restarts)
             try:
-                await self.start()
+                await self._start_again()
             except OtherModelError as error:
                 await self._end_there()
                 logger.error("%s", error)
@@ -416,6 +434,17 @@ class Frontend:
                 await asyncio.sleep(pause_s)
                 pause_s *= 2
         self._give_up(f"the engine died more than {self.config.restarts} times")
+
+    async def _start_again(self) -> None:
+        """`start`, and `OtherModelError` where that cannot be because files of the model are not what they were."""
+        try:
+            await self.start()
+        except OtherModelError:
+            raise
+        except Exception:
+            # Half of a model, or none, is no better the next time.
+            await asyncio.to_thread(self._check_there)
+            raise
 
     def _give_up(self, why: str) -> None:
         self.error = why

@@ -31,8 +31,8 @@ VALUE_CHARACTERS = 64
 MOST_APART = 256
 
 
-# Of an engine, what says nothing of its answers: how much room there is, and how experts come.
-NOT_ANSWERS = ("num_blocks", "block_tokens", "experts")
+# Of an engine, what says nothing of its answers: how much room there is, and how experts come; and what is in its settings too.
+NOT_ANSWERS = ("num_blocks", "block_tokens", "experts", "beside")
 
 
 def fingerprint(info: EngineInfo) -> str:
