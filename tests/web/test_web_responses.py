@@ -132,6 +132,70 @@ def test_log_probabilities_of_what_is_held_back_come_with_the_text():
     assert (part["text"], [one["token"] for one in part["logprobs"]]) == ("a<b", ["a", "<", "b"])
 
 
+def scored(*tokens):
+    return {"content": [{"token": token, "bytes": list(token.encode())} for token in tokens]}
+
+
+def tokens_in(response):
+    return [
+        [one["token"] for one in item["content"][0]["logprobs"]]
+        for item in response["output"]
+        if item["type"] == "message"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "chunks", "wanted"),
+    [
+        # Thoughts, what marks their end, and a text whose first piece comes beside the last of them.
+        (
+            {"reasoning_content": "hm", "content": "aéb"},
+            [
+                ({"reasoning_content": ""}, ["<think>"]), ({"reasoning_content": "h"}, ["h"]),
+                ({"reasoning_content": "m"}, ["m", "</think>", "\n", "a"]), ({"content": "a"}, []), ({"content": "é"}, ["é"]),
+                ({"content": "b"}, ["b"]), ({}, ["<end>"]),
+            ],
+            ["a", "é", "b", "<end>"],
+        ),
+        (
+            {"reasoning_content": "hm", "content": "a"},
+            [({"reasoning_content": "hm"}, ["hm"]), ({}, ["</think>"]), ({"content": "a"}, ["a"])],
+            ["a"],
+        ),
+        # What is held back and never told: of what was said, as a whole answer has it.
+        ({"content": "ab"}, [({"content": "a"}, ["a"]), ({"content": "b"}, ["b"]), ({"content": ""}, ["<stop>"])], ["a", "b", "<stop>"]),
+        ({"content": ""}, [({"content": ""}, ["<stop>"])], ["<stop>"]),
+        (
+            {"content": "ab", "tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+            [
+                ({"content": "a"}, ["a"]), ({"content": "b"}, ["b"]), ({"content": ""}, ["<call>"]),
+                ({"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, ["{}"]),
+            ],
+            ["a", "b"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_message_has_the_log_probabilities_of_its_text_whole_and_as_events(message, chunks, wanted):
+    said = answer(**message)
+    said["choices"][0]["logprobs"] = scored(*(token for _, tokens in chunks for token in tokens))
+    events = events_of(
+        ASKED, *({"choices": [{"index": 0, "delta": delta, "logprobs": scored(*tokens)}]} for delta, tokens in chunks)
+    )
+    done = [event["logprobs"] for event in events if event["type"] == "response.output_text.done"]
+    assert tokens_in(to_response(ASKED, said)) == tokens_in(events[-1]["response"]) == [wanted]
+    assert [[one["token"] for one in each] for each in done] == [wanted]
+
+
+@pytest.mark.parametrize(
+    "half", [{"bytes": [0xC3]}, {"bytes": None, "token": "\ud800"}, {"bytes": [True], "token": 3}, "odd", None]
+)
+def test_log_probabilities_of_what_is_no_text_are_told_as_they_are(half):
+    said = answer(reasoning_content="hm", content="é")
+    said["choices"][0]["logprobs"] = {"content": [half]}
+    [part] = to_response(ASKED, said)["output"][1]["content"]
+    assert part["logprobs"] == [half]
+
+
 def test_without_events_the_response_is_the_same():
     chunk = {"choices": [{"index": 0, "delta": {"content": "so"}, "finish_reason": "stop"}]}
     silent = ResponseStream(ASKED, tells=False)

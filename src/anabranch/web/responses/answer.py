@@ -5,7 +5,15 @@ from typing import Any
 
 from anabranch.web.beside import beside, images_of, is_whole
 from anabranch.web.reasoning_details import details_in, sealed_blocks
-from anabranch.web.responses.items import call_item, image_item, logprobs_of, message_item, new_id, reasoning_item
+from anabranch.web.responses.items import (
+    call_item,
+    image_item,
+    logprobs_of,
+    logprobs_within,
+    message_item,
+    new_id,
+    reasoning_item,
+)
 from anabranch.web.responses.request import table_of
 from anabranch.web.responses.thoughts import sealed, thought_in
 from anabranch.web.responses.tools import custom_names
@@ -51,7 +59,11 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     text, refusal = _as_text(message.get("content")), message.get("refusal") or ""
     # An answer that says nothing at all is a message without text, as its stream has it.
     if text or refusal or not (output or message.get("tool_calls") or images_of(message)):
-        output.append(message_item(new_id("msg"), text, refusal, logprobs=logprobs_of(choice)))
+        logprobs = logprobs_of(choice)
+        if output or message.get("tool_calls"):
+            # Chat tells those of thoughts and of calls too.
+            logprobs = logprobs_within(text, logprobs, keeps_rest=not message.get("tool_calls"))
+        output.append(message_item(new_id("msg"), text, refusal, logprobs=logprobs))
     custom = custom_names(body)
     for call in message.get("tool_calls") or ():
         function = call.get("function") or {}

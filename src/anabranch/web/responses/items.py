@@ -3,6 +3,7 @@
 import uuid
 from typing import Any
 
+from anabranch.web.body import is_int
 from anabranch.web.responses.tools import text_of
 
 
@@ -65,3 +66,30 @@ def logprobs_of(choice: dict[str, Any]) -> list[Any]:
     told = choice.get("logprobs")
     listed = told.get("content") if isinstance(told, dict) else None
     return listed if isinstance(listed, list) else []
+
+
+def logprobs_within(text: str, logprobs: list[Any], *, keeps_rest: bool = True) -> list[Any]:
+    """Those of tokens that ``text`` is made of, where there are others before it or behind, such as those of thoughts and of calls.
+
+    All of them where the text is not that of any; ``keeps_rest``: those behind it too, of what is held back or ends an answer.
+    """
+    pieces = [_bytes_of(one) for one in logprobs]
+    told = text.encode(errors="surrogatepass")
+    begin = b"".join(pieces).rfind(told) if told else -1
+    if begin < 0:
+        return logprobs
+    kept, at = [], 0
+    for one, piece in zip(logprobs, pieces, strict=True):
+        if at + len(piece) > begin and (keeps_rest or at < begin + len(told)):
+            kept.append(one)
+        at += len(piece)
+    return kept
+
+
+def _bytes_of(one: Any) -> bytes:
+    """Of a token: those it names, which may be a part of a character, or of its text."""
+    table = one if isinstance(one, dict) else {}
+    named, token = table.get("bytes"), table.get("token")
+    if isinstance(named, list) and all(is_int(value) and 0 <= value < 256 for value in named):
+        return bytes(named)
+    return token.encode(errors="surrogatepass") if isinstance(token, str) else b""

@@ -10,6 +10,7 @@ from anabranch.web.responses.items import (
     call_item,
     image_item,
     logprobs_of,
+    logprobs_within,
     message_item,
     new_id,
     part_of,
@@ -75,8 +76,11 @@ class ResponseStream:
                 ("refusal", delta.get("refusal")),
             )
             scores, self._scores = self._scores + logprobs_of(choice), []
-            if not any(text for _, text in texts) and not delta.get("tool_calls"):
-                self._scores = scores
+            if not delta.get("content") and not delta.get("refusal") and not delta.get("tool_calls"):
+                # Of thoughts the last alone: beside them may stand those of the text that comes next.
+                self._scores = logprobs_of(choice) if thought_in(delta) else scores
+            elif self._item is not None and self._item["type"] == "reasoning":
+                scores = logprobs_within(delta.get("content") or "", scores)
             for kind, text in texts:
                 if text:
                     yield from self._add_text(kind, text, scores if kind == "text" else [])
@@ -90,6 +94,7 @@ class ResponseStream:
     def end(self) -> Iterator[bytes]:
         """After the last chunk."""
         is_cut = why_cut(self._reason) is not None
+        self._tell_held()
         yield from self._close_item("incomplete" if is_cut else "completed")
         if self._details:
             # They came behind what was said.
@@ -98,6 +103,7 @@ class ResponseStream:
         yield from self._close_calls(is_cut=is_cut)
         if not self._output:
             yield from self._open_part("text")
+            self._tell_held()
             yield from self._close_item("incomplete" if is_cut else "completed")
         self.response = made = finished(self._made, self._output, self._reason, self._usage, self._beside)
         yield self._event(f"response.{made['status']}", response=made)
@@ -154,6 +160,12 @@ class ResponseStream:
             self._output.append(item)
             yield self._event("response.output_item.added", output_index=self._at(item), item=item)
         self._thoughts += blocks
+
+    def _tell_held(self) -> None:
+        """Give the text that is being told what is left of log probabilities: of a stop string, or of half a character."""
+        if self._item is not None and self._part == "text":
+            self._item["content"][-1]["logprobs"] += self._scores
+            self._scores = []
 
     def _close_part(self) -> Iterator[bytes]:
         if self._part is None or self._item is None:
