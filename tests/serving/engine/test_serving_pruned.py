@@ -415,6 +415,8 @@ def test_an_id_that_comes_again_behind_a_handover_is_decided_about_anew(length):
     first.scheduler.abort("a")
     for frozen, aborts in ((freeze(first.scheduler, first.runner.skips.handed_over()), False), (ended, True)):
         scheduler, decided = thaw(frozen)
+        # Of one that has ended nothing is handed over, though nobody here has been told yet.
+        assert set(decided) == ({"a"} if aborts else set())
         second = Engine.of(model, ServingConfig(**PLENTY), skipper=skipper, pool=first.runner.pool)
         second.runner.skips.take_over(decided)
         if aborts:

@@ -10,13 +10,14 @@ from adapter_models import linear_layers, make_adapter, make_base
 from anabranch.adapters import load_mixture, load_pool, rows_for
 from anabranch.adapters.offloaded import OffloadedLowRank
 from anabranch.adapters.pool import LowRankPool
+from anabranch.adapters.side_by_side import is_mostly_used
 from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError, DataError
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model, save_model
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.nn.weight_kinds import numbers_of_kinds
-from anabranch.routing import Router, TopK, record_routing
+from anabranch.routing import Router, Routing, TopK, record_routing
 from anabranch.serving import LLM, Sampling
 from anabranch.serving.expertflow import find_pools, load_offloaded, offload
 from anabranch.serving.expertflow.pools import pools_of
@@ -91,6 +92,21 @@ def test_outputs_are_the_same_to_the_bit_and_bytes_within_the_budget(model, poli
         assert sum(isinstance(module, OffloadedLowRank) for module in model.modules()) == 8
     assert torch.equal(logits(model), wanted)
     assert not any(isinstance(module, OffloadedLowRank) for module in model.modules())
+
+
+def test_where_all_are_used_and_few_are_in_memory_they_are_taken_in_turns(model):
+    """At once they are only where there is a slot for each."""
+    pool = model.blocks[0].feed_forward.w2.beside.down.pool
+    everybody = torch.arange(12).expand(5, 12)
+    routing = Routing(everybody, torch.full((5, 12), 0.25), torch.zeros(5, 12))
+    x_NC = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    assert is_mostly_used(routing, is_compiled=True)
+    with torch.inference_mode():
+        wanted = pool(x_NC, routing)
+        with offload(model, quarter(model), keep=True):
+            few = model.blocks[0].feed_forward.w2.beside.down.pool
+            assert len(few._slots()[0]) < 12
+            torch.testing.assert_close(few(x_NC, routing), wanted)
 
 
 def test_the_smallest_budget_is_one_adapter_of_each_size_and_less_is_refused(model):

@@ -266,6 +266,12 @@ def test_a_run_is_served_by_the_checkpoint_that_it_was_started_with(run, monkeyp
         assert "no longer those" in running.ask("/v1/completions", body)[2]["error"]["message"]
 
 
+def test_a_run_that_is_named_by_a_dot_is_called_something(run, monkeypatch):
+    monkeypatch.chdir(run)
+    found = ServingConfig(model=".").found()
+    assert (found.name, Path(found.model).name) == ("model", "step-00000001")
+
+
 def test_it_is_told_which_checkpoint_is_served(run, capsys):
     step = run / "checkpoints" / "step-00000001"
     for model, told in ((run, step), (step, step), (saved_moe(), saved_moe())):
