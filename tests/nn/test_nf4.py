@@ -134,3 +134,16 @@ def test_what_cannot_be(tmp_path):
     quantize_nf4(model)
     with pytest.raises(ConfigError, match="NF4, in which models are adapted and not saved"):
         save_model(tmp_path / "m", model)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_weights_whose_sum_is_beyond_floats_are_kept(double):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    small, large = (Nf4Linear(scale * weight, double=double).weight_in(torch.float32) / scale for scale in (1.0, 1e38))
+    torch.testing.assert_close(large, small)
+
+
+def test_what_is_replaced_stays_in_training_or_in_evaluation():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 64), "b": torch.nn.Linear(64, 64).eval()})
+    quantize_nf4(model)
+    assert [model[name].training for name in "ab"] == [True, False]

@@ -138,6 +138,9 @@ def _packed(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 def _halved(scale_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(FP8 of each scale, c1 of each group, mean): double quantisation."""
     mean = scale_S.mean()
+    if not bool(mean.isfinite()):
+        # The sum of finite weights may not be, and their mean is.
+        mean = scale_S.double().mean().float()
     centred_GW = F.pad(scale_S - mean, (0, -len(scale_S) % GROUP)).view(-1, GROUP)
     group_G = centred_GW.abs().amax(1) / _MOST_FP8
     eighth_GW = centred_GW / group_G.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
