@@ -162,6 +162,31 @@ def test_a_call_that_is_cut_off_is_not_completed():
     assert made.status == "incomplete"
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"text": []}, "text", "text must be an object"),
+        ({"text": {"format": []}}, "text.format", "text.format must be an object"),
+        ({"reasoning": False}, "reasoning", "reasoning must be an object"),
+        ({"top_logprobs": False}, "top_logprobs", "top_logprobs is False"),
+        ({"n": True}, "n", "n is True"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity", "text.verbosity"),
+    ],
+)
+def test_what_is_no_value_of_a_field_is_refused_under_its_name(said, fields, param, says):
+    status, _, answer = said.ask("/v1/responses", {"model": "fake", "input": "hi", **fields})
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert says in answer["error"]["message"]
+
+
+def test_messages_beside_input_are_told_to_be_ignored(said):
+    body = {"model": "fake", "input": "hi", "top_logprobs": 0, "n": 1, "text": None}
+    assert "x-warning" not in said.ask("/v1/responses", body)[1]
+    status, headers, _ = said.ask("/v1/responses", {**body, "messages": [{"role": "user", "content": "ho"}]})
+    assert (status, headers["x-warning"]) == (200, "ignored unknown fields: messages")
+    assert bytes(said.script.requests[-1].prompt).decode() == "User: hi\nAssistant:"
+
+
 @pytest.fixture(scope="module")
 def speaking():
     with Speaking(QWEN3) as asked:

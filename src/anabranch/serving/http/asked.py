@@ -219,4 +219,4 @@ def _parse_long(raw: bytes, most_values: int, most_parts: int) -> dict[str, Any]
 
 def _told(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name[:40], known, n=1, cutoff=0.8)
-    return PLAIN.sub("?", name[:40]) + (f" (did you mean {near[0]}?)" if near else "")
+    return PLAIN.sub("?", name[:40]) + (f" (did you mean {near[0]}?)" if near and near[0] != name else "")

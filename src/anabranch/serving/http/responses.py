@@ -31,6 +31,7 @@ _NAMES = {
     "messages[].tool_calls[].function.arguments": FieldName("input", "arguments of a function_call in input"),
     "tools[].function": FieldName("tools[]"), "tool_choice.function": FieldName("tool_choice"),
     "max_completion_tokens": FieldName("max_output_tokens"), "reasoning_effort": FieldName("reasoning.effort"),
+    "verbosity": FieldName("text.verbosity"),
     "response_format": FieldName("text.format"), "response_format.json_schema": FieldName("text.format"),
 }  # fmt: skip
 
@@ -40,13 +41,16 @@ def read_response(
 ) -> GenerationRequest:
     """A request to ``/v1/responses``; ``default_tokens`` as of `read_chat`. Raises ApiError (400) that names the parameter."""
     for name, allowed in _REFUSED.items():
-        if body.get(name) is not None and body[name] not in allowed:
+        # True is no 1.
+        if body.get(name) is not None and (isinstance(body[name], bool) or body[name] not in allowed):
             raise unsupported(name, f"{name} is {said(body[name])}, which this server does not do; leave it out")
     # Nothing is stored, which the response says.
     own = {name: value for name, value in body.items() if name not in _REFUSED and name != "store"}
     chat = to_chat(own, keeps_reasoning=True)
     read = read_chat(chat, reader, info, most_n, _NAMES, default_tokens=default_tokens)
-    return replace(read, response_of=own)
+    # Of chat, so that nobody knows it here.
+    more = ("messages",) if "messages" in body else ()
+    return replace(read, response_of=own, unknown=(*read.unknown, *more))
 
 
 class ResponseShape(ChatShape):

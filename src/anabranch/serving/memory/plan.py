@@ -201,7 +201,8 @@ class Ladder:
             return found, on_disk[-1:]
         if not on_disk:
             raise ConfigError(
-                f"expert_budget is {config.expert_budget}, but {config.model} has no experts that can stay on disk; leave it out"
+                f"expert_budget is {config.expert_budget}, but {config.model} has no experts that can stay on disk; leave it out, "
+                "or memory, which plans for no budget of the adapters of a mixture"
             )
         return [], on_disk
 

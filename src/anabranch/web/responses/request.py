@@ -227,7 +227,9 @@ def _content(content: Any, name: str) -> Any:
 
 def table_of(body: dict[str, Any], name: str, shown: str | None = None) -> dict[str, Any]:
     """A field that is a table, empty where it is not given. Raises ApiError for anything else, under the name that is ``shown``."""
-    value = body.get(name) or {}
+    value = body.get(name)
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise wrong(shown or name, f"{shown or name} must be an object")
     return value
