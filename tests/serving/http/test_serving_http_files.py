@@ -123,8 +123,7 @@ def test_an_engine_that_cannot_read_its_model_again_is_given_up_at_once(folder, 
     with serving(engines, read_model(str(folder), HttpConfig())) as running:
         change(folder)
         engines.die(running)
-        until(running.frontend.failed.is_set)
-        assert "no longer those" in running.frontend.error
+        until(lambda: "no longer those" in running.frontend.error)
     assert len(engines.clients) == 2
     assert "is another file than when the server was started, and cannot be read" in caplog.text
 
@@ -155,8 +154,7 @@ def test_an_engine_that_finds_another_skipper_or_other_routers_is_not_served(fol
         assert running.ask("/v1/completions", BODY)[0] == 200
         os.replace(another, place)
         engines.die(running)
-        until(running.frontend.failed.is_set)
-        assert "no longer those" in running.frontend.error
+        until(lambda: "no longer those" in running.frontend.error)
     assert f"{place} is another file than when the server was started" in caplog.text
 
 
