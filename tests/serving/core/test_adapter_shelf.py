@@ -104,6 +104,47 @@ def test_what_is_used_or_pinned_stays(shelf):
     assert in_memory(shelf) == {"p", "b"}
 
 
+def test_what_an_operator_loads_waits_for_room_as_requests_do(folders):
+    shelf = AdapterShelf(folders, 100)
+    for name in "ab":
+        shelf.load(name, f"50/{name}").result(60)
+        assert begin(shelf, name, name, key="k") == [f"50/{name}"]
+    new, other = shelf.load("c", "50/c"), shelf.load("a", "50/new")
+    # Both are read in turn, and find that there is no room yet.
+    shelf._submit(None, lambda: None).result(60)
+    assert not new.done()
+    assert shelf.names == ("a", "b")
+    shelf.release("b")
+    assert (new.result(60)["in_memory"], new.result(60)["requests"]) == (True, 0)
+    assert other.result(60)["folder"] == "50/new"
+    # Who began with the one before ends with it.
+    assert [held.version for _, held, _ in shelf.held_by("a")] == ["50/a"]
+    assert shelf.names == ("a", "b", "c")
+    assert begin(shelf, "1", "a") == ["50/new"]
+    shelf.close()
+
+
+def test_an_operator_who_waits_in_vain_is_told_and_all_is_as_it_was(folders):
+    now = [0.0]
+    shelf = AdapterShelf(folders, 100, clock=lambda: now[0])
+    shelf.load("a", "100/a").result(60)
+    assert begin(shelf, "1", "a") == ["100/a"]
+    waits = shelf.load("b", "50/b")
+    shelf._submit(None, lambda: None).result(60)
+    assert not waits.done()
+    now[0] += WAIT_S + 1
+    shelf.advance()
+    with pytest.raises(BusyError, match="there was no memory"):
+        waits.result(60)
+    ends = shelf.load("a", "50/new")
+    shelf._submit(None, lambda: None).result(60)
+    shelf.close()
+    with pytest.raises(BusyError, match="the engine ends"):
+        ends.result(60)
+    assert shelf.names == ("a",)
+    assert in_memory(shelf) == {"a"}
+
+
 def test_one_takes_the_place_of_another(shelf):
     shelf.load("a", "40/1").result(60)
     assert begin(shelf, "old", "a") == ["40/1"]

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 # Seconds that a request waits for room at most, and requests that may.
 WAIT_S = 30.0
 MOST_WAITING = 256
+# What operators wait as; no key has such a name.
+_OPERATOR = "\n"
 # Of the places that others leave, a key's.
 _KEY_SHARE = 0.5
 
@@ -70,6 +72,7 @@ class AdapterShelf(Generic[H]):
         # Looks after those that have waited for as long as they may, while anybody waits.
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
+        self._wait_s, self._serial = wait_s, itertools.count()
         self._reads = Turns("anabranch-adapters", "adapters wait to be read", threads=1, most_waiting=None)
         self._memory = AdapterMemory[H](self._room, clock)
         self._entries = self._memory.entries
@@ -105,29 +108,72 @@ class AdapterShelf(Generic[H]):
         ``read`` raises; all is as it was then.
         """
         self._check_place(name, is_pinned)
-        entry = Entry[H](name, folder, root, is_pinned)
+        return self._load(Entry[H](name, folder, root, is_pinned))
+
+    def _load(self, entry: Entry[H]) -> dict[str, Any]:
+        name = entry.name
 
         def check(nbytes: int) -> None:
             entry.size = nbytes
             with self._lock:
                 self._memory.find_room(entry, before=self._entries.get(name))
 
-        held = self._read(folder, root, check)
+        held = self._read(entry.folder, entry.root, check)
         with self._lock:
             before = self._entries.get(name)
             self._memory.hold(entry, held, before=before)
             if before is not None:
                 self._memory.retire(before)
             self._room.touch(entry)
-            if is_pinned:
+            if entry.is_pinned:
                 self._room.pinned.append(entry)
             self._entries[name] = entry
             return entry.facts()
 
     def load(self, name: str, folder: str, root: str | None = None) -> "Future[dict[str, Any]]":
-        """`load_now` in the shelf's thread."""
+        """`load_now` in the shelf's thread; where there is no room beside what requests use it waits in the line, as they do."""
         self._check_place(name, False)
-        return self._submit(None, lambda: self.load_now(name, folder, root))
+        entry, told = Entry[H](name, folder, root), Future[dict[str, Any]]()
+        # It goes on also where nobody waits for it any more.
+        told.set_running_or_notify_cancel()
+
+        def tell(done: "Future[dict[str, Any]]") -> None:
+            error = done.exception()
+            if isinstance(error, NoRoomError) and self._wait_s > 0:
+                self._wait_to_load(entry, told)
+            elif error is not None:
+                told.set_exception(error)
+            else:
+                told.set_result(done.result())
+
+        self._submit(None, lambda: self._load(entry)).add_done_callback(tell)
+        return told
+
+    def _wait_to_load(self, entry: Entry[H], told: "Future[dict[str, Any]]") -> None:
+        """Know an adapter once it has had room in its turn; until then all is as it was."""
+        one = Waiter(f"{_OPERATOR}{next(self._serial)}", _OPERATOR, ((entry, 1.0),))
+
+        def tell(done: "Future[None]") -> None:
+            # Whoever refuses may hold the lock.
+            if (error := done.exception()) is not None:
+                told.set_exception(error)
+                return
+            with self._lock:
+                before = self._entries.get(entry.name)
+                if before is not None:
+                    self._memory.retire(before)
+                self._entries[entry.name] = entry
+                self._memory.end(one.id)
+                # No key has used it yet.
+                entry.used_by.clear()
+                facts = entry.facts()
+            self.advance()
+            told.set_result(facts)
+
+        one.ready.add_done_callback(tell)
+        with self._lock:
+            begun = self._join(one)
+        self._go_on(begun)
 
     def register(self, name: str, folder: str, root: str | None = None) -> None:
         """Know an adapter that is read when the first request asks for it; nothing for a name that there is. Raises InputError.
