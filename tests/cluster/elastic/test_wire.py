@@ -308,6 +308,24 @@ def pool(**changes):
     return LinkPool("127.0.0.1", b"s", **given)
 
 
+def test_links_that_the_other_end_closes_meanwhile_are_edited_too():
+    made = pool()
+
+    class Closing:
+        """Of a rank that is gone, like all the others, which hear of it at the same moment and close theirs."""
+
+        peer, sent_bytes = None, 0
+
+        def close(self, why):
+            assert why == "its rank is gone"
+            made._channels.clear()
+
+    made.rank, made._channels = 0, {rank: Closing() for rank in (1, 2, 3)}
+    assert made.edit(1, {0: ("127.0.0.1", made.port)}) == (0, 0)
+    assert made.count == 0
+    made.close()
+
+
 def test_links_are_edited_in_place():
     suspects = []
     pools = [pool(suspect=suspects.append, timeout_s=60.0) for _ in range(3)]

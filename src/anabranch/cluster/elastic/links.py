@@ -128,10 +128,11 @@ class LinkPool:
         with self.changed:
             before, self._epoch, self._members = self._members, epoch, set(members)
             self._mail = {key: value for key, value in self._mail.items() if key[0] >= epoch}
-            gone = [rank for rank in self._channels if rank not in members]
+            # The links themselves: the other end of one may close it, and it is in the table no more, before its turn comes here.
+            gone = [channel for rank, channel in self._channels.items() if rank not in members]
             missing = [rank for rank in members if rank not in self._channels and rank != self.rank]
-        for rank in gone:
-            self._channels[rank].close("its rank is gone")
+        for channel in gone:
+            channel.close("its rank is gone")
         for rank in missing:
             if rank < self.rank:
                 self._open(rank, *members[rank])
