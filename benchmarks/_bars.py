@@ -154,8 +154,6 @@ AWAITED: dict[str, frozenset[Bar]] = {
     # Not recorded yet.
     "adapter_batch": frozenset(BARS["adapter_batch"]),
     "adapter_steps": frozenset(BARS["adapter_steps"]),
-    "elaswave": frozenset(BARS["elaswave"]),
-    "pccl": frozenset(BARS["pccl"]),
     # One step takes minutes.
     "rl": frozenset(bar for bar in BARS["rl"] if bar.case == "ppo"),
     "rl_tokens": frozenset(BARS["rl_tokens"]),
