@@ -514,3 +514,15 @@ def test_usage_tells_what_our_servers_tell_and_no_more():
     assert end["response"]["usage"] == wanted
     plain = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
     assert not {"depth", "rewiring"} & set(to_response(ASKED, {**answer(content="x"), "usage": plain})["usage"])
+
+
+@pytest.mark.parametrize("delta", [{"content": 5}, {"refusal": 5}, {"content": ["a"]}])
+def test_what_fails_at_text_that_is_none_fails_once(delta):
+    made = ResponseStream({"model": "m"})
+    list(made.begin())
+    list(made.add({"choices": [{"index": 0, "delta": {"content": "well"}}]}))
+    with pytest.raises(TypeError, match="text of a chunk is"):
+        list(made.add({"choices": [{"index": 0, "delta": delta}]}))
+    list(made.fail("no answer", "upstream_garbage"))
+    assert made.response["status"] == "failed"
+    assert made.response["output"][0]["content"][0]["text"] == "well"

@@ -141,6 +141,9 @@ class ResponseStream:
             yield self._event("response.content_part.added", **self._where(item), part=item["content"][-1])
 
     def _add_text(self, kind: str, text: str, logprobs: list[Any]) -> Iterator[bytes]:
+        if not isinstance(text, str):
+            # Before it is kept: what was told is put together once more where a stream fails.
+            raise TypeError(f"text of a chunk is {type(text).__name__}")
         yield from self._open_part(kind)
         item = self._item
         assert item is not None
