@@ -832,7 +832,7 @@ def edges_of(graph):
         ["", "1.0", "ann"],
         ["007", "1e5", "nan"],
         [-(2**63), 0, 2**63 - 1],
-        ["\ufeffa", "(a", "b)"],
+        ["(a", "b)", "\ufeffa"],
     ],
 )
 @pytest.mark.parametrize("weights", [None, [2.5, 1.5]])
