@@ -136,7 +136,10 @@ BAD_LINES = {
         'model is ""; it must be the name of the model',
     ),
     "a sample of words": ('{"query": "q", "scores": {"a": [1, "x"]}}', "sample 2 of 'a' is 'x'"),
-    "a sample nobody knows": ('{"query": "q", "samples": [1, null]}', "sample 2 of 'model' is null; leave out what"),
+    "a sample nobody knows": (
+        '{"query": "q", "samples": [1, null]}',
+        "sample 2 of 'model' is null; it must be a finite number; leave out what is not known",
+    ),
     "no samples": ('{"query": "q", "samples": []}', "scores are missing"),
     "samples without end": (f'{{"query": "q", "samples": [{"1," * 10_000}1]}}', "there are 10,001 samples of 'model'"),
     "negative latency": ('{"query": "q", "scores": {"a": 1}, "latency": {"a": -0.1}}', "latency of 'a'"),
