@@ -40,7 +40,7 @@ PUBLIC = {
         SETS UNITS Columns RoutingSet check_disjoint deduplicated folds groups is_store llmrouter load_csv load_jsonl
         load_judgements load_outcomes measured_in merged pool_of pooled read_joules read_prices routellm_mmlu split
     """,
-    "anabranch.routers.embed": "Embedder embed_cached embed_of unit_vectors",
+    "anabranch.routers.embed": "Embedder dim_of embed_cached embed_of unit_vectors",
     "anabranch.routers.router_r1": """
         CostWindow Episode FunctionPool MultiRoundRouteEnv Price RecordedPool Reply RouterR1 Rules Tokens TwoHop exact_match faults
         raw_cost token_f1 total_reward

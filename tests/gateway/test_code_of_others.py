@@ -26,7 +26,7 @@ from anabranch.gateway.config import (
     StrategyConfig,
 )
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.learning import errands, kept
+from anabranch.gateway.learning import errands, kept, kept_bytes
 from anabranch.gateway.learning.erasures import NotForgottenError
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import learned
@@ -179,7 +179,7 @@ async def _all_of_it(gateway, strategy, good, settings, where):
 
 
 def _dead_row(gateway, lane):
-    body = kept.packed_part(({}, {"n": 1}), "odd")
+    body = kept_bytes.packed_part(({}, {"n": 1}), "odd")
     now_us = gateway.store.now_us()
     return LearnedRow(
         strategy="odd", made=lane.made, writer="dead.1", kind="static", version=1, ts_us=now_us, body=body
@@ -548,7 +548,7 @@ GUARDED = {
 }
 
 OWNERS = {"strategy", "program", "_program", "embedder", "_embedder"}
-OF_EMBEDDERS = {"unit_vectors"}
+OF_EMBEDDERS = {"unit_vectors", "dim_of"}
 PROVIDER = {"build", "parse", "translator", "error", "start", "close", "feed"}
 
 

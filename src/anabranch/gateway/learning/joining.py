@@ -18,7 +18,8 @@ from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.config.prices import model_price
 from anabranch.gateway.decide import load_router
 from anabranch.gateway.lane import made_of
-from anabranch.gateway.learning.kept import Kept, packed_part, read_part
+from anabranch.gateway.learning.kept import Kept
+from anabranch.gateway.learning.kept_bytes import packed_part, read_part
 from anabranch.gateway.learning.services import LearningServices
 from anabranch.gateway.logged_error import words
 from anabranch.gateway.store import Store, learned

@@ -9,7 +9,7 @@ newest row that there is when it starts; but what is kept one by one (`Strategy.
 take over, and which is as its last writer has it.
 
 Rows are found by what a strategy is made from: its config, its embedder, and what it knew before it served. One of another make is not
-read, and one that is damaged is left out; both are said in the log, and neither stops a start.
+read, one that is damaged is left out, and one of other vectors is `set_aside`; all are said in the log, and none stops a start.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from anabranch.errors import AnabranchError, CapacityError
+from anabranch.gateway.learning import kept_bytes
+from anabranch.gateway.learning.kept_bytes import Part
+from anabranch.gateway.learning.set_aside import fitting, given_dim, set_aside
 from anabranch.gateway.logged_error import raised, words
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import LearnedRow
-from anabranch.routers.contract.strategy import Arrays, Example, Facts
-from anabranch.routers.fitted import VERSION, packed, unpacked
+from anabranch.routers.contract.strategy import Arrays
 from anabranch.web.turns import in_thread, plainly
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ MOST_EXAMPLES = 500
 # What was written so shortly after an order to forget may not know of it yet.
 OVERLAP_US = 60 * 10**6
 
-Part = tuple[Arrays, Facts]
-
 
 @dataclass(slots=True)
 class _Held:
@@ -68,6 +66,7 @@ class _Held:
 
     Attributes:
         made: see `made_from`.
+        dim: of the vectors that it is given, see `given_dim`.
         writer: of the own row: the process (`Store.replica`), a dot, and what tells it from others of that. What was written before for
             the same make is another's.
         body: of the own row, of what adds up; empty if none was written.
@@ -79,6 +78,7 @@ class _Held:
     """
 
     made: str
+    dim: int | None
     writer: str
     body: bytes = b""
     told: int = 0
@@ -108,15 +108,17 @@ class Kept:
         for lane in lanes:
             if not lane.learns or not lane.made:
                 continue
-            held = self._held[lane.name] = _Held(lane.made, self._writer())
+            held = self._held[lane.name] = _Held(lane.made, given_dim(lane), self._writer())
             try:
+                is_anew = await set_aside(self._store(), lane, held.dim)
                 if lane.strategy.adds_up:
                     await lane.alone(lambda lane=lane: lane.strategy.hear({}, {}))  # type: ignore[misc]
                     await self._hear(lane, held)
                 else:
                     await self._take_newest(lane, held)
                     await self._forget_since(lane, await self._take_examples(lane, held))
-                await self._say(lane)
+                if not is_anew:
+                    await self._say(lane)
             except AnabranchError as error:
                 logger.warning("what strategy %s learned before cannot be read: %s", lane.name, words(error))
             except Exception as error:
@@ -178,7 +180,7 @@ class Kept:
             if lane.told == held.told or (self._clock() < held.next_s and not at_once):
                 return
             told, part = await lane.alone(lambda: (lane.told, _copy(lane)))
-            body = await in_thread(_bytes, part, lane.name)
+            body = await in_thread(kept_bytes.packed_ready, part, lane.name)
             row = LearnedRow(
                 strategy=lane.name,
                 made=held.made,
@@ -200,7 +202,7 @@ class Kept:
     async def _begin_anew(self, lane: "Lane", held: _Held) -> None:
         """The own row is nobody's by now: what it tells of is heard of again like that of others."""
         logger.warning("this process was taken for dead; strategy %s goes on beside what it had told", lane.name)
-        part = await in_thread(read_part, held.body, lane.name)
+        part = await in_thread(kept_bytes.read_part, held.body, lane.name)
         await lane.alone(lambda: lane.strategy.disown(*part))
         held.writer, held.body, held.seen = self._writer(), b"", None
 
@@ -254,14 +256,14 @@ class Kept:
             return plainly(lambda: lane.strategy.joined(parts))
 
         try:
-            return join([_part(row) for row in rows])
+            return join([fitting(lane, held.dim, kept_bytes.part_of(row)) for row in rows])
         except Exception:
             logger.debug("some of %d rows cannot be read", len(rows))
         # One of them is at fault: find it.
         parts: list[Part] = []
         for row in rows:
             try:
-                part = _part(row)
+                part = fitting(lane, held.dim, kept_bytes.part_of(row))
                 join([*parts, part])
                 parts.append(part)
             except Exception as error:
@@ -275,7 +277,7 @@ class Kept:
         begun: Part = (start[0], json.loads(start[1]))
         for row in reversed(rows):
             try:
-                part = await in_thread(_part, row)
+                part = fitting(lane, held.dim, await in_thread(kept_bytes.part_of, row))
                 await lane.alone(lambda: lane.strategy.load_kept(*part))  # noqa: B023
                 await self._forget_since(lane, [row.ts_us])
                 return
@@ -305,7 +307,7 @@ class Kept:
             )
             others = [row for row in rows if row[1] != held.writer]
             if others:
-                examples = await in_thread(_examples, others)
+                examples = await in_thread(kept_bytes.read_examples, others)
                 await lane.alone(lambda: lane.strategy.take_examples(examples))  # noqa: B023
                 written_us += [ts_us for _, _, _, ts_us, body, _ in others if body]
             if rows:
@@ -319,7 +321,7 @@ class Kept:
         while True:
             if not held.unwritten:
                 changed = await lane.alone(lambda: lane.strategy.changed_examples(MOST_EXAMPLES))
-                held.unwritten = await in_thread(_rows, changed)
+                held.unwritten = await in_thread(kept_bytes.example_rows, changed)
             if not held.unwritten:
                 return
             await self._put_examples(lane.name, held)
@@ -338,7 +340,8 @@ class Kept:
         now_us = store.now_us()
 
         def join(bodies: Sequence[bytes]) -> bytes:
-            return _bytes(_ready(*lane.strategy.joined([read_part(body, name) for body in bodies])), name)
+            parts = [fitting(lane, held.dim, kept_bytes.read_part(body, name)) for body in bodies]
+            return kept_bytes.packed_ready(kept_bytes.ready(*lane.strategy.joined(parts)), name)
 
         for _ in range(LEAVES):
             rows = await store.look(lambda connection: learned.read_leaving(connection, name, held.made, writer))
@@ -390,54 +393,4 @@ def _check_owed(lane: "Lane") -> None:
 def _copy(lane: "Lane") -> tuple[Arrays, str]:
     """What is to be written, apart from what goes on changing."""
     strategy = lane.strategy
-    return _ready(*(strategy.part() if strategy.adds_up else strategy.kept_state()))
-
-
-def _ready(arrays: Arrays, facts: Facts) -> tuple[Arrays, str]:
-    return {name: np.array(value, order="C") for name, value in arrays.items()}, json.dumps(facts)
-
-
-def _bytes(ready: tuple[Arrays, str], name: str) -> bytes:
-    return packed(ready[0], {"version": VERSION, "facts": ready[1]}, name)
-
-
-def packed_part(part: Part, name: str) -> bytes:
-    """A part, or a state, as the store keeps it. Raises InputError for what is not ready for JSON."""
-    return _bytes(_ready(*part), name)
-
-
-def read_part(body: bytes, name: str) -> Part:
-    """The opposite. Raises CheckpointError, which begins with ``name``, for what is damaged."""
-    arrays, content = unpacked(body, name)
-    return arrays, json.loads(content["facts"])
-
-
-def _rows(examples: Sequence[Example]) -> list[tuple[str, str, bytes]]:
-    """Key, body and vector as the store has them."""
-    return [
-        (
-            one.key,
-            "" if one.body is None else json.dumps(one.body),
-            b"" if one.vector_D is None else one.vector_D.astype("<f4").tobytes(),
-        )
-        for one in examples
-    ]
-
-
-def _examples(rows: Sequence[tuple[str, str, int, int, str, bytes]]) -> list[Example]:
-    """The opposite; a damaged one is as if it were gone."""
-    found = []
-    for key, _, version, _, body, vector in rows:
-        try:
-            value = json.loads(body) if body else None
-            vector_D = np.frombuffer(vector, "<f4").astype(np.float32) if vector else None
-            if value is not None and not isinstance(value, dict):
-                raise ValueError("it is no object")
-            found.append(Example(key, value, vector_D))
-        except (ValueError, RecursionError) as error:
-            logger.warning("an example (version %d) is damaged and left out: %s", version, words(error))
-    return found
-
-
-def _part(row: LearnedRow) -> Part:
-    return read_part(row.body, f"version {row.version}")
+    return kept_bytes.ready(*(strategy.part() if strategy.adds_up else strategy.kept_state()))

@@ -135,6 +135,31 @@ def move_learned(connection: Connection, strategy: str, made: str, new_made: str
     )
 
 
+def put_aside(connection: Connection, strategy: str, made: str, aside: str, versions: Mapping[str, int]) -> int:
+    """Put rows, as they were read, under another make, which has none of these writers; how many there still were.
+
+    Args:
+        connection: in a transaction.
+        strategy: whose.
+        made: where they are.
+        aside: where they go.
+        versions: of the rows, by their writers; one that was written anew since stays.
+    """
+    connection.lock("learned")
+    return sum(
+        connection.run(
+            "UPDATE learned SET made = :aside"
+            " WHERE strategy = :strategy AND made = :made AND writer = :writer AND version = :version",
+            aside=aside,
+            strategy=strategy,
+            made=made,
+            writer=writer,
+            version=version,
+        )
+        for writer, version in versions.items()
+    )
+
+
 def _delete(connection: Connection, strategy: str, made: str, writer: str) -> None:
     connection.run(
         "DELETE FROM learned WHERE strategy = :strategy AND made = :made AND writer = :writer",

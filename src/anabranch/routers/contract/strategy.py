@@ -289,6 +289,10 @@ class Strategy(Part, family="strategy"):
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave."""
 
+    def vector_dim(self, arrays: Arrays, facts: Facts) -> int | None:
+        """Dimensions of the vectors that such a `part` or `kept_state` was learned from; None for none."""
+        return None
+
     # As a gateway keeps it, of what does not add up
 
     def kept_state(self) -> tuple[Arrays, Facts]:

@@ -11,7 +11,7 @@ from anabranch.errors import DataError
 from anabranch.routers.contract.strategy import Embed
 from anabranch.routers.embed.embedder import Embedder
 
-__all__ = ["embed_of", "unit_vectors"]
+__all__ = ["dim_of", "embed_of", "unit_vectors"]
 
 # A length so near to 1 is one: float16 has about three digits.
 NEAR = 1e-3
@@ -31,7 +31,7 @@ def unit_vectors(embedder: Embedder, texts: Sequence[str]) -> np.ndarray:
 
     Raises DataError for anything but N rows of ``embedder.dim`` finite numbers; and whatever the embedder raises.
     """
-    dim = _dim(embedder)
+    dim = dim_of(embedder)
     if not len(texts):
         return np.zeros((0, dim or 0), np.float32)
     given_ND = _numbers(embedder.embed(texts))
@@ -55,8 +55,8 @@ def embed_of(embedder: Embedder | None) -> Embed | None:
     return None if embedder is None else partial(unit_vectors, embedder)
 
 
-def _dim(embedder: Embedder) -> int | None:
-    """None where it does not say. Raises DataError for what is no dimension."""
+def dim_of(embedder: Embedder) -> int | None:
+    """``embedder.dim``; None where it does not say. Raises DataError for what is no dimension."""
     try:
         said: Any = getattr(embedder, "dim", None)
     except NotImplementedError:

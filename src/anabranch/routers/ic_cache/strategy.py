@@ -402,6 +402,10 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             self.cache = self._make([self._arm(*row) for row in facts["arms"]], facts["dim"])
             self.cache.load_state(arrays, facts["cache"])
 
+    def vector_dim(self, arrays: Arrays, facts: Facts) -> int | None:
+        """None before it has seen a model."""
+        return int(facts["dim"]) if facts else None
+
     def kept_state(self) -> tuple[Arrays, Facts]:
         """What was learned; examples are kept one by one."""
         return self._state(with_pool=False)

@@ -69,6 +69,10 @@ class Pooled(Strategy):
 
     # Told and heard
 
+    def vector_dim(self, arrays: Arrays, facts: Facts) -> int | None:
+        """Of a part, which says it, or of a state."""
+        return int(facts["length"] if "length" in facts else len(arrays["centre_V"])) or None
+
     def part(self) -> tuple[Arrays, Facts]:
         """What was observed here since the start."""
         return self.own.state()
