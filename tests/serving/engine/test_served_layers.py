@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from adapter_models import make_adapter, make_base, make_kind
 from anabranch.adapters import catalogue, load_peft
-from anabranch.adapters.glider import GliderConfig, GliderPool
+from anabranch.adapters.glider import GliderConfig, GliderPool, describe_expert
+from anabranch.adapters.glider import pool as glider_pool
 from anabranch.adapters.own_folder import read_own, write_own
 from anabranch.adapters.put_on import put_on
 from anabranch.adapters.tasks import task_rows
@@ -26,6 +27,9 @@ from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.request import Finish
 from anabranch.serving.engine import ModelRunner, layer_reader
+from anabranch.serving.engine.adapter_place import folder_of, size_of
+from anabranch.serving.engine.adapter_reader import AdapterReader
+from anabranch.serving.engine.adapter_rows import Sites
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Refused
 from served_adapters import (
@@ -550,3 +554,66 @@ def test_whoever_is_beside_it_a_row_is_as_alone(rows, folders):
     ]
     found = runs.outputs()
     assert [found[id].tokens for id in ids] == [_alone(("compiled",), row) for row in rows]
+
+
+# Memory
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A pool of one adapter of rank 32 and seven of rank 1, on other matrices than each other, with gates."""
+    root = tmp_path_factory.mktemp("uneven")
+    for number, rank in enumerate((32, *(1,) * 7)):
+        layers = layers_of() if number % 2 == 0 else layers_of(("self_attn.q_proj", "mlp.down_proj"))
+        make_adapter(root / f"e{number}", layers, seed=str(number), rank=rank)
+        gates = {
+            module: torch.randn(inputs, generator=torch.Generator().manual_seed(number))
+            for module, (inputs, _) in layers.items()
+        }
+        describe_expert(root / f"e{number}", instruction=f"Do what number {number} is for.", gate=gates)
+    return root
+
+
+def reader_of(model):
+    return AdapterReader(model.config, Sites(model))
+
+
+@pytest.mark.parametrize("kind", ["", "phatgoose:", "arrow:", *LAYERS_OF])
+def test_what_layers_take_is_known_before_they_are_read(kind, uneven, folders):
+    """In a pool's stacks all adapters have the greatest rank: the headers' sizes were told, a thirteenth of it."""
+    place = folders[kind] if kind in LAYERS_OF else f"{kind}{uneven}"
+    told = []
+    held = reader_of(make_model())(place, None, told.append)
+    assert told == [held.nbytes]
+
+
+def test_a_pool_that_has_no_room_is_refused_before_its_numbers_are_read(uneven, monkeypatch):
+    taken = size_of(folder_of(str(uneven), None))
+    assert taken > 4 * sum(size_of(folder_of(str(place), None)) for place in uneven.iterdir())
+    config = ServingConfig(**SMALL, adapters=AdaptersConfig(load=(f"pool={uneven}",), memory=f"{taken}B"))
+    Engine.of(make_model(), config)
+    monkeypatch.setattr(GliderPool, "add", None)
+    less = config.replace(adapters=config.adapters.replace(memory=f"{taken - 1}B"))
+    with pytest.raises(CapacityError, match=rf"takes {taken:,} bytes, and adapters may take {taken - 1:,}"):
+        Engine.of(make_model(), less)
+
+
+def test_gates_are_kept_once(uneven, monkeypatch):
+    """The pool had its own beside those in the layers, which nobody counted."""
+    read, kept = glider_pool.read_described, []
+
+    def watched(folder):
+        found = read(folder)
+        kept.extend(map(weakref.ref, (found.gates or {}).values()))
+        return found
+
+    monkeypatch.setattr(glider_pool, "read_described", watched)
+    held = reader_of(make_model())(str(uneven))
+    gc.collect()
+    assert len(kept) >= 8
+    assert not any(gate() is not None for gate in kept)
+    assert held.bias("number 3") is not None
+    # Nor are all queries kept that ever came.
+    for number in range(200):
+        held.bias(f"query {number}")
+    assert len(held.pool.matcher._seen) == layer_reader.QUERIES

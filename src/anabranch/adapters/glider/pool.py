@@ -12,7 +12,7 @@ with pool.answering(queries):
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -103,7 +103,12 @@ class GliderConfig(Config):
 class _Expert:
     folder: Path
     base: str | None
-    gates: Mapping[str, Tensor] = field(default_factory=dict)
+    # As they were told; None for those in the folder, which are read when they are put on a model, as all numbers of it are.
+    told: Mapping[str, Tensor] | None = None
+
+    @property
+    def gates(self) -> dict[str, Tensor]:
+        return dict((read_described(self.folder).gates if self.told is None else self.told) or {})
 
 
 class GliderPool:
@@ -197,7 +202,6 @@ class GliderPool:
         found = read_described(folder)
         if gate is not None:
             check_gates(gate, folder)
-        gates = found.gates if gate is None else gate
         if examples is not None:
             if self.matcher.writer is None:
                 raise ConfigError(
@@ -206,7 +210,9 @@ class GliderPool:
             instruction = self.matcher.writer(prompt_of(examples))
         texts = found.instructions if instruction is None else texts_of(instruction, f"expert {name!r}")
         self.matcher.add(name, texts)
-        self._experts[name] = _Expert(folder, base if isinstance(base, str) else None, dict(gates or {}))
+        self._experts[name] = _Expert(
+            folder, base if isinstance(base, str) else None, None if gate is None else dict(gate)
+        )
         try:
             self._put_again()
         except BaseException:

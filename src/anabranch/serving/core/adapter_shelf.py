@@ -11,6 +11,7 @@ Reading is for a thread of the shelf's own, one adapter after the other. There t
 read longest ago, and what operators load has turns as a key has. All methods may be called from any thread.
 """
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -44,6 +45,10 @@ _KEY_SHARE = 0.5
 
 
 R = TypeVar("R")
+
+
+class _MeasuredError(Exception):
+    """The size of an adapter is known, and no more was asked for."""
 
 
 class AdapterShelf(Generic[H]):
@@ -324,6 +329,10 @@ class AdapterShelf(Generic[H]):
         missing = [entry for entry, _ in one.entries if entry.held is None]
         if not missing or self._room.lease(one.id) is not one:
             return True
+        # First how large each of the others is: where they have no room together nothing leaves memory for any of them.
+        unknown = next((entry for entry in missing[1:] if not entry.size), None)
+        if unknown is not None and self._measure(unknown):
+            return False
         held = self._read_again(missing[0], one)
         with self._lock:
             # It is nobody's where all have gone meanwhile for whom it was read, and it is known no more.
@@ -334,7 +343,8 @@ class AdapterShelf(Generic[H]):
     def _read_again(self, entry: Entry[H], one: Waiter[H]) -> H:
         def check(nbytes: int) -> None:
             with self._lock:
-                entry.size = nbytes
+                # Numbers may take more than was told before they were read, which is known where they were in memory.
+                entry.size = max(entry.size, nbytes)
                 self._memory.find_room(entry, together=one.adapters, key=one.key)
                 # Whoever waited may begin. One whose size nobody knew before has begun already, and is looked at as if it came now.
                 if not one.until and self._room.end(one.id) is not None:
@@ -343,9 +353,24 @@ class AdapterShelf(Generic[H]):
                     if not may_begin:
                         raise NoRoomError("others use the memory for its adapters, or are first")
 
+        return self._look_at(entry, check)
+
+    def _measure(self, entry: Entry[H]) -> bool:
+        """Learn what an adapter takes that was never in memory; whether its folder tells."""
+
+        def check(nbytes: int) -> None:
+            with self._lock:
+                entry.size = max(entry.size, nbytes)
+            raise _MeasuredError
+
+        with contextlib.suppress(_MeasuredError):
+            self._look_at(entry, check)
+        return entry.size > 0
+
+    def _look_at(self, entry: Entry[H], check: Callable[[int], None]) -> H:
         try:
             return self._read(entry.folder, entry.root, check)
-        except (BusyError, CapacityError):
+        except (BusyError, CapacityError, _MeasuredError):
             raise
         except Exception as error:
             # What has become of the folder is no fault of who asks, nor theirs to know: it is told to who runs the server.

@@ -4,7 +4,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,12 +174,34 @@ def check_small(folder: Folder) -> None:
 def size_of(folder: Folder, item_bytes: int = 4, head: tuple[int, int] | None = None) -> int:
     """Bytes of the numbers by the headers of their files, ``item_bytes`` each, of layers four; of pickled ones what they take at least.
 
-    A copy of the model's head, of shape ``head``, which peft writes beside an adapter of it, is looked at and not kept. 0 where there is no
-    file. Raises CheckpointError for a damaged one.
+    Those of a pool are counted as they lie in its stacks, in which each adapter has the greatest rank of all at a matrix, beside the
+    vectors that tokens choose by. A copy of the model's head, of shape ``head``, which peft writes beside an adapter of it, is looked at
+    and not kept. 0 where there is no file. Raises CheckpointError for a damaged one.
     """
-    if folder.experts or folder.is_own:
-        return sum(_size_of(place, 4, None) for place in folder.places)
-    return _size_of(folder.path, item_bytes, head)
+    if folder.experts:
+        return _pool_size(folder.places)
+    return _size_of(folder.path, 4 if folder.is_own else item_bytes, None if folder.is_own else head)
+
+
+def _pool_size(places: Sequence[Path]) -> int:
+    # Of each matrix: the greatest rank, its inputs and its outputs.
+    rank, inputs, outputs = dict[str, int](), dict[str, int](), dict[str, int]()
+    pickled = 0
+    for place in places:
+        if not (place / WEIGHTS).is_file():
+            pickled += _size_of(place, 4, None)
+            continue
+        for name, entry in read_header(place / WEIGHTS)[1].items():
+            module, sign, matrix = name.removeprefix(PREFIX).rpartition(".lora_")
+            if sign and matrix in ("A.weight", "B.weight") and len(entry["shape"]) == 2:
+                sizes, own = (inputs, entry["shape"][::-1]) if matrix[0] == "A" else (outputs, entry["shape"])
+                sizes[module] = max(sizes.get(module, 0), own[0])
+                rank[module] = max(rank.get(module, 0), own[1])
+    item = 4
+    stacks = sum(most * (inputs.get(module, 0) + outputs.get(module, 0)) for module, most in rank.items())
+    # A vector for each adapter, and whether it has a sign.
+    vectors = sum(item * size + 1 for size in inputs.values())
+    return pickled + len(places) * (item * stacks + vectors)
 
 
 def _size_of(place: Path, item_bytes: int, head: tuple[int, int] | None) -> int:

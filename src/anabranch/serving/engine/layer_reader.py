@@ -31,6 +31,8 @@ _OF_EXPERTS = (
     "{folder} adapts experts ({name}), which are served as they are; serve the model that it was merged into, or an adapter of attention "
     "and dense layers"
 )
+# Queries of a pool whose vectors are kept, some ten kilobytes each at most.
+QUERIES = 64
 _POOLS: dict[PoolKind, GliderConfig] = {
     "glider": GliderConfig(),
     "phatgoose": GliderConfig(instruction=False),
@@ -176,7 +178,7 @@ class LayerReader:
 
 def pool_of(experts: Mapping[str, Path], kind: PoolKind | None = None) -> GliderPool:
     """A pool of these adapters, each with what was written beside it; on no model yet. See `LayerReader.pool`."""
-    pool = GliderPool(_POOLS[kind or "glider"])
+    pool = GliderPool(_POOLS[kind or "glider"], cached=QUERIES)
     for name, path in experts.items():
         pool.add(path, name=name)
     pool.matcher.fit()
