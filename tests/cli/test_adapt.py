@@ -7,8 +7,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from anabranch.data import ByteTokenizer
-from anabranch.lm import Decoder, export_huggingface
+from anabranch.lm import Decoder, export_huggingface, save_model
 from anabranch.nn import SelfAttention, SwiGLU
+from anabranch.nn.quantize import quantize
 from scripted_endpoint import chat, endpoint, vectors
 
 QUICK = [
@@ -39,6 +40,9 @@ def base(work):
         for task in ("one", "two")
     ]
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    few = config.replace(attention=config.attention.replace(qkv_bias=True)).build(seed=1)
+    quantize(few, "int4", group=32)
+    save_model(root / "few", few, ByteTokenizer())
     return root
 
 
@@ -596,7 +600,11 @@ def test_what_trains_the_base_becomes_a_model(here, base):
         ("adapt {base}/base {base}/rows.jsonl --out z --method vera", "run by peft, not by code of ours"),
         (
             "adapt {base}/base {base}/rows.jsonl --out z --method bitfit",
-            "would train nothing: this model has no biases",
+            "would train nothing: this model has no biases; take ln-tuning, .* such as lora",
+        ),
+        (
+            "adapt {base}/few {base}/rows.jsonl --out z --method bitfit",
+            "bitfit would train nothing: matrices of this model are in few bits, .* such as lora",
         ),
         (
             "adapt {base}/base {base}/rows.jsonl --out z --method dora --set method.width=3",

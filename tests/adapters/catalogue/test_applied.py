@@ -12,6 +12,8 @@ from anabranch.adapters import catalogue
 from anabranch.adapters.catalogue.applied import TABLE, WEIGHTS
 from anabranch.adapters.graft import layers_of
 from anabranch.errors import CheckpointError, ConfigError, DataError
+from anabranch.nn.nf4 import quantize_nf4
+from anabranch.nn.quantize import quantize
 from with_peft import needs_peft
 
 
@@ -195,3 +197,26 @@ def test_peft_is_told_what_a_card_says():
     ):
         with pytest.raises(ConfigError, match=message):
             catalogue.peft_config(id)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize(
+    ("id", "what"),
+    [
+        ("bitfit", "would train nothing"),
+        ("attention-tuning", "would train nothing"),
+        ("full", r"would train [\d,]+ of its 17,600 numbers"),
+    ],
+)
+def test_what_trains_the_base_is_not_put_onto_few_bits(id, what, bits):
+    """They trained what was left, or nothing; a run ended with a message that named classes of ours."""
+    model = CONFIGS["qwen2"]().build()
+    quantize_nf4(model) if bits == "nf4" else quantize(model, bits)
+    wanted = {name: one.requires_grad for name, one in model.named_parameters()}
+    with pytest.raises(
+        ConfigError, match=f"{id} {what}: matrices of this model are in few bits, in which .* or a method whose layers"
+    ):
+        catalogue.apply(model, id)
+    assert {name: one.requires_grad for name, one in model.named_parameters()} == wanted
+    # Norms are no matrices.
+    assert catalogue.apply(model, "ln-tuning").num_trainable == 160

@@ -11,7 +11,7 @@ What stands beside matrices does so by the linear seam: the model's config says 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import atomic_folder, atomic_write_json, read_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import SafetensorsFiles, some
+from anabranch.lm.tensors import SafetensorsFiles, build_empty, some
 from anabranch.nn import Linear
 from anabranch.routing import Router, SwitchLoss, TopK
 
@@ -199,6 +199,7 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
     config = model.config
     if card.trains_base:
         held = learns = {name for name in before if _is_trained(name, card)}
+        _check_all_learn(model, card, learns)
     else:
         parts = [matrix.part for matrix in shape.matrices]
         layers = {matrix.part: _layer(card, matrix, found.options, shape.num_layers) for matrix in chosen}
@@ -342,6 +343,21 @@ def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any], num_layers: i
             width=options["width"], activation=options["activation"], scale=float(options["scale"])
         )
     raise AssertionError(f"{card.id} is said to be our own, and nothing builds it")
+
+
+def _check_all_learn(model: Decoder, card: Card, learns: Collection[str]) -> None:
+    """Raise ConfigError where some of what a method trains is kept in few bits, or beside such a matrix, and cannot learn."""
+    wanted = {
+        name: one.numel() for name, one in build_empty(model.config).named_parameters() if _is_trained(name, card)
+    }
+    lacking = [name for name in wanted if name not in learns]
+    if lacking:
+        number, total = sum(wanted[name] for name in lacking), sum(wanted.values())
+        what = "would train nothing" if number == total else f"would train {total - number:,} of its {total:,} numbers"
+        raise ConfigError(
+            f"{card.id} {what}: matrices of this model are in few bits, in which neither they nor their biases learn ({some(lacking)}); "
+            "take the model as it was before it was quantized, or a method whose layers stand beside it, such as lora"
+        )
 
 
 def _is_trained(name: str, card: Card) -> bool:

@@ -160,7 +160,9 @@ def estimate(
         chosen = [matrix for matrix in chosen if card.takes(matrix, shape, made)]
     trainable = card.count(chosen, shape, made)
     if trainable == 0 and (card.needs_bias or card.backend != "none"):
-        why = "this model has no biases" if card.needs_bias else "no linear layer is left to adapt"
+        why = "no linear layer is left to adapt"
+        if card.needs_bias:
+            why = "this model has no biases; take ln-tuning, which trains its norms, or a method whose layers stand beside it, such as lora"
         raise ConfigError(f"{card.id} would train nothing: {why}")
     frozen = card.frozen(chosen, shape, made) if card.frozen else 0
     flow = _Flow(card, shape, chosen, made, length, batch * length)
