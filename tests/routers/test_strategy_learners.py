@@ -20,7 +20,6 @@ from anabranch.routers.strategies.elo import bradley_terry, tiers
 from anabranch.routers.strategies.hybrid import best_shift, mean_difference
 from anabranch.routers.strategies.ridge import Ridge, ridge, ridge_left_out
 from anabranch.routers.strategies.training import folds, means, share, shrunk
-from anabranch.routers.strategies.unit_scale import Span
 
 RNG = np.random.default_rng(0)
 
@@ -117,14 +116,6 @@ def test_share_is_even_and_stays():
     assert values.mean() == pytest.approx(0.5, abs=0.03)
     assert share(0, "x") == 0.0 or share(0, "x") == share(0, "x") != share(1, "x")
     assert share("a", "b") != share("ab", "")
-
-
-def test_span():
-    assert Span.of(np.array([[0.2, np.nan, 1.0]])) == Span(0, 1)
-    span = Span.of(np.array([-10.0, 30.0]))
-    np.testing.assert_allclose(span.shrink(np.array([-10.0, 0.0, 30.0])), [0, 0.25, 1])
-    np.testing.assert_allclose(span.stretch(np.array([0, 0.25, 1])), [-10, 0, 30])
-    assert Span.of(np.array([7.0])) == Span(7, 8)
 
 
 def test_logistic_regression_against_a_fine_grid():

@@ -13,9 +13,10 @@ from anabranch.routers.contract.predictor import Ranked
 from anabranch.routers.data import pool_of, split
 from anabranch.routers.referee import baselines, evaluate, try_out
 from anabranch.routers.referee.contenders import own_setting, sequences_of
-from anabranch.routers.referee.judging import compared, decide, reach_of
+from anabranch.routers.referee.judging import compared, decide
 from anabranch.routers.referee.log_verdict import verdict_of_log
 from anabranch.routers.referee.page import page
+from anabranch.routers.score_scale import range_of
 from anabranch.routers.strategies.fixed import Random, Static
 from made_outcomes import MODELS, WordMeans, made_outcomes
 
@@ -214,9 +215,9 @@ def test_without_costs_nothing_is_said_of_them():
 
 
 def test_scores_of_another_range_have_margins_of_theirs():
-    assert reach_of(np.array([[0.2, 0.4]])) == 1.0
-    assert reach_of(np.array([[0.0, 10.0], [np.nan, 5.0]])) == 10.0
-    assert reach_of(np.array([[-1.0, 1.0]])) == 2.0
+    assert range_of(np.array([[0.2, 0.4]])) == (0.0, 1.0)
+    assert range_of(np.array([[0.0, 10.0], [np.nan, 5.0]])) == (0.0, 10.0)
+    assert range_of(np.array([[-1.0, 1.0]])) == (-1.0, 1.0)
 
 
 @pytest.mark.parametrize(

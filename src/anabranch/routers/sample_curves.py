@@ -17,7 +17,8 @@ import numpy as np
 from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
-from anabranch.routers.samples import RIGHT, UNIT, Drawn, Scale, drawn
+from anabranch.routers.samples import RIGHT, Drawn, drawn
+from anabranch.routers.score_scale import UNIT, Scale
 from anabranch.routers.strategies.consistency import final_answer
 from anabranch.test_time import TTSPM, BetaTTSPM, Curve, ends_at_first, survival_curve, vote_curve
 from anabranch.test_time.curves import Kind

@@ -35,6 +35,7 @@ from anabranch.routers.ic_cache.pool import ExamplePool
 from anabranch.routers.ic_cache.records import Arm, Routed, shortened
 from anabranch.routers.ic_cache.router import Choice
 from anabranch.routers.money import dollars
+from anabranch.routers.score_scale import ScoreScale
 
 # Prompt and answer by which models' prices are compared.
 TYPICAL_TOKENS = (500, 250)
@@ -337,25 +338,25 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Teach the bandit from recorded outcomes, and fill the pool with good answers of trusted models, where answers are recorded.
 
-        Raises InputError if the data has no vectors.
+        Raises InputError if the data has no vectors, DataError for a score that is not from 0 to 1.
         """
         if data.vector_ND is None:
             raise InputError(f"{self.name} learns from vectors; embed the data first")
+        share_NM = ScoreScale().shares_of(data, can_be_said=False)
         mean_M = np.ones(len(data.models)) if data.cost_NM is None else np.nan_to_num(_mean_cost(data.cost_NM))
         arms = [self._arm(name, float(cost)) for name, cost in zip(data.models, mean_M, strict=True)]
         cache = self.cache = self._make(arms, data.vector_ND.shape[1])
         queries = list(data.queries())
-        for query, answers, score_M in zip(queries, data.answers or ({},) * len(data), data.score_NM, strict=True):
-            for model, score in zip(data.models, score_M, strict=True):
-                if model in answers and score >= self.config.least_score:
-                    quality = float(min(max(score, 0.0), 1.0))
-                    cache.offer(query, answers[model], model, vector_D=query.vector_D, quality=quality)
+        for query, answers, share_M in zip(queries, data.answers or ({},) * len(data), share_NM, strict=True):
+            for model, share in zip(data.models, share_M, strict=True):
+                if model in answers and share >= self.config.least_score:
+                    cache.offer(query, answers[model], model, vector_D=query.vector_D, quality=float(share))
         random = np.random.default_rng(seed)
         x_NI = [self._context(cache, query) for query in queries]
         for _ in range(self.config.epochs):
             for row in random.permutation(len(data)):
-                for at in np.flatnonzero(np.isfinite(data.score_NM[row])):
-                    cache.router.critic.rate(x_NI[row], int(at), float(np.clip(data.score_NM[row, at], 0, 1)))
+                for at in np.flatnonzero(np.isfinite(share_NM[row])):
+                    cache.router.critic.rate(x_NI[row], int(at), float(share_NM[row, at]))
                 cache.router.critic.train(1)
         return self
 

@@ -23,10 +23,11 @@ from anabranch.routers.referee.baselines import Baseline
 from anabranch.routers.referee.compare import DRAWS, Interval, bootstrap
 from anabranch.routers.referee.contenders import other_models, own_setting, sequences_of
 from anabranch.routers.referee.curve import Scale, aiq, cost_save, hull, pareto_distance, routerbench_aiq
-from anabranch.routers.referee.judging import decide, reach_of
+from anabranch.routers.referee.judging import decide
 from anabranch.routers.referee.report import Report, Standing
 from anabranch.routers.referee.two_models import TARGETS, Recovery, recovery, recovery_in_bins
 from anabranch.routers.referee.verdict import MARGIN, Gain
+from anabranch.routers.score_scale import range_of
 
 Progress = Callable[[str], None]
 TIMED = 300  # decisions
@@ -127,15 +128,16 @@ def evaluate(
     if failed and not trials:
         name, reason = next(iter(failed.items()))
         raise InputError(f"no strategy could be judged; {name}: {reason}")
-    reach = reach_of(test.score_NM)
+    low, high = range_of(test.score_NM)
     verdict = decide(
         [own_setting(trial, best) for trial in trials],
         sequences,
         best.facts["model"],
         questions=len(test),
-        reach=reach,
+        reach=high - low,
+        score_range=(low, high),
         chosen_on="train" if known or train is not None else "test",
-        margin=margin * reach,
+        margin=margin * (high - low),
         unfit=failed,
     )
     tested = {one.name: one for one in verdict.gains}

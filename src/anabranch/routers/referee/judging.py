@@ -146,12 +146,6 @@ def compared(
     )
 
 
-def reach_of(score_NM: np.ndarray) -> float:
-    """The largest difference that a question can make: 1 of scores from 0 to 1, else the range of those seen."""
-    low, high = float(np.nanmin(score_NM)), float(np.nanmax(score_NM))
-    return 1.0 if low >= 0 and high <= 1 else high - low
-
-
 def decide(
     strategies: Sequence[Contender],
     sequences: Sequence[Sequence[Contender]],
@@ -164,6 +158,7 @@ def decide(
     alpha: float = ALPHA,
     unfit: Mapping[str, str] | None = None,
     most: float | None = None,
+    score_range: tuple[float, float] = (0.0, 1.0),
 ) -> Verdict:
     """The verdict.
 
@@ -178,6 +173,7 @@ def decide(
         alpha: error of all gains together, and of all costs together.
         unfit: see `Verdict`.
         most: largest true gain that there can be; None for ``reach``.
+        score_range: see `Verdict`.
     """
     gains = _gains(strategies, reach, alpha, reach if most is None else most)
     equal = _equal(sequences, reach, margin, alpha)
@@ -196,6 +192,7 @@ def decide(
         margin=margin,
         alpha=alpha,
         unfit=dict(unfit or {}),
+        score_range=score_range,
         needed=needed,
         effect=effect,
         recommended=_choice(gains, equal, sequences, best_single, questions, chosen_on),

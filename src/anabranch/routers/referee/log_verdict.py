@@ -22,9 +22,10 @@ from anabranch.routers.contract.query import Pool
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.data.splits import groups
 from anabranch.routers.referee.bounds import Binned
-from anabranch.routers.referee.judging import Contender, compared, decide, reach_of
-from anabranch.routers.referee.off_policy import expected, range_of, weights
+from anabranch.routers.referee.judging import Contender, compared, decide
+from anabranch.routers.referee.off_policy import expected, weights
 from anabranch.routers.referee.verdict import MARGIN, Kind, Verdict, undecided
+from anabranch.routers.score_scale import range_of
 from anabranch.routers.strategies.fixed import Static
 
 # Mean weight of a strategy's matches, which is 1 but for chance where the log may have made all of its choices.
@@ -84,7 +85,8 @@ class _Log:
     @property
     def span(self) -> float:
         """Of scores."""
-        return reach_of(self.log.score_NM)
+        low, high = range_of(self.log.score_NM)
+        return high - low
 
     @property
     def reach(self) -> float:
@@ -162,7 +164,8 @@ def verdict_of_log(
         margin: share of the range of scores within which qualities are equal.
         seed: of what the regressions are learned on.
     """
-    part, equal = _Log(log, pool, seed), margin * reach_of(log.score_NM)
+    low, high = range_of(log.score_NM)
+    part, equal = _Log(log, pool, seed), margin * (high - low)
     if not len(part.rows):
         return undecided(
             "Not resolved: no choice of the log was drawn, so it does not tell what other models would have earned.",
@@ -188,6 +191,7 @@ def verdict_of_log(
         best_name,
         questions=len(part.share_G),
         reach=part.reach,
+        score_range=(low, high),
         most=part.span,
         chosen_on=chosen_on,
         margin=equal,

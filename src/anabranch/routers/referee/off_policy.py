@@ -31,6 +31,7 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.data.splits import groups
 from anabranch.routers.referee.bounds import Binned, in_parts
 from anabranch.routers.referee.compare import DRAWS, resampled_means
+from anabranch.routers.score_scale import range_of
 from anabranch.routers.strategies.ridge import Ridge
 from anabranch.routers.strategies.training import folds, means
 
@@ -137,12 +138,6 @@ def replay(
         int(drawn_N.sum()),
         range_of(log.score_NM),
     )
-
-
-def range_of(score_NM: np.ndarray) -> tuple[float, float]:
-    """The lowest and the highest score there can be: 0 and 1 where all are among them, else those seen."""
-    low, high = float(np.nanmin(score_NM)), float(np.nanmax(score_NM))
-    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
 def weights(log: Recorded, known_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

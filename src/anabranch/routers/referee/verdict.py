@@ -85,6 +85,7 @@ class Verdict:
         needed: questions that would tell a gain of ``effect`` four times in five; None where one is told, or none ever would.
         recommended: None where nothing can be told.
         unfit: strategies that were not compared, and why.
+        score_range: the lowest and the highest score there can be, see `range_of`.
         note: why there is nothing to tell; "" where there is.
         next: the command to type next; set by who knows where things lie.
     """
@@ -103,6 +104,7 @@ class Verdict:
     next: str = ""
     needed: int | None = None
     effect: float = 0.0
+    score_range: tuple[float, float] = (0.0, 1.0)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
@@ -128,6 +130,11 @@ class Verdict:
         if self.has_costs:
             found.append(self._of_cost())
         found += [f"{name} was not compared: {why}." for name, why in self.unfit.items()]
+        low, high = self.score_range
+        if (low, high) != (0.0, 1.0):
+            found.append(
+                f"Scores are taken to lie from {low:g} to {high:g}, as those seen do; qualities within {self.margin:g} count as equal."
+            )
         chosen = self.recommended
         found.append(
             "No recommendation." if chosen is None else f"Recommended: {shown(chosen)}, since {chosen.reason}."

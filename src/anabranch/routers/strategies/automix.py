@@ -31,12 +31,12 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.program import Answered, Ask, ProgramRequest
 from anabranch.routers.contract.query import Decision, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Played, ordered, playable
+from anabranch.routers.score_scale import UNIT, Scale, ScoreScale
 from anabranch.routers.strategies.chained import Chained, Draft
 from anabranch.routers.strategies.escalate import run
 from anabranch.routers.strategies.marks import unmarked
 from anabranch.routers.strategies.semantic import listed
 from anabranch.routers.strategies.training import means, training_set
-from anabranch.routers.strategies.unit_scale import Span
 
 VERIFY = """Somebody was asked the question between the first marks and gave the answer between the second.
 
@@ -79,7 +79,8 @@ class AutoMix(Chained, kind="automix"):
             votes: k.
             vote_cost: of one self-verification, as a share of an answer's cost: it reads as much and writes next to nothing.
             temperature: of verifications.
-            correct: score, on the scale from the least to the largest, from which an answer counts as right.
+            correct: where on the scale, from 0 to 1, an answer begins to count as right.
+            scale: scores of the worst and the best answer in recorded outcomes; others are refused by ``pomdp``.
         """
 
         rule: Literal["pomdp", "threshold"] = "pomdp"
@@ -87,11 +88,13 @@ class AutoMix(Chained, kind="automix"):
         vote_cost: float = Field(default=0.1, ge=0)
         temperature: float = Field(default=0.7, gt=0)
         correct: float = Field(default=0.5, gt=0, le=1)
+        scale: Scale = UNIT
 
     needs_fit = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        ScoreScale.of(config.scale)
         self.models: tuple[str, ...] = ()
         self.prior_S, self.quality_SK, self.cost_K = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
         self.vote_KSV = np.zeros((0, 0, 0))
@@ -122,6 +125,7 @@ class AutoMix(Chained, kind="automix"):
         if self.config.rule == "threshold":
             return super().fit(data, seed=seed)
         training_set(data, "automix", vector=False, cost=True)
+        share_NM = ScoreScale.of(self.config.scale).shares_of(data)
         votes_NM = self.confidences(data)
         columns = self._columns(data)
         judged = columns[:-1]
@@ -133,7 +137,7 @@ class AutoMix(Chained, kind="automix"):
         self.models = tuple(data.models[column] for column in columns)
         self._decided.clear()
         score_NK = data.score_NM[rows][:, columns]
-        right_NK = Span.of(data.score_NM).shrink(score_NK) >= self.config.correct
+        right_NK = share_NM[rows][:, columns] >= self.config.correct
         state_N = right_NK @ (1 << np.arange(len(columns)))
         num_states = 1 << len(columns)
         count_S = np.bincount(state_N, minlength=num_states).astype(float)

@@ -2,7 +2,7 @@
 
     x = embedding of hashed words
     x = x + attention(norm(x)),   x = x + swiglu(norm(x))             in each block; every word sees every other
-    quality_M = span(sigma(U mean(norm(x)) + b))                      loss: cross-entropy with the scores as soft labels, over what is known
+    quality_M = scale(sigma(U mean(norm(x)) + b))                     loss: cross-entropy with the scores as soft labels, over what is known
 
 The BERT classifier of RouteLLM (Ong et al. 2024, arXiv 2406.18665, section 4.2) and of the survey's supervised routers, on our own
 parts (`anabranch.nn`): Pre-norm, rotary positions, SwiGLU. It is tiny, since a few thousand outcomes cannot train more. Learning
@@ -27,9 +27,9 @@ from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Arrays, Facts
 from anabranch.routers.logistic import sigmoid
+from anabranch.routers.score_scale import UNIT, Scale, ScoreScale
 from anabranch.routers.strategies.adam import held_back
 from anabranch.routers.strategies.training import closed, means, training_set
-from anabranch.routers.strategies.unit_scale import Span
 
 # Of the norms and of rotary positions, as in `anabranch.nn`.
 EPS, THETA = 1e-5, 10000.0
@@ -59,6 +59,7 @@ class Encoder(Predictor, kind="encoder"):
             epochs: passes; the best by the rows held back is kept.
             word_dropout: share of words hidden in training.
             holdout: share of the rows held back.
+            scale: scores of the worst and the best answer in recorded outcomes; others are refused.
         """
 
         vocab_size: int = Field(default=8192, ge=16)
@@ -73,6 +74,7 @@ class Encoder(Predictor, kind="encoder"):
         epochs: int = Field(default=10, ge=1)
         word_dropout: float = Field(default=0.1, ge=0, lt=1)
         holdout: float = Field(default=0.1, ge=0, lt=1)
+        scale: Scale = UNIT
 
         def __post_init__(self) -> None:
             if self.dim % (2 * self.num_heads):
@@ -85,7 +87,7 @@ class Encoder(Predictor, kind="encoder"):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.weights: dict[str, np.ndarray] = {}
-        self.mean_M, self.span = np.zeros(0), Span()
+        self.mean_M, self.scale = np.zeros(0), ScoreScale.of(config.scale)
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Train; about a minute of one processor for 4,000 texts. Raises BackendError if torch is missing."""
@@ -93,10 +95,12 @@ class Encoder(Predictor, kind="encoder"):
         from anabranch.routers.strategies.encoder_training import train
 
         training_set(data, "encoder", vector=False)
-        self.models, self.mean_M, self.span = data.models, means(data.score_NM), Span.of(data.score_NM)
+        scale = ScoreScale.of(self.config.scale)
+        share_NM = scale.shares_of(data)
+        self.models, self.mean_M, self.scale = data.models, means(data.score_NM), scale
         words = [self.words(text) for text in data.query]
         parts = held_back(len(data), self.config.holdout, np.random.default_rng(seed))
-        self.weights = train(self.config, words, self.span.shrink(data.score_NM), *parts, seed=seed)
+        self.weights = train(self.config, words, share_NM, *parts, seed=seed)
         return self
 
     def words(self, text: str) -> np.ndarray:
@@ -117,7 +121,7 @@ class Encoder(Predictor, kind="encoder"):
             for begin in range(0, len(rows), 256):
                 at = rows[begin : begin + 256]
                 logit_NM[at] = encode(self.weights, np.stack([words[row] for row in at]), self.config.num_heads)
-        return Prediction(quality_NM=closed(self.span.stretch(sigmoid(logit_NM)), self.mean_M))
+        return Prediction(quality_NM=closed(self.scale.scores(sigmoid(logit_NM)), self.mean_M))
 
     def explain(self, query: Query) -> Facts:
         """How many words were read."""
@@ -125,12 +129,12 @@ class Encoder(Predictor, kind="encoder"):
 
     def state(self) -> tuple[Arrays, Facts]:
         """Weights."""
-        return {**self.weights, "mean_M": self.mean_M}, {"low": self.span.low, "high": self.span.high}
+        return {**self.weights, "mean_M": self.mean_M}, {"low": self.scale.low, "high": self.scale.high}
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave."""
         self.weights = {name: value for name, value in arrays.items() if name != "mean_M"}
-        self.mean_M, self.span = arrays["mean_M"], Span(facts["low"], facts["high"])
+        self.mean_M, self.scale = arrays["mean_M"], ScoreScale(facts["low"], facts["high"])
 
 
 def encode(weights: dict[str, np.ndarray], word_BL: np.ndarray, num_heads: int) -> np.ndarray:

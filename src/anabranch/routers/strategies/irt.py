@@ -1,6 +1,6 @@
 """Item response theory: models have abilities, queries have demands and a difficulty.
 
-    quality_M(x) = span(sigma(a(x)^T theta_M - b(x))),    a(x) = A x + a_0 (what the query asks for),    b(x) = beta^T x + beta_0
+    quality_M(x) = scale(sigma(a(x)^T theta_M - b(x))),    a(x) = A x + a_0 (what the query asks for),    b(x) = beta^T x + beta_0
     (how hard it is)
 
 Source: IRT-Router (Song et al. 2025, arXiv 2506.01048, section 3: multidimensional IRT with demands and difficulty from the
@@ -23,10 +23,10 @@ from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Model, Query
 from anabranch.routers.contract.strategy import Facts
 from anabranch.routers.logistic import cross_entropy, fit_logistic, sigmoid
+from anabranch.routers.score_scale import UNIT, Scale, ScoreScale
 from anabranch.routers.strategies.adam import Parameters, fitted, held_back
 from anabranch.routers.strategies.knn import one_vector
 from anabranch.routers.strategies.training import Kept, closed, means, training_set, vector_of, vectors_of
-from anabranch.routers.strategies.unit_scale import Span
 
 
 class ItemResponse(Kept, Predictor, kind="irt"):
@@ -44,6 +44,7 @@ class ItemResponse(Kept, Predictor, kind="irt"):
             epochs: at most.
             patience: epochs without gain on the rows held back before it stops.
             holdout: share of the rows held back.
+            scale: scores of the worst and the best answer in recorded outcomes; others are refused.
             new_penalty: pull of a new model's abilities to the mean model's, in rows' worth.
         """
 
@@ -54,6 +55,7 @@ class ItemResponse(Kept, Predictor, kind="irt"):
         epochs: int = Field(default=60, ge=1)
         patience: int = Field(default=8, ge=1)
         holdout: float = Field(default=0.1, ge=0, lt=1)
+        scale: Scale = UNIT
         new_penalty: float = Field(default=1.0, gt=0)
 
     learned = ("A_FD", "a_F", "beta_D", "beta_1", "theta_MF", "mean_M", "span_2")
@@ -61,15 +63,16 @@ class ItemResponse(Kept, Predictor, kind="irt"):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.A_FD, self.a_F, self.beta_D, self.beta_1 = np.zeros((0, 0)), np.zeros(0), np.zeros(0), np.zeros(1)
-        self.theta_MF, self.mean_M, self.span_2 = np.zeros((0, 0)), np.zeros(0), np.array([0.0, 1.0])
+        scale = ScoreScale.of(config.scale)
+        self.theta_MF, self.mean_M, self.span_2 = np.zeros((0, 0)), np.zeros(0), np.array([scale.low, scale.high])
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Learn all together until the rows held back gain no more."""
         training_set(data, "irt")
         config, rng = self.config, np.random.default_rng(seed)
         self.models, self.mean_M = data.models, means(data.score_NM)
-        span = Span.of(data.score_NM)
-        x_ND, y_NM = np.asarray(data.vector_ND, float), span.shrink(data.score_NM)
+        scale = ScoreScale.of(config.scale)
+        x_ND, y_NM = np.asarray(data.vector_ND, float), scale.shares_of(data)
         parameters = {
             "A_FD": rng.standard_normal((config.dim, x_ND.shape[1])),
             "a_F": np.full(config.dim, 1 / np.sqrt(config.dim)),
@@ -80,7 +83,7 @@ class ItemResponse(Kept, Predictor, kind="irt"):
         parts = held_back(len(data), config.holdout, rng)
         for name, value in fitted(parameters, loss_and_gradients, x_ND, y_NM, parts, config, rng).items():
             setattr(self, name, value)
-        self.span_2 = np.array([span.low, span.high])
+        self.span_2 = np.array([scale.low, scale.high])
         return self
 
     def add_model(self, name: str, data: Recorded) -> Self:
@@ -90,7 +93,7 @@ class ItemResponse(Kept, Predictor, kind="irt"):
             name: its column in ``data``; a model that is there already is placed anew.
             data: queries with vectors.
 
-        Raises InputError before `fit` or for an unknown column, DataError for no known score.
+        Raises InputError before `fit` or for an unknown column, DataError for no known score or one beyond the scale.
         """
         if not self.models:
             raise InputError("irt has no demands and difficulties yet: fit it before a model is added")
@@ -99,7 +102,7 @@ class ItemResponse(Kept, Predictor, kind="irt"):
         if not len(rows):
             raise DataError(f"irt cannot place {name!r} without a score of it")
         demand_NF, difficulty_N = self._items(vectors_of(own.take(rows), self.A_FD.shape[1], "irt").astype(float))
-        label_N = np.clip(Span(*self.span_2).shrink(own.score_NM[rows, 0]), 0, 1)
+        label_N = ScoreScale(*self.span_2).shares_of(own)[rows, 0]
         theta_F = fit_logistic(
             demand_NF, label_N, offset_N=-difficulty_N, prior_D=self.theta_MF.mean(0), penalty=self.config.new_penalty
         )
@@ -125,7 +128,7 @@ class ItemResponse(Kept, Predictor, kind="irt"):
         """Of every row."""
         demand_NF, difficulty_N = self._items(vectors_of(data, self.A_FD.shape[1], "irt").astype(float))
         share_NM = sigmoid(demand_NF @ self.theta_MF.T - difficulty_N[:, None])
-        return Prediction(quality_NM=closed(Span(*self.span_2).stretch(share_NM), self.mean_M))
+        return Prediction(quality_NM=closed(ScoreScale(*self.span_2).scores(share_NM), self.mean_M))
 
     def predict_one(self, query: Query) -> Prediction:
         """As `predict`."""

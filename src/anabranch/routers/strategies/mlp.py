@@ -1,6 +1,6 @@
 """A network with one hidden layer: query vector in, expected score of every model out.
 
-    quality = span(sigma(U relu(V x + a) + b)),    loss: cross-entropy with the scores as soft labels, over what is known
+    quality = scale(sigma(U relu(V x + a) + b)),    loss: cross-entropy with the scores as soft labels, over what is known
 
 Supervised routing of the survey (Varangot-Reille et al. 2025, arXiv 2502.00409), and the MLP router of RouterBench (Hu et al.
 2024, arXiv 2403.12031, section 5.1: a hidden layer of 100). Learned by Adam in numpy; a tenth of the rows is held back to tell
@@ -17,10 +17,10 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Query
 from anabranch.routers.logistic import cross_entropy, sigmoid
+from anabranch.routers.score_scale import UNIT, Scale, ScoreScale
 from anabranch.routers.strategies.adam import Parameters, fitted, held_back
 from anabranch.routers.strategies.knn import one_vector
 from anabranch.routers.strategies.training import Kept, closed, means, training_set, vectors_of
-from anabranch.routers.strategies.unit_scale import Span
 
 
 class Mlp(Kept, Predictor, kind="mlp"):
@@ -38,6 +38,7 @@ class Mlp(Kept, Predictor, kind="mlp"):
             epochs: at most.
             patience: epochs without gain on the rows held back before it stops.
             holdout: share of the rows held back.
+            scale: scores of the worst and the best answer in recorded outcomes; others are refused.
         """
 
         hidden: int = Field(default=100, ge=1)
@@ -47,26 +48,28 @@ class Mlp(Kept, Predictor, kind="mlp"):
         epochs: int = Field(default=100, ge=1)
         patience: int = Field(default=10, ge=1)
         holdout: float = Field(default=0.1, ge=0, lt=1)
+        scale: Scale = UNIT
 
     learned = ("V_HD", "a_H", "U_MH", "b_M", "mean_M", "span_2")
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.V_HD, self.a_H, self.U_MH, self.b_M = np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0)), np.zeros(0)
-        self.mean_M, self.span_2 = np.zeros(0), np.array([0.0, 1.0])
+        scale = ScoreScale.of(config.scale)
+        self.mean_M, self.span_2 = np.zeros(0), np.array([scale.low, scale.high])
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Learn until the rows held back gain no more."""
         training_set(data, "mlp")
         config, rng = self.config, np.random.default_rng(seed)
         self.models, self.mean_M = data.models, means(data.score_NM)
-        span = Span.of(data.score_NM)
-        x_ND, y_NM = np.asarray(data.vector_ND, float), span.shrink(data.score_NM)
+        scale = ScoreScale.of(self.config.scale)
+        x_ND, y_NM = np.asarray(data.vector_ND, float), scale.shares_of(data)
         parts = held_back(len(data), config.holdout, rng)
         parameters = self._initial(x_ND.shape[1], means(y_NM), rng)
         for name, value in fitted(parameters, loss_and_gradients, x_ND, y_NM, parts, config, rng).items():
             setattr(self, name, value)
-        self.span_2 = np.array([span.low, span.high])
+        self.span_2 = np.array([scale.low, scale.high])
         return self
 
     def _initial(self, dim: int, mean_M: np.ndarray, rng: np.random.Generator) -> Parameters:
@@ -84,7 +87,7 @@ class Mlp(Kept, Predictor, kind="mlp"):
         """Of every row."""
         x_ND = vectors_of(data, self.V_HD.shape[1], "mlp").astype(float)
         logit_NM = np.maximum(x_ND @ self.V_HD.T + self.a_H, 0) @ self.U_MH.T + self.b_M
-        return Prediction(quality_NM=closed(Span(*self.span_2).stretch(sigmoid(logit_NM)), self.mean_M))
+        return Prediction(quality_NM=closed(ScoreScale(*self.span_2).scores(sigmoid(logit_NM)), self.mean_M))
 
     def predict_one(self, query: Query) -> Prediction:
         """As `predict`."""

@@ -27,7 +27,8 @@ from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Outcome, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Strategy
-from anabranch.routers.samples import RIGHT, UNIT, Drawn, check_scale, drawn
+from anabranch.routers.samples import RIGHT, Drawn, drawn
+from anabranch.routers.score_scale import UNIT, ScoreScale
 from anabranch.routers.strategies.difficulty import DifficultyEncoder, told_of
 from anabranch.test_time import BetaTTSPM, Priors, ends_at_first
 from anabranch.test_time.difficulty import odds_left
@@ -165,7 +166,7 @@ class Counting(Strategy):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        check_scale(config.scale)
+        ScoreScale.of(config.scale)
         # What it started from, what was counted here since, and what others counted.
         self._base, self._own, self._others = self._none(), self._none(), self._none()
         self._all: Priors | None = None

@@ -1,0 +1,94 @@
+"""The scale of scores: from 0 to 1, or another that is said.
+
+What takes scores for shares of a scale (right or wrong, labels of probabilities) is told which. It is not looked up in the data, where one
+odd score would move it, and with it every other.
+"""
+# Shapes: N queries, M models
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from anabranch.bounds import shown
+from anabranch.errors import DataError, InputError
+from anabranch.routers.contract.dataset import Recorded
+
+__all__ = ["UNIT", "Scale", "ScoreScale", "range_of"]
+
+# Scores of the worst and the best answer, as a config has them.
+Scale = tuple[float, ...]
+UNIT: Scale = (0.0, 1.0)
+
+# Of a scale: means of scores may be rounded.
+SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """A scale.
+
+    Attributes:
+        low, high: scores of the worst and the best answer.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    @classmethod
+    def of(cls, scale: Scale) -> Self:
+        """As a config has it. Raises InputError for what is none: two finite numbers, the lower first."""
+        if len(scale) != 2 or not all(map(math.isfinite, scale)) or not scale[0] < scale[1]:
+            raise InputError(
+                f"scale is {shown(list(scale))}; it must be the scores of the worst and the best answer, the lower one first"
+            )
+        return cls(float(scale[0]), float(scale[1]))
+
+    def shares(self, score_NM: np.ndarray) -> np.ndarray:
+        """Scores, of whatever shape, from 0 (the worst) to 1 (the best); NaN stays."""
+        return (score_NM - self.low) / (self.high - self.low)
+
+    def scores(self, share_NM: np.ndarray) -> np.ndarray:
+        """The opposite."""
+        return self.low + share_NM * (self.high - self.low)
+
+    def is_beyond(self, score_NM: np.ndarray) -> np.ndarray:
+        """Which scores are none of this scale; NaN is not known, and so not among them."""
+        slack = SLACK * (self.high - self.low)
+        return np.asarray((score_NM < self.low - slack) | (score_NM > self.high + slack))
+
+    def beyond(self, data: Recorded, row: int, model: str, score: float, *, can_be_said: bool = True) -> DataError:
+        """What to raise for a score beyond it, of a row of the outcomes."""
+        advice = (
+            "mend it, or say the scale of all (scale, the worst and the best score)"
+            if can_be_said
+            else "bring all to that scale"
+        )
+        return DataError(
+            f"a score of {model} for question {row + 1:,} of {len(data):,} ({shown(data.query[row])}) is {score:g}; scores must lie from "
+            f"{self.low:g} to {self.high:g}: {advice}"
+        )
+
+    def shares_of(self, data: Recorded, *, can_be_said: bool = True) -> np.ndarray:
+        """All scores of outcomes, from 0 to 1, ``[N, M]``.
+
+        Args:
+            data: the outcomes.
+            can_be_said: whether who gave them has a setting for the scale.
+
+        Raises DataError for one beyond the scale.
+        """
+        beyond_NM = self.is_beyond(data.score_NM)
+        if beyond_NM.any():
+            row, column = np.argwhere(beyond_NM)[0]
+            raise self.beyond(
+                data, int(row), data.models[column], float(data.score_NM[row, column]), can_be_said=can_be_said
+            )
+        return np.clip(self.shares(data.score_NM), 0.0, 1.0)
+
+
+def range_of(score_NM: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest score there can be, as far as scores tell: 0 and 1 where all are among them, else those seen."""
+    low, high = float(np.nanmin(score_NM)), float(np.nanmax(score_NM))
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)

@@ -1,0 +1,130 @@
+"""Scores on a scale that is said, from 0 to 1 otherwise: no odd score moves it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.errors import DataError, InputError
+from anabranch.extras import is_installed
+from anabranch.routers.made_outcomes import made_outcomes, made_pool
+from anabranch.routers.referee.evaluate import evaluate
+from anabranch.routers.score_scale import ScoreScale, range_of
+from anabranch.routers.strategies import make
+
+DATA = made_outcomes(80, seed=1)
+# What takes scores for shares of a scale; settings that make it quick.
+LEARNERS = {
+    "mlp": {"epochs": 2},
+    "irt": {"epochs": 2},
+    "automix": {},
+    "encoder": {"epochs": 1, "dim": 8, "vocab_size": 64},
+}
+needs_torch = pytest.mark.skipif(not is_installed("torch"), reason="needs torch")
+kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=needs_torch if kind == "encoder" else ()) for kind in LEARNERS]
+)
+
+
+def fitted(kind, data, **fields):
+    return make(kind, **LEARNERS[kind], **fields).fit(data, seed=3)
+
+
+def with_score(score, row=5, column=1):
+    odd_NM = DATA.score_NM.copy()
+    odd_NM[row, column] = score
+    return replace(DATA, score_NM=odd_NM)
+
+
+def same(one, other):
+    first, second = one.state()[0], other.state()[0]
+    return all(np.array_equal(first[name], second[name], equal_nan=True) for name in first)
+
+
+def test_a_scale_by_hand():
+    scale = ScoreScale.of((-10.0, 30.0))
+    np.testing.assert_allclose(scale.shares(np.array([-10.0, 0.0, 30.0, np.nan])), [0, 0.25, 1, np.nan])
+    np.testing.assert_allclose(scale.scores(np.array([0, 0.25, 1])), [-10, 0, 30])
+    assert scale.is_beyond(np.array([-10.1, -10.0, 30.0, 30.1, np.nan])).tolist() == [True, False, False, True, False]
+    # A mean of three, rounded.
+    assert not ScoreScale().is_beyond(np.array([1 + 1e-12])).any()
+    assert ScoreScale().shares_of(with_score(1 + 1e-12)).max() == 1.0
+    for wrong in ((1.0, 0.0), (1.0, 1.0), (0.0, np.inf), (np.nan, 1.0), (0.0,)):
+        with pytest.raises(InputError, match=r"scale is .* it must be the scores of the worst and the best answer"):
+            ScoreScale.of(wrong)
+
+
+@given(low=st.floats(-1e6, 1e6), width=st.floats(1e-3, 1e6), share=st.floats(0, 1))
+def test_shares_and_scores_are_each_others_opposite(low, width, share):
+    scale = ScoreScale.of((low, low + width))
+    score = scale.scores(np.array([share]))
+    assert not scale.is_beyond(score).any()
+    np.testing.assert_allclose(scale.shares(score), share, atol=1e-6)
+
+
+def test_the_range_that_there_can_be():
+    assert range_of(np.array([[0.2, np.nan, 1.0]])) == (0.0, 1.0)
+    assert range_of(np.array([[-10.0, np.nan, 30.0]])) == (-10.0, 30.0)
+
+
+@kinds
+@pytest.mark.parametrize("odd", [-1.0, 100.0, 1.001])
+def test_one_odd_score_is_refused_and_turns_no_other_over(kind, odd):
+    """The scale went from the least score to the largest: one of 100 made every other answer of AutoMix wrong, one of -1 right."""
+    with pytest.raises(DataError) as caught:
+        fitted(kind, with_score(odd))
+    assert str(caught.value) == (
+        f"a score of {DATA.models[1]} for question 6 of 80 ({DATA.query[5]!r}) is {odd:g}; scores must lie from 0 to 1: mend it, or say "
+        "the scale of all (scale, the worst and the best score)"
+    )
+
+
+@kinds
+def test_scores_on_a_scale_that_is_said_teach_what_their_shares_do(kind):
+    there = replace(DATA, score_NM=1 + 4 * DATA.score_NM)
+    on_five, on_one = fitted(kind, there, scale=(1.0, 5.0)), fitted(kind, DATA)
+    pool = made_pool(DATA.models)
+    if kind == "automix":
+        np.testing.assert_array_equal(on_five.prior_S, on_one.prior_S)
+        np.testing.assert_allclose(on_five.quality_SK, 1 + 4 * on_one.quality_SK)
+    else:
+        one, other = on_one.predictor.predict(DATA).quality_NM, on_five.predictor.predict(DATA).quality_NM
+        np.testing.assert_allclose(other, 1 + 4 * one)
+    assert on_five.play(there, pool).model_N.shape == (80,)
+    assert not same(on_five, fitted(kind, there, scale=(1.0, 12.0)))
+
+
+@kinds
+def test_a_scale_that_is_none_is_refused_when_it_is_made(kind):
+    with pytest.raises(InputError, match="the lower one first"):
+        make(kind, scale=(1.0, 0.0))
+
+
+def test_a_model_that_joins_irt_has_scores_of_the_same_scale():
+    learned = fitted("irt", DATA).predictor
+    with pytest.raises(DataError, match="scores must lie from 0 to 1"):
+        learned.add_model("new", replace(with_score(7.0).only([DATA.models[1]]), models=("new",)))
+
+
+def test_ic_cache_takes_no_score_for_another():
+    """It clipped them: 7 of 10 was as good as could be, and so was 1 of 10."""
+    with pytest.raises(DataError, match=r"is 7; scores must lie from 0 to 1: bring all to that scale"):
+        make("ic_cache").fit(with_score(7.0), seed=0)
+
+
+def test_an_evaluation_says_which_range_of_scores_it_takes():
+    def sentences(data):
+        report = evaluate({"knn": make("knn").fit(DATA)}, train=None, test=data, pool=made_pool(DATA.models), draws=20)
+        return report.verdict, " ".join(report.verdict.sentences())
+
+    verdict, told = sentences(DATA)
+    assert verdict.score_range == (0.0, 1.0)
+    assert "Scores are taken" not in told
+    verdict, told = sentences(with_score(100.0))
+    assert verdict.score_range == (0.0, 100.0)
+    assert (
+        f"Scores are taken to lie from 0 to 100, as those seen do; qualities within {verdict.margin:g} count as equal."
+        in told
+    )
