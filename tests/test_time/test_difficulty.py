@@ -16,31 +16,8 @@ from anabranch.test_time.difficulty import (
     logit,
     moved,
     odds_left,
-    question_prior,
     williams_weights,
 )
-
-
-def test_a_question_is_a_mixture_around_its_chance():
-    curve = question_prior(0.25, 2.0)
-    assert (curve.f_max, curve.a, curve.b) == (1.0, 0.5, 1.5)
-    # The values that the mixture is known by.
-    assert curve.value([1, 8, 64]) == pytest.approx([0.25, 0.629059, 0.860311], abs=5e-7)
-    # After n failures a / (a + b + n).
-    assert curve.hazard([0, 2, 6]) == pytest.approx([0.5 / 2, 0.5 / 4, 0.5 / 8])
-    assert question_prior(0.5, 1.0, "sequential").kind == "sequential"
-    # A ceiling leaves the chance what it is: f m = 1/2 * 1/2, and m s = 1.
-    curve = question_prior(0.25, 2.0, ceiling=0.5)
-    assert (curve.f_max, curve.a, curve.b) == (0.5, 1.0, 1.0)
-    assert curve.value(1) == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize("mean", [0.0, 1.0, -0.1, math.nan, 1.5])
-def test_no_prior_is_sure(mean):
-    with pytest.raises(InputError, match="mean is"):
-        question_prior(mean, 2.0)
-    with pytest.raises(InputError, match=r"below the ceiling, 0\.3, since a prior is never sure"):
-        question_prior(0.3, 2.0, ceiling=0.3)
 
 
 def test_a_question_by_hand():

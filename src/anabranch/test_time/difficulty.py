@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 
 from anabranch.bounds import finite
-from anabranch.errors import InputError
-from anabranch.test_time.curves import MOST_SHAPE, BetaTTSPM, Kind
+from anabranch.test_time.curves import MOST_SHAPE, BetaTTSPM
 from anabranch.test_time.figures import LEAST as ROUNDING
-from anabranch.test_time.figures import count, numbers, positive, refuse, share, sigmoid
+from anabranch.test_time.figures import count, numbers, refuse, share, sigmoid
 from anabranch.test_time.likeliest import likeliest
 
-__all__ = ["ROUNDING", "TASK", "Shape", "likeliest_shape", "moved", "odds_left", "question_prior", "williams_weights"]
+__all__ = ["ROUNDING", "TASK", "Shape", "likeliest_shape", "moved", "odds_left", "williams_weights"]
 
 # Whoever only says that a question is surely solved, or surely not, is believed up to here; and no task tells that of what one sample
 # leaves none more can be solved, or all. What was counted is held off 0 and 1 by `ROUNDING` alone: a model may well solve one sample in a
@@ -91,25 +90,6 @@ def odds_left(curve: BetaTTSPM) -> float:
     least = float(np.clip(solved, ROUNDING, EDGE))
     share_left = float(np.clip(max(0.0, float(curve.f_max) - solved) / left, least, 1 - EDGE))
     return float(logit(share_left, ROUNDING))
-
-
-def question_prior(mean: float, total: float, kind: Kind = "parallel", *, ceiling: float = 1.0) -> BetaTTSPM:
-    """The curve of a question whose answers are right with a chance of about ``mean``, known as if by ``total`` samples.
-
-    Args:
-        mean: chance that one sample is right.
-        total: see `Shape`.
-        kind: see `Curve`.
-        ceiling: chance that any number of samples can solve it.
-
-    Raises InputError for a mean that is not between 0 and the ceiling, and a total that is not above 0.
-    """
-    mean, ceiling = finite("mean", mean, 0.0, 1.0), finite("ceiling", ceiling, 0.0, 1.0)
-    total = float(positive("total", total))
-    if not 0 < mean < ceiling:
-        below = "1" if ceiling == 1 else f"the ceiling, {ceiling:g}"
-        raise InputError(f"mean is {mean:g}; it must be above 0 and below {below}, since a prior is never sure")
-    return BetaTTSPM(ceiling, mean / ceiling * total, (ceiling - mean) / ceiling * total, kind)
 
 
 def moved(curve: BetaTTSPM, shift: float, shape: Shape = TASK) -> BetaTTSPM:
