@@ -21,7 +21,7 @@ class Corridor(Environment, kind="corridor"):
     """Walk to the right end of a corridor of 6 places: reward 1 there, -0.1 a step; cut off after 9 steps.
 
     With ``is_vector`` an action is a number from -2 to 2, and above 0 goes right. ``bad`` is the number of an environment whose reward is
-    NaN at its third step, ``slow`` of one whose step takes 10 ms,
+    ``worst`` (NaN if None) at its third step, ``slow`` of one whose step takes 10 ms,
     ``blind`` of one that sees NaN after two steps. The critic alone sees how many steps are left.
     """
 
@@ -31,6 +31,7 @@ class Corridor(Environment, kind="corridor"):
 
         is_vector: bool = False
         bad: int | None = None
+        worst: float | None = None
         slow: int | None = None
         blind: int | None = None
 
@@ -46,6 +47,7 @@ class Corridor(Environment, kind="corridor"):
 class CorridorWorld:
     def __init__(self, num, seed, first, config):
         self.num_envs, self.seed, self.first, self.bad = num, seed, first, config.bad
+        self.worst = np.nan if config.worst is None else config.worst
         self.blind = None if config.blind is None else config.blind - first
         self.is_slow = config.slow is not None and first <= config.slow < first + num
         self.place = np.zeros(num, np.int64)
@@ -84,7 +86,7 @@ class CorridorWorld:
         cut = (self.steps >= LIMIT) & ~over
         reward = np.where(over, 1.0, -0.1)
         if self.bad is not None and self.first <= self.bad < self.first + self.num_envs:
-            reward[self.bad - self.first] = np.where(self.steps[self.bad - self.first] == 3, np.nan, -0.1)
+            reward[self.bad - self.first] = np.where(self.steps[self.bad - self.first] == 3, self.worst, -0.1)
         done = over | cut
         infos = {}
         if done.any():

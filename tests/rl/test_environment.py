@@ -8,6 +8,7 @@ import torch
 
 gymnasium = pytest.importorskip("gymnasium")
 
+from anabranch.config import configclass  # noqa: E402
 from anabranch.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from anabranch.rl import PPO, Gymnasium, Rollouts, episode_seed, judge, load_agent, record, training  # noqa: E402
 from anabranch.rl.environment import flat, in_numbers, layout_of  # noqa: E402
@@ -194,6 +195,88 @@ def test_what_gymnasium_does_not_make_is_one_line(config):
     with pytest.raises(ConfigError, match=r"environment\.id is") as caught:
         config.build().make(1, seed=0)
     assert "\n" not in str(caught.value)
+
+
+class Broken(gymnasium.Env):
+    """Fails in one of many ways after four steps of its second episode, or before."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (3,)), spaces.Discrete(2)
+
+    def __init__(self, how):
+        if how == "made":
+            raise RuntimeError("no\nlicence")
+        self.how, self.steps, self.episodes = how, 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.episodes = 0, self.episodes + 1
+        if self.how == "reset" and self.episodes == 2:
+            raise OSError("no file")
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        answer = [np.zeros(3, np.float32), 1.0, False, self.steps == 6, {}]
+        if self.episodes == 2 and self.steps == 4:
+            return self.wrong(answer)
+        return tuple(answer)
+
+    def wrong(self, answer):
+        if self.how == "raises":
+            raise RuntimeError("the road\nis gone")
+        if self.how == "leaves":
+            raise SystemExit(3)
+        others = {
+            "four": answer[:4],
+            "shape": [np.zeros(4), *answer[1:]],
+            "text": [np.array(["a", "b", "c"]), *answer[1:]],
+        }
+        others |= {"word": [answer[0], "much", *answer[2:]], "info": [*answer[:3], True, None]}
+        return tuple(others[self.how])
+
+
+class MadeBroken(Gymnasium, kind="broken"):
+    @configclass
+    class Config(Gymnasium.Config):
+        how: str = "raises"
+
+    def single(self, **drawing):
+        return Broken(self.config.how)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raises", "environment 7 failed with RuntimeError: the road is gone; mend it"),
+        ("leaves", "environment 7 failed with SystemExit: 3"),
+        ("reset", "environment 7 failed with OSError: no file"),
+        ("four", "environment 7 failed with ValueError: not enough values"),
+        ("word", "environment 7 failed with ValueError: could not convert string to float: 'much'"),
+        ("info", "environment 7 failed with AttributeError"),
+        ("shape", r"environment 7 gave an observation of shape \[4\] \(float64\), and its space is \[3\]"),
+        ("text", r"environment 7 gave an observation of shape \[3\] \(<U1\)"),
+    ],
+)
+def test_a_fault_of_an_environment_is_told_as_its_own(how, message):
+    world = MadeBroken.Config(how=how).build().make(1, seed=0, first=7)
+    world.reset()
+    for _ in range(5):
+        world.step(np.zeros(1, int))
+    steps = 1 if how == "reset" else 5
+    for _ in range(steps - 1):
+        world.step(np.zeros(1, int))
+    with pytest.raises(DataError, match=message) as caught:
+        world.step(np.zeros(1, int))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_environment_that_cannot_be_made_says_why():
+    gymnasium.register("Broken-v0", entry_point=Broken)
+    try:
+        with pytest.raises(ConfigError, match=r"environment.id is 'Broken-v0': no licence"):
+            Gymnasium.Config(id="Broken-v0", arguments={"how": "made"}).build().make(1, seed=0)
+    finally:
+        del gymnasium.registry["Broken-v0"]
 
 
 # Ready runs

@@ -291,6 +291,15 @@ def test_a_reward_that_is_no_number_is_told_with_its_environment():
     assert stream.rollout is None
 
 
+@pytest.mark.parametrize(("reward", "scale"), [(1e37, 1.0), (-1e30, 1.0), (1e14, 100.0)])
+def test_a_reward_that_nothing_can_be_learned_from_is_told_with_its_environment(reward, scale):
+    """A number all the same, and yet infinite where a critic's error is squared."""
+    stream = rollouts(environment=Corridor.Config(bad=2, worst=reward), reward_scale=scale)
+    with pytest.raises(DataError, match=r"environment 2 gave the reward .*1e\+15 is the most"):
+        stream.next_batch(8)
+    rollouts(environment=Corridor.Config(bad=2, worst=9.9e14)).next_batch(8)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -30,6 +30,8 @@ __all__ = ["Actor", "Collecting", "Played", "Samples", "generator_of", "joined_s
 _ACTING = 1
 # Of so many steps noise is drawn at once.
 _DRAWN_STEPS = 32
+# The size of a reward, as learned from: sums of some thousands of these are still numbers in float32 when squared, as a critic's error is.
+_MOST_REWARD = 1e15
 
 
 class Samples(NamedTuple):
@@ -196,7 +198,7 @@ class Actor:
             observations, reward_n, terminated_n, truncated_n, infos = world.step(
                 kind.to_environment(action_nA).numpy()
             )
-            self._check("reward", np.asarray(reward_n)[:, None])
+            self._check_reward(np.asarray(reward_n))
             acted.reward_Tn[step] = torch.as_tensor(np.asarray(reward_n, np.float32))
             acted.terminated_Tn[step], acted.truncated_Tn[step] = (
                 torch.as_tensor(np.asarray(each, bool)) for each in (terminated_n, truncated_n)
@@ -239,6 +241,17 @@ class Actor:
             bad = array_nX[place][~np.isfinite(array_nX[place])][0]
             raise DataError(
                 f"environment {(self._first if first is None else first) + place} gave the {what} {bad}; mend it, and resume"
+            )
+
+    def _check_reward(self, reward_n: np.ndarray) -> None:
+        """Raise DataError for what is no number, or one that nothing can be learned from."""
+        self._check("reward", reward_n[:, None])
+        is_huge_n = np.abs(reward_n) * self.collecting.reward_scale > _MOST_REWARD
+        if is_huge_n.any():
+            place = int(is_huge_n.argmax())
+            raise DataError(
+                f"environment {self._first + place} gave the reward {reward_n[place]:g}, and {_MOST_REWARD:g} is the most that can be "
+                "learned from (times task.reward_scale); mend it, and resume"
             )
 
     def _put_together(self, network: ActorCritic, acted: Acted, world: World, number: int) -> Played:

@@ -169,7 +169,8 @@ class Gymnasium(Environment, kind="gymnasium"):
                 # One in the working folder as well, where gymnasium looks only if Python was started so.
                 own_module(package)
             return in_numbers(gymnasium.make(self.config.id, **self.config.arguments, **drawing))
-        except (gymnasium.error.Error, ImportError, TypeError, ValueError, AttributeError, KeyError) as error:
+        except Exception as error:
+            # Its package and its constructor are somebody's code, which may fail with anything.
             raise ConfigError(f"environment.id is {self.config.id!r}: {_one_line(error)}") from None
 
     def register(self) -> None:

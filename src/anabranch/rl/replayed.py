@@ -8,17 +8,20 @@ anew from its seed, and everything is done again; that takes as long as it took,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from anabranch.errors import CheckpointError, ConfigError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError, DataError
 from anabranch.rl.environment import OUTCOME, episode_seed
 
 __all__ = ["ReplayedWorld"]
+
+# Kinds of NumPy's types.
+_NUMBERS = "biuf"
 
 
 class ReplayedWorld(VectorEnv):
@@ -33,7 +36,8 @@ class ReplayedWorld(VectorEnv):
     Attributes:
         envs: the environments.
 
-    An environment may tell numbers about an episode that has ended as ``info["outcome"]``, a dict.
+    An environment may tell numbers about an episode that has ended as ``info["outcome"]``, a dict. `reset`, `step` and `load_state_dict`
+    raise DataError, with the environment's number, for whatever it fails with, and for an observation that is not of its space's shape.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (gymnasium declares it so)
@@ -66,10 +70,15 @@ class ReplayedWorld(VectorEnv):
         infos: dict[str, Any] = {}
         for place in range(num):
             action = int(actions[place]) if self.is_discrete else np.array(actions[place])
-            seen, reward_N[place], terminated_N[place], truncated_N[place], told = self.envs[place].step(action)
+            try:
+                seen, reward_N[place], terminated_N[place], truncated_N[place], told = self.envs[place].step(action)
+                self._check_seen(place, seen)
+                if terminated_N[place] or truncated_N[place]:
+                    self._tell(infos, place, seen, told)
+            except (Exception, SystemExit) as error:
+                self._raise_failure(place, error)
             self._done[place].append(action)
             if terminated_N[place] or truncated_N[place]:
-                self._tell(infos, place, seen, told)
                 self._episode_N[place] += 1
                 seen = self._begin(place)
             observations.append(seen)
@@ -78,7 +87,33 @@ class ReplayedWorld(VectorEnv):
     def _begin(self, place: int) -> Any:
         self._done[place] = []
         start = episode_seed(self._seed, self._first + place, int(self._episode_N[place]))
-        return self.envs[place].reset(seed=start)[0]
+        try:
+            seen, _ = self.envs[place].reset(seed=start)
+            self._check_seen(place, seen)
+        except (Exception, SystemExit) as error:
+            self._raise_failure(place, error)
+        return seen
+
+    def _raise_failure(self, place: int, error: BaseException) -> NoReturn:
+        """Say whose fault it is: environments are their authors', and one of them has failed."""
+        if isinstance(error, AnabranchError):
+            raise error
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"environment {self._first + place} failed with {told}; mend it, and resume") from error
+
+    def _check_seen(self, place: int, seen: Any) -> None:
+        """Raise DataError for an observation that is not of its space: the network would fail with it, or learn from another one."""
+        space = self.single_observation_space
+        parts = [("", space, seen)]
+        if isinstance(space, gymnasium.spaces.Dict):
+            parts = [(f" {name!r}", part, seen[name]) for name, part in space.spaces.items()]
+        for name, part, given in parts:
+            array = np.asarray(given)
+            if array.shape != part.shape or array.dtype.kind not in _NUMBERS:
+                raise DataError(
+                    f"environment {self._first + place} gave an observation{name} of shape {list(array.shape)} ({array.dtype}), and its "
+                    f"space is {list(part.shape or ())}; mend it, and resume"
+                )
 
     def _tell(self, infos: dict[str, Any], place: int, seen: Any, told: Mapping[str, Any]) -> None:
         num = self.num_envs
@@ -124,7 +159,10 @@ class ReplayedWorld(VectorEnv):
         shape = self.single_action_space.shape
         for step, action_A in enumerate(action_LA):
             action = int(action_A[0]) if self.is_discrete else action_A.reshape(shape)
-            seen, _, terminated, truncated, _ = self.envs[place].step(action)
+            try:
+                seen, _, terminated, truncated, _ = self.envs[place].step(action)
+            except (Exception, SystemExit) as error:
+                self._raise_failure(place, error)
             self._done[place].append(action)
             if terminated or truncated:
                 raise CheckpointError(
