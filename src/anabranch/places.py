@@ -16,6 +16,7 @@ __all__ = [
     "cache_folder",
     "cache_places",
     "can_write",
+    "check_database_file",
     "data_file",
     "data_folder",
     "expanded",
@@ -129,3 +130,15 @@ def _private_folder(temporary: str) -> Path:
         "no home directory that can be written; what is cached goes to %s (or where ANABRANCH_CACHE says)", folder
     )
     return folder
+
+
+def check_database_file(path: str | Path) -> None:
+    """Raises DataError for a name by which SQLite knows a database that outlives no process, or a URI.
+
+    Taken as a path, each would be a file of an odd name, or forgotten at the end by whoever opens it as SQLite does.
+    """
+    name = str(path)
+    if Path(name).name == ":memory:":
+        raise DataError(f"{name!r} is no file: what is in SQLite's memory ends with the process; name a file")
+    if name.startswith("file:"):
+        raise DataError(f"{name!r} is a URI of SQLite, which is not read here; name a path")

@@ -22,12 +22,12 @@ PROGRAM = Path(sys.executable).parent / "schemathesis"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
-def client_routes():
+def client_routes(folder):
     """Path -> methods, of an app that serves clients alone."""
 
     async def main():
         model = ModelConfig(name="small", deployments=(DeploymentConfig(provider=Mock.Config(model="small")),))
-        async with Gateway(GatewayConfig(models=(model,), store=":memory:", require_key=False)) as gateway:
+        async with Gateway(GatewayConfig(models=(model,), store=str(folder / "g.db"), require_key=False)) as gateway:
             return {path: set(methods) for path, methods in App(gateway, admin=False)._table.items()}
 
     found = asyncio.run(main())
@@ -35,13 +35,13 @@ def client_routes():
     return found
 
 
-def test_the_document_describes_the_routes_there_are():
+def test_the_document_describes_the_routes_there_are(tmp_path):
     with served() as running, urllib.request.urlopen(f"{running.url}/openapi.json") as answer:
         document = json.load(answer)
     # All that clients call, and the document itself; /v1/models/NAME is known by its beginning, and /metrics is for operators.
     described = {path: {method.upper() for method in methods} for path, methods in document["paths"].items()}
     of_operators = {"/metrics": {"GET"}, "/v1/models/{name}": {"GET"}}
-    assert described == client_routes() | of_operators
+    assert described == client_routes(tmp_path) | of_operators
     text = json.dumps(document)
     for name in re.findall(r"#/components/schemas/(\w+)", text):
         assert name in document["components"]["schemas"]

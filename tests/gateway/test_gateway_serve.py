@@ -348,10 +348,15 @@ def test_a_check_looks_where_the_store_would_be_and_makes_none(tmp_path, monkeyp
         (tmp_path, "which is a folder"),
         (f"{path}/g.db", "there is no folder"),
         (tmp_path / "none/g.db", "there is no folder"),
+        (":memory:", "':memory:' is no file: what is in SQLite's memory ends with the process; name a file"),
+        ("sqlite:///:memory:", "is no file"),
+        (tmp_path / ":memory:", "is no file"),
+        ("file:g.db?mode=ro", "is a URI of SQLite"),
         ("mysql://x/y", "the URL of the store cannot be read"),
     ):
         assert main(["gateway", "serve", "--check", "-c", path, "--store", str(store)]) == 2
         assert says in capsys.readouterr().err
+    assert not os.path.exists(":memory:")
 
 
 @pytest.mark.slow

@@ -1032,3 +1032,12 @@ def test_no_folder_is_made_for_a_store(tmp_path, url):
     ):
         open_store(url.format(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [":memory:", "sqlite:///:memory:", "file::memory:?cache=shared", "file:g.db"])
+def test_what_sqlite_takes_for_no_file_is_refused_and_makes_none(name, tmp_path, monkeypatch):
+    """A file of that name was made in the folder of whoever asked for a store in memory."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"name a (file|path)"):
+        open_store(name)
+    assert not list(tmp_path.iterdir())

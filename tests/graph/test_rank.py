@@ -791,6 +791,9 @@ def test_a_store_holds_every_row_as_it_comes(tmp_path):
         Peer((), "a", store=tmp_path / "text")
     with pytest.raises(DataError, match="store of rows"):
         Peer((), "a", store=tmp_path / "none" / "log.sqlite")
+    # SQLite would keep such a log in memory, and lose it.
+    with pytest.raises(DataError, match=r"':memory:' is no file"):
+        Peer((), "a", store=":memory:")
     base = sqlite3.connect(tmp_path / "log.sqlite")
     base.execute("UPDATE rows SET body = '[1]' WHERE origin = 'b'")
     base.commit()

@@ -15,8 +15,8 @@ def open_store(url: str, *, serves: bool = True, makes: bool = True, clock: Call
     """Open a store, made or migrated where that is needed.
 
     Args:
-        url: path of a SQLite file, ``sqlite:///PATH`` (``?synchronous=full`` to outlive a power cut), or
-            ``postgresql://user@host/name``.
+        url: path of a SQLite file (a store outlives its process: ``:memory:`` is refused), ``sqlite:///PATH`` (``?synchronous=full`` to
+            outlive a power cut), or ``postgresql://user@host/name``.
         serves: it reserves money: what a process that is gone had reserved is settled first. Tools that only look or edit say no.
         makes: a new store where there is none; else that is an error. An old one is migrated all the same.
         clock: unix seconds.

@@ -16,6 +16,7 @@ from anabranch.files import SQLITE_LOGS, atomic_file, check_apart, mode_of
 from anabranch.gateway.store.database import BusyError, Row
 from anabranch.gateway.store.schema import MIGRATIONS, TABLES
 from anabranch.locks import locked
+from anabranch.places import check_database_file
 
 try:
     import fcntl
@@ -230,6 +231,7 @@ class SqliteDatabase:
     def __init__(self, path: str | Path, synchronous: str = "normal") -> None:
         if synchronous not in SYNCHRONOUS:
             raise DataError(f"synchronous is {synchronous!r}; use one of {', '.join(SYNCHRONOUS)}")
+        check_database_file(path)
         self.path, self._synchronous, self.replica = Path(path), synchronous, uuid.uuid4().hex
         # Whatever name leads to it: one file has one lock for each process. It stays this file, also if a link is turned elsewhere.
         try:

@@ -8,14 +8,16 @@ from typing import Any
 
 from anabranch.errors import CapacityError, DataError
 from anabranch.graph.rank.rows import Row, row_from_json
+from anabranch.places import check_database_file
 
 VERSION = 1
 
 
 class RowStore:
-    """Rows of one node's log. Raises DataError for a file that is damaged, foreign, or another node's."""
+    """Rows of one node's log. Raises DataError for a file that is damaged, foreign, or another node's, and for no file."""
 
     def __init__(self, path: str | Path, node_id: str) -> None:
+        check_database_file(path)
         self.path = Path(path)
         try:
             self._database = sqlite3.connect(self.path, isolation_level=None)
