@@ -112,6 +112,25 @@ def test_what_was_in_memory_before_changes_no_bit_of_gradients(num_choices):
         assert torch.equal(one, other)
 
 
+def test_choices_in_bfloat16_are_added_in_float32():
+    """1 + 2^-8 + 2^-8: in bfloat16 neither of the two is more than half of the last place of 1, and both together are all of it."""
+    pool, _, _ = made(3, "gelu", has_bias=True)
+    pool.bfloat16()
+    with torch.no_grad():
+        for weight in (pool.w13, pool.w2, pool.b13):
+            weight.zero_()
+        # So each gives its bias.
+        pool.b2.copy_(torch.tensor([1.0, 2**-8, 2**-8])[:, None].expand(3, 8))
+        slots = Slots(pool)
+        offloaded = OffloadedPool(
+            0, 3, 8, 6, "auto", slots, slots.waves, False, activation="gelu", biases=(pool.b13, pool.b2)
+        )
+        everybody = Routing(torch.arange(3).expand(4, 3), torch.ones(4, 3), torch.zeros(4, 3))
+        found = offloaded(torch.zeros(4, 8, dtype=torch.bfloat16), everybody)
+    assert found.dtype == torch.bfloat16
+    assert found.tolist() == [[1 + 2**-7] * 8] * 4
+
+
 def test_slots_that_are_filled_meanwhile_do_not_matter():
     """What brings experts fills free places while others are differentiated."""
     _, slots, offloaded = made(2)

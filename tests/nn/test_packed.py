@@ -250,3 +250,18 @@ def test_single_rows_are_those_of_the_matrix(kind):
     found = packed.rows_at(index_T)
     assert found.dtype == (torch.bfloat16 if kind == "bfloat16" else torch.float32)
     assert torch.equal(found.float(), packed.unpack()[0][index_T])
+
+
+@pytest.mark.parametrize(("kind", "zero"), [("int8", 128), ("int4", 8)])
+def test_zeros_of_single_rows_have_the_signs_of_their_scales(kind, zero):
+    """As where a format takes off its zero before it scales: a digest of the table compares bits with those of one in floats."""
+    generator = torch.Generator().manual_seed(0)
+    number_NK = torch.randint(zero - 2, zero + 3, (40, 96), generator=generator, dtype=torch.uint8)
+    scale_NG = torch.randn(40, 3, generator=generator).half()
+    packed = Packed.of_integers(number_NK, scale_NG, -zero * scale_NG, kind)
+    wanted = (number_NK.float() - zero) * scale_NG.float().repeat_interleave(32, -1)
+    is_zero = wanted == 0
+    assert len(set(wanted[is_zero].signbit().tolist())) == 2
+    found = packed.rows_at(torch.arange(40))
+    assert torch.equal(found.signbit()[is_zero], wanted.signbit()[is_zero])
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)

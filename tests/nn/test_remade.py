@@ -66,6 +66,24 @@ def test_a_bias_that_learns_has_its_gradient():
     torch.testing.assert_close(alone, wanted[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("is_cast", [True, False])
+def test_gradients_have_the_types_of_what_they_are_of(dtype, is_cast):
+    weight, bias = torch.randn(ROWS, DEPTH), torch.randn(ROWS, requires_grad=True)
+    x = torch.randn(5, DEPTH).to(dtype).requires_grad_()
+    found, wanted = [], []
+    for told, call in (
+        (found, linear_remade),
+        (wanted, lambda x, make, bias: F.linear(x, make(x.dtype), bias.to(x.dtype))),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            loss = call(x, weight.to, bias).float().square().sum()
+        told += torch.autograd.grad(loss, (x, bias))
+    assert [one.dtype for one in found] == [dtype, torch.float32]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2 if is_cast or dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("name", layers())
 def test_a_bias_that_learns_behind_what_does_not_has_its_gradient(name, has_kernels, monkeypatch):

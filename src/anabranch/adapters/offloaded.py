@@ -108,8 +108,8 @@ class OffloadedLowRank(OffloadedPool):
         ends = plan.offset_E.tolist()
         wanted = [expert for expert, end in enumerate(ends) if end > (ends[expert - 1] if expert else 0)]
         for slot_of in self._chunks(wanted, routing):
-            for expert in sorted(slot_of):
-                a_QC, b_OQ = (stack[slot_of[expert]] for stack in self._slots())
+            for expert, slot in slot_of.items():
+                a_QC, b_OQ = (stack[slot] for stack in self._slots())
                 add_adapter(y_NO, x_NC, plan, routing.weight_NK, expert, a_QC, b_OQ, self.ranks[expert])
 
     def _side_by_side(self, x_NC: Tensor, routing: Routing) -> Tensor:

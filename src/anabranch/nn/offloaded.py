@@ -203,7 +203,8 @@ class OffloadedPool(nn.Module):
         *,
         together: bool = False,
     ) -> Iterator[dict[int, int]]:
-        """{expert: slot} of what can run now, until all have; what was given has run when the next is asked for.
+        """{expert: slot} of what can run now, in the order of ``experts``, until all have; what was given has run when the next is asked
+        for.
 
         Args:
             experts: that any item goes to.

@@ -28,15 +28,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.weight_in, bias_N = inputs
-        ctx.dtype, ctx.bias_dtype = x.dtype, None if bias_N is None else bias_N.dtype
+        x, ctx.weight_in, _ = inputs
+        ctx.dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         needs_x, _, needs_bias = ctx.needs_input_grad
-        # Under autocast in another type than x.
-        dx = (dy @ ctx.weight_in(dy.dtype)).to(ctx.dtype) if needs_x else None
-        dbias_N = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if needs_bias else None
+        # In the type of dy, which under autocast is another than x's, as b's may be: torch casts each to that of what it is of.
+        dx = dy @ ctx.weight_in(dy.dtype) if needs_x else None
+        dbias_N = dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None
         return dx, None, dbias_N
 
     @staticmethod

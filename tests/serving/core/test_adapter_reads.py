@@ -258,3 +258,32 @@ def test_what_takes_more_than_its_folder_tells_keeps_its_room_while_it_is_read_a
     made.shelf.release("c")
     made.settle()
     assert late[0].result(0) is None
+
+
+def test_one_whose_size_nobody_knew_waits_behind_who_has_the_right_of_way():
+    """It has begun before its size is known: where the first in line would have no room beside it, it is as if it came then."""
+    made = Reading(100)
+    sizes = {"p": 50, "q": 60, "u": 45}
+
+    def told(folder, root, check):
+        check(sizes[folder])
+        return Numbers(sizes[folder], folder)
+
+    made.shelf._read = told
+    made.know("p", "q")
+    made.shelf.register("u", "u")
+    made.shelf.lease("p", (("p", 1.0),), "a")
+    made.settle()
+    first = made.shelf.lease("q", (("q", 1.0),), "b")
+    later = made.shelf.lease("u", (("u", 1.0),), "h")
+    made.settle()
+    # Beside p it had room.
+    assert not first.done()
+    assert not later.done()
+    made.shelf.release("p")
+    made.settle()
+    assert first.result(0) is None
+    assert not later.done()
+    made.shelf.release("q")
+    made.settle()
+    assert later.result(0) is None
