@@ -9,57 +9,12 @@ gymnasium = pytest.importorskip("gymnasium")
 from anabranch.errors import CheckpointError, ConfigError, InputError  # noqa: E402
 from anabranch.rl import PPO, LaneWorld, judge  # noqa: E402
 from anabranch.rl.laneworld import Settings  # noqa: E402
-from anabranch.rl.laneworld.lane_graph import GIVE_WAY, LIGHT, STOP_SIGN, light_state  # noqa: E402
-from anabranch.rl.laneworld.state import CAR, START_M  # noqa: E402
+from anabranch.rl.laneworld.lane_graph import GIVE_WAY, LIGHT, STOP_SIGN  # noqa: E402
+from anabranch.rl.laneworld.state import START_M  # noqa: E402
 from anabranch.rl.rewards import FACTORS, RouteReward  # noqa: E402
 from anabranch.testing import check_task  # noqa: E402
 from anabranch.train import TaskRunConfig, TrainConfig  # noqa: E402
-
-SMALL = {"maps": 1, "routes": 6, "traffic": 6, "walkers": 2, "longest_m": 400.0}
-PLAIN = RouteReward(outside=False, speed=False, ttc=False, comfort=False, centre=False)
-
-
-def world(num=4, seed=0, first=0, **settings):
-    made = LaneWorld.Config(world=Settings(**(SMALL | settings))).build().make(num, seed=seed, first=first)
-    made.reset()
-    return made
-
-
-def alone(num=4, **settings):
-    return world(num, traffic=0, walkers=0, **settings)
-
-
-def drives(world, pace=6.0):
-    """Along the route by pure pursuit, halting where it must: who knows the world well needs no more."""
-    state, library, route = world.state, world.library, world.scene.route_W
-    x, y, heading, speed = state.pose_W4.T
-    ahead = library.at(route, state.s_W + np.maximum(4.0, 0.7 * speed))
-    dx, dy = ahead[:, 0] - x, ahead[:, 1] - y
-    across = dy * np.cos(heading) - dx * np.sin(heading)
-    wheel = np.arctan(2.8 * 2 * across / (dx**2 + dy**2))
-    which, line = library.next_stop(route, state.front_m_W)
-    kind = library.stop_kind_QJ[route, which]
-    light, _ = light_state(world.clock_W, library.stop_offset_QJ[route, which])
-    holds = ((kind == LIGHT) & (light > 0)) | ((kind == STOP_SIGN) & (state.halted_W != which + 1))
-    # As fast as still lets it stop at 2 m/s^2.
-    wanted = np.where(holds, np.minimum(pace, np.sqrt(4 * np.maximum(line - 1.0, 0))), pace)
-    pedal = np.clip(wanted - speed, -1, 1)
-    return np.stack([np.clip(wheel / np.radians(35), -1, 1), pedal], axis=1)
-
-
-def until_all_end(made, act):
-    """Return and outcome of the first episode of each world."""
-    total, found = np.zeros(made.num_envs), [None] * made.num_envs
-    for _ in range(4000):
-        _, reward, over, cut, infos = made.step(act(made))
-        going = [one is None for one in found]
-        total[going] += reward[going]
-        for row in np.flatnonzero((over | cut) & going):
-            found[row] = {name: values[row] for name, values in infos["outcome"].items()} | {"cut": cut[row]}
-        if all(found):
-            return total, found
-    raise AssertionError("an episode does not end")
-
+from rl_roads import PLAIN, SMALL, alone, before_line, drives, put, until_all_end, world  # noqa: E402
 
 # What a route is worth
 
@@ -109,7 +64,7 @@ def test_running_into_a_car_ends_it_with_the_hint():
     made = world(2, walkers=0)
     # The first car of world 0 stands right before it, and that of world 1 just beside.
     for row, (along, across) in enumerate(((4.6, 0.0), (0.0, 2.6))):
-        _put(made, row, along, across)
+        put(made, row, along, across)
     _, reward, over, cut, infos = made.step(np.zeros((2, 2)))
     assert over.tolist() == [True, False]
     assert not cut.any()
@@ -117,18 +72,6 @@ def test_running_into_a_car_ends_it_with_the_hint():
     assert infos["outcome"]["driving_score"][0] == pytest.approx(0.6 * infos["outcome"]["route_completion"][0])
     assert infos["reward_terms"]["terminal"].tolist() == [-1, 0]
     assert reward[0] < 0
-
-
-def _put(made, row, along, across):
-    """A car of traffic at a place beside the ego car, in the same direction: on the ego's own route, moved."""
-    state = made.state
-    state.alive_WK[row] = False
-    state.path_WK[row, 0], state.path_s_WK[row, 0] = made.scene.route_W[row], state.s_W[row] + along
-    state.speed_WK[row, 0] = 0.0
-    state.alive_WK[row, 0] = True
-    heading = made.library.at(made.scene.route_W[row : row + 1], state.s_W[row : row + 1])[0, 2]
-    state.pose_W4[row, 0] += across * np.sin(heading)
-    state.pose_W4[row, 1] -= across * np.cos(heading)
 
 
 def test_running_into_somebody_ends_it():
@@ -142,30 +85,10 @@ def test_running_into_somebody_ends_it():
     assert infos["outcome"]["walker"][0] == 1
 
 
-def _before_line(made, kind, metres):
-    """Put every car so many metres before the first line of a kind on its route; worlds without one are left out."""
-    library, state = made.library, made.state
-    rows = []
-    for row, route in enumerate(made.scene.route_W):
-        lines = np.flatnonzero(library.stop_kind_QJ[route] == kind)
-        if not len(lines):
-            continue
-        rows.append(row)
-        front = library.stop_s_QJ[route, lines[0]] - metres
-        s = front - CAR[0] / 2
-        x, y, heading = library.at(np.array([route]), np.array([s]))[0, :3]
-        state.pose_W4[row] = x, y, heading, 5.0
-        state.s_W[row] = state.done_m_W[row] = s
-        state.front_m_W[row], state.halted_W[row] = front, 0
-        state.heading_WH[row] = heading
-    assert rows
-    return rows
-
-
 @pytest.mark.parametrize(("time", "ends"), [(1.0, False), (9.0, False), (15.0, True)])
 def test_a_red_light_ends_it_and_green_and_yellow_do_not(time, ends):
     made = alone(8)
-    rows = _before_line(made, LIGHT, 0.3)
+    rows = before_line(made, LIGHT, 0.3)
     for row in rows:
         route = made.scene.route_W[row]
         offset = made.library.stop_offset_QJ[route, np.flatnonzero(made.library.stop_kind_QJ[route] == LIGHT)[0]]
@@ -179,7 +102,7 @@ def test_a_red_light_ends_it_and_green_and_yellow_do_not(time, ends):
 @pytest.mark.parametrize("halts", [True, False])
 def test_a_stop_sign_asks_for_a_halt(halts):
     made = alone(16, maps=4)
-    rows = _before_line(made, STOP_SIGN, 0.3)
+    rows = before_line(made, STOP_SIGN, 0.3)
     if halts:
         made.state.pose_W4[rows, 3] = 0.0
         made.step(np.zeros((16, 2)))
@@ -190,7 +113,7 @@ def test_a_stop_sign_asks_for_a_halt(halts):
 
 def test_a_road_that_goes_first_only_asks():
     made = alone(16, maps=4)
-    rows = _before_line(made, GIVE_WAY, 0.3)
+    rows = before_line(made, GIVE_WAY, 0.3)
     assert not made.step(np.zeros((16, 2)))[2][rows].any()
 
 
@@ -237,7 +160,7 @@ def test_a_collision_that_comes_counts_half():
     made = world(3, walkers=0)
     # 4 m before the ego car, bumper to bumper: at 6 m/s it is there in 0.67 s, at 4 m/s in a second.
     for row, speed in enumerate((6.0, 4.0, 0.05)):
-        _put(made, row, 8.5, 0.0)
+        put(made, row, 8.5, 0.0)
         made.state.pose_W4[row, 3] = speed
     terms = made.step(np.zeros((3, 2)))[4]["reward_terms"]
     assert terms["ttc"].tolist() == [0.5, 1.0, 1.0]
@@ -323,7 +246,7 @@ def test_what_is_seen_is_in_the_space():
 
 def test_the_nearest_others_are_seen_first():
     made = world(1, walkers=0)
-    _put(made, 0, 12.0, 0.0)
+    put(made, 0, 12.0, 0.0)
     policy = made.seen()["policy"][0]
     near = policy[34:134].reshape(10, 10)
     assert near[0, 0] == 1

@@ -20,6 +20,7 @@ from anabranch.errors import ConfigError
 __all__ = [
     "COMFORT",
     "FACTORS",
+    "PENALTIES",
     "RouteReward",
     "comfort_factor",
     "driving_score",

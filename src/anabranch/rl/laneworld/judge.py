@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,9 @@ from anabranch.rl.laneworld.geometry import boxes_overlap
 from anabranch.rl.laneworld.lane_graph import LANE_WIDTH, LIGHT, STOP_SIGN, light_state
 from anabranch.rl.laneworld.library import NOWHERE, Library
 from anabranch.rl.laneworld.settings import Settings
-from anabranch.rl.laneworld.state import CAR, START_M, Scene, State
+from anabranch.rl.laneworld.state import CAR, COUNTED, START_M, Scene, State
 from anabranch.rl.rewards import (
+    PENALTIES,
     comfort_factor,
     driving_score,
     motion,
@@ -22,7 +24,7 @@ from anabranch.rl.rewards import (
     uncomfortable,
 )
 
-__all__ = ["Faults", "Judged", "find_faults", "judged"]
+__all__ = ["Faults", "Judged", "count_faults", "find_faults", "judged"]
 
 # Metres to the side of the middle of a lane that belong to the route: half a lane, and in junctions, whose lines one may cut, some more.
 _HALF_LANE, _HALF_IN_JUNCTION = LANE_WIDTH / 2, 2.6
@@ -46,7 +48,7 @@ _OFF_ROAD = 0.95
 
 @dataclass(frozen=True)
 class Faults:
-    """What went wrong in a step, and whether the route is done; bool ``[W]`` each.
+    """What went wrong in a step, and whether the route is done; bool ``[W]`` each but for the last.
 
     Attributes:
         vehicle_W, walker_W: ran into a car, or somebody.
@@ -56,6 +58,7 @@ class Faults:
         blocked_W, timeout_W: it has stood for too long; the time is over.
         finished_W: at the end of the route.
         outside_W: part of the car is outside of the lanes of the route, which ends nothing.
+        ends_by: names of those that end an episode, see `Settings`.
     """
 
     vehicle_W: np.ndarray
@@ -68,38 +71,50 @@ class Faults:
     timeout_W: np.ndarray
     finished_W: np.ndarray
     outside_W: np.ndarray
+    ends_by: tuple[str, ...]
 
     @property
     def ends_W(self) -> np.ndarray:
         """Whether the episode ends by a fault."""
-        failed = (self.vehicle_W, self.walker_W, self.red_light_W, self.stop_sign_W, self.off_road_W, self.deviated_W)
-        return np.logical_or.reduce((*failed, self.blocked_W, self.timeout_W))
+        return self._any_of(self.ends_by) | self.timeout_W
 
     @property
     def hinted_W(self) -> np.ndarray:
         """Whether it ends by what CaRL's reward gives a hint at: a collision or a red light."""
-        return self.vehicle_W | self.walker_W | self.red_light_W
+        return self._any_of([name for name in ("vehicle", "walker", "red_light") if name in self.ends_by])
+
+    def _any_of(self, names: Sequence[str]) -> np.ndarray:
+        found_W = np.zeros_like(self.timeout_W)
+        for name in names:
+            found_W = found_W | getattr(self, f"{name}_W")
+        return found_W
 
     def outcome(self, length_W: np.ndarray, state: State, dt: float) -> dict[str, np.ndarray]:
-        """Measures of the episodes up to here, ``[W]`` each."""
+        """Measures of the episodes up to here, whose faults are counted in ``state``, ``[W]`` each."""
         completed_W = completion(state.done_m_W, length_W, self.finished_W)
-        counted = ("walker", "vehicle", "red_light", "stop_sign")
-        number = {name: getattr(self, f"{name}_W") for name in counted}
+        number = dict(zip(COUNTED, state.fault_WF.T.astype(np.float64), strict=True))
         seconds_W = np.maximum(state.step_W * dt, dt)
         speed_W = state.driven_m_W / seconds_W
-        all_W = sum(number.values(), start=self.off_road_W.astype(np.int64))
         return {
             "route_completion": completed_W,
-            "driving_score": driving_score(completed_W, number),
-            **{name: found.astype(np.float64) for name, found in number.items()},
-            "off_road": self.off_road_W.astype(np.float64),
+            "driving_score": driving_score(
+                completed_W, {name: number_W for name, number_W in number.items() if name in PENALTIES}
+            ),
+            **number,
             "blocked": (self.blocked_W | self.timeout_W).astype(np.float64),
             "finished": (self.finished_W & ~self.ends_W).astype(np.float64),
-            "infractions_per_km": all_W / np.maximum(state.driven_m_W / 1000, 0.01),
+            "infractions_per_km": state.fault_WF.sum(1) / np.maximum(state.driven_m_W / 1000, 0.01),
             "comfort": state.cut_W / np.maximum(state.step_W, 1),
             "mean_speed": speed_W,
             "stands_still": ((speed_W < 0.5) & (completed_W < 20)).astype(np.float64),
         }
+
+
+def count_faults(state: State, faults: Faults) -> None:
+    """Have ``state`` count what went wrong: once, however long it lasts."""
+    now_WF = np.stack([getattr(faults, f"{name}_W") for name in COUNTED], axis=1)
+    state.fault_WF += now_WF & ~state.lasts_WF
+    state.lasts_WF[:] = now_WF
 
 
 def completion(done_m_W: np.ndarray, length_W: np.ndarray, finished_W: np.ndarray) -> np.ndarray:
@@ -145,6 +160,7 @@ def find_faults(
         state.step_W * dt >= settings.timeout_s,
         state.s_W >= library.length_Q[scene.route_W] - _REACHED_M,
         (np.abs(lateral_WB) > half_W[:, None]).any(1),
+        settings.ends_by,
     )
 
 

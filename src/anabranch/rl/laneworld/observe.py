@@ -5,7 +5,8 @@
      3   beside the lane's middle, heading against it (sin, cos)  15   5 looks ahead: edges of the road left and right, limit
      2   whether within a junction; seconds of standing
 
-The critic sees 10 more: share of the route that is left, time, what each soft factor is now, and how long its windows still count.
+The critic sees 10 more: share of the route that is left, time, how long a moment of danger and each of six kinds of discomfort still
+count, and for how long the car has been beside the middle of its lane.
 """
 # Shapes: W worlds, O things nearby, N of them the nearest
 

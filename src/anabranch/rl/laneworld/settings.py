@@ -7,7 +7,10 @@ from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.rl.rewards import RouteReward
 
-__all__ = ["Settings"]
+__all__ = ["ENDINGS", "Settings"]
+
+# Faults that may end an episode; its time does in any case.
+ENDINGS = ("vehicle", "walker", "red_light", "stop_sign", "off_road", "deviated", "blocked")
 
 
 @configclass
@@ -23,6 +26,7 @@ class Settings(Config):
         start_speed: of the ego car at the beginning, in m/s.
         reward: which parts of CaRL's reward count.
         shaped: use the shaped reward of Roach in its place, to compare.
+        ends_by: which faults end an episode; the others are counted and it goes on. See `ENDINGS`, which are all there are.
         blocked_s: seconds of standing after which an episode ends.
         timeout_s: after which it ends in any case.
         raster: see a picture from above (`anabranch.rl.laneworld.raster`) and 8 numbers, instead of 161 numbers.
@@ -37,6 +41,7 @@ class Settings(Config):
     start_speed: float = Field(default=5.0, ge=0, le=20)
     reward: RouteReward = Field(default_factory=RouteReward)
     shaped: bool = False
+    ends_by: tuple[str, ...] = ENDINGS
     blocked_s: float = Field(default=60.0, gt=0)
     timeout_s: float = Field(default=1200.0, gt=0)
     raster: bool = False
@@ -46,3 +51,6 @@ class Settings(Config):
             raise ConfigError(
                 f"routes are to be {self.shortest_m:g} to {self.longest_m:g} m long; let there be 50 m between both"
             )
+        unknown = [name for name in self.ends_by if name not in ENDINGS]
+        if unknown:
+            raise ConfigError(f"ends_by has {unknown[0]!r}; an episode can end by {', '.join(ENDINGS)}")

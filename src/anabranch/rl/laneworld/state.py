@@ -1,5 +1,5 @@
 """What is known of every world of LaneWorld: `Scene`, fixed for an episode, and `State`, which moves on with every step."""
-# Shapes: W worlds, K cars of traffic in each, M walkers, H last moments, C limits of comfort
+# Shapes: W worlds, K cars of traffic in each, M walkers, H last moments, C limits of comfort, F faults that are counted
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from anabranch.rl.environment import episode_seed
 from anabranch.rl.laneworld.library import Library
 from anabranch.rl.rewards import COMFORT
 
-__all__ = ["CAR", "MOMENTS", "START_M", "WALKER", "Scene", "State", "begin", "walkers_at"]
+__all__ = ["CAR", "COUNTED", "MOMENTS", "START_M", "WALKER", "Scene", "State", "begin", "walkers_at"]
 
 # Length and width, in metres.
 CAR, WALKER = (4.5, 1.9), (0.6, 0.6)
 # Moments that accelerations and jerks are worked out from.
 MOMENTS = 9
 START_M = 4.0
+# Faults that an episode counts.
+COUNTED = ("walker", "vehicle", "red_light", "stop_sign", "off_road")
 # Where what does not take part stands.
 AWAY = 1e6
 _WALK_SPEED = 1.4
@@ -70,6 +72,7 @@ class State:
         speed_WH, heading_WH: its last moments, the newest last.
         driven_m_W: metres driven.
         cut_W: sum of what comfort left of each step.
+        fault_WF, lasts_WF: how often each of `COUNTED` has happened, and whether it does now: what lasts counts once.
         path_WK, path_s_WK, speed_WK: of the traffic: its paths, where it is on them, how fast.
         alive_WK: whether a car takes part.
         stuck_WK: steps for which it has stood.
@@ -94,6 +97,8 @@ class State:
     heading_WH: np.ndarray
     driven_m_W: np.ndarray
     cut_W: np.ndarray
+    fault_WF: np.ndarray
+    lasts_WF: np.ndarray
     path_WK: np.ndarray
     path_s_WK: np.ndarray
     speed_WK: np.ndarray
@@ -105,6 +110,7 @@ class State:
     def empty(cls, worlds: int, cars: int) -> State:
         """Room for so many."""
         wide = {"pose_W4": 4, "action_W2": 2, "comfort_WC": len(COMFORT), "speed_WH": MOMENTS, "heading_WH": MOMENTS}
+        wide |= {"fault_WF": len(COUNTED), "lasts_WF": len(COUNTED)}
         counts = (
             "episode_W",
             "step_W",
@@ -113,6 +119,7 @@ class State:
             "beside_W",
             "ttc_W",
             "comfort_WC",
+            "fault_WF",
             "path_WK",
             "stuck_WK",
             "turn_WK",
@@ -121,7 +128,7 @@ class State:
         for field in fields(cls):
             name = field.name
             shape = (worlds, cars) if name.endswith("_WK") else (worlds, wide[name]) if name in wide else (worlds,)
-            dtype = np.int64 if name in counts else bool if name == "alive_WK" else np.float64
+            dtype = np.int64 if name in counts else bool if name in ("alive_WK", "lasts_WF") else np.float64
             made[name] = np.zeros(shape, dtype)
         return cls(**made)
 

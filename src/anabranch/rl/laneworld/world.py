@@ -18,7 +18,7 @@ from gymnasium.vector.utils import batch_space
 from anabranch.errors import CheckpointError, InputError
 from anabranch.rl.environment import CRITIC, OUTCOME, PICTURE, POLICY
 from anabranch.rl.laneworld.bicycle import drive
-from anabranch.rl.laneworld.judge import Faults, Judged, find_faults, judged
+from anabranch.rl.laneworld.judge import Faults, Judged, count_faults, find_faults, judged
 from anabranch.rl.laneworld.library import NOWHERE, Library
 from anabranch.rl.laneworld.observe import BESIDE_PICTURE, NUM_OBSERVED, NUM_PRIVATE, look
 from anabranch.rl.laneworld.raster import CHANNELS, SIDE, Raster
@@ -94,6 +94,7 @@ class LaneWorldVector(VectorEnv):
         self._localise()
         others_WO7 = self.others()
         faults = self._faults(others_WO7)
+        count_faults(self.state, faults)
         found = judged(
             self.library, self.scene, self.state, self.settings, faults, others_WO7, change_W, self.clock_W, DT
         )
@@ -135,6 +136,8 @@ class LaneWorldVector(VectorEnv):
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Go to where ``state`` says; the observations of there. Raises CheckpointError if it is of other numbers of worlds or cars."""
         mine = self.state.arrays()
+        # A checkpoint of before faults were counted has none of them.
+        state = {name: np.zeros_like(mine[name]) for name in ("fault_WF", "lasts_WF")} | dict(state)
         for name, array in mine.items():
             if name not in state or state[name].shape != array.shape:
                 held = list(state[name].shape) if name in state else "missing"
