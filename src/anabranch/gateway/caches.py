@@ -19,6 +19,7 @@ from anabranch.gateway.cache import (
 )
 from anabranch.gateway.config import CacheConfig
 from anabranch.gateway.logged_error import raised
+from anabranch.gateway.made_vectors import MadeVectors
 from anabranch.routers.embed import Embedder, unit_vectors
 from anabranch.web.turns import in_thread
 
@@ -70,15 +71,20 @@ class Caches:
         # How often anything was forgotten.
         self._num_forgotten = 0
 
-    async def embed(self, text: str) -> np.ndarray | None:
-        """A unit vector, made in a thread: it may take a while. None where the embedder fails: nothing is looked for by meaning then."""
+    async def embed(self, text: str, made: MadeVectors) -> np.ndarray | None:
+        """A unit vector, made in a thread: it may take a while. None where the embedder fails: nothing is looked for by meaning then.
+
+        It is put among ``made``, too.
+        """
         embedder = self._embedder
         assert embedder is not None
         try:
-            return await in_thread(lambda: unit_vectors(embedder, [text])[0])
+            vector_D = await in_thread(lambda: unit_vectors(embedder, [text])[0])
         except Exception as error:
             logger.warning("the semantic cache is passed over, since the embedder failed: %s", raised(error))
             return None
+        made.put(embedder, text, vector_D)
+        return vector_D
 
     async def elsewhere(self, tenant: str, key: bytes) -> Entry | None:
         """An exact answer that another process kept; from now on it is here too, for as long as it is there."""

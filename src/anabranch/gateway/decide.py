@@ -14,6 +14,7 @@ from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strateg
 from anabranch.gateway.decision_checks import BypassError
 from anabranch.gateway.lane import Lane
 from anabranch.gateway.logged_error import plain, raised, words
+from anabranch.gateway.made_vectors import MadeVectors
 from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.registry import kinds
 from anabranch.routers.contract.ask import Ask
@@ -21,6 +22,7 @@ from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision, Pool, Query
 from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder, embed_of
+from anabranch.routers.embed.cache import fingerprint
 from anabranch.routers.fitted import FittedRouter
 from anabranch.web.turns import plainly
 
@@ -36,7 +38,7 @@ class Decided:
     Attributes:
         decision: candidates are all in the pool.
         bypassed: why the strategy that was asked for did not make it; "" if it did.
-        query: with its vector, if one was made.
+        query: with the vector that the strategy that was asked for needs, if one was made.
         lasts: why it was bypassed does not pass.
         headers: what the strategy that was asked for tells the sender of its decision.
     """
@@ -101,17 +103,22 @@ class Decider:
                 # It may have been made from what knows the same.
                 lane.owed.take_over(old.lanes[name].owed)
 
-    async def decide(self, name: str, query: Query, pool: Pool, ask: Ask) -> Decided:
+    async def decide(self, name: str, query: Query, pool: Pool, ask: Ask, made: MadeVectors | None = None) -> Decided:
         """What the strategy says, or the default one in its place, or the order of the config. Raises ApiError for wrong knobs.
 
-        ``ask`` is how it asks models, on account of the request.
+        ``ask`` is how it asks models, on account of the request; ``made`` are the vectors of its text that are there.
         """
+        made = MadeVectors() if made is None else made
         bypassed, does_last = "", True
         for asked in dict.fromkeys((name, self.default)):
             lane = self.lanes[asked]
             try:
-                decision, seen = await lane.decide(query if asked == name else replace(query, knobs={}), pool, ask)
+                decision, seen = await lane.decide(
+                    query if asked == name else replace(query, knobs={}), pool, ask, made
+                )
                 told = {} if bypassed else await self._headers(lane, seen, decision)
+                # The one that was asked for judges the answer and learns from it, whoever decided.
+                seen = self.lanes[name].with_vector(seen, made)
                 return Decided(decision, bypassed, seen, bool(bypassed) and does_last, told)
             except BypassError as error:
                 self._on_bypass(asked, error.why)
@@ -121,7 +128,7 @@ class Decider:
         candidates = tuple(Candidate(model=model.name, score=-float(at)) for at, model in enumerate(ready))
         reason = "the order of the config, since no strategy could decide"
         decision = Decision(candidates=candidates, strategy="order", reason=reason, probability=1.0)
-        return Decided(decision, bypassed, query, does_last)
+        return Decided(decision, bypassed, self.lanes[name].with_vector(query, made), does_last)
 
     async def _headers(self, lane: Lane, query: Query, decision: Decision) -> dict[str, str]:
         """What a strategy tells the sender of its decision; nothing where it fails at that, or takes too long."""
@@ -232,7 +239,8 @@ def _make(
     if wanted.router is not None:
         try:
             models = [model.name for model in config.models]
-            return _set_up(name, lambda: load_router(name, wanted, embedder, models))
+            strategy, own = _set_up(name, lambda: load_router(name, wanted, embedder, models))
+            return strategy, _set_up(name, lambda: _once(own, embedder))
         except CheckpointError as error:
             raise CheckpointError(f"strategies.{name}.router: {words(error)}") from None
     try:
@@ -244,6 +252,13 @@ def _make(
             f"strategies.{name}: {wanted.use} has to learn first; give router, a folder of anabranch gateway fit"
         )
     return made, embedder
+
+
+def _once(own: Embedder | None, embedder: Embedder | None) -> Embedder | None:
+    """A router's embedder; the config's in its place where both give the same vectors, so that no text is embedded twice."""
+    if own is None or embedder is None or type(own) is not type(embedder):
+        return own
+    return embedder if fingerprint(own) == fingerprint(embedder) else own
 
 
 def load_router(

@@ -22,6 +22,7 @@ from anabranch.gateway.config import StrategyConfig
 from anabranch.gateway.decision_checks import BypassError, check_decision, plain_messages
 from anabranch.gateway.dispatch.senders import own_sender
 from anabranch.gateway.logged_error import plain, raised, words
+from anabranch.gateway.made_vectors import MadeVectors
 from anabranch.gateway.owed import FORGETTING_S, Order, Owed
 from anabranch.gateway.strategy_headers import strategy_headers
 from anabranch.gateway.strategy_thread import StrategyThread
@@ -98,13 +99,25 @@ class Lane:
             return pool
         return Pool(tuple(model for model in pool.models if model.name in self._models), pool.now_s)
 
-    async def decide(self, query: Query, pool: Pool, ask: Ask) -> tuple[Decision, Query]:
-        """Ask the strategy. Raises BypassError, and ApiError for knobs the sender set wrong."""
-        pool = self.narrowed(pool)
+    def with_vector(self, query: Query, made: MadeVectors) -> Query:
+        """The query with the vector that its strategy needs: of its own embedder and no other; without one where none was made."""
+        found = None if self._embedder is None else made.get(self._embedder, query.text)
+        return query if found is query.vector_D else replace(query, vector_D=found)
+
+    async def decide(
+        self, query: Query, pool: Pool, ask: Ask, made: MadeVectors | None = None
+    ) -> tuple[Decision, Query]:
+        """Ask the strategy. Raises BypassError, and ApiError for knobs the sender set wrong.
+
+        The vector that it needs is taken from ``made``, or put there.
+        """
+        pool, made = self.narrowed(pool), MadeVectors() if made is None else made
         try:
             check_knobs(query.knobs, self.strategy.sender_knobs, f"auto/{self.name}")
+            query = self.with_vector(query, made)
             if self._embedder is not None and query.vector_D is None:
-                query = replace(query, vector_D=await self._vector(self._embedder, query))
+                made.put(self._embedder, query.text, await self._vector(self._embedder, query))
+                query = self.with_vector(query, made)
             if self.strategy.is_async:
                 decision = await self._awaited(lambda: self.strategy.aroute(query, pool, ask))
             else:

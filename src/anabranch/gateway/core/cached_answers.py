@@ -147,7 +147,7 @@ class CachedAnswers:
         self._context = await apart(state, lambda: context_key(state.endpoint, self._asked_for, state.body))
         if self._context is None or caches.semantic is None:
             return None
-        state.vector = await caches.embed(self._context[1])
+        state.vector = await caches.embed(self._context[1], state.vectors)
         if state.vector is None:
             return None
         entry = await caches.alike(state.tenant, self._context[0], state.vector)

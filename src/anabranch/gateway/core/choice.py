@@ -26,7 +26,7 @@ async def decide(state: RequestState) -> None:
     decider = state.runtime.decider
     try:
         query, pool = query_of(state), pool_of(state)
-        state.decided = decided = await decider.decide(state.target.strategy, query, pool, state.calls)
+        state.decided = decided = await decider.decide(state.target.strategy, query, pool, state.calls, state.vectors)
     finally:
         # What a strategy leaves behind would hold money that the answer needs.
         await state.calls.stop()
@@ -53,7 +53,6 @@ def query_of(state: RequestState) -> Query:
         tenant=state.tenant,
         user=state.named_user,
         knobs=state.target.knobs,
-        vector_D=state.vector,
         request_id=state.id,
     )
 

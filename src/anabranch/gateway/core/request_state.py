@@ -22,6 +22,7 @@ from anabranch.gateway.core.services import Services
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.dispatch.senders import own_sender
+from anabranch.gateway.made_vectors import MadeVectors
 from anabranch.gateway.media_requests import is_media
 from anabranch.gateway.metrics import StageClock
 from anabranch.gateway.prompt_tokens import PromptCount
@@ -78,8 +79,9 @@ class RequestState:
         self.calls: ModelCalls
         # Of its calls, once it is known how long it is.
         self.bounds: Bounds
-        # Of the text, if a cache or a strategy needed it.
+        # Of the text, by the embedder of the semantic cache, if that looked; and those that its strategies needed.
         self.vector: Any = None
+        self.vectors = MadeVectors()
         # There is a place where the same request would find its answer.
         self.is_cacheable = False
         self.hit: Entry | None = None
