@@ -50,6 +50,30 @@ def test_eval_says_what_training_said(capfd, trained, tmp_path):
     assert len((tmp_path / "e.csv").read_text().splitlines()) == 4
 
 
+def test_eval_tells_how_sure_measures_of_drivers_are(capfd, tmp_path):
+    where = tmp_path / "run"
+    small = ["--set", "task.eval_episodes=1", "--set", "task.environment.world.timeout_s=2", "--set"]
+    small.append("task.environment.world.maps=1")
+    assert run(capfd, "rl", "train", "laneworld", "--samples", 128, "--out", where, "--quiet", *small)[0] == 0
+    told = json.loads(run(capfd, "rl", "eval", where, "--episodes", 4, "--json", "--quiet")[1])
+    assert (
+        {"driving_score", "route_completion", "infractions_per_km", "comfort"}
+        <= told["intervals"].keys()
+        <= told.keys()
+    )
+    assert told["intervals"]["driving_score"] > 0
+    line = next(
+        line
+        for line in run(capfd, "rl", "eval", where, "--episodes", 4, "--quiet")[1].splitlines()
+        if line.startswith("driving_score")
+    )
+    assert line.split()[1:] == [
+        f"{told['driving_score']:.4g}",
+        "+-",
+        f"{told['intervals']['driving_score']:.2g}",
+    ]
+
+
 def test_eval_draws_the_curve(capfd, trained, tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("c.svg", "c.png"):

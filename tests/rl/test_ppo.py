@@ -428,6 +428,14 @@ def test_an_evaluation_has_its_own_beginnings_and_plays_each_once():
     assert measures["return_interval"] == pytest.approx(1.96 * found.return_E.std(ddof=1) / 70**0.5)
 
 
+def test_intervals_of_outcomes_by_hand():
+    """Mean 4 and deviation 2 of 2, 4, 6; what one episode alone tells has none."""
+    outcomes = {"score": np.array([2.0, 4.0, 6.0]), "rare": np.array([np.nan, 1.0, np.nan])}
+    found = evaluation.Episodes(np.zeros(3), np.ones(3, int), np.ones(3, bool), outcomes).intervals()
+    assert found["score"] == pytest.approx(1.96 * 2 / 3**0.5)
+    assert math.isnan(found["rare"])
+
+
 def test_an_episode_that_is_cut_off_counts_as_such(tmp_path):
     task = run().task.build()
     torch.manual_seed(0)

@@ -71,6 +71,12 @@ def failing(model, query):
         (ASKS.replace("small:", "huge:"), str, "invalid: unknown model"),
         (ASKS, failing, "invalid: no reply"),
         (ASKS, lambda model, query: None, "invalid: no reply"),
+        (ASKS, lambda model, query: b"bytes", "invalid: no reply"),
+        (ASKS, lambda model, query: Reply(5), "invalid: no reply"),
+        (ASKS, lambda model, query: Reply("x", -1, 2), "invalid: no reply"),
+        (ASKS, lambda model, query: Reply("x", 1, float("nan")), "invalid: no reply"),
+        (ASKS, lambda model, query: Reply("x", float("inf"), 2), "invalid: no reply"),
+        (ASKS, lambda model, query: Reply("x", "many", 2), "invalid: no reply"),
     ],
 )
 def test_who_is_not_there_or_fails_says_nothing(text, reply, action):

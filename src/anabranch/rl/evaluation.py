@@ -57,12 +57,16 @@ class Episodes:
         return {
             "mean_return": float(self.return_E.mean()),
             "return_deviation": deviation,
-            "return_interval": _WITHIN_95 * deviation / math.sqrt(number),
+            "return_interval": _interval(self.return_E),
             "mean_length": float(self.length_E.mean()),
             "terminated": float(self.terminated_E.mean()),
             "episodes": number,
             **{name: float(np.nanmean(values)) for name, values in sorted(self.outcomes.items())},
         }
+
+    def intervals(self) -> dict[str, float]:
+        """Half the width of the 95 % interval of the mean of each of ``outcomes``; nan where fewer than two episodes have it."""
+        return {name: _interval(values[~np.isnan(values)]) for name, values in sorted(self.outcomes.items())}
 
     def write_csv(self, path: str | Path) -> None:
         """A line for each episode, below the names of columns. Raises DataError if it cannot be written."""
@@ -73,6 +77,11 @@ class Episodes:
             for place in range(len(self.return_E)):
                 told = [self.return_E[place], self.length_E[place], int(self.terminated_E[place])]
                 writer.writerow([place, *told, *(self.outcomes[name][place] for name in names)])
+
+
+def _interval(value_E: np.ndarray) -> float:
+    number = len(value_E)
+    return _WITHIN_95 * float(value_E.std(ddof=1)) / math.sqrt(number) if number > 1 else math.nan
 
 
 def judge(

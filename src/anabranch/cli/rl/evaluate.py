@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,7 +103,7 @@ def evaluate(
             on_step=lambda world, ended: progress.update(ended),
             beside=_BESIDE if referee is not None else None,
         )
-    measures = found.measures()
+    measures, intervals = found.measures(), found.intervals()
     if csv is not None:
         found.write_csv(csv)
     if picture is not None:
@@ -111,7 +112,7 @@ def evaluate(
         draw_curve(read_metrics(run), measures, picture, run.name)
     if as_json:
         told = {} if referee is None else {"referee": referee}
-        print_json({"folder": str(run), "step": agent.step, "seed": begins, **told, **measures})
+        print_json({"folder": str(run), "step": agent.step, "seed": begins, **told, **measures, "intervals": intervals})
         return
     fact("return", _returned(measures))
     fact(
@@ -120,7 +121,8 @@ def evaluate(
     )
     for name, value in measures.items():
         if name not in _KNOWN:
-            fact(name, f"{value:.4g}")
+            width = intervals.get(name, math.nan)
+            fact(name, f"{value:.4g}" + (f" +- {width:.2g}" if math.isfinite(width) else ""))
     made = ", ".join(str(path) for path in (csv, picture) if path is not None)
     then = f"anabranch rl replay {shell_word(run)} --out episode.gif"
     if made:

@@ -42,12 +42,23 @@ class Reply:
         text: of it.
         prompt_tokens, completion_tokens: that it took.
         is_counted: they were told; else they are the words of question and text, and what it cost is not known.
+
+    Raises BackendError for a text or a count that is none: a pool is anybody's code, and what is no reply is a model that said nothing.
     """
 
     text: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
     is_counted: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise BackendError(f"a model replied with a {type(self.text).__name__}; it must be a text")
+        counts = (self.prompt_tokens, self.completion_tokens)
+        if not all(isinstance(count, int | float) and 0 <= count < float("inf") for count in counts):
+            raise BackendError(
+                f"a reply has {counts[0]!r} and {counts[1]!r} tokens; they must be numbers of at least 0"
+            )
 
 
 class RoutePool(Protocol):
