@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from anabranch.web.said_order import without_order
+
 Json = dict[str, Any]
 
 # Fields that every form has words for.
@@ -26,7 +28,7 @@ def beside(message: Json) -> Json:
     found = {name: value for name, value in message.items() if name not in _SAID and value not in (None, "", [], {})}
     own = found.pop("extra_content", None)
     # What is in it already needs no second name around it.
-    return joined(found, own) if isinstance(own, dict) else found
+    return joined(found, without_order(own)) if isinstance(own, dict) else found
 
 
 def joined(told: Json, more: Json) -> Json:

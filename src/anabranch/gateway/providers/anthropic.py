@@ -33,6 +33,7 @@ from anabranch.gateway.providers.provider import (
     parse_object,
 )
 from anabranch.gateway.providers.usage import searches_of, tier_of
+from anabranch.web.said_order import SaidOrder
 
 __all__ = ["Anthropic", "MessageStream", "translated"]
 FINISH = {
@@ -198,18 +199,22 @@ def _head(message: Json, kind: str) -> Json:
 
 def _message(content: list[Json], is_json: bool = False) -> Json:
     """A message of OpenAI's form; ``is_json`` where the answer is the input of `ANSWER_TOOL`."""
-    text = "".join(block.get("text", "") for block in content if block.get("type") == "text")
+    text, order = "".join(block.get("text", "") for block in content if block.get("type") == "text"), SaidOrder()
     thoughts = [block for block in content if block.get("type") in ("thinking", "redacted_thinking")]
-    calls = []
+    calls: list[Json] = []
     for block in content:
+        if block.get("type") == "text" and not is_json:
+            order.add_text(block.get("text", ""))
         if block.get("type") != "tool_use":
             continue
         arguments = json.dumps(block.get("input") or {})
         if is_json and block["name"] == ANSWER_TOOL:
             # What is said beside it is no JSON.
             text = arguments
+            order.add_text(text)
         else:
             function = {"name": block["name"], "arguments": arguments}
+            order.add_call(len(calls))
             calls.append({"id": block["id"], "type": "function", "function": function})
     message: Json = {"role": "assistant", "content": text if text or not calls else None}
     if others := [{"index": at, **block} for at, block in enumerate(filter(_is_other, content))]:
@@ -220,6 +225,7 @@ def _message(content: list[Json], is_json: bool = False) -> Json:
         message["thinking_blocks"] = thoughts
     if calls:
         message["tool_calls"] = calls
+    order.put_into(message)
     return message
 
 

@@ -8,6 +8,7 @@ from anabranch.gateway.providers.native_events import NATIVE
 from anabranch.gateway.providers.provider import Json
 from anabranch.web.beside import joined
 from anabranch.web.reasoning_details import details_in, joined_details
+from anabranch.web.said_order import SaidOrder
 
 _OF_CALL = ("index", "id", "type", "function")
 
@@ -95,6 +96,7 @@ class _Choice:
         self._logprobs: _Table | None = None
         self._message: _Table | None = None
         self._calls: list[_Call] = []
+        self._order = SaidOrder()
 
     def add(self, choice: Json) -> None:
         whole = self._whole
@@ -128,6 +130,8 @@ class _Choice:
                 self._add_calls(value)
         elif name in TEXTS and isinstance(value, str):
             message.add_text(name, value)
+            if name == "content":
+                self._order.add_text(value)
         elif isinstance(value, list):
             # Such as the details of thoughts, which come piece by piece.
             message.add_list(name, value)
@@ -143,6 +147,8 @@ class _Choice:
                 continue
             at = place_of(piece, len(self._calls))
             while len(self._calls) <= at:
+                # Also of those that others are still to come before: each is there once.
+                self._order.add_call(len(self._calls))
                 self._calls.append(_Call())
             self._calls[at].add(piece)
 
@@ -156,6 +162,7 @@ class _Choice:
             whole["message"] = message = self._message.whole()
             if "tool_calls" in message:
                 message["tool_calls"] = [call.whole() for call in self._calls]
+                self._order.put_into(message)
         return whole
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from anabranch.gateway.providers.native_events import NATIVE, events_of
 from anabranch.gateway.providers.provider import Json
+from anabranch.web.said_order import OWN, said, without_order
 
 # Most choices, or calls of tools, of an answer.
 PLACES = 1024
@@ -69,18 +70,35 @@ def as_chunks(body: Json, endpoint: str = "chat", with_usage: bool = False) -> l
                 message["tool_calls"] = [
                     {**call, "index": place} for place, call in enumerate(calls) if isinstance(call, dict)
                 ]
-            part: Json = {**shared, "delta": {"role": "assistant", **message}, "finish_reason": None}
+            first, *others = [message] if any(name in body for name in NATIVE) else _in_order(message)
+            behind = [{"index": at, "delta": delta, "finish_reason": None} for delta in others]
+            part: Json = {**shared, "delta": {"role": "assistant", **first}, "finish_reason": None}
             end: Json = {"index": at, "delta": {}, "finish_reason": choice.get("finish_reason") or "stop"}
         else:
+            behind = []
             part = {**shared, "text": string(choice.get("text")), "finish_reason": None}
             end = {"index": at, "text": "", "finish_reason": choice.get("finish_reason") or "stop"}
-        chunks += [{**head, "choices": [part]}, {**head, "choices": [end]}]
+        chunks += [{**head, "choices": [one]} for one in (part, *behind, end)]
     for name in NATIVE:
         if len(chunks) == 2 and isinstance(body.get(name), dict):
             chunks = _with_events(chunks, name, events_of(name, body[name]), head)
     if with_usage and isinstance(body.get("usage"), dict):
         chunks.append({**head, "choices": [], "usage": body["usage"]})
     return chunks
+
+
+def _in_order(message: Json) -> list[Json]:
+    """The deltas of a message that says in which order its text and its calls came; one of any other."""
+    extra = message.get("extra_content")
+    if not isinstance(extra, dict) or OWN not in extra:
+        return [message]
+    left_out = ("content", "tool_calls", "extra_content")
+    first = {name: value for name, value in message.items() if name not in left_out}
+    if others := without_order(extra):
+        first["extra_content"] = others
+    pieces = said(message)
+    first["content"] = pieces.pop(0)[1] if pieces and pieces[0][0] == "text" else None
+    return [first, *({"content": one} if kind == "text" else {"tool_calls": [one]} for kind, one in pieces)]
 
 
 def _with_events(chunks: list[Json], name: str, events: list[Json] | None, head: Json) -> list[Json]:

@@ -20,6 +20,7 @@ from anabranch.gateway.providers.provider import (
     parse_object,
 )
 from anabranch.gateway.providers.vocabulary import status_said
+from anabranch.web.said_order import SaidOrder
 
 PATH = "/responses"
 _MISSHAPEN = (KeyError, TypeError, AttributeError, ValueError)
@@ -77,10 +78,12 @@ def _head(value: Json, kind: str) -> Json:
 
 def _message(output: list[Json]) -> Json:
     texts: dict[str, str] = {"content": "", "refusal": "", "reasoning_content": ""}
-    calls = []
+    calls: list[Json] = []
+    order = SaidOrder()
     for item in output:
         if item["type"] == "message":
             for part in item["content"]:
+                order.add_text(part.get("text") or "")
                 texts["content"] += part.get("text") or ""
                 texts["refusal"] += part.get("refusal") or ""
         elif item["type"] == "reasoning":
@@ -88,10 +91,14 @@ def _message(output: list[Json]) -> Json:
                 texts["reasoning_content"] += part.get("text") or ""
         elif item["type"] == "function_call":
             function = {"name": item["name"], "arguments": item.get("arguments") or "{}"}
+            order.add_call(len(calls))
             calls.append({"id": item["call_id"], "type": "function", "function": function})
     message: Json = {"role": "assistant", "content": texts.pop("content") or (None if calls else "")}
     message |= {name: text for name, text in texts.items() if text}
-    return {**message, "tool_calls": calls} if calls else message
+    if calls:
+        message["tool_calls"] = calls
+        order.put_into(message)
+    return message
 
 
 def _finish(value: Json) -> str:

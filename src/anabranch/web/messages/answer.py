@@ -6,6 +6,7 @@ from typing import Any
 
 from anabranch.web.beside import beside, images_of
 from anabranch.web.reasoning_details import details_in, sealed_blocks
+from anabranch.web.said_order import said
 
 Json = dict[str, Any]
 STOPS = {
@@ -30,9 +31,13 @@ def to_message(body: Json, answer: Json) -> Json:
     choice: Json = next(iter(answer.get("choices") or ()), {})
     message = choice.get("message") or {}
     content = thoughts_of(message)
-    content += [{"type": "text", "text": text} for text in (message.get("content"), message.get("refusal")) if text]
+    pieces = said(message)
+    # What is told behind calls is text alone.
+    first_call = next((at for at, (kind, _) in enumerate(pieces) if kind == "call"), len(pieces))
+    content += [_block(kind, piece) for kind, piece in pieces[:first_call]]
+    content += [{"type": "text", "text": text} for text in (message.get("refusal"),) if text]
     content += [image_block(kind, data) for kind, data in images_of(message)]
-    content += [_call(call) for call in message.get("tool_calls") or ()]
+    content += [_block(kind, piece) for kind, piece in pieces[first_call:]]
     more = beside(message)
     return {
         **head(answer.get("id"), answer.get("model") or body.get("model")),
@@ -101,6 +106,10 @@ def _thought(block: Json) -> Json:
     """Without the number that only streams need; Anthropic's clients want a signature in each, if an empty one."""
     made = {name: value for name, value in block.items() if name != "index"}
     return {"signature": "", **made} if made.get("type") == "thinking" else made
+
+
+def _block(kind: str, piece: Any) -> Json:
+    return {"type": "text", "text": piece} if kind == "text" else _call(piece)
 
 
 def _call(call: Json) -> Json:

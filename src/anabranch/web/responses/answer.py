@@ -17,6 +17,7 @@ from anabranch.web.responses.items import (
 from anabranch.web.responses.request import table_of
 from anabranch.web.responses.thoughts import sealed, thought_in
 from anabranch.web.responses.tools import custom_names
+from anabranch.web.said_order import said
 
 # Fields of a request that a response shows, and what they are where it says nothing.
 _SHOWN: dict[str, Any] = {
@@ -56,7 +57,8 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     blocks = message.get("thinking_blocks") or sealed_blocks(details_in(message))
     if thought_in(message) or blocks:
         output.append(sealed(reasoning_item(new_id("rs"), thought_in(message)), blocks, body))
-    text, refusal = _as_text(message.get("content")), message.get("refusal") or ""
+    pieces = said({**message, "content": _as_text(message.get("content"))})
+    text, refusal = pieces.pop(0)[1] if pieces and pieces[0][0] == "text" else "", message.get("refusal") or ""
     # An answer that says nothing at all is a message without text, as its stream has it.
     if text or refusal or not (output or message.get("tool_calls") or images_of(message)):
         logprobs = logprobs_of(choice)
@@ -65,7 +67,11 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
             logprobs = logprobs_within(text, logprobs, keeps_rest=not message.get("tool_calls"))
         output.append(message_item(new_id("msg"), text, refusal, logprobs=logprobs))
     custom = custom_names(body)
-    for call in message.get("tool_calls") or ():
+    for kind, call in pieces:
+        if kind == "text":
+            behind = logprobs_within(call, logprobs_of(choice), keeps_rest=False)
+            output.append(message_item(new_id("msg"), call, "", logprobs=behind))
+            continue
         function = call.get("function") or {}
         name, arguments = function.get("name"), function.get("arguments") or ""
         is_custom = name in custom
@@ -73,7 +79,8 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
         output.append(call_item(id, call.get("id"), name, arguments, is_custom=is_custom))
         if why_cut(choice.get("finish_reason")) and not is_whole(arguments):
             output[-1]["status"] = "incomplete"
-    if output and why_cut(choice.get("finish_reason")) and not message.get("tool_calls"):
+    is_text_last = bool(pieces) and pieces[-1][0] == "text"
+    if output and why_cut(choice.get("finish_reason")) and (is_text_last or not message.get("tool_calls")):
         output[-1]["status"] = "incomplete"
     output += [image_item(kind, data) for kind, data in images_of(message)]
     made = response_of(body, answer.get("model"), answer.get("created"))
