@@ -89,12 +89,6 @@ def names_ends(cells: Sequence[str]) -> bool:
     return called(cells, SOURCES) is not None and called(cells, TARGETS) is not None
 
 
-def are_of_r(cells: Sequence[str]) -> bool:
-    """Whether a line begins as R calls columns that have no names: V1 and V2, or X1 and X2."""
-    bare = [cell.strip() for cell in cells if not is_index(cell)]
-    return bare[:2] in (["V1", "V2"], ["X1", "X2"])
-
-
 def are_alike(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether a cell of a line is called as the one below, but for figures: node1 above node2 is a node, and no name of a column."""
     pairs = zip(first, second, strict=False)

@@ -11,17 +11,60 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _OPENING, _CLOSING = "([{", ")]}"
+_NAMED = "Name the columns in the first line, as source,target"
+
+
+def row_fault(rows: Sequence[Sequence[str]], *, has_ends: bool) -> tuple[int, str] | None:
+    """The number of a row, of the first ones of a table, that is none of a table of edges, and what it is; None where all may be.
+
+    Args:
+        rows: cells; x where one is in quotes.
+        has_ends: names of columns say which are the ends, or whoever asks does.
+    """
+    python = next((number for number, row in enumerate(rows) if is_python(row)), None)
+    if python is not None:
+        return python, "a row as Python or JSON prints it; write edges without brackets, as `1,2`"
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    if has_ends or not cells or not all(cells):
+        return None
+    arrow = next((number for number, row in enumerate(cells) if len(row) > 2 and _is_arrow(row[1])), None)
+    if arrow is None and all(len(row) > 2 and _is_sign(row[1]) for row in cells):
+        arrow = 0
+    if arrow is not None:
+        sign = cells[arrow][1]
+        return arrow, f"is {sign!r} a node, or a sign between two? {_NAMED}, or leave the signs out"
+    # Below a line of names, too.
+    lists = [number for number, row in enumerate(cells) if _begins_list(row[0])]
+    if lists and (len(lists) == len(cells) or not any(re.search("[0-9]", cell) for cell in cells[0])):
+        begin = cells[lists[0]][0]
+        return lists[0], f"is {begin!r} a node, or are those behind it neighbours? {_NAMED}, or write an edge a line"
+    return None
+
+
+def _is_sign(text: str) -> bool:
+    return re.fullmatch(r"[-+=<>~|:*/\\]+", text) is not None
+
+
+def _is_arrow(text: str) -> bool:
+    """Whether it is a sign that no missing cell has: ``->``, ``<=>``."""
+    return re.fullmatch(r"[-=~]*[<>][-=~<>]*", text) is not None
+
+
+def _begins_list(text: str) -> bool:
+    """Whether a cell is of a node in front of its neighbours: ``1:``, or ``1: 2`` where these are split at commas."""
+    return re.fullmatch(r"[^\s:]+:(\s+-?[0-9]+)?", text) is not None
 
 
 def is_python(cells: Sequence[str]) -> bool:
-    """Whether cells are of a row as Python or JSON prints it: ``(1, 2)``, ``[1, 2]``, ``{"source": 1, "target": 2}``.
+    """Whether cells are of a row as Python or JSON prints it: ``(1, 2)``, ``Edge(1, 2)``, ``0: [1, 2]``, ``{"source": 1, "target": 2}``.
 
-    A bracket opens in the first one and closes in the last; names may hold both.
+    A bracket opens in one of the first two and closes in a later one; names may hold both, and what is behind two ends is none of these.
     """
     bare = [cell.strip() for cell in cells if cell.strip()]
-    if len(bare) < 2 or bare[0][0] not in _OPENING or bare[-1][-1] not in _CLOSING:
-        return False
-    return _depth(bare[0]) > 0 > _depth(bare[-1])
+    # A cell that ends in one is a smile.
+    begins = (number for number, cell in enumerate(bare[:2]) if _depth(cell) > 0 and cell[-1] not in _OPENING)
+    opening = next(begins, None)
+    return opening is not None and any(_depth(cell) < 0 for cell in bare[opening + 1 :])
 
 
 def _depth(text: str) -> int:

@@ -130,6 +130,8 @@ def _typed_table(source: str, relation: str) -> Any:
 
     table = read_arrow(source, lambda table: [*ends(table), *{relation} & {*table.column_names}])
     check_no_bare_matrix(source, table.column_names, len(table), table.column)
+    if not len(table):
+        raise DataError(f"{source} has no rows")
     called = {name: as_names(table[name]) for name in ends(table)}
     kinds = {relation: table[relation]} if relation in table.column_names else {}
     for name, column in (called | kinds).items():

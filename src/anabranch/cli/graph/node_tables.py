@@ -29,9 +29,11 @@ from anabranch.graph.table_columns import (
     is_matrix,
     known_ends,
     named_index,
+    names_ends,
     plain_name,
 )
-from anabranch.graph.table_faults import check_one_file, is_python
+from anabranch.graph.table_faults import check_one_file, row_fault
+from anabranch.graph.table_numbered import are_positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,11 +149,10 @@ def _check_rows(path: str, form: Form, graph: Graph | None, cells: Cells, ends: 
         return all(_is_node(graph, text) for text in texts) if graph is not None else cells.table.num_columns == 1
 
     check_one_file(path, cells.table, cells.names, is_meant)
-    for row, texts in enumerate(cells.first_lines if form is EDGES else ()):
-        if is_python([text or "" for text in texts]) and not is_meant(row):
-            raise DataError(
-                f"{path}, row {row}: it is written as Python or JSON prints it; write edges without brackets"
-            )
+    lines = [[text or "" for text in texts] for texts in cells.first_lines] if form is EDGES else []
+    fault = row_fault(lines, has_ends=cells.names is not None and names_ends(cells.names))
+    if fault is not None and not is_meant(fault[0]):
+        raise DataError(f"{path}, row {fault[0]}: {fault[1]}")
 
 
 def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Sequence[str]], table: pa.Table) -> bool:
@@ -177,6 +178,8 @@ def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Seque
         return True
     if graph is None:
         return len(lines) > 1 and not _is_float(first[0]) and _is_float(lines[1][0])
+    if form is EDGES and len(lines) > 1 and are_positions(first, lines[1]):
+        raise _either(path, form, first)
     if any(_is_node(graph, cell) or (are_numbers(graph) and _is_float(cell)) for cell in ends):
         return False
     # A node that was typed wrong is no name of a column.

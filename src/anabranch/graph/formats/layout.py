@@ -17,7 +17,6 @@ from anabranch.graph.table_columns import (
     WEIGHTS,
     Column,
     are_alike,
-    are_of_r,
     called,
     chosen_ends,
     column_of,
@@ -31,7 +30,8 @@ from anabranch.graph.table_columns import (
     says_ends,
 )
 from anabranch.graph.table_direction import is_direction
-from anabranch.graph.table_faults import bare_matrix, is_adjacency, is_python, other_mark
+from anabranch.graph.table_faults import bare_matrix, is_adjacency, other_mark, row_fault
+from anabranch.graph.table_numbered import are_numbered, are_positions
 
 # `write_graph` leaves it.
 NOTE = re.compile(rb"^# anabranch graph: (\d+) nodes( by name)?, (directed|undirected)\r*$", re.MULTILINE)
@@ -218,11 +218,13 @@ def _check_rows(
     rows: list[list[tuple[str, bool]]],
     delimiter: int,
 ) -> None:
-    """Raises DataError for rows as Python prints them, and where nobody can tell what they are split at."""
-    for line, row in zip(lines, rows, strict=True):
-        if not any(quoted for _, quoted in row) and is_python([text for text, _ in row]):
-            fail(path, line, "a row as Python or JSON prints it; write edges without brackets")
-    if dialect.delimiter is not None or delimiter != ord(",") or names_ends([text for text, _ in rows[0]]):
+    """Raises DataError for rows as `row_fault` finds them, and where nobody can tell what they are split at."""
+    has_ends = names_ends([text for text, _ in rows[0]])
+    is_said = dialect.source is not None or dialect.target is not None
+    fault = row_fault([["x" if quoted else text for text, quoted in row] for row in rows], has_ends=has_ends or is_said)
+    if fault is not None:
+        fail(path, lines[fault[0]], fault[1])
+    if dialect.delimiter is not None or delimiter != ord(",") or has_ends:
         return
     mark = other_mark(texts)
     if mark is not None:
@@ -254,13 +256,13 @@ def _names(
         raise no_table(path)
     has_header = _has_header(rows, dialect)
     is_counted = len(first) > 3 and first == [str(number) for number in range(len(first))]
-    if (has_header or is_counted) and dialect.source is None and dialect.target is None and not says_ends(first):
+    is_said = dialect.source is not None or dialect.target is not None
+    if (has_header or is_counted) and not is_said and not says_ends(first):
         _check_no_bare_matrix(path, dialect, delimiter, first, line)
     if has_header:
         return True, first
-    if (are_of_r(first) and not are_alike(first, below)) or (
-        delimiter != WHITESPACE and is_end(first) and not are_alike(first, below)
-    ):
+    is_end_named = delimiter != WHITESPACE and is_end(first) and not are_alike(first, below)
+    if is_end_named or are_numbered(first, below) or (not is_said and are_positions(first, below)):
         fail(
             path,
             line,
@@ -311,7 +313,8 @@ def _delimiter(text: str, given: str | None) -> int:
         if len(given) != 1 or not given.isascii() or given in '"\n\r\0':
             raise InputError(f"delimiter is {shown(given)}; it must be one ASCII character, or 'whitespace'")
         return ord(given)
-    bare = re.sub(r'"[^"]*"', "", text.strip())
+    # Marks in quotes divide none, nor those between attributes, as networkx writes them behind the ends.
+    bare = re.sub(r"\s\{.*\}$", "", re.sub(r'"[^"]*"', "", text.strip()))
     # Aligned by tabs and blanks.
     if all(map(is_number, bare.split())):
         return WHITESPACE
