@@ -7,7 +7,7 @@ import sqlite3
 import numpy as np
 import pytest
 
-from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.learning.kept_bytes import packed_part
 from anabranch.gateway.providers.mock import Mock
@@ -160,3 +160,20 @@ def test_what_strategies_keep_says_its_dimensions():
     cache, other = make("ic_cache"), make("random")
     assert cache.vector_dim(*cache.kept_state()) is None
     assert other.vector_dim({}, {}) is None
+
+
+def test_ic_cache_begins_anew_too(tmp_path, caplog):
+    kept = config(tmp_path / "g.db", "ic_cache").replace(log=LogConfig(prompts=True))
+
+    async def work():
+        async with Gateway(kept) as gateway:
+            before = make("ic_cache")
+            before._cache_for([before._arm("small", 1e-3), before._arm("large", 2e-3)], WRONG)
+            await put(gateway, "dead.1", before)
+        async with Gateway(kept) as gateway:
+            reply = await gateway.handle("chat", {"model": "auto/s", "messages": [{"role": "user", "content": "x"}]})
+            assert "x-route-bypassed" not in reply.headers
+            return gateway.runtime.decider.lanes["s"].strategy.cache.router.dim
+
+    assert asyncio.run(work()) == RIGHT
+    assert caplog.text.count("it is of vectors of 3 dimensions, and the embedder gives 8") == 1
