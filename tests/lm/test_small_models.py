@@ -14,6 +14,7 @@ import torch
 
 from anabranch.cli.main import main
 from anabranch.lm import KeyValueCache, load_model
+from anabranch.nn.nf4 import BLOCK, Nf4Linear
 
 pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -106,3 +107,28 @@ def test_it_scores_continues_and_talks(found, tmp_path, capsys, monkeypatch):
     assert "5" in said
     # Gemma's is the base model, which goes on as it likes.
     assert name == "gemma3" or "Paris" in said
+
+
+@torch.inference_mode()
+def test_double_quantisation_of_trained_weights_costs_little(found):
+    """Of all weights of a matrix, and of the half of its blocks whose scales are least, which the 8 bits of a scale serve worst."""
+    model, _ = load_model(found[1], dtype=torch.float32)
+    cost_ME = []
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Linear) or module is model.head or module.out_features < 16:
+            continue
+        blocks = module.weight.numel() // BLOCK
+        flat_SB = module.weight.flatten()[: blocks * BLOCK].view(-1, BLOCK)
+        least_S = flat_SB.abs().amax(1).argsort()[: blocks // 2]
+        lost = [
+            (Nf4Linear(module.weight, double=double).weight_in(torch.float32) - module.weight).flatten()
+            for double in (True, False)
+        ]
+        whole, half = (
+            [one[: blocks * BLOCK].view(-1, BLOCK)[rows].norm() for one in lost] for rows in (slice(None), least_S)
+        )
+        cost_ME.append([float(whole[0] / whole[1]), float(half[0] / half[1])])
+    cost_ME = torch.tensor(cost_ME)
+    assert len(cost_ME) >= 18 * 4
+    assert bool((cost_ME.amax(0) < torch.tensor([1.03, 1.12])).all())
+    assert bool((cost_ME.median(0).values < torch.tensor([1.006, 1.011])).all())

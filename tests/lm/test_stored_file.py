@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 
 from anabranch.data import ByteTokenizer
 from anabranch.errors import CheckpointError
-from anabranch.lm import Decoder, save_model, tensors
+from anabranch.lm import Decoder, load_model, save_model, tensors
 from anabranch.lm.stored_file import StoredFile
 from anabranch.lm.tensors import PickleFiles, SafetensorsFiles
 from anabranch.nn import MoE
 from anabranch.nn.quantize import quantize
+from anabranch.serving.expertflow import loading
 
 WRITTEN = "was written to while it was in use; start again"
 
@@ -250,3 +251,33 @@ def test_a_name_is_of_the_file_that_was_opened(file):
     file.unlink()
     with pytest.raises(CheckpointError, match="was replaced while it was opened"):
         stored.check_name()
+
+
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_experts_and_the_layers_around_them_are_of_one_model(bits, tmp_path, monkeypatch):
+    """Experts are opened by name, when the others are open: by then the name may be of another model, of the same sizes."""
+    for seed, name in enumerate(("m", "other")):
+        model = Decoder.Config(
+            vocab_size=257, dim=64, num_layers=2, feed_forward=MoE.Config(num_experts=4, hidden_dim=32)
+        ).build(seed=seed)
+        if bits:
+            quantize(model, bits)
+        save_model(tmp_path / name, model, ByteTokenizer())
+    table = loading._table
+
+    def replaced(*given):
+        os.replace(tmp_path / "other" / "model.safetensors", tmp_path / "m" / "model.safetensors")
+        return table(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "_table", replaced)
+        with pytest.raises(
+            CheckpointError, match=r"model\.safetensors was replaced while it was opened; read it again"
+        ):
+            loading.load_offloaded(tmp_path / "m", "1MiB")
+    model, _, engine = loading.load_offloaded(tmp_path / "m", "1MiB")
+    with engine, torch.inference_mode():
+        found = model(torch.arange(9)[None]).logits_BLV
+    wanted, _ = load_model(tmp_path / "m")
+    with torch.inference_mode():
+        torch.testing.assert_close(found, wanted.eval()(torch.arange(9)[None]).logits_BLV)

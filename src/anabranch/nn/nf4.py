@@ -9,7 +9,8 @@
 That is 4 + 8/64 + 32/(64 * 256) = 4.13 bits a weight, in place of 4.5 with c2 in float32. Both passes compute in the type of what comes in
 (bfloat16 in the paper): the matrix is made anew for each and not kept between them.
 
-Departures: FP8 is E4M3 (torch.float8_e4m3fn), where the paper says 8-bit floats and bitsandbytes has a table of its own.
+Departures: FP8 is E4M3 (torch.float8_e4m3fn), where the paper says 8-bit floats and bitsandbytes has a table of its own. It costs trained
+weights little, and blocks that are hundreds of times smaller than others more (docs/systems/peft-survey.md has the figures).
 """
 # Shapes: N outputs, K inputs, S blocks of 64 weights, G groups of 256 blocks
 
