@@ -1,10 +1,13 @@
 """What embedders of others give: unit vectors of the length they say, or an error that says what it was."""
 
+import hashlib
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from anabranch.errors import DataError
-from anabranch.routers.embed import Embedder, embed_cached, embed_of, unit_vectors
+from anabranch.routers.embed import Embedder, cache, embed_cached, embed_of, unit_vectors
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.fitted import FittedRouter
 from anabranch.routers.strategies import make
@@ -97,3 +100,53 @@ def test_a_fitted_router_and_what_strategies_are_connected_with_see_unit_vectors
     np.testing.assert_allclose(router.query("a").vector_D, wanted_D, rtol=1e-6)
     np.testing.assert_allclose(embed_of(one)(["a"])[0], wanted_D, rtol=1e-6)
     assert embed_of(None) is None
+
+
+def test_vectors_that_an_earlier_version_kept_unscaled_or_damaged_are_made_anew(tmp_path):
+    """As they lie in its files: of another length, not finite, huge; beside them two that are right."""
+    rows = {"a": [3.0, 4.0, 0.0], "b": [np.nan, 0.0, 1.0], "c": [3e38, 0.0, 0.0], "d": [0.6, 0.0, 0.8], "e": [0.0] * 3}
+    true = {"a": [0.6, 0.8, 0.0], "b": [0.0, 0.0, 1.0], "c": [1.0, 0.0, 0.0], "d": rows["d"], "e": rows["e"]}
+    asked = []
+
+    class Known(Given, kind=None):
+        def embed(self, texts):
+            asked.extend(texts)
+            return [5 * np.array(true[text]) for text in texts]
+
+    one = Known(None)
+    place = tmp_path / "vectors" / cache.fingerprint(one)
+    place.mkdir(parents=True)
+    keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in rows]
+    cache._write(place, keys, np.array(list(rows.values()), np.float32))
+    for _ in range(2):
+        found_ND = embed_cached(one, list(rows), folder=tmp_path)
+        np.testing.assert_array_equal(found_ND, np.array(list(true.values()), np.float32))
+    assert sorted(asked) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("keys", ["3", '{"a": 1}', '["a"]', "[]"])
+def test_a_file_of_the_cache_whose_keys_are_none_is_passed_over(tmp_path, keys):
+    one = Given(np.eye(3)[:2])
+    place = tmp_path / "vectors" / cache.fingerprint(one)
+    place.mkdir(parents=True)
+    save_file({"vector_ND": np.ones((2, 3), np.float32)}, place / "odd.safetensors", {"keys": keys})
+    np.testing.assert_array_equal(embed_cached(one, TEXTS, folder=tmp_path), np.eye(3)[:2])
+
+
+def test_tensors_may_need_a_gradient():
+    torch = pytest.importorskip("torch")
+    row_ND = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0]], requires_grad=True)
+    for given in (row_ND, list(row_ND), tuple(row_ND), row_ND.double()):
+        np.testing.assert_array_equal(
+            unit_vectors(Given(given), TEXTS), np.array([[0.6, 0.8, 0], [0, 0, 1]], np.float32)
+        )
+    with pytest.raises(DataError, match="no array of numbers"):
+        unit_vectors(Given(row_ND.to_sparse()), TEXTS)
+
+
+def test_what_is_larger_than_any_float_is_not_finite_and_warns_nobody():
+    if np.finfo(np.longdouble).max <= np.finfo(np.float64).max:
+        pytest.skip("no wider float here")
+    given = np.array([[1, 0, 0], [np.finfo(np.longdouble).max, 0, 0]], np.longdouble)
+    with pytest.raises(DataError, match="not finite, of text 1 of 2"):
+        unit_vectors(Given(given), TEXTS)

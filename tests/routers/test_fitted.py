@@ -12,6 +12,7 @@ from anabranch.routers import fitted as fitted_module
 from anabranch.routers import strategies
 from anabranch.routers.contract.predictor import Ranked
 from anabranch.routers.data import pool_of, read_prices
+from anabranch.routers.embed import Embedder, unit_vectors
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.fitted import FittedRouter, load_folder, save_folder
 from made_outcomes import MODELS, Lengths, WordMeans, made_outcomes
@@ -246,3 +247,57 @@ def test_a_folder_that_knows_letters_and_digits_alone_still_tells_what_it_learne
     found = load_folder(tmp_path / "routers")
     assert all(found.has_seen(text) for text in data.query)
     assert not found.has_seen("something else")
+
+
+def without_record(path):
+    """The file as versions wrote it that did not scale vectors."""
+    tensors, content = fitted_module._read(path)
+    del content["embedder"]["unit"]
+    fitted_module._write(path, tensors, content)
+
+
+class Counts(Embedder, kind="counts"):
+    """Of an installed package: counts of words, so that its vectors have any length."""
+
+    dim = 8
+
+    def embed(self, texts):
+        found_ND = np.zeros((len(texts), 8), np.float32)
+        for row, text in enumerate(texts):
+            for word in text.split():
+                found_ND[row, sum(map(ord, word)) % 8] += 3.0
+        return found_ND
+
+
+def scores(router):
+    return {one.model: one.score for one in router.route("add the numbers 7").candidates}
+
+
+def learned(name, embedder, place):
+    data = made_outcomes(60)
+    strategy = strategies.make(name).fit(data.with_vectors(unit_vectors(embedder, data.query)))
+    router = FittedRouter(strategy=strategy, models=pool_of(MODELS).models, embedder=embedder)
+    router.save(place)
+    return router
+
+
+def test_a_router_of_vectors_that_nobody_scaled_is_refused_unless_they_were_of_length_1_anyhow(tmp_path, monkeypatch):
+    monkeypatch.setitem(BUILTIN["embedder"], "counts", f"{__name__}:Counts")
+    place = tmp_path / "router.safetensors"
+    for kind in ("ridge", "linucb", "knn"):
+        router = learned(kind, Counts(Counts.Config()), place)
+        assert scores(FittedRouter.load(place)) == pytest.approx(scores(router))
+        without_record(place)
+        with pytest.raises(CheckpointError, match=r"embedder 'counts' as they came.*fit it again") as caught:
+            FittedRouter.load(place)
+        assert "\n" not in str(caught.value)
+        # Our own scale what they give.
+        router = learned(kind, Hashed(Hashed.Config(dim=32)), place)
+        without_record(place)
+        assert scores(FittedRouter.load(place)) == pytest.approx(scores(router))
+    # Of vectors that are not looked at, nothing is to be said.
+    strategy = Ranked(Ranked.Config(predictor=WordMeans.Config())).fit(made_outcomes(60))
+    models = pool_of(MODELS).models
+    FittedRouter(strategy=strategy, models=models, embedder=Counts(Counts.Config())).save(place)
+    without_record(place)
+    assert FittedRouter.load(place).route("add the numbers 7").model

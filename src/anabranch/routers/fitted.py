@@ -38,6 +38,8 @@ MANIFEST, SEEN, RECOMMENDED = "manifest.json", f"seen{ENDING}", "recommended.jso
 # What a folder of routers holds.
 _OURS = rf"[\w-]+{re.escape(ENDING)}|{re.escape(MANIFEST)}|{re.escape(RECOMMENDED)}"
 _FIELD = "anabranch.router"
+# Of an embedder: its vectors were scaled to length 1 for the strategy to learn from.
+UNIT = "unit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class FittedRouter:
         if self.embedder is not None:
             learned, embedder_facts = self.embedder.state()
             tensors |= {f"embedder.{name}": np.array(value, order="C") for name, value in learned.items()}
-            content["embedder"] = {"config": to_dict(self.embedder.config), "facts": embedder_facts}
+            content["embedder"] = {"config": to_dict(self.embedder.config), "facts": embedder_facts, UNIT: True}
         _write(Path(path), tensors, content)
 
     @classmethod
@@ -98,7 +100,8 @@ class FittedRouter:
             path: of the file.
             embedder: to share one among routers; used if its config is that of the file and it has learned nothing.
 
-        Raises CheckpointError if it is missing, damaged, of another version, or names parts that are not installed.
+        Raises CheckpointError if it is missing, damaged, of another version, or names parts that are not installed; and if it may have
+        learned from vectors of other lengths than 1, which nobody makes any more.
         """
         path = Path(path)
         tensors, content = _read(path)
@@ -107,6 +110,8 @@ class FittedRouter:
             made = None if content["embedder"] is None else _embedder(content["embedder"], tensors, embedder)
             strategy.connect(embed=embed_of(made))
             strategy.load_state(_part(tensors, "strategy."), content["facts"])
+            if made is not None and strategy.needs_vector and content["embedder"].get(UNIT) is not True:
+                _check_ours(made)
             models = tuple(_model_from_dict(fields) for fields in content["models"])
             return cls(strategy=strategy, models=models, embedder=made, about=content["about"])
         except CheckpointError as error:
@@ -248,6 +253,15 @@ def _hash(text: str, with_signs: bool = True) -> int:
 
 def _part(tensors: Arrays, prefix: str) -> Arrays:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _check_ours(embedder: Embedder) -> None:
+    """Raises CheckpointError for an embedder of others: our own gave vectors of length 1 before they were scaled to it."""
+    if type(embedder).__module__.partition(".")[0] != __name__.partition(".")[0]:
+        raise CheckpointError(
+            f"an earlier version fitted it on the vectors of embedder {embedder.kind!r} as they came; now they are scaled to length 1, so "
+            "that it would decide by others than it learned from: fit it again (anabranch gateway fit)"
+        )
 
 
 def _embedder(content: dict[str, Any], tensors: Arrays, shared: Embedder | None) -> Embedder:

@@ -1,4 +1,4 @@
-"""Vectors that were computed once are read back: by embedder and text, from files that are never changed."""
+"""Vectors that were computed once are read back: by embedder and text, from files that are written whole."""
 # Shapes: N texts, D dimensions, M missing texts
 
 import hashlib
@@ -11,7 +11,7 @@ import numpy as np
 from anabranch.config import to_dict
 from anabranch.files import atomic_write, parse_json
 from anabranch.places import cache_folder
-from anabranch.routers.embed.checked import unit_vectors
+from anabranch.routers.embed.checked import are_unit, unit_vectors
 from anabranch.routers.embed.embedder import Embedder
 
 # Texts between two words of progress.
@@ -27,7 +27,8 @@ def embed_cached(
 ) -> np.ndarray:
     """Vectors of ``texts``, computing only those that no earlier call computed.
 
-    Files are only added, each whole: processes may share the folder. A damaged one is left aside and its texts embedded again.
+    Files are only added, each whole: processes may share the folder. A damaged one is left aside and its texts embedded again; so are
+    texts whose vectors there are not of length 1, as earlier versions kept them of some embedders of others.
 
     Args:
         embedder: whose config and learned state name its part of the cache.
@@ -78,8 +79,9 @@ def _read(place: Path, dim: int) -> dict[str, np.ndarray]:
                 vector_ND = file.get_tensor("vector_ND")
         except (SafetensorError, OSError, ValueError):
             continue
-        if vector_ND.shape == (len(keys), dim):
-            known |= dict(zip(keys, vector_ND, strict=True))
+        if not isinstance(keys, list) or vector_ND.shape != (len(keys), dim) or vector_ND.dtype != np.float32:
+            continue
+        known |= {str(keys[row]): vector_ND[row] for row in np.flatnonzero(are_unit(vector_ND))}
     return known
 
 
