@@ -249,3 +249,14 @@ def test_naming_the_kinds_loads_no_compiler():
     code = "import sys, anabranch.routers.retrieve; print('numba' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("size", [3e38, 1e20, 1e-30])
+def test_huge_and_tiny_vectors_are_scaled_as_any(size):
+    index = Exact.Config().build(3)
+    index.add(np.array([[0, -size, 0], [0.6, 0.8, 0], [0, 0, 0]]), [0, 1, 2])
+    np.testing.assert_allclose(index.vectors([0, 1, 2]), [[0, -1, 0], [0.6, 0.8, 0], [0, 0, 0]], rtol=1e-6)
+    _, similarity_K = index.search(np.array([0, -size, 0]), 1)
+    assert similarity_K[0] == pytest.approx(1)
+    with pytest.raises(InputError, match="not finite"):
+        index.add(np.array([1e300, 0, 0]), [3])

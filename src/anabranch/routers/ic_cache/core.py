@@ -13,6 +13,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Arrays, Facts
+from anabranch.routers.embed.checked import checked_rows
 from anabranch.routers.ic_cache import judge as judging
 from anabranch.routers.ic_cache.counters import Counters, Metrics
 from anabranch.routers.ic_cache.off_policy import DecisionLog
@@ -51,7 +52,7 @@ class Core:
             )
         self.config, self.embed, self.judge, self.load, self.clock = config, embed, judge, load, clock
         self.metrics: Metrics = Counters() if metrics is None else metrics
-        dim = int(np.asarray(embed(["x"])).shape[1]) if embed is not None else int(dim or 0)
+        dim = checked_rows(embed(["x"]), 1).shape[1] if embed is not None else int(dim or 0)
         self.router = Router(
             config.router, [arm.name for arm in arms], [arm.cost for arm in arms], dim, seed=config.seed
         )
@@ -77,22 +78,25 @@ class Core:
         return said if said is not None else (arm != self.dearest or len(self.arms) == 1)
 
     def vector(self, query: Query) -> np.ndarray:
-        """The query's own vector, or one made of its text.
+        """The query's own vector, or one made of its text; scaled to length 1, whoever gave it, since the router learns from it.
 
-        Raises InputError for one of another length than the pool's, unless the config says to embed the pool anew.
+        Raises InputError for one of another dimension than the pool's, unless the config says to embed the pool anew, and DataError for
+        what is no vector of finite numbers.
         """
-        if query.vector_D is None and self.embed is None:
+        if query.vector_D is not None:
+            vector_D = checked_rows([query.vector_D], 1, source="the query carries")[0]
+        elif self.embed is not None:
+            vector_D = checked_rows(self.embed([query.text]), 1)[0]
+        else:
             raise InputError("the query carries no vector, and IC-Cache has no embedder")
-        made = query.vector_D if query.vector_D is not None or self.embed is None else self.embed([query.text])[0]
-        vector_D = np.asarray(made, np.float32)
-        if vector_D.shape != (self.router.dim,):
+        if len(vector_D) != self.router.dim:
             self._new_dim(vector_D)
         return vector_D
 
     def _new_dim(self, vector_D: np.ndarray) -> None:
         """Vectors are longer or shorter than they were: another embedder."""
         message = f"the request's vector has shape {list(vector_D.shape)}, the pool's have {self.router.dim} numbers"
-        if self.config.on_new_dim == "refuse" or self.embed is None or vector_D.ndim != 1:
+        if self.config.on_new_dim == "refuse" or self.embed is None:
             raise InputError(f'{message}; keep one embedder, or set on_new_dim="reindex" and give embed')
         logger.warning("%s; embedding %d examples anew, and the router begins again", message, len(self.pool))
         dim, arms = len(vector_D), list(self.arms.values())

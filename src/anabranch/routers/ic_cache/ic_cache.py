@@ -40,7 +40,8 @@ class ICCache(Deciding, Learning, Erasing, Part):
     Args:
         config: of all parts.
         arms: models, at least one.
-        embed: texts to unit vectors (an `Embedder`'s ``embed``, or any callable); None where every query carries a vector.
+        embed: texts to vectors (an `Embedder`'s ``embed``, or any callable), which are scaled to length 1; None where every query
+            carries a vector.
         dim: D; needed where ``embed`` is None.
         judge: compares two answers, for requests that two arms answered.
         rate: how good an answer to an example's request is, for replays; None for none.
@@ -50,7 +51,7 @@ class ICCache(Deciding, Learning, Erasing, Part):
         count_tokens: of a text.
         clock: seconds.
 
-    Raises InputError for arms that do not fit.
+    Raises InputError for arms that do not fit, DataError if ``embed`` gives no vectors.
     """
 
     @configclass

@@ -21,6 +21,7 @@ from anabranch.errors import InputError
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Arrays, Facts
 from anabranch.routers.contract.strategy import Example as Kept
+from anabranch.routers.embed.checked import checked_rows
 from anabranch.routers.ic_cache.example import ANY_DOMAIN, Example
 from anabranch.routers.ic_cache.redact import Redact, redact_personal
 from anabranch.routers.retrieve.index import Index, unit_rows
@@ -147,7 +148,7 @@ class ExamplePool(Part):
         if request != query.text.strip() or vector_D is None:
             if embed is None:
                 return Admission(None, "no vector of what is kept")
-            vector_D = np.asarray(embed([request]))[0]
+            vector_D = checked_rows(embed([request]), 1)[0]
         example = Example(
             id=self._next_id,
             tenant=query.tenant,
@@ -316,11 +317,11 @@ class ExamplePool(Part):
     # Another embedder, and the disk
 
     def reindex(self, index: Index, embed: Embed) -> None:
-        """Embed all requests anew into another, empty index."""
+        """Embed all requests anew into another, empty index. Raises DataError for what is no vector of each, and nothing has changed."""
         examples = list(self)
         for start in range(0, len(examples), 1024):
             part = examples[start : start + 1024]
-            vector_ND = embed([example.request for example in part])
+            vector_ND = checked_rows(embed([example.request for example in part]), len(part))
             for place in dict.fromkeys(namespace(e.tenant, e.domain) for e in part):
                 rows = [row for row, e in enumerate(part) if namespace(e.tenant, e.domain) == place]
                 index.add(vector_ND[rows], [part[row].id for row in rows], namespace=place)

@@ -15,6 +15,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
 from anabranch.errors import InputError
 from anabranch.routers.contract.strategy import Arrays, Facts
+from anabranch.routers.embed.checked import scaled
 
 # int64 ids [N] -> bool [N].
 Allow = Callable[[np.ndarray], np.ndarray]
@@ -236,12 +237,18 @@ class Index(Part, family="vector_index"):
 
 def unit_rows(vectors: Any, dim: int, name: str) -> np.ndarray:
     """float32 [N, D] of length 1 (zeros stay). Raises InputError for another shape or numbers that are not finite."""
-    vector_ND = np.atleast_2d(np.asarray(vectors, np.float32))
+    with np.errstate(over="ignore"):
+        vector_ND = np.atleast_2d(np.asarray(vectors, np.float32))
     if vector_ND.ndim != 2 or (vector_ND.size and vector_ND.shape[1] != dim):
         raise InputError(f"{name} has shape {list(np.shape(vectors))}; the index holds vectors of {dim} numbers")
     if not np.isfinite(vector_ND).all():
         row = int(np.flatnonzero(~np.isfinite(vector_ND).all(1))[0])
         raise InputError(f"{name}[{row}] has numbers that are not finite")
     vector_ND = vector_ND.reshape(-1, dim)
-    length_N1 = np.linalg.norm(vector_ND, axis=1, keepdims=True)
-    return vector_ND / np.where(length_N1 > 0, length_N1, 1)
+    with np.errstate(over="ignore"):
+        length_N1 = np.linalg.norm(vector_ND, axis=1, keepdims=True)
+    is_odd_N = ~np.isfinite(length_N1[:, 0]) | ((length_N1[:, 0] == 0) & vector_ND.any(1))
+    unit_ND = vector_ND / np.where(length_N1 > 0, length_N1, 1)
+    # Of huge and tiny rows the squares are no floats.
+    unit_ND[is_odd_N] = scaled(vector_ND[is_odd_N].astype(np.float64))
+    return unit_ND
