@@ -9,8 +9,11 @@ from anabranch.errors import InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock
+from anabranch.routers.contract.query import Outcome, Query
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.money import Price
+from anabranch.routers.strategies import make
+from anabranch.routers.strategies.shared_bandit import Pooled
 from waiting import until_async
 
 KINDS = ("linucb", "thompson", "eps_greedy")
@@ -120,3 +123,80 @@ def test_a_huge_vector_weighs_as_much_as_any_and_what_was_learned_is_there_at_th
         assert theta_after[name] == pytest.approx(theta_D, abs=1e-9)
         # Qualities are between 0 and 1: so is what is believed of the usual directions.
         assert (np.abs(theta_D) < 3).all()
+
+
+def odd_part(kind, size, rounds=40):
+    """What a process observed that took a huge vector of one model for one, as earlier versions did."""
+    strategy = make(kind)
+    strategy.hear({}, {})
+    teach(strategy, rounds)
+    huge = Query(text="q", vector_D=np.full(8, size, np.float32))
+    strategy.observe(Outcome(query=huge, model="good", quality=1.0, cost=0.5))
+    return strategy.part()
+
+
+def teach(strategy, rounds):
+    for number in range(rounds):
+        query = Query(text="q", vector_D=np.eye(8, dtype=np.float32)[number % 8])
+        for name, score in SCORES.items():
+            strategy.observe(Outcome(query=query, model=name, quality=score, cost=0.5))
+
+
+def of_models(strategy):
+    return dict(zip(strategy.models, strategy.theta_MD, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_huge_vector_has_drowned_is_let_go_and_what_is_learned_since_counts(kind, caplog):
+    stored = [odd_part(kind, 1e20)]
+    alone = make(kind)
+    for start in range(3):
+        strategy = make(kind)
+        caplog.clear()
+        for _ in range(2):
+            # As often as others write.
+            strategy.hear(*strategy.joined(stored))
+        assert [line.getMessage() for line in caplog.records] == [
+            f"{kind}: the sums of good in what was stored (41 scores) are singular or not finite; they are let go, and what is learned "
+            "since counts"
+        ]
+        # Of the other model all is there, and what both cost.
+        assert strategy.steps == 40 + 80 * start
+        assert dict(zip(strategy.models, strategy.calls_M, strict=True)) == {
+            "good": 41 + 40 * start,
+            "bad": 40 + 40 * start,
+        }
+        if start:
+            np.testing.assert_allclose(of_models(strategy)["good"], of_models(alone)["good"], atol=1e-12)
+        teach(strategy, 40)
+        teach(alone, 40)
+        stored.append(strategy.part())
+
+
+def test_the_store_is_rid_of_it_with_the_first_process_that_ends(tmp_path, monkeypatch, caplog):
+    poisoned(monkeypatch, np.full(8, 1e20))
+    config = settings(tmp_path, "linucb")
+
+    async def life(*texts):
+        caplog.clear()
+        async with asyncio.timeout(60), Gateway(config) as gateway:
+            begun = learned(gateway)
+            for text in texts:
+                await ask(gateway, text)
+            await until_async(lambda: learned(gateway)[0] == begun[0] + len(texts))
+            return begun, learned(gateway), [line for line in caplog.messages if "let go" in line]
+
+    with monkeypatch.context() as before:
+        # An earlier version, which looked at none, and kept all sums.
+        before.setattr(Pooled, "_usable", lambda self, part: part)
+        before.setattr("anabranch.gateway.lane.unit_vectors", lambda embedder, texts: np.asarray(embedder.embed(texts)))
+        asyncio.run(life("q", "poison"))
+    usual = ["q" * number for number in range(16)]
+    _, after, said = asyncio.run(life(*usual))
+    assert len(said) == 1
+    begun, _, said = asyncio.run(life())
+    assert not said
+    assert begun[0] == after[0] >= 16
+    for name, theta_D in after[1].items():
+        np.testing.assert_allclose(begun[1][name], theta_D, atol=1e-9)
+    assert any(np.abs(theta_D).max() > 0.1 for theta_D in begun[1].values())

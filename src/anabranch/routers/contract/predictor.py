@@ -364,7 +364,7 @@ class Ranked(Strategy, kind="ranked"):
         """Pass it on."""
         self.predictor.hear(arrays, facts)
 
-    def joined(self, parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:  # type: ignore[override]
+    def joined(self, parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
         """By the predictor."""
         return self.predictor.joined(parts)
 

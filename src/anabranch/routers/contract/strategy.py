@@ -323,9 +323,8 @@ class Strategy(Part, family="strategy"):
         """
         raise NotImplementedError
 
-    @staticmethod
-    def joined(parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
-        """Several parts as one. Raises InputError for what is none."""
+    def joined(self, parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
+        """Several parts as one. Raises InputError for what is none. It may be called in any thread; a static method will do."""
         raise NotImplementedError
 
     def published(self) -> None:

@@ -124,6 +124,18 @@ class Sums:
         made.seen_SV, made.seen_S2 = self.seen_SV[part.steps :], self.seen_S2[part.steps :]
         return made if made.is_whole else made.bare()
 
+    def without_qualities(self, models: Sequence[str]) -> "Sums":
+        """Without the observations of these models that have a quality; what calls cost stays."""
+        places = [self.models.index(name) for name in models]
+        made = replace(self, models=list(self.models))
+        for name in ("gram_MDD", "moment_MD", "count_M"):
+            left = np.array(getattr(self, name))
+            left[places] = 0
+            setattr(made, name, left)
+        is_kept_S = ~np.isin(self.seen_S2[:, 0], places)
+        made.seen_SV, made.seen_S2 = self.seen_SV[is_kept_S], self.seen_S2[is_kept_S]
+        return made
+
     def bare(self) -> "Sums":
         """The sums alone."""
         return replace(self, seen_SV=np.zeros((0, 0), np.float32), seen_S2=np.zeros((0, 2)))

@@ -48,6 +48,8 @@ class Pooled(Strategy):
         self.own, self.others = Sums(), Sums()
         self._first: tuple[Arrays, Facts] = ({}, {})
         self._is_shared = False
+        # What was said of parts, which are read again and again.
+        self._let_go: set[tuple[str, float, float]] = set()
 
     @property
     def adds_up(self) -> bool:  # type: ignore[override]
@@ -100,10 +102,36 @@ class Pooled(Strategy):
         self._rebuild()
         self._choose_directions()
 
-    @staticmethod
-    def joined(parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
-        """Several parts as one. Raises InputError for what is none, or does not fit the others."""
-        return joined([Sums.read(*part) for part in parts]).state()
+    def joined(self, parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
+        """Several parts as one. Raises InputError for what is none, or does not fit the others.
+
+        The scores of a model that a part holds are let go where no regression can be made of them (there is a huge vector among them,
+        which drowns all others): in the sum they would drown what is learned from then on, too.
+        """
+        return joined([self._usable(Sums.read(*part)) for part in parts]).state()
+
+    def _usable(self, part: Sums) -> Sums:
+        lost, dim = [], part.dim
+        # No pivot is less than the ridge: unless the largest sums are very large, the test below would find nothing.
+        most = self.config.ridge / (2 * max(dim, 1) * np.finfo(float).eps)
+        for at, name in enumerate(part.models):
+            gram_DD = part.gram_MDD[at]
+            if np.diag(gram_DD).max(initial=0) < most and np.isfinite(part.moment_MD[at]).all():
+                continue
+            start_DD, moment_D, _, _ = self._at_start(name, *self._first, dim)
+            if _solved(start_DD + gram_DD, moment_D + part.moment_MD[at]) is None:
+                lost.append(name)
+                said = name, float(part.count_M[at]), float(np.diag(gram_DD).max())
+                if said not in self._let_go:
+                    self._let_go.add(said)
+                    logger.warning(
+                        "%s: the sums of %s in what was stored (%d scores) are singular or not finite; they are let go, and what "
+                        "is learned since counts",
+                        self.name,
+                        name,
+                        part.count_M[at],
+                    )
+        return part.without_qualities(lost) if lost else part
 
     def published(self) -> None:
         """The last `part` is where others find it: with it, the choice of directions."""
@@ -161,7 +189,7 @@ class Pooled(Strategy):
         for name in (*self.own.models, *self.others.models):
             self._arm(name)
         for arm, name in enumerate(self.models):
-            gram_DD, moment_D, calls, spent = self._at_start(name, arrays, facts)
+            gram_DD, moment_D, calls, spent = self._at_start(name, arrays, facts, self.b_MD.shape[1])
             for part in (self.own, self.others):
                 if name in part.models:
                     at = part.models.index(name)
@@ -176,10 +204,14 @@ class Pooled(Strategy):
             self.calls_M[arm], self.cost_M[arm] = calls, spent / calls if calls else 0.0
         self.steps = int(facts.get("steps", 0)) + self.own.steps + self.others.steps
 
-    def _at_start(self, name: str, arrays: Arrays, facts: Facts) -> tuple[np.ndarray, np.ndarray, float, float]:
-        """A, b, calls and dollars of a model before anything was observed or heard; A of NaN where there is none."""
-        dim = self.b_MD.shape[1]
-        if name not in facts.get("models", ()):
+    def _at_start(
+        self, name: str, arrays: Arrays, facts: Facts, dim: int
+    ) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """A, b, calls and dollars of a model before anything was observed or heard; A of NaN where there is none.
+
+        Those of the prior alone where it knew nothing of it along ``dim`` directions.
+        """
+        if name not in facts.get("models", ()) or arrays["b_MD"].shape[1] != dim:
             return self.config.ridge * np.eye(dim), np.zeros(dim), 0.0, 0.0
         at = facts["models"].index(name)
         calls = float(arrays["calls_M"][at])
