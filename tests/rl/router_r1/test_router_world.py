@@ -190,6 +190,15 @@ def test_nothing_is_read_where_nothing_is_to_be():
     assert all(len(parts) == 1 for _, parts in TwoHopWorld(WORLD.config.replace(reading=1.0)).traces(20, seed=0))
 
 
+@pytest.mark.parametrize("turns", [0, 1])
+def test_traces_need_a_turn_for_each_hop(turns):
+    """Without, traces were cut within, and with no turn at all the warm start ended with "the episode is over"."""
+    config = WORLD.config.replace(max_turns=turns)
+    with pytest.raises(ConfigError, match=f"max_turns is {turns}, and traces ask for each of two hops; use at least 2"):
+        TwoHopWorld(config).traces(8, seed=0)
+    assert len(TwoHopWorld(config.replace(reading=1.0)).traces(8, seed=0)) == 8
+
+
 def test_information_is_no_token_of_the_router():
     prompt, parts = next(trace for trace in WORLD.traces(9, seed=3) if len(trace[1]) > 1)
     trajectory = Trajectory(prompt)

@@ -155,7 +155,13 @@ class TwoHopWorld(RoutedWorld, kind="two_hop"):
 
         A share of them (``reading``) are other questions, which descriptions answer: what a model's price is, who is good at a relation. So
         whoever is taught by them can read, as a model that was trained on text can, and has not been shown to read before it asks.
+
+        Raises ConfigError where an episode has no turns for two questions.
         """
+        if self.config.max_turns < 2 and self.config.reading < 1:
+            raise ConfigError(
+                f"task.world.max_turns is {self.config.max_turns}, and traces ask for each of two hops; use at least 2"
+            )
         draw = np.random.default_rng([seed, 0x2412])
         made = []
         for _ in range(count):
