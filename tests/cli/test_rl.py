@@ -38,6 +38,15 @@ def test_train_tells_as_json(capfd, tmp_path):
     assert (told["status"], told["episodes"], told["seed"]) == ("finished", 5, 1)
 
 
+def test_train_keeps_the_books_of_what_was_passed_over(capfd, tmp_path):
+    """Two rollouts of two mini-batches and two epochs, the second of which is always beyond such a target."""
+    given = ["--samples", 512, "--out", tmp_path / "run", "--json", "--quiet", *FEW]
+    given += ["--set", "task.target_kl=1e-12", "--set", "train.batch_size=128"]
+    told = json.loads(run(capfd, "rl", "train", "cartpole", *given)[1])
+    assert (told["step"], told["updates"], told["passed_steps"], told["gradient_steps"]) == (8, 2, 4, 4)
+    assert (told["learning_rate"], told["halvings"]) == (1e-3, 0)
+
+
 def test_eval_says_what_training_said(capfd, trained, tmp_path):
     code, out, _ = run(capfd, "rl", "eval", trained, "--episodes", 5, "--json", "--quiet")
     told = json.loads(out)

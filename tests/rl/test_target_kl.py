@@ -100,6 +100,8 @@ def test_a_run_that_is_stopped_learns_from_first_epochs_alone_and_resumes_to_the
     made = run(steps=24, target_kl=1e-12, train={"log_every": 8, "checkpoint_every": 5, "keep_checkpoints": 9})
     trainer = Trainer(made, tmp_path / "straight")
     trainer.fit()
+    # The second epoch of each of three rollouts, four mini-batches long.
+    assert trainer.task.steps_passed() == 12
     one = Trainer(run(steps=12, epochs=1), tmp_path / "one")
     one.fit()
     for name, value in one.model.state_dict().items():
@@ -117,8 +119,11 @@ def test_a_run_that_is_stopped_learns_from_first_epochs_alone_and_resumes_to_the
         if event.kind == "checkpoint" and event.step == 15:
             raise StopError
 
+    cut = Trainer(made, tmp_path / "cut", on_event=stop)
     with pytest.raises(StopError):
-        Trainer(made, tmp_path / "cut", on_event=stop).fit()
+        cut.fit()
+    # Three of the second rollout's four are passed over by then.
+    assert cut.task.steps_passed() == 7
     Trainer(made, tmp_path / "cut", resume=True).fit()
     ours, theirs = (checkpoints(tmp_path / name)[-1] for name in ("cut", "straight"))
     for name in ("model.safetensors", "optimizer.safetensors", "rollout.safetensors"):

@@ -317,6 +317,18 @@ class PPO(Task, kind="ppo"):
             **self._kl.told(),
         }
 
+    def steps_passed(self) -> int:
+        """Optimizer steps so far in which nothing was learned, because the policy was beyond ``target_kl`` (``stop``)."""
+        if self.rollouts is None:
+            return 0
+        per_epoch = self.rollouts.collecting.num_samples / self.rollouts.batch_size
+        return round(self._kl.epochs_passed_so_far(self.rollouts) * per_epoch)
+
+    @property
+    def halvings(self) -> int:
+        """How often ``target_kl`` (``halve``) has halved the learning rate so far."""
+        return self._kl.halvings
+
     def evaluate(self, model: nn.Module, data: int, context: TaskContext) -> dict[str, Any]:
         """`judge` on the run's seed; the measures of `Episodes`."""
         assert isinstance(model, ActorCritic)

@@ -51,6 +51,11 @@ class TargetKL:
             self.stopped, self.epochs_passed = rollout.number, self.epochs_passed + self._epochs - int(done)
         return float(rollout.number != self.stopped)
 
+    def epochs_passed_so_far(self, rollouts: Rollouts) -> float:
+        """`epochs_passed`, without what is still to be passed over of the rollout that is held."""
+        is_within = rollouts.rollout is not None and rollouts.rollout.number == self.stopped
+        return self.epochs_passed - (self._epochs - rollouts.epochs_done if is_within else 0.0)
+
     def told(self) -> dict[str, float]:
         """To be logged."""
         if self._target is None:

@@ -184,7 +184,16 @@ def _conclude(trainer: Trainer[TaskRunConfig], result: TrainResult, out: Path, *
     task: Any = config.task
     told = Conclusion(config, result, out, samples_of(config, result.step), "samples")
     if as_json:
-        print_json(told.to_dict() | {"updates": told.samples // task.collecting.num_samples})
+        learner: Any = trainer.task
+        passed = learner.steps_passed()
+        books = {
+            "updates": told.samples // task.collecting.num_samples,
+            "gradient_steps": result.step - result.skipped_steps - passed,
+            "passed_steps": passed,
+            "learning_rate": config.train.learning_rate,
+            "halvings": learner.halvings,
+        }
+        print_json(told.to_dict() | books)
         return
     if math.isfinite(result.headline):
         fact("return", _returned(told.measures))
