@@ -328,7 +328,11 @@ def check_no_bare_matrix(
     columns = []
     for name in bare:
         cells = column(name)
-        cells = pc.utf8_trim_whitespace(cells) if pa.types.is_string(cells.type) else cells
+        if pa.types.is_string(cells.type):
+            # True and false are 1 and 0, as in other columns.
+            cells = pc.utf8_trim_whitespace(cells)
+            is_truth = pc.all(pc.is_in(pc.utf8_lower(cells), pa.array(["true", "false"]))).as_py()
+            cells = pc.equal(pc.utf8_lower(cells), "true") if is_truth else cells
         try:
             columns.append(cells.cast(pa.float64()).to_numpy())
         except pa.ArrowException:

@@ -13,7 +13,7 @@ class MixedError(Exception):
 
     Attributes:
         row: the first that differs from the first one.
-        what: in words.
+        what: in words, without what may be done.
     """
 
     def __init__(self, row: int, what: str) -> None:
@@ -52,6 +52,6 @@ def direction_of(cells: "pa.Array | pa.ChunkedArray", expected: bool | None = No
         row = others[0].as_py()
         raise MixedError(
             row,
-            f"an edge of the type {cells[row].as_py()!r}, where those before are {word}; `directed` says what all are",
+            f"an edge of the type {cells[row].as_py()!r}, where those before are {word}",
         )
     return found

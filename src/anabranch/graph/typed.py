@@ -122,7 +122,7 @@ class TypedGraph:
         Args:
             table: columns source, target and perhaps weight, as `anabranch.graph.formats.from_table` finds them, beside ``relation``.
             relation: that column.
-            options: of `from_edges`.
+            options: of `from_edges`. ``directed`` is by default what Gephi's column Type says, else False.
 
         Raises:
             InputError: no such column, or as `from_edges`. DataError: as `from_table`.
@@ -131,10 +131,14 @@ class TypedGraph:
 
         from anabranch.graph.formats.layout import Dialect
         from anabranch.graph.formats.parquet import choose_columns
+        from anabranch.graph.table_look import EdgeTable, look_at_edges
 
         table = table if isinstance(table, pa.Table) else pa.table(table)
         if relation not in table.column_names:
             raise InputError(f"there is no column {relation!r}; there are {', '.join(table.column_names)}")
+        given = options.pop("directed", None)
+        looked = EdgeTable.of("the table", table)
+        said = look_at_edges(looked, directed=None if given is None else bool(given), relation=relation)
         kinds = table.column(relation).to_pylist()
         rest = table.drop_columns([relation])
         columns = [rest.column(column).to_pylist() for column in choose_columns("the table", rest.schema, Dialect())]
@@ -145,7 +149,7 @@ class TypedGraph:
             part = edges.setdefault(str(kind), [[] for _ in edge])
             for values, value in zip(part, edge, strict=True):
                 values.append(value)
-        return cls.from_edges(edges, **options)
+        return cls.from_edges(edges, directed=bool(said) if given is None else given, **options)
 
     @classmethod
     def from_pyg(cls, data: Any, **options: Any) -> Self:

@@ -14,13 +14,12 @@ from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.graph.table_columns import (
     are_fractions,
     as_names,
-    check_no_bare_matrix,
     chosen_ends,
     counts_rows,
     is_index,
     named_index,
 )
-from anabranch.graph.table_direction import MixedError, direction_of
+from anabranch.graph.table_look import EdgeTable, look_at_edges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,25 +100,14 @@ def open_typed(
         if not equals or not kind:
             raise InputError(f"--weight-of is {text!r}; write KIND=WEIGHT")
     with waiting(f"reading {source}", quiet):
-        table = _typed_table(source, relation)
-        if directed is None and relation.lower() != "type":
-            directed = _said_direction(source, table)
-        typed = TypedGraph.from_table(table, relation, weights=counted, share=share, directed=bool(directed))
+        table, said = _typed_table(source, relation, directed)
+        typed = TypedGraph.from_table(table, relation, weights=counted, share=share, directed=bool(said))
     # Nodes that were written are found by name here, and given on by number.
     return Opened(typed.graph.numbered(), source)
 
 
-def _said_direction(source: str, table: Any) -> bool | None:
-    """What Gephi's column Type says of all edges. Raises DataError naming the first row that differs."""
-    name = next((name for name in table.column_names if name.lower() == "type"), None)
-    try:
-        return None if name is None else direction_of(table[name])
-    except MixedError as error:
-        raise DataError(f"{source}, row {error.row}: {error.what}") from None
-
-
-def _typed_table(source: str, relation: str) -> Any:
-    """Edges whose ends are called as they are written. Raises DataError."""
+def _typed_table(source: str, relation: str, directed: bool | None) -> tuple[Any, bool | None]:
+    """Edges whose ends are called as they are written, and whether they are directed. Raises DataError."""
 
     def ends(table: Any) -> list[str]:
         names = [name for name in table.column_names if name != relation]
@@ -129,9 +117,9 @@ def _typed_table(source: str, relation: str) -> Any:
         return [names[place] for place in places]
 
     table = read_arrow(source, lambda table: [*ends(table), *{relation} & {*table.column_names}])
-    check_no_bare_matrix(source, table.column_names, len(table), table.column)
     if not len(table):
         raise DataError(f"{source} has no rows")
+    said = look_at_edges(EdgeTable.of(source, table), directed=directed, relation=relation)
     called = {name: as_names(table[name]) for name in ends(table)}
     kinds = {relation: table[relation]} if relation in table.column_names else {}
     for name, column in (called | kinds).items():
@@ -148,7 +136,7 @@ def _typed_table(source: str, relation: str) -> Any:
         called = {name: column.cast("string") for name, column in called.items()}
     for name, column in called.items():
         table = table.set_column(table.column_names.index(name), name, column)
-    return table
+    return table, said
 
 
 def check_untyped(weights: list[str] | None, share: str) -> None:

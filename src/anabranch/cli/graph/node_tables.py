@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +22,16 @@ from anabranch.graph.table_columns import (
     WEIGHTS,
     are_alike,
     called,
-    check_no_bare_matrix,
     check_no_matrix,
     counts_rows,
     is_index,
     is_matrix,
     known_ends,
     named_index,
-    names_ends,
     plain_name,
 )
-from anabranch.graph.table_faults import check_one_file, row_fault
+from anabranch.graph.table_faults import check_one_file
+from anabranch.graph.table_look import EdgeTable, check_printed, look_at_edges
 from anabranch.graph.table_numbered import are_positions
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ SEEDS = Form(
 )
 
 
-def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[Any]]:
+def read_columns(path: str, form: Form, graph: Graph | None, *, are_pairs: bool = False) -> dict[str, list[Any]]:
     """Columns of a table by role; a role that is not needed may be missing.
 
     Cells of nodes are text, those of a graph's names where it has any like that, else without blanks around them.
@@ -106,8 +105,10 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
         path: of a .csv, .tsv or .parquet.
         form: what it is of.
         graph: that knows nodes of it; None where there is none, and any text may be a node.
+        are_pairs: edges are pairs of which something is asked, whatever direction the table says.
 
-    Raises DataError for a file that is none, a column that is missing, a table without rows, and an empty cell, naming the row.
+    Raises DataError for a file that is none, a column that is missing, a table without rows, and an empty cell, naming the row; of edges
+    as `look_at_edges`.
     """
     cells = read_cells(path)
     names = cells.names
@@ -122,14 +123,20 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
         twice = next((name for name, count in counted.items() if count > 1 and not is_index(name)), None)
         if twice is not None:
             raise DataError(f"{path} has several columns called {twice!r}")
-    else:
+    elif form is not EDGES:
         check_no_matrix(path, cells.table.schema, cells.table.num_rows, cells.table.column)
-    if form is EDGES and names is not None:
-        table, called_as = cells.table, names
-        check_no_bare_matrix(path, names, len(table), lambda name: table.column(called_as.index(name)))
     places = _places(path, form, names, cells.table)
+    ends = [places[role] for role in form.nodes]
+
+    def is_meant(row: int) -> bool:
+        texts = [cells.table.column(place)[row].as_py() for place in ends]
+        # A single column without a graph may be of a node that is called node.
+        return all(_is_node(graph, text) for text in texts) if graph is not None else cells.table.num_columns == 1
+
     if is_text:
-        _check_rows(path, form, graph, cells, [places[role] for role in form.nodes])
+        check_one_file(path, cells.table, cells.names, is_meant)
+    if form is EDGES:
+        _look(path, cells, None if are_pairs or graph is None else graph.is_directed, is_meant)
     found = {role: _cells(path, cells.table, place, form.roles[role], graph) for role, place in places.items()}
     for column in found.values():
         empty = next((row for row, cell in enumerate(column) if cell in (None, "")), None)
@@ -140,19 +147,16 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
     return found
 
 
-def _check_rows(path: str, form: Form, graph: Graph | None, cells: Cells, ends: Sequence[int]) -> None:
-    """Raises DataError for a text that two files were put into, and for edges as Python prints them; what the graph knows is meant so."""
-
-    def is_meant(row: int) -> bool:
-        texts = [cells.table.column(place)[row].as_py() for place in ends]
-        # A single column without a graph may be of a node that is called node.
-        return all(_is_node(graph, text) for text in texts) if graph is not None else cells.table.num_columns == 1
-
-    check_one_file(path, cells.table, cells.names, is_meant)
-    lines = [[text or "" for text in texts] for texts in cells.first_lines] if form is EDGES else []
-    fault = row_fault(lines, has_ends=cells.names is not None and names_ends(cells.names))
-    if fault is not None and not is_meant(fault[0]):
-        raise DataError(f"{path}, row {fault[0]}: {fault[1]}")
+def _look(path: str, cells: Cells, of_graph: bool | None, is_meant: Callable[[int], bool]) -> None:
+    """Raises DataError for what is no table of edges, or of another direction than the graph's; what the graph knows is meant so."""
+    if cells.names is None:
+        check_printed(path, [[text or "" for text in texts] for texts in cells.first_lines], False, is_meant)
+        return
+    # Several may be an index that has no name.
+    names = [f"__index_level_{place}__" if is_index(name) else name for place, name in enumerate(cells.names)]
+    table = EdgeTable.of(path, cells.table.rename_columns(names))
+    # Of pairs no direction counts.
+    look_at_edges(table, directed=False if of_graph is None else None, of_graph=of_graph, is_meant=is_meant)
 
 
 def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Sequence[str]], table: pa.Table) -> bool:
@@ -363,7 +367,7 @@ def pairs_of(graph: Graph, path: str) -> tuple[np.ndarray, list[str], list[str]]
     """Ids [E, 2] of pairs of known nodes in a table, and what they are called there. Raises DataError."""
     import numpy as np
 
-    columns = read_columns(path, EDGES, graph)
+    columns = read_columns(path, EDGES, graph, are_pairs=True)
     return (
         np.column_stack([_ids(path, graph, columns[role]) for role in EDGES.nodes]),
         columns["source"],

@@ -82,8 +82,10 @@ def _said_direction(path: Path, rules: Rules, dialect: Dialect, layout: Layout, 
             fields.keep(slice(1, None))
         try:
             found = direction_of(_text(fields, 0, "type", has_quoted_words=False), found)
-        except (RowError, MixedError) as error:
+        except RowError as error:
             fail(path, int(fields.line_R[error.row]), error.what)
+        except MixedError as error:
+            fail(path, int(fields.line_R[error.row]), f"{error.what}; `directed` says what all are")
         if problem:
             # Of which the reading of the edges tells, or of what is before it.
             return found

@@ -9,9 +9,10 @@ from anabranch.errors import InputError, first_line
 from anabranch.graph.formats.build import Rules
 from anabranch.graph.formats.layout import Dialect
 from anabranch.graph.formats.matrices import of_entries
-from anabranch.graph.formats.parquet import check_edges, choose_columns, graph_of, with_direction
+from anabranch.graph.formats.parquet import choose_columns, graph_of, looked
 from anabranch.graph.store import Graph
 from anabranch.graph.table_columns import Column
+from anabranch.graph.table_look import EdgeTable
 
 
 def from_networkx(graph: Any, weight: str | None = "weight", **options: Any) -> Graph:
@@ -206,10 +207,9 @@ def from_table(
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(f"from_table needs a table, not {type(table).__name__}: {first_line(error)}") from None
     dialect = Dialect(source=source, target=target, weight=weight)
-    check_edges("the table", table.schema, table.num_rows, table.column, dialect)
+    rules = looked(EdgeTable.of("the table", table), Rules(directed=directed, **options), dialect)
     columns = choose_columns("the table", table.schema, dialect)
     batch = [table.column(column) for column in columns]
-    rules = with_direction("the table", table.schema, table.column, Rules(directed=directed, **options))
     return graph_of("the table", table.schema, columns, [batch], rules)
 
 

@@ -1,8 +1,9 @@
 """Edges of Parquet files and Arrow tables, batch by batch."""
 # Shapes: E edges of a batch
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from anabranch.graph.store import Graph
 from anabranch.graph.table_columns import (
     WEIGHTS,
     called,
-    check_no_bare_matrix,
-    check_no_matrix,
     chosen_ends,
     column_of,
     index_first,
@@ -26,23 +25,23 @@ from anabranch.graph.table_columns import (
     names_ends,
     range_index,
 )
-from anabranch.graph.table_direction import MixedError, direction_of
+from anabranch.graph.table_look import EdgeTable, look_at_edges
 
 # `write_graph` leaves it in the metadata: nodes, direction.
 NOTE = b"anabranch.graph"
+# Rows of a column that are read at once, to look at it.
+_LOOKED_AT = 1 << 16
 
 
 def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
     """The graph of a Parquet file. Raises as `anabranch.graph.formats.read_graph`."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16, page_checksum_verification=True) as file:
+        with _opened(path) as file:
             schema = file.schema_arrow
-            check_edges(path, schema, file.metadata.num_rows, lambda name: file.read(columns=[name]).column(0), dialect)
+            rules = looked(_edge_table(path, file), rules, dialect)
             columns = choose_columns(path, schema, dialect)
-            rules = with_direction(path, schema, lambda name: file.read(columns=[name]).column(0), rules)
             batches = file.iter_batches(
                 rules.chunk_rows, columns=[schema.names[column] for column in columns], use_threads=False
             )
@@ -53,22 +52,37 @@ def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
         raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
 
 
-def check_edges(path: Path | str, schema: Any, rows: int, column: Callable[[str], Any], dialect: Dialect) -> None:
-    """Raises DataError for a matrix; one whose rows have no names may be edges, if whoever asks says which columns are ends."""
-    check_no_matrix(path, schema, rows, column)
-    if dialect.source is None and dialect.target is None and len(set(schema.names)) == len(schema.names):
-        check_no_bare_matrix(path, schema.names, rows, column)
+def _opened(path: Path) -> Any:
+    """A file of Parquet that is read page by page."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16, page_checksum_verification=True)
 
 
-def with_direction(path: Path | str, schema: Any, column: Callable[[str], Any], rules: Rules) -> Rules:
-    """Rules with the direction that Gephi's column Type says, where nobody else says one. Raises DataError naming a row that differs."""
-    place = called(schema.names, ("type",))
-    if rules.directed is not None or place is None or NOTE in (schema.metadata or {}):
+def _edge_table(path: Path, file: Any) -> EdgeTable:
+    """An open file of Parquet, whose columns are read in parts."""
+    import pyarrow as pa
+
+    schema = file.schema_arrow
+    size = max(_LOOKED_AT, len(schema.names) + 1)
+
+    def parts(name: str) -> Iterator[Any]:
+        return (batch.column(0) for batch in file.iter_batches(size, columns=[name], use_threads=False))
+
+    def first(name: str) -> Any:
+        return next(parts(name), pa.array([], schema.field(name).type))
+
+    return EdgeTable(path, schema, file.metadata.num_rows, first, lambda name: islice(parts(name), 1, None))
+
+
+def looked(table: EdgeTable, rules: Rules, dialect: Dialect) -> Rules:
+    """Rules with the direction that the table says, where nobody else says one. Raises DataError as `look_at_edges`."""
+    if NOTE in (table.schema.metadata or {}):
+        # It says itself what it is.
         return rules
-    try:
-        return replace(rules, directed=direction_of(column(schema.names[place])))
-    except MixedError as error:
-        raise DataError(f"{path}, row {error.row}: {error.what}") from None
+    ends_are_said = dialect.source is not None or dialect.target is not None
+    directed = look_at_edges(table, ends_are_said=ends_are_said, directed=rules.directed)
+    return replace(rules, directed=directed)
 
 
 def _columns(batch: Any, schema: Any, columns: tuple[int, ...]) -> list[Any]:

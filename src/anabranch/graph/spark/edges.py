@@ -6,7 +6,7 @@ its rank. So they do not depend on partitions, and are those that `anabranch.gra
 """
 # Shapes: N nodes, M stored edges
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from anabranch.graph.formats.parquet import NOTE, choose_columns
 from anabranch.graph.spark.files import Files, as_text, is_uri, why_unread
 from anabranch.graph.spark.run import Run
 from anabranch.graph.spark.session import default_partitions
+from anabranch.graph.table_look import EdgeTable, look_at_edges
 
 # Of a partition of edges, as they lie on disk.
 _PARTITION_BYTES = 32 << 20
@@ -39,7 +40,8 @@ class EdgeFiles:
 
     Attributes:
         path: a file, a folder, or a pattern; with or without a file system (``file:``, ``hdfs:``, ``s3a:``).
-        directed: whether (u, v) differs from (v, u). None: what `write_graph` noted in a local file, else undirected.
+        directed: whether (u, v) differs from (v, u). None: what `write_graph` noted in a local file, else what Gephi's column Type says of
+            all edges, else undirected.
         columns: of source, target and perhaps weight, by name or number from 0. None: those with well-known names, else the first two.
         drop_zero: leave out edges of weight 0 instead of refusing them.
     """
@@ -122,13 +124,13 @@ def open_run(
 def open_edges(run: Run, given: EdgeFiles, *, allow_negative: bool = False) -> SparkGraph:
     """Nodes and merged edges of the files, as steps of the run.
 
-    Raises DataError for files that cannot be read or hold no edges, missing ends, or weights that may not be.
+    Raises DataError for files that cannot be read or hold no edges, missing ends, or weights that may not be, and as `look_at_edges`.
     """
     spark = run.spark
     read = _read(run, given)
     set_partitions(spark, read)
     note = _note(read)
-    is_directed = given.directed if given.directed is not None else note is not None and note[1]
+    is_directed = _direction(read, given, note)
     frame, id_type = _columns(read, given)
     if "raw" not in run.state:
         _check(frame, given, allow_negative, note)
@@ -165,10 +167,40 @@ def _read(run: Run, given: EdgeFiles) -> Any:
         raise DataError(f"{path} cannot be read as Parquet: {why_unread(error)}") from error
 
 
-def _columns(read: Any, given: EdgeFiles) -> tuple[Any, str]:
-    """Columns source, target and weight (float; not there without weights), and the type of ids."""
+def _direction(read: Any, given: EdgeFiles, note: tuple[int | None, bool] | None) -> bool:
+    """Whether edges have a direction. Raises DataError as `look_at_edges`."""
+    if note is not None:
+        return note[1] if given.directed is None else given.directed
+    ends_are_said = given.columns is not None
+    return bool(look_at_edges(_edge_table(read, given), ends_are_said=ends_are_said, directed=given.directed))
+
+
+def _edge_table(read: Any, given: EdgeFiles) -> EdgeTable:
+    """The files as a table that is looked at: a few first rows come here, and of what is behind them each cell once."""
     import pyarrow as pa
-    from pyspark.sql import functions as sql
+
+    schema = pa.schema(_fields(read), _metadata(read))
+    rows = read.limit(len(schema.names) + 1).collect()
+
+    def first(name: str) -> Any:
+        kind, place = schema.field(name).type, schema.names.index(name)
+        cells = [row[place] for row in rows]
+        if pa.types.is_decimal(kind):
+            return pa.array([None if cell is None else float(cell) for cell in cells], pa.float64())
+        # What is none of these is no end, weight or direction.
+        return pa.array([str(type(cell)) for cell in cells]) if pa.types.is_null(kind) else pa.array(cells, kind)
+
+    def rest(name: str) -> Iterator[Any]:
+        # Of two kinds it is a mixture.
+        kinds = read.selectExpr(f"lower(trim(`{name}`))").distinct().limit(2).collect()
+        yield pa.array([row[0] for row in kinds], pa.string())
+
+    return EdgeTable(as_text(given.path), schema, len(rows), first, rest, is_ordered=False)
+
+
+def _fields(read: Any) -> list[Any]:
+    """Columns as Arrow has them; null for those of other types than ids, weights and words."""
+    import pyarrow as pa
 
     kinds = {
         "bigint": pa.int64(),
@@ -178,12 +210,22 @@ def _columns(read: Any, given: EdgeFiles) -> tuple[Any, str]:
         "string": pa.string(),
         "double": pa.float64(),
         "float": pa.float32(),
+        "boolean": pa.bool_(),
     }
     fields = []
     for field in read.schema.fields:
         name = field.dataType.simpleString()
         kind = pa.decimal128(38) if name.startswith("decimal") else kinds.get(name, pa.null())
         fields.append(pa.field(field.name, kind))
+    return fields
+
+
+def _columns(read: Any, given: EdgeFiles) -> tuple[Any, str]:
+    """Columns source, target and weight (float; not there without weights), and the type of ids."""
+    import pyarrow as pa
+    from pyspark.sql import functions as sql
+
+    fields = _fields(read)
     wanted = (None, None) if given.columns is None else tuple(given.columns)
     weight = "auto" if given.columns is None else (wanted[2] if len(wanted) > 2 else None)
     if len(wanted) not in (2, 3):

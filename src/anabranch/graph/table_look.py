@@ -1,0 +1,141 @@
+"""The one look at a table of edges that all take who read one: whether it is such a table, and which direction it says of its edges.
+
+`anabranch.graph.formats.layout` does the same for a text that is read in blocks, of the same parts.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from anabranch.errors import DataError
+from anabranch.graph.table_columns import called, check_no_bare_matrix, check_no_matrix, is_index, names_ends
+from anabranch.graph.table_direction import MixedError, direction_of
+from anabranch.graph.table_faults import is_python, row_fault
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class EdgeTable:
+    """A table of edges, of which no more is read than is looked at.
+
+    Attributes:
+        path: for messages.
+        schema: names and types of its columns.
+        num_rows: how many rows it has; one that has more than columns may say any number above that.
+        first: by the name of a column, its first cells: one more than there are columns at least, where there are so many.
+        rest: cells behind these, in parts.
+        is_ordered: whether the rest comes in the order of rows, so that a cell's number is its row's.
+    """
+
+    path: Path | str
+    schema: "pa.Schema"
+    num_rows: int
+    first: "Callable[[str], pa.Array | pa.ChunkedArray]"
+    rest: "Callable[[str], Iterable[pa.Array]]" = lambda name: ()
+    is_ordered: bool = True
+
+    @classmethod
+    def of(cls, path: Path | str, table: "pa.Table") -> Self:
+        """A table in memory."""
+        return cls(path, table.schema, table.num_rows, table.column)
+
+
+def look_at_edges(
+    table: EdgeTable,
+    *,
+    ends_are_said: bool = False,
+    directed: bool | None = None,
+    of_graph: bool | None = None,
+    relation: str | None = None,
+    is_meant: Callable[[int], bool] = lambda row: False,
+) -> bool | None:
+    """Whether edges have a direction, as whoever asks or Gephi's column Type says; None where nobody does.
+
+    Args:
+        table: what is looked at.
+        ends_are_said: whoever asks says which columns are source and target.
+        directed: what whoever asks says, so that Type is not looked at.
+        of_graph: whether the graph that the edges go to is directed; None where they make one.
+        relation: a column that says of what kind an edge is; it is none of a matrix, nor Gephi's.
+        is_meant: tells of a row whether it is one, whatever it looks like.
+
+    Raises DataError for a matrix, for rows as programs print them (`row_fault`), for edges of both directions, and for those of another
+    direction than the graph has.
+    """
+    names = list(table.schema.names)
+    if len(set(names)) < len(names):
+        # Of which who chooses columns tells.
+        return directed
+    check_no_matrix(table.path, table.schema, table.num_rows, table.first)
+    if not ends_are_said:
+        for some in {tuple(names): None, tuple(name for name in names if name != relation): None}:
+            check_no_bare_matrix(table.path, some, table.num_rows, table.first)
+    _check_rows(table, names, ends_are_said, is_meant)
+    place = called(names, ("type",))
+    if directed is not None or place is None or names[place] == relation:
+        return directed
+    hint = "`directed` says what all are" if of_graph is None else "leave the column out if all are as the graph's are"
+    found = _said(table, names[place], hint)
+    if found is not None and of_graph is not None and found != of_graph:
+        kinds = {True: "directed", False: "undirected"}
+        raise DataError(
+            f"{table.path}: its column {names[place]!r} says that edges are {kinds[found]}, and the graph is {kinds[of_graph]}; "
+            "leave the column out if they are to be as its others"
+        )
+    return found
+
+
+def _check_rows(table: EdgeTable, names: list[str], ends_are_said: bool, is_meant: Callable[[int], bool]) -> None:
+    """Raises DataError for rows of text as programs print them."""
+    if is_python(names):
+        raise DataError(f"{table.path}: the names of its columns are {_PRINTED}")
+    bare = [name for name in names if not is_index(name)]
+    if any(_is_text(table.schema.field(name).type) for name in bare):
+        columns = [_first_cells(table, name) for name in bare]
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        check_printed(table.path, rows, ends_are_said or names_ends(names), is_meant)
+
+
+_PRINTED = "a row as Python or JSON prints it; write edges without brackets, below a line source,target"
+
+
+def check_printed(
+    path: Path | str, rows: list[list[str]], has_ends: bool, is_meant: Callable[[int], bool] = lambda row: False
+) -> None:
+    """Raises DataError for the first of these rows that `row_fault` finds, but for one that is meant."""
+    fault = row_fault(rows, has_ends=has_ends)
+    if fault is not None and not is_meant(fault[0]):
+        raise DataError(f"{path}, row {fault[0]}: {fault[1]}")
+
+
+def _first_cells(table: EdgeTable, name: str) -> list[str]:
+    """The first two cells of a column; what is no text is no bracket, sign or colon."""
+    if not _is_text(table.schema.field(name).type):
+        return ["0"] * min(2, table.num_rows)
+    return [cell or "" for cell in table.first(name).slice(0, 2).to_pylist()]
+
+
+def _is_text(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _said(table: EdgeTable, name: str, hint: str) -> bool | None:
+    """What a column Type says of all edges; where its first cells say nothing, no more of it is read."""
+    done = 0
+    try:
+        cells = table.first(name)
+        found = direction_of(cells)
+        for part in table.rest(name) if found is not None else ():
+            done += len(cells)
+            cells = part
+            found = direction_of(cells, found)
+    except MixedError as error:
+        where = f", row {done + error.row}" if table.is_ordered else ""
+        raise DataError(f"{table.path}{where}: {error.what}; {hint}") from None
+    return found
