@@ -617,6 +617,12 @@ def test_transports_of_providers_are_used_as_plain_ones_alone():
     assert [call for call in calls if "plain_transport(" not in call[1]] == []
 
 
+def test_what_providers_say_went_wrong_is_looked_at_wherever_it_is_asked_for():
+    """What they say may be odd: `provider_fault` alone asks (see test_failures_of_others.py)."""
+    asking = [place for place, text in _sources() if not place.startswith("providers/") and "provider.error(" in text]
+    assert asking == ["dispatch/provider_fault.py"]
+
+
 # What an error of a strategy is caught as, and folders where none is: they call nothing of one.
 CAUGHT = {"Exception", "BaseException", "AnabranchError", "InputError", "ConfigError", "LimitError", "CheckpointError"}
 OTHER_PLACES = ("config/", "store/", "providers/", "shared/", "observe/access_log.py")

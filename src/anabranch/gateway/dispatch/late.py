@@ -13,6 +13,7 @@ from typing import Any
 from anabranch.gateway.dispatch.large_answers import LargeAnswers
 from anabranch.gateway.dispatch.own_time import OwnTime
 from anabranch.gateway.dispatch.plan import Attempt
+from anabranch.gateway.dispatch.provider_fault import refusal
 from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.provider import (
     BODY_BYTES,
@@ -22,14 +23,13 @@ from anabranch.gateway.providers.provider import (
     Provider,
     Reply,
     Transport,
-    UpstreamError,
     UpstreamRequest,
     read_all,
     read_beginning,
     read_error,
 )
 from anabranch.web.large_json import LARGE
-from anabranch.web.turns import Turns, plainly
+from anabranch.web.turns import Turns
 
 # Status, headers and body of an answer, and that as it was read, if it was large.
 Exchange = asyncio.Task[tuple[int, Headers, bytes, Answer | None]]
@@ -206,5 +206,5 @@ def answer_of(provider: Provider, request: UpstreamRequest, exchange: Exchange) 
     """The answer that has come. Raises UpstreamError, and CancelledError if it was given up."""
     status, headers, body, answer = exchange.result()
     if not 200 <= status < 300:
-        raise UpstreamError(plainly(lambda: provider.error(status, headers, body)))
+        raise refusal(provider, status, headers, body)
     return read_answer(provider, request, body) if answer is None else answer

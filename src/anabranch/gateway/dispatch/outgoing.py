@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.provider_fault import checked
 from anabranch.gateway.dispatch.retry import OUTCOME
 from anabranch.gateway.logged_error import plain, raised
 from anabranch.gateway.providers.provider import Failure, HttpCall, UpstreamError, UpstreamRequest
@@ -55,13 +56,14 @@ def _outgoing(live: Live, request: UpstreamRequest) -> Outgoing:
 
 def _built(live: Live, request: UpstreamRequest) -> HttpCall:
     try:
-        return plainly(lambda: live.provider.build(request))
-    except UpstreamError as error:
-        failure = error.failure
-        kind = failure.kind if OUTCOME[failure.kind] == "ignored" else "request"
-        # The status is of no upstream.
-        raise UpstreamError(replace(failure, kind=kind, status=None)) from None
+        try:
+            return plainly(lambda: live.provider.build(request))
+        except UpstreamError as error:
+            failure = checked(error).failure
     except Exception as error:
         logger.error("the provider of deployment %s cannot send a request: %s", live.name, raised(error))
         message = f"the request cannot be put into the form that {live.name} takes ({type(plain(error)).__name__})"
         raise UpstreamError(Failure(kind="unsupported", message=message)) from None
+    kind = failure.kind if OUTCOME[failure.kind] == "ignored" else "request"
+    # The status is of no upstream.
+    raise UpstreamError(replace(failure, kind=kind, status=None))

@@ -7,7 +7,7 @@ import logging
 from itertools import islice
 from typing import Any
 
-from anabranch.gateway.dispatch.provider_fault import as_failure
+from anabranch.gateway.dispatch.provider_fault import STATUSES, as_failure
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import Failure, Headers, HttpCall, Reply, Transport, UpstreamError, garbage
 from anabranch.web.turns import plainly, plainly_awaited
@@ -56,7 +56,7 @@ class _PlainReply:
 
     def __init__(self, reply: Reply, name: str) -> None:
         self._reply, self._name = reply, name
-        self.status: int = plainly(lambda: int(reply.status))
+        self.status: int = plainly(lambda: _status(reply.status))
         self.headers: Headers = plainly(lambda: _headers(reply.headers))
 
     def read_ready(self) -> bytes:
@@ -90,6 +90,14 @@ def _close(reply: Any, name: str) -> None:
         plainly(lambda: reply.close())
     except Exception as error:
         logger.warning("a connection of deployment %s could not be closed: %s", name, raised(error))
+
+
+def _status(given: Any) -> int:
+    """Raises UpstreamError for a number that is none."""
+    status = int(given)
+    if status not in STATUSES:
+        raise garbage(f"its transport gave a status that is none of {STATUSES[0]} to {STATUSES[-1]}")
+    return status
 
 
 def _bytes(given: Any) -> bytes:

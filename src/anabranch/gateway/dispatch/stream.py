@@ -12,6 +12,7 @@ A stream that breaks after its first token:
 """
 
 import asyncio
+import contextlib
 import inspect
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from typing import Any
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.kept_stream import KeptStream
 from anabranch.gateway.dispatch.plan import Attempt, Report
-from anabranch.gateway.dispatch.provider_fault import as_failure
+from anabranch.gateway.dispatch.provider_fault import as_failure, refusal
 from anabranch.gateway.dispatch.run import Run
 from anabranch.gateway.dispatch.upstream_stream import Opened, read_chunk
 from anabranch.gateway.providers.assembling import assembled
@@ -41,13 +42,13 @@ from anabranch.gateway.providers.provider import (
 from anabranch.gateway.providers.sse import DONE_DATA, events
 from anabranch.web.large_json import LARGE
 from anabranch.web.sse import DONE, HEARTBEAT, event
-from anabranch.web.turns import plainly, plainly_awaited
+from anabranch.web.turns import plainly_awaited
 
 STITCHED = b": x-stitched\n\n"
 RESTART = b'event: restart\ndata: {"object":"stream.restart"}\n\n'
 
 # How long the end of the connection is waited for after [DONE], so that it can be used again.
-LINGER_S = 0.2
+LINGER_S, LINGER_PIECES = 0.2, 100
 CONTINUE = (
     "Continue your last message exactly where it broke off. Do not repeat anything and do not comment on the break."
 )
@@ -190,7 +191,7 @@ class Stream:
                 attempt.http_status = came.status
                 if not 200 <= came.status < 300:
                     status, headers, body = came.status, came.headers, await read_error(came)
-                    raise UpstreamError(plainly(lambda: live.provider.error(status, headers, body)))
+                    raise refusal(live.provider, status, headers, body)
                 opened = Opened(self._run, live, attempt, request, came, self._stitch)
                 if "json" in came.headers.get("content-type", ""):
                     attempt.is_whole = True
@@ -389,9 +390,10 @@ def _close(reply: Reply | None) -> None:
 
 async def linger(reply: Reply) -> None:
     """Read to the end of the connection, which is a moment away, so that it can be used again."""
-    try:
+    with contextlib.suppress(TimeoutError, UpstreamError):
         async with asyncio.timeout(LINGER_S):
-            while await reply.read_some():
-                pass
-    except (TimeoutError, UpstreamError):
-        reply.close()
+            # A transport that always has more, and never waits, would let nobody else have a turn.
+            for _ in range(LINGER_PIECES):
+                if not await reply.read_some():
+                    return
+    reply.close()

@@ -16,6 +16,7 @@ from anabranch.gateway.dispatch.billed import broken_off
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.kept_stream import no_room
 from anabranch.gateway.dispatch.plan import Attempt
+from anabranch.gateway.dispatch.provider_fault import as_failure, refusal
 from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES
 from anabranch.gateway.dispatch.stream_made import Made
 from anabranch.gateway.dispatch.stream_tally import Tally
@@ -210,6 +211,9 @@ class Opened:
         except UpstreamError:
             # It broke, or is no answer from here on: what is before that has been counted.
             return False
+        except Exception as error:
+            logger.warning("the provider of deployment %s cannot read a stream: %s", self.live.name, raised(error))
+            return False
         if not self.has_finished:
             self.tally.count_begun(self.splitter.rest)
         return len(data) > AHEAD_BYTES
@@ -245,9 +249,10 @@ class Opened:
             error = self.run.timed_out(self.live, limit_s, "timeout")
             self.drop(error.failure)
             raise error from None
-        except UpstreamError as error:
+        except Exception as cause:
+            error = as_failure(cause, self.live.name)
             self.drop(error.failure)
-            raise
+            raise error from None
         except BaseException:
             self.drop()
             raise
@@ -343,8 +348,7 @@ class Opened:
                 continue
             chunk = read_chunk(data)
             if name == b"error" or chunk.get("error"):
-                status, headers, provider = status_said(chunk), self.reply.headers, self.live.provider
-                raise UpstreamError(plainly(lambda: provider.error(status, headers, data)))  # noqa: B023
+                raise refusal(self.live.provider, status_said(chunk), self.reply.headers, data)
             had, is_list = len(chunk), flattened(chunk, "delta")
             if self._is_passed(chunk):
                 is_as_it_came = self._stitch is None and len(chunk) == had and not is_list

@@ -103,7 +103,7 @@ class UpstreamError(AnabranchError):
         failure = self.failure
         if failure.kind in ("request", "context", "filter", "unsupported", "forbidden", "missing", "not_found"):
             return failure.status if failure.status is not None and 400 <= failure.status < 500 else 400
-        if failure.kind == "busy" and failure.status is not None:
+        if failure.kind == "busy" and failure.status is not None and 400 <= failure.status < 600:
             return failure.status
         return _STATUS.get(failure.kind, 502)
 
