@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapter_models import drawn, make_adapter, make_kind
+from anabranch.adapters.glider import GliderPool
 from anabranch.config import override
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError
@@ -519,6 +521,27 @@ def test_a_mixture_that_never_fits_is_not_asked_for_again(own):
     assert (status, body["error"]["code"]) == (400, "invalid_value")
     assert "of the others in its mixture" in body["error"]["message"]
     assert say(own, model="x")[0] == say(own, model="y")[0] == 200
+
+
+def test_a_pool_that_never_fits_is_refused_with_its_size_and_is_not_read(own, own_root, monkeypatch):
+    """Its files would fit: in its stacks both adapters have the rank of the greater."""
+    load(own, "x", "c")
+    before = text(own, model="x")
+    for name, rank in (("e", 4), ("f", 1)):
+        make_adapter(own_root / "uneven" / name, layers_of(), seed=name, rank=rank)
+    read, add = [], GliderPool.add
+    monkeypatch.setattr(GliderPool, "add", lambda *given, **more: read.append(given) or add(*given, **more))
+    status, _, body = change(own, {"name": "all", "folder": "uneven"}, token=None)
+    assert read == []
+    assert (status, body["error"]["code"]) == (400, "adapter_too_large")
+    taken, most = re.search(
+        r"'all' takes ([\d,]+) bytes, and adapters may take ([\d,]+)", body["error"]["message"]
+    ).groups()
+    files = sum(path.stat().st_size for path in own_root.glob("uneven/*/*.safetensors"))
+    assert files < int(most.replace(",", "")) < int(taken.replace(",", ""))
+    assert held(own) == {"x": True}
+    assert text(own, model="x") == before
+    assert say(own, model="all")[0] == 404
 
 
 def test_only_the_files_that_are_read_are_looked_at(own, own_root, monkeypatch):
