@@ -118,3 +118,10 @@ def test_what_waits_at_the_end_is_cancelled(make):
         waiting.result(60)
     may_go.set()
     assert running.result(60)
+
+
+def test_nothing_comes_to_one_that_is_closed(make):
+    turns = make()
+    turns.close()
+    with pytest.raises(BusyError, match="closed: no more things wait"):
+        turns.submit("a", int)

@@ -24,9 +24,10 @@ from typing import Any, Generic, TypeVar
 from anabranch.errors import AnabranchError, CapacityError, InputError
 from anabranch.serving.core.adapter_entry import Entry, H, Held, Read
 from anabranch.serving.core.adapter_line import AdapterLine
+from anabranch.serving.core.adapter_loads import AdapterLoads, Load
 from anabranch.serving.core.adapter_memory import AdapterMemory, NoRoomError
 from anabranch.serving.core.adapter_room import AdapterRoom, Waiter
-from anabranch.serving.core.client import BusyError, EngineStats
+from anabranch.serving.core.client import BusyError, CalledOffError, EngineStats
 from anabranch.serving.core.mixture import Mixture, check_name
 from anabranch.serving.core.turns import Turns
 from anabranch.sharing import most_beside
@@ -42,7 +43,7 @@ MOST_WAITING = 256
 _OPERATOR = "\n"
 # Of the places that others leave, a key's.
 _KEY_SHARE = 0.5
-
+_ENDS = "the engine ends"
 
 R = TypeVar("R")
 
@@ -76,8 +77,10 @@ class AdapterShelf(Generic[H]):
         self._line = AdapterLine[H](wait_s, self._room)
         # Looks after those that have waited for as long as they may, while anybody waits.
         self._timer: threading.Timer | None = None
-        self._lock = threading.Lock()
-        self._wait_s, self._serial = wait_s, itertools.count()
+        # Who is refused with the lock may be told what takes it.
+        self._lock = threading.RLock()
+        self._wait_s, self._serial, self._is_closed = wait_s, itertools.count(), False
+        self._loads = AdapterLoads[H]()
         self._reads = Turns("anabranch-adapters", "adapters wait to be read", threads=1, most_waiting=None)
         self._memory = AdapterMemory[H](self._room, clock)
         self._entries = self._memory.entries
@@ -113,72 +116,113 @@ class AdapterShelf(Generic[H]):
         ``read`` raises; all is as it was then.
         """
         self._check_place(name, is_pinned)
-        return self._load(Entry[H](name, folder, root, is_pinned))
+        with self._lock:
+            load = self._loads.begin(Entry[H](name, folder, root, is_pinned))
+        try:
+            return self._load(load)
+        finally:
+            with self._lock:
+                self._loads.end(load)
 
-    def _load(self, entry: Entry[H]) -> dict[str, Any]:
-        name = entry.name
+    def _load(self, load: Load[H]) -> dict[str, Any]:
+        entry = load.entry
 
         def check(nbytes: int) -> None:
             entry.size = nbytes
             with self._lock:
-                self._memory.find_room(entry, before=self._entries.get(name))
+                self._check_under_way(load)
+                self._memory.find_room(entry, before=self._entries.get(entry.name))
 
         held = self._read(entry.folder, entry.root, check)
         with self._lock:
-            before = self._entries.get(name)
-            self._memory.hold(entry, held, before=before)
-            if before is not None:
-                self._memory.retire(before)
+            self._check_under_way(load)
+            self._memory.hold(entry, held, before=self._entries.get(entry.name))
             self._room.touch(entry)
             if entry.is_pinned:
                 self._room.pinned.append(entry)
-            self._entries[name] = entry
-            return entry.facts()
+            older = self._know(load)
+            facts = entry.facts()
+        self._call_off(older)
+        return facts
 
     def load(self, name: str, folder: str, root: str | None = None) -> "Future[dict[str, Any]]":
-        """`load_now` in the shelf's thread; where there is no room beside what requests use it waits in the line, as they do."""
+        """`load_now` in the shelf's thread; where there is no room beside what requests use it waits in the line, as they do.
+
+        The future raises `CalledOffError` where an operator's later word about the name was done, or waits for room, before this was.
+        """
         self._check_place(name, False)
-        entry, told = Entry[H](name, folder, root), Future[dict[str, Any]]()
-        # It goes on also where nobody waits for it any more.
-        told.set_running_or_notify_cancel()
+        with self._lock:
+            load = self._loads.begin(Entry[H](name, folder, root))
 
         def tell(done: "Future[dict[str, Any]]") -> None:
-            error = done.exception()
-            if isinstance(error, NoRoomError) and self._wait_s > 0:
-                self._wait_to_load(entry, told)
-            elif error is not None:
-                told.set_exception(error)
+            error = BusyError(_ENDS) if done.cancelled() else done.exception()
+            if error is None:
+                load.told.set_result(done.result())
+            elif isinstance(error, NoRoomError) and self._wait_s > 0:
+                self._wait_to_load(load)
             else:
-                told.set_result(done.result())
+                self._fail(load, error)
 
-        self._submit(None, lambda: self._load(entry)).add_done_callback(tell)
-        return told
+        self._submit(None, lambda: self._load(load)).add_done_callback(tell)
+        return load.told
 
-    def _wait_to_load(self, entry: Entry[H], told: "Future[dict[str, Any]]") -> None:
+    def _wait_to_load(self, load: Load[H]) -> None:
         """Know an adapter once it has had room in its turn; until then all is as it was."""
-        one = Waiter(f"{_OPERATOR}{next(self._serial)}", _OPERATOR, ((entry, 1.0),))
+        one = Waiter(f"{_OPERATOR}{next(self._serial)}", _OPERATOR, ((load.entry, 1.0),))
 
         def tell(done: "Future[None]") -> None:
-            # Whoever refuses may hold the lock.
             if (error := done.exception()) is not None:
-                told.set_exception(error)
+                self._fail(load, error)
                 return
             with self._lock:
-                before = self._entries.get(entry.name)
-                if before is not None:
-                    self._memory.retire(before)
-                self._entries[entry.name] = entry
+                # Else whoever called it off has told so, and given its room to others.
+                if load not in self._loads:
+                    return
+                older = self._know(load)
                 self._memory.end(one.id)
                 # No key has used it yet.
-                entry.used_by.clear()
-                facts = entry.facts()
+                load.entry.used_by.clear()
+                facts = load.entry.facts()
+            self._call_off(older)
             self.advance()
-            told.set_result(facts)
+            load.told.set_result(facts)
 
         one.ready.add_done_callback(tell)
         with self._lock:
+            if load not in self._loads:
+                return
+            load.waits_as, older = one.id, self._loads.end_before(load)
             begun = self._join(one)
         self._go_on(begun)
+        self._call_off(older)
+
+    def _know(self, load: Load[H]) -> list[Load[H]]:
+        """With the lock: it is done, and its adapter that of its name; those that it calls off."""
+        name, older = load.entry.name, self._loads.end_before(load)
+        self._loads.end(load)
+        before = self._entries.get(name)
+        if before is not None:
+            self._memory.retire(before)
+        self._entries[name] = load.entry
+        return older
+
+    def _check_under_way(self, load: Load[H]) -> None:
+        if load not in self._loads:
+            raise CalledOffError(_called_off(load))
+
+    def _fail(self, load: Load[H], error: BaseException) -> None:
+        """Tell why it is not loaded, unless it is told already that it was called off."""
+        with self._lock:
+            was_under_way = self._loads.end(load)
+        if was_under_way:
+            load.told.set_exception(error)
+
+    def _call_off(self, loads: "Iterable[Load[H]]") -> None:
+        """Tell those that are under way no more, and give their room to others."""
+        for load in loads:
+            load.told.set_exception(CalledOffError(_called_off(load)))
+            if load.waits_as:
+                self.release(load.waits_as)
 
     def register(self, name: str, folder: str, root: str | None = None) -> None:
         """Know an adapter that is read when the first request asks for it; nothing for a name that there is. Raises InputError.
@@ -192,18 +236,23 @@ class AdapterShelf(Generic[H]):
     def remove(self, name: str) -> dict[str, Any]:
         """Know an adapter no more; its last facts. Requests under way end with it, and its memory is free then.
 
-        Raises InputError for one that there is not, and for a pinned one.
+        What is being loaded under its name is called off, and is enough to be removed. Raises InputError for one that there is not, and for
+        a pinned one.
         """
         with self._lock:
             entry = self._entries.get(name)
-            if entry is None:
-                raise InputError(self._unknown(name))
-            if entry.is_pinned:
+            if entry is not None and entry.is_pinned:
                 raise InputError(f"adapter {name!r} is pinned, and stays as long as the engine")
-            told = entry.facts()
-            del self._entries[name]
-            self._memory.retire(entry)
-            return told
+            loads = self._loads.end_all(name)
+            last = entry or next((load.entry for load in reversed(loads)), None)
+            if last is None:
+                raise InputError(self._unknown(name))
+            told = last.facts()
+            if entry is not None:
+                del self._entries[name]
+                self._memory.retire(entry)
+        self._call_off(loads)
+        return told
 
     def stats(self) -> EngineStats:
         """For pictures of the engine."""
@@ -276,26 +325,40 @@ class AdapterShelf(Generic[H]):
         self._go_on(begun)
 
     def close(self) -> None:
-        """End the shelf's threads."""
+        """End the shelf's threads, and tell whoever waits."""
         with self._lock:
+            self._is_closed = True
             if self._timer is not None:
                 self._timer.cancel()
             waiting = [one for one in self._line if self._line.leave(one.id, self._time())]
         for one in waiting:
-            _refuse(one, "the engine ends")
+            _refuse(one, _ENDS)
         self._reads.close()
 
     # In the shelf's thread
 
     def _submit(self, key: str | None, work: Callable[[], R]) -> "Future[R]":
-        """Have something done in the turn of a key, or of operators."""
-        return self._reads.submit(key, _bare, work)
+        """Have something done in the turn of a key, or of operators; it is cancelled where the shelf is closed first."""
+        try:
+            return self._reads.submit(key, _bare, work)
+        except BusyError:
+            # However many may wait, so it is closed.
+            cancelled = Future[R]()
+            cancelled.cancel()
+            return cancelled
+
+    def _submit_fill(self, one: Waiter[H]) -> None:
+        def tell(done: "Future[None]") -> None:
+            if done.cancelled():
+                _refuse(one, _ENDS)
+
+        self._submit(one.key, partial(self._fill, one)).add_done_callback(tell)
 
     def _go_on(self, begun: "Iterable[Waiter[H]]") -> None:
         """Tell requests that have begun that their adapters are there, or have these read."""
         for one in begun:
             if not one.is_there:
-                self._submit(one.key, partial(self._fill, one))
+                self._submit_fill(one)
             elif _is_wanted(one):
                 one.ready.set_result(None)
 
@@ -304,7 +367,7 @@ class AdapterShelf(Generic[H]):
         if not _is_wanted(one):
             return
         try:
-            is_there = self._read_missing(one)
+            is_there = _bare(partial(self._read_missing, one))
         except NoRoomError:
             with self._lock:
                 # It may have gone meanwhile.
@@ -321,7 +384,7 @@ class AdapterShelf(Generic[H]):
             if is_there:
                 one.ready.set_result(None)
             else:
-                self._submit(one.key, partial(self._fill, one))
+                self._submit_fill(one)
 
     def _read_missing(self, one: Waiter[H]) -> bool:
         """Read one of its adapters; whether there is no more to read for it."""
@@ -353,7 +416,8 @@ class AdapterShelf(Generic[H]):
                     if not may_begin:
                         raise NoRoomError("others use the memory for its adapters, or are first")
 
-        return self._look_at(entry, check)
+        # An operator is told all, as where there was room at once.
+        return self._read(entry.folder, entry.root, check) if one.key == _OPERATOR else self._look_at(entry, check)
 
     def _measure(self, entry: Entry[H]) -> bool:
         """Learn what an adapter takes that was never in memory; whether its folder tells."""
@@ -384,6 +448,9 @@ class AdapterShelf(Generic[H]):
 
     def _join(self, one: Waiter[H]) -> list[Waiter[H]]:
         """Let a request begin, or wait, or refuse it where too many do, of its key or in all; those that begin now, whoever it is."""
+        if self._is_closed:
+            _refuse(one, _ENDS)
+            return []
         now = self._time()
         self._line.join(one, now)
         begun = self._line.go(now)
@@ -419,6 +486,11 @@ class AdapterShelf(Generic[H]):
         known = [repr(other) for other in itertools.islice(self._entries, 10)]
         more = f" and {len(self._entries) - len(known)} more" if len(self._entries) > len(known) else ""
         return f"there is no adapter {name!r:.80}; there {'are ' + ', '.join(known) + more if known else 'is none'}"
+
+
+def _called_off(load: Load[Any]) -> str:
+    name = load.entry.name
+    return f"adapter {name!r} was loaded anew or unloaded while this waited to be loaded; what came later counts"
 
 
 def _is_wanted(one: Waiter[Any]) -> bool:

@@ -21,6 +21,10 @@ class BusyError(AnabranchError):
     """Something that a request needs has no room for it now: no fault of the request, and worth asking again."""
 
 
+class CalledOffError(InputError):
+    """What an operator asked for was not done, as a later word of an operator's about the same took its place."""
+
+
 class FieldInputError(InputError):
     """A field of a request has a value that it can never have.
 

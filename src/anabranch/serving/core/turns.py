@@ -36,22 +36,30 @@ class Turns:
         # By source, the one whose turn is next first.
         self._waiting: OrderedDict[Hashable, deque[tuple[Future[Any], Callable[[], Any]]]] = OrderedDict()
         self._running: Counter[Hashable] = Counter()
+        self._is_closed = False
 
     def submit(self, source: Hashable, function: Callable[..., T], *args: Any, **kwargs: Any) -> "Future[T]":
-        """What a function returns or raises, called when it is the turn of ``source``. Raises BusyError where too many of it wait."""
+        """What a function returns or raises, called when it is the turn of ``source``.
+
+        Raises BusyError where too many of it wait, and once this is closed.
+        """
         future: Future[T] = Future()
         with self._lock:
+            if self._is_closed:
+                raise BusyError(f"closed: no more {self._what}")
             own = self._waiting.setdefault(source, deque())
             if self._most_waiting is not None and len(own) >= self._most_waiting:
                 raise BusyError(f"busy: {len(own)} {self._what}; ask again")
             own.append((future, partial(function, *args, **kwargs)))
-        future.add_done_callback(partial(self._left, source))
-        self._threads.submit(self._work)
+            future.add_done_callback(partial(self._left, source))
+            # With the lock, as the threads end once this is closed.
+            self._threads.submit(self._work)
         return future
 
     def close(self) -> None:
         """Cancel what waits; what runs is not waited for. Idempotent."""
         with self._lock:
+            self._is_closed = True
             waiting = [future for own in self._waiting.values() for future, _ in own]
         for future in waiting:
             future.cancel()

@@ -1,16 +1,28 @@
 """``/v1/adapters``: which adapters there are; they come and go while requests are answered."""
 
 import asyncio
+import itertools
+import logging
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from aiohttp import web
 
-from anabranch.errors import AnabranchError, CapacityError, InputError
-from anabranch.serving.core.client import BusyError
+from anabranch.errors import (
+    AnabranchError,
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    NotFiniteError,
+)
+from anabranch.serving.core.client import BusyError, CalledOffError
 from anabranch.serving.core.mixture import check_name
 from anabranch.serving.http.adapter_names import BASE, AdapterNames
+from anabranch.serving.http.choice import ENGINE_FAILED
 from anabranch.serving.http.config import HttpConfig
 from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.frontend import Frontend
@@ -21,8 +33,11 @@ from anabranch.web.body import said
 
 __all__ = ["AdapterRoutes", "is_operator"]
 
+logger = logging.getLogger(__name__)
 PATH = "/v1/adapters"
 _FIELDS = ("name", "folder")
+# What may be wrong with a name or with what lies in a folder; anything else is no fault of who asks.
+_OF_FOLDERS = (InputError, ConfigError, DataError, CheckpointError, NotFiniteError)
 T = TypeVar("T")
 
 
@@ -37,6 +52,10 @@ class AdapterRoutes:
         self._frontend = frontend
         # Changes under way, which go on where their sender has left.
         self._changes: set[asyncio.Task[Any]] = set()
+        # How many loads of a name are under way; and which change of it was the last that was done, by a count, while any is under way.
+        self._loading = Counter[str]()
+        self._done: dict[str, int] = {}
+        self._serial = itertools.count()
 
     @property
     def _names(self) -> AdapterNames:
@@ -86,17 +105,27 @@ class AdapterRoutes:
         return self._shown(await self._whole(self._loaded(name, folder)))
 
     async def _loaded(self, name: str, folder: str) -> dict[str, Any]:
-        facts: dict[str, Any] = await self._control("load_adapter", adapter=name, folder=folder, root=self._names.root)
-        self._names.folders[name] = folder
+        number = next(self._serial)
+        self._loading[name] += 1
+        try:
+            facts: dict[str, Any] = await self._control(
+                "load_adapter", adapter=name, folder=folder, root=self._names.root
+            )
+        finally:
+            self._loading -= Counter([name])
+        # The engine may tell of an unloading that came later first.
+        if self._done.get(name, -1) < number:
+            self._done[name], self._names.folders[name] = number, folder
         return facts
 
     async def _remove(self, context: RequestContext, name: str) -> dict[str, Any]:
         if name in self._names.pinned:
             raise _pinned(name)
-        if name not in self._names:
+        if name not in self._names and name not in self._loading:
             raise _unknown(name)
         # From now on nobody is given it, whatever the engine is doing.
-        del self._names.folders[name]
+        self._names.folders.pop(name, None)
+        self._done[name] = next(self._serial)
         facts = await self._whole(self._control("remove_adapter", adapter=name))
         return {**self._shown(facts), "deleted": True}
 
@@ -110,22 +139,33 @@ class AdapterRoutes:
 
     def _changed(self, task: "asyncio.Task[Any]") -> None:
         self._changes.discard(task)
+        if not self._changes:
+            self._done.clear()
         # An error that nobody waits for any more is none of the server's.
         if not task.cancelled():
             task.exception()
 
     async def _control(self, command: str, **arguments: Any) -> Any:
-        """Raises ApiError for what cannot be loaded."""
+        """Raises ApiError for what cannot be done, by the server's fault or the operator's."""
         try:
             return await self._frontend.engine.control(command, **arguments)
         except ApiError:
             raise
         except BusyError as error:
             raise ApiError(503, "busy", str(error), headers={"Retry-After": "1"}) from None
+        except CalledOffError as error:
+            raise ApiError(409, "adapter_called_off", str(error)) from None
         except CapacityError as error:
             raise wrong("folder", str(error), "adapter_too_large") from None
-        except AnabranchError as error:
+        except _OF_FOLDERS as error:
+            # What was to be unloaded, and is there no more.
+            if command == "remove_adapter":
+                raise _unknown(arguments["adapter"]) from None
             raise wrong("folder", str(error)) from None
+        except AnabranchError as error:
+            # Such as an engine that is gone: as for requests.
+            logger.error("%s failed: %s", command, error)
+            raise ApiError(500, "engine_failed", ENGINE_FAILED) from None
 
     def _shown(self, facts: dict[str, Any]) -> dict[str, Any]:
         """What is told of an adapter: nothing of where it lies beyond the root."""
