@@ -143,6 +143,16 @@ def test_weights_whose_sum_is_beyond_floats_are_kept(double):
     torch.testing.assert_close(large, small)
 
 
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_a_matrix_with_one_weight_that_is_no_number_is_refused(odd, double):
+    weight = torch.ones(64, 256)
+    # In another block than the mean of all would be made of first.
+    weight[63, 255] = odd
+    with pytest.raises(ConfigError, match="weights are not finite, for which NF4 has no code"):
+        Nf4Linear(weight, double=double)
+
+
 def test_what_is_replaced_stays_in_training_or_in_evaluation():
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 64), "b": torch.nn.Linear(64, 64).eval()})
     quantize_nf4(model)

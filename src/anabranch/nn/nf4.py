@@ -41,6 +41,8 @@ _MOST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 class Nf4Linear(FewBitLinear):
     """y = x W^T + b with W in NF4, in place of an ``nn.Linear``. It does not learn; gradients go through it to what comes in.
 
+    Raises ConfigError for a matrix that holds what is no number.
+
     Attributes:
         code: uint8, two weights in each, the first in the low half.
         scale: c2 of each block: float32 ``[S]``, or with double quantisation float8 ``[S]``.
@@ -53,6 +55,9 @@ class Nf4Linear(FewBitLinear):
         super().__init__()
         self._sizes = weight_NK.shape[0], weight_NK.shape[1]
         code, scale_S = _packed(weight_NK.detach())
+        # The largest of a block is finite where all of it is, in float32 as in what they came in.
+        if not bool(scale_S.isfinite().all()):
+            raise ConfigError("weights are not finite, for which NF4 has no code; keep this matrix in floating point")
         self.register_buffer("code", code)
         group_scale, mean = None, None
         if double:

@@ -19,9 +19,11 @@ from anabranch.lm.quantized_layers import Bits
 from anabranch.lm.seen_model import check_unchanged, see_model
 from anabranch.nn import kernels
 from anabranch.nn.nf4 import quantize_nf4
+from anabranch.seen_files import SeenFiles
 from anabranch.serving.answering import answer_settings
 from anabranch.serving.config import Quantize, ServingConfig
 from anabranch.serving.depth import DepthConfig
+from anabranch.serving.engine.adapter_place import files_of
 from anabranch.serving.engine.cut import Cut
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.runner import ModelRunner
@@ -60,7 +62,7 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
         raise ConfigError("model is ''; give the folder or file of a model")
     # Once: a training run may have a newer checkpoint at any time.
     config = config.found()
-    seen, beside = see_model(config.model), config.depth.seen()
+    seen, beside = see_model(config.model), _see_beside(config)
     config = config.planned()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -78,11 +80,17 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     settings = answer_settings(config, adapters)
     engine.info = replace(engine.info, files=seen, beside=beside, numbers=numbers, settings=settings)
     check_unchanged(seen, config.model)
-    if changed := beside.difference(config.depth.seen()):
+    if changed := beside.difference(_see_beside(config)):
         raise CheckpointError(f"{changed} is another file than when it was read; start again, once it is written")
     if engine.runner.cut is not None:
         engine.runner.cut.agree(f"{seen.content} {numbers}", config.model)
     return engine, loaded.tokenizer
+
+
+def _see_beside(config: ServingConfig) -> SeenFiles:
+    """The files that are read beside the model's, as they are now: adapters that requests load are not among them."""
+    adapters = files_of(folder for _, folder in config.adapters.folders)
+    return SeenFiles((*config.depth.seen().files, *SeenFiles.of(adapters).files))
 
 
 def engine_of(loaded: Loaded, config: ServingConfig, *, most_positions: int | None = None) -> Engine:

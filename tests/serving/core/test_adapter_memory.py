@@ -30,7 +30,7 @@ class Memory:
         self.room.begin(one)
         for entry in one.adapters:
             if entry.held is None:
-                self.memory.hold(entry, SimpleNamespace(nbytes=entry.size), together=one.adapters, key=key)
+                self.memory.hold(entry, SimpleNamespace(nbytes=entry.size, version="v"), together=one.adapters, key=key)
         if ends:
             assert self.memory.end(one.id)
         return one
@@ -56,7 +56,7 @@ def test_what_is_in_use_or_pinned_stays():
     made.use("a", "p30", ends=False)
     made.use("a", "q30")
     made.entry("r30").is_pinned = True
-    made.memory.hold(made.entry("r30"), SimpleNamespace(nbytes=30))
+    made.memory.hold(made.entry("r30"), SimpleNamespace(nbytes=30, version="v"))
     made.room.pinned.append(made.entry("r30"))
     assert made.leaves("s40") == ["q30"]
     with pytest.raises(NoRoomError, match="takes 50 bytes, and those in use 60 of 100"):
@@ -147,7 +147,7 @@ def test_what_a_key_s_request_uses_is_of_its_part_however_long_that_takes():
 def test_what_no_key_has_asked_for_goes_first():
     made = Memory()
     made.use("a", "p50")
-    made.memory.hold(made.entry("x40"), SimpleNamespace(nbytes=40))
+    made.memory.hold(made.entry("x40"), SimpleNamespace(nbytes=40, version="v"))
     made.room.touch(made.entry("x40"))
     assert made.leaves("s50", "a") == made.leaves("s50", "b") == ["x40"]
 

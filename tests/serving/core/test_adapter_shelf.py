@@ -231,6 +231,31 @@ def test_who_asks_for_one_whose_folder_went_is_not_told_where_it_was(shelf, fold
     assert begin(shelf, "2", "a") == ["40/a"]
 
 
+@pytest.mark.parametrize("is_known", [False, True])
+def test_one_whose_folder_holds_other_numbers_by_now_is_not_read_again(folders, is_known, caplog):
+    """Whoever asks would have other answers from what is called the same; who loaded it says which there are."""
+    shelf = AdapterShelf(lambda folder, root, check: Fake(40, made[0]), 100, wait_s=0.0)
+    made = ["1"]
+    if is_known:
+        shelf.register("a", "somewhere", version="1")
+    else:
+        shelf.load("a", "somewhere").result(60)
+        shelf.load("b", "elsewhere").result(60)
+        shelf.load("c", "elsewhere").result(60)
+        assert in_memory(shelf) == {"b", "c"}
+    made[0] = "2"
+    with pytest.raises(BusyError, match="adapter 'a' is known and cannot be read now"):
+        begin(shelf, "1", "a")
+    assert "somewhere holds other numbers than when the adapter was loaded" in caplog.text
+    made[0] = "1"
+    assert begin(shelf, "1", "a") == ["1"]
+    shelf.release("1")
+    made[0] = "2"
+    shelf.load("a", "somewhere").result(60)
+    assert begin(shelf, "1", "a") == ["2"]
+    shelf.close()
+
+
 def test_one_that_cannot_be_read_for_no_reason_that_is_known(shelf, folders, caplog):
     def broken(folder, root, check):
         raise OSError(5, "Input/output error", "/somewhere/x")

@@ -361,6 +361,34 @@ def test_an_engine_that_died_has_its_adapters_again(make_engine, root):
         assert [row["in_memory"] for row in running.ask("/v1/adapters")[2]["data"]] == [True, True, True]
 
 
+def test_an_engine_that_died_does_not_take_other_numbers_for_an_adapter(make_engine, own_root, caplog):
+    engines = []
+
+    def make():
+        engines.append(make_engine())
+        return engines[-1]
+
+    def prints():
+        return {name: say(running, model=name)[2].get("system_fingerprint") for name in ("demo", "x", "y")}
+
+    with serving(make, adapter_root=str(own_root)) as running:
+        for name in "xy":
+            assert change(running, {"name": name, "folder": "c"}, token=None)[0] == 200
+        before = prints()
+        for name in ("a", "c"):
+            shutil.copytree(own_root / name, own_root / f"{name} before")
+        shutil.copytree(own_root / "a", own_root / "c", dirs_exist_ok=True)
+        running.on_loop(lambda: engines[0]._give_up("a test"))
+        until(lambda: len(engines) == 2 and running.frontend.state == "ready")
+        assert say(running, model="x")[2]["error"]["code"] == "busy"
+        assert "holds other numbers than when the adapter was loaded" in caplog.text
+        assert change(running, {"name": "x", "folder": "c"}, token=None)[0] == 200
+        shutil.copytree(own_root / "c before", own_root / "c", dirs_exist_ok=True)
+        after = prints()
+        assert (after["demo"], after["y"]) == (before["demo"], before["y"])
+        assert len({*before.values(), *after.values()}) == 4
+
+
 def test_configs_that_cannot_be(tmp_path, root):
     save_model(tmp_path / "demo", make_model(), ByteTokenizer())
     for config, what in (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from adapter_models import make_adapter
 from anabranch.cli.serve_told import Told
 from anabranch.data import ByteTokenizer
 from anabranch.depth.ftp import TokenSkipper
@@ -17,6 +18,7 @@ from anabranch.lm import Decoder, load_model, save_model
 from anabranch.nn import SelfAttention
 from anabranch.seen_files import SeenFiles
 from anabranch.serving import load
+from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.depth import DepthConfig
 from anabranch.serving.engine.local import LocalEngine
@@ -136,17 +138,32 @@ def beside(tmp_path):
     for share, place in zip((0.6, 0.4), skippers, strict=True):
         TokenSkipper(small_moe(), (0.0, share)).save(place)
     routers = [bank / "routers.safetensors" for bank in banks]
+    queries = {f"model.layers.{layer}.self_attn.q_proj": (16, 16) for layer in range(2)}
+    for place in ("one", "other", "pool/a", "pool/b", "pool of another/a"):
+        make_adapter(tmp_path / place, queries, seed=place)
+    numbers = "adapter_model.safetensors"
     return {
-        "skipper": (DepthConfig(skipper=str(skippers[0])), skippers),
-        "routers": (DepthConfig(routers=str(banks[0])), routers),
+        "skipper": ({"depth": DepthConfig(skipper=str(skippers[0]))}, skippers),
+        "routers": ({"depth": DepthConfig(routers=str(banks[0]))}, routers),
+        "adapter": (
+            {"adapters": AdaptersConfig(load=(f"x={tmp_path / 'one'}",))},
+            [tmp_path / place / numbers for place in ("one", "other")],
+        ),
+        "pool": (
+            {"adapters": AdaptersConfig(load=(f"x=arrow:{tmp_path / 'pool'}",))},
+            [tmp_path / place / numbers for place in ("pool/a", "pool of another/a")],
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["skipper", "routers"])
-def test_an_engine_that_finds_another_skipper_or_other_routers_is_not_served(folder, beside, name, caplog):
-    depth, (place, another) = beside[name]
+BESIDE = ["skipper", "routers", "adapter", "pool"]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_an_engine_that_finds_others_beside_its_model_is_not_served(folder, beside, name, caplog):
+    changes, (place, another) = beside[name]
     engines = Engines(folder)
-    engines.config = engines.config.replace(depth=depth)
+    engines.config = engines.config.replace(**changes)
     with serving(engines, read_model(str(folder), HttpConfig())) as running:
         (place.parent / "README.md").write_text("something else")
         engines.die(running)
@@ -158,10 +175,24 @@ def test_an_engine_that_finds_another_skipper_or_other_routers_is_not_served(fol
     assert f"{place} is another file than when the server was started" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["skipper", "routers"])
-def test_a_skipper_or_routers_that_change_while_they_are_read_are_not_served(folder, beside, name, monkeypatch):
-    depth, (place, another) = beside[name]
-    config = Engines(folder).config.replace(depth=depth)
+@pytest.mark.parametrize("name", ["adapter", "pool"])
+def test_an_engine_that_cannot_read_its_adapters_again_is_given_up_at_once(folder, beside, name, caplog):
+    changes, (place, _) = beside[name]
+    engines = Engines(folder)
+    engines.config = engines.config.replace(**changes)
+    with serving(engines, read_model(str(folder), HttpConfig())) as running:
+        assert running.ask("/v1/completions", {**BODY, "model": "x"})[0] == 200
+        os.truncate(place, 100)
+        engines.die(running)
+        until(lambda: "no longer those" in running.frontend.error)
+    assert len(engines.clients) == 2
+    assert f"{place} is another file than when the server was started, and cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_lies_beside_a_model_and_changes_while_it_is_read_is_not_served(folder, beside, name, monkeypatch):
+    changes, (place, another) = beside[name]
+    config = Engines(folder).config.replace(**changes)
     settings = load.answer_settings
     monkeypatch.setattr(load, "answer_settings", lambda *parts: os.replace(another, place) or settings(*parts))
     with pytest.raises(CheckpointError, match=f"{re.escape(str(place))} is another file than when it was read"):

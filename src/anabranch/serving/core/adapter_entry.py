@@ -42,6 +42,7 @@ class Entry(Generic[H]):
         used_at: when one last began, by a count.
         used_by: keys that have used it of late: when a request of each last began, by that count, and when the last one ended, in seconds;
             infinity while one is under way.
+        version: of its numbers when they were first in memory; "" before, unless it was told.
         size: bytes of the numbers, in memory or not; 0 before they were first looked at.
     """
 
@@ -54,6 +55,7 @@ class Entry(Generic[H]):
     used_at: int = 0
     used_by: dict[str, tuple[int, float]] = field(default_factory=dict)
     size: int = 0
+    version: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +70,7 @@ class Entry(Generic[H]):
             "pinned": self.is_pinned,
             "in_memory": self.held is not None,
             "bytes": self.nbytes,
-            "version": None if self.held is None else self.held.version,
+            "version": self.version or None,
             "requests": self.uses,
             **({} if self.held is None else self.held.told),
         }

@@ -60,7 +60,7 @@ class AdapterMemory(Generic[H]):
         for other in self.find_room(entry, before=before, together=together, key=key):
             other.held = None
             self.num_evictions += 1
-        entry.held = held
+        entry.held, entry.version = held, held.version
         self.num_loads += 1
 
     def retire(self, entry: Entry[H]) -> None:

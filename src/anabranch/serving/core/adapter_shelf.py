@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from anabranch.errors import AnabranchError, CapacityError, InputError
+from anabranch.errors import AnabranchError, CapacityError, CheckpointError, InputError
 from anabranch.serving.core.adapter_entry import Entry, H, Held, Read
 from anabranch.serving.core.adapter_line import AdapterLine
 from anabranch.serving.core.adapter_loads import AdapterLoads, Load
@@ -224,14 +224,14 @@ class AdapterShelf(Generic[H]):
             if load.waits_as:
                 self.release(load.waits_as)
 
-    def register(self, name: str, folder: str, root: str | None = None) -> None:
+    def register(self, name: str, folder: str, root: str | None = None, version: str = "") -> None:
         """Know an adapter that is read when the first request asks for it; nothing for a name that there is. Raises InputError.
 
-        Arguments as of `load_now`.
+        Arguments as of `load_now`; with a ``version`` it is read as long as its numbers are of that.
         """
         check_name(name)
         with self._lock:
-            self._entries.setdefault(name, Entry(name, folder, root))
+            self._entries.setdefault(name, Entry(name, folder, root, version=version))
 
     def remove(self, name: str) -> dict[str, Any]:
         """Know an adapter no more; its last facts. Requests under way end with it, and its memory is free then.
@@ -433,7 +433,12 @@ class AdapterShelf(Generic[H]):
 
     def _look_at(self, entry: Entry[H], check: Callable[[int], None]) -> H:
         try:
-            return self._read(entry.folder, entry.root, check)
+            held = self._read(entry.folder, entry.root, check)
+            if entry.version and held.version != entry.version:
+                raise CheckpointError(
+                    f"{entry.folder} holds other numbers than when the adapter was loaded; load it once more to have these"
+                )
+            return held
         except (BusyError, CapacityError, _MeasuredError):
             raise
         except Exception as error:

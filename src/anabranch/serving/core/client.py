@@ -67,7 +67,7 @@ class EngineInfo:
         depth: ``routed``, ``pruned`` or ``full``, of a request that does not say.
         tasks: names of the tasks that the model itself goes by; none where it does not.
         files: that the model was read from, as they were; none where it was not read from files.
-        beside: likewise, what was read beside them: depth routers, and a skipper of tokens.
+        beside: likewise, what was read beside them: depth routers, a skipper of tokens, and adapters that are there from the start.
         numbers: type and bits in which it computes; empty where nobody says.
         settings: what else of its config changes answers, see `anabranch.serving.answering`; empty where nobody says.
     """

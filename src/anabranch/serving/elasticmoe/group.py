@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from anabranch.errors import BackendError, InputError
+from anabranch.errors import BackendError, CheckpointError, InputError
 from anabranch.lm.checkpoint import find_model
 from anabranch.lm.seen_model import check_unchanged, see_model
 from anabranch.serving.core.request import Finish
@@ -68,13 +68,18 @@ class Group:
         seen = see_model(found)
         self.layout = layout_of(found, backend_for(config).page)
         self.limits, info, self.kv_bytes = sizes_of(config, self.layout)
-        self.info = replace(info, files=seen, beside=config.depth.seen())
+        beside = config.depth.seen()
+        self.info = replace(info, files=seen, beside=beside)
         # Once, too.
         self.skipper: Any = None
         if config.depth.skipper is not None:
             from anabranch.depth.ftp.saving import read_skipper
 
             self.skipper = read_skipper(config.depth.skipper)
+            if changed := beside.difference(config.depth.seen()):
+                raise CheckpointError(
+                    f"{changed} is another file than when it was read; start again, once it is written"
+                )
         self.ledger = Ledger(self.limits, self.info.vocab_size, served)
         self.counts = Counts()
         self.standby = Standby(config.standby)

@@ -4,7 +4,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ __all__ = [
     "Folder",
     "PoolKind",
     "check_small",
+    "files_of",
     "folder_of",
     "root_untold",
     "size_of",
@@ -39,6 +40,7 @@ MOST_CONFIG, MOST_HEADER = 256 << 10, 1 << 20
 # Adapters of a pool, and entries of its folder that are looked at.
 MOST_EXPERTS, MOST_ENTRIES = 1000, 10_000
 _TABLES, _TENSORS = (CONFIG, OWN, CARD), (WEIGHTS, NUMBERS, GATES)
+_FILES = (CONFIG, WEIGHTS, PICKLE, OWN, NUMBERS, CARD, GATES)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def folder_of(said: str, root: str | None) -> Folder:
     return Folder(place, given, _experts_in(place, root))
 
 
+def files_of(folders: Iterable[str]) -> list[Path]:
+    """Each file that is read of these folders where it is there: of a pool those of all its adapters. Raises as `folder_of`."""
+    return [place / name for said in folders for place in folder_of(said, None).places for name in _FILES]
+
+
 @contextmanager
 def root_untold(root: str | None) -> Iterator[None]:
     """Errors tell of what lies below ``root`` by its path from there: they go to whoever asked, whom the server's folders are no
@@ -121,8 +128,7 @@ def _place_of(folder: str, root: str | None) -> Path:
 
 def _check_below(place: Path, top: Path) -> None:
     """Raise CheckpointError where a file that may be read lies elsewhere."""
-    files = (CONFIG, WEIGHTS, PICKLE, OWN, NUMBERS, CARD, GATES)
-    stray = next((name for name in files if not (place / name).resolve().is_relative_to(top)), None)
+    stray = next((name for name in _FILES if not (place / name).resolve().is_relative_to(top)), None)
     if stray is not None:
         raise CheckpointError(f"folder has {stray!r}, which lies outside of the server's --adapter-root")
 

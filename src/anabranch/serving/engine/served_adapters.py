@@ -126,7 +126,9 @@ class ServedAdapters:
         return {
             "adapters": self.shelf.facts,
             "load_adapter": lambda adapter, folder, root=None: self.shelf.load(adapter, folder, root),
-            "register_adapter": lambda adapter, folder, root=None: self.shelf.register(adapter, folder, root),
+            "register_adapter": lambda adapter, folder, root=None, version="": self.shelf.register(
+                adapter, folder, root, version
+            ),
             "remove_adapter": lambda adapter: self.shelf.remove(adapter),
         }
 

@@ -24,6 +24,7 @@ class AdapterNames:
     Attributes:
         pinned: that the engine has from its start.
         folders: of the others, by name.
+        versions: of their numbers, by name.
         is_there: whether the engine can have any.
         root: folder that those of ``folders`` are below, whenever they are read; None where there are none.
 
@@ -35,6 +36,7 @@ class AdapterNames:
         self.root = None if root is None else os.path.abspath(root)
         self.pinned: tuple[str, ...] = ()
         self.folders: dict[str, str] = {}
+        self.versions: dict[str, str] = {}
         self.is_there = False
 
     @property
@@ -49,7 +51,13 @@ class AdapterNames:
         """An engine has been started: tell it of those that its predecessor was told of."""
         self.is_there, self.pinned = info.adapters is not None, info.adapters or ()
         for name, folder in self.folders.items():
-            await engine.control("register_adapter", adapter=name, folder=folder, root=self.root)
+            # Its folder may hold others now, whom nobody has loaded.
+            version = self.versions.get(name, "")
+            await engine.control("register_adapter", adapter=name, folder=folder, root=self.root, version=version)
+
+    def told(self, mixture: Mixture) -> tuple[tuple[str, str], ...]:
+        """The versions of those of a mixture that came by HTTP, by name: what `fingerprint` has beside the engine's own."""
+        return tuple(sorted((name, self.versions[name]) for name, _ in mixture if name in self.versions))
 
 
 def chosen(body: Mapping[str, Any], bases: Sequence[str], known: AdapterNames, *, is_needed: bool = True) -> Mixture:

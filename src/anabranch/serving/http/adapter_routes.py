@@ -115,7 +115,8 @@ class AdapterRoutes:
             self._loading -= Counter([name])
         # The engine may tell of an unloading that came later first.
         if self._done.get(name, -1) < number:
-            self._done[name], self._names.folders[name] = number, folder
+            self._done[name] = number
+            self._names.folders[name], self._names.versions[name] = folder, facts["version"]
         return facts
 
     async def _remove(self, context: RequestContext, name: str) -> dict[str, Any]:
@@ -125,6 +126,7 @@ class AdapterRoutes:
             raise _unknown(name)
         # From now on nobody is given it, whatever the engine is doing.
         self._names.folders.pop(name, None)
+        self._names.versions.pop(name, None)
         self._done[name] = next(self._serial)
         facts = await self._whole(self._control("remove_adapter", adapter=name))
         return {**self._shown(facts), "deleted": True}

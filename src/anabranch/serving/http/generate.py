@@ -106,7 +106,8 @@ class Generate:
         else:
             request = read(body, reader, info, limit)
         if adapters:
-            request = replace(request, adapters=adapters)
+            versions = self._frontend.adapters.told(adapters)
+            request = replace(request, adapters=adapters, adapter_versions=versions)
             context.facts["adapters"] = dict(adapters)
         if request.task is not None:
             context.facts["task"] = request.task

@@ -49,6 +49,7 @@ class GenerationRequest:
         reasoning: how the model's reasoning is told apart; None where it is part of the text.
         is_routing: tell which experts each token went to.
         priority, cache_salt, num_streams, adapters, task: see `Request`.
+        adapter_versions: see `AdapterNames.told`.
         query: what is asked for, in words, for routers of adapters; None for what is asked last (`asked`), or the prompt.
         asked: the last message of a chat that a user wrote.
         depth: ``full``, ``routed``, ``pruned``, or the blocks to run.
@@ -79,6 +80,7 @@ class GenerationRequest:
     depth: str | tuple[int, ...] = "full"
     depth_control: float | None = None
     adapters: Mixture = ()
+    adapter_versions: tuple[tuple[str, str], ...] = ()
     task: str | None = None
     query: str | None = None
     asked: str = ""

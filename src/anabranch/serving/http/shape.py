@@ -35,12 +35,18 @@ MOST_APART = 256
 NOT_ANSWERS = ("num_blocks", "block_tokens", "experts", "beside")
 
 
-def fingerprint(info: EngineInfo) -> str:
-    """``system_fingerprint``: differs where the same seed may give other tokens."""
+def fingerprint(info: EngineInfo, adapters: Sequence[tuple[str, str]] = ()) -> str:
+    """``system_fingerprint``: differs where the same seed may give other tokens.
+
+    Args:
+        info: of the engine.
+        adapters: names and versions of those of a request that the engine has not had from its start.
+    """
     facts = {field.name: getattr(info, field.name) for field in fields(info) if field.name not in NOT_ANSWERS}
     # Wherever they lie, and whenever they were written.
     facts |= {"files": info.files.content, "routed_layers": sorted(info.routed_layers.items())}
-    return f"fp_{hashlib.sha256(repr((__version__, facts)).encode()).hexdigest()[:12]}"
+    told = (__version__, facts, *([tuple(adapters)] if adapters else ()))
+    return f"fp_{hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
 
 
 class Shape:
@@ -62,7 +68,8 @@ class Shape:
         # Of an answer that is told whole, by choice.
         self._taken: list[list[ChoiceDelta]] = [[] for _ in range(request.num_choices)]
         self._head = {
-            "id": new_id(self.id_kind), "created": int(time.time()), "model": request.model, "system_fingerprint": fingerprint(info)
+            "id": new_id(self.id_kind), "created": int(time.time()), "model": request.model,
+            "system_fingerprint": fingerprint(info, request.adapter_versions),
         }  # fmt: skip
 
     # After all events of a stream.
