@@ -33,7 +33,7 @@ class Fitting(GoingOn):
         """
         if data.vector_ND is None:
             raise InputError(
-                "coe learns from vectors of the queries; embed them first: data.with_vectors(embedder.embed(...))"
+                "coe learns from vectors of the queries; embed them first: data.with_vectors(unit_vectors(embedder, data.query))"
             )
         # An empty text teaches nothing.
         keep = np.flatnonzero(data.vector_ND.any(axis=1))
