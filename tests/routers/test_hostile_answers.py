@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -236,3 +236,68 @@ def test_of_an_answer_that_is_none_a_later_one_at_its_place_is_kept(tmp_path):
         with Journal(path, "run") as journal:
             assert journal.find("solve/0/0/1", "d").text == "four"
             assert (journal.dropped, journal.lost.calls) == (1, 1)
+
+
+# What nobody reads, and what need be no dict
+
+
+@pytest.mark.parametrize(
+    "unread", [{"index": None}, {"index": 0.0}, {"index": "x"}, {"logprobs": []}, {"logprobs": "x"}, {"own": {1}}]
+)
+def test_what_nobody_reads_refuses_no_answer(unread):
+    choice = {**WHOLE["choices"][0], **unread}
+    assert wrong_choices([choice]) == ""
+    read(Answered(model="m", choices=(choice,)))
+
+
+@pytest.mark.parametrize("unread", [{"index": None}, {"index": 0.0}, {"logprobs": []}])
+def test_a_journal_keeps_answers_whatever_stands_where_nobody_reads(tmp_path, unread):
+    """A whole run of an earlier version was dropped, paid again, and never went on."""
+    path = tmp_path / "run.jsonl"
+    body = {**WHOLE, "choices": [{**WHOLE["choices"][0], **unread}]}
+    first = asyncio.run(reasoner().solve("2 + 2?", ClientAsk(client(body)), journal=path))
+
+    async def never(**_):
+        raise AssertionError("all of it is there")
+
+    nobody = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=never)))
+    again = asyncio.run(reasoner().solve("2 + 2?", ClientAsk(nobody), journal=path))
+    assert first.is_whole
+    assert again.is_whole
+    assert again.answer == first.answer
+
+
+def mapping(value):
+    """The same of Mappings that are no dicts, all through."""
+    if isinstance(value, dict):
+        return MappingProxyType({name: mapping(one) for name, one in value.items()})
+    return [mapping(one) for one in value] if isinstance(value, list) else value
+
+
+def test_an_ask_of_anybody_may_answer_in_mappings(tmp_path):
+    """As `Answered.choices` says, in what a journal keeps too."""
+
+    class Own:
+        left, calls = math.inf, 0
+
+        async def __call__(self, arm, messages, **how):
+            type(self).calls += 1
+            return Answered(model="m", choices=(mapping(WHOLE["choices"][0]),), prompt_tokens=7)
+
+    read(Answered(model="m", choices=(mapping(WHOLE["choices"][0]),)))
+    counts = []
+    for _ in range(2):
+        assert asyncio.run(reasoner().solve("2 + 2?", Own(), journal=tmp_path / "run.jsonl")).is_whole
+        counts.append(Own.calls)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("choice", "what"),
+    [({"index": None}, "index is no number"), ({"logprobs": []}, "logprobs are no object")],
+)
+def test_what_goes_out_to_clients_is_as_they_know_it(choice, what):
+    choice = {**WHOLE["choices"][0], **choice}
+    assert wrong_choices([choice], is_passed_on=True) == what
+    assert wrong_choices([mapping(WHOLE["choices"][0])], is_passed_on=True) == "choices are no objects"
+    assert wrong_choices(WHOLE["choices"], is_passed_on=True) == ""

@@ -25,7 +25,7 @@ def read_answer(provider: Provider, request: UpstreamRequest, body: bytes) -> An
     if request.endpoint == "embeddings":
         what = "" if are_objects(answer.body.get("data")) else "data is no list of objects"
     else:
-        what = wrong_choices(answer.body.get("choices"), is_chat=request.endpoint == "chat")
+        what = wrong_choices(answer.body.get("choices"), is_chat=request.endpoint == "chat", is_passed_on=True)
     if what:
         raise garbage(f"an answer whose {what}", body)
     usage = answer.usage

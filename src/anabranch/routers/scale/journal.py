@@ -179,7 +179,7 @@ class Journal:
         self._append(*lines, _lost_line(self.lost))
 
     def _append(self, *lines: Mapping[str, Any]) -> None:
-        self._write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        self._write(b"".join(json.dumps(line, default=_plain).encode() + b"\n" for line in lines))
 
     def _write(self, data: bytes) -> None:
         try:
@@ -207,6 +207,13 @@ def _failed_line(key: str, digest: str, status: str) -> dict[str, Any]:
 
 def _lost_line(lost: Tokens) -> dict[str, Any]:
     return {"lost": [lost.prompt, lost.completion, lost.cost, lost.calls]}
+
+
+def _plain(value: Any) -> Any:
+    """Of an answer of anybody, whose objects need be no dicts. Raises TypeError."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def _written(found: Answered) -> dict[str, Any]:
