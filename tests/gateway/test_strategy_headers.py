@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.strategy_headers import CHARACTERS, LOOKED_AT, MOST, OURS, strategy_headers
+from anabranch.gateway.strategy_headers import CHARACTERS, LOOKED_AT, MOST, OTHERS, OURS, strategy_headers
 
 # What servers before the gateway, browsers, crawlers and clients act upon.
 FOREIGN = (
@@ -48,6 +48,13 @@ FOREIGN = (
         "x-dns-prefetch-control",
         "x-permitted-cross-domain-policies",
         "x-content-security-policy",
+        "x-reproxy-url",
+        "x-reproxy-file",
+        "x-archive-files",
+        "x-cascade",
+        "x-original-url",
+        "x-ms-retry-after-ms",
+        "x-retry-after",
     ),
 )
 
@@ -65,7 +72,32 @@ def test_its_own_go_out_in_small_letters():
 def test_others_are_left_out_and_its_own_stay(name, caplog):
     with caplog.at_level(logging.WARNING):
         assert strategy_headers("s", {name: "5", "x-a": "1"}) == {"x-a": "1"}
-    assert "strategy s: 1 headers are left out" in caplog.text
+    assert "strategy s: 1 headers are left out (" in caplog.text
+
+
+@pytest.mark.parametrize("name", sorted(OURS | OTHERS))
+def test_none_is_taken_with_another_stroke(name):
+    """To some servers `_` is as `-`."""
+    for at, sign in enumerate(name):
+        if sign == "-" and at > 1:
+            assert strategy_headers("s", {f"{name[:at]}_{name[at + 1 :]}": "1"}) == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x-original-model", "x-original-score", "x-content-category", "x-ms-saved", "x-cloud-or-local", "x-cache-age", "x-cached-at",
+     "x-retry-advice", "x-frame-count", "x-download-size", "x-ua-guess", "x-ratelimited-models", "x-rewrite-of-prompt", "x-route-cost"],
+)  # fmt: skip
+def test_what_nobody_acts_upon_goes_out(name, caplog):
+    assert strategy_headers("s", {name: "1"}) == {name: "1"}
+    assert not caplog.text
+
+
+def test_the_log_names_what_is_left_out(caplog):
+    strategy_headers("s", {"X-Reproxy-URL": "http://a", "x-b\n": "1", 5: "1", "x-a": "1", "y" * 999: "1"})
+    wanted = f"4 headers are left out ('X-Reproxy-URL', 'x-b\\n', a int, '{'y' * 64}'), and x-a go out"
+    assert wanted in caplog.text
+    assert "http://a" not in caplog.text
 
 
 @given(st.dictionaries(st.text() | st.integers(), st.text(), max_size=40))
@@ -80,7 +112,7 @@ def test_a_header_goes_out_whole_or_not_at_all_with_a_line(caplog):
     wanted = {"x-scores": "a" * 2000, "x-more": "b" * 2000, "x-id": "c" * 900}
     with caplog.at_level(logging.WARNING):
         assert strategy_headers("s", wanted) == {"x-scores": "a" * 2000, "x-id": "c" * 900}
-    assert "strategy s: 1 headers are left out, and x-scores, x-id go out" in caplog.text
+    assert "strategy s: 1 headers are left out ('x-more'), and x-scores, x-id go out" in caplog.text
 
 
 def test_one_that_fits_to_the_character_goes_out_without_a_line(caplog):
@@ -88,7 +120,7 @@ def test_one_that_fits_to_the_character_goes_out_without_a_line(caplog):
     with caplog.at_level(logging.WARNING):
         assert strategy_headers("s", wanted) == wanted
         assert strategy_headers("s", {"x-a": wanted["x-a"] + "a"}) == {}
-    assert "1 headers are left out, and none go out" in caplog.text
+    assert "1 headers are left out ('x-a'), and none go out" in caplog.text
 
 
 def test_of_one_name_in_large_and_small_letters_the_first_goes_out(caplog):

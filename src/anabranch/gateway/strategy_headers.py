@@ -21,38 +21,29 @@ OURS = frozenset(
     }
 )
 
-# Beginnings of what servers before this one obey or say themselves, and of what clients, browsers and crawlers act upon: a strategy, or a
-# text that it puts there, would have them send an inner file, keep an answer, or take this server for dead. Of nginx
-# (nginx.org/en/docs/http/ngx_http_proxy_module.html, proxy_ignore_headers), lighttpd, Apache's mod_xsendfile, LiteSpeed, Envoy's router
-# filter (envoyproxy.io/docs), other proxies, and clouds. To some of them `_` is as `-`.
-OTHERS = (
-    *("x-accel-", "x-sendfile", "x-lighttpd-", "x-litespeed-", "x-envoy-", "x-varnish", "x-kong-", "x-nginx-"),
-    *("x-forwarded-", "x-real-ip", "x-original-", "x-rewrite-", "x-http-method", "x-proxy-"),
-    *(
-        "x-amz-",
-        "x-amzn-",
-        "x-appengine-",
-        "x-goog-",
-        "x-google-",
-        "x-cloud-",
-        "x-azure-",
-        "x-ms-",
-        "x-vercel-",
-        "x-middleware-",
-    ),
-    *("x-ratelimit", "x-rate-limit", "x-retry-", "x-should-", "x-cache"),
-    *(
-        "x-content-",
-        "x-frame-",
-        "x-xss-",
-        "x-dns-",
-        "x-permitted-",
-        "x-download-",
-        "x-ua-",
-        "x-webkit-",
-        "x-robots-",
-        "x-sourcemap",
-    ),
+# What servers before this one obey or say themselves, and what clients, browsers and crawlers act upon, by name. Beside these a strategy
+# may tell what it likes of an original, a cache or a download.
+OTHERS = frozenset(
+    {
+        *(f"x-cache-{name}" for name in ("control", "hits", "key", "lookup", "status", "tag", "tags")),
+        *(f"x-original-{name}" for name in ("args", "host", "method", "path", "uri", "url")),
+        *("x-cascade", "x-content-digest", "x-content-duration", "x-dns-prefetch-control", "x-download-options"),
+        *("x-ratelimit", "x-real-ip", "x-rewrite-uri", "x-rewrite-url", "x-ua-compatible", "x-xss-protection"),
+    }
+)
+
+# Beginnings of such: a strategy, or a text that it puts there, would have them send an inner file, keep an answer, or take this server for
+# dead. Of nginx (nginx.org/en/docs/http/ngx_http_proxy_module.html, proxy_ignore_headers) and its mod_zip, lighttpd, Apache's
+# mod_xsendfile, LiteSpeed, Perlbal, Envoy's router filter (envoyproxy.io/docs), other proxies, and clouds.
+BEGINNINGS = (
+    *("x-accel-", "x-archive-", "x-sendfile", "x-lighttpd-", "x-litespeed-", "x-reproxy-", "x-envoy-", "x-varnish"),
+    *("x-kong-", "x-nginx-", "x-forwarded-", "x-original-forwarded-", "x-http-method", "x-proxy-"),
+    *("x-amz-", "x-amzn-", "x-appengine-", "x-goog-", "x-google-", "x-cloud-trace-", "x-azure-", "x-vercel-"),
+    *("x-middleware-", "x-ms-blob-", "x-ms-client-", "x-ms-correlation-", "x-ms-deployment-", "x-ms-edge-"),
+    *("x-ms-error-", "x-ms-meta-", "x-ms-middleware-", "x-ms-proxy", "x-ms-rai-", "x-ms-ratelimit-", "x-ms-region"),
+    *("x-ms-request-", "x-ms-retry-", "x-ms-routing-", "x-ms-token-", "x-ms-version"),
+    *("x-ratelimit-", "x-rate-limit", "x-retry-after", "x-should-", "x-content-security-", "x-content-type-"),
+    *("x-permitted-", "x-webkit-", "x-robots-", "x-sourcemap"),
 )
 
 # Headers of one answer, characters of a name, and of all names and values: servers before this one take some kilobytes, with ours.
@@ -63,31 +54,38 @@ LOOKED_AT = 4 * MOST
 
 
 def strategy_headers(strategy: str, given: Mapping[Any, Any]) -> dict[str, str]:
-    """What a strategy's headers go out as, in small letters and whole. Others than its own are left out, with a line in the log.
+    """What a strategy's headers go out as, in small letters and whole. Others than its own are left out, and the log names them.
 
     So is one that does not fit beside those before it.
     """
     found: dict[str, str] = {}
-    num_left, num_given = CHARACTERS, 0
+    num_left, left_out = CHARACTERS, list[str]()
     for name, value in islice(given.items(), LOOKED_AT):
-        num_given += 1
         small = name.lower() if isinstance(name, str) else ""
-        is_own = len(small) <= NAME_CHARACTERS and NAME.fullmatch(small) and small not in OURS
-        is_own = is_own and not small.replace("_", "-").startswith(OTHERS)
-        if not is_own or small in found or len(found) == MOST:
+        is_free = len(small) <= NAME_CHARACTERS and NAME.fullmatch(small) is not None and not _is_taken(small)
+        is_free = is_free and small not in found and len(found) < MOST
+        text = str(value) if is_free else ""
+        if not is_free or len(small) + len(text) > num_left:
+            left_out.append(ascii(name[:NAME_CHARACTERS]) if isinstance(name, str) else f"a {type(name).__name__}")
             continue
-        text = str(value)
-        if len(small) + len(text) <= num_left:
-            found[small] = text
-            num_left -= len(small) + len(text)
-    if len(found) < num_given:
+        found[small] = text
+        num_left -= len(small) + len(text)
+    if left_out:
         logger.warning(
-            "strategy %s: %d headers are left out, and %s go out; names begin with x- and are none of the gateway's own or "
+            "strategy %s: %d headers are left out (%s), and %s go out; names begin with x- and are none of the gateway's own or "
             "of servers, at most %d, and %d characters with all values",
             strategy,
-            num_given - len(found),
+            len(left_out),
+            ", ".join(left_out[:MOST]) + (", ..." if len(left_out) > MOST else ""),
             ", ".join(found) or "none",
             MOST,
             CHARACTERS,
         )
     return found
+
+
+def _is_taken(name: str) -> bool:
+    """Whether it means something to others than whoever asked."""
+    # To some servers `_` is as `-`.
+    alike = name.replace("_", "-")
+    return alike in OURS or alike in OTHERS or alike.startswith(BEGINNINGS)
