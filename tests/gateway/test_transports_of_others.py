@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sqlite3
 
 import pytest
 
@@ -222,6 +223,17 @@ def test_of_a_header_that_comes_twice_the_first_counts():
     assert reply.headers == {"retry-after": "3"}
 
 
+def test_headers_are_found_however_they_are_spelt():
+    """As in ours, which a provider's own `error` reads."""
+    headers = asyncio.run(opened(Scripted(headers={"RETRY-AFTER": 3}))).headers
+    for name in ("Retry-After", "retry-after", "RETRY-AFTER"):
+        assert headers[name] == headers.get(name) == "3"
+        assert name in headers
+    assert headers.get("X-None") is None
+    assert headers.get("X-None", "") == ""
+    assert 5 not in headers
+
+
 def test_its_own_time_out_is_one():
     class Slow(Scripted):
         async def read_some(self):
@@ -249,6 +261,47 @@ def test_whoever_waits_is_cancelled_as_ever():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("error", [*(one for one in ERRORS if one is not GeneratorExit), None])
+def test_a_cancel_that_a_transport_turns_into_something_else_is_one(tmp_path, monkeypatch, error, is_stream):
+    """Another deployment would be asked, and charged, for a client that has gone. None: it goes on as if nothing had been."""
+    num_opened, waiting = [], asyncio.Event()
+
+    async def waits(self, call):
+        num_opened.append(call)
+        try:
+            waiting.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if error is not None:
+                raise error("by the provider") from None
+        return await MockTransport.open(self._inner, call)
+
+    monkeypatch.setattr(_Transport, "open", waits)
+    config = settings(tmp_path)
+    odd = config.models[0]
+    # What costs something is read on.
+    twice = odd.replace(deployments=odd.deployments * 2, price=Price.of_dollars(0, 0))
+    config = config.replace(models=(twice, config.models[1]), retries=RetryConfig(attempts=3, base_s=0.001))
+
+    async def main():
+        async with asyncio.timeout(60), Gateway(config) as gateway:
+            asking = asyncio.ensure_future(
+                gateway.handle(
+                    "chat", {"model": "odd", "stream": is_stream, "messages": [{"role": "user", "content": "x"}]}
+                )
+            )
+            await waiting.wait()
+            asking.cancel()
+            await asyncio.wait([asking])
+            assert asking.cancelled()
+            await gateway.settled()
+            return [live.in_flight for live in gateway.runtime.dispatcher.lives()]
+
+    assert asyncio.run(main()) == [0, 0, 0]
+    assert len(num_opened) == 1
+
+
 @pytest.mark.parametrize("error", [one for one in ERRORS if one is not TimeoutError])
 def test_counters_and_numbers_of_a_provider_are_left_out_where_they_fail(tmp_path, monkeypatch, caplog, error):
     def fail(*arguments):
@@ -274,3 +327,54 @@ def test_counters_and_numbers_of_a_provider_are_left_out_where_they_fail(tmp_pat
         asyncio.run(main())
     assert "cannot count a prompt" in caplog.text
     assert caplog.text.count("are left out") == 2
+
+
+def failing_with(error):
+    def fail(*arguments):
+        raise error("by the provider")
+
+    return fail
+
+
+# Of a text of nine letters.
+NONSENSE = [-(10**6), 10**30, float("nan"), float("inf"), 3.9, "4", None, True]
+UNCOUNTED = [*(failing_with(error) for error in ERRORS), *((lambda text, found=found: found) for found in NONSENSE)]
+
+
+@pytest.mark.parametrize("counter", UNCOUNTED)
+def test_a_counter_that_cannot_count_leaves_an_estimate(tmp_path, monkeypatch, caplog, counter):
+    def count(given):
+        async def main():
+            monkeypatch.setattr(Hostile, "counter", given)
+            async with asyncio.timeout(60), Gateway(settings(tmp_path)) as gateway:
+                assert set(gateway.runtime.counters) == ({"odd"} if given else set())
+                body = {"model": "odd", "messages": [{"role": "user", "content": "some text"}]}
+                reply = await gateway.handle("chat", body)
+                await gateway.settled()
+                return reply.headers["x-route-model"]
+
+        assert asyncio.run(main()) == "odd"
+        with sqlite3.connect(tmp_path / "g.db") as store:
+            [row] = store.execute("SELECT reserved_nano FROM ledger").fetchall()
+            store.execute("DELETE FROM ledger")
+        return row
+
+    estimated = count(None)
+    assert not caplog.text
+    assert count(staticmethod(counter)) == estimated
+    assert caplog.text.count("cannot count a text, which is estimated") == 1
+
+
+@pytest.mark.parametrize(
+    "given", [*(failing_with(error) for error in ERRORS), lambda self: "no", lambda self: None, lambda self: 1]
+)
+def test_a_provider_that_cannot_say_whether_it_has_failed_takes_no_server_out(tmp_path, monkeypatch, caplog, given):
+    async def main():
+        async with asyncio.timeout(60), Gateway(settings(tmp_path)) as gateway:
+            monkeypatch.setattr(Hostile, "has_failed", property(given))
+            assert gateway.runtime.given_up == []
+            monkeypatch.setattr(Hostile, "has_failed", property(lambda self: True))
+            assert len(gateway.runtime.given_up) == 1
+
+    asyncio.run(main())
+    assert caplog.text.count("the provider of deployment") == 1

@@ -290,6 +290,53 @@ def test_what_is_closed_after_its_loop_has_ended_ends_as_ever():
     assert inspect.getcoroutinestate(awaited) == inspect.CORO_CLOSED
 
 
+@pytest.mark.parametrize(
+    "error", [ValueError, *(one for one in UNUSUAL if one not in (KeyboardInterrupt, GeneratorExit))]
+)
+def test_whatever_is_raised_while_it_is_cancelled_is_that_cancel(error):
+    async def turned():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise error("of its own") from None
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await plainly_awaited(turned)
+        waiting = asyncio.ensure_future(plainly_awaited(turned))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+
+    asyncio.run(main())
+
+
+def test_an_error_after_a_cancel_that_was_taken_back_or_before_it_is_told_as_ever():
+    """One's own time that is over is no cancel; nor does an older one make a later error one."""
+
+    async def late():
+        async with asyncio.timeout(0.001):
+            await asyncio.Event().wait()
+
+    async def fails():
+        raise ValueError("of its own")
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            await plainly_awaited(late)
+        task = asyncio.current_task()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="of its own"):
+            await plainly_awaited(fails)
+        task.uncancel()
+
+    asyncio.run(main())
+
+
 def test_what_is_cancelled_is_told_once_and_may_tidy_up():
     done = []
 

@@ -9,9 +9,12 @@ more than what was counted, for each cut.
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
-from anabranch.gateway.prompt_tokens import Counter, PromptCount
+from anabranch.gateway.prompt_tokens import BYTES_PER_TOKEN, Counter, PromptCount
+from anabranch.web.large_json import num_bytes
+from anabranch.web.turns import plainly
 
 # Characters that are counted at a time, which takes a tokenizer some milliseconds; and how many of them are searched for a place to cut.
 PIECE = 1 << 13
@@ -27,15 +30,36 @@ _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
 Beside = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
+# Marks that a tokenizer may put around a text; no other token is of less than a byte.
+MARKS = 16
+
+
+class UncountedError(ValueError):
+    """A tokenizer of others does not count a text."""
+
+
+def counted_by_others(counter: Counter, text: str) -> int:
+    """Tokens of ``text`` as ``counter`` says. Raises UncountedError where it raises whatever, or gives what they cannot be."""
+    try:
+        found = plainly(lambda: counter(text))
+    except Exception as error:
+        raise UncountedError(type(error).__name__) from error
+    if not isinstance(found, Integral) or isinstance(found, bool) or not 0 <= int(found) <= num_bytes(text) + MARKS:
+        raise UncountedError(f"{found!r:.40} tokens" if type(found) in (int, float) else type(found).__name__)
+    return int(found)
+
+
 class Texts:
     """In place of the tokenizer, what `count_prompt` is given: it finds no tokens in a text, and has it in mind for `counted`.
 
     Args:
-        counter: the tokenizer.
+        counter: the tokenizer. Where it raises UncountedError the rest is estimated, as it is without one.
     """
 
     def __init__(self, counter: Counter) -> None:
         self._counter, self._texts, self._cuts = counter, list[str](), 0
+        # Bytes of what is estimated.
+        self._uncounted, self._is_estimate = 0, False
 
     def __call__(self, text: str) -> int:  # noqa: D102
         self._texts.append(text)
@@ -53,11 +77,20 @@ class Texts:
         return self._with(count, sum(map(self._sum, self._pieces())))
 
     def _sum(self, piece: list[str]) -> int:
-        return sum(map(self._counter, piece))
+        found, left = 0, list(reversed(piece))
+        while left and not self._is_estimate:
+            try:
+                found += self._counter(left[-1])
+                left.pop()
+            except UncountedError:
+                self._is_estimate = True
+        self._uncounted += sum(map(num_bytes, left))
+        return found
 
     def _with(self, count: PromptCount, found: int) -> PromptCount:
-        at_most = count.at_most + found + CUT_TOKENS * self._cuts
-        return replace(count, tokens=count.tokens + found, at_most=at_most)
+        tokens = count.tokens + found + -(-self._uncounted // BYTES_PER_TOKEN)
+        at_most = count.at_most + found + CUT_TOKENS * self._cuts + self._uncounted
+        return replace(count, tokens=tokens, at_most=at_most, is_estimate=count.is_estimate or self._is_estimate)
 
     def _pieces(self) -> Iterator[list[str]]:
         """All texts, in their order, about `PIECE` characters at a time."""

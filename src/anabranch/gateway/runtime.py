@@ -13,11 +13,13 @@ from anabranch.extras import require
 from anabranch.gateway.config import GatewayConfig, ModelConfig
 from anabranch.gateway.config.needs import check_providers, inside
 from anabranch.gateway.config.prices import unpriced
+from anabranch.gateway.counted_texts import UncountedError, counted_by_others
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.dispatch import Dispatcher
+from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.dispatcher import close_providers
 from anabranch.gateway.dispatch_settings import groups_of, rules_of
-from anabranch.gateway.logged_error import words
+from anabranch.gateway.logged_error import raised, words
 from anabranch.gateway.prompt_tokens import Counter
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.contract.strategy import Metrics, Strategy
@@ -89,15 +91,15 @@ class Runtime:
             group = self.dispatcher.groups[name]
             if model.context is None and group.group.context is not None:
                 self.models[name] = model.replace(context=group.group.context)
-            counters = [live.provider.counter for live in group.lives]
-            if name not in self.counters and counters[0] is not None and all(counters):
-                self.counters[name] = partial(_guarded, counters[0])
+            counters = [_counter_of(live) for live in group.lives]
+            if name not in self.counters and (first := counters[0]) is not None and None not in counters:
+                self.counters[name] = partial(_counted, group.lives[0].name, first)
         self.is_loaded = True
 
     @property
     def given_up(self) -> list[str]:
         """Deployments whose engine in this process has died too often: they answer nothing until a reload."""
-        return [live.name for live in self.dispatcher.lives() if plainly(lambda: live.provider.has_failed)]  # noqa: B023
+        return [live.name for live in self.dispatcher.lives() if _has_failed(live)]
 
     @contextmanager
     def used(self) -> Iterator[Self]:
@@ -162,9 +164,40 @@ def _dispatcher(config: GatewayConfig, previous: Dispatcher | None) -> Dispatche
         raise
 
 
-def _guarded(counter: Counter, text: str) -> int:
-    """What a provider's own counter says of a text."""
-    return plainly(lambda: int(counter(text)))
+def _has_failed(live: Live) -> bool:
+    """What its provider says. One that cannot say so takes no server out: whether it answers is seen when it is asked."""
+    try:
+        found = plainly(lambda: live.provider.has_failed)
+    except Exception as error:
+        logger.warning("the provider of deployment %s cannot say whether it has failed: %s", live.name, raised(error))
+        return False
+    if not isinstance(found, bool):
+        logger.warning(
+            "the provider of deployment %s says neither that it has failed nor that it has not: has_failed is %s",
+            live.name,
+            type(found).__name__,
+        )
+    return found is True
+
+
+def _counter_of(live: Live) -> Counter | None:
+    """The counter of its provider, if it has one."""
+    try:
+        found = plainly(lambda: live.provider.counter)
+    except Exception as error:
+        logger.warning("the provider of deployment %s has no counter to give: %s", live.name, raised(error))
+        return None
+    return found if callable(found) else None
+
+
+def _counted(name: str, counter: Counter, text: str) -> int:
+    """What the own counter of deployment ``name`` says of a text. Raises UncountedError, with a line in the log."""
+    try:
+        return counted_by_others(counter, text)
+    except UncountedError as error:
+        # Its words are ours.
+        logger.warning("the provider of deployment %s cannot count a text, which is estimated: %s", name, words(error))
+        raise
 
 
 def _counter(path: str, field: str) -> Counter:

@@ -134,12 +134,24 @@ def _task() -> "asyncio.Task[Any] | None":
         return None
 
 
+def num_cancels() -> int:
+    """How often the task that runs now was told to end, and has not said that it goes on all the same; 0 outside of any."""
+    task = _task()
+    return 0 if task is None else task.cancelling()
+
+
 async def plainly_awaited(work: Callable[[], Awaitable[T]]) -> T:
-    """As `plainly`, of what ``work()`` gives and is awaited; that whoever awaits it is cancelled, or ends, is told as ever."""
+    """As `plainly`, of what ``work()`` gives and is awaited; that whoever awaits it is cancelled, or ends, is told as ever.
+
+    Whatever it raises once whoever awaits it is being cancelled is that cancel: some turn it into an error of their own.
+    """
+    began = num_cancels()
     try:
         return await work()
     except BaseException as error:
         task = _task()
+        if num_cancels() > began and not isinstance(error, KeyboardInterrupt | GeneratorExit):
+            raise asyncio.CancelledError from error
         is_cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
         if is_cancelled or task is None or isinstance(error, KeyboardInterrupt) or _is_error(error):
             raise

@@ -3,6 +3,7 @@
 What it raises is an UpstreamError, whatever it was; nothing of it ends the process, or cancels whoever waits. To close it never fails.
 """
 
+import asyncio
 import logging
 from itertools import islice
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from anabranch.gateway.dispatch.provider_fault import STATUSES, as_failure
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import Failure, Headers, HttpCall, Reply, Transport, UpstreamError, garbage
-from anabranch.web.turns import plainly, plainly_awaited
+from anabranch.web.turns import num_cancels, plainly, plainly_awaited
 
 __all__ = ["PlainTransport", "plain_transport"]
 
@@ -38,10 +39,15 @@ class PlainTransport:
 
     async def open(self, call: HttpCall) -> Reply:
         """Send, and wait for status and headers. Raises UpstreamError."""
+        began = num_cancels()
         try:
             reply = await plainly_awaited(lambda: self._inner.open(call))
         except Exception as error:
             raise _failed(error, self._name) from None
+        if num_cancels() > began:
+            # It went on all the same, and nobody waits for what it brings.
+            _close(reply, self._name)
+            raise asyncio.CancelledError
         try:
             return _PlainReply(reply, self._name)
         except Exception as error:
@@ -109,9 +115,23 @@ def _bytes(given: Any) -> bytes:
     raise garbage(f"its transport gave {type(given).__name__} where bytes are due")
 
 
-def _headers(given: Any) -> dict[str, str]:
-    """In small letters; of a name that comes again the first."""
-    found: dict[str, str] = {}
+class PlainHeaders(dict[str, str]):
+    """By names in small letters, that are found however they are spelt."""
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name.lower() if isinstance(name, str) else name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict."""
+        return super().get(name.lower(), default)
+
+
+def _headers(given: Any) -> PlainHeaders:
+    """Of a name that comes again the first."""
+    found = PlainHeaders()
     for name, value in islice(given.items(), HEADERS):
         found.setdefault(str(name).lower(), str(value))
     return found
