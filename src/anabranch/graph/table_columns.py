@@ -37,6 +37,21 @@ _SURE = (
 _UNSURE = (("u", "v"), ("head", "tail"), ("start", "end"))
 SOURCES, TARGETS = (tuple(dict.fromkeys(words)) for words in zip(*_SURE, *_UNSURE, strict=True))
 WEIGHTS = ("weight", "weights", "w", "edge_weight", "strength")
+# Of other things that edges have, and no node of a matrix is called.
+_OF_EDGES = (
+    "timestamp",
+    "time",
+    "date",
+    "rating",
+    "userid",
+    "user_id",
+    "itemid",
+    "item_id",
+    "movieid",
+    "movie_id",
+    "count",
+    "freq",
+)
 # Types of values that Neo4j's tables say behind names of columns.
 _TYPES = (
     "int|long|float|double|boolean|byte|short|char|string|point|date|localtime|time|localdatetime|datetime|duration"
@@ -323,7 +338,7 @@ def check_no_bare_matrix(
     import pyarrow.compute as pc
 
     bare = [name for name in names if not is_index(name)]
-    if len(bare) != rows or rows < 3 or says_ends(names):
+    if len(bare) != rows or rows < 3 or says_ends(names) or says_edges(names):
         return
     columns = []
     for name in bare:
@@ -334,7 +349,7 @@ def check_no_bare_matrix(
             is_truth = pc.all(pc.is_in(pc.utf8_lower(cells), pa.array(["true", "false"]))).as_py()
             cells = pc.equal(pc.utf8_lower(cells), "true") if is_truth else cells
         try:
-            columns.append(cells.cast(pa.float64()).to_numpy())
+            columns.append(cells.cast(pa.float64()).to_numpy(zero_copy_only=False))
         except pa.ArrowException:
             # No number, so no matrix.
             return
@@ -345,6 +360,11 @@ def check_no_bare_matrix(
 def says_ends(names: Sequence[str]) -> bool:
     """Whether a column at least is called as ends or weights are."""
     return called(names, (*SOURCES, *TARGETS, *WEIGHTS)) is not None
+
+
+def says_edges(names: Sequence[str]) -> bool:
+    """Whether a column at least is called as what edges have beside ends and weights: a time, a rating."""
+    return called(names, _OF_EDGES) is not None
 
 
 def no_table(path: Path | str) -> DataError:

@@ -82,14 +82,22 @@ def other_mark(lines: Sequence[str]) -> str | None:
         if len(counts) == 1 and counts != {0}:
             return mark
     words = [line.split() for line in bare]
-    with_commas = [[word for word in row if "," in word] for row in words]
-    are_decimals = all(row and all(map(_has_decimal_comma, row)) for row in with_commas)
     has_ends = len({len(row) for row in words}) == 1 and len(words[0]) > 2
-    return " " if are_decimals and has_ends else None
+    return " " if has_ends and all(map(_has_decimals, words)) else None
+
+
+def _has_decimals(words: Sequence[str]) -> bool:
+    """Whether commas of a line that is split at blanks are those of decimals, and none of names: ``Area 51,7 Eleven``."""
+    places = [place for place, word in enumerate(words) if "," in word]
+    if not places or not all(_has_decimal_comma(words[place]) for place in places):
+        return False
+    # Behind the ends or in front of them there are numbers alone; a name that ends in 0 is rare.
+    behind = all(_has_decimal_comma(word) or re.fullmatch(r"[+-]?[0-9]+", word) for word in words[places[0] :])
+    return behind or places == [0] or any(re.match(r"[+-]?0,", words[place]) for place in places)
 
 
 def _has_decimal_comma(word: str) -> bool:
-    return re.fullmatch(r"[+-]?[0-9]*,[0-9]+([eE][+-]?[0-9]+)?", word) is not None
+    return re.fullmatch(r"[+-]?[0-9]+,[0-9]+([eE][+-]?[0-9]+)?", word) is not None
 
 
 def check_one_file(
@@ -109,20 +117,27 @@ def check_one_file(
     columns = table.columns
     if not columns or not pa.types.is_string(columns[0].type):
         return
-    marked = pc.starts_with(pc.fill_null(columns[0], ""), "\ufeff")
-    for row in pc.indices_nonzero(marked).to_pylist():
-        if not is_meant(row):
-            raise DataError(
-                f"{path}, row {row}: it begins with a byte order mark (U+FEFF), as where a second file was put behind a first; take it out"
-            )
+    for column in columns:
+        if not pa.types.is_string(column.type):
+            continue
+        marked = pc.starts_with(pc.utf8_ltrim_whitespace(pc.fill_null(column, "")), "\ufeff")
+        for row in pc.indices_nonzero(marked).to_pylist():
+            if not is_meant(row):
+                raise DataError(
+                    f"{path}, row {row}: a cell begins with a byte order mark (U+FEFF), as where a second file was put behind a first; "
+                    "take it out"
+                )
     if names is None or not all(pa.types.is_string(column.type) for column in columns):
         return
+    low = [name.strip().lower() for name in names]
+    cells = [pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(column, ""))) for column in columns]
     is_same = None
-    for name, column in zip(names, columns, strict=True):
-        found = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(column, "")), name.strip())
+    for column in cells:
+        found = pc.is_in(column, pa.array(low))
         is_same = found if is_same is None else pc.and_(is_same, found)
     for row in pc.indices_nonzero(is_same).to_pylist():
-        if not is_meant(row):
+        # In any case and order, as other programs write them.
+        if sorted(column[row].as_py() for column in cells) == sorted(low) and not is_meant(row):
             raise DataError(
                 f"{path}, row {row}: the names of columns once more, as where a second file was put behind a first; leave the line out"
             )
@@ -160,5 +175,5 @@ def bare_matrix(path: Path | str) -> DataError:
     """That a file seems to be a matrix whose rows have no names."""
     return DataError(
         f"{path} has as many rows as columns, all of numbers, and none is called as ends are: is it a matrix? "
-        "If it is a table of edges, call two columns source and target, or say which they are"
+        "If it is a table of edges, call two columns source and target in its first line, or say which they are"
     )

@@ -186,7 +186,9 @@ def _names_columns(table: Any, path: Path, delimiter: str) -> bool:
     numbers = first[1:] if is_named else first
     # What names a row is in all of them no number: text, also where it looks like a time or a truth value.
     is_number = pa.types.is_integer(kinds[0]) or pa.types.is_floating(kinds[0]) or pa.types.is_null(kinds[0])
-    if not all(map(_is_number, numbers)) or (is_named and table.num_rows and is_number):
+    # A word above times is called so, and is none of them.
+    is_time = pa.types.is_temporal(kinds[0]) and not any(map(str.isdecimal, first[0]))
+    if not all(map(_is_number, numbers)) or (is_named and table.num_rows and (is_number or is_time)):
         return True
     is_counted = numbers in ([str(number + start) for number in range(len(numbers))] for start in (0, 1))
     if is_counted:

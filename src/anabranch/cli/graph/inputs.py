@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anabranch.cli.graph.files import read_arrow
+from anabranch.cli.graph.hints import OF_KINDS, in_options
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.errors import ConfigError, DataError, InputError
@@ -57,7 +58,8 @@ def open_graph(
         if Path(source).exists():
             # Which says itself whether it is directed.
             own = is_own(source)
-            graph = read_graph(source, directed=None if own else directed, ids=ids, **columns_of(columns))
+            with in_options():
+                graph = read_graph(source, directed=None if own else directed, ids=ids, **columns_of(columns))
         else:
             try:
                 found = load_dataset(source)
@@ -99,7 +101,7 @@ def open_typed(
             equals = ""
         if not equals or not kind:
             raise InputError(f"--weight-of is {text!r}; write KIND=WEIGHT")
-    with waiting(f"reading {source}", quiet):
+    with waiting(f"reading {source}", quiet), in_options(OF_KINDS):
         table, said = _typed_table(source, relation, directed)
         typed = TypedGraph.from_table(table, relation, weights=counted, share=share, directed=bool(said))
     # Nodes that were written are found by name here, and given on by number.
@@ -280,7 +282,8 @@ _OF_ITEMS = ("id", "item", "title", "artist", "tags")
 
 
 def read_items(path: str) -> list[Item]:
-    """Items of a table with a column id (or item, else the first) and perhaps title, artist and tags (a list, or text with ; between).
+    """Items of a table with a column id (or item, item_id ..., else the first) and perhaps title (or name), artist and tags (a list, or
+    text with ; between).
 
     A data frame's index is the id where no other column can be, and it does not count the rows.
 
@@ -299,6 +302,8 @@ def read_items(path: str) -> list[Item]:
     found: dict[Any, Item] = {}
     for row, id_ in enumerate(ids):
         texts = {name: columns[name][row] for name in ("title", "artist", "tags") if name in columns}
+        if "name" in columns and first != "name":
+            texts.setdefault("title", columns["name"][row])
         tags = texts.pop("tags", None) or ()
         if isinstance(tags, str):
             tags = [tag.strip() for tag in tags.split(";") if tag.strip()]
@@ -314,14 +319,20 @@ def read_items(path: str) -> list[Item]:
     return list(found.values())
 
 
+def _like_id(names: list[str]) -> str | None:
+    """The first column, but for an index, where it is called as ids of anything are, ``item_id``, ``artistID``; in small letters."""
+    first = next((name for name in names if not is_index(name)), "")
+    return first.lower() if re.fullmatch(r".*[_ ]id|.*[a-z](Id|ID)", first) else None
+
+
 def _id_of_items(path: str, names: list[str], table: Any) -> str:
     """The column of ids, by its name in small letters. Raises DataError."""
-    if not {*names} & {*_OF_ITEMS}:
+    if not {*names} & {*_OF_ITEMS} and _like_id(table.column_names) is None:
         raise DataError(
             f"{path}: none of its columns {', '.join(map(repr, names)):.100} is called {', '.join(_OF_ITEMS)}; "
             "begin it with the line id,title"
         )
-    said = next((name for name in ("id", "item") if name in names), None)
+    said = next((name for name in ("id", "item") if name in names), None) or _like_id(table.column_names)
     index = next((name for name in names if is_index(name)), None)
     if said is not None or index is None:
         return said or names[0]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anabranch.cli.graph.files import NAMES, Cells, read_cells
+from anabranch.cli.graph.hints import OF_KINDS, in_options
 from anabranch.cli.graph.inputs import are_numbers, names_of, nodes_of
 from anabranch.errors import DataError, InputError
 from anabranch.graph.table_columns import (
@@ -156,7 +157,8 @@ def _look(path: str, cells: Cells, of_graph: bool | None, is_meant: Callable[[in
     names = [f"__index_level_{place}__" if is_index(name) else name for place, name in enumerate(cells.names)]
     table = EdgeTable.of(path, cells.table.rename_columns(names))
     # Of pairs no direction counts.
-    look_at_edges(table, directed=False if of_graph is None else None, of_graph=of_graph, is_meant=is_meant)
+    with in_options(OF_KINDS):
+        look_at_edges(table, directed=False if of_graph is None else None, of_graph=of_graph, is_meant=is_meant)
 
 
 def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Sequence[str]], table: pa.Table) -> bool:
@@ -213,7 +215,7 @@ def _places(path: str, form: Form, names: list[str] | None, table: pa.Table) -> 
     """The number of the column of each role. Raises DataError."""
     count = table.num_columns
     if names is None:
-        if form is not EDGES and count > len(form.roles):
+        if count > len(form.roles):
             raise DataError(
                 f"{path} has {count} columns and no names of them, and {form.what} are {' and '.join(form.roles)}; "
                 "begin it with a line of names (a comma of decimals makes two columns of one)"
@@ -222,7 +224,8 @@ def _places(path: str, form: Form, names: list[str] | None, table: pa.Table) -> 
     else:
         by_name: dict[str, int | None] = {}
         if len(form.nodes) > 1:
-            by_name |= dict(zip(form.nodes, known_ends(path, names, named_index(table.schema)), strict=True))
+            with in_options(OF_KINDS):
+                by_name |= dict(zip(form.nodes, known_ends(path, names, named_index(table.schema)), strict=True))
         by_name |= {role: _named(path, role, one, names) for role, one in form.roles.items() if role not in by_name}
         found = {role: place for role, place in by_name.items() if place is not None}
         missing = [role for role, one in form.roles.items() if one.is_needed and role not in found]

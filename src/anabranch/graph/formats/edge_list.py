@@ -26,6 +26,7 @@ from anabranch.graph.formats.lines import (
     numbers,
 )
 from anabranch.graph.store import Graph
+from anabranch.graph.table_columns import names_ends
 from anabranch.graph.table_direction import MixedError, direction_of
 
 
@@ -60,7 +61,7 @@ def read_edge_list(path: Path, rules: Rules, dialect: Dialect) -> Graph:
             if again is not None:
                 problem = DataError(
                     f"{path}, line {fields.line_R[again]}: the names of columns once more, as where a second file was put behind "
-                    "a first; leave the line out, or say header=True if it is an edge"
+                    "a first; leave the line out, or put its names in quotes if it is an edge"
                 )
                 fields.keep(slice(0, again))
             add_fields(path, sink, fields, layout.is_text, has_quoted_words=layout.has_quoted_words)
@@ -93,23 +94,27 @@ def _said_direction(path: Path, rules: Rules, dialect: Dialect, layout: Layout, 
 
 
 def _header_again(fields: Fields, header: tuple[tuple[str, bool], ...]) -> int | None:
-    """The first row that is written as the header is, in quotes or not."""
+    """The first row that is written as the header is, in quotes or not; where that names ends, in any case and order of these."""
     if not header:
         return None
+    names = [text for text, _ in header]
+    low = [name.lower() for name in names]
+    meant = [low, [low[1], low[0], *low[2:]]] if names_ends(names) else [names]
     is_same = np.ones(len(fields.line_R), bool)
-    for field, (text, is_quoted) in enumerate(header):
+    for field, (_, is_quoted) in enumerate(header):
+        lengths = [len(one[field].encode()) for one in meant]
+        begins = [ord(one[field][:1].encode()) for one in meant if one[field]]
+        begin_R = fields.text[np.minimum(fields.start_FR[field], len(fields.text) - 1)]
         # Doubled quotes within are rare in names of columns: such a row is an edge.
-        is_same &= (fields.quoted_FR[field] == is_quoted) & (
-            fields.end_FR[field] - fields.start_FR[field] == len(text.encode())
+        is_same &= (fields.quoted_FR[field] == is_quoted) & np.isin(
+            fields.end_FR[field] - fields.start_FR[field], lengths
         )
-    return next(
-        (
-            row
-            for row in np.flatnonzero(is_same).tolist()
-            if all(fields.value(field, row) == text for field, (text, _) in enumerate(header))
-        ),
-        None,
-    )
+        is_same &= np.isin(begin_R | 32, [begin | 32 for begin in begins])
+    for row in np.flatnonzero(is_same).tolist():
+        cells = [fields.value(field, row) for field in range(len(header))]
+        if ([cell.lower() for cell in cells] if len(meant) > 1 else cells) in meant:
+            return row
+    return None
 
 
 def add_fields(

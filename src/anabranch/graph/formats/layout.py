@@ -27,6 +27,7 @@ from anabranch.graph.table_columns import (
     known_ends,
     names_ends,
     no_table,
+    says_edges,
     says_ends,
 )
 from anabranch.graph.table_direction import is_direction
@@ -257,7 +258,7 @@ def _names(
     has_header = _has_header(rows, dialect)
     is_counted = len(first) > 3 and first == [str(number) for number in range(len(first))]
     is_said = dialect.source is not None or dialect.target is not None
-    if (has_header or is_counted) and not is_said and not says_ends(first):
+    if (has_header or is_counted) and not is_said and not says_ends(first) and not says_edges(first):
         _check_no_bare_matrix(path, dialect, delimiter, first, line)
     if has_header:
         return True, first

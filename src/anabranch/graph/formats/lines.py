@@ -249,6 +249,19 @@ def count_fields(text, at, end, delimiter):
 
 
 @nb.njit(cache=True, nogil=True)
+def has_return(text, at, end):
+    """Whether a carriage return stands in a line, but in quotes."""
+    is_quoted = False
+    while at < end:
+        if text[at] == 34:
+            is_quoted = not is_quoted
+        elif text[at] == 13 and not is_quoted:
+            return True
+        at += 1
+    return False
+
+
+@nb.njit(cache=True, nogil=True)
 def split_fields(
     text, delimiter, comment, full_comments, wanted, num_fields, first_line, start_FR, end_FR, quoted_FR, line_R
 ):
@@ -265,8 +278,6 @@ def split_fields(
         # Python's csv ends lines with two of them on Windows, where a file was opened without newline="".
         while end > position and text[end - 1] == 13:
             end -= 1
-        if returned < end:
-            return rows, _RETURN, at_line, 0, num_fields
         at = position
         if end - at >= 3 and text[at] == 0xEF and text[at + 1] == 0xBB and text[at + 2] == 0xBF:
             return rows, _ORDER_MARK, at_line, 0, num_fields
@@ -288,6 +299,8 @@ def split_fields(
             elif is_data and full_comments == 2:
                 return rows, _IN_DOUBT, at_line, num_fields, num_fields
         if is_data:
+            if returned < end and has_return(text, at, end):
+                return rows, _RETURN, at_line, 0, num_fields
             count = 0
             while True:
                 while at < end and (text[at] == 32 or text[at] == 9) and text[at] != delimiter:
@@ -313,6 +326,8 @@ def split_fields(
                         return rows, _AFTER_QUOTE, at_line, count, num_fields
                 else:
                     begin = at
+                    if at + 3 <= end and text[at] == 0xEF and text[at + 1] == 0xBB and text[at + 2] == 0xBF:
+                        return rows, _ORDER_MARK, at_line, 0, num_fields
                     if white:
                         while at < end and text[at] != 32 and text[at] != 9:
                             at += 1
