@@ -133,7 +133,13 @@ def test_log_probabilities_of_what_is_held_back_come_with_the_text():
 
 
 def scored(*tokens):
-    return {"content": [{"token": token, "bytes": list(token.encode())} for token in tokens]}
+    """What chat tells of tokens; of one that is a part of a character its bytes."""
+    return {
+        "content": [
+            {"token": str(token), "bytes": list(token if isinstance(token, bytes) else token.encode())}
+            for token in tokens
+        ]
+    }
 
 
 def tokens_in(response):
@@ -173,6 +179,43 @@ def tokens_in(response):
             ],
             ["a", "b"],
         ),
+        # Thoughts that hold nothing, of which nobody is told.
+        (
+            {"content": "yes"},
+            [({}, ["<think>"]), ({}, ["\n\n"]), ({}, ["</think>"]), ({}, ["\n\n"]), ({"content": "yes"}, ["yes"])],
+            ["yes"],
+        ),
+        # Words that come again in thoughts, in what marks them, and in what a stop string held back.
+        (
+            {"reasoning_content": "k", "content": "k"},
+            [
+                ({}, ["<think>"]), ({"reasoning_content": "k"}, ["k"]), ({}, ["</think>"]), ({"content": "k"}, ["k"]), ({}, ["b"]),
+                ({}, ["k"]),
+            ],
+            ["k", "b", "k"],
+        ),
+        # Half of a character at the end, and white space that was not told.
+        (
+            {"reasoning_content": "hm", "content": "é\ufffd"},
+            [
+                ({"reasoning_content": "hm"}, ["hm"]), ({}, ["</think>"]), ({"content": "é"}, ["é"]), ({"content": "\ufffd"}, [b"\xf0"]),
+            ],
+            ["é", b"\xf0"],
+        ),
+        (
+            {"reasoning_content": "hm", "content": "Yes.<call>{"},
+            [
+                ({"reasoning_content": "hm"}, ["hm"]), ({}, ["</think>"]), ({"content": "Yes."}, ["Yes."]), ({}, [" "]),
+                ({}, ["<call>"]), ({"content": "<call>{"}, ["{"]),
+            ],
+            ["Yes.", " ", "<call>", "{"],
+        ),
+        # What was held before thoughts is not the text's behind them.
+        (
+            {"reasoning_content": "hm", "content": "a"},
+            [({}, ["a", "<think>"]), ({"reasoning_content": "hm"}, ["hm"]), ({"content": "a"}, ["</think>a"])],
+            ["</think>a"],
+        ),
     ],
 )  # fmt: skip
 def test_a_message_has_the_log_probabilities_of_its_text_whole_and_as_events(message, chunks, wanted):
@@ -182,18 +225,56 @@ def test_a_message_has_the_log_probabilities_of_its_text_whole_and_as_events(mes
         ASKED, *({"choices": [{"index": 0, "delta": delta, "logprobs": scored(*tokens)}]} for delta, tokens in chunks)
     )
     done = [event["logprobs"] for event in events if event["type"] == "response.output_text.done"]
+    wanted = list(map(str, wanted))
     assert tokens_in(to_response(ASKED, said)) == tokens_in(events[-1]["response"]) == [wanted]
     assert [[one["token"] for one in each] for each in done] == [wanted]
+
+
+F_CALL = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def test_texts_around_a_call_have_their_own_log_probabilities_whole_and_as_events():
+    chunks = [
+        ({"content": "a"}, ["a"]), ({}, ["<call>"]), ({"tool_calls": [F_CALL]}, ["{", "}"]), ({}, ["</call>"]), ({"content": "a"}, ["a"]),
+        ({"content": "b"}, ["b"]), ({}, ["<stop>"]),
+    ]  # fmt: skip
+    streamed = events_of(
+        ASKED, *({"choices": [{"index": 0, "delta": delta, "logprobs": scored(*tokens)}]} for delta, tokens in chunks)
+    )[-1]["response"]
+    order = {"gateway": {"order": [{"text": 1}, {"call": 0}, {"text": 2}]}}
+    said = answer(content="aab", tool_calls=[F_CALL], extra_content=order)
+    said["choices"][0]["logprobs"] = scored(*(token for _, tokens in chunks for token in tokens))
+    assert tokens_in(streamed) == tokens_in(to_response(ASKED, said)) == [["a"], ["a", "b", "<stop>"]]
+
+
+def test_a_refusal_with_log_probabilities_is_no_text_whole_or_as_events():
+    [*_, last] = told(ASKED, {"refusal": "no"}, logprobs=scored("no"))
+    whole = to_response(ASKED, answer(scored("no"), content=None, refusal="no"))
+    for response in (last["response"], whole):
+        assert [item["content"] for item in response["output"]] == [[{"type": "refusal", "refusal": "no"}]]
+
+
+def test_a_refusal_behind_a_text_leaves_that_its_own_log_probabilities():
+    chunks = [({"content": "a"}, ["a"]), ({"refusal": "no"}, ["no"])]
+    streamed = events_of(
+        ASKED, *({"choices": [{"index": 0, "delta": delta, "logprobs": scored(*tokens)}]} for delta, tokens in chunks)
+    )[-1]["response"]
+    whole = to_response(ASKED, answer(scored("a", "no"), content="a", refusal="no"))
+    assert tokens_in(streamed) == tokens_in(whole) == [["a"]]
 
 
 @pytest.mark.parametrize(
     "half", [{"bytes": [0xC3]}, {"bytes": None, "token": "\ud800"}, {"bytes": [True], "token": 3}, "odd", None]
 )
 def test_log_probabilities_of_what_is_no_text_are_told_as_they_are(half):
-    said = answer(reasoning_content="hm", content="é")
+    said = answer(content="é")
     said["choices"][0]["logprobs"] = {"content": [half]}
-    [part] = to_response(ASKED, said)["output"][1]["content"]
+    [part] = to_response(ASKED, said)["output"][0]["content"]
     assert part["logprobs"] == [half]
+    # They may be those of thoughts, where there are any.
+    said["choices"][0]["message"]["reasoning_content"] = "hm"
+    [part] = to_response(ASKED, said)["output"][1]["content"]
+    assert part["logprobs"] == []
 
 
 def test_without_events_the_response_is_the_same():

@@ -8,13 +8,12 @@ from anabranch.web.reasoning_details import details_in, sealed_blocks
 from anabranch.web.responses.items import (
     call_item,
     image_item,
-    logprobs_of,
-    logprobs_within,
     message_item,
     new_id,
     reasoning_item,
 )
 from anabranch.web.responses.request import table_of
+from anabranch.web.responses.scores import logprobs_of, logprobs_of_texts
 from anabranch.web.responses.thoughts import sealed, thought_in
 from anabranch.web.responses.tools import custom_names
 from anabranch.web.said_order import said
@@ -58,19 +57,23 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     if thought_in(message) or blocks:
         output.append(sealed(reasoning_item(new_id("rs"), thought_in(message)), blocks, body))
     pieces = said({**message, "content": _as_text(message.get("content"))})
+    scores = iter(
+        logprobs_of_texts(
+            pieces,
+            logprobs_of(choice),
+            thoughts=thought_in(message),
+            is_refused=bool(message.get("refusal")),
+        )
+    )
     text, refusal = pieces.pop(0)[1] if pieces and pieces[0][0] == "text" else "", message.get("refusal") or ""
     # An answer that says nothing at all is a message without text, as its stream has it.
     if text or refusal or not (output or message.get("tool_calls") or images_of(message)):
-        logprobs = logprobs_of(choice)
-        if output or message.get("tool_calls"):
-            # Chat tells those of thoughts and of calls too.
-            logprobs = logprobs_within(text, logprobs, keeps_rest=not message.get("tool_calls"))
+        logprobs = next(scores) if text else logprobs_of(choice)
         output.append(message_item(new_id("msg"), text, refusal, logprobs=logprobs))
     custom = custom_names(body)
     for kind, call in pieces:
         if kind == "text":
-            behind = logprobs_within(call, logprobs_of(choice), keeps_rest=False)
-            output.append(message_item(new_id("msg"), call, "", logprobs=behind))
+            output.append(message_item(new_id("msg"), call, "", logprobs=next(scores)))
             continue
         function = call.get("function") or {}
         name, arguments = function.get("name"), function.get("arguments") or ""

@@ -3,7 +3,6 @@
 import uuid
 from typing import Any
 
-from anabranch.web.body import is_int
 from anabranch.web.responses.tools import text_of
 
 
@@ -20,10 +19,10 @@ def message_item(
     id: str, text: str, refusal: str, status: str = "completed", logprobs: list[Any] | None = None
 ) -> dict[str, Any]:
     """What a model said, with the log-probabilities of its text."""
-    content = [
-        part_of(kind, value) for kind, value in (("text", text), ("refusal", refusal)) if value or kind == "text"
-    ]
-    if logprobs:
+    # Of a refusal alone none is of any text.
+    said = [(kind, value) for kind, value in (("text", text), ("refusal", refusal)) if value] or [("text", "")]
+    content = [part_of(kind, value) for kind, value in said]
+    if logprobs and said[0][0] == "text":
         content[0]["logprobs"] = logprobs
     return {"id": id, "type": "message", "role": "assistant", "status": status, "content": content}
 
@@ -59,37 +58,3 @@ def call_item(
 def new_id(kind: str) -> str:
     """An id as OpenAI has them, such as ``msg_`` and 32 digits."""
     return f"{kind}_{uuid.uuid4().hex}"
-
-
-def logprobs_of(choice: dict[str, Any]) -> list[Any]:
-    """Log-probabilities of what a choice of chat, or a piece of one, says."""
-    told = choice.get("logprobs")
-    listed = told.get("content") if isinstance(told, dict) else None
-    return listed if isinstance(listed, list) else []
-
-
-def logprobs_within(text: str, logprobs: list[Any], *, keeps_rest: bool = True) -> list[Any]:
-    """Those of tokens that ``text`` is made of, where there are others before it or behind, such as those of thoughts and of calls.
-
-    All of them where the text is not that of any; ``keeps_rest``: those behind it too, of what is held back or ends an answer.
-    """
-    pieces = [_bytes_of(one) for one in logprobs]
-    told = text.encode(errors="surrogatepass")
-    begin = b"".join(pieces).rfind(told) if told else -1
-    if begin < 0:
-        return logprobs
-    kept, at = [], 0
-    for one, piece in zip(logprobs, pieces, strict=True):
-        if at + len(piece) > begin and (keeps_rest or at < begin + len(told)):
-            kept.append(one)
-        at += len(piece)
-    return kept
-
-
-def _bytes_of(one: Any) -> bytes:
-    """Of a token: those it names, which may be a part of a character, or of its text."""
-    table = one if isinstance(one, dict) else {}
-    named, token = table.get("bytes"), table.get("token")
-    if isinstance(named, list) and all(is_int(value) and 0 <= value < 256 for value in named):
-        return bytes(named)
-    return token.encode(errors="surrogatepass") if isinstance(token, str) else b""

@@ -9,13 +9,12 @@ from anabranch.web.responses.answer import finished, response_of, why_cut
 from anabranch.web.responses.items import (
     call_item,
     image_item,
-    logprobs_of,
-    logprobs_within,
     message_item,
     new_id,
     part_of,
     reasoning_item,
 )
+from anabranch.web.responses.scores import logprobs_of, logprobs_within
 from anabranch.web.responses.thoughts import sealed, thought_in
 from anabranch.web.responses.tools import custom_names, text_of
 from anabranch.web.sse import event
@@ -48,8 +47,9 @@ class ResponseStream:
         self._custom, self._arguments = custom_names(body), dict[str, str]()
         # What has come of that part, which its item has once it ends.
         self._pieces: list[str] = []
-        # Log probabilities of tokens whose text is held back still.
+        # Log probabilities of tokens whose text is held back still; whether those of thoughts or calls may be among them.
         self._scores: list[Any] = []
+        self._has_others = False
         self._thoughts: list[dict[str, Any]] = []
         self._details: list[Any] = []
         self._beside: dict[str, Any] = {}
@@ -75,12 +75,7 @@ class ResponseStream:
                 ("text", delta.get("content")),
                 ("refusal", delta.get("refusal")),
             )
-            scores, self._scores = self._scores + logprobs_of(choice), []
-            if not delta.get("content") and not delta.get("refusal") and not delta.get("tool_calls"):
-                # Of thoughts the last alone: beside them may stand those of the text that comes next.
-                self._scores = logprobs_of(choice) if thought_in(delta) else scores
-            elif self._item is not None and self._item["type"] == "reasoning":
-                scores = logprobs_within(delta.get("content") or "", scores)
+            scores = self._scores_of(delta, logprobs_of(choice))
             for kind, text in texts:
                 if text:
                     yield from self._add_text(kind, text, scores if kind == "text" else [])
@@ -90,6 +85,22 @@ class ResponseStream:
                 yield from self._add_image(image_item(*image))
             for call in delta.get("tool_calls") or ():
                 yield from self._add_call(call)
+
+    def _scores_of(self, delta: dict[str, Any], own: list[Any]) -> list[Any]:
+        """The log probabilities that the text of a delta is told with; those without one are held for the next."""
+        content, is_call = delta.get("content"), bool(delta.get("tool_calls"))
+        is_other = is_call or bool(thought_in(delta))
+        scores, self._scores = self._scores + own, []
+        has_others, self._has_others = self._has_others or is_other, is_call
+        if not isinstance(content, str) or not content:
+            # Of what is no text the last alone: beside it may stand those of the text that comes next.
+            self._scores = own if is_other else [] if delta.get("refusal") else scores
+            self._has_others = has_others
+            return []
+        is_first = self._item is None or self._item["type"] != "message"
+        if is_first or has_others:
+            scores = logprobs_within(content, scores, keeps_rest=not is_call, has_others=has_others)
+        return scores
 
     def end(self) -> Iterator[bytes]:
         """After the last chunk."""
@@ -166,7 +177,7 @@ class ResponseStream:
 
     def _tell_held(self) -> None:
         """Give the text that is being told what is left of log probabilities: of a stop string, or of half a character."""
-        if self._item is not None and self._part == "text":
+        if self._item is not None and self._part == "text" and not self._has_others:
             self._item["content"][-1]["logprobs"] += self._scores
             self._scores = []
 

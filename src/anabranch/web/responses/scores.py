@@ -1,0 +1,153 @@
+"""Which log probabilities of a chat are those of its text: chat tells those of thoughts, of calls and of what marks them among them.
+
+Nothing says where one ends and the other begins but the tokens themselves, whose text the answer has. A place where a token begins counts
+before one within a token, as what marks thoughts is mostly one token.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate, islice
+from typing import Any
+
+from anabranch.web.body import is_int
+
+__all__ = ["logprobs_of", "logprobs_of_texts", "logprobs_within"]
+
+# Places at which a text may begin that are looked at.
+_MOST_PLACES = 64
+_REPLACEMENT = "\ufffd"
+
+
+def logprobs_of(choice: dict[str, Any]) -> list[Any]:
+    """Log-probabilities of what a choice of chat, or a piece of one, says."""
+    told = choice.get("logprobs")
+    listed = told.get("content") if isinstance(told, dict) else None
+    return listed if isinstance(listed, list) else []
+
+
+def logprobs_within(text: str, logprobs: list[Any], *, keeps_rest: bool = True, has_others: bool = False) -> list[Any]:
+    """Those of a piece of a stream that is the first text of a message, where those of others may stand before it or behind.
+
+    Args:
+        text: the piece.
+        logprobs: of its tokens, and of what came before it.
+        keeps_rest: those behind it too, of what is held back or ends an answer.
+        has_others: there are others; where the text is not that of any tokens nothing is known of any then, else all are its own.
+    """
+    tokens = _Tokens(logprobs)
+    found = tokens.last(text, 0, tokens.size)
+    if found is None:
+        return [] if has_others else logprobs
+    return tokens.between(found[0], tokens.size if keeps_rest else found[1])
+
+
+def logprobs_of_texts(
+    pieces: Sequence[tuple[str, Any]], logprobs: list[Any], *, thoughts: str, is_refused: bool
+) -> list[list[Any]]:
+    """Those of each text of a whole answer, as its stream tells them.
+
+    Args:
+        pieces: what it says, in its order (`anabranch.web.said_order.said`).
+        logprobs: of all its tokens.
+        thoughts: what it thought first.
+        is_refused: a refusal is behind its first text.
+    """
+    tokens = _Tokens(logprobs)
+    has_others = bool(thoughts) or any(kind != "text" for kind, _ in pieces)
+    thought = tokens.first(thoughts.strip(), 0) if thoughts else None
+    least, end = 0 if thought is None else thought[1], tokens.size
+    found: list[list[Any]] = []
+    # Those behind calls from the last on: a call may hold the same words.
+    for at in range(len(pieces) - 1, -1, -1):
+        kind, text = pieces[at]
+        if kind != "text":
+            continue
+        # What ends an answer is what its last text held back; words may stand in that too.
+        is_forward = at == 0 and not (thoughts and thought is None)
+        place = tokens.first(text, least, end) if is_forward else tokens.last(text, least, end)
+        if place is None:
+            found.append([] if has_others else logprobs)
+            continue
+        is_last = at == len(pieces) - 1 and not is_refused
+        found.append(tokens.between(place[0], end if is_last else place[1]))
+        end = place[0]
+    return found[::-1]
+
+
+class _Tokens:
+    """The text of tokens with log probabilities.
+
+    Args:
+        logprobs: of each token.
+    """
+
+    def __init__(self, logprobs: list[Any]) -> None:
+        self._logprobs, self._pieces = logprobs, [_bytes_of(one) for one in logprobs]
+        self._text = b"".join(self._pieces)
+        self.size = len(self._text)
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        return [0, *accumulate(map(len, self._pieces))][:-1]
+
+    def between(self, begin: int, end: int) -> list[Any]:
+        """Log probabilities of tokens that have something between these places; up to the end with those of no bytes there."""
+        told = zip(self._logprobs, self._begins, self._pieces, strict=True)
+        return [one for one, at, piece in told if at + len(piece) > begin and (at < end or end == self.size)]
+
+    def first(self, text: str, begin: int, end: int | None = None) -> tuple[int, int] | None:
+        """Where a text stands first from one place to another; None where it does not."""
+        return self._found(text, begin, self.size if end is None else end, is_last=False)
+
+    def last(self, text: str, begin: int, end: int) -> tuple[int, int] | None:
+        """Where it stands last."""
+        return self._found(text, begin, end, is_last=True)
+
+    def _found(self, text: str, begin: int, end: int, *, is_last: bool) -> tuple[int, int] | None:
+        # A half of a character at the end is told as one that stands for it.
+        told = text.rstrip(_REPLACEMENT).encode(errors="surrogatepass")
+        if not told:
+            return None
+        starts = set(self._begins)
+        places = list(islice(self._places(told, begin, end, is_last=is_last), _MOST_PLACES))
+        if places:
+            at = next((place for place in places if place in starts), places[0])
+            return at, at + len(told)
+        # White space between its parts may not have been told.
+        own = [place for place in self._begins if begin <= place < end]
+        for at in islice(reversed(own) if is_last else own, _MOST_PLACES):
+            if (stop := self._walked(told, at, end)) is not None:
+                return at, stop
+        return None
+
+    def _places(self, told: bytes, begin: int, end: int, *, is_last: bool) -> Iterator[int]:
+        while True:
+            at = self._text.rfind(told, begin, end) if is_last else self._text.find(told, begin, end)
+            if at < 0:
+                return
+            yield at
+            if is_last:
+                end = at + len(told) - 1
+            else:
+                begin = at + 1
+
+    def _walked(self, told: bytes, at: int, end: int) -> int | None:
+        """Where a text ends that begins at a place and has all but some of the white space there; None for another text."""
+        if at >= end or self._text[at] != told[0]:
+            return None
+        for byte in told:
+            while at < end and self._text[at] != byte and self._text[at : at + 1].isspace():
+                at += 1
+            if at >= end or self._text[at] != byte:
+                return None
+            at += 1
+        return at
+
+
+def _bytes_of(one: Any) -> bytes:
+    """Of a token: those it names, which may be a part of a character, or of its text."""
+    table = one if isinstance(one, dict) else {}
+    named, token = table.get("bytes"), table.get("token")
+    if isinstance(named, list) and all(is_int(value) and 0 <= value < 256 for value in named):
+        return bytes(named)
+    return token.encode(errors="surrogatepass") if isinstance(token, str) else b""
