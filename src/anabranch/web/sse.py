@@ -21,9 +21,9 @@ def event(data: Any, name: str | None = None) -> bytes:
     return (b"event: " + name.encode() + b"\n" if name else b"") + b"data: " + text + b"\n\n"
 
 
-def event_slices(data: Any) -> Iterator[bytes]:
+def event_slices(data: Any, name: str | None = None) -> Iterator[bytes]:
     """`event` in slices, none of which takes long to make (`json_slices`)."""
-    yield b"data: "
+    yield (b"event: " + name.encode() + b"\n" if name else b"") + b"data: "
     yield from json_slices(data, _dump)
     yield b"\n\n"
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,11 +11,14 @@ from hypothesis import strategies as st
 from anabranch.data import ByteTokenizer
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.core.request import TokenLogprob
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
+from anabranch.serving.http.choice import ChoiceDelta, TokenText
 from anabranch.serving.http.reading import Reader
-from anabranch.serving.http.responses import read_response
+from anabranch.serving.http.responses import ResponseShape, read_response
 from anabranch.web.api_error import ApiError
+from anabranch.web.sse import read_data
 from fake_engine import Script
 from reasoning_models import QWEN3, Speaking
 from serving_models import serve_process, small_moe
@@ -280,6 +284,56 @@ def test_many_log_probabilities_are_told_too():
         body = {"model": "fake", "input": "hi", "include": ["message.output_text.logprobs"]}
         made = running.ask("/v1/responses", body)[2]
     assert len(made["output"][0]["content"][0]["logprobs"]) == 1100
+
+
+@pytest.mark.parametrize("tokens", [1, 8000])
+def test_the_end_of_a_long_response_is_told_in_slices(tokens, monkeypatch):
+    """It says all once more, thrice; made in one piece it held everybody up."""
+    made = []
+    slices = ResponseShape.long_last_events
+    monkeypatch.setattr(ResponseShape, "long_last_events", lambda self: map(noted, slices(self)))
+
+    def noted(piece):
+        made.append(len(piece))
+        return piece
+
+    body = {"model": "fake", "input": "hi", "include": ["message.output_text.logprobs"], "stream": True}
+    with serving(Script(say="x" * tokens, positions=100_000)) as running:
+        told = running.ask("/v1/responses", body)[2].decode()
+    events = [json.loads(line[6:]) for line in told.splitlines() if line.startswith("data: ")]
+    names = [line[7:] for line in told.splitlines() if line.startswith("event: ")]
+    assert names == [event["type"] for event in events]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    done, part, item, last = events[-4:]
+    assert last["type"] == "response.completed"
+    assert len(done["logprobs"]) == tokens
+    assert last["response"]["output"] == [item["item"]]
+    assert item["item"]["content"] == [part["part"]]
+    assert part["part"]["logprobs"] == done["logprobs"]
+    if tokens == 1:
+        assert made == []
+    else:
+        assert len(made) > 20
+        assert max(made) < sum(made) / 20
+
+
+@pytest.mark.parametrize("num_logprobs", [None, 20])
+def test_what_of_a_response_waits_for_its_reader_is_told_in_slices(num_logprobs):
+    reader = Reader(ByteTokenizer.Config().build())
+    info = EngineInfo(model="fake", vocab_size=257, max_positions=4096, block_tokens=16, num_blocks=256)
+    body = {"model": "fake", "input": "hi", "stream": True}
+    request = replace(read_response(body, reader, info, 1), is_stream=True, logprobs=num_logprobs)
+    score = TokenLogprob(token=120, logprob=-1.0, top=tuple((at, -2.0) for at in range(20)))
+    change = ChoiceDelta(0, "x" * 200, [TokenText(120, at, at + 1, score) for at in range(200)])
+    shape, whole = (ResponseShape(request, [None], reader, info) for _ in range(2))
+    assert shape.is_long([change]) == (num_logprobs is not None)
+    pieces = list(shape.long_events([change]))
+    [told, wanted] = [
+        [{**event, **dict.fromkeys(("response", "item", "item_id"))} for event in read_data(raw)]
+        for raw in (b"".join(pieces), whole.events(change))
+    ]
+    assert told == wanted
+    assert (len(pieces) > 1) == (num_logprobs is not None)
 
 
 def test_calls_come_back_and_are_answered():

@@ -169,7 +169,10 @@ class Generate:
                 for choice in shape.choices:
                     choice.scores = None
                 context.close()
-        if last := shape.last_events():
+        if shape.has_long_end:
+            async for piece in context.sliced(shape.long_last_events()):
+                yield piece
+        elif last := shape.last_events():
             yield last
 
     def _failed(self, choices: Sequence[Choice], error: ApiError) -> None:

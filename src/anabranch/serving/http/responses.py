@@ -1,7 +1,8 @@
 """``/v1/responses``: read as a chat and answered as one, in the form of OpenAI's Responses API (`anabranch.web.responses`)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from anabranch.serving.core.client import EngineInfo
@@ -9,9 +10,10 @@ from anabranch.serving.http.choice import ChoiceDelta
 from anabranch.serving.http.fields import FieldName, unsupported
 from anabranch.serving.http.generation_request import GenerationRequest, read_chat
 from anabranch.serving.http.reading import Reader
-from anabranch.serving.http.shape import ChatShape
+from anabranch.serving.http.shape import MOST_AT_ONCE, ChatShape
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import said
+from anabranch.web.large_json import together
 from anabranch.web.responses import ResponseStream, to_chat
 
 # Of this API alone; what asks for nothing passes.
@@ -82,15 +84,32 @@ class ResponseShape(ChatShape):
         """See `Shape`: they are taken into the response, so they are made at once."""
         return list(make())
 
-    def is_long(self, changes: Sequence[ChoiceDelta]) -> bool:
-        """See `Shape`; no log probabilities are told, nor routes."""
-        return False
-
     def events(self, change: ChoiceDelta) -> bytes:
         """See `Shape`."""
-        begin = [] if self._has_started else list(self._events.begin())
+        return b"".join([*self._begin(), *(made for chunk in self.chunks(change) for made in self._events.add(chunk))])
+
+    def long_events(self, changes: Iterable[ChoiceDelta]) -> Iterator[bytes]:
+        """See `Shape`."""
+        chunks = (chunk for change in changes for chunk in self.chunks(change))
+        told = (piece for chunk in chunks for piece in self._events.add(chunk, in_slices=True))
+        return together(chain(self._begin(), told))
+
+    def _begin(self) -> Iterable[bytes]:
+        if self._has_started:
+            return ()
         self._has_started = True
-        return b"".join([*begin, *(made for chunk in self.chunks(change) for made in self._events.add(chunk))])
+        return self._events.begin()
+
+    @property
+    def has_long_end(self) -> bool:
+        """See `Shape`: the last events tell all that was said, each once more, with all log probabilities."""
+        tokens = sum(choice.completion_tokens for choice in self.choices)
+        return tokens * (1 if self.request.logprobs is None else self._each) > MOST_AT_ONCE
+
+    def long_last_events(self) -> Iterator[bytes]:
+        """See `Shape`."""
+        told = (made for chunk in self.last() for made in self._events.add(chunk, in_slices=True))
+        return together(chain(told, self._events.end(in_slices=True)))
 
     def last_events(self) -> bytes:
         """See `Shape`."""

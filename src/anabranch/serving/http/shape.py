@@ -93,6 +93,15 @@ class Shape:
         """Whether nothing of the prompts is still to be told in the events of a stream."""
         return True
 
+    @property
+    def has_long_end(self) -> bool:
+        """Whether there is so much to tell after every choice has ended that it is told by `long_last_events`."""
+        return False
+
+    def long_last_events(self) -> Iterator[bytes]:
+        """`last_events` in slices, none of which takes long to make."""
+        return together(piece for chunk in self.last() for piece in event_slices(chunk))
+
     def last_events(self) -> bytes:
         """Those after every choice has ended."""
         return b"".join(map(event, self.last()))

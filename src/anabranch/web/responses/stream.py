@@ -17,10 +17,14 @@ from anabranch.web.responses.items import (
 from anabranch.web.responses.scores import logprobs_of, logprobs_within
 from anabranch.web.responses.thoughts import sealed, thought_in
 from anabranch.web.responses.tools import custom_names, text_of
-from anabranch.web.sse import event
+from anabranch.web.sse import event, event_slices
 
 # Events of a part, by what it is.
 _TEXTS = {"text": "output_text", "refusal": "refusal", "reasoning": "reasoning_text"}
+
+
+# Its name and its data.
+_Event = tuple[str, dict[str, Any]]
 
 
 class ResponseStream:
@@ -58,11 +62,25 @@ class ResponseStream:
 
     def begin(self) -> Iterator[bytes]:
         """Before the first chunk."""
+        return self._told(self._begin(), in_slices=False)
+
+    def add(self, chunk: dict[str, Any], *, in_slices: bool = False) -> Iterator[bytes]:
+        """The events of one chunk, each whole or in slices, none of which takes long to make."""
+        return self._told(self._add(chunk), in_slices=in_slices)
+
+    def end(self, *, in_slices: bool = False) -> Iterator[bytes]:
+        """After the last chunk; as of `add`."""
+        return self._told(self._end(), in_slices=in_slices)
+
+    def fail(self, message: str, code: str | None) -> Iterator[bytes]:
+        """Instead of the end."""
+        return self._told(self._fail(message, code), in_slices=False)
+
+    def _begin(self) -> Iterator[_Event]:
         yield self._event("response.created", response=self._made)
         yield self._event("response.in_progress", response=self._made)
 
-    def add(self, chunk: dict[str, Any]) -> Iterator[bytes]:
-        """The events of one chunk."""
+    def _add(self, chunk: dict[str, Any]) -> Iterator[_Event]:
         self._usage = chunk.get("usage") or self._usage
         self._made["model"] = chunk.get("model") or self._made["model"]
         for choice in (chunk.get("choices") or ())[:1]:
@@ -102,8 +120,7 @@ class ResponseStream:
             scores = logprobs_within(content, scores, keeps_rest=not is_call, has_others=has_others)
         return scores
 
-    def end(self) -> Iterator[bytes]:
-        """After the last chunk."""
+    def _end(self) -> Iterator[_Event]:
         is_cut = why_cut(self._reason) is not None
         self._tell_held()
         yield from self._close_item("incomplete" if is_cut else "completed")
@@ -119,21 +136,28 @@ class ResponseStream:
         self.response = made = finished(self._made, self._output, self._reason, self._usage, self._beside)
         yield self._event(f"response.{made['status']}", response=made)
 
-    def fail(self, message: str, code: str | None) -> Iterator[bytes]:
-        """Instead of the end."""
+    def _fail(self, message: str, code: str | None) -> Iterator[_Event]:
         self._put_together()
         failed = {**self._made, "status": "failed", "output": self._output}
         failed["error"] = {"code": code or "server_error", "message": message}
         self.response = failed
         yield self._event("response.failed", response=failed)
 
-    def _event(self, name: str, /, **fields: Any) -> bytes:
+    def _event(self, name: str, /, **fields: Any) -> _Event:
         self._number += 1
-        if not self._tells:
-            return b""
-        return event({"type": name, "sequence_number": self._number, **fields}, name)
+        return name, {"type": name, "sequence_number": self._number, **fields}
 
-    def _open_part(self, kind: str) -> Iterator[bytes]:
+    def _told(self, events: Iterator[_Event], *, in_slices: bool) -> Iterator[bytes]:
+        """They change with what comes behind them, so each is told before the next is made."""
+        for name, data in events:
+            if not self._tells:
+                yield b""
+            elif in_slices:
+                yield from event_slices(data, name)
+            else:
+                yield event(data, name)
+
+    def _open_part(self, kind: str) -> Iterator[_Event]:
         """Begin what the text is part of, unless it goes on."""
         is_thought = kind == "reasoning"
         if self._item is not None and (self._item["type"] == "reasoning") != is_thought:
@@ -151,7 +175,7 @@ class ResponseStream:
             item["content"].append(part_of(kind, ""))
             yield self._event("response.content_part.added", **self._where(item), part=item["content"][-1])
 
-    def _add_text(self, kind: str, text: str, logprobs: list[Any]) -> Iterator[bytes]:
+    def _add_text(self, kind: str, text: str, logprobs: list[Any]) -> Iterator[_Event]:
         if not isinstance(text, str):
             # Before it is kept: what was told is put together once more where a stream fails.
             raise TypeError(f"text of a chunk is {type(text).__name__}")
@@ -165,7 +189,7 @@ class ResponseStream:
             more = {"logprobs": logprobs}
         yield self._event(f"response.{_TEXTS[kind]}.delta", **self._where(item), delta=text, **more)
 
-    def _add_thoughts(self, blocks: list[dict[str, Any]]) -> Iterator[bytes]:
+    def _add_thoughts(self, blocks: list[dict[str, Any]]) -> Iterator[_Event]:
         """What seals the thoughts that were told before, or is sealed whole."""
         if self._item is None or self._item["type"] != "reasoning":
             yield from self._close_item()
@@ -181,7 +205,7 @@ class ResponseStream:
             self._item["content"][-1]["logprobs"] += self._scores
             self._scores = []
 
-    def _close_part(self) -> Iterator[bytes]:
+    def _close_part(self) -> Iterator[_Event]:
         if self._part is None or self._item is None:
             return
         self._put_together()
@@ -198,7 +222,7 @@ class ResponseStream:
             self._item["content"][-1]["refusal" if self._part == "refusal" else "text"] += "".join(self._pieces)
         self._pieces = []
 
-    def _close_item(self, status: str = "completed") -> Iterator[bytes]:
+    def _close_item(self, status: str = "completed") -> Iterator[_Event]:
         if self._item is None:
             return
         yield from self._close_part()
@@ -210,7 +234,7 @@ class ResponseStream:
             item |= sealed(item, thoughts or sealed_blocks(joined_details(details)), self._body)
         yield self._event("response.output_item.done", output_index=self._at(item), item=item)
 
-    def _add_image(self, item: dict[str, Any]) -> Iterator[bytes]:
+    def _add_image(self, item: dict[str, Any]) -> Iterator[_Event]:
         yield from self._close_item()
         self._output.append(item)
         begun = {**item, "status": "in_progress", "result": None}
@@ -225,7 +249,7 @@ class ResponseStream:
         is_new = bool(part.get("id") or (part.get("function") or {}).get("name"))
         return len(self._calls) if is_new else len(self._calls) - 1
 
-    def _add_call(self, part: dict[str, Any]) -> Iterator[bytes]:
+    def _add_call(self, part: dict[str, Any]) -> Iterator[_Event]:
         number, function = self._place(part), part.get("function") or {}
         call = self._calls.get(number)
         if call is None:
@@ -253,7 +277,7 @@ class ResponseStream:
                 "response.function_call_arguments.delta", item_id=call["id"], output_index=self._at(call), delta=text
             )
 
-    def _close_calls(self, *, only_whole: bool = False, is_cut: bool = False) -> Iterator[bytes]:
+    def _close_calls(self, *, only_whole: bool = False, is_cut: bool = False) -> Iterator[_Event]:
         for call in self._calls.values():
             told = self._arguments.get(call["id"], call.get("arguments", ""))
             if call["status"] != "in_progress" or (only_whole and not is_whole(told)):
@@ -267,7 +291,7 @@ class ResponseStream:
             else:
                 yield from self._close_call(call)
 
-    def _close_call(self, call: dict[str, Any]) -> Iterator[bytes]:
+    def _close_call(self, call: dict[str, Any]) -> Iterator[_Event]:
         call["status"] = "completed"
         at = self._at(call)
         if call["id"] in self._arguments:
