@@ -175,6 +175,12 @@ def test_a_call_that_is_cut_off_is_not_completed():
         ({"top_logprobs": False}, "top_logprobs", "top_logprobs is False"),
         ({"n": True}, "n", "n is True"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "text.verbosity"),
+        ({"text": {"verbosity": ""}}, "text.verbosity", "text.verbosity is ''"),
+        ({"reasoning": {"effort": []}}, "reasoning.effort", "reasoning.effort is a list"),
+        ({"reasoning": {"effort": ""}}, "reasoning.effort", "reasoning.effort is ''"),
+        ({"tools": {}}, "tools", "tools must be a list"),
+        ({"tools": ""}, "tools", "tools must be a list"),
+        ({"stream_options": 5}, "stream_options", "stream_options must be an object"),
     ],
 )
 def test_what_is_no_value_of_a_field_is_refused_under_its_name(said, fields, param, says):
@@ -189,6 +195,26 @@ def test_messages_beside_input_are_told_to_be_ignored(said):
     status, headers, _ = said.ask("/v1/responses", {**body, "messages": [{"role": "user", "content": "ho"}]})
     assert (status, headers["x-warning"]) == (200, "ignored unknown fields: messages")
     assert bytes(said.script.requests[-1].prompt).decode() == "User: hi\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"max_tokens": 1}, "max_tokens"),
+        ({"max_completion_tokens": 1}, "max_completion_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+        ({"routing": True}, "routing"),
+        ({"reasoning_effort": "low", "verbosity": "low"}, "reasoning_effort, verbosity"),
+        ({"text": {"x": 1}, "reasoning": {"y": 1}}, "reasoning.y, text.x"),
+        ({"stream_options": {"include_usage": True}}, "stream_options.include_usage"),
+    ],
+)
+def test_what_chat_calls_otherwise_is_told_to_be_ignored(said, fields, ignored):
+    status, headers, answer = said.ask("/v1/responses", {"model": "fake", "input": "hi", **fields})
+    assert (status, headers["x-warning"]) == (200, f"ignored unknown fields: {ignored}")
+    assert answer["status"] == "completed"
+    assert not answer["output"][0]["content"][0]["logprobs"]
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +341,13 @@ def test_the_end_of_a_long_response_is_told_in_slices(tokens, monkeypatch):
     else:
         assert len(made) > 20
         assert max(made) < sum(made) / 20
+
+
+def test_of_a_whole_response_no_events_are_made():
+    reader = Reader(ByteTokenizer.Config().build())
+    request = read_response({"model": "fake", "input": "hi"}, reader, INFO, 1)
+    shape = ResponseShape(replace(request, is_stream=False), [None], reader, INFO)
+    assert shape.events(ChoiceDelta(0, "x")) == b""
 
 
 @pytest.mark.parametrize("num_logprobs", [None, 20])

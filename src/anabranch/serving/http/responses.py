@@ -15,11 +15,29 @@ from anabranch.web.api_error import ApiError
 from anabranch.web.body import said
 from anabranch.web.large_json import together
 from anabranch.web.responses import ResponseStream, to_chat
+from anabranch.web.responses.request import table_of
 
 # Of this API alone; what asks for nothing passes.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,), "truncation": ("disabled",), "n": (1,), "max_tool_calls": (), "context_management": ([],),
 }  # fmt: skip
+# Of chat, which calls here by other names or tells what a response has no place for, so that nobody knows them.
+_OF_CHAT = (
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "response_format",
+    "logprobs",
+    "reasoning_effort",
+    "verbosity",
+    "routing",
+)
+# What there is in fields that are tables.
+_PARTS = {
+    "text": ("format", "verbosity"),
+    "reasoning": ("effort", "summary", "generate_summary"),
+    "stream_options": ("include_obfuscation",),
+}
 # Fields of a response that tell how it was sampled.
 _USED = ("temperature", "top_p")
 # What a field of chat is called here. Items are not messages: several make one.
@@ -47,11 +65,12 @@ def read_response(
         if body.get(name) is not None and (isinstance(body[name], bool) or body[name] not in allowed):
             raise unsupported(name, f"{name} is {said(body[name])}, which this server does not do; leave it out")
     # Nothing is stored, which the response says.
-    own = {name: value for name, value in body.items() if name not in _REFUSED and name != "store"}
+    gone = (*_REFUSED, *_OF_CHAT, "store")
+    own = {name: value for name, value in body.items() if name not in gone}
     chat = to_chat(own, keeps_reasoning=True)
     read = read_chat(chat, reader, info, most_n, _NAMES, default_tokens=default_tokens)
-    # Of chat, so that nobody knows it here.
-    more = ("messages",) if "messages" in body else ()
+    more = [name for name in _OF_CHAT if name in body]
+    more += [f"{name}.{part}" for name, known in _PARTS.items() for part in table_of(body, name) if part not in known]
     return replace(read, response_of=own, unknown=(*read.unknown, *more))
 
 

@@ -80,7 +80,8 @@ def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str,
     chat["messages"] = _messages(body, keeps_reasoning)
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]
-    if body.get("tools"):
+    # An empty list asks for nothing; what is no list is wrong, also where it is empty.
+    if body.get("tools") not in (None, []):
         chat["tools"] = tools_of(body)
     if body.get("tool_choice") is not None:
         chat["tool_choice"] = choice_of(body["tool_choice"])
@@ -89,10 +90,14 @@ def to_chat(body: dict[str, Any], *, keeps_reasoning: bool = False) -> dict[str,
         form = {name: value for name, value in wanted.items() if name != "type"}
         is_schema = wanted.get("type") == "json_schema"
         chat["response_format"] = {"type": wanted.get("type"), **({"json_schema": form} if is_schema else form)}
-    if effort := table_of(body, "reasoning").get("effort"):
-        chat["reasoning_effort"] = effort
-    if verbosity := table_of(body, "text").get("verbosity"):
-        chat["verbosity"] = verbosity
+    for name, part, chat_name in (("reasoning", "effort", "reasoning_effort"), ("text", "verbosity", "verbosity")):
+        value = table_of(body, name).get(part)
+        if value is None:
+            continue
+        if not isinstance(value, str) or not value:
+            raise wrong(f"{name}.{part}", f"{name}.{part} is {said(value)}; it must be a word such as low")
+        chat[chat_name] = value
+    table_of(body, "stream_options")
     included = body.get("include")
     _check_included(included)
     if body.get("top_logprobs") or (isinstance(included, list) and LOGPROBS in included):
