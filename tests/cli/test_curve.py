@@ -1,6 +1,7 @@
 """``anabranch routers curve``: from a file of samples to the number that pays, a picture, and a strategy that is served by it."""
 
 import json
+import shlex
 import tomllib
 
 import numpy as np
@@ -217,12 +218,20 @@ def test_scores_on_a_scale_of_their_own_are_as_right_and_wrong(run, place):
         told[name] = json.loads(out)["curves"]
     assert told["unit"] == told["ten"]
     code, _, err = run("routers curve ten.jsonl")
-    assert (code, "question 1 of 90 ('q 0?') is " in err, "scores must lie from 0 to 1" in err) == (2, True, True)
+    assert (code, "the question 'q 0?' (line 1 of the file) is " in err, "scores must lie from 0 to 1" in err) == (
+        2,
+        True,
+        True,
+    )
     code, _, err = run("routers curve ten.jsonl --scale 3 3")
     assert (code, "scale is [3.0, 3.0]; it must be" in err) == (2, True)
     # The same of a strategy, which is told it in its config.
     code, _, err = run("routers fit ten.jsonl --strategy best_of --out refused")
     assert (code, "scores must lie from 0 to 1" in err) == (2, True)
+    # Of a part that was drawn, the line of the file all the same.
+    number = int(err.partition("(line ")[2].partition(" ")[0])
+    question = json.loads((place / "ten.jsonl").read_text().splitlines()[number - 1])["question"]
+    assert f"the question {question!r} (line {number} of the file)" in err
     code, _, err = run(
         "routers fit ten.jsonl --strategy best_of --out kept --hold-out 0 --set best_of.scale=[-5,10] --quiet"
     )
@@ -240,3 +249,62 @@ def test_a_gain_that_is_no_share_is_refused_as_it_was_said(run, eps):
     assert (code, err) == (2, f"error: --eps is {eps}; it must be a share of questions, from 1e-06 to below 1\n")
     code, _, err = run("routers curve samples.jsonl --value 1e9 --cost 1e-9")
     assert (code, "so that gains of less than 1e-06 of all questions would pay" in err) == (2, True)
+
+
+def fit_of(out):
+    """The command of the last line; None where there is none."""
+    last = out.splitlines()[-1]
+    return shlex.split(last.partition("anabranch ")[2]) if last.startswith("next") else None
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("ten.jsonl --scale 1 10 --right 0.8", {"scale": (1.0, 10.0), "right": 0.8}),
+        ("samples.jsonl --rounds", {"rounds": True}),
+        ("samples.jsonl", {}),
+        ("odd/'of_mine'.csv --columns query=asked,score:small=s --eps 0.2", {}),
+        ("scores.jsonl --prices prices.json", {}),
+    ],
+)
+def test_the_next_command_takes_the_file_and_counts_it_alike(run, place, capsys, line, wanted):
+    """On a scale of its own it was refused; the config had neither scale nor threshold."""
+    rows = json.loads((place / "rows.json").read_text())
+    table = [{"question": f"q {at}?", "samples": [10 if one else 4 for one in row]} for at, row in enumerate(rows)]
+    (place / "ten.jsonl").write_text("\n".join(map(json.dumps, table)))
+    (place / "odd").mkdir(exist_ok=True)
+    each = [f"q {at}?,{int(one)}" for at, row in enumerate(rows) for one in row]
+    (place / "odd" / "'of_mine'.csv").write_text("\n".join(["asked,s", *each]))
+    (place / "prices.json").write_text(json.dumps({"small": {"input": 1, "output": 2}}))
+    code, out, err = run(f"routers curve {line} --quiet")
+    assert (code, err) == (0, "")
+    config = tomllib.loads(out[out.index("[strategies") : out.rindex("next")])["strategies"]["best-of"]
+    assert {name: config.get(name) for name in ("scale", "right", "rounds") if name in config} == {
+        name: list(one) if isinstance(one, tuple) else one for name, one in wanted.items()
+    }
+    assert main([*fit_of(out), "--quiet"]) == 0
+    made = load_folder(place / "routers").routers["best_of"].strategy
+    assert {name: getattr(made.config, name) for name in wanted} == wanted
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("picture", ["", " --picture few.png"])
+@pytest.mark.parametrize("name", ["few", "none"])
+def test_where_no_config_is_given_no_fit_is_suggested(run, place, name, picture):
+    """Of nine questions there was no config, and a fit that took them without a word."""
+    lines = (place / "samples.jsonl").read_text().splitlines()[:9]
+    (place / "few.jsonl").write_text("\n".join(lines))
+    code, out, _ = run(f"routers curve {name}.jsonl --quiet{picture}")
+    assert code == 0
+    assert fit_of(out) is None
+    assert "fit" not in out.splitlines()[-1]
+
+
+def test_no_fit_is_suggested_that_another_model_of_the_file_would_end(run, place):
+    rows = json.loads((place / "rows.json").read_text())
+    lines = [{"query": f"q {at}?", "scores": {"small": row, "big": [7] * 8}} for at, row in enumerate(rows)]
+    (place / "beyond.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, err = run("routers curve beyond.jsonl --model small --quiet")
+    assert (code, fit_of(out)) == (0, None)
+    assert "no fit to this file would be taken: a score of big for the question 'q 0?' (line 1 of the file) is 7" in err
+    assert run("routers fit beyond.jsonl --strategy best_of --out refused")[0] == 2

@@ -62,7 +62,7 @@ def test_one_odd_score_is_told_and_turns_no_other_over(odd):
     with pytest.raises(DataError) as caught:
         drawn(replace(whole, samples=tuple(samples)), "m")
     assert str(caught.value) == (
-        f"a score of m for question 6 of 40 ('q5') is {odd:g}; scores must lie from 0 to 1: mend it, or say the scale of all "
+        f"a score of m for the question 'q5' is {odd:g}; scores must lie from 0 to 1: mend it, or say the scale of all "
         "(scale, the worst and the best score)"
     )
 

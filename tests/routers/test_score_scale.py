@@ -1,5 +1,6 @@
 """Scores on a scale that is said, from 0 to 1 otherwise: no odd score moves it."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import DataError, InputError
 from anabranch.extras import is_installed
+from anabranch.routers.data import load_outcomes, pooled
 from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.referee.evaluate import evaluate
 from anabranch.routers.score_scale import ScoreScale, range_of
@@ -76,7 +78,7 @@ def test_one_odd_score_is_refused_and_turns_no_other_over(kind, odd):
     with pytest.raises(DataError) as caught:
         fitted(kind, with_score(odd))
     assert str(caught.value) == (
-        f"a score of {DATA.models[1]} for question 6 of 80 ({DATA.query[5]!r}) is {odd:g}; scores must lie from 0 to 1: mend it, or say "
+        f"a score of {DATA.models[1]} for the question {DATA.query[5]!r} is {odd:g}; scores must lie from 0 to 1: mend it, or say "
         "the scale of all (scale, the worst and the best score)"
     )
 
@@ -128,3 +130,18 @@ def test_an_evaluation_says_which_range_of_scores_it_takes():
         f"Scores are taken to lie from 0 to 100, as those seen do; qualities within {verdict.margin:g} count as equal."
         in told
     )
+
+
+def test_a_score_beyond_is_told_with_its_line_of_the_file_whatever_part_it_is_in(tmp_path):
+    """Blank lines and the header count; of copies of a question it is where that stands first."""
+    table = ["question,small", "", *(f"q {at}?,{9 if at == 11 else at % 2}" for at in range(12)), "q 3?,1"]
+    (tmp_path / "a.csv").write_text("\n".join(table))
+    rows = [json.dumps({"query": f"q {at}?", "scores": {"small": 9 if at == 11 else at % 2}}) for at in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(["", *rows]))
+    for name, line in (("a.csv", 14), ("a.jsonl", 13)):
+        data = pooled(load_outcomes(tmp_path / name)).take([3, 11])
+        assert data.line == (line - 8, line)
+        with pytest.raises(
+            DataError, match=rf"for the question 'q 11\?' \(line {line} of the file\) is 9; scores must lie"
+        ):
+            ScoreScale().shares_of(data)

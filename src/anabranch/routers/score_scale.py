@@ -65,8 +65,10 @@ class ScoreScale:
             if can_be_said
             else "bring all to that scale"
         )
+        # Its place among these rows says nothing: they may be a part that was drawn.
+        where = f" (line {data.line[row]:,} of the file)" if data.line else ""
         return DataError(
-            f"a score of {model} for question {row + 1:,} of {len(data):,} ({shown(data.query[row])}) is {score:g}; scores must lie from "
+            f"a score of {model} for the question {shown(data.query[row])}{where} is {score:g}; scores must lie from "
             f"{self.low:g} to {self.high:g}: {advice}"
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +13,7 @@ from anabranch.cli.gateway.doors import door
 from anabranch.cli.gateway.options import ColumnMap, Data, Prices, check_ending, read_data
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, finite_number
-from anabranch.cli.output import fact, print_json, say, shell_word, table, wrote
+from anabranch.cli.output import fact, print_json, say, shell_word, table
 from anabranch.errors import InputError
 from anabranch.extras import require
 from anabranch.files import check_apart
@@ -85,6 +86,8 @@ def curve(
     Example: anabranch gateway curve samples.jsonl --value 0.05 --cost 0.0004 --picture curve.svg
     """  # fmt: skip
     from anabranch.routers.sample_curves import config_lines, sample_curves
+    from anabranch.routers.samples import RIGHT
+    from anabranch.routers.score_scale import UNIT
 
     check_ending(picture, "--picture", (".png", ".svg"))
     check_apart([picture], [data, prices])
@@ -105,21 +108,48 @@ def curve(
         )
         if picture is not None:
             _draw(found, picture, f"{Path(data).name}", seed)
-    lines = config_lines(found, **({} if value is None else {"value_usd": value}))
+    told = {"right": (right, RIGHT), "scale": (list(scale), list(UNIT))}
+    fields = {name: given for name, (given, usual) in told.items() if given != usual}
+    lines = config_lines(found, **fields, **({} if value is None else {"value_usd": value}))
     written = [] if picture is None else [str(picture)]
     if as_json:
-        told = [one.to_dict() for one in found]
-        print_json({"curves": told, "config": lines, "wrote": written, "read": recorded.what_was_read()})
+        curves = [one.to_dict() for one in found]
+        print_json({"curves": curves, "config": lines, "wrote": written, "read": recorded.what_was_read()})
         return
     _print(found)
     if lines:
         print()
         print(lines, end="")
-    fit = f"{door()} fit {shell_word(data)} --strategy best_of --out routers"
     if written:
-        wrote(written[0], fit)
-    else:
-        fact("next", fit)
+        fact("wrote", written[0])
+    # Of too few questions, or where all went alike, what is fitted says no more than the lines that are not given.
+    if lines and _can_be_counted(recorded, right, scale):
+        if rounds:
+            fields["rounds"] = True
+        fact("next", _fit(data, columns, prices, fields))
+
+
+def _fit(data: str, columns: str | None, prices: Path | None, fields: dict[str, Any]) -> str:
+    """The command that counts the same samples, read as they were here."""
+    more = [] if columns is None else ["--columns", columns]
+    more += [] if prices is None else ["--prices", str(prices)]
+    for name, given in fields.items():
+        more += ["--set", f"best_of.{name}={json.dumps(given, separators=(',', ':'))}"]
+    return f"{door()} fit {shell_word(data)} --strategy best_of --out routers{''.join(f' {shell_word(one)}' for one in more)}"
+
+
+def _can_be_counted(data: Recorded, right: float, scale: tuple[float, float]) -> bool:
+    """Whether all models of the file have scores of the scale: a fit counts them all, be there curves of some alone."""
+    from anabranch.errors import DataError
+    from anabranch.routers.samples import drawn
+
+    try:
+        for model in data.models:
+            drawn(data, model, right=right, scale=scale)
+    except DataError as error:
+        say(f"no fit to this file would be taken: {error}")
+        return False
+    return True
 
 
 def _gains(

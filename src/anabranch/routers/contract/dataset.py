@@ -46,6 +46,7 @@ class Recorded:
         vector_ND: float32 unit vectors of the texts; None until embedded.
         signals: float64 ``[N, M]`` by name: what is known of an answer beside its score, NaN where it is not: ``logprob`` (mean of its
             tokens), ``entropy``, ``votes`` (share of self-verifications for it), ``agreement`` (share of samples that say the same).
+        line: of each query, the line of its file that it stands in first, from 1; empty where there is none.
         reading: how they were read from a file.
     """
 
@@ -61,6 +62,7 @@ class Recorded:
     texts: tuple[Mapping[str, tuple[str, ...]], ...] = ()
     vector_ND: np.ndarray | None = None
     signals: Mapping[str, np.ndarray] = field(default_factory=dict)
+    line: tuple[int, ...] = ()
     reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class Recorded:
             "answers": self.answers or self.query,
             "samples": self.samples or self.query,
             "texts": self.texts or self.query,
+            "line": self.line or self.query,
             "vector_ND": self.query if self.vector_ND is None else self.vector_ND,
         }
         for name, value in lengths.items():
@@ -113,6 +116,7 @@ class Recorded:
             answers=tuple(self.answers[row] for row in at) if self.answers else (),
             samples=tuple(self.samples[row] for row in at) if self.samples else (),
             texts=tuple(self.texts[row] for row in at) if self.texts else (),
+            line=tuple(self.line[row] for row in at) if self.line else (),
             signals={name: value[at] for name, value in self.signals.items()},
             **part,
         )

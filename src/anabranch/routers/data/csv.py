@@ -115,7 +115,7 @@ def load_csv(
     made = []
     for line, cells in zip(lines, rows, strict=True):
         try:
-            made.append(_row(cells, columns, place))
+            made.append(replace(_row(cells, columns, place), line=line))
         except DataError as error:
             hint = _HINT if is_guessed and isinstance(error, _CellError) else ""
             raise DataError(f"{path}, line {line}: {error}{hint}") from None

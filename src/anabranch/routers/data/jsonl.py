@@ -48,7 +48,7 @@ def load_jsonl(path: str | Path, *, prices: Mapping[str, Model] | None = None) -
         if not text.strip():
             continue
         try:
-            rows.append(row_of(text))
+            rows.append(replace(row_of(text), line=line))
         except DataError as error:
             raise DataError(f"{path}, line {line}: {error}") from None
     unread = list(dict.fromkeys(name for row in rows for name in row.unread))

@@ -28,7 +28,7 @@ class Row:
     ``texts`` what those say.
 
     ``is_conversation`` says that the query is only the last text of what was asked: the answers are to all of it. ``is_vouched`` says that
-    they may be learned from all the same. ``unread`` are fields that mean nothing here.
+    they may be learned from all the same. ``unread`` are fields that mean nothing here. ``line`` is where it stands in its file, from 1.
     """
 
     query: str
@@ -41,6 +41,7 @@ class Row:
     is_conversation: bool = False
     is_vouched: bool = False
     unread: tuple[str, ...] = ()
+    line: int | None = None
 
 
 def number(value: Any, what: str, *, low: float = -math.inf, is_known: bool = False) -> float | None:
@@ -80,6 +81,7 @@ def gather(rows: list[Row], path: Path, prices: Mapping[str, Model] | None) -> R
     if prices is not None:
         priced_NM = _priced([row.query for row in rows], models, tokens_NM2, prices, path)
         cost_NM = np.where(np.isfinite(cost_NM), cost_NM, priced_NM)
+    lines = [row.line for row in rows]
     return Recorded(
         query=tuple(row.query for row in rows),
         models=tuple(models),
@@ -92,6 +94,7 @@ def gather(rows: list[Row], path: Path, prices: Mapping[str, Model] | None) -> R
         samples=tuple(row.samples for row in rows) if any(row.samples for row in rows) else (),
         texts=tuple(row.texts for row in rows) if any(row.texts for row in rows) else (),
         signals=signals,
+        line=() if None in lines else tuple(line for line in lines if line is not None),
     )
 
 
