@@ -76,12 +76,15 @@ GOOD = {
     "blanks before commas": ("1 ,2 ,3\n2 ,3 ,4\n", [(1, 2, 3.0), (2, 3, 4.0)]),
     "names with numbers": ("Area 51,7 Eleven\nRoute 66,3 Com\n", [("Area 51", "7 Eleven"), ("Route 66", "3 Com")]),
     "two words and a number": ("a b,7\nc d,5\n", [("a b", "7"), ("c d", "5")]),
+    "one word and a number": ("room 1,7\nroom 2,5\n", [("room 1", "7"), ("room 2", "5")]),
+    "four, no matrix": ("a,b,n,m\n1,2,5,9\n2,3,4,9\n3,1,3,9\n4,1,3,8\n", [(1, 2), (2, 3), (3, 1), (4, 1)]),
     "marks of one row": ("P1;P2,Q1\nP3,Q2\n", [("P1;P2", "Q1"), ("P3", "Q2")]),
+    "words of other numbers": ("ann b 0,5\nbob x y 0,7\n", [("ann b 0", "5"), ("bob x y 0", "7")]),
     "words of one row": ("ann b 0,5\nbob,5\n", [("ann b 0", "5"), ("bob", "5")]),
     "a comment with a carriage return": ("# a\rb\n1 2\n# x\r\n2 3\n", [(1, 2), (2, 3)]),
     "a carriage return in quotes": ('ann,"b\rc"\nbob,cy\n', [("ann", "b\rc"), ("bob", "cy")]),
     "an order mark in quotes": ('ann,bob\n"\ufeffcy",bob\n', [("ann", "bob"), ("\ufeffcy", "bob")]),
-    "ratings": ("user,item,rating\n1,2,0\n2,0,4\n0,1,5\n", [(0, 1), (1, 2), (2, 0)]),
+    "ratings": ("user,item,rating\n0,1,3\n1,0,4\n2,1,0\n", [(0, 1), (1, 0), (2, 1)]),
     "five of ratings": (
         "user,item,rating,timestamp,sess\n1,2,5,9,1\n2,3,4,9,1\n3,1,3,9,2\n4,1,3,9,2\n5,2,3,9,2\n",
         [(1, 2), (2, 3), (3, 1), (4, 1), (5, 2)],
@@ -119,9 +122,21 @@ def test_commas_of_decimals_are_asked_for(tmp_path, text):
         _edges(tmp_path, text)
 
 
+def test_ratings_of_few_rows_are_added(tmp_path):
+    (tmp_path / "t.csv").write_text(GOOD["ratings"][0])
+    assert read_edges(str(tmp_path / "t.csv"), Graph.from_edges([0, 1], [1, 2])) == ([0, 1, 2], [1, 0, 1], None)
+
+
+def test_columns_that_are_not_called_as_ends_are_told_by_the_same_names_alone(tmp_path):
+    assert _edges(tmp_path, "x,y\nann,bob\nX,Y\n", source="x") == [("X", "Y"), ("ann", "bob")]
+    with pytest.raises(DataError, match="names of columns once more"):
+        _edges(tmp_path, "x,y\nann,bob\nx,y\n", source="x")
+
+
 SECOND = {
     "in another case": ("source,target\nann,bob\nSource,Target\nbob,cy\n", "names of columns once more"),
     "in another order": ("source,target\nann,bob\ntarget,source\nbob,cy\n", "names of columns once more"),
+    "with blanks": ("source,target\nann,bob\n source , target\nbob,cy\n", "names of columns once more"),
     "with a mark within the line": ("source,target\nann,bob\nbob,\ufeffann\n", "byte order mark"),
     "with a mark behind a blank": ("source,target\nann,bob\n \ufeffbob,cy\n", "byte order mark"),
 }

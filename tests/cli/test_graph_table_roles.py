@@ -177,16 +177,23 @@ def test_tables_and_edges_of_several_kinds_say_whether_they_are_directed(tmp_pat
 
 
 def test_a_direction_is_looked_for_in_all_blocks(tmp_path):
-    count = 200_000
-    numbers = np.arange(count)
-    lines = [f"{number},{number + 1},Directed\n" for number in numbers]
-    path = tmp_path / "t.csv"
-    path.write_text("Source,Target,Type\n" + "".join(lines))
-    assert read_graph(path, memory_limit=4 << 20).is_directed
-    lines[-1] = f"{count},{count + 1},\n"
-    path.write_text("Source,Target,Type\n" + "".join(lines))
+    """Wherever one block of 8 KiB ends: what the next begins with is held against what the first said."""
+    path, count = tmp_path / "t.csv", 900
+
+    def write(kinds):
+        rows = [f"n{number:04},n{number + 1:04},{kind}\n" for number, kind in enumerate(kinds)]
+        path.write_text("Source,Target,Type\n" + "".join(rows))
+
+    write(["Directed"] * count)
+    assert read_graph(path, memory_limit=1 << 20).is_directed
+    write(["Directed"] * (count - 1) + [""])
     with pytest.raises(DataError, match=rf"line {count + 1}: the type is empty"):
-        read_graph(path, memory_limit=4 << 20)
+        read_graph(path, memory_limit=1 << 20)
+    # Rows are of 21 bytes.
+    for change in range((1 << 13) // 21 - 3, (1 << 13) // 21 + 4):
+        write(["Directed"] * change + ["Undirected"] * (count - change))
+        with pytest.raises(DataError, match=rf"line {change + 2}: an edge of the type 'Undirected'"):
+            read_graph(path, memory_limit=1 << 20)
 
 
 def test_arrays_of_edges_say_their_shape_and_their_weights(tmp_path):
