@@ -247,6 +247,15 @@ def test_texts_around_a_call_have_their_own_log_probabilities_whole_and_as_event
     assert tokens_in(streamed) == tokens_in(to_response(ASKED, said)) == [["a"], ["a", "b", "<stop>"]]
 
 
+def test_a_text_beside_which_a_call_goes_on_has_none_of_the_calls_log_probabilities():
+    begun, behind = ({**F_CALL, "function": {"name": "f", "arguments": part}} for part in ("{", "}"))
+    chunks = [({"tool_calls": [begun]}, ["{"]), ({"content": "a"}, ["a"]), ({"tool_calls": [behind]}, ["}"])]
+    events = events_of(
+        ASKED, *({"choices": [{"index": 0, "delta": delta, "logprobs": scored(*tokens)}]} for delta, tokens in chunks)
+    )
+    assert tokens_in(events[-1]["response"]) == [["a"]]
+
+
 def test_a_refusal_with_log_probabilities_is_no_text_whole_or_as_events():
     [*_, last] = told(ASKED, {"refusal": "no"}, logprobs=scored("no"))
     whole = to_response(ASKED, answer(scored("no"), content=None, refusal="no"))

@@ -31,6 +31,8 @@ class Clock:
 
     def __init__(self):
         self.now, self.end_s, self._later = 0.0, math.inf, []
+        # How late each wait ends.
+        self.late_s = 0.0
 
     def monotonic(self):
         return self.now
@@ -47,7 +49,7 @@ class Clock:
             then, _, do = heapq.heappop(self._later)
             self.now = max(self.now, then)
             do()
-        self.now = max(self.now, end)
+        self.now = max(self.now, end) + self.late_s
         return end > self.end_s
 
     def watch(self, watched, patience_s, end_s):
@@ -126,6 +128,33 @@ def test_who_stood_still_itself_takes_nobody_for_dead(clock):
     # The one that stops later is found all the same.
     assert list(ranks.killed) == [1]
     assert ranks.answers[1] == 30
+
+
+def test_who_is_always_a_little_late_still_ends_a_rank_that_is_silent(clock):
+    clock.late_s = 0.2 * PATIENCE_S
+    ranks = Ranks(clock, hangs={1: 5})
+    clock.watch(ranks.watched, PATIENCE_S, 10 * PATIENCE_S)
+    assert PATIENCE_S <= ranks.killed[1] - ranks.heard[1] + 1e-9 < 1.5 * PATIENCE_S
+
+
+def test_a_rank_that_answered_while_nobody_looked_has_its_time_from_then_and_no_more(monkeypatch):
+    num_heard_late = 0
+    for answers in range(1, 30):
+        made, ends = Clock(), []
+        monkeypatch.setattr(watchdog, "time", made)
+        monkeypatch.setattr(watchdog, "threading", made)
+        ranks = Ranks(made, step_s=0.1 * PATIENCE_S, hangs={1: answers})
+
+        def stand_still(made=made, ends=ends):
+            made.now += 100 * PATIENCE_S
+            ends.append(made.now)
+
+        made.after(3.05 * PATIENCE_S, stand_still)
+        made.watch(ranks.watched, PATIENCE_S, 220 * PATIENCE_S)
+        if ranks.heard[1] >= ends[0]:
+            num_heard_late += 1
+            assert ranks.killed[1] - ranks.heard[1] < 1.25 * PATIENCE_S
+    assert num_heard_late > 5
 
 
 def test_of_a_process_that_is_gone_one_is_told_once():

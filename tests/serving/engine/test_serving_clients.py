@@ -441,6 +441,26 @@ def test_who_stood_still_itself_takes_no_loop_for_dead():
     run_paced(body())
 
 
+def test_who_stood_still_between_two_questions_waits_for_the_answer_to_the_next():
+    """It was no later than a quarter of the patience behind the last sign of life, but nobody had been asked meanwhile."""
+    patience_s = 0.4
+
+    async def body():
+        client = Mute(watchdog_s=patience_s)
+        await client.start()
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(0.01 * patience_s)
+        client._deliver([Reply(client.sent[-1].number)])
+        await asyncio.sleep(0.05 * patience_s)
+        loop.passed(0.9 * patience_s)
+        for _ in range(4):
+            await asyncio.sleep(0.1 * patience_s)
+            assert not client.is_abandoned
+        await client.close()
+
+    run_paced(body())
+
+
 @pytest.mark.parametrize("drain_s", [0.0, 0.2])
 def test_a_loop_that_does_not_end_is_given_up_with_the_patience_of_the_watchdog(drain_s, caplog):
     async def body():

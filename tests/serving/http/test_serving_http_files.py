@@ -12,7 +12,7 @@ import pytest
 from adapter_models import make_adapter
 from anabranch.cli.serve_told import Told
 from anabranch.data import ByteTokenizer
-from anabranch.depth.ftp import TokenSkipper
+from anabranch.depth.ftp import TokenSkipper, saving
 from anabranch.errors import CheckpointError
 from anabranch.lm import Decoder, load_model, save_model
 from anabranch.nn import SelfAttention
@@ -21,6 +21,8 @@ from anabranch.serving import load
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.depth import DepthConfig
+from anabranch.serving.elasticmoe.config import ElasticConfig
+from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.engine.local import LocalEngine
 from anabranch.serving.http import frontend
 from anabranch.serving.http.config import HttpConfig
@@ -197,6 +199,21 @@ def test_what_lies_beside_a_model_and_changes_while_it_is_read_is_not_served(fol
     monkeypatch.setattr(load, "answer_settings", lambda *parts: os.replace(another, place) or settings(*parts))
     with pytest.raises(CheckpointError, match=f"{re.escape(str(place))} is another file than when it was read"):
         config.load()
+
+
+def test_a_skipper_that_changes_while_a_group_of_devices_reads_it_is_not_served(folder, beside, monkeypatch):
+    changes, (place, another) = beside["skipper"]
+    read = saving.read_skipper
+
+    def replaced(path):
+        # It is read for its sizes too.
+        if another.exists():
+            os.replace(another, place)
+        return read(path)
+
+    monkeypatch.setattr(saving, "read_skipper", replaced)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(place))} is another file than when it was read"):
+        Group(ElasticConfig(model=str(folder), **changes))
 
 
 def test_an_engine_that_finds_its_model_again_is_served(folder):

@@ -65,10 +65,9 @@ class Group:
         self.config, self.on_phase = config, on_phase
         # Once: a training run may have a newer checkpoint at any time.
         found = find_model(config.model)
-        seen = see_model(found)
+        seen, beside = see_model(found), config.depth.seen()
         self.layout = layout_of(found, backend_for(config).page)
         self.limits, info, self.kv_bytes = sizes_of(config, self.layout)
-        beside = config.depth.seen()
         self.info = replace(info, files=seen, beside=beside)
         # Once, too.
         self.skipper: Any = None
