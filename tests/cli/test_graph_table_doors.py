@@ -202,6 +202,16 @@ def test_a_column_type_of_parquet_is_read_in_parts(tmp_path, monkeypatch, words)
     assert (len(of_type) <= 2) if words == "friend" else sum(of_type) >= rows
 
 
+def test_few_texts_are_read_to_look_at_them(tmp_path):
+    """65,536 documents beside the ends were more than a graph is."""
+    path = tmp_path / "t.parquet"
+    pd.DataFrame({"source": range(5000), "target": range(5000), "abstract": ["x" * 100] * 5000}).to_parquet(path)
+    with parquet._opened(path) as file:
+        table = parquet._edge_table(path, file)
+        assert len(table.first("abstract")) <= 1024
+        assert sum(map(len, table.rest("abstract"))) + len(table.first("abstract")) == 5000
+
+
 def test_a_row_behind_the_first_part_is_told_by_its_number(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "_LOOKED_AT", 10)
     path = tmp_path / "t.parquet"

@@ -29,8 +29,8 @@ from anabranch.graph.table_look import EdgeTable, look_at_edges
 
 # `write_graph` leaves it in the metadata: nodes, direction.
 NOTE = b"anabranch.graph"
-# Rows of a column that are read at once, to look at it.
-_LOOKED_AT = 1 << 16
+# Rows of a column that are read at once, to look at it: few, since cells may be whole documents.
+_LOOKED_AT = 1 << 10
 
 
 def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
