@@ -15,6 +15,7 @@ SOURCE = r"""
 #include "ns3/network-module.h"
 #include "ns3/point-to-point-module.h"
 #include "ns3/traffic-control-module.h"
+#include <algorithm>
 #include <cstdio>
 #include <vector>
 
@@ -76,8 +77,8 @@ Run(int leaves, int spines, int each, double gbps, int delayNs, bool isSprayed, 
     Config::SetDefault("ns3::TcpSocket::SndBufSize", UintegerValue(1 << 28));
     Config::SetDefault("ns3::TcpSocket::RcvBufSize", UintegerValue(window * segment));
     Config::SetDefault("ns3::TcpSocketBase::Timestamp", BooleanValue(false));
-    Config::SetDefault("ns3::TcpSocketBase::Sack", BooleanValue(false));
-    // Packets that come out of order are no sign of losses here.
+    // Packets that come out of order are no sign of losses here. Without SACK ns-3 takes them for losses whatever the threshold is.
+    Config::SetDefault("ns3::TcpSocketBase::Sack", BooleanValue(true));
     Config::SetDefault("ns3::TcpSocketBase::ReTxThreshold", UintegerValue(1000000));
     Config::SetDefault("ns3::Ipv4GlobalRouting::RandomEcmpRouting", BooleanValue(isSprayed));
 
@@ -106,12 +107,15 @@ Run(int leaves, int spines, int each, double gbps, int delayNs, bool isSprayed, 
         own[host] = up.own;
         if (takesTurns)
         {
-            // A queue for each connection, served in turn; CoDel's drops are set so that there are none.
+            // A queue for each connection (two whose hashes are alike would share one), served in turn; CoDel's drops are set so that
+            // there are none.
             Ptr<PointToPointNetDevice> card = DynamicCast<PointToPointNetDevice>(node->GetObject<Ipv4>()->GetNetDevice(up.interface));
             card->GetQueue()->SetMaxSize(QueueSize("1p"));
             TrafficControlHelper turns;
             StringValue most("1000000p"), never("10s");
-            turns.SetRootQueueDisc("ns3::FqCoDelQueueDisc", "MaxSize", most, "Interval", never, "Target", never);
+            BooleanValue apart(true);
+            turns.SetRootQueueDisc("ns3::FqCoDelQueueDisc", "MaxSize", most, "Interval", never, "Target", never,
+                                   "EnableSetAssociativeHash", apart);
             turns.Install(NetDeviceContainer(card));
         }
         if (isSprayed)
@@ -158,6 +162,7 @@ Run(int leaves, int spines, int each, double gbps, int delayNs, bool isSprayed, 
     }
 
     lastByte.assign(src.size(), -1.0);
+    Time beginning = MilliSeconds(10);
     for (uint32_t flow = 0; flow < src.size(); flow++)
     {
         Ipv4Address to = isSprayed ? own[dst[flow]] : alias(dst[flow], path[flow]);
@@ -165,14 +170,25 @@ Run(int leaves, int spines, int each, double gbps, int delayNs, bool isSprayed, 
         PacketSinkHelper sink("ns3::TcpSocketFactory", InetSocketAddress(Ipv4Address::GetAny(), port));
         ApplicationContainer sinks = sink.Install(hosts.Get(dst[flow]));
         sinks.Get(0)->TraceConnectWithoutContext("Rx", MakeBoundCallback(&Arrived, flow));
-        BulkSendHelper sender("ns3::TcpSocketFactory", InetSocketAddress(to, port));
-        sender.SetAttribute("MaxBytes", UintegerValue(size[flow]));
-        sender.SetAttribute("SendSize", UintegerValue(segment));
-        sender.Install(hosts.Get(src[flow])).Start(Seconds(0));
+        Ptr<Socket> socket = Socket::CreateSocket(hosts.Get(src[flow]), TcpSocketFactory::GetTypeId());
+        socket->Bind();
+        Simulator::Schedule(Seconds(0), [socket, to, port]() { socket->Connect(InetSocketAddress(to, port)); });
+        // All at once, when every connection stands: an answer to the first packet of another would wait behind what a host sends.
+        int bytes = size[flow];
+        Simulator::Schedule(beginning, [socket, bytes, segment]() {
+            for (int left = bytes; left > 0; left -= segment)
+            {
+                socket->Send(Create<Packet>(std::min(left, segment)));
+            }
+        });
     }
     Simulator::Stop(Seconds(10));
     Simulator::Run();
     Simulator::Destroy();
+    for (double& seconds : lastByte)
+    {
+        seconds -= seconds < 0 ? 0 : beginning.GetSeconds();
+    }
     return lastByte;
 }
 } // namespace referee
