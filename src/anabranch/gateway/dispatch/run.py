@@ -366,15 +366,17 @@ class Run:
 
     async def _made(self, sent: Outgoing, opening: Opening, attempt: Attempt) -> tuple[Any, Attempt]:
         """An attempt that has begun. Success leaves `Live` to whoever goes on (a stream), or ends it in ``opening``."""
-        live = sent.live
+        live, has_room = sent.live, False
         try:
             if self.dispatcher.rooms is not None and live.deployment.is_limited:
                 await self._take_room(live, attempt, self.dispatcher.rooms)
+            has_room = True
             attempt.call = call = self._marked(sent.call(), attempt)
             return await opening(live, sent.request, call, attempt), attempt
-        except NoRoomError:
-            raise
         except Exception as cause:
+            # From a provider of others it is a fault like any other.
+            if isinstance(cause, NoRoomError) and not has_room:
+                raise
             error = as_failure(cause, live.name)
             self.ends.lost(live, attempt, error.failure)
             raise error from None
