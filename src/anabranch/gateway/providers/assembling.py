@@ -78,6 +78,10 @@ class _Table:
         return self.values
 
 
+def _is_of_calls(item: tuple[str, Any]) -> bool:
+    return item[0] == "tool_calls"
+
+
 def _all_joined(tables: list[Json]) -> Json:
     """Neighbours first, then those that came of that: sound of megabytes is copied some times, and not once for each piece."""
     while len(tables) > 1:
@@ -120,7 +124,8 @@ class _Choice:
             whole["message"] = None
             self._message = _Table({"role": "assistant", "content": None})
         delta = choice.get("delta")
-        for name, value in delta.items() if isinstance(delta, dict) else ():
+        # Text of one piece stands before its calls, in whatever order a program wrote their names.
+        for name, value in sorted(delta.items(), key=_is_of_calls) if isinstance(delta, dict) else ():
             self._add_to_message(self._message, name, value)
 
     def _add_to_message(self, message: _Table, name: str, value: Any) -> None:

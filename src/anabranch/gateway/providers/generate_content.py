@@ -133,13 +133,17 @@ def _contents(body: Json, model: str) -> tuple[str, list[Json]]:
     kept, names = room(), dict[str, str]()
     system: list[str] = []
     turns: list[Json] = []
-    for given in body.get("messages") or []:
+    messages = body.get("messages") or []
+    # What one turn said may have come in several messages, and its thoughts with the first.
+    thoughts = (thought for given in messages for thought in of_google(given.get("thinking_blocks")))
+    signed = {place: signature for _, place, signature in thoughts if place not in ("h", "t")}
+    for given in messages:
         role = given.get("role")
         if role in ("system", "developer"):
             system.append(text_of(given.get("content"), "gemini"))
             continue
         if role == "assistant":
-            role, parts = "model", _said(given, kept, names, model)
+            role, parts = "model", _said(given, kept, names, signed, model)
         elif role == "tool":
             role, parts = "user", [_result(given, names)]
         else:
@@ -153,10 +157,10 @@ def _contents(body: Json, model: str) -> tuple[str, list[Json]]:
     return "\n\n".join(filter(None, system)), turns
 
 
-def _said(given: Json, kept: Room, names: dict[str, str], model: str) -> list[Json]:
-    """What the model thought, said and called, each with its signature."""
+def _said(given: Json, kept: Room, names: dict[str, str], signed: dict[str, str], model: str) -> list[Json]:
+    """What the model thought, said and called, each with its signature. ``signed`` has those of calls and pictures of all messages."""
     thoughts = of_google(given.get("thinking_blocks"))
-    signed = {place: signature for _, place, signature in thoughts}
+    signed = signed | {place: signature for _, place, signature in thoughts}
     parts: list[Json] = [
         {"text": thought, "thought": True} | _with(signature if place == "h" else None)
         for thought, place, signature in thoughts
