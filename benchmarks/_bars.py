@@ -48,7 +48,11 @@ BARS: dict[str, tuple[Bar, ...]] = {
     ),
     "elasticmoe": (Bar(5, "one device more.*"),),
     "expertflow": (Bar(1.5, peer="LRU per layer"), Bar(1.0, ".* 25% .*", "transformers")),
-    "fastrp": (Bar(3, peer="published.*"), Bar(1.0, "(?!tuned).* columns, .*", r"fastrp \(pip\)"), Bar(100, "tuned, .*", "DeepWalk.*")),
+    "fastrp": (
+        Bar(3, peer="published.*"),
+        Bar(1.0, "(?!tuned).* columns, .*", r"fastrp \(pip\)"),
+        Bar(100, "tuned, .*", "DeepWalk.*"),
+    ),
     "fabric": (Bar(20, "max-min.*", "plain loop"), Bar(20, "max-min.*", "networkx")),
     "fully_ppr": (
         Bar(10, "dblp, (decompose|exact), .* at equal error"),
@@ -148,7 +152,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
     "train_lm": (Bar(1.5),),
     "ttspm": (Bar(1.0, peer="bar of .*"),),
     "versatile": (Bar(1.3, peer="all loops"), Bar(1.2, peer="4 loops")),
-}  # fmt: skip
+}
 
 
 # Bars of which no record has a row yet: asked since the benchmark last ran. They leave with the record that has them.

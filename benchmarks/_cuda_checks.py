@@ -74,12 +74,21 @@ def train(device: str) -> str:
         def run(place: str, steps: int, precision: Any) -> list[dict[str, Any]]:
             config = RunConfig(
                 model=model.config,
-                data=DataConfig(corpus=Files.Config(paths=(str(text),)), sequence_length=length, validation_fraction=0.1),
-                train=TrainConfig(
-                    steps=steps, batch_size=batch, learning_rate=1e-3, schedule=Constant.Config(warmup=0),
-                    precision=precision, device=place, eval_every=10**6, eval_tokens=length, log_every=1,
+                data=DataConfig(
+                    corpus=Files.Config(paths=(str(text),)), sequence_length=length, validation_fraction=0.1
                 ),
-            )  # fmt: skip
+                train=TrainConfig(
+                    steps=steps,
+                    batch_size=batch,
+                    learning_rate=1e-3,
+                    schedule=Constant.Config(warmup=0),
+                    precision=precision,
+                    device=place,
+                    eval_every=10**6,
+                    eval_tokens=length,
+                    log_every=1,
+                ),
+            )
             out = Path(tempfile.mkdtemp(dir=folder)) / "run"
             Trainer(config, out).fit()
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -30,9 +30,14 @@ def ours(rank: int, world: int, address: str, begin: Callable[[], None]) -> None
 
     # Blocks together, as the other computes.
     trainer = ElasticTrainer(
-        layers(), global_batch=world * SAMPLES, optimizer_factory=torch.optim.AdamW, loss=nn.functional.mse_loss,
-        coordinator=address, wish=rank, exact=False,
-    )  # fmt: skip
+        layers(),
+        global_batch=world * SAMPLES,
+        optimizer_factory=torch.optim.AdamW,
+        loss=nn.functional.mse_loss,
+        coordinator=address,
+        wish=rank,
+        exact=False,
+    )
     begin()
     while True:
         x = batch(trainer.steps, world * SAMPLES)
@@ -57,10 +62,19 @@ def torchft(rank: int, world: int, address: str, begin: Callable[[], None]) -> N
 
     bound = timedelta(seconds=30)
     manager = Manager(
-        pg=ProcessGroupGloo(timeout=bound), load_state_dict=load, state_dict=state, min_replica_size=1, timeout=bound,
-        rank=0, world_size=1, store_addr="127.0.0.1", store_port=store.port, lighthouse_addr=address, replica_id=f"replica_{rank}",
+        pg=ProcessGroupGloo(timeout=bound),
+        load_state_dict=load,
+        state_dict=state,
+        min_replica_size=1,
+        timeout=bound,
+        rank=0,
+        world_size=1,
+        store_addr="127.0.0.1",
+        store_port=store.port,
+        lighthouse_addr=address,
+        replica_id=f"replica_{rank}",
         hostname="127.0.0.1",
-    )  # fmt: skip
+    )
     optimizer, parameters = Optimizer(manager, inner), list(model.parameters())
     begin()
     while True:

@@ -42,9 +42,17 @@ class Method(NamedTuple):
 def methods() -> list[Method]:
     """All whose packages are there; the others are named."""
     found = [
-        Method("RandNE", {f"q {q}, weights x{grows:g}": (q, grows) for q, grows in _grid((3, 2, 4), (100.0, 10.0, 1.0))}, randne),
-        Method("ProNE", {f"mu {mu:g}, theta {theta:g}": (mu, theta) for mu, theta in _grid((0.2, 0.0, 0.5), (0.5, 0.2, 1.0))}, prone),
-    ]  # fmt: skip
+        Method(
+            "RandNE",
+            {f"q {q}, weights x{grows:g}": (q, grows) for q, grows in _grid((3, 2, 4), (100.0, 10.0, 1.0))},
+            randne,
+        ),
+        Method(
+            "ProNE",
+            {f"mu {mu:g}, theta {theta:g}": (mu, theta) for mu, theta in _grid((0.2, 0.0, 0.5), (0.5, 0.2, 1.0))},
+            prone,
+        ),
+    ]
     if package() is not None:
         sizes = (6.67, 1.0, 2.0, 4.0, 10.0, 16.0, 32.0, 64.0, 0.0)
         found.append(Method("fastrp (pip)", {f"last weight {size:g}": size for size in sizes}, pip_fastrp))

@@ -105,8 +105,11 @@ def _pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 def medians(turns: Sequence[Turn]) -> dict[str, float]:
     """Of each number, over the rounds that did not fail; empty where all did."""
     good = [turn for turn in turns if "failed" not in turn]
-    return {key: statistics.median(turn[key] for turn in good if turn[key] is not None) for key in (good[0] if good else ())
-            if any(turn[key] is not None for turn in good)}  # fmt: skip
+    return {
+        key: statistics.median(turn[key] for turn in good if turn[key] is not None)
+        for key in (good[0] if good else ())
+        if any(turn[key] is not None for turn in good)
+    }
 
 
 def streams_told(measured: Measured) -> dict[str, Any]:

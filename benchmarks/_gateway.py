@@ -30,11 +30,16 @@ PROMPT = "Explain in two sentences why rivers meander, and name one river that d
 
 ANSWER = json.dumps(
     {
-        "id": "chatcmpl-mock", "object": "chat.completion", "created": 1, "model": "mock",
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": "word " * CHUNKS}, "finish_reason": "stop"}],
+        "id": "chatcmpl-mock",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "mock",
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": "word " * CHUNKS}, "finish_reason": "stop"}
+        ],
         "usage": {"prompt_tokens": 120, "completion_tokens": CHUNKS, "total_tokens": 120 + CHUNKS},
     }
-).encode()  # fmt: skip
+).encode()
 
 
 def _events() -> list[bytes]:
@@ -185,9 +190,13 @@ class Contestant:
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str], port: int, health: str, environment: dict[str, str] | None = None, log: Path | None = None,
+    command: Sequence[str],
+    port: int,
+    health: str,
+    environment: dict[str, str] | None = None,
+    log: Path | None = None,
     timeout_s: float = 120.0,
-) -> Iterator[tuple[psutil.Process, float]]:  # fmt: skip
+) -> Iterator[tuple[psutil.Process, float]]:
     """A server as a process of its own, from when it answers; ended at the end."""
     begin = time.perf_counter()
     with open(log or os.devnull, "wb") as out:
@@ -287,10 +296,13 @@ class Load:
             return {"failed": sum(self.statuses.values())}
         cuts = statistics.quantiles(self.latency_s, n=100, method="inclusive") if count > 1 else self.latency_s * 99
         return {
-            "p50_ms": round(1e3 * cuts[49], 3), "p95_ms": round(1e3 * cuts[94], 3), "p99_ms": round(1e3 * cuts[98], 3),
-            "requests_s": round(count / self.wall_s, 1), "cpu_ms": round(1e3 * self.cpu_s / count, 4),
+            "p50_ms": round(1e3 * cuts[49], 3),
+            "p95_ms": round(1e3 * cuts[94], 3),
+            "p99_ms": round(1e3 * cuts[98], 3),
+            "requests_s": round(count / self.wall_s, 1),
+            "cpu_ms": round(1e3 * self.cpu_s / count, 4),
             "failed": sum(self.statuses.values()) - count,
-        }  # fmt: skip
+        }
 
 
 async def load(contestant: Contestant, count: int, concurrency: int, stream: bool) -> Load:

@@ -33,9 +33,12 @@ def main() -> None:
     )
     cache = Cache()
     cache.init(
-        pre_embedding_func=lambda data, **_: data["prompt"], embedding_func=lambda name, **_: vectors[name], data_manager=manager,
-        similarity_evaluation=SearchDistanceEvaluation(), config=Config(similarity_threshold=0.8),
-    )  # fmt: skip
+        pre_embedding_func=lambda data, **_: data["prompt"],
+        embedding_func=lambda name, **_: vectors[name],
+        data_manager=manager,
+        similarity_evaluation=SearchDistanceEvaluation(),
+        config=Config(similarity_threshold=0.8),
+    )
     for row, answer in enumerate(answer_N):
         put(f"s{row}", answer, cache_obj=cache)
     served = [get(f"q{row}", cache_obj=cache) for row in range(len(asked_QD))]

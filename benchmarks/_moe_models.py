@@ -208,9 +208,21 @@ def write_own(path: Path, is_quick: bool) -> Shape:
         model, tokenizer = trainer.model, trainer.data.tokenizer
         export_huggingface(Path(name) / "hf", model, tokenizer, family="qwen3_moe")
         shape = Shape(
-            "our own", "qwen3moe", dim, 4, 2, dim // 4, experts, 2, hidden, layers, layers,
-            rope_theta=model.config.rotary.theta, norm_eps=model.config.norm_eps, vocabulary=vocabulary,
-        )  # fmt: skip
+            "our own",
+            "qwen3moe",
+            dim,
+            4,
+            2,
+            dim // 4,
+            experts,
+            2,
+            hidden,
+            layers,
+            layers,
+            rope_theta=model.config.rotary.theta,
+            norm_eps=model.config.norm_eps,
+            vocabulary=vocabulary,
+        )
         places = {
             key: file
             for file in sorted((Path(name) / "hf").glob("*.safetensors"))

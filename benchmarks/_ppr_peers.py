@@ -29,9 +29,14 @@ from anabranch.graph import Graph
 Scores = Callable[[int], np.ndarray]
 TOLERANCES = [10.0**-power for power in range(1, 15)]
 PACKAGES = {
-    "fast-pagerank": "fast_pagerank", "igraph": "igraph", "networkx": "networkx", "scikit-network": "sknetwork",
-    "networkit": "networkit", "torch-geometric": "torch_geometric", "scikit-sparse": "sksparse",
-}  # fmt: skip
+    "fast-pagerank": "fast_pagerank",
+    "igraph": "igraph",
+    "networkx": "networkx",
+    "scikit-network": "sknetwork",
+    "networkit": "networkit",
+    "torch-geometric": "torch_geometric",
+    "scikit-sparse": "sksparse",
+}
 
 # Stored edges a node.
 FILLS = 30

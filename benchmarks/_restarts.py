@@ -20,9 +20,14 @@ from anabranch.lm import Decoder, export_huggingface, load_model
 
 PROMPT = list(range(10, 26))
 VLLM = {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": "",
-}  # fmt: skip
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "PYTHONPATH": "",
+}
 
 
 def restart_vllm(folder: Path, binary: str, threads: int) -> float:
@@ -31,9 +36,22 @@ def restart_vllm(folder: Path, binary: str, threads: int) -> float:
     if not exported.exists():
         export_huggingface(exported, load_model(folder)[0])
     command = [
-        binary, "serve", str(exported), "--port", str(port), "--served-model-name", "small", "--dtype", "float32",
-        "--skip-tokenizer-init", "--max-num-seqs", "8", "--max-model-len", "512", "--enforce-eager",
-    ]  # fmt: skip
+        binary,
+        "serve",
+        str(exported),
+        "--port",
+        str(port),
+        "--served-model-name",
+        "small",
+        "--dtype",
+        "float32",
+        "--skip-tokenizer-init",
+        "--max-num-seqs",
+        "8",
+        "--max-model-len",
+        "512",
+        "--enforce-eager",
+    ]
     environment = {**VLLM, "OMP_NUM_THREADS": str(threads)}
     log = folder.with_name("vllm.log")
     return _restarted(Server("vllm", command, port, "/health", model="small", environment=environment, log=log))
@@ -45,8 +63,21 @@ def restart_llama(folder: Path, binary: str, threads: int) -> float:
     if not file.exists():
         write_gguf(file, load_model(folder)[0])
     command = [
-        binary, "-m", str(file), "--port", str(port), "-np", "8", "-c", "4096", "-t", str(threads), "-tb", str(threads), "--no-webui",
-    ]  # fmt: skip
+        binary,
+        "-m",
+        str(file),
+        "--port",
+        str(port),
+        "-np",
+        "8",
+        "-c",
+        "4096",
+        "-t",
+        str(threads),
+        "-tb",
+        str(threads),
+        "--no-webui",
+    ]
     return _restarted(Server("llama.cpp", command, port, "/health", kind="llama", log=folder.with_name("llama.log")))
 
 

@@ -85,9 +85,15 @@ class Server:
     async def _ask(self, prompt: list[int], count: int) -> Answer:
         common = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "stream": True}
         if self.kind == "llama":
-            path, fields = "/completion", {
-                "n_predict": count, "return_tokens": True, "cache_prompt": False, "samplers": ["temperature"],
-            }  # fmt: skip
+            path, fields = (
+                "/completion",
+                {
+                    "n_predict": count,
+                    "return_tokens": True,
+                    "cache_prompt": False,
+                    "samplers": ["temperature"],
+                },
+            )
         else:
             path, fields = "/v1/completions", {"model": self.model, "max_tokens": count}
         body = json.dumps({**common, **fields}).encode()
@@ -142,9 +148,13 @@ class Worker:
         self.name = name
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
                 env={**os.environ, **(environment or {})},
-            )  # fmt: skip
+            )
         self.said = self._line()
 
     @classmethod

@@ -28,9 +28,14 @@ def save_small_moe(folder: Path) -> str:
 
     feed_forward = MoE.Config(num_experts=8, hidden_dim=64, router=Router.Config(select=TopK.Config(top_k=2)))
     config = Decoder.Config(
-        vocab_size=257, dim=64, num_layers=4, attention=SelfAttention.Config(num_heads=4, num_kv_heads=2), feed_forward=feed_forward,
-        init_std=0.3, max_positions=2048,
-    )  # fmt: skip
+        vocab_size=257,
+        dim=64,
+        num_layers=4,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+        feed_forward=feed_forward,
+        init_std=0.3,
+        max_positions=2048,
+    )
     path = folder / "small-moe"
     if not path.exists():
         save_model(path, config.build(seed=0).eval(), ByteTokenizer())

@@ -29,7 +29,13 @@ GATEWAY = ("gateway", "web")
 
 # Folders and files of the package, of each benchmark.
 SOURCES: dict[str, tuple[str, ...]] = {
-    "adapter_batch": (*ENGINE, "adapters/by_row.py", "adapters/segmented.py", "adapters/pool.py", "serving/adapters.py"),
+    "adapter_batch": (
+        *ENGINE,
+        "adapters/by_row.py",
+        "adapters/segmented.py",
+        "adapters/pool.py",
+        "serving/adapters.py",
+    ),
     "adapter_dispatch": (*LAYERS, "adapters/dynmole.py", "adapters/routed.py", "adapters/low_rank.py"),
     "adapter_steps": (*LAYERS, "adapters/mhr", "adapters/glider", "adapters/rewiring", "lm/decoder.py"),
     "balance_audit": ("routing/assignment.py",),
@@ -81,7 +87,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "train_lm": (*MODEL, "train"),
     "ttspm": ("test_time", "routers/strategies"),
     "versatile": (*LAYERS, "experts/versatile"),
-}  # fmt: skip
+}
 
 
 class Age(NamedTuple):

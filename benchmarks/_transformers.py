@@ -22,11 +22,19 @@ CAST = "grouped_mm_autocast"
 MOST_COPIED = 2**30
 # What multiplies matrices, by the names that the profiler has for them.
 PRODUCTS = (
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "transformers::grouped_mm_fallback",
-    "mkldnn::_linear_pointwise", "mkl::_mkl_linear", "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_grouped_mm",
+    "transformers::grouped_mm_fallback",
+    "mkldnn::_linear_pointwise",
+    "mkl::_mkl_linear",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
-)  # fmt: skip
+)
 # As the profiler writes C types.
 TYPES = {"float": "float32", "c10::BFloat16": "bfloat16", "c10::Half": "float16", "double": "float64"}
 ATTRIBUTES = ("num_experts", "has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "has_post_expert_norm")

@@ -45,11 +45,16 @@ def environment(
     there = [str(path) for path, exists in preloads(program, tcmalloc).items() if exists]
     caches = {"VLLM_CACHE_ROOT": cache / "vllm", "TORCHINDUCTOR_CACHE_DIR": cache / "inductor"} if cache else {}
     return {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": bind, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": str(zen or ""),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": bind,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "PYTHONPATH": str(zen or ""),
         **({"LD_PRELOAD": ":".join(there)} if there else {}),
         **{name: str(path) for name, path in caches.items()},
-    }  # fmt: skip
+    }
 
 
 def platform_of(program: str, variables: dict[str, str]) -> str:

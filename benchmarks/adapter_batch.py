@@ -61,9 +61,14 @@ def base_model(layers: int) -> Decoder:
     """Of SmolLM2-135M's sizes."""
     attention = SelfAttention.Config(num_heads=HEADS, num_kv_heads=KV_HEADS)
     config = Decoder.Config(
-        vocab_size=VOCAB, dim=DIM, num_layers=layers, attention=attention, feed_forward=SwiGLU.Config(hidden_dim=HIDDEN),
-        tie_embeddings=True, max_positions=256,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        dim=DIM,
+        num_layers=layers,
+        attention=attention,
+        feed_forward=SwiGLU.Config(hidden_dim=HIDDEN),
+        tie_embeddings=True,
+        max_positions=256,
+    )
     return config.build(seed=0).eval().requires_grad_(False)
 
 
@@ -80,9 +85,16 @@ def write_adapter(folder: Path, number: int, rank: int, layers: int, words: Sequ
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = [word.rpartition(".")[2] for word in words]
     table = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none",
-        "base_model_name_or_path": None, "lora_dropout": 0.0, "inference_mode": True,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets,
+        "bias": "none",
+        "base_model_name_or_path": None,
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(table))
 
 
@@ -190,9 +202,12 @@ class Served:
     def __init__(self, model: Decoder, folders: Mapping[str, Path]) -> None:
         load = tuple(f"{name}={folder}" for name, folder in folders.items())
         config = ServingConfig(
-            num_blocks=ROWS * (PROMPT + TOKENS) // 8, max_seqs=ROWS, max_batched_tokens=ROWS * PROMPT, prefix_cache=False,
+            num_blocks=ROWS * (PROMPT + TOKENS) // 8,
+            max_seqs=ROWS,
+            max_batched_tokens=ROWS * PROMPT,
+            prefix_cache=False,
             adapters=AdaptersConfig(load=load, memory="4GiB"),
-        )  # fmt: skip
+        )
         self.engine = Engine.of(model, config)
         if self.engine.runner.fast is None:
             raise SystemExit("the compiled step cannot be had here, and nothing else is measured")

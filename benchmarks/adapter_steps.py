@@ -243,9 +243,12 @@ def rewiring_row(*, guard: bool, rounds: int) -> dict[str, Any]:
     row = compare(case, phase, {f"{STEPS} forward passes": forwards}, rounds=rounds, clock=clock())
     # Of what it may take: forward passes, 2.2 for each step.
     return {
-        **row, "peer": round(FORWARDS * row["peer"], 4), "ratio": round(FORWARDS * row["ratio"], 3),
-        "spread": round(FORWARDS * row["spread"], 3), "peer_name": f"{STEPS} x {FORWARDS} forward passes",
-    }  # fmt: skip
+        **row,
+        "peer": round(FORWARDS * row["peer"], 4),
+        "ratio": round(FORWARDS * row["ratio"], 3),
+        "spread": round(FORWARDS * row["spread"], 3),
+        "peer_name": f"{STEPS} x {FORWARDS} forward passes",
+    }
 
 
 def main() -> None:

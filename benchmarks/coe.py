@@ -66,9 +66,15 @@ def row(case: str, ours: list[float], peer: list[float], peer_name: str, **more:
     ratios = [theirs / mine for theirs, mine in zip(peer, ours, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     made = {
-        "case": case, "ours": round(statistics.median(ours), 4), "peer": round(statistics.median(peer), 4),
-        "ratio": round(statistics.median(ratios), 3), "spread": round(high - low, 3), "unit": "ms", "peer_name": peer_name, **more,
-    }  # fmt: skip
+        "case": case,
+        "ours": round(statistics.median(ours), 4),
+        "peer": round(statistics.median(peer), 4),
+        "ratio": round(statistics.median(ratios), 3),
+        "spread": round(high - low, 3),
+        "unit": "ms",
+        "peer_name": peer_name,
+        **more,
+    }
     print(json.dumps(made), file=sys.stderr, flush=True)
     return made
 

@@ -71,13 +71,22 @@ def jobs(scratch: Path, device: str = "cuda") -> list[Job]:
     made = [
         Job(
             name,
-            (sys.executable, str(Path(__file__)), "--one", name, "--device", device, "--json", str(scratch / f"{name}.json")),
+            (
+                sys.executable,
+                str(Path(__file__)),
+                "--one",
+                name,
+                "--device",
+                device,
+                "--json",
+                str(scratch / f"{name}.json"),
+            ),
             scratch / f"{name}.json",
             CHECK_SECONDS,
             read_check,
         )
         for name in CHECKS
-    ]  # fmt: skip
+    ]
     for path in files_of_tests(ROOT / "tests"):
         name = str(path.relative_to(ROOT))
         output = scratch / f"{name.replace('/', '.')}.xml"

@@ -70,9 +70,12 @@ def recovery(kind: str, python: str) -> float:
         for rank in range(WORLD):
             process = subprocess.Popen(
                 [python, "-P", str(WORKER), kind, str(rank), str(WORLD), address],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+            )
             stack.callback(ended, process)
             ranks.append(process)
         for process in ranks:
@@ -223,11 +226,15 @@ def simulated(options: Any) -> list[dict[str, Any]]:
                 generator = np.random.default_rng(losses)
                 found = [
                     compare(
-                        replicas=replicas, stages=stages, layer_costs=[1e-3] * 64, micro_batches=micro_batches, micro_batch=8,
+                        replicas=replicas,
+                        stages=stages,
+                        layer_costs=[1e-3] * 64,
+                        micro_batches=micro_batches,
+                        micro_batch=8,
                         lost=generator.choice(replicas * stages, losses, replace=False).tolist(),
                     )
                     for _ in range(1 if options.quick else DRAWS)
-                ]  # fmt: skip
+                ]
                 for arm, name in (("recycle", "ReCycle"), ("torchft", "TorchFT")):
                     worst = min(found, key=lambda one: one.ratio(arm))
                     rows.append(row(case, [worst.step_s["elaswave"]], [worst.step_s[arm]], name))

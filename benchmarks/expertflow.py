@@ -139,10 +139,14 @@ def report(name: str, engine: OffloadEngine) -> dict[str, float]:
     """What a contestant's cache did, told and kept."""
     total, stats = engine.cache.total(), engine.stats()
     found = {
-        "hit_rate": round(total.hit_rate, 4), "late": total.late, "misses": total.misses, "bytes_moved": total.bytes_moved,
-        "stall_s": round(total.stall_s, 3), "predict_s": round(stats.counters["expert_predict_s"], 3),
+        "hit_rate": round(total.hit_rate, 4),
+        "late": total.late,
+        "misses": total.misses,
+        "bytes_moved": total.bytes_moved,
+        "stall_s": round(total.stall_s, 3),
+        "predict_s": round(stats.counters["expert_predict_s"], 3),
         "resident_share": round(engine.arena.bytes / engine.layout.total_bytes, 4),
-    }  # fmt: skip
+    }
     print(f"{name:<16} {found}", file=sys.stderr)
     return found
 

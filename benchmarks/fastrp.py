@@ -143,11 +143,16 @@ def tuned_rows(name: str, dim: int, options: Any) -> list[dict[str, Any]]:
     mine, rows = best.pop("FastRP"), []
     for peer, theirs in best.items():
         row = {
-            "case": f"tuned, {name}, {dim} columns, {peer}", "ours": round(1e3 * mine["cpu_s"], 1),
-            "peer": round(1e3 * theirs["cpu_s"], 1), "ratio": round(theirs["cpu_s"] / mine["cpu_s"], 3), "spread": None,
-            "unit": "CPU ms", "peer_name": peer, **{key: mine[key] for key in KEPT},
+            "case": f"tuned, {name}, {dim} columns, {peer}",
+            "ours": round(1e3 * mine["cpu_s"], 1),
+            "peer": round(1e3 * theirs["cpu_s"], 1),
+            "ratio": round(theirs["cpu_s"] / mine["cpu_s"], 3),
+            "spread": None,
+            "unit": "CPU ms",
+            "peer_name": peer,
+            **{key: mine[key] for key in KEPT},
             **{f"peer_{key}": theirs[key] for key in KEPT},
-        }  # fmt: skip
+        }
         if mine["micro_f1"] < theirs["micro_f1"] - SAME_F1:
             row["missed"] = f"its F1 is {theirs['micro_f1']}, ours {mine['micro_f1']}"
         print(json.dumps(row), file=sys.stderr, flush=True)
@@ -254,13 +259,29 @@ def growth_rows(options: Any) -> list[dict[str, Any]]:
             times.append(time.process_time() - started)
         seconds.append(min(times))
         rows.append(
-            {"case": f"growth, {edges:,} edges, 128 columns", "ours": round(1e9 * min(times) / edges / 128, 3), "peer": None,
-             "ratio": None, "spread": None, "unit": "ns per edge and column", "peer_name": None}
-        )  # fmt: skip
+            {
+                "case": f"growth, {edges:,} edges, 128 columns",
+                "ours": round(1e9 * min(times) / edges / 128, 3),
+                "peer": None,
+                "ratio": None,
+                "spread": None,
+                "unit": "ns per edge and column",
+                "peer_name": None,
+            }
+        )
         print(json.dumps(rows[-1]), file=sys.stderr)
     slope = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
-    rows.append({"case": "growth, slope of log time over log edges", "ours": round(slope, 3), "peer": 1.0,
-                 "ratio": round(1 / slope, 3), "spread": None, "unit": "", "peer_name": "linear"})  # fmt: skip
+    rows.append(
+        {
+            "case": "growth, slope of log time over log edges",
+            "ours": round(slope, 3),
+            "peer": 1.0,
+            "ratio": round(1 / slope, 3),
+            "spread": None,
+            "unit": "",
+            "peer_name": "linear",
+        }
+    )
     return rows
 
 

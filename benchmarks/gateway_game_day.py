@@ -60,9 +60,13 @@ OUTAGES = (
     Outage("over its limit (429, Retry-After 10)", {"fails": 1.0, "fail_with": "429:10"}),
     Outage("out of credit (402)", {"fails": 1.0, "fail_with": "402"}),
     Outage("streams break before the first token", {"fails": 1.0, "fail_with": "cut:0"}),
-    Outage("streams break in the middle, continued", {"fails": 1.0, "fail_with": "cut:5"}, DispatchRules(mid_stream="continue")),
+    Outage(
+        "streams break in the middle, continued",
+        {"fails": 1.0, "fail_with": "cut:5"},
+        DispatchRules(mid_stream="continue"),
+    ),
     Outage("HTML instead of an answer", {"fails": 1.0, "fail_with": "html"}),
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -159,19 +163,31 @@ def row_of(outage: Outage, layout: str, seeds: range, scale: float) -> dict[str,
     attempts, p99_s = max(one.attempts_per_request for one in ours), max(one.p99_s for one in ours)
     late = max(ours, key=lambda one: float("inf") if one.recovered_s is None else one.recovered_s / one.period_s)
     holds = {
-        "answered": answered >= BARS["answered"], "attempts": attempts <= BARS["attempts"], "p99": p99_s <= BARS["p99"],
+        "answered": answered >= BARS["answered"],
+        "attempts": attempts <= BARS["attempts"],
+        "p99": p99_s <= BARS["p99"],
         "recovered": late.recovered_s is not None and late.recovered_s <= BARS["periods"] * late.period_s,
-    }  # fmt: skip
+    }
     peer_p99_s = max(one.p99_s for one in peers)
     tells = peer < BARS["answered"] or peer_p99_s > BARS["p99"]
     return {
-        "case": f"{outage.name}: {layout}", "ours": round(answered, 3), "peer": round(peer, 3), "peer_name": "one attempt",
-        "ratio": round(answered / peer, 3) if peer else None, "spread": None, "unit": "% answered",
-        "requests": sum(one.requests for one in ours), "attempts_per_request": round(attempts, 4), "p99_s": round(p99_s, 3),
-        "peer_p99_s": round(peer_p99_s, 3), "openings": max(one.openings for one in ours),
-        "recovered_s": None if late.recovered_s is None else round(late.recovered_s, 2), "period_s": late.period_s, "holds": holds,
+        "case": f"{outage.name}: {layout}",
+        "ours": round(answered, 3),
+        "peer": round(peer, 3),
+        "peer_name": "one attempt",
+        "ratio": round(answered / peer, 3) if peer else None,
+        "spread": None,
+        "unit": "% answered",
+        "requests": sum(one.requests for one in ours),
+        "attempts_per_request": round(attempts, 4),
+        "p99_s": round(p99_s, 3),
+        "peer_p99_s": round(peer_p99_s, 3),
+        "openings": max(one.openings for one in ours),
+        "recovered_s": None if late.recovered_s is None else round(late.recovered_s, 2),
+        "period_s": late.period_s,
+        "holds": holds,
         "tells": tells,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -211,8 +227,9 @@ def say(row: dict[str, Any], cpu_s: float) -> None:
         f"  attempts {row['attempts_per_request']:.3f}  p99 {row['p99_s']:6.3f} s  opened {row['openings']:2} times,"
         f" back after {row['recovered_s']} s of {2 * row['period_s']:g}"
         f"  {'missed: ' + ', '.join(missed) if missed else 'holds' if row['tells'] else 'holds, and could not fail'}  [{cpu_s:.0f} s]",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

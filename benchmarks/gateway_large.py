@@ -59,7 +59,7 @@ def bodies(megabytes: int) -> dict[str, tuple[str, dict[str, Any]]]:
         f"{megabytes} MB of many messages": ("chat/completions", {**_chat(""), "messages": turns}),
         f"tokens counted of {megabytes} MB": ("messages/count_tokens", _chat(ROW * (size // len(json.dumps(ROW))))),
         f"{megabytes} MB of vectors as numbers": ("embeddings", {"model": "small", "input": ["x"] * (size // 30_000)}),
-    }  # fmt: skip
+    }
 
 
 def _vectors(count: int) -> bytes:
@@ -142,8 +142,9 @@ async def measured(options: argparse.Namespace, folder: Path) -> list[dict[str, 
     provider = OpenAI.Config(model="m", base_url=f"http://127.0.0.1:{port}/v1", key_env=None)
     config = GatewayConfig(
         models=(ModelConfig(name="small", deployments=(DeploymentConfig(provider=provider),)),),
-        require_key=False, store=str(folder / "g.db"),
-    )  # fmt: skip
+        require_key=False,
+        store=str(folder / "g.db"),
+    )
     watch, rounds = Watch(), dict[str, list[tuple[float, float, float]]]()
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(child("upstream", str(port)))
@@ -182,12 +183,17 @@ def _rows(case: str, each: list[tuple[float, float, float]]) -> list[dict[str, A
     held, used, idle = ([round(one[place], 2) for one in each] for place in range(3))
     return [
         {
-            "case": f"{case}: {what}", "ours": statistics.median(values), "unit": "ms", "peer": BAR_MS, "peer_name": "bar",
-            "ratio": round(BAR_MS / max(statistics.median(values), 0.01), 2), "spread": [min(values), max(values)],
+            "case": f"{case}: {what}",
+            "ours": statistics.median(values),
+            "unit": "ms",
+            "peer": BAR_MS,
+            "peer_name": "bar",
+            "ratio": round(BAR_MS / max(statistics.median(values), 0.01), 2),
+            "spread": [min(values), max(values)],
             "idle_ms": statistics.median(idle),
         }
         for what, values in (("held", held), ("processor", used))
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

@@ -86,10 +86,16 @@ def run(contestant: Contestant, count: int, parts: int = 10) -> dict[str, Any]:
     if contestant.name == "ours":
         after["tasks"] = tasks(contestant) or 0
     return {
-        "contestant": contestant.name, "requests": sum(statuses.values()), "warm": count // parts,
-        "seconds": round(seconds, 1), "statuses": statuses, "before": before, "after": after,
-        "along_mib": along, "growth_mib": round(after["rss_mib"] - before["rss_mib"], 2),
-    }  # fmt: skip
+        "contestant": contestant.name,
+        "requests": sum(statuses.values()),
+        "warm": count // parts,
+        "seconds": round(seconds, 1),
+        "statuses": statuses,
+        "before": before,
+        "after": after,
+        "along_mib": along,
+        "growth_mib": round(after["rss_mib"] - before["rss_mib"], 2),
+    }
 
 
 def table(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -102,15 +108,18 @@ def table(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"case": grown(ours), "ours": ours["growth_mib"], "unit": "MB"},
         *(
-            {"case": f"{what} open afterwards, less those before", "ours": ours["after"][what] - ours["before"][what], "unit": what}
+            {
+                "case": f"{what} open afterwards, less those before",
+                "ours": ours["after"][what] - ours["before"][what],
+                "unit": what,
+            }
             for what in ("sockets", "tasks")
         ),
-    ]  # fmt: skip
+    ]
     found = [
-        {"case": grown(one), "ours": None, "peer": one["growth_mib"],
-         "peer_name": one["contestant"], "unit": "MB"}
+        {"case": grown(one), "ours": None, "peer": one["growth_mib"], "peer_name": one["contestant"], "unit": "MB"}
         for one in others
-    ]  # fmt: skip
+    ]
     return [{"peer": None, "peer_name": None, "ratio": None, "spread": None, **row} for row in (*rows, *found)]
 
 

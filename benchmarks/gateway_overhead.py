@@ -194,9 +194,13 @@ def tensorzero(python: str, folder: Path, upstream_port: int, stack: contextlib.
             raise SystemExit("TensorZero's gateway did not start")
         time.sleep(0.01)
     return Contestant(
-        "tensorzero", int(told.read_text()), path="/openai/v1/chat/completions", model="tensorzero::model_name::mock",
-        process=psutil.Process(child.pid), ready_s=time.perf_counter() - begin,
-    )  # fmt: skip
+        "tensorzero",
+        int(told.read_text()),
+        path="/openai/v1/chat/completions",
+        model="tensorzero::model_name::mock",
+        process=psutil.Process(child.pid),
+        ready_s=time.perf_counter() - begin,
+    )
 
 
 def versions(options: argparse.Namespace) -> dict[str, str]:
@@ -291,27 +295,41 @@ def _added(ours: dict[str, Any], peer: dict[str, Any], direct: float, case: str)
     low, high = (value - direct for value in ours["p50_ms_range"])
     spread = [round(theirs / high, 3), round(theirs / low, 3)]
     return {
-        "case": f"p50 added, {case}", "ours": round(mine, 4), "peer": round(theirs, 4), "ratio": theirs / mine, "unit": "ms",
-        "spread": spread, "peer_name": peer["contestant"],
-    }  # fmt: skip
+        "case": f"p50 added, {case}",
+        "ours": round(mine, 4),
+        "peer": round(theirs, 4),
+        "ratio": theirs / mine,
+        "unit": "ms",
+        "spread": spread,
+        "peer_name": peer["contestant"],
+    }
 
 
 def _served(ours: dict[str, Any], peer: dict[str, Any], case: str) -> dict[str, Any]:
     low, high = (value / peer["requests_s"] for value in ours["requests_s_range"])
     return {
-        "case": f"requests a second, {case}", "ours": ours["requests_s"], "peer": peer["requests_s"],
-        "ratio": ours["requests_s"] / peer["requests_s"], "unit": "1/s", "spread": [round(low, 3), round(high, 3)],
+        "case": f"requests a second, {case}",
+        "ours": ours["requests_s"],
+        "peer": peer["requests_s"],
+        "ratio": ours["requests_s"] / peer["requests_s"],
+        "unit": "1/s",
+        "spread": [round(low, 3), round(high, 3)],
         "peer_name": peer["contestant"],
-    }  # fmt: skip
+    }
 
 
 def _of_cpu(ours: dict[str, Any], peer: dict[str, Any], case: str) -> dict[str, Any]:
     mine, theirs = (1e3 / max(row["cpu_ms"], 1e-3) for row in (ours, peer))
     low, high = (peer["cpu_ms"] / max(value, 1e-3) for value in ours["cpu_ms_range"][::-1])
     return {
-        "case": f"requests a processor second, {case}", "ours": round(mine, 1), "peer": round(theirs, 1), "ratio": mine / theirs,
-        "unit": "1/s", "spread": [round(low, 3), round(high, 3)], "peer_name": peer["contestant"],
-    }  # fmt: skip
+        "case": f"requests a processor second, {case}",
+        "ours": round(mine, 1),
+        "peer": round(theirs, 1),
+        "ratio": mine / theirs,
+        "unit": "1/s",
+        "spread": [round(low, 3), round(high, 3)],
+        "peer_name": peer["contestant"],
+    }
 
 
 def main() -> None:
@@ -349,12 +367,16 @@ def main() -> None:
         idle = {one.name: round(one.rss_mib(), 1) for one in contestants if one.process}
         rows = asyncio.run(measure(contestants, options))
         result = {
-            "name": "gateway_overhead", "rows": ratios(rows),
-            "measured": rows, "chunks": CHUNKS, "idle_rss_mib": idle,
+            "name": "gateway_overhead",
+            "rows": ratios(rows),
+            "measured": rows,
+            "chunks": CHUNKS,
+            "idle_rss_mib": idle,
             "rss_after_mib": {one.name: round(one.rss_mib(), 1) for one in contestants if one.process},
-            "ready_s": {one.name: round(one.ready_s, 2) for one in contestants if one.process}, "versions": versions(options),
+            "ready_s": {one.name: round(one.ready_s, 2) for one in contestants if one.process},
+            "versions": versions(options),
             **machine(),
-        }  # fmt: skip
+        }
     print(json.dumps({name: result[name] for name in ("idle_rss_mib", "rss_after_mib", "ready_s")}), file=sys.stderr)
     if options.json:
         write_record(options.json, result)

@@ -205,9 +205,12 @@ def refused(rank: int, world: int, case: str) -> float:
     whole = copy.deepcopy(model)
     micro_batches = {"fewer micro-batches than stages": 1, "uneven micro-batches": 4}.get(case, 2)
     pipe = GPipe(
-        model, balance=[2, 2], micro_batches=micro_batches, runner="distributed",
+        model,
+        balance=[2, 2],
+        micro_batches=micro_batches,
+        runner="distributed",
         checkpoint="always" if case == "recomputation" else "never",
-    )  # fmt: skip
+    )
     for items in (6, 10) if case == "shapes that change" else (10,):
         x, target = torch.randn(2, items, 8, dtype=torch.float64).unbind()
         whole.zero_grad()

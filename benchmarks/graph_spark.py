@@ -49,9 +49,10 @@ def write_edges(folder: Path, nodes: int, edges: int, files: int = 8) -> None:
         rng = np.random.default_rng(number)
         count = edges // files
         columns = {
-            "source": (nodes * rng.random(count) ** 2).astype(np.int64), "target": rng.integers(0, nodes, count),
+            "source": (nodes * rng.random(count) ** 2).astype(np.int64),
+            "target": rng.integers(0, nodes, count),
             "weight": rng.lognormal(0, 1, count).astype(np.float32),
-        }  # fmt: skip
+        }
         pq.write_table(pa.table(columns), folder / f"{number}.parquet")
 
 
@@ -59,13 +60,21 @@ def once(system: str, edges: Path, executors: int, memory: int, partitions: int)
     """One run on a cluster of its own; what `tests/spark_cluster.py` prints, and the facts of the result."""
     with tempfile.TemporaryDirectory(prefix="anabranch-") as folder:
         out = Path(folder) / "out"
-        task = {"system": system, "edges": str(edges), "out": str(out), "executors": executors, "memory": memory,
-                "options": {**SYSTEMS[system], "partitions": partitions}}  # fmt: skip
+        task = {
+            "system": system,
+            "edges": str(edges),
+            "out": str(out),
+            "executors": executors,
+            "memory": memory,
+            "options": {**SYSTEMS[system], "partitions": partitions},
+        }
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
         done = subprocess.run(
             [sys.executable, str(ROOT / "tests" / "spark_cluster.py"), json.dumps(task)],
-            env=environment, capture_output=True, text=True,
-        )  # fmt: skip
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise SystemExit(f"{system} on {executors} executors: {done.stderr.strip().splitlines()[-1]}")
         facts = json.loads((out / "_anabranch.json").read_text())
@@ -110,17 +119,26 @@ def row(system: str, edges: Path, few: Path, memory: int, partitions: int, round
     size, stored = float(np.median([run["shuffle_bytes"] for run in found[1]])), last["stored"]
     return {
         "case": f"{system}, {last['num_nodes']:,} nodes, {stored:,} stored edges",
-        "ours": round(seconds[2], 1), "peer": round(seconds[1], 1), "ratio": round(seconds[1] / seconds[2], 2), "unit": "s",
+        "ours": round(seconds[2], 1),
+        "peer": round(seconds[1], 1),
+        "ratio": round(seconds[1] / seconds[2], 2),
+        "unit": "s",
         "peer_name": "two executors beside one",
-        "num_nodes": last["num_nodes"], "stored_edges": stored, "partitions": partitions, "executor_mb": memory,
-        "cores": machine.usable_cores(), "settings": SYSTEMS[system],
+        "num_nodes": last["num_nodes"],
+        "stored_edges": stored,
+        "partitions": partitions,
+        "executor_mb": memory,
+        "cores": machine.usable_cores(),
+        "settings": SYSTEMS[system],
         "seconds": {str(executors): round(seconds[executors], 1) for executors in EXECUTORS},
         "speedup": {str(executors): round(seconds[1] / seconds[executors], 2) for executors in EXECUTORS},
         "few_edges": {"stored": small["stored"], "seconds": round(seconds[0], 1)},
-        "shuffle_mb": round(size / 1e6, 1), "shuffle_bytes_per_edge": round(size / stored, 1),
-        "driver_grew_mb": round(last["driver_grew_bytes"] / 1e6, 1), "rounds": last.get("rounds"),
+        "shuffle_mb": round(size / 1e6, 1),
+        "shuffle_bytes_per_edge": round(size / stored, 1),
+        "driver_grew_mb": round(last["driver_grew_bytes"] / 1e6, 1),
+        "rounds": last.get("rounds"),
         "billion_on_paper": on_paper(stored, seconds[1], small["stored"], seconds[0], size),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -95,9 +95,16 @@ def memory_row(case: str, work: Work, allowed_bytes: float) -> dict[str, Any]:
     work()
     measured, allowed = peak_megabytes(work), allowed_bytes / 2**20
     row = {
-        "case": case, "ours": round(measured, 1), "peer": round(allowed, 1), "ratio": round(allowed / max(measured, 1e-9), 3),
-        "spread": None, "unit": "MB", "peer_name": "formula", "memory_ours_mb": round(measured, 1), "memory_peer_mb": 0.0,
-    }  # fmt: skip
+        "case": case,
+        "ours": round(measured, 1),
+        "peer": round(allowed, 1),
+        "ratio": round(allowed / max(measured, 1e-9), 3),
+        "spread": None,
+        "unit": "MB",
+        "peer_name": "formula",
+        "memory_ours_mb": round(measured, 1),
+        "memory_peer_mb": 0.0,
+    }
     print(f"{case:<52} peak {measured:9.1f} MB   formula {allowed:9.1f} MB", file=sys.stderr)
     return row
 

@@ -88,9 +88,13 @@ def made(queries: int, models: int, dim: int = DIM, seed: int = 0, topics: int =
     score = (rng.uniform(size=(queries, models)) < good[topic]).astype(float)
     cost = np.linspace(1, 5, models) * 1e-4 * rng.uniform(0.8, 1.2, size=(queries, 1))
     return Recorded(
-        query=tuple(f"query {row}" for row in range(queries)), models=tuple(f"m{m}" for m in range(models)), score_NM=score, cost_NM=cost,
-        task=tuple(f"task {t}" for t in topic), vector_ND=vector / np.linalg.norm(vector, axis=1, keepdims=True),
-    )  # fmt: skip
+        query=tuple(f"query {row}" for row in range(queries)),
+        models=tuple(f"m{m}" for m in range(models)),
+        score_NM=score,
+        cost_NM=cost,
+        task=tuple(f"task {t}" for t in topic),
+        vector_ND=vector / np.linalg.norm(vector, axis=1, keepdims=True),
+    )
 
 
 def quick(mode: str = "plus", **plus: Any) -> GraphRouter.Config:
@@ -123,8 +127,16 @@ def timed(work: Callable[[int], Any], count: int) -> list[float]:
 def bar_row(case: str, times: list[float], bar: float, **more: Any) -> dict[str, Any]:
     """Median against a bar."""
     middle = statistics.median(times)
-    row = {"case": case, "ours": round(middle, 4), "peer": bar, "ratio": round(bar / middle, 3), "unit": "ms", "peer_name": "bar",
-           "p99": round(float(np.quantile(times, 0.99)), 4), **more}  # fmt: skip
+    row = {
+        "case": case,
+        "ours": round(middle, 4),
+        "peer": bar,
+        "ratio": round(bar / middle, 3),
+        "unit": "ms",
+        "peer_name": "bar",
+        "p99": round(float(np.quantile(times, 0.99)), 4),
+        **more,
+    }
     print(f"{case:<64} {middle:10.4f} ms   p99 {row['p99']:9.4f}   bar {bar:g}", file=sys.stderr, flush=True)
     return row
 
@@ -143,9 +155,16 @@ def against_peer(options: argparse.Namespace) -> list[dict[str, Any]]:
         asked = queries_of(data, 400)
         mine = timed(lambda number, router=router, asked=asked: router.decide(asked[number]), 400)
         ratio = statistics.median(theirs) / statistics.median(mine)
-        row = {"case": f"one decision, {QUERIES:,} queries x {MODELS} models, {mode}", "ours": round(statistics.median(mine), 4),
-               "peer": round(statistics.median(theirs), 2), "ratio": round(ratio, 1), "unit": "ms", "peer_name": name, "bar": BAR_PEER,
-               "peer_versions": versions}  # fmt: skip
+        row = {
+            "case": f"one decision, {QUERIES:,} queries x {MODELS} models, {mode}",
+            "ours": round(statistics.median(mine), 4),
+            "peer": round(statistics.median(theirs), 2),
+            "ratio": round(ratio, 1),
+            "unit": "ms",
+            "peer_name": name,
+            "bar": BAR_PEER,
+            "peer_versions": versions,
+        }
         print(
             f"{row['case']:<64} {row['ours']:10.4f} ms   {name} {row['peer']:.1f} ms   ratio {row['ratio']:.0f}",
             file=sys.stderr,
@@ -278,8 +297,16 @@ def scale(options: argparse.Namespace) -> list[dict[str, Any]]:
         found = json.loads(done.stdout.splitlines()[-1])
         case = f"epoch, {int(size[0]):,} queries x {size[1]} models, {mode}"
         rows.append(bar_row(case, [1e3 * found["epoch_s"]], 1e3 * BAR_EPOCH_S, fit_cpu_s=found["fit_s"]))
-        rows.append({"case": f"peak memory of fitting, {int(size[0]):,} x {size[1]}, {mode}", "ours": found["peak_gib"], "peer": BAR_GIB,
-                     "ratio": round(BAR_GIB / found["peak_gib"], 2), "unit": "GiB", "peer_name": "bar"})  # fmt: skip
+        rows.append(
+            {
+                "case": f"peak memory of fitting, {int(size[0]):,} x {size[1]}, {mode}",
+                "ours": found["peak_gib"],
+                "peer": BAR_GIB,
+                "ratio": round(BAR_GIB / found["peak_gib"], 2),
+                "unit": "GiB",
+                "peer_name": "bar",
+            }
+        )
         print(
             f"{rows[-1]['case']:<64} {found['peak_gib']:.2f} GiB, whole fit {found['fit_s']:.0f} s",
             file=sys.stderr,

@@ -164,9 +164,12 @@ def turn(
     now_ND = np.concatenate([base_ND, more_ND[: added[0]]])
     return {
         "recall": reached(index, now_ND, query_QD, ef),
-        "p50_us": 1e6 * cuts[49], "p99_us": 1e6 * cuts[98], "searches_s": len(taken) / wall, "added_s": added[0] / wall,
+        "p50_us": 1e6 * cuts[49],
+        "p99_us": 1e6 * cuts[98],
+        "searches_s": len(taken) / wall,
+        "added_s": added[0] / wall,
         "failed": failed,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -234,11 +237,16 @@ def rows(found: dict[tuple[str, str], list[dict[str, float]]], made: dict[str, A
         middle = statistics.median(ratios)
         rows.append(
             {
-                "case": case, "ours": round(statistics.median(ours), 2), "peer": round(statistics.median(peer), 2), "unit": unit,
-                "ratio": round(middle, 3), "spread": [round(ratios[0], 3), round(ratios[-1], 3)], "peer_name": name,
+                "case": case,
+                "ours": round(statistics.median(ours), 2),
+                "peer": round(statistics.median(peer), 2),
+                "unit": unit,
+                "ratio": round(middle, 3),
+                "spread": [round(ratios[0], 3), round(ratios[-1], 3)],
+                "peer_name": name,
                 **(facts or {}),
             }
-        )  # fmt: skip
+        )
 
     for way in WAYS:
         mine = found["ours", way]

@@ -59,7 +59,9 @@ def make_cache(texts: list[str], index: Index.Config, proxy: Proxy.Config) -> IC
     config = ICCache.Config(
         pool=ExamplePool.Config(domains=("",), trust={"large": 1}, max_bytes=2**30), index=index, proxy=proxy
     )
-    cache = ICCache(config, arms=[Arm(name="small", cost=0.1), Arm(name="large", cost=1.0)], embed=embedder.embed, redact=str)  # fmt: skip
+    cache = ICCache(
+        config, arms=[Arm(name="small", cost=0.1), Arm(name="large", cost=1.0)], embed=embedder.embed, redact=str
+    )
     cache.update_cache(texts, [f"answer to {text}" for text in texts])
     rows = [cache.pool.search(Query(text=text), embedder.embed([text])[0], 8, now_s=0.0) for text in texts[:100]]
     found = [
@@ -92,9 +94,14 @@ def against_bar(case: str, work: Any, rounds: int, each: int) -> dict[str, Any]:
     ratios = [BAR_MS / value for value in times[1:]]  # the first warms up
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     row = {
-        "case": case, "ours": round(statistics.median(times[1:]), 4), "peer": BAR_MS, "ratio": round(statistics.median(ratios), 3),
-        "spread": round(high - low, 3), "unit": "ms", "peer_name": "bar of 5 ms",
-    }  # fmt: skip
+        "case": case,
+        "ours": round(statistics.median(times[1:]), 4),
+        "peer": BAR_MS,
+        "ratio": round(statistics.median(ratios), 3),
+        "spread": round(high - low, 3),
+        "unit": "ms",
+        "peer_name": "bar of 5 ms",
+    }
     print(f"{case:<70} {row['ours']:8.3f} ms   ratio to the bar {row['ratio']:.2f}", file=sys.stderr, flush=True)
     return row
 

@@ -6,8 +6,8 @@ ns-3 (package ns3, GPL-2.0) needs an environment of its own:
     python benchmarks/ns3_referee.py --ns3 ns3/bin/python --json benchmarks/results/ns3_referee.json
 
 Both have the same network (4 leaves, 4 spines, 16 hosts, 10 Gbit/s), the same pieces over the same paths, packets of the same bytes, and
-queues without end; ns-3's transport is TCP, whose connections stand before the first byte and which resends nothing, with acknowledgements of
-54 bytes that wait in queues, which ours has too.
+queues without end; ns-3's transport is TCP, whose connections stand before the first byte and which resends nothing, with
+acknowledgements of 54 bytes that wait in queues, which ours has too.
 Hosts' cards come in both kinds: one queue, which is ns-3's default, and turns, which is FqCoDel there. Windows: of pinned pieces a little
 more than fills their path; of sprayed flows no end, since TCP's is one of bytes in order. A row's ``ours`` and ``peer`` are milliseconds
 of completion in the two simulators, not of our time. Bar: within 15%.

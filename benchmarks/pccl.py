@@ -45,11 +45,14 @@ class Ranks:
             subprocess.Popen(
                 # Not with this folder in its path, where pypccl's name is this file's.
                 [python, "-P", str(WORKER), kind, str(rank), str(world), address],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
             for rank in range(world)
-        ]  # fmt: skip
+        ]
         for process in self.processes:
             while (line := process.stdout.readline()) and line != "ready\n":  # type: ignore[union-attr]
                 pass

@@ -87,9 +87,12 @@ def exact_rows(name: str, graph: Graph, options: Any) -> Iterator[dict[str, Any]
     factor = prepare(transition)
     own_ms = 1e3 * (time.process_time() - begin)
     facts = {
-        "nodes": graph.num_nodes, "edges": graph.num_edges, "core_nodes": len(factor.core.diagonal_C),
-        "factor_mb": round(factor.nbytes / 2**20, 2), "sources": SOURCES,
-    }  # fmt: skip
+        "nodes": graph.num_nodes,
+        "edges": graph.num_edges,
+        "core_nodes": len(factor.core.diagonal_C),
+        "factor_mb": round(factor.nbytes / 2**20, 2),
+        "sources": SOURCES,
+    }
     clock: dict[str, Any] = {"rounds": options.rounds, "clock": time.process_time}
     for error in (1e-4, 1e-6):
         ready, who, prepare_ms = contestants(graph, truth, error)
@@ -105,9 +108,12 @@ def exact_rows(name: str, graph: Graph, options: Any) -> Iterator[dict[str, Any]
         row = compare(
             f"{name}: the first source, preparing included, L1 error {error:g}",
             lambda fresh=fresh: fresh.vector(unseen(graph), nodes[0]),
-            {key: (lambda peer=peer, tol=tol: peer.query(peer.prepare(), tol)(nodes[0])) for key, (peer, tol) in who.items()},
+            {
+                key: (lambda peer=peer, tol=tol: peer.query(peer.prepare(), tol)(nodes[0]))
+                for key, (peer, tol) in who.items()
+            },
             **clock,
-        )  # fmt: skip
+        )
         yield {**row, **facts, "l1_ours": worst}
         for node in sources_of(graph, MANY - 1, 1):
             warm.vector(graph, node)
@@ -243,8 +249,12 @@ def query_memory_rows(edges: int) -> Iterator[dict[str, Any]]:
         for what, work, formula in (
             ("global scores", lambda graph: PageRank().scores(graph), 40 * graph.num_nodes),
             ("a first query", lambda graph: PageRank().vector(graph, 7), PageRank.peak_bytes(*size)),
-            ("a prepared query", lambda graph: PageRank().prepare(graph).vector(graph, 7), PageRank.peak_bytes(*size, prepared=True)),
-        ):  # fmt: skip
+            (
+                "a prepared query",
+                lambda graph: PageRank().prepare(graph).vector(graph, 7),
+                PageRank.peak_bytes(*size, prepared=True),
+            ),
+        ):
             # Kernels are loaded before, also those for many nodes.
             work(unseen(small))
             work(unseen(graph))
@@ -253,9 +263,15 @@ def query_memory_rows(edges: int) -> Iterator[dict[str, Any]]:
             case = f"peak MB of {what}, {kind} graph of {own:.0f} MB, and by its formula"
             print(f"{case}: {peak:.1f}, {reckoned:.1f}", file=sys.stderr)
             yield {
-                "case": case, "ours": round(peak, 1), "peer": round(reckoned, 1), "ratio": round(reckoned / max(peak, 1e-9), 3),
-                "spread": None, "unit": "MB", "peer_name": "formula", "graph_mb": round(own, 1),
-            }  # fmt: skip
+                "case": case,
+                "ours": round(peak, 1),
+                "peer": round(reckoned, 1),
+                "ratio": round(reckoned / max(peak, 1e-9), 3),
+                "spread": None,
+                "unit": "MB",
+                "peer_name": "formula",
+                "graph_mb": round(own, 1),
+            }
 
 
 def main() -> None:

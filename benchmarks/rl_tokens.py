@@ -263,8 +263,13 @@ def apart(model: Decoder, dtype: torch.dtype, prompts: list[tuple[int, ...]], se
         for rows in torch.arange(len(prompts)).split(32):
             part = samples.rows(rows)
             scored = policy(
-                part.token_BL, part.own_BL, real_BL=part.real_BL, route_BLAK=part.route_BLAK, is_replayed=is_replayed, commits=False
-            )  # fmt: skip
+                part.token_BL,
+                part.own_BL,
+                real_BL=part.real_BL,
+                route_BLAK=part.route_BLAK,
+                is_replayed=is_replayed,
+                commits=False,
+            )
             said.append(scored.log_prob_BL)
             flipped, of = flipped + scored.flipped[0], of + scored.flipped[1]
         notes = compared(samples.rollout_BL, joined(said, samples), samples.own_BL)

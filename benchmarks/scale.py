@@ -64,9 +64,14 @@ def against_bar(case: str, work: Callable[[], Any], steps: int, rounds: int, eac
     ratios = [BAR_MS / value for value in times[1:]]  # the first warms up
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     row = {
-        "case": case, "ours": round(statistics.median(times[1:]), 4), "peer": BAR_MS, "ratio": round(statistics.median(ratios), 3),
-        "spread": round(high - low, 3), "unit": "ms", "peer_name": "bar of 2 ms a step",
-    }  # fmt: skip
+        "case": case,
+        "ours": round(statistics.median(times[1:]), 4),
+        "peer": BAR_MS,
+        "ratio": round(statistics.median(ratios), 3),
+        "spread": round(high - low, 3),
+        "unit": "ms",
+        "peer_name": "bar of 2 ms a step",
+    }
     print(f"{case:<40} {row['ours']:8.3f} ms   ratio to the bar {row['ratio']:.2f}", file=sys.stderr, flush=True)
     return row
 

@@ -79,9 +79,13 @@ async def sigterm(server: Server, clients: int, seed: int) -> dict[str, Any]:
     lost = sum(result.outcome != "whole" for result in accepted)
     lost += sum(result.status == 0 for result in results if result.sent < at)  # sent in time, and no answer
     return {
-        "code": code, "drained_s": round(drained_s, 3), "lost": lost, "accepted": len(accepted),
-        "before": dict(before), "after": dict(after)
-    }  # fmt: skip
+        "code": code,
+        "drained_s": round(drained_s, 3),
+        "lost": lost,
+        "accepted": len(accepted),
+        "before": dict(before),
+        "after": dict(after),
+    }
 
 
 async def kill(server: Server, clients: int, seed: int) -> dict[str, Any]:
@@ -116,9 +120,13 @@ def ended(results: list[Result], at: float) -> dict[str, Any]:
     later = sum(result.sent >= at and result.outcome not in ("whole", "error") for result in results)
     outcomes = Counter(f"{result.outcome} {result.status}" for result in under_way)
     return {
-        "accepted": len(under_way), "whole": count["whole"], "told": count["told"], "lost": count["lost"], "lost_later": later,
+        "accepted": len(under_way),
+        "whole": count["whole"],
+        "told": count["told"],
+        "lost": count["lost"],
+        "lost_later": later,
         "outcomes": dict(outcomes),
-    }  # fmt: skip
+    }
 
 
 def orphan(model: str) -> bool:
@@ -165,9 +173,12 @@ async def soak(server: Server, seconds: float, clients: int) -> dict[str, Any]:
         await asyncio.gather(watch(), *(client(number, session) for number in range(clients)))
     steady = [row for row in rows if row[0] > seconds / 3]
     return {
-        "seconds": seconds, "outcomes": dict(outcomes), "slope_kib_per_minute": round(_slope(steady) * 60 / 1024, 1),
-        "first_mib": round(steady[0][1] / 2**20, 1), "last_mib": round(steady[-1][1] / 2**20, 1),
-    }  # fmt: skip
+        "seconds": seconds,
+        "outcomes": dict(outcomes),
+        "slope_kib_per_minute": round(_slope(steady) * 60 / 1024, 1),
+        "first_mib": round(steady[0][1] / 2**20, 1),
+        "last_mib": round(steady[-1][1] / 2**20, 1),
+    }
 
 
 def _slope(rows: list[tuple[float, int]]) -> float:
@@ -273,10 +284,12 @@ def deaths(trials: list[dict[str, Any]]) -> dict[str, Any]:
 def _summary(trials: list[dict[str, Any]], time_name: str) -> dict[str, Any]:
     times = sorted(trial[time_name] for trial in trials)
     return {
-        "trials": len(trials), "lost": sum(trial["lost"] for trial in trials),
+        "trials": len(trials),
+        "lost": sum(trial["lost"] for trial in trials),
         "accepted": sum(trial["accepted"] for trial in trials),
-        f"median_{time_name}": times[len(times) // 2], f"largest_{time_name}": times[-1],
-    }  # fmt: skip
+        f"median_{time_name}": times[len(times) // 2],
+        f"largest_{time_name}": times[-1],
+    }
 
 
 if __name__ == "__main__":

@@ -163,10 +163,22 @@ def servers(
         # In int4 from the file that llama.cpp has in Q4_0.
         model = files.get("Q4_0", options.model) if kind == "int4" else options.model
         command = [
-            sys.executable, "-m", "anabranch.cli.main", "serve", str(model), "--port", str(port), "--quiet",
-            "--set", f"engine.max_seqs={most}", "--set", 'engine.dtype="bfloat16"', "--set", 'engine.name="small"',
+            sys.executable,
+            "-m",
+            "anabranch.cli.main",
+            "serve",
+            str(model),
+            "--port",
+            str(port),
+            "--quiet",
+            "--set",
+            f"engine.max_seqs={most}",
+            "--set",
+            'engine.dtype="bfloat16"',
+            "--set",
+            'engine.name="small"',
             *(() if kind == "bfloat16" else ("--quantize", kind)),
-        ]  # fmt: skip
+        ]
         made.append(Server(f"ours {kind}", command, port, "/health/ready", model="small", environment=threads))
     if options.vllm:
         names = ["vllm", *(["vllm zentorch"] if options.zen else []), "vllm eager"]
@@ -177,10 +189,24 @@ def servers(
         port = free_port()
         # Without -tb: a number of threads of their own would leave those of prompts unbound.
         command = [
-            options.llama, "-m", str(file), "--port", str(port), "-np", str(most), "-c", str(512 * most),
-            "-t", str(options.threads), "-Cr", f"0-{options.threads - 1}", "--cpu-strict", "1", "--no-webui",
+            options.llama,
+            "-m",
+            str(file),
+            "--port",
+            str(port),
+            "-np",
+            str(most),
+            "-c",
+            str(512 * most),
+            "-t",
+            str(options.threads),
+            "-Cr",
+            f"0-{options.threads - 1}",
+            "--cpu-strict",
+            "1",
+            "--no-webui",
             *shlex.split(options.llama_flags),
-        ]  # fmt: skip
+        ]
         made.append(Server(f"llama.cpp {kind}", command, port, "/health", kind="llama"))
     for server in made:
         server.log = logs / f"{server.name.replace(' ', '-')}.log"
@@ -191,10 +217,24 @@ def vllm(options: argparse.Namespace, folder: Path, most: int, name: str, cache:
     """vLLM's server on the processor as its documentation says to run it."""
     port = free_port()
     command = [
-        options.vllm, "serve", str(folder), "--port", str(port), "--served-model-name", "small", "--dtype", "bfloat16",
-        "--max-num-seqs", str(most), "--max-model-len", "2048", "--max-num-batched-tokens", str(options.vllm_tokens),
-        "--disable-uvicorn-access-log", *(["--enforce-eager"] if name == "vllm eager" else []),
-    ]  # fmt: skip
+        options.vllm,
+        "serve",
+        str(folder),
+        "--port",
+        str(port),
+        "--served-model-name",
+        "small",
+        "--dtype",
+        "bfloat16",
+        "--max-num-seqs",
+        str(most),
+        "--max-model-len",
+        "2048",
+        "--max-num-batched-tokens",
+        str(options.vllm_tokens),
+        "--disable-uvicorn-access-log",
+        *(["--enforce-eager"] if name == "vllm eager" else []),
+    ]
     zen = options.zen if name == "vllm zentorch" else None
     variables = environment(options.vllm, options.bind, options.tcmalloc, zen=zen, cache=cache)
     return Server(name, command, port, "/health", model="small", environment=variables)
@@ -317,10 +357,14 @@ def measured(options: argparse.Namespace, found: list[Any], prompts: Prompts) ->
             work = prompts.work(streams, each(options.requests, streams))
             turns = {one.name: turn(one, work) for one in order.sample(found, len(found))}
             _note(made.streams[streams], turns)
-            print(f"round {number + 1}, {streams} streams: " + ", ".join(
-                f"{name} {row['tokens_s']:.0f}" if "tokens_s" in row else f"{name} FAILED ({row['failed']})"
-                for name, (_, row) in turns.items()
-            ), flush=True)  # fmt: skip
+            print(
+                f"round {number + 1}, {streams} streams: "
+                + ", ".join(
+                    f"{name} {row['tokens_s']:.0f}" if "tokens_s" in row else f"{name} FAILED ({row['failed']})"
+                    for name, (_, row) in turns.items()
+                ),
+                flush=True,
+            )
         if options.first:
             sizes, prompts.sizes = prompts.sizes, itertools.repeat((FIRST, 2))
             work, prompts.sizes = prompts.work(1, options.first), sizes
@@ -347,14 +391,21 @@ def write(options: argparse.Namespace, so_far: Measured, starts: Starts, isa: di
     rows = with_bars("serving_engine", table(so_far, starts))
     paths = ("vllm", "zen", "llama", "trace", "logs", "json", "tcmalloc")
     result = {
-        "name": "serving_engine", "rows": rows, "rounds": so_far.rounds,
-        "ready_s": {"cold": starts.cold, "warm": starts.warm}, "failed": starts.failed,
-        "streams": streams_told(so_far), "first_token_ms": so_far.first, "instructions": isa, **machine(),
+        "name": "serving_engine",
+        "rows": rows,
+        "rounds": so_far.rounds,
+        "ready_s": {"cold": starts.cold, "warm": starts.warm},
+        "failed": starts.failed,
+        "streams": streams_told(so_far),
+        "first_token_ms": so_far.first,
+        "instructions": isa,
+        **machine(),
         "preloaded": told_preloads(options.vllm, options.tcmalloc) if options.vllm else [],
         "options": {
-            **{key: value for key, value in vars(options).items() if key not in paths}, "model": options.model.name,
+            **{key: value for key, value in vars(options).items() if key not in paths},
+            "model": options.model.name,
         },
-    }  # fmt: skip
+    }
     if options.json:
         write_record(options.json, result)
     return rows

@@ -106,11 +106,16 @@ async def load(
     took = max(seconds, time.monotonic() - begin)
     firsts = sorted(result.ttft_s for result in results if result.ttft_s is not None)
     return {
-        "rate": round(rate, 2), "sent": len(results), "answered": len(firsts),
-        "goodput": round(len(good) / took, 3), "took_s": round(took, 3),
-        "rejected": sum(result.status in (429, 503) for result in results), "late": sum(result.outcome in ("late",) for result in results),
-        "ttft_p50_s": _quantile(firsts, 0.5), "ttft_p99_s": _quantile(firsts, 0.99),
-    }  # fmt: skip
+        "rate": round(rate, 2),
+        "sent": len(results),
+        "answered": len(firsts),
+        "goodput": round(len(good) / took, 3),
+        "took_s": round(took, 3),
+        "rejected": sum(result.status in (429, 503) for result in results),
+        "late": sum(result.outcome in ("late",) for result in results),
+        "ttft_p50_s": _quantile(firsts, 0.5),
+        "ttft_p99_s": _quantile(firsts, 0.99),
+    }
 
 
 def _quantile(values: list[float], share: float) -> float | None:
@@ -121,9 +126,21 @@ def vllm(python: str, model: str, options: argparse.Namespace, *, has_limits: bo
     """vLLM's server on the processor, as its documentation says to run it. Raises SystemExit if it does not start."""
     port = free_port()
     command = [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", NAME, "--port", str(port),
-        "--dtype", "auto", "--max-num-seqs", str(options.streams), *(vllm_limits(options.streams) if has_limits else ()),
-    ]  # fmt: skip
+        python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+        "--served-model-name",
+        NAME,
+        "--port",
+        str(port),
+        "--dtype",
+        "auto",
+        "--max-num-seqs",
+        str(options.streams),
+        *(vllm_limits(options.streams) if has_limits else ()),
+    ]
     bind = f"0-{options.threads - 1}" if options.threads > 1 else "0"
     variables = {"OMP_NUM_THREADS": str(options.threads), **environment(python, bind, zen=options.zen)}
     server = Server(command, f"http://127.0.0.1:{port}", variables)
@@ -137,8 +154,13 @@ def vllm(python: str, model: str, options: argparse.Namespace, *, has_limits: bo
 def vllm_limits(streams: int) -> list[str]:
     """Of vLLM: as many sequences under way and waiting, and as many tokens in a step, as ours takes."""
     return [
-        "--max-num-queued-reqs", str(3 * streams), "--max-num-batched-tokens", "512", "--max-model-len", "2048",
-    ]  # fmt: skip
+        "--max-num-queued-reqs",
+        str(3 * streams),
+        "--max-num-batched-tokens",
+        "512",
+        "--max-model-len",
+        "2048",
+    ]
 
 
 async def _is_ready(url: str, server: Server, limit_s: float = READY_S) -> bool:
@@ -202,9 +224,11 @@ class Contestant:
         over = [row["goodput"] for row in self.rows if row["times"] >= peak]
         return {
             "capacity": round(self.capacity[0], 3) if self.capacity else None,
-            "kept": round(min(over) / best, 3) if best else 0.0, "rows": self.rows,
-            **({"patient": self.patient} if self.patient else {}), **({"failed": self.failed} if self.failed else {}),
-        }  # fmt: skip
+            "kept": round(min(over) / best, 3) if best else 0.0,
+            "rows": self.rows,
+            **({"patient": self.patient} if self.patient else {}),
+            **({"failed": self.failed} if self.failed else {}),
+        }
 
 
 def table(contestants: dict[str, Any]) -> list[dict[str, Any]]:
@@ -230,20 +254,38 @@ def table(contestants: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(
-    case: str, unit: str, ours: dict[str, Any], other: dict[str, Any], peer: str, mine: float | None, theirs: float | None
-) -> dict[str, Any]:  # fmt: skip
+    case: str,
+    unit: str,
+    ours: dict[str, Any],
+    other: dict[str, Any],
+    peer: str,
+    mine: float | None,
+    theirs: float | None,
+) -> dict[str, Any]:
     """More is better. Of a contestant that is out it says so; bars are missed where that is ours."""
     failed = next(
         (f"{name}: {one['failed']}" for name, one in (("ours", ours), (peer, other)) if one.get("failed")), None
     )
-    return {"case": case, "ours": mine, "peer": theirs, "ratio": mine / theirs if mine is not None and theirs else None,
-            "spread": None, "unit": unit, "peer_name": peer, **({"failed": failed} if failed else {})}  # fmt: skip
+    return {
+        "case": case,
+        "ours": mine,
+        "peer": theirs,
+        "ratio": mine / theirs if mine is not None and theirs else None,
+        "spread": None,
+        "unit": unit,
+        "peer_name": peer,
+        **({"failed": failed} if failed else {}),
+    }
 
 
 def _first_row(
-    clients: str, ours: dict[str, Any], other: dict[str, Any], peer: str,
-    my_loads: list[dict[str, Any]], their_loads: list[dict[str, Any]],
-) -> dict[str, Any]:  # fmt: skip
+    clients: str,
+    ours: dict[str, Any],
+    other: dict[str, Any],
+    peer: str,
+    my_loads: list[dict[str, Any]],
+    their_loads: list[dict[str, Any]],
+) -> dict[str, Any]:
     """P99 to the first token of those that were answered, with the share that was not: who is refused has no first token."""
     case = f"P99 to the first token at 3 times the saturating load, {clients}"
     mine, theirs = (_median(loads, "ttft_p99_s") for loads in (my_loads, their_loads))
@@ -361,8 +403,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         contestants = contestants_of(given, given.model or save_small_moe(Path(folder)))
         try:
-            report: dict[str, Any] = {"seconds": given.seconds, "streams": given.streams, "threads": given.threads,
-                                      "rounds": given.rounds, **measure(given, contestants), "contestants": {}}  # fmt: skip
+            report: dict[str, Any] = {
+                "seconds": given.seconds,
+                "streams": given.streams,
+                "threads": given.threads,
+                "rounds": given.rounds,
+                **measure(given, contestants),
+                "contestants": {},
+            }
             for name, one in contestants.items():
                 report["contestants"][name] = {**one.told(), "instructions": instructions(name, one, given)}
         finally:

@@ -114,10 +114,14 @@ def measured(
             raise SystemExit(f"{case}: the answers differ with {with_} and with {without}")
     ratios = [theirs / mine for mine, theirs in zip(*seconds, strict=True)]
     row = {
-        "case": case, "ours": round(statistics.median(seconds[0]), 4), "peer": round(statistics.median(seconds[1]), 4),
-        "ratio": round(statistics.median(ratios), 3), "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-        "unit": "s", "peer_name": without,
-    }  # fmt: skip
+        "case": case,
+        "ours": round(statistics.median(seconds[0]), 4),
+        "peer": round(statistics.median(seconds[1]), 4),
+        "ratio": round(statistics.median(ratios), 3),
+        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        "unit": "s",
+        "peer_name": without,
+    }
     print(row, flush=True)
     return row
 

@@ -157,15 +157,25 @@ def command_of(
     most, threads = max(options.streams), str(options.threads)
     if name in OURS:
         budget = [
-            "--expert-budget", f"{expert_bytes(name, model, share)}B", "--set", "engine.experts.drop_cache=true",
-        ]  # fmt: skip
+            "--expert-budget",
+            f"{expert_bytes(name, model, share)}B",
+            "--set",
+            "engine.experts.drop_cache=true",
+        ]
         how = [] if share >= 1 else budget
         how = ["--memory", f"{limit}B"] if name == "ours --memory" else how
         sizes = {"max_seqs": most, "name": '"moe"', "kv_memory": f'"{_keys_and_values(model, options)}B"'}
         settings = [word for key, value in sizes.items() for word in ("--set", f"engine.{key}={value}")]
         command = [
-            sys.executable, "-m", "anabranch.cli.main", "serve", str(model.native), "--port", str(port), "--quiet",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "anabranch.cli.main",
+            "serve",
+            str(model.native),
+            "--port",
+            str(port),
+            "--quiet",
+        ]
         return [*command, *how, *(settings if name == "ours" else settings[:4])]
     if name in IK:
         worker = Path(__file__).with_name("_ik_worker.py")
@@ -180,9 +190,22 @@ def command_of(
             *(["-rtr"] if "-rtr" in name else []),
         ]
     command = [
-        options.llama, "-m", str(model.gguf), "--port", str(port), "-np", str(most), "-c", str(tokens_at_once(options)),
-        "-t", threads, "-tb", threads, *options.llama_flags.split(), "--no-webui",
-    ]  # fmt: skip
+        options.llama,
+        "-m",
+        str(model.gguf),
+        "--port",
+        str(port),
+        "-np",
+        str(most),
+        "-c",
+        str(tokens_at_once(options)),
+        "-t",
+        threads,
+        "-tb",
+        threads,
+        *options.llama_flags.split(),
+        "--no-webui",
+    ]
     return [*command, "--no-repack"] if name == "llama.cpp mmap" else command
 
 
@@ -212,9 +235,14 @@ def started(
         return
     is_ours = name in OURS
     server = Server(
-        name, group.wrap(command), port, "/health/ready" if is_ours else "/health", "openai" if is_ours else "llama",
-        model="moe", log=log,
-    )  # fmt: skip
+        name,
+        group.wrap(command),
+        port,
+        "/health/ready" if is_ours else "/health",
+        "openai" if is_ours else "llama",
+        model="moe",
+        log=log,
+    )
     with running(server.command, port, server.health, threads, log, timeout_s=600) as (process, _):
         yield server, process.pid
 
@@ -310,9 +338,10 @@ def measured(
         for name in order.sample(names, len(names)):
             room = rooms[share][name]
             done = (
-                {"streams": {}, "failed": room} if isinstance(room, str)
+                {"streams": {}, "failed": room}
+                if isinstance(room, str)
                 else turn(name, model, share, number, room, way, options, log_of(share, name))
-            )  # fmt: skip
+            )
             turns[share][name].append(done)
             told = done.get("failed") or ", ".join(
                 f"{streams}: {made['tokens_s']:.1f} tokens/s" for streams, made in done["streams"].items()
@@ -376,8 +405,15 @@ def _row(case: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], co
     if any(failed_rounds.values()):
         row["failed_rounds"] = failed_rounds
     if not pairs:
-        failed = next((f"{side}: {turn['failed']}" for side, turns in (("ours", ours), (peer, theirs)) for turn in turns
-                       if "failed" in turn), "no turn")  # fmt: skip
+        failed = next(
+            (
+                f"{side}: {turn['failed']}"
+                for side, turns in (("ours", ours), (peer, theirs))
+                for turn in turns
+                if "failed" in turn
+            ),
+            "no turn",
+        )
         return {**row, "ours": None, "peer": None, "ratio": None, "spread": None, "failed": failed}
     ratios = [one["tokens_s"] / other["tokens_s"] for one, other in pairs]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
@@ -389,13 +425,21 @@ def _row(case: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], co
         return max((turn[key] for turn in turns if turn.get(key) is not None), default=None)
 
     return {
-        **row, "ours": median(0, "tokens_s"), "peer": median(1, "tokens_s"), "ratio": round(middle, 3),
-        "spread": [round(low, 3), round(high, 3)], "rounds": len(pairs),
-        "first_ms_ours": median(0, "ttft_ms"), "first_ms_peer": median(1, "ttft_ms"),
-        "anonymous_bytes_ours": most(ours, "anonymous_bytes"), "anonymous_bytes_peer": most(theirs, "anonymous_bytes"),
-        "peak_bytes_ours": most(ours, "peak_bytes"), "peak_bytes_peer": most(theirs, "peak_bytes"),
-        "limit_bytes_ours": most(ours, "limit_bytes"), "limit_bytes_peer": most(theirs, "limit_bytes"),
-    }  # fmt: skip
+        **row,
+        "ours": median(0, "tokens_s"),
+        "peer": median(1, "tokens_s"),
+        "ratio": round(middle, 3),
+        "spread": [round(low, 3), round(high, 3)],
+        "rounds": len(pairs),
+        "first_ms_ours": median(0, "ttft_ms"),
+        "first_ms_peer": median(1, "ttft_ms"),
+        "anonymous_bytes_ours": most(ours, "anonymous_bytes"),
+        "anonymous_bytes_peer": most(theirs, "anonymous_bytes"),
+        "peak_bytes_ours": most(ours, "peak_bytes"),
+        "peak_bytes_peer": most(theirs, "peak_bytes"),
+        "limit_bytes_ours": most(ours, "limit_bytes"),
+        "limit_bytes_peer": most(theirs, "limit_bytes"),
+    }
 
 
 def distinct(answers: Sequence[Answer]) -> float:
@@ -409,16 +453,22 @@ def told(turns: dict[float, dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:
     return {
         f"{share:.0%}": {
             name: [
-                {**turn, "streams": {
-                    count: {**{key: value for key, value in made.items() if key != "answers"}, "distinct": distinct(made["answers"])}
-                    for count, made in turn["streams"].items()
-                }}
+                {
+                    **turn,
+                    "streams": {
+                        count: {
+                            **{key: value for key, value in made.items() if key != "answers"},
+                            "distinct": distinct(made["answers"]),
+                        }
+                        for count, made in turn["streams"].items()
+                    },
+                }
                 for turn in each
             ]
             for name, each in names.items()
         }
         for share, names in turns.items()
-    }  # fmt: skip
+    }
 
 
 def kept(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -444,12 +494,18 @@ def main() -> None:
     print(f"limit: {way.name} ({way.covers})")
     not_kept = ("llama", "ik", "folder", "logs", "json", "add", "models", "room")
     settings = {
-        "limit": f"{way.name}: {way.covers}", "read_ahead_kb": read_ahead_kb(options.folder),
-        "slack_bytes": SLACK, "room_bytes": options.room,
-        "instructions": {"ours": kernels(), **({"llama.cpp": llama_instructions(options.llama)} if options.llama else {})},
-        **machine(), "threads": options.threads,
+        "limit": f"{way.name}: {way.covers}",
+        "read_ahead_kb": read_ahead_kb(options.folder),
+        "slack_bytes": SLACK,
+        "room_bytes": options.room,
+        "instructions": {
+            "ours": kernels(),
+            **({"llama.cpp": llama_instructions(options.llama)} if options.llama else {}),
+        },
+        **machine(),
+        "threads": options.threads,
         "options": {key: value for key, value in vars(options).items() if key not in not_kept},
-    }  # fmt: skip
+    }
     rows, models = kept(options, settings)
     with tempfile.TemporaryDirectory() as temporary:
         logs = options.logs or Path(temporary)
@@ -461,10 +517,14 @@ def main() -> None:
             made = with_bars("serving_moe_memory", table(model.title, turns, options.streams))
             rows = [row for row in rows if not row["case"].startswith(f"{model.title}, ")] + made
             models[model.title] = {
-                "expert_bytes": model.shape.expert_bytes, "native_expert_bytes": model.native_expert_bytes,
-                "other_bytes": model.other_bytes, "beside_experts_bytes": rooms, "same": same, "turns": told(turns),
+                "expert_bytes": model.shape.expert_bytes,
+                "native_expert_bytes": model.native_expert_bytes,
+                "other_bytes": model.other_bytes,
+                "beside_experts_bytes": rooms,
+                "same": same,
+                "turns": told(turns),
                 **{key: settings[key] for key in WHEN},
-            }  # fmt: skip
+            }
             for row in made:
                 told_bar = (
                     f"; bar {row['bar']}: {'met' if row['ratio'] >= row['bar'] else 'MISSED'}" if "bar" in row else ""

@@ -138,9 +138,11 @@ def served_rows(
         f"served, {case}", served.reading(skips=True), {"whole": served.reading(skips=False)}, rounds=rounds
     )
     decoding = compare(
-        f"served, a token behind {case}", served.decoding(skips=True), {"whole": served.decoding(skips=False)},
+        f"served, a token behind {case}",
+        served.decoding(skips=True),
+        {"whole": served.decoding(skips=False)},
         rounds=rounds,
-    )  # fmt: skip
+    )
     return [{**reading, "bar": bar}, {**decoding, "bar": 0.95}]
 
 

@@ -334,10 +334,14 @@ class AnthropicForm:
         """An answer."""
         usage = {**call.anthropic_usage(), "output_tokens": call.length}
         return {
-            "id": "m", "type": "message", "role": "assistant", "model": "m", "stop_reason": "end_turn",
+            "id": "m",
+            "type": "message",
+            "role": "assistant",
+            "model": "m",
+            "stop_reason": "end_turn",
             "content": [{"type": "text", "text": call.text(call.length)}],
             **({} if call.habit == "mute" else {"usage": usage}),
-        }  # fmt: skip
+        }
 
     def begin(self, call: Call) -> bytes:
         """Before the first token."""

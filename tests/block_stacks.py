@@ -12,16 +12,27 @@ BLOCKS = 3
 
 def decoder(seed=3, window=None, **options):
     fields = {
-        "vocab_size": VOCAB, "dim": 16, "num_layers": BLOCKS, "attention": SelfAttention.Config(num_heads=2, window=window),
-        "feed_forward": SwiGLU.Config(hidden_dim=24), "init_std": 0.3,
-    }  # fmt: skip
+        "vocab_size": VOCAB,
+        "dim": 16,
+        "num_layers": BLOCKS,
+        "attention": SelfAttention.Config(num_heads=2, window=window),
+        "feed_forward": SwiGLU.Config(hidden_dim=24),
+        "init_std": 0.3,
+    }
     return Decoder.Config(**fields | options).build(seed=seed).eval()
 
 
 def gpt2():
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=BLOCKS, n_head=4, n_positions=64, initializer_range=0.3, bos_token_id=None, eos_token_id=None
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=BLOCKS,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     torch.manual_seed(1)
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():

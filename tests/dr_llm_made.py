@@ -35,9 +35,14 @@ def transformers_stack(family="llama"):
         )
         return stack_of(transformers.GPT2LMHeadModel(config).eval())
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
     return stack_of(transformers.LlamaForCausalLM(config).eval())
 
 

@@ -184,10 +184,17 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
         owned, digest, status = trainer.owned(), trainer.digest(), trainer.status()
         weights = {name: value.tolist() for name, value in trainer.state_dict().items()}
         return {
-            "losses": losses, "began": began, "owned": owned, "digest": digest, "status": status, "weights": weights, "rank": trainer.rank,
-            "unsaved": unsaved, "epochs": epochs,
+            "losses": losses,
+            "began": began,
+            "owned": owned,
+            "digest": digest,
+            "status": status,
+            "weights": weights,
+            "rank": trainer.rank,
+            "unsaved": unsaved,
+            "epochs": epochs,
             "sent": dict(trainer._links.sent_bytes),
-        }  # fmt: skip
+        }
     return {"rank": made.rank, "losses": {}, "error": f"{type(told.error).__name__}: {told.error}"}
 
 

@@ -13,9 +13,16 @@ transformers = pytest.importorskip("transformers")
 
 VOCAB, DIM, HEADS, STORES, HEAD_DIM = 96, 64, 4, 2, 32
 COMMON = {
-    "vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": STORES,
-    "max_position_embeddings": 64, "tie_word_embeddings": False, "initializer_range": 0.3, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": DIM,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": STORES,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,
+    "rms_norm_eps": 1e-5,
+}
 WIDE = {"head_dim": HEAD_DIM}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
 # Architecture in the file: (transformers' config, its changes, fields of the file beside those of all).
@@ -23,29 +30,42 @@ MADE = {
     "llama": ("LlamaConfig", {"intermediate_size": 96}, {"feed_forward_length": 96}),
     "mistral3": ("LlamaConfig", {"intermediate_size": 96, **WIDE}, {"feed_forward_length": 96}),
     "llama with experts": (
-        "MixtralConfig", {"intermediate_size": 96, "num_local_experts": 5, "num_experts_per_tok": 2},
+        "MixtralConfig",
+        {"intermediate_size": 96, "num_local_experts": 5, "num_experts_per_tok": 2},
         {"feed_forward_length": 96, "expert_count": 5, "expert_used_count": 2},
     ),
     "qwen2": ("Qwen2Config", {"intermediate_size": 96}, {"feed_forward_length": 96}),
     "qwen3": ("Qwen3Config", {"intermediate_size": 96, **WIDE}, {"feed_forward_length": 96}),
     "qwen2moe": (
-        "Qwen2MoeConfig", {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
-        {"feed_forward_length": 96, "expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 32,
-         "expert_shared_feed_forward_length": 64},
+        "Qwen2MoeConfig",
+        {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+        {
+            "feed_forward_length": 96,
+            "expert_count": 5,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 32,
+            "expert_shared_feed_forward_length": 64,
+        },
     ),
     "qwen3moe": (
-        "Qwen3MoeConfig", {**EXPERTS, **WIDE, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        "Qwen3MoeConfig",
+        {**EXPERTS, **WIDE, "moe_intermediate_size": 32, "norm_topk_prob": True},
         {"feed_forward_length": 96, "expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 32},
     ),
     "olmoe": (
-        "OlmoeConfig", {**EXPERTS, "intermediate_size": 32, "num_key_value_heads": HEADS},
+        "OlmoeConfig",
+        {**EXPERTS, "intermediate_size": 32, "num_key_value_heads": HEADS},
         {"feed_forward_length": 32, "expert_count": 5, "expert_used_count": 2},
     ),
-}  # fmt: skip
+}
 GEMMA = {
-    "intermediate_size": 96, **WIDE, "num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": HEAD_DIM,
+    "intermediate_size": 96,
+    **WIDE,
+    "num_hidden_layers": 7,
+    "sliding_window": 8,
+    "query_pre_attn_scalar": HEAD_DIM,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 MADE["gemma3"] = (
     "Gemma3TextConfig",
     GEMMA,
@@ -62,41 +82,81 @@ MADE["gemma3"] = (
 MADE["mistral3 with a temperature"] = (
     "Ministral3Config",
     {
-        "intermediate_size": 96, **WIDE,
+        "intermediate_size": 96,
+        **WIDE,
         "rope_parameters": {
-            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6, "rope_theta": 1e4, "llama_4_scaling_beta": 0.4,
-            "mscale": 1.0, "mscale_all_dim": 1.0,
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 6,
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.4,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
         },
     },
     {
-        "feed_forward_length": 96, "attention.temperature_scale": 0.4, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
-        "rope.scaling.original_context_length": 6, "rope.scaling.yarn_log_multiplier": 1.0,
+        "feed_forward_length": 96,
+        "attention.temperature_scale": 0.4,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 6,
+        "rope.scaling.yarn_log_multiplier": 1.0,
     },
-)  # fmt: skip
+)
 GPT_OSS = {
-    **WIDE, "num_hidden_layers": 3, "intermediate_size": 32, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 8,
+    **WIDE,
+    "num_hidden_layers": 3,
+    "intermediate_size": 32,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-}  # fmt: skip
+}
 MADE["gpt-oss"] = (
     "GptOssConfig",
     GPT_OSS,
     {
-        "block_count": 3, "expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 32,
-        "attention.sliding_window": 8, "attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM,
+        "block_count": 3,
+        "expert_count": 5,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": 32,
+        "attention.sliding_window": 8,
+        "attention.key_length": HEAD_DIM,
+        "attention.value_length": HEAD_DIM,
     },
-)  # fmt: skip
+)
 NOPE, TURNED, VALUE, RANK = 24, 8, 20, 32
 LATENT = {
-    "num_key_value_heads": HEADS, "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 2,
-    "num_experts_per_tok": 3, "kv_lora_rank": RANK, "q_lora_rank": 24, "qk_nope_head_dim": NOPE, "qk_rope_head_dim": TURNED,
-    "v_head_dim": VALUE, "first_k_dense_replace": 1, "num_hidden_layers": 3, "routed_scaling_factor": 1.5, "rms_norm_eps": 1e-5,
+    "num_key_value_heads": HEADS,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "kv_lora_rank": RANK,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": NOPE,
+    "qk_rope_head_dim": TURNED,
+    "v_head_dim": VALUE,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "routed_scaling_factor": 1.5,
+    "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-}  # fmt: skip
+}
 LATENT_FIELDS = {
-    "block_count": 3, "feed_forward_length": 96, "expert_count": 8, "expert_used_count": 3, "expert_shared_count": 2,
-    "expert_feed_forward_length": 32, "leading_dense_block_count": 1, "expert_weights_scale": 1.5, "rope.dimension_count": TURNED,
-    "attention.q_lora_rank": 24, "attention.kv_lora_rank": RANK,
-}  # fmt: skip
+    "block_count": 3,
+    "feed_forward_length": 96,
+    "expert_count": 8,
+    "expert_used_count": 3,
+    "expert_shared_count": 2,
+    "expert_feed_forward_length": 32,
+    "leading_dense_block_count": 1,
+    "expert_weights_scale": 1.5,
+    "rope.dimension_count": TURNED,
+    "attention.q_lora_rank": 24,
+    "attention.kv_lora_rank": RANK,
+}
 WHOLE = {"attention.key_length": NOPE + TURNED, "attention.value_length": VALUE}
 APART = {
     "attention.head_count_kv": 1,
@@ -123,10 +183,14 @@ MADE["deepseek2 v3"] = (
     "DeepseekV3Config",
     {**LATENT, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
     {
-        **LATENT_FIELDS, **APART, "expert_group_count": 4, "expert_group_used_count": 2, "expert_gating_func": 2,
+        **LATENT_FIELDS,
+        **APART,
+        "expert_group_count": 4,
+        "expert_group_used_count": 2,
+        "expert_gating_func": 2,
         "expert_weights_norm": True,
     },
-)  # fmt: skip
+)
 
 
 def theirs(name):
@@ -203,9 +267,13 @@ def write(path, model, name, *, kind=None, split=None, tensors=None, extra=None)
     writer = gguf.GGUFWriter(path, architecture, **options)
     config = model.config
     for key, value in {
-        "block_count": 2, "context_length": 64, "embedding_length": DIM, "attention.head_count": HEADS,
-        "attention.head_count_kv": config.num_key_value_heads, **fields,
-    }.items():  # fmt: skip
+        "block_count": 2,
+        "context_length": 64,
+        "embedding_length": DIM,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": config.num_key_value_heads,
+        **fields,
+    }.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
             type(value)
         ]
@@ -258,9 +326,15 @@ def with_blocks(path, kinds, *, experts=3, layers=2, hidden=256, extra=None, voc
     model = transformers.AutoModelForCausalLM.from_config(config)
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in {
-        "block_count": layers, "context_length": 64, "embedding_length": 256, "attention.head_count": HEADS,
-        "attention.head_count_kv": STORES, "feed_forward_length": hidden, "expert_count": experts, "expert_used_count": 2,
-    }.items():  # fmt: skip
+        "block_count": layers,
+        "context_length": 64,
+        "embedding_length": 256,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": STORES,
+        "feed_forward_length": hidden,
+        "expert_count": experts,
+        "expert_used_count": 2,
+    }.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_layer_norm_rms_eps(1e-5)
     if extra is not None:

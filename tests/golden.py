@@ -31,8 +31,13 @@ def run(name: str, folder: Path) -> dict[str, list]:
     torch.set_num_threads(1)
     preset = PRESETS[name]("tiny")
     data = from_dict(
-        DataConfig, {"corpus": {"kind": "files", "paths": [str(write_text(folder))]}, "sequence_length": 64, "validation_fraction": 0.2}
-    )  # fmt: skip
+        DataConfig,
+        {
+            "corpus": {"kind": "files", "paths": [str(write_text(folder))]},
+            "sequence_length": 64,
+            "validation_fraction": 0.2,
+        },
+    )
     train = preset.train.replace(
         steps=STEPS, batch_size=4, log_every=1, device="cpu", eval_every=None, eval_tokens=None, checkpoint_every=None
     )

@@ -128,10 +128,19 @@ def made(kind, path):
 
 
 USES = {
-    "graph": use_graph, "walks": use_walks, "result": use_result, "rows": use_rows, "hnsw-f32": use_index, "hnsw-i8": use_index,
-    "hnsw-f16": use_index, "hnsw-b1": use_index, "hnsw-pq": use_index, "hnsw-int4": use_index, "shards": use_shards,
+    "graph": use_graph,
+    "walks": use_walks,
+    "result": use_result,
+    "rows": use_rows,
+    "hnsw-f32": use_index,
+    "hnsw-i8": use_index,
+    "hnsw-f16": use_index,
+    "hnsw-b1": use_index,
+    "hnsw-pq": use_index,
+    "hnsw-int4": use_index,
+    "shards": use_shards,
     "disk": use_disk,
-}  # fmt: skip
+}
 
 
 def main(kind, flips, seed):

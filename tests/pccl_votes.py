@@ -15,7 +15,11 @@ FIELDS = {
     "revision": (0, 1, 2),
     "strategy": ("enforce_popular", "receive_only", "send_only"),
     "keys": (
-        [["w", "float32", [1], "h"]], [["w", "float32", [1], "h"]] * 2, [], [["w", "x", [-1], "h"]], [["\ud800", "x", [1], "h"]],
+        [["w", "float32", [1], "h"]],
+        [["w", "float32", [1], "h"]] * 2,
+        [],
+        [["w", "x", [-1], "h"]],
+        [["\ud800", "x", [1], "h"]],
     ),
     "rates": ({}, {"0": 1.0}, {"1": math.inf}, {"\u0661": 1}, {"9" * 30: 1}),
     "ok": (True, False),
@@ -26,7 +30,7 @@ FIELDS = {
     "progress": (0, 1, 2**60),
     "is_default": (True, False),
     "more": ("anything",),
-}  # fmt: skip
+}
 WORDS = ("", "w", "\ud800", "\0", "0", "\u0661", "x" * 300)
 NUMBERS = (0, 1, 2, -1, 2**62, 2**70, 0.5, math.nan, math.inf, None, True, False)
 

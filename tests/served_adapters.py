@@ -38,8 +38,14 @@ def make_model(*, is_moe=False, **changes):
         feed_forward = MoE.Config(num_experts=4, hidden_dim=32, router=router)
     attention = SelfAttention.Config(num_heads=4, num_kv_heads=2, qk_norm="head" if is_moe else "none")
     config = Decoder.Config(
-        vocab_size=VOCAB, dim=DIM, num_layers=LAYERS, attention=attention, feed_forward=feed_forward, init_std=0.2, max_positions=256,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        dim=DIM,
+        num_layers=LAYERS,
+        attention=attention,
+        feed_forward=feed_forward,
+        init_std=0.2,
+        max_positions=256,
+    )
     return config.replace(**changes).build(seed=0).eval().requires_grad_(False)
 
 

@@ -215,8 +215,14 @@ def test_a_bar_is_missed_where_ours_failed_whatever_the_ratio(benchmark, monkeyp
     )
     assert [row.get("bar") for row in rows] == [3.0, 3.0, 3.0, 3.0, None, None, 3.0]
     assert [row.get("missed") for row in rows] == [
-        None, None, "ours failed in 1 round", "ours failed", None, None, "it refuses more",
-    ]  # fmt: skip
+        None,
+        None,
+        "ours failed in 1 round",
+        "ours failed",
+        None,
+        None,
+        "it refuses more",
+    ]
     asked = [row for row in rows if "bar" in row]
     assert (
         [bars.is_met(row) for row in asked] == [hooks.is_met(row) for row in asked] == [True, True, False, False, False]
@@ -410,8 +416,15 @@ def test_peers_run_as_their_documentation_says(benchmark, tmp_path):
     files = {kind: tmp_path / f"{kind}.gguf" for kind in ("Q4_0", "BF16")}
     made = {server.name: server for server in engine.servers(options, tmp_path, tmp_path, files, tmp_path / "caches")}
     assert list(made) == [
-        "ours bfloat16", "ours int8", "ours int4", "vllm", "vllm zentorch", "vllm eager", "llama.cpp Q4_0", "llama.cpp BF16",
-    ]  # fmt: skip
+        "ours bfloat16",
+        "ours int8",
+        "ours int4",
+        "vllm",
+        "vllm zentorch",
+        "vllm eager",
+        "llama.cpp Q4_0",
+        "llama.cpp BF16",
+    ]
     assert "--enforce-eager" not in made["vllm"].command + made["vllm zentorch"].command
     assert "--enforce-eager" in made["vllm eager"].command
     assert made["vllm"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
@@ -576,8 +589,13 @@ def test_rows_of_goodput_by_hand(benchmark):
 
     def load(good, p99, answered, refused=0, times=3.0):
         return {
-            "times": times, "sent": 10, "answered": answered, "rejected": refused, "goodput": good, "ttft_p99_s": p99,
-        }  # fmt: skip
+            "times": times,
+            "sent": 10,
+            "answered": answered,
+            "rejected": refused,
+            "goodput": good,
+            "ttft_p99_s": p99,
+        }
 
     told = {
         "ours": {"kept": 0.95, "rows": [load(4.0, 0.1, 4, 6)], "patient": load(4.0, 0.1, 4, 6)},
@@ -791,8 +809,12 @@ def test_everyone_has_the_share_of_experts_and_what_it_needs_beside(benchmark, t
     assert options.rounds >= 5
     assert memory.contestants(options, 0.25) == ["ours", "ours --memory", "llama.cpp mmap", "ik_llama.cpp"]
     assert memory.contestants(options, 1.0) == [
-        "ours", "llama.cpp mmap", "llama.cpp", "ik_llama.cpp", "ik_llama.cpp -rtr",
-    ]  # fmt: skip
+        "ours",
+        "llama.cpp mmap",
+        "llama.cpp",
+        "ik_llama.cpp",
+        "ik_llama.cpp -rtr",
+    ]
 
     def command(name, share):
         return memory.command_of(name, model, share, 12345, 80, options)

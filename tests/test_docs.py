@@ -526,9 +526,15 @@ def recorded_study(root, name, *, verdict=None, count=None, seeds=(0, 1, 2)):
     if verdict is not None:
         claim = {"claim": "first", "ours": 9.0, "verdict": "holds", "count": None}
         second = {
-            "claim": "second (of kmeans)", "baseline": 2.0, "ours": 2.5, "difference": 0.5, "interval": [0.25, 0.75],
-            "limit": None, "verdict": verdict, "count": count,
-        }  # fmt: skip
+            "claim": "second (of kmeans)",
+            "baseline": 2.0,
+            "ours": 2.5,
+            "difference": 0.5,
+            "interval": [0.25, 0.75],
+            "limit": None,
+            "verdict": verdict,
+            "count": count,
+        }
         record = {"claims": [claim, second], "runs": [{"runs": {"x": list(seeds)}}]}
         folder.with_suffix(".json").write_text(json.dumps(record))
 

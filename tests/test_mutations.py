@@ -37,11 +37,19 @@ def changes(source):
 def test_every_kind_of_change_once_and_no_words():
     found = changes(SOURCE)
     wanted = {
-        ("4", "5"), ("True", "False"), ("0", "1"), ("2", "3"),
-        ("item > 2", "item >= 2"), ("item > 2 and floor", "item > 2 or floor"), ("max(item, LIMIT)", "min(item, LIMIT)"),
-        ("total += max(item, LIMIT)", "total = max(item, LIMIT)"), ("check(total)", "None"), ("total < 0", "total <= 0"),
-        ("total / 2", "total * 2"), ("log.info('took %d', 7)", "None"),
-    }  # fmt: skip
+        ("4", "5"),
+        ("True", "False"),
+        ("0", "1"),
+        ("2", "3"),
+        ("item > 2", "item >= 2"),
+        ("item > 2 and floor", "item > 2 or floor"),
+        ("max(item, LIMIT)", "min(item, LIMIT)"),
+        ("total += max(item, LIMIT)", "total = max(item, LIMIT)"),
+        ("check(total)", "None"),
+        ("total < 0", "total <= 0"),
+        ("total / 2", "total * 2"),
+        ("log.info('took %d', 7)", "None"),
+    }
     assert wanted <= set(found)
     conditions = [before for before, after in found if after.startswith("if not")]
     assert len(conditions) == 2

@@ -23,9 +23,13 @@ def script(folder, *words):
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin/command.py").write_text(FIND)
     return subprocess.run(
-        [sys.executable, folder / "bin/command.py", *words], cwd=folder, capture_output=True, text=True,
-        env={"PYTHONPATH": str(Path(anabranch.__file__).parents[1])}, check=False,
-    )  # fmt: skip
+        [sys.executable, folder / "bin/command.py", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(anabranch.__file__).parents[1])},
+        check=False,
+    )
 
 
 def test_a_module_beside_a_command(tmp_path):

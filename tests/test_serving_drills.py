@@ -31,21 +31,31 @@ def test_requests_under_way_at_a_kill_ended_whole_were_told_or_were_lost(drills)
         results(
             drills,
             # Over before the kill at 10, whatever became of it.
-            (1.0, 9.5, 200, "whole"), (2.0, 9.0, 500, "error"),
+            (1.0, 9.5, 200, "whole"),
+            (2.0, 9.0, 500, "error"),
             (9.0, 11.0, 200, "whole"),
             # Told by its status, and by an event of its stream.
-            (9.0, 10.0, 500, "error"), (9.5, 10.5, 200, "error"), (9.9, 12.0, 503, "error"),
+            (9.0, 10.0, 500, "error"),
+            (9.5, 10.5, 200, "error"),
+            (9.9, 12.0, 503, "error"),
             # Neither whole nor told.
-            (8.0, 10.1, 200, "cut"), (9.0, 10.1, 0, "reset"),
+            (8.0, 10.1, 200, "cut"),
+            (9.0, 10.1, 0, "reset"),
             # Sent afterwards.
-            (10.0, 11.0, 503, "error"), (10.5, 10.6, 0, "refused"), (12.0, 13.0, 200, "whole"),
+            (10.0, 11.0, 503, "error"),
+            (10.5, 10.6, 0, "refused"),
+            (12.0, 13.0, 200, "whole"),
         ),
         at=10.0,
-    )  # fmt: skip
+    )
     assert found == {
-        "accepted": 6, "whole": 1, "told": 3, "lost": 2, "lost_later": 1,
+        "accepted": 6,
+        "whole": 1,
+        "told": 3,
+        "lost": 2,
+        "lost_later": 1,
         "outcomes": {"whole 200": 1, "error 500": 1, "error 200": 1, "error 503": 1, "cut 200": 1, "reset 0": 1},
-    }  # fmt: skip
+    }
     assert found["whole"] + found["told"] + found["lost"] == found["accepted"]
 
 

@@ -348,8 +348,12 @@ def _started(program: Path) -> tuple["subprocess.Popen[bytes]", tuple[IO[bytes],
     command = [sys.executable, "-P", str(program)]
     if sys.platform == "win32":
         process = subprocess.Popen(
-            [*command, "0", "1"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )  # fmt: skip
+            [*command, "0", "1"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         assert process.stdin is not None
         assert process.stdout is not None
         return process, (process.stdin, process.stdout)
@@ -363,10 +367,14 @@ def _started(program: Path) -> tuple["subprocess.Popen[bytes]", tuple[IO[bytes],
         (requests, their_requests), (answers, their_answers) = ends
         # A session of its own: an interrupt at the terminal is not for it.
         process = subprocess.Popen(
-            [*command, str(their_requests), str(their_answers)], env=environment, start_new_session=True,
+            [*command, str(their_requests), str(their_answers)],
+            env=environment,
+            start_new_session=True,
             pass_fds=(their_requests, their_answers),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         ours.pop_all()
     return process, (requests, answers)
 

@@ -219,18 +219,23 @@ CALLS = {
     "nothing to take off": (lambda place, model: unload(model), "no adapter that load_peft put onto it"),
     "nothing to merge": (lambda place, model: merge(model), "no adapter that load_peft"),
     "merged twice": (
-        lambda place, model: merge(own(model, lambda m: load_peft(place / "a", m), merge)), "is merged already"
+        lambda place, model: merge(own(model, lambda m: load_peft(place / "a", m), merge)),
+        "is merged already",
     ),
     "not merged": (
-        lambda place, model: unmerge(own(model, lambda m: load_peft(place / "a", m))), "the adapter is not merged"
+        lambda place, model: unmerge(own(model, lambda m: load_peft(place / "a", m))),
+        "the adapter is not merged",
     ),
     "merged into few bits": (
-        lambda place, model: merge(own(model, lambda m: quantize(m, "int8", head=None), lambda m: load_peft(place / "a", m))),
+        lambda place, model: merge(
+            own(model, lambda m: quantize(m, "int8", head=None), lambda m: load_peft(place / "a", m))
+        ),
         "stored in few bits",
     ),
     "nothing to save": (lambda place, model: save_peft(place / "out", model), "no adapter to save"),
     "a folder of other things": (
-        lambda place, model: write_peft(place / "base", read_peft(place / "a")), "would be lost|holds"
+        lambda place, model: write_peft(place / "base", read_peft(place / "a")),
+        "would be lost|holds",
     ),
     "a config that says something else": (
         lambda place, model: write_peft(place / "out", Adapter({"peft_type": "LORA", "r": 9}, one().pairs)),
@@ -247,7 +252,9 @@ CALLS = {
         "row 0 has weight nan",
     ),
     "a weight without end": (
-        lambda place, model: rows_for(own(model, lambda m: load_pool({"a": place / "a"}, m)), [None, {"a": math.inf}], 6),
+        lambda place, model: rows_for(
+            own(model, lambda m: load_pool({"a": place / "a"}, m)), [None, {"a": math.inf}], 6
+        ),
         "row 1 has weight inf",
     ),
     "rows of another batch": (
@@ -272,10 +279,12 @@ CALLS = {
     "a weight too few": (lambda place, model: combine([one(), one()], [1.0]), "1 weights for 2 adapters"),
     "a sum of two models": (lambda place, model: combine([one(), one(inputs=16)], [1, 1]), "must be of one model"),
     "a sum that no float holds": (
-        lambda place, model: combine([one(alpha=2e9)] * 2, [3e38, 3e38]), "cannot hold; give weights nearer to 0"
+        lambda place, model: combine([one(alpha=2e9)] * 2, [3e38, 3e38]),
+        "cannot hold; give weights nearer to 0",
     ),
     "ranks that cannot be summed": (
-        lambda place, model: combine([one(), one(3)], [1, 1], "ties"), "'ties_svd' does not"
+        lambda place, model: combine([one(), one(3)], [1, 1], "ties"),
+        "'ties_svd' does not",
     ),
     "a rule that there is not": (lambda place, model: combine([one()], [1], "average"), "method is 'average'"),
     "a density above all": (lambda place, model: combine([one()], [1], "ties", density=2.0), "density is 2.0"),
@@ -283,27 +292,48 @@ CALLS = {
     "a rank of no use": (lambda place, model: combine([one()], [1], "ties", rank=2), "has none to choose"),
     "nothing to export": (lambda place, model: export_mixture(place / "out", model, {}), "no adapter to export"),
     "a method that there is not": (lambda place, model: catalogue.apply(model, "lora2"), "did you mean 'lora'"),
-    "an option that it has not": (lambda place, model: catalogue.apply(model, "lora", width=2), "has no option 'width'"),
-    "rank 0 of a method": (lambda place, model: catalogue.apply(model, "lora", rank=0), "must be a whole number, at least 1"),
+    "an option that it has not": (
+        lambda place, model: catalogue.apply(model, "lora", width=2),
+        "has no option 'width'",
+    ),
+    "rank 0 of a method": (
+        lambda place, model: catalogue.apply(model, "lora", rank=0),
+        "must be a whole number, at least 1",
+    ),
     "a layer that there is not": (
-        lambda place, model: catalogue.apply(model, "lora", targets=("w",)), "names no linear layer of this model"
+        lambda place, model: catalogue.apply(model, "lora", targets=("w",)),
+        "names no linear layer of this model",
     ),
     "no layers": (lambda place, model: catalogue.apply(model, "lora", targets=()), "targets is empty"),
     "biases that there are not": (lambda place, model: catalogue.apply(model, "bitfit"), "this model has no biases"),
-    "every layer dropped": (lambda place, model: catalogue.apply(model, "adapter-drop", drop=9), "no linear layer is left"),
+    "every layer dropped": (
+        lambda place, model: catalogue.apply(model, "adapter-drop", drop=9),
+        "no linear layer is left",
+    ),
     "more active than there are": (lambda place, model: catalogue.apply(model, "mixlora", number=2, active=3), "top_k"),
     "a method of others": (lambda place, model: catalogue.apply(model, "vera"), "not one of our own methods"),
     "a method on an adapter": (
-        lambda place, model: catalogue.apply(own(model, lambda m: load_peft(place / "a", m)), "lora"), "take that off first"
+        lambda place, model: catalogue.apply(own(model, lambda m: load_peft(place / "a", m)), "lora"),
+        "take that off first",
     ),
     "a method that cannot be merged": (
-        lambda place, model: catalogue.apply(own(model), "adapter-parallel").merge(), "cannot be merged"
+        lambda place, model: catalogue.apply(own(model), "adapter-parallel").merge(),
+        "cannot be merged",
     ),
-    "no adapter of the catalogue": (lambda place, model: catalogue.load_applied(place / "a", model), "it holds no catalogue"),
-    "measurements of no method": (lambda place, model: measured(place, [{"method": "x", "accuracy": 1}]), "there is no card"),
-    "measurements above one": (lambda place, model: measured(place, [{"method": "lora", "accuracy": 3}]), "from 0 to 1"),
+    "no adapter of the catalogue": (
+        lambda place, model: catalogue.load_applied(place / "a", model),
+        "it holds no catalogue",
+    ),
+    "measurements of no method": (
+        lambda place, model: measured(place, [{"method": "x", "accuracy": 1}]),
+        "there is no card",
+    ),
+    "measurements above one": (
+        lambda place, model: measured(place, [{"method": "lora", "accuracy": 3}]),
+        "from 0 to 1",
+    ),
     "measurements that are none": (lambda place, model: measured(place, {"lora": 1}), "a list of measurements"),
-}  # fmt: skip
+}
 
 
 def catalogue_model():

@@ -91,9 +91,13 @@ def test_each_budget_gives_what_all_in_memory_give(kind, is_compiled, monkeypatc
 
 
 @given(
-    items=st.integers(0, 9), choices=st.integers(1, 2), number=st.integers(1, 9), seed=st.integers(0, 99),
-    kind=st.sampled_from([torch.float32, torch.bfloat16]), wide=st.booleans(),
-)  # fmt: skip
+    items=st.integers(0, 9),
+    choices=st.integers(1, 2),
+    number=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from([torch.float32, torch.bfloat16]),
+    wide=st.booleans(),
+)
 @torch.no_grad()
 def test_it_adds_to_rows_as_the_pool_does(items, choices, number, seed, kind, wide):
     pool, _, offloaded = made(number, kind)

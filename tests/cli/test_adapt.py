@@ -500,9 +500,20 @@ def test_held_out_rows_of_unknown_tasks_are_told_by_their_line(here, base):
 def test_a_method_of_the_catalogue_from_rows_to_a_served_model(here, base):
     """Trained, measured row by row, fused with its base, and then a model like any other."""
     told = adapted(
-        here, base / "base", base / "rows.jsonl", "--method", "lst", "--set", "method.reduction=4",
-        "--out", base / "lst", "--steps", 6, "--learning-rate", 0.03,
-    )  # fmt: skip
+        here,
+        base / "base",
+        base / "rows.jsonl",
+        "--method",
+        "lst",
+        "--set",
+        "method.reduction=4",
+        "--out",
+        base / "lst",
+        "--steps",
+        6,
+        "--learning-rate",
+        0.03,
+    )
     assert (told["method"], told["form"], told["status"]) == ("lst", "anabranch", "finished")
     assert told["after"]["nats_per_token"] < told["before"]["nats_per_token"]
 

@@ -15,8 +15,12 @@ def shell(tmp_path, environment):
     def start(*words):
         process = subprocess.Popen(
             [sys.executable, "-m", "anabranch", "cluster", "bench", *words],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+        )
         running.append(process)
         return process
 

@@ -29,8 +29,12 @@ def begun(tmp_path, environment):
         with (tmp_path / f"said-{len(running)}").open("w") as said:
             process = subprocess.Popen(
                 [*before, *map(str, words)],
-                stdout=subprocess.PIPE, stderr=said, text=True, cwd=tmp_path, env=environment | more,
-            )  # fmt: skip
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                cwd=tmp_path,
+                env=environment | more,
+            )
         process.said = tmp_path / f"said-{len(running)}"
         running.append(process)
         return process

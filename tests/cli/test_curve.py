@@ -21,18 +21,23 @@ def place(tmp_path_factory):
     tasks = ["sums" if at % 2 else "words" for at in range(90)]
     lines = {
         "samples.jsonl": [
-            {"question": f"q {at}?", "task": tasks[at], "samples": row.tolist(), "model": "small"} for at, row in enumerate(rows)
+            {"question": f"q {at}?", "task": tasks[at], "samples": row.tolist(), "model": "small"}
+            for at, row in enumerate(rows)
         ],
         "scores.jsonl": [
-            {"query": f"q {at}?", "scores": {"small": row.tolist()}, "cost": {"small": 0.002}} for at, row in enumerate(rows)
+            {"query": f"q {at}?", "scores": {"small": row.tolist()}, "cost": {"small": 0.002}}
+            for at, row in enumerate(rows)
         ],
-        "each.jsonl": [{"query": f"q {at}?", "scores": {"small": int(one)}} for at, row in enumerate(rows) for one in row],
+        "each.jsonl": [
+            {"query": f"q {at}?", "scores": {"small": int(one)}} for at, row in enumerate(rows) for one in row
+        ],
         "none.jsonl": [{"question": f"q {at}?", "samples": [False] * 8, "model": "small"} for at in range(100)],
         "mixed.jsonl": [
-            {"query": f"q {at}?", "scores": {"small": row.tolist(), "tiny": [0] * 8, "sure": [1] * 8}} for at, row in enumerate(rows)
+            {"query": f"q {at}?", "scores": {"small": row.tolist(), "tiny": [0] * 8, "sure": [1] * 8}}
+            for at, row in enumerate(rows)
         ],
         "single.jsonl": [{"query": f"q {at}?", "scores": {"small": 1}} for at in range(9)],
-    }  # fmt: skip
+    }
     for name, of in lines.items():
         (folder / name).write_text("\n".join(map(json.dumps, of)))
     (folder / "rows.json").write_text(json.dumps(rows.tolist()))
@@ -103,18 +108,24 @@ def test_worth_and_cost_say_when_to_stop(run, curve):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("samples.jsonl --value 0.1", "--value needs what an answer of small costs, which the data do not say; give --cost"),
+        (
+            "samples.jsonl --value 0.1",
+            "--value needs what an answer of small costs, which the data do not say; give --cost",
+        ),
         ("samples.jsonl --cost 0.1", "--cost is 0.1 without --value; say what a right answer is worth"),
         ("samples.jsonl --cost 0.1 --value 0", "--value is 0; it must be above 0 dollars"),
         ("samples.jsonl --cost -1 --value 1", "--cost is -1; it must be above 0 dollars"),
-        ("samples.jsonl --cost 2 --value 1", "an answer of small costs 2 and a right one is worth 1, so that none pays"),
+        (
+            "samples.jsonl --cost 2 --value 1",
+            "an answer of small costs 2 and a right one is worth 1, so that none pays",
+        ),
         ("samples.jsonl --eps 0", "--eps is 0; it must be a share of questions"),
         ("samples.jsonl --model tiny", "no model 'tiny' in the recorded outcomes; known: small"),
         ("samples.jsonl --picture c.pdf", "--picture is 'c.pdf'; its name must end in .png or .svg"),
         ("single.jsonl", "each question has one sample, which shows no curve; give several of each"),
         ("no.jsonl", "cannot read no.jsonl: no such file or directory"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(run, line, message):
     code, out, err = run(f"routers curve {line} --quiet")
     assert (code, out) == (2, "")

@@ -16,9 +16,13 @@ from anabranch.nn import SelfAttention, SwiGLU
 def deep(work):
     """A folder of a model with 4 blocks that matter."""
     config = Decoder.Config(
-        dim=16, num_layers=4, attention=SelfAttention.Config(num_heads=2), feed_forward=SwiGLU.Config(hidden_dim=24),
-        max_positions=256, init_std=0.3,
-    )  # fmt: skip
+        dim=16,
+        num_layers=4,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=SwiGLU.Config(hidden_dim=24),
+        max_positions=256,
+        init_std=0.3,
+    )
     save_model(work / "deep", config.build(seed=0), ByteTokenizer())
     return "deep"
 

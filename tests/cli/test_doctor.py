@@ -245,10 +245,17 @@ def test_versions_are_told_and_those_that_are_too_old(here, monkeypatch):
 @pytest.mark.parametrize(
     ("version", "needs", "fits"),
     [
-        ("2.10.0", ">=2.10", True), ("2.9.9", ">=2.10", False), ("2.10", ">=2.10.0", True), ("2.10.0+cu128", ">=2.10", True),
-        ("2.11.0a0+git1", ">=2.10", True), ("10", ">=9.1", True), ("3", ">=2.2,<3", False), ("2.3.0", ">=2.2, <3", True), ("1", "", True),
+        ("2.10.0", ">=2.10", True),
+        ("2.9.9", ">=2.10", False),
+        ("2.10", ">=2.10.0", True),
+        ("2.10.0+cu128", ">=2.10", True),
+        ("2.11.0a0+git1", ">=2.10", True),
+        ("10", ">=9.1", True),
+        ("3", ">=2.2,<3", False),
+        ("2.3.0", ">=2.2, <3", True),
+        ("1", "", True),
     ],
-)  # fmt: skip
+)
 def test_versions_are_compared_by_their_numbers(monkeypatch, version, needs, fits):
     monkeypatch.setattr(metadata, "version", lambda name: version)
     assert Package("x", needs).fits == fits

@@ -491,9 +491,13 @@ def test_every_node_of_a_torchrun_without_a_name_knows_its_run(tmp_path, monkeyp
     run.prepare(tmp_path, run.RunConfig())
     # By hand: restarts, node, agent, port. The first node's agent lives through restarts; another's has another number.
     for case, known in {
-        (1, 0, 7, 29500): True, (1, 1, 9, 29500): True,
-        (1, 0, 8, 29500): False, (1, 1, 9, 29501): False, (0, 0, 7, 29500): False, (0, 1, 9, 29500): False,
-    }.items():  # fmt: skip
+        (1, 0, 7, 29500): True,
+        (1, 1, 9, 29500): True,
+        (1, 0, 8, 29500): False,
+        (1, 1, 9, 29501): False,
+        (0, 0, 7, 29500): False,
+        (0, 1, 9, 29500): False,
+    }.items():
         started(*case)
         assert run.is_restart(tmp_path) is known, case
     started(1, 1, 9, "")

@@ -86,8 +86,26 @@ def test_a_gzipped_file_gives_the_same_numbers(run):
 
 
 def test_eval_learns_judges_and_writes_pages(run, place):
-    found = told(run("eval", "data.jsonl", "--strategy", "knn", "--set", "knn.k=5", "--html", "page.html", "--picture", "curve.svg",
-                     "--markdown", "table.md", "--seeds", "1", "--json", "--quiet"))  # fmt: skip
+    found = told(
+        run(
+            "eval",
+            "data.jsonl",
+            "--strategy",
+            "knn",
+            "--set",
+            "knn.k=5",
+            "--html",
+            "page.html",
+            "--picture",
+            "curve.svg",
+            "--markdown",
+            "table.md",
+            "--seeds",
+            "1",
+            "--json",
+            "--quiet",
+        )
+    )
     assert found["wrote"] == ["curve.svg", "page.html", "table.md"]
     assert found["num_train"] == 128
     page = (place / "page.html").read_text()

@@ -26,9 +26,15 @@ def store(tmp_path):
                     f"r{number}", subjects_of(key if number < 2 else None, user="=ann"), 3 * 10**9
                 )
                 row = LedgerRow(
-                    request_id=f"r{number}", cost_nano=cost, status=status, model=f"m{number % 2}", prompt_tokens=1000, latency_us=1500,
-                    candidates=("m0", "m1"), price=Price(input=1_500),
-                )  # fmt: skip
+                    request_id=f"r{number}",
+                    cost_nano=cost,
+                    status=status,
+                    model=f"m{number % 2}",
+                    prompt_tokens=1000,
+                    latency_us=1500,
+                    candidates=("m0", "m1"),
+                    price=Price(input=1_500),
+                )
                 await opened.settle(held, row)
 
     asyncio.run(fill())
@@ -53,8 +59,28 @@ def facts(run):
 
 
 def test_a_key_lives_and_ends(run, facts, store):
-    made = facts("keys", "create", "web", "--user", "ann", "--tag", "a", "--tag", "b", "--model", "m0", "--rpm", 60, "--expires", "90d",
-                 "--budget", 25, "--period", "month", "--admin")  # fmt: skip
+    made = facts(
+        "keys",
+        "create",
+        "web",
+        "--user",
+        "ann",
+        "--tag",
+        "a",
+        "--tag",
+        "b",
+        "--model",
+        "m0",
+        "--rpm",
+        60,
+        "--expires",
+        "90d",
+        "--budget",
+        25,
+        "--period",
+        "month",
+        "--admin",
+    )
     assert made["key"].startswith("sk-ab-")
     assert (made["name"], made["user"], made["tags"], made["models"], made["rpm"]) == (
         "web",
@@ -114,9 +140,23 @@ def test_a_key_is_edited_and_renewed(run, facts, here, store):
         "--model",
         "m0",
     )
-    assert (changed["id"], changed["team"], changed["rpm"], changed["tpm"], changed["expires"], changed["tags"], changed["models"]) == (
-        made["id"], "research", 60, 5, None, [], ["m0"],
-    )  # fmt: skip
+    assert (
+        changed["id"],
+        changed["team"],
+        changed["rpm"],
+        changed["tpm"],
+        changed["expires"],
+        changed["tags"],
+        changed["models"],
+    ) == (
+        made["id"],
+        "research",
+        60,
+        5,
+        None,
+        [],
+        ["m0"],
+    )
     assert made["id"] in run("keys", "edit", made["id"][:9], "--name", "site", "--clear", "rpm")
     renewed = facts("keys", "rotate", "site")
     assert renewed["key"] != made["key"]

@@ -487,8 +487,14 @@ MISTAKES = [
     ("index v.npy --out x.anb --memory 1GiB", "--memory is only for --disk"),
     ("index v.npy --out x.anb --code-bytes 3", "--code-bytes is for --disk"),
     ("index v.npy --out x.anb --disk --memory 8", "--memory is '8'; give a number of bytes with a unit"),
-    ("index v.npy --out x.anb --disk --memory 1MiB", "memory is 1,048,576 bytes, and an index on disk of 300 vectors of 6 numbers needs"),
-    ("index v.npy --out x.anb --disk --code-bytes 7", "code_bytes is 7; vectors of 6 numbers have codes of 1 to 6 bytes"),
+    (
+        "index v.npy --out x.anb --disk --memory 1MiB",
+        "memory is 1,048,576 bytes, and an index on disk of 300 vectors of 6 numbers needs",
+    ),
+    (
+        "index v.npy --out x.anb --disk --code-bytes 7",
+        "code_bytes is 7; vectors of 6 numbers have codes of 1 to 6 bytes",
+    ),
     ("index v.npy --out x.anb --disk --dtype i8", "--dtype is i8; with --disk"),
     ("index v.npy --out x.anb --disk --metric l1", "metric is 'l1'"),
     ("index v.npy --out x.anb --disk --walks 5", "--disk is for vectors"),
@@ -497,7 +503,10 @@ MISTAKES = [
     ("index v.npy --out x.anb --disk --names edges.csv", "--names is of a graph with 6 nodes; there are 300 vectors"),
     ("index cut.anb --out x.anb --disk", "cut.anb"),
     ("inf", "no such command 'inf'; did you mean 'info'? (see anabranch graph --help)"),
-    ("info edges.csv --pictur x.png", "no such option: --pictur; did you mean --picture? (see anabranch graph info --help)"),
+    (
+        "info edges.csv --pictur x.png",
+        "no such option: --pictur; did you mean --picture? (see anabranch graph info --help)",
+    ),
     ("ppr", "missing argument 'GRAPH' (see anabranch graph ppr --help)"),
     ("info nowhere.csv", "there is no file nowhere.csv, and no graph 'nowhere.csv'; known: blogcatalog"),
     ("info .", "is a folder, not a file"),
@@ -612,7 +621,7 @@ MISTAKES = [
     ("search v.anb --rows 1 --only 1 --without 2", "give only one of --only and --without"),
     ("search v.anb --rows 1 --only x", "--only is 'x'; write ids as 0,7 or 0-9"),
     ("search v.anb --rows 0-99999999999", "at most 10,000,000 are taken"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -710,11 +719,17 @@ def test_shipped_graphs_are_read_by_name(facts):
 @pytest.mark.parametrize(
     "command",
     [
-        "info e.csv --out ./e.csv", "embed e.csv --out e.csv", "embed e.csv --out link.csv", "ppr e.csv --all --out e.csv",
-        "ppr e.csv a --out e.csv", "ppr e.csv --seeds s.csv --out s.csv", "index e.csv --out e.csv", "index e.csv --walks 2 --out e.csv",
+        "info e.csv --out ./e.csv",
+        "embed e.csv --out e.csv",
+        "embed e.csv --out link.csv",
+        "ppr e.csv --all --out e.csv",
+        "ppr e.csv a --out e.csv",
+        "ppr e.csv --seeds s.csv --out s.csv",
+        "index e.csv --out e.csv",
+        "index e.csv --walks 2 --out e.csv",
         "rank c.csv jazz --out c.csv",
     ],
-)  # fmt: skip
+)
 def test_no_command_writes_over_what_it_reads(command, tmp_path, monkeypatch, here):
     monkeypatch.chdir(tmp_path)
     texts = {

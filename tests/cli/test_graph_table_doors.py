@@ -90,21 +90,43 @@ DOORS = {
 }
 # Each adds a table's edges to a graph, or takes them away.
 OF_GRAPHS = {
-    "--add, --remove and transform, text": lambda folder, frame, graph: read_edges(_file(folder, frame, "t.csv"), graph),
-    "--add, --remove and transform, Parquet": lambda folder, frame, graph: read_edges(_file(folder, frame, "t.parquet"), graph),
-}  # fmt: skip
+    "--add, --remove and transform, text": lambda folder, frame, graph: read_edges(
+        _file(folder, frame, "t.csv"), graph
+    ),
+    "--add, --remove and transform, Parquet": lambda folder, frame, graph: read_edges(
+        _file(folder, frame, "t.parquet"), graph
+    ),
+}
 ENDS = {"Source": ["ann", "bob"], "Target": ["bob", "cy"]}
 REFUSED = {
     "tuples": (pd.DataFrame({"source": ["(ann", "(bob"], "target": ["bob)", "cy)"]}), "as Python or JSON prints it"),
-    "arrows": (pd.DataFrame({"x": ["ann", "bob"], "y": ["->", "->"], "z": ["bob", "cy"]}), "a sign between|third field|are these names"),
-    "lists": (pd.DataFrame({"x": ["ann:", "bob:"], "y": ["bob", "cy"]}), "are those behind it neighbours|are these names"),
+    "arrows": (
+        pd.DataFrame({"x": ["ann", "bob"], "y": ["->", "->"], "z": ["bob", "cy"]}),
+        "a sign between|third field|are these names",
+    ),
+    "lists": (
+        pd.DataFrame({"x": ["ann:", "bob:"], "y": ["bob", "cy"]}),
+        "are those behind it neighbours|are these names",
+    ),
     "a matrix": (pd.DataFrame(RING, columns=list("klmno")), "is it a matrix|are these names"),
-    "a matrix of true and false": (pd.DataFrame(RING, columns=list("klmno")).astype(bool), "is it a matrix|third field|are these names"),
+    "a matrix of true and false": (
+        pd.DataFrame(RING, columns=list("klmno")).astype(bool),
+        "is it a matrix|third field|are these names",
+    ),
     "both directions": (pd.DataFrame({**ENDS, "Type": ["Directed", "Undirected"]}), "where those before are directed"),
-    "both directions, undirected first": (pd.DataFrame({**ENDS, "type": ["undirected", "Directed "]}), "where those before are undirected"),
-    "a direction and none": (pd.DataFrame({**ENDS, "Type": ["Directed", None]}), "where those before are directed|type is empty"),
-    "a direction and another word": (pd.DataFrame({**ENDS, "Type": ["Directed", "friend"]}), "where those before are directed"),
-}  # fmt: skip
+    "both directions, undirected first": (
+        pd.DataFrame({**ENDS, "type": ["undirected", "Directed "]}),
+        "where those before are undirected",
+    ),
+    "a direction and none": (
+        pd.DataFrame({**ENDS, "Type": ["Directed", None]}),
+        "where those before are directed|type is empty",
+    ),
+    "a direction and another word": (
+        pd.DataFrame({**ENDS, "Type": ["Directed", "friend"]}),
+        "where those before are directed",
+    ),
+}
 
 
 @pytest.mark.parametrize("door", [*DOORS, *OF_GRAPHS])

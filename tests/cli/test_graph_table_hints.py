@@ -89,10 +89,13 @@ GOOD = {
         "user,item,rating,timestamp,sess\n1,2,5,9,1\n2,3,4,9,1\n3,1,3,9,2\n4,1,3,9,2\n5,2,3,9,2\n",
         [(1, 2), (2, 3), (3, 1), (4, 1), (5, 2)],
     ),
-    "words of ends": ("source,target\nfrom,to\nto,from\nsource,word\n", [("from", "to"), ("source", "word"), ("to", "from")]),
+    "words of ends": (
+        "source,target\nfrom,to\nto,from\nsource,word\n",
+        [("from", "to"), ("source", "word"), ("to", "from")],
+    ),
     "names once more in quotes": ('from,to\ngo,to\n"from","to"\n', [("from", "to"), ("go", "to")]),
     "other names in another case": ("x,y,weight\nann,bob,1\nX,Y,2\n", [("X", "Y", 2.0), ("ann", "bob", 1.0)]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", GOOD)

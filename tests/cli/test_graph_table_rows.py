@@ -71,7 +71,10 @@ GOOD = {
     "one with a colon": ("v1:,b\nb,c\n", [("b", "c"), ("v1:", "b")]),
     "colons below names": ("source,target\na:,b:\nb:,c:\n", [("a:", "b:"), ("b:", "c:")]),
     "times": ("12:30,12:40\n12:40,12:50\n", [("12:30", "12:40"), ("12:40", "12:50")]),
-    "uris": ("<http://a>\t<http://b>\n<http://b>\t<http://c>\n", [("<http://a>", "<http://b>"), ("<http://b>", "<http://c>")]),
+    "uris": (
+        "<http://a>\t<http://b>\n<http://b>\t<http://c>\n",
+        [("<http://a>", "<http://b>"), ("<http://b>", "<http://c>")],
+    ),
     "numbered": ("n1,n2\nn2,n3\n", [("n1", "n2"), ("n2", "n3")]),
     "numbered, of two kinds": ("x1,x2\ny1,y2\n", [("x1", "x2"), ("y1", "y2")]),
     "numbered as in R": ("V1,V2\nV2,V3\n", [("V1", "V2"), ("V2", "V3")]),
@@ -82,7 +85,7 @@ GOOD = {
     "OGB's": ("0,1\n5,7\n", [(0, 1), (5, 7)]),
     "whole weights": ("0,1,2\n5,7,3\n", [(0, 1), (5, 7)]),
     "no positions": ("0,1,3\n5,7,0.5\n", [(0, 1), (5, 7)]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", GOOD)
@@ -94,10 +97,19 @@ def test_names_near_these_are_names(tmp_path, what):
 @pytest.mark.parametrize(
     "names",
     [
-        "_1,_2", "_c0,_c1", "column_1,column_2", "column0,column1", "f0,f1", "...1,...2", "v1,v2", "node_a,node_b", "Var1,Var2,Freq",
-        '"","_1","_2"', "person 1,person 2",
+        "_1,_2",
+        "_c0,_c1",
+        "column_1,column_2",
+        "column0,column1",
+        "f0,f1",
+        "...1,...2",
+        "v1,v2",
+        "node_a,node_b",
+        "Var1,Var2,Freq",
+        '"","_1","_2"',
+        "person 1,person 2",
     ],
-)  # fmt: skip
+)
 def test_names_that_programs_give_by_themselves_are_no_nodes(tmp_path, names):
     """Spark's _1 and _2 were the ends of an edge."""
     rows = [["ann", "bob", "2"], ["bob", "cy", "3"]]

@@ -17,10 +17,14 @@ COMMANDS = {
         {"HTML": "o.html", "PICTURE": "o.svg", "MARKDOWN": "o.md"},
     ),
     "gateway fit": (
-        "{data} --prices {prices} --out {OUT}", {"data": "routers/d.jsonl", "prices": "routers/p.json"}, {"OUT": "routers"}
+        "{data} --prices {prices} --out {OUT}",
+        {"data": "routers/d.jsonl", "prices": "routers/p.json"},
+        {"OUT": "routers"},
     ),
     "gateway curve": (
-        "{data} --prices {prices} --picture {PICTURE}", {"data": "d.jsonl", "prices": "p.json"}, {"PICTURE": "o.svg"}
+        "{data} --prices {prices} --picture {PICTURE}",
+        {"data": "d.jsonl", "prices": "p.json"},
+        {"PICTURE": "o.svg"},
     ),
     "gateway probe": ("{data} --out {OUT}", {"data": "s.json"}, {"OUT": "o.json"}),
     "gateway scale": (
@@ -35,7 +39,11 @@ COMMANDS = {
     ),
     "gateway ledger export": ("--store {store} --out {OUT}", {"store": "store.csv"}, {"OUT": "o.csv"}),
     "gateway ledger backup": ("--store {store} {OUT}", {"store": "g.db"}, {"OUT": "o.db"}),
-    "graph info": ("{source} --out {OUT} --picture {PICTURE}", {"source": "e.csv"}, {"OUT": "o.csv", "PICTURE": "o.svg"}),
+    "graph info": (
+        "{source} --out {OUT} --picture {PICTURE}",
+        {"source": "e.csv"},
+        {"OUT": "o.csv", "PICTURE": "o.svg"},
+    ),
     "graph ppr": (
         "{source} --seeds {seeds} --index {index} --out {OUT}",
         {"source": "e.csv", "seeds": "s.csv", "index": "i.anb"},
@@ -49,7 +57,9 @@ COMMANDS = {
     "graph peer": ("{LOG} --items {items} --key {KEY}", {"items": "i.csv"}, {"LOG": "o.db", "KEY": "o.key"}),
     "graph tune": ("{source} --labels {labels} --out {OUT}", {"source": "e.csv", "labels": "l.csv"}, {"OUT": "o.csv"}),
     "graph resume": (
-        "{fitted} {source} --save {SAVE} --out {OUT}", {"fitted": "i.anb", "source": "e.csv"}, {"SAVE": "o.anb", "OUT": "o.npy"}
+        "{fitted} {source} --save {SAVE} --out {OUT}",
+        {"fitted": "i.anb", "source": "e.csv"},
+        {"SAVE": "o.anb", "OUT": "o.npy"},
     ),
     "graph transform": (
         "{fitted} --edges {edges} --features {features} --out {OUT}",
@@ -98,13 +108,31 @@ COMMANDS = {
     "cluster bench": ("--master 127.0.0.1:1 --wait 1 --secret-file {secret_file}", {"secret_file": "s.txt"}, {}),
     "cluster coordinate": ("--listen 127.0.0.1:0 --secret-file {secret_file}", {"secret_file": "s.txt"}, {}),
     "cluster master": (
-        "--listen 127.0.0.1:0 --journal {JOURNAL} --secret-file {secret_file}", {"secret_file": "s.txt"}, {"JOURNAL": "o.txt"}
+        "--listen 127.0.0.1:0 --journal {JOURNAL} --secret-file {secret_file}",
+        {"secret_file": "s.txt"},
+        {"JOURNAL": "o.txt"},
     ),
     "cluster plan": ("{model} --ranks 1 --picture {PICTURE}", {"model": "m/config.json"}, {"PICTURE": "o.svg"}),
-    "heads report": ("{model} --data {data} --trace {TRACE}", {"model": "m/config.json", "data": "t.parquet"}, {"TRACE": "o.parquet"}),
-    "depth prune": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.safetensors"}),
-    "depth search": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.jsonl"}),
-    "depth train": ("{model} --paths {paths} --out {OUT}", {"model": "m/config.json", "paths": "m/p.jsonl"}, {"OUT": "m"}),
+    "heads report": (
+        "{model} --data {data} --trace {TRACE}",
+        {"model": "m/config.json", "data": "t.parquet"},
+        {"TRACE": "o.parquet"},
+    ),
+    "depth prune": (
+        "{model} --data {data} --out {OUT}",
+        {"model": "m/config.json", "data": "q.jsonl"},
+        {"OUT": "o.safetensors"},
+    ),
+    "depth search": (
+        "{model} --data {data} --out {OUT}",
+        {"model": "m/config.json", "data": "q.jsonl"},
+        {"OUT": "o.jsonl"},
+    ),
+    "depth train": (
+        "{model} --paths {paths} --out {OUT}",
+        {"model": "m/config.json", "paths": "m/p.jsonl"},
+        {"OUT": "m"},
+    ),
     "depth report": (
         "{model} --data {data} --routers {routers} --out {OUT}",
         {"model": "m/config.json", "data": "text/a.txt", "routers": "b/config.json"},
@@ -113,10 +141,14 @@ COMMANDS = {
     "adapters cluster": ("{pool} --clusters 1 --out {OUT}", {"pool": "p/adapter_config.json"}, {"OUT": "p"}),
     "adapters merge": ("{adapters} --out {OUT}", {"adapters": "a/adapter_config.json"}, {"OUT": "a"}),
     "adapters export": (
-        "{model} {adapters} --out {OUT}", {"adapters": "a/adapter_config.json", "model": "m/config.json"}, {"OUT": "a"}
+        "{model} {adapters} --out {OUT}",
+        {"adapters": "a/adapter_config.json", "model": "m/config.json"},
+        {"OUT": "a"},
     ),
     "adapters fuse": (
-        "{model} {adapter} --out {OUT}", {"adapter": "a/adapter_config.json", "model": "m/config.json"}, {"OUT": "m"}
+        "{model} {adapter} --out {OUT}",
+        {"adapter": "a/adapter_config.json", "model": "m/config.json"},
+        {"OUT": "m"},
     ),
     "pvchat pretrain": ("{drawings} --out {OUT}", {"drawings": "m/d.zip"}, {"OUT": "m"}),
     "pvchat learn": (
@@ -135,11 +167,23 @@ COMMANDS = {
         {"model": "m/config.json", "adapter": "a/adapter_config.json", "data": "text/a.txt"},
         {"OUT": "rep/adapters.html"},
     ),
-    "rl eval": ("{run} --csv {CSV} --picture {PICTURE}", {"run": "m/config.json"}, {"CSV": "o.csv", "PICTURE": "o.svg"}),
+    "rl eval": (
+        "{run} --csv {CSV} --picture {PICTURE}",
+        {"run": "m/config.json"},
+        {"CSV": "o.csv", "PICTURE": "o.svg"},
+    ),
     "rl replay": ("{run} --out {OUT}", {"run": "m/config.json"}, {"OUT": "o.gif"}),
-    "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
-    "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
-}  # fmt: skip
+    "report": (
+        "{model} --data {data} --out {OUT}",
+        {"model": "m/config.json", "data": "text/a.txt"},
+        {"OUT": "rep/report.html"},
+    ),
+    "oracle": (
+        "{model} --data {data} --out {OUT}",
+        {"model": "m/config.json", "data": "text/a.txt"},
+        {"OUT": "orc/oracle.json"},
+    ),
+}
 COMMANDS["depth oracle"] = COMMANDS["oracle"]
 COMMANDS |= {f"routers {name}": COMMANDS[f"gateway {name}"] for name in ("curve", "eval", "fit", "probe", "scale")}
 OWN_NAMES = (
@@ -154,15 +198,45 @@ OWN_NAMES = (
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
     "rl train",
-    "compare", "convert", "eval adapter", "study", "train", "heads train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
-    "eval data", "train config_file", "serve config_files", "serve adapter_root", "gateway serve config_files", "gateway serve store",
-    "serve depth", "serve skipper", "generate depth", "generate skipper", "chat depth", "chat skipper",
-    "gateway replay router", "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",
+    "compare",
+    "convert",
+    "eval adapter",
+    "study",
+    "train",
+    "heads train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
+    "eval data",
+    "train config_file",
+    "serve config_files",
+    "serve adapter_root",
+    "gateway serve config_files",
+    "gateway serve store",
+    "serve depth",
+    "serve skipper",
+    "generate depth",
+    "generate skipper",
+    "chat depth",
+    "chat skipper",
+    "gateway replay router",
+    "gateway replay prices",
+    "gateway route router",
+    "gateway serve router",
+    "gateway add-model config_files",
     "adapt config_files",
-    "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",
-    "depth eval data", "depth eval routers", "depth prune-eval data", "depth prune-eval skipper", "depth redundancy data",
-    "routers replay router", "routers replay prices", "routers route router", "adapters recommend", "adapters eval",
-}  # fmt: skip
+    "gateway coe frontier router",
+    "gateway coe report router",
+    "routers coe frontier router",
+    "routers coe report router",
+    "depth eval data",
+    "depth eval routers",
+    "depth prune-eval data",
+    "depth prune-eval skipper",
+    "depth redundancy data",
+    "routers replay router",
+    "routers replay prices",
+    "routers route router",
+    "adapters recommend",
+    "adapters eval",
+}
 # What is named on the command line is not the file but its folder.
 FOLDERS = {"model": "m", "run": "m", "router": "routers", "adapters": "a", "adapter": "a", "routers": "b", "pool": "p"}
 

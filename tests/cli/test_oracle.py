@@ -16,9 +16,13 @@ FILES = {"labels.jsonl", "oracle.json", "oracle.png", "oracle.svg"}
 
 def save(folder, feed_forward):
     config = Decoder.Config(
-        dim=16, num_layers=3, attention=SelfAttention.Config(num_heads=2), feed_forward=feed_forward,
-        max_positions=64, init_std=0.3,
-    )  # fmt: skip
+        dim=16,
+        num_layers=3,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=feed_forward,
+        max_positions=64,
+        init_std=0.3,
+    )
     save_model(folder, config.build(seed=0), ByteTokenizer())
     return folder
 

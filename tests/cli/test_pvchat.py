@@ -11,13 +11,27 @@ from PIL import Image
 from drawn_subjects import picture, write_drawings, write_runs
 
 TINY = [
-    "--set=model.dim=32", "--set=model.frames=4", "--set=model.num_queries=4", "--set=model.personal_tokens=2", "--set=batch_size=4",
-    "--set=held_out=8", "--device", "cpu",
-]  # fmt: skip
+    "--set=model.dim=32",
+    "--set=model.frames=4",
+    "--set=model.num_queries=4",
+    "--set=model.personal_tokens=2",
+    "--set=batch_size=4",
+    "--set=held_out=8",
+    "--device",
+    "cpu",
+]
 FEW = [
-    "--set=data.positives=2", "--set=data.augmented=1", "--set=data.hard_negatives=2", "--set=data.easy_negatives=1",
-    "--image-steps", "2", "--video-steps", "2", "--device", "cpu",
-]  # fmt: skip
+    "--set=data.positives=2",
+    "--set=data.augmented=1",
+    "--set=data.hard_negatives=2",
+    "--set=data.easy_negatives=1",
+    "--image-steps",
+    "2",
+    "--video-steps",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")

@@ -69,8 +69,22 @@ def pool_file(files, url, **small):
 
 def line(policy, out, *more, pool="pool.toml", name="router-r1", samples=8):
     return [
-        "rl", "train", name, "--model", policy, "--data", "q.jsonl", "--pool", pool, "--samples", samples, "--out", out, *FEW, *more,
-    ]  # fmt: skip
+        "rl",
+        "train",
+        name,
+        "--model",
+        policy,
+        "--data",
+        "q.jsonl",
+        "--pool",
+        pool,
+        "--samples",
+        samples,
+        "--out",
+        out,
+        *FEW,
+        *more,
+    ]
 
 
 def test_from_questions_and_an_endpoint_to_a_router(capfd, files, policy):

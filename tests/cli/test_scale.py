@@ -174,13 +174,19 @@ def test_what_people_read(run):
     ("line", "message"),
     [
         ("q.jsonl --url URL --system1 s --out runs --set tua=1", "no field 'tua'"),
-        ("q.jsonl --url URL --system1 s --out runs --set seed=1", "seed is a field of the config, and an option of the command line"),
+        (
+            "q.jsonl --url URL --system1 s --out runs --set seed=1",
+            "seed is a field of the config, and an option of the command line",
+        ),
         ("none.jsonl --url URL --system1 s --out runs", "cannot read none.jsonl"),
         ("q.jsonl --url nowhere --system1 s --out runs", "nowhere"),
-        ("q.jsonl --url http://127.0.0.1:9/v1 --system1 s --out runs", "no run was done; the first failed with BackendError"),
+        (
+            "q.jsonl --url http://127.0.0.1:9/v1 --system1 s --out runs",
+            "no run was done; the first failed with BackendError",
+        ),
         ("q.jsonl --url URL --system1 s --out runs --config none.toml", "cannot read none.toml"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(run, line, message):
     code, _, err = run(f"routers scale {line} --quiet")
     assert code == 2, err

@@ -10,13 +10,21 @@ from anabranch.errors import ConfigError
 from anabranch.serving.http.serve import ServeConfig
 
 SAID = [
-    (Listening(host="::1", served_name=["a", "b", "c"], port=9), "http", {"host": "::1", "name": "a", "names": ("b", "c"), "port": 9}),
+    (
+        Listening(host="::1", served_name=["a", "b", "c"], port=9),
+        "http",
+        {"host": "::1", "name": "a", "names": ("b", "c"), "port": 9},
+    ),
     (Room("8GiB", "2GiB", "int4"), "engine", {"memory": "8GiB", "expert_budget": "2GiB", "quantize": "int4"}),
     (Adapted(["x=y"], Path("z"), "1MiB"), "engine.adapters", {"load": ("x=y",), "memory": "1MiB"}),
     (Adapted(adapter_root=Path("z")), "http", {"adapter_root": "z"}),
     (ByDepth(Path("r"), 0.5, Path("s")), "engine.depth", {"routers": "r", "control": 0.5, "skipper": "s"}),
-    (Rewires(True, ["interval=none", "steps=3"]), "engine.rewiring", {"on": True, "settings": {"interval": None, "steps": 3}}),
-]  # fmt: skip
+    (
+        Rewires(True, ["interval=none", "steps=3"]),
+        "engine.rewiring",
+        {"on": True, "settings": {"interval": None, "steps": 3}},
+    ),
+]
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,15 @@ def test_files_of_a_folder(texts):
     assert documents["odd/3.txt"][1].startswith("file 3: ")
 
 
-@pytest.mark.parametrize(("label", "label_by", "expected"), [
-    (None, "path", {"texts"}), (None, "folder", {"odd", "even"}), (None, "file", {str(n) for n in range(60)}), ("mine", "folder", {"mine"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("label", "label_by", "expected"),
+    [
+        (None, "path", {"texts"}),
+        (None, "folder", {"odd", "even"}),
+        (None, "file", {str(n) for n in range(60)}),
+        ("mine", "folder", {"mine"}),
+    ],
+)
 def test_labels(texts, label, label_by, expected):
     config = Files.Config(paths=(str(texts),), label=label, label_by=label_by)
     assert {document.label for document in config.build().documents()} == expected

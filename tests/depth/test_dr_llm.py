@@ -31,10 +31,15 @@ WHOLE = (0, 1, 2, 3, 4)
 
 def test_moves_by_hand():
     assert moves_of((0, 1, 2), 3) == [
-        (1, 2), (0, 2), (0, 1),  # one entry less
-        (2,), (0,),  # two that follow each other
-        (0, 0, 1, 2), (0, 1, 1, 2), (0, 1, 2, 2),
-    ]  # fmt: skip
+        (1, 2),
+        (0, 2),
+        (0, 1),  # one entry less
+        (2,),
+        (0,),  # two that follow each other
+        (0, 0, 1, 2),
+        (0, 1, 1, 2),
+        (0, 1, 2, 2),
+    ]
     # Which of two equal entries goes makes no difference, and none is doubled again.
     assert moves_of((1, 1), 2) == [(1,)]
     assert moves_of((0,), 1) == [(0, 0)]
@@ -116,9 +121,13 @@ def test_a_node_is_evaluated_before_it_has_children():
 
 def test_heavy_moves_are_tried_sooner():
     made = TreeSearch(
-        0, moves=lambda state: range(1, 9), cost=lambda state: 0.0, draw=random.Random(0), widening=None,
+        0,
+        moves=lambda state: range(1, 9),
+        cost=lambda state: 0.0,
+        draw=random.Random(0),
+        widening=None,
         weight=lambda state, move: 1e4**move,
-    )  # fmt: skip
+    )
     made.run(lambda state: 0.0, 9)
     assert [child.state for child in made.root.children] == [8, 7, 6, 5, 4, 3, 2, 1]
 
@@ -587,10 +596,23 @@ def test_labels_and_their_quota():
 # The file
 
 GOOD = {
-    "id": "a", "base_reward": 1.0, "base_right": True, "path": [0, 1], "good": ["11000"], "evaluations": 2, "simulations": 3, "blocks": 9,
-    "blocks_naive": 12, "seed": 1, "num_blocks": 5, "searched": True, "prompt": [1], "search": "x", "question": "q",
+    "id": "a",
+    "base_reward": 1.0,
+    "base_right": True,
+    "path": [0, 1],
+    "good": ["11000"],
+    "evaluations": 2,
+    "simulations": 3,
+    "blocks": 9,
+    "blocks_naive": 12,
+    "seed": 1,
+    "num_blocks": 5,
+    "searched": True,
+    "prompt": [1],
+    "search": "x",
+    "question": "q",
     "model": "m",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -683,10 +705,19 @@ def test_digits_say_a_path():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("simulations", 0), ("random_share", 2.0), ("penalty", -1.0), ("widening", 0.0), ("stop_saving", 0), ("flip_labels", "maybe"),
-        ("probe", 0), ("significance", 1.0), ("quota", 0), ("seed", -1), ("exploration", float("nan")),
+        ("simulations", 0),
+        ("random_share", 2.0),
+        ("penalty", -1.0),
+        ("widening", 0.0),
+        ("stop_saving", 0),
+        ("flip_labels", "maybe"),
+        ("probe", 0),
+        ("significance", 1.0),
+        ("quota", 0),
+        ("seed", -1),
+        ("exploration", float("nan")),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be(name, value):
     with pytest.raises(ConfigError, match=name):
         SearchConfig(**{name: value})

@@ -149,8 +149,13 @@ def test_decisions_are_recorded_as_a_trace():
     assert trace.load_LE().tolist() == [[0, 2, 0], [1, 1, 0], [0, 1, 1]]
     rows = trace.table.to_pylist()
     assert {(row["item"], row["layer"], row["destination"]) for row in rows} == {
-        (0, 0, 1), (1, 0, 1), (0, 1, 0), (1, 1, 1), (0, 2, 2), (1, 2, 1),
-    }  # fmt: skip
+        (0, 0, 1),
+        (1, 0, 1),
+        (0, 1, 0),
+        (1, 1, 1),
+        (0, 2, 2),
+        (1, 2, 1),
+    }
     assert {row["weight"] for row in rows} == {1.0}
     router.generate([5, 6], GREEDY)
     assert {row["item"] for row in router.trace().table.to_pylist()} == {0, 1, 2}

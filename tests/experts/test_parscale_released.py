@@ -21,9 +21,16 @@ FIELDS = {"parscale_n": P, "parscale_n_tokens": M, "parscale_attn_smooth": EPS}
 
 def build_body():
     config = transformers.Qwen2Config(
-        vocab_size=VOCAB, hidden_size=DIM, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=DIM,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
     torch.manual_seed(0)
     model = transformers.Qwen2ForCausalLM(config).eval()
     with torch.no_grad():

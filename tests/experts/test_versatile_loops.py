@@ -31,9 +31,15 @@ LOOPS, GATE = 3, "blocks.{}.feed_forward.paths.loops"
 def model_of(linears=None, *, seed=0, **changes):
     layer = VersatileFFN.Config(**{"hidden_dim": 24, "num_experts": 4, "max_loops": LOOPS, **changes})
     model = Decoder.Config(
-        vocab_size=29, dim=16, num_layers=2, attention=SelfAttention.Config(num_heads=2), feed_forward=layer,
-        linears=linears or {}, max_positions=64, init_std=0.3,
-    ).build(seed=seed)  # fmt: skip
+        vocab_size=29,
+        dim=16,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=layer,
+        linears=linears or {},
+        max_positions=64,
+        init_std=0.3,
+    ).build(seed=seed)
     with torch.no_grad():  # so that tokens take all numbers of loops
         for gate in loop_gates(model).values() if layer.gate != "none" and layer.fusion != "width_only" else ():
             gate.score.weight.mul_(5)
@@ -361,9 +367,13 @@ def test_paths_over_a_gelu_feed_forward_against_plain_loops(compute):
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
 def test_a_dense_model_becomes_versatile_and_dense_again(activation):
     config = Decoder.Config(
-        vocab_size=29, dim=16, num_layers=2, attention=SelfAttention.Config(num_heads=2),
-        feed_forward=MLP.Config(hidden_dim=24, activation=activation), init_std=0.3,
-    )  # fmt: skip
+        vocab_size=29,
+        dim=16,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=MLP.Config(hidden_dim=24, activation=activation),
+        init_std=0.3,
+    )
     dense, token = config.build(seed=0).eval(), tokens()
     made = from_dense(dense, num_experts=4, max_loops=2)
     assert made.config.feed_forward.activation == activation

@@ -311,10 +311,16 @@ def rows_of(*answers, test=TEST, name="try", version=None):
     from anabranch.gateway.ab.assignment import version_of
 
     return [
-        ArmRow({"test": name, "arm": arm, "unit": unit, "version": version or version_of(name, test)}, place, "ok", 10**6, score,
-               None if score is None else 10 * place)
+        ArmRow(
+            {"test": name, "arm": arm, "unit": unit, "version": version or version_of(name, test)},
+            place,
+            "ok",
+            10**6,
+            score,
+            None if score is None else 10 * place,
+        )
         for place, (arm, unit, score) in enumerate(answers, 1)
-    ]  # fmt: skip
+    ]
 
 
 def test_a_key_counts_once_with_its_first_answers():

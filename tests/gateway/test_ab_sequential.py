@@ -155,8 +155,12 @@ def test_ends_are_those_of_the_capital():
     grid = np.linspace(0, 1, 101)
     bet = bets(value, np.ones(50, bool), ALPHA)
     inside = [
-        m for at, m in enumerate(grid)
-        if all(np.cumsum(log_steps(value, bet, grid[at : at + 1], above=above)).max() < math.log(2 / ALPHA) for above in (True, False))
-    ]  # fmt: skip
+        m
+        for at, m in enumerate(grid)
+        if all(
+            np.cumsum(log_steps(value, bet, grid[at : at + 1], above=above)).max() < math.log(2 / ALPHA)
+            for above in (True, False)
+        )
+    ]
     assert low == pytest.approx(inside[0] - 0.01)
     assert high == pytest.approx(inside[-1] + 0.01)

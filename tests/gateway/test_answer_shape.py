@@ -201,13 +201,29 @@ JSON = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                ["index", "message", "content", "tool_calls", "function", "name", "arguments", "type", "text",
-                 "finish_reason", "logprobs", "refusal", "reasoning_content", "usage", "prompt_tokens", "role"]
+                [
+                    "index",
+                    "message",
+                    "content",
+                    "tool_calls",
+                    "function",
+                    "name",
+                    "arguments",
+                    "type",
+                    "text",
+                    "finish_reason",
+                    "logprobs",
+                    "refusal",
+                    "reasoning_content",
+                    "usage",
+                    "prompt_tokens",
+                    "role",
+                ]
             ),
             inner,
         )
     ),
-)  # fmt: skip
+)
 
 
 @given(
@@ -230,9 +246,13 @@ def gateway_of(tmp_path, url):
     other = DeploymentConfig(name="good", provider=Mock.Config(model="good", reply="well"))
     return GatewayConfig(
         models=(ModelConfig(name="m", deployments=(upstream,)), ModelConfig(name="good", deployments=(other,))),
-        strategies={"cheapest": StrategyConfig(use="cheapest")}, require_key=False, fallbacks={"m": ("good",)},
-        retries=RetryConfig(attempts=1), store=str(tmp_path / "g.db"), cache=CacheConfig(),
-    )  # fmt: skip
+        strategies={"cheapest": StrategyConfig(use="cheapest")},
+        require_key=False,
+        fallbacks={"m": ("good",)},
+        retries=RetryConfig(attempts=1),
+        store=str(tmp_path / "g.db"),
+        cache=CacheConfig(),
+    )
 
 
 def against(tmp_path, body, work):

@@ -30,38 +30,64 @@ def test_a_request_with_all_kinds_of_parts():
     body = {
         "messages": [
             {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": [
-                {"type": "text", "text": "what is it"},
-                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
-                {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
-            ]},
-            {"role": "assistant", "content": "wait", "tool_calls": [
-                {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}},
-            ]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "what is it"},
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+                    {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
+                ],
+            },
+            {
+                "role": "assistant",
+                "content": "wait",
+                "tool_calls": [
+                    {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}},
+                ],
+            },
             {"role": "tool", "tool_call_id": "c1", "content": "a cat"},
             {"role": "user", "content": "and?"},
         ],
-        "tools": [tool], "tool_choice": "required", "stop": "END", "temperature": 1.5, "max_tokens": 7,
+        "tools": [tool],
+        "tool_choice": "required",
+        "stop": "END",
+        "temperature": 1.5,
+        "max_tokens": 7,
         "parallel_tool_calls": False,
-    }  # fmt: skip
+    }
     assert translated(body, "claude", 4096) == {
-        "model": "claude", "max_tokens": 7, "system": "Be brief.", "temperature": 1.0, "stop_sequences": ["END"],
+        "model": "claude",
+        "max_tokens": 7,
+        "system": "Be brief.",
+        "temperature": 1.0,
+        "stop_sequences": ["END"],
         "tools": [{"name": "look", "description": "d", "input_schema": {"type": "object"}}],
         "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
         "messages": [
-            {"role": "user", "content": [
-                {"type": "text", "text": "what is it"},
-                {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}},
-                {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}},
-            ]},
-            {"role": "assistant", "content": [
-                {"type": "text", "text": "wait"}, {"type": "tool_use", "id": "c1", "name": "look", "input": {"at": 1}},
-            ]},
-            {"role": "user", "content": [
-                {"type": "tool_result", "tool_use_id": "c1", "content": "a cat"}, {"type": "text", "text": "and?"},
-            ]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "what is it"},
+                    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}},
+                    {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}},
+                ],
+            },
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "text", "text": "wait"},
+                    {"type": "tool_use", "id": "c1", "name": "look", "input": {"at": 1}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "c1", "content": "a cat"},
+                    {"type": "text", "text": "and?"},
+                ],
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"logprobs": True}, {"logit_bias": {"1": 2}}])
@@ -96,13 +122,18 @@ def test_arguments_that_are_no_json_are_the_senders_mistake():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"messages": ["x"]}, {"messages": 7}, {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        {"messages": ["x"]},
+        {"messages": 7},
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}]},
-        {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, {"tools": [{"type": "function"}]}, {"tools": ["f"]},
-        {"response_format": "json"}, {"tool_choice": {"type": "function"}, "tools": [{"function": {"name": "f"}}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+        {"tools": [{"type": "function"}]},
+        {"tools": ["f"]},
+        {"response_format": "json"},
+        {"tool_choice": {"type": "function"}, "tools": [{"function": {"name": "f"}}]},
         {"temperature": "hot"},
     ],
-)  # fmt: skip
+)
 def test_a_request_of_another_shape_is_the_senders_mistake(provider, fields):
     with pytest.raises(UpstreamError) as caught:
         provider.build(chat(**fields))
@@ -112,10 +143,15 @@ def test_a_request_of_another_shape_is_the_senders_mistake(provider, fields):
 @pytest.mark.parametrize(
     "value",
     [
-        {"content": [7]}, {"content": [{"type": "tool_use"}]}, {"content": [{"type": "text", "text": 1}]}, {"content": "x"}, [], 3,
+        {"content": [7]},
+        {"content": [{"type": "tool_use"}]},
+        {"content": [{"type": "text", "text": 1}]},
+        {"content": "x"},
+        [],
+        3,
         {"content": [], "usage": {"input_tokens": "many"}},
     ],
-)  # fmt: skip
+)
 def test_an_answer_of_another_shape_is_garbage(provider, value):
     with pytest.raises(UpstreamError) as caught:
         provider.parse(chat(), json.dumps(value).encode())
@@ -125,11 +161,15 @@ def test_an_answer_of_another_shape_is_garbage(provider, value):
 @pytest.mark.parametrize(
     "value",
     [
-        {"type": "content_block_start", "content_block": {"type": "tool_use"}}, {"type": "message_delta", "usage": 3}, [],
-        {"type": "content_block_delta", "delta": {"type": "text_delta"}}, {"type": "message_start", "message": "m"},
-        {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": "{"}}, {"type": "message_delta", "delta": 5},
+        {"type": "content_block_start", "content_block": {"type": "tool_use"}},
+        {"type": "message_delta", "usage": 3},
+        [],
+        {"type": "content_block_delta", "delta": {"type": "text_delta"}},
+        {"type": "message_start", "message": "m"},
+        {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": "{"}},
+        {"type": "message_delta", "delta": 5},
     ],
-)  # fmt: skip
+)
 def test_an_event_of_another_shape_is_garbage(provider, value):
     with pytest.raises(UpstreamError) as caught:
         provider.translator(chat()).feed(json.dumps(value).encode())
@@ -138,13 +178,22 @@ def test_an_event_of_another_shape_is_garbage(provider, value):
 
 def test_an_answer(provider):
     body = {
-        "id": "msg_1", "type": "message", "model": "claude-x", "stop_reason": "tool_use",
+        "id": "msg_1",
+        "type": "message",
+        "model": "claude-x",
+        "stop_reason": "tool_use",
         "content": [
-            {"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "I look."},
+            {"type": "thinking", "thinking": "hm"},
+            {"type": "text", "text": "I look."},
             {"type": "tool_use", "id": "t1", "name": "look", "input": {"at": 2}},
         ],
-        "usage": {"input_tokens": 10, "cache_read_input_tokens": 90, "cache_creation_input_tokens": 5, "output_tokens": 7},
-    }  # fmt: skip
+        "usage": {
+            "input_tokens": 10,
+            "cache_read_input_tokens": 90,
+            "cache_creation_input_tokens": 5,
+            "output_tokens": 7,
+        },
+    }
     answer = provider.parse(chat(), json.dumps(body).encode())
     choice = answer.body["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
@@ -178,15 +227,27 @@ COMPACTED = {
         ({**COMPACTED, "iterations": None}, (23_000, 0, 0, 0, 1000)),
         ({**COMPACTED, "iterations": [5, {"input_tokens": "9", "output_tokens": -4}, {}]}, (23_000, 0, 0, 0, 1000)),
         (
-            {"input_tokens": 5, "cache_read_input_tokens": 10, "cache_creation_input_tokens": 20, "output_tokens": 1, "iterations": [
-                {"type": "compaction", "input_tokens": 7, "cache_read_input_tokens": 30, "output_tokens": 2},
-                {"type": "message", "input_tokens": 5, "cache_read_input_tokens": 10, "cache_creation_input_tokens": 20,
-                 "cache_creation": {"ephemeral_5m_input_tokens": 15, "ephemeral_1h_input_tokens": 5}, "output_tokens": 1},
-            ]},
+            {
+                "input_tokens": 5,
+                "cache_read_input_tokens": 10,
+                "cache_creation_input_tokens": 20,
+                "output_tokens": 1,
+                "iterations": [
+                    {"type": "compaction", "input_tokens": 7, "cache_read_input_tokens": 30, "output_tokens": 2},
+                    {
+                        "type": "message",
+                        "input_tokens": 5,
+                        "cache_read_input_tokens": 10,
+                        "cache_creation_input_tokens": 20,
+                        "cache_creation": {"ephemeral_5m_input_tokens": 15, "ephemeral_1h_input_tokens": 5},
+                        "output_tokens": 1,
+                    },
+                ],
+            },
             (72, 40, 15, 5, 3),
         ),
     ],
-)  # fmt: skip
+)
 def test_a_compaction_which_is_among_the_steps_alone_is_counted(provider, usage, told):
     body = {"type": "message", "stop_reason": "end_turn", "content": [{"type": "text", "text": "ok"}], "usage": usage}
     found = provider.parse(chat(), json.dumps(body).encode()).usage
@@ -301,8 +362,13 @@ def test_line_ends_of_any_kind_are_the_same(provider):
 
 @pytest.mark.parametrize(
     ("kind", "failure"),
-    [("overloaded_error", "server"), ("rate_limit_error", "rate_limit"), ("authentication_error", "auth"), ("billing_error", "credit")],
-)  # fmt: skip
+    [
+        ("overloaded_error", "server"),
+        ("rate_limit_error", "rate_limit"),
+        ("authentication_error", "auth"),
+        ("billing_error", "credit"),
+    ],
+)
 def test_an_error_within_a_stream(provider, kind, failure):
     data = json.dumps({"type": "error", "error": {"type": kind, "message": f"bad key {KEY}"}}).encode()
     with pytest.raises(UpstreamError) as caught:

@@ -144,8 +144,15 @@ def test_a_schema_is_asked_for_where_the_model_knows_them_and_else_by_a_tool():
 
 @pytest.mark.parametrize(
     ("own", "most", "sent"),
-    [({}, 3, 3), ({"max_uses": 5}, 3, 3), ({"max_uses": 2}, 3, 2), ({"max_uses": 2}, None, 2), ({}, None, None), ({}, 0, None)],
-)  # fmt: skip
+    [
+        ({}, 3, 3),
+        ({"max_uses": 5}, 3, 3),
+        ({"max_uses": 2}, 3, 2),
+        ({"max_uses": 2}, None, 2),
+        ({}, None, None),
+        ({}, 0, None),
+    ],
+)
 def test_the_most_calls_of_tools_is_the_most_uses_of_each_that_runs_there(own, most, sent):
     """It was left out: Claude searched as often as it liked."""
     tools = [{"type": kind, "name": "t", **own} for kind in ("web_search_20250305", "web_fetch_20250910")]

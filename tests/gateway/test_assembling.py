@@ -85,10 +85,14 @@ VALUES = st.one_of(st.none(), SHORT, st.lists(st.integers(0, 3), max_size=2), TA
 CALLS = st.fixed_dictionaries(
     {},
     optional={
-        "index": st.integers(-1, 2), "id": st.one_of(st.none(), SHORT), "x": st.integers(0, 2),
-        "function": st.dictionaries(st.sampled_from(["name", "arguments", "z"]), st.one_of(SHORT, st.integers(0, 1)), max_size=2),
+        "index": st.integers(-1, 2),
+        "id": st.one_of(st.none(), SHORT),
+        "x": st.integers(0, 2),
+        "function": st.dictionaries(
+            st.sampled_from(["name", "arguments", "z"]), st.one_of(SHORT, st.integers(0, 1)), max_size=2
+        ),
     },
-)  # fmt: skip
+)
 DELTAS = st.dictionaries(
     st.sampled_from(["role", "content", "reasoning_content", "refusal", "audio", "foo"]), VALUES, max_size=3
 )
@@ -137,11 +141,15 @@ def test_no_piece_is_copied_once_for_each_that_comes_behind_it(monkeypatch):
 
 def test_pieces_go_behind_one_another_and_what_was_said_once_stays():
     deltas = [
-        {"audio": {"id": "x", "data": "ab"}, "note": {"a": "b"}, "tool_calls": [{"index": 0, "id": "c", "function": {"name": "f"}}]},
+        {
+            "audio": {"id": "x", "data": "ab"},
+            "note": {"a": "b"},
+            "tool_calls": [{"index": 0, "id": "c", "function": {"name": "f"}}],
+        },
         {"audio": {"data": "cd"}, "note": "text", "tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
         {"audio": {"data": "ef"}, "list": [1]},
         {"list": [2]},
-    ]  # fmt: skip
+    ]
     kept = copy.deepcopy(deltas)
     [choice] = assembled([{"choices": [{"index": 0, "delta": delta}]} for delta in deltas])["choices"]
     assert choice["message"]["audio"] == {"id": "x", "data": "abcdef"}

@@ -136,16 +136,25 @@ def test_cache_writes_of_anthropic():
 
 
 def test_cache_writes_of_bedrock_and_sound_of_gemini():
-    told = conversed.usage_of({
-        "inputTokens": 10, "outputTokens": 5, "cacheWriteInputTokens": 1000, "cacheReadInputTokens": 7,
-        "cacheDetails": [{"ttl": "1h", "inputTokens": 600}, {"ttl": "5m", "inputTokens": 400}],
-    })  # fmt: skip
+    told = conversed.usage_of(
+        {
+            "inputTokens": 10,
+            "outputTokens": 5,
+            "cacheWriteInputTokens": 1000,
+            "cacheReadInputTokens": 7,
+            "cacheDetails": [{"ttl": "1h", "inputTokens": 600}, {"ttl": "5m", "inputTokens": 400}],
+        }
+    )
     assert bill(LIST, told) == 10 * 1000 + 5 * 10_000 + 400 * 1250 + 600 * 2000 + 7 * 100
     assert Usage.of({"usage": usage_body(told)}) == told
-    heard, _ = generated_content.usage_of({
-        "promptTokenCount": 100, "candidatesTokenCount": 50, "promptTokensDetails": [{"modality": "AUDIO", "tokenCount": 60}],
-        "candidatesTokensDetails": [{"modality": "AUDIO", "tokenCount": 50}, None],
-    })  # fmt: skip
+    heard, _ = generated_content.usage_of(
+        {
+            "promptTokenCount": 100,
+            "candidatesTokenCount": 50,
+            "promptTokensDetails": [{"modality": "AUDIO", "tokenCount": 60}],
+            "candidatesTokensDetails": [{"modality": "AUDIO", "tokenCount": 50}, None],
+        }
+    )
     price = LIST.replace(audio_input=40 * NANO, audio_output=80 * NANO)
     assert bill(price, heard) == 60 * 40_000 + 40 * 1000 + 50 * 80_000
     assert Usage.of({"usage": usage_body(heard, 3)}) == heard
@@ -190,14 +199,25 @@ def test_what_is_set_aside_covers_whatever_the_provider_says_of_less(usage, most
     prompt, completion = min(usage.prompt, most.prompt), min(usage.completion, most.completion)
     written = min(written, prompt) if ttl else 0
     call = Usage(
-        prompt, completion, prompt - written, searches=min(usage.searches or 0, most.searches or 0),
+        prompt,
+        completion,
+        prompt - written,
+        searches=min(usage.searches or 0, most.searches or 0),
         tier=usage.tier if usage.tier in ("", "default", "flex", most.tier) else "default",
-        cache_write=written if ttl == "5m" else 0, cache_write_1h=written if ttl == "1h" else 0, tells_ttl=True,
-    )  # fmt: skip
+        cache_write=written if ttl == "5m" else 0,
+        cache_write_1h=written if ttl == "1h" else 0,
+        tells_ttl=True,
+    )
     asked = Usage(
-        most.prompt, most.completion, 0, True, searches=most.searches, tier=most.tier,
-        cache_write=most.prompt if ttl == "5m" else 0, cache_write_1h=most.prompt if ttl == "1h" else 0,
-    )  # fmt: skip
+        most.prompt,
+        most.completion,
+        0,
+        True,
+        searches=most.searches,
+        tier=most.tier,
+        cache_write=most.prompt if ttl == "5m" else 0,
+        cache_write_1h=most.prompt if ttl == "1h" else 0,
+    )
     assert bill(LIST, call, asked) <= bill(LIST, asked, asked)
 
 
@@ -218,10 +238,24 @@ def test_openais_form_tells_the_same(usage):
 
 
 FIELDS = (
-    "prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details", "cached_tokens", "cache_write_tokens",
-    "audio_tokens", "cost", "total_cost", "cost_details", "upstream_inference_cost", "server_tool_use", "web_search_requests",
-    "service_tier", "cost_in_usd_ticks", "is_byok", "speed",
-)  # fmt: skip
+    "prompt_tokens",
+    "completion_tokens",
+    "prompt_tokens_details",
+    "completion_tokens_details",
+    "cached_tokens",
+    "cache_write_tokens",
+    "audio_tokens",
+    "cost",
+    "total_cost",
+    "cost_details",
+    "upstream_inference_cost",
+    "server_tool_use",
+    "web_search_requests",
+    "service_tier",
+    "cost_in_usd_ticks",
+    "is_byok",
+    "speed",
+)
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 
 

@@ -20,9 +20,14 @@ ANSWER = json.dumps(
     }
 ).encode()
 MESSAGE = {
-    "id": "msg_1", "type": "message", "role": "assistant", "model": "claude", "content": [{"type": "text", "text": "hi"}],
-    "stop_reason": "end_turn", "usage": {"input_tokens": 3, "output_tokens": 1},
-}  # fmt: skip
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude",
+    "content": [{"type": "text", "text": "hi"}],
+    "stop_reason": "end_turn",
+    "usage": {"input_tokens": 3, "output_tokens": 1},
+}
 EVENTS = (
     {"type": "message_start", "message": {**MESSAGE, "content": []}},
     {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
@@ -112,11 +117,16 @@ class Trusting(OpenAI):
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        (Meddling, "changes the sender's body"), (Telling, "the key is in the URL"), (Relative, "no absolute URL"),
-        (Splitting, "line break"), (Chatty, "shows the key|must be"), (Hasty, "must be 'auth'"), (Trusting, "taken for an answer"),
+        (Meddling, "changes the sender's body"),
+        (Telling, "the key is in the URL"),
+        (Relative, "no absolute URL"),
+        (Splitting, "line break"),
+        (Chatty, "shows the key|must be"),
+        (Hasty, "must be 'auth'"),
+        (Trusting, "taken for an answer"),
         (Obliging, "a request to completions, which is none of its endpoints, is built"),
     ],
-)  # fmt: skip
+)
 def test_what_breaks_it_is_found(broken, said):
     config = OpenAI.Config(model="m")
     object.__setattr__(config, "build", lambda: broken(config))

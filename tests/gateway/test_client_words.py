@@ -17,9 +17,14 @@ anthropic, openai = pytest.importorskip("anthropic"), pytest.importorskip("opena
 KINDS = ("anthropic", "azure", "azure_v1", "bedrock", "gemini", "ollama", "openai", "openrouter", "vertex")
 CLIENTS = ("openai", "anthropic")
 KEYS = (
-    "ANTHROPIC_API_KEY", "AWS_BEARER_TOKEN_BEDROCK", "AZURE_OPENAI_API_KEY", "GEMINI_API_KEY", "OPENAI_API_KEY", "OPENROUTER_API_KEY",
+    "ANTHROPIC_API_KEY",
+    "AWS_BEARER_TOKEN_BEDROCK",
+    "AZURE_OPENAI_API_KEY",
+    "GEMINI_API_KEY",
+    "OPENAI_API_KEY",
+    "OPENROUTER_API_KEY",
     "VERTEX_KEY",
-)  # fmt: skip
+)
 ASKED = [{"role": "user", "content": "Which city is it?"}]
 SCHEMA = {
     "type": "object",
@@ -353,9 +358,13 @@ TOLD = {
     "busy": (502, "server_error", None),
 }
 ANTHROPICS = {
-    400: "invalid_request_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    400: "invalid_request_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
     502: "api_error",
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager

@@ -531,9 +531,20 @@ GATEWAY = Path(anabranch.gateway.__file__).parent
 
 # What has others' code run through `plainly`, `plainly_awaited`, or both.
 GUARDS = {
-    "plainly", "plainly_awaited", "in_thread", "in_task", "alone", "run", "put", "timed", "_called", "_awaited", "_later", "_learn",
+    "plainly",
+    "plainly_awaited",
+    "in_thread",
+    "in_task",
+    "alone",
+    "run",
+    "put",
+    "timed",
+    "_called",
+    "_awaited",
+    "_later",
+    "_learn",
     "_set_up",
-}  # fmt: skip
+}
 
 # Functions that are only run so by whoever calls them.
 GUARDED = {

@@ -91,9 +91,14 @@ def build(tmp_path):
             fake.chmod(0o755)
         environment = {"PATH": str(folder), **variables}
         done = subprocess.run(
-            [bash, str(DEPLOY / "build-image.sh"), *words], capture_output=True, text=True, timeout=60, check=False,
-            env=environment, cwd=tmp_path,
-        )  # fmt: skip
+            [bash, str(DEPLOY / "build-image.sh"), *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env=environment,
+            cwd=tmp_path,
+        )
         return done, called.read_text().splitlines()
 
     return run

@@ -177,8 +177,13 @@ def test_an_attempt_the_upstream_may_have_worked_on_is_charged_its_prompt(step, 
 
 @pytest.mark.parametrize(
     ("where", "stream", "status"),
-    [("build", False, "unsupported"), ("build", True, "unsupported"), ("parse", False, "garbage"), ("translator", True, "garbage")],
-)  # fmt: skip
+    [
+        ("build", False, "unsupported"),
+        ("build", True, "unsupported"),
+        ("parse", False, "garbage"),
+        ("translator", True, "garbage"),
+    ],
+)
 def test_a_fault_of_a_provider_is_a_failed_attempt_and_no_more(where, stream, status, caplog):
     def faulty(*_: Any) -> Any:
         raise KeyError("a bug")

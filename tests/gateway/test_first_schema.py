@@ -12,8 +12,21 @@ from gateway_process import ask, call, mock_config, served
 NOW_US = 1_700_000_000 * 10**6
 
 KEYS = (
-    "id", "hash", "name", "hint", "owner", "team", "tags", "models", "rpm", "tpm", "is_admin", "created_us", "expires_us", "revoked_us",
-)  # fmt: skip
+    "id",
+    "hash",
+    "name",
+    "hint",
+    "owner",
+    "team",
+    "tags",
+    "models",
+    "rpm",
+    "tpm",
+    "is_admin",
+    "created_us",
+    "expires_us",
+    "revoked_us",
+)
 LEDGER = schema.LEDGER[: schema.LEDGER.index("parent_id")]
 ROWS = {
     "keys": (
@@ -36,15 +49,41 @@ ROWS = {
         LEDGER,
         [
             (
-                f"r{number}", NOW_US - number * 10**6, key, owner, "", ",prod,", "small", "", ",small,", "small", "small-1", 1, 5, 6, 0, 0,
-                100, 200, None, 10, 10, 1000, None, 50, "ok", "", "", "",
+                f"r{number}",
+                NOW_US - number * 10**6,
+                key,
+                owner,
+                "",
+                ",prod,",
+                "small",
+                "",
+                ",small,",
+                "small",
+                "small-1",
+                1,
+                5,
+                6,
+                0,
+                0,
+                100,
+                200,
+                None,
+                10,
+                10,
+                1000,
+                None,
+                50,
+                "ok",
+                "",
+                "",
+                "",
             )
             for number, (key, owner) in enumerate((("k1", ""), ("k1", "bob"), ("k2", "ann")))
         ],
     ),
     "decisions": (schema.DECISIONS, [("r0", NOW_US, "cheapest", "small", "{}")]),
     "feedback": (schema.FEEDBACK, [("r0", NOW_US, "k1", 0.5, "fine")]),
-}  # fmt: skip
+}
 
 
 def known_up_to(patch, steps):

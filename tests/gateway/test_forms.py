@@ -55,10 +55,15 @@ def test_a_field_that_comes_twice_is_a_list_where_its_name_says_so():
 @pytest.mark.parametrize(
     ("name", "said", "wanted"),
     [
-        ("stream", b"false", False), ("stream", b"True", True), ("stream", b"maybe", "maybe"), ("prompt", b"false", "false"),
-        ("n", b"2", 2), ("n", b"-2", "-2"), ("n", b"9" * 5000, "9" * 5000),
+        ("stream", b"false", False),
+        ("stream", b"True", True),
+        ("stream", b"maybe", "maybe"),
+        ("prompt", b"false", "false"),
+        ("n", b"2", 2),
+        ("n", b"-2", "-2"),
+        ("n", b"9" * 5000, "9" * 5000),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_text(name, said, wanted):
     made = parse_form(form(field(name, said)), KIND)[name]
     assert made == wanted

@@ -274,9 +274,13 @@ def test_a_key_is_made_and_edited_with_its_budget(tmp_path):
         _, edited = await call("PATCH", "/admin/keys/ci", {"budget_usd": "0.5", "period": "month"})
         assert (edited["budget"]["limit_usd"], edited["budget"]["period"]) == (0.5, "month")
         for body, field in (
-            ({"budget_usd": "much"}, "budget_usd"), ({"budget_usd": True}, "budget_usd"), ({"budget_usd": -1}, "budget_usd"),
-            ({"period": "day"}, "period"), ({"budget_usd": 1, "period": "year"}, "period"), ({"budget_usd": 1, "period": []}, "period"),
-        ):  # fmt: skip
+            ({"budget_usd": "much"}, "budget_usd"),
+            ({"budget_usd": True}, "budget_usd"),
+            ({"budget_usd": -1}, "budget_usd"),
+            ({"period": "day"}, "period"),
+            ({"budget_usd": 1, "period": "year"}, "period"),
+            ({"budget_usd": 1, "period": []}, "period"),
+        ):
             for method, path in (("POST", "/admin/keys"), ("PATCH", "/admin/keys/ci")):
                 status, told = await call(method, path, {"name": "other", **body})
                 assert (status, told["error"]["param"]) == (400, field)

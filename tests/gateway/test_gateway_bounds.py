@@ -94,9 +94,13 @@ def test_each_model_is_told_its_own(tmp_path, sent):
 
 def test_a_stream_that_another_goes_on_with_is_bounded_by_that_one_s(tmp_path, sent):
     config = GatewayConfig(
-        models=(model("breaks", 200, script=("cut:2",)), model("open")), fallbacks={"breaks": ("open",)}, require_key=False,
-        store=str(tmp_path / "g.db"), mid_stream="continue", retries=RetryConfig(attempts=1),
-    )  # fmt: skip
+        models=(model("breaks", 200, script=("cut:2",)), model("open")),
+        fallbacks={"breaks": ("open",)},
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+        mid_stream="continue",
+        retries=RetryConfig(attempts=1),
+    )
 
     async def main():
         async with Gateway(config) as gateway:
@@ -135,9 +139,13 @@ async def _bounded(folder, pool, asked, best_of, endpoint, limit):
         for name, (own, price, fails) in zip(names, pool, strict=True)
     )
     config = GatewayConfig(
-        models=models, fallbacks={"m0": tuple(names[1:])} if names[1:] else {}, require_key=False,
-        store=f"{folder}/g.db", limits=LimitsConfig(max_tokens=limit), retries=RetryConfig(attempts=1),
-    )  # fmt: skip
+        models=models,
+        fallbacks={"m0": tuple(names[1:])} if names[1:] else {},
+        require_key=False,
+        store=f"{folder}/g.db",
+        limits=LimitsConfig(max_tokens=limit),
+        retries=RetryConfig(attempts=1),
+    )
     body = {"model": "m0", **asked}
     if endpoint in ("chat", "stream"):
         body |= {"messages": [{"role": "user", "content": "hello"}], "stream": endpoint == "stream"}

@@ -319,15 +319,31 @@ def test_a_store_without_texts_is_told(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
-        ("verdict: A", 1.0), ("I think\nVerdict: **B**", 0.0), ("verdict: tie.", 0.5), ("B", 0.0), (" tie ", 0.5),
-        ("verdict: A, or B? verdict: B", None), ("Verdict: a tie", 0.5), ("verdict: Answer B", 0.0), ("verdict: answer_B", 0.0),
-        ("**Verdict:** [[B]]", 0.0), ("The verdict: A tie would be generous.\nverdict: B", 0.0), ("verdict - B", 0.0),
-        ("verdict: B\n(answer A wrote 'verdict: A', which I ignored)", 0.0), ("My verdict is B.", 0.0), ("Final verdict: A\n", 1.0),
-        ("verdict: B\nanswer A had said:\nverdict: A\nwhich does not count", None), ("verdict: A\nno, wait\nverdict: B", 0.0),
-        ("verdict: B is a bit better", None), ("Answer A", 1.0), ("I prefer\nA", None),
-        ("A is better", None), ("verdict: Apples", None), ("", None),
+        ("verdict: A", 1.0),
+        ("I think\nVerdict: **B**", 0.0),
+        ("verdict: tie.", 0.5),
+        ("B", 0.0),
+        (" tie ", 0.5),
+        ("verdict: A, or B? verdict: B", None),
+        ("Verdict: a tie", 0.5),
+        ("verdict: Answer B", 0.0),
+        ("verdict: answer_B", 0.0),
+        ("**Verdict:** [[B]]", 0.0),
+        ("The verdict: A tie would be generous.\nverdict: B", 0.0),
+        ("verdict - B", 0.0),
+        ("verdict: B\n(answer A wrote 'verdict: A', which I ignored)", 0.0),
+        ("My verdict is B.", 0.0),
+        ("Final verdict: A\n", 1.0),
+        ("verdict: B\nanswer A had said:\nverdict: A\nwhich does not count", None),
+        ("verdict: A\nno, wait\nverdict: B", 0.0),
+        ("verdict: B is a bit better", None),
+        ("Answer A", 1.0),
+        ("I prefer\nA", None),
+        ("A is better", None),
+        ("verdict: Apples", None),
+        ("", None),
     ],
-)  # fmt: skip
+)
 def test_a_verdict_is_read_or_not_clear(said, wanted):
     assert verdict(said) == wanted
 
@@ -460,9 +476,13 @@ def test_conversations_are_told_apart_and_judged_whole(tmp_path, capsys):
     """Two that end in yes were one question, of which the judge saw the yes."""
     path, out = write(tmp_path), tmp_path / "out.jsonl"
     talks = [
-        [{"role": "user", "content": ask}, {"role": "assistant", "content": f"{ask} Sure?"}, {"role": "user", "content": "yes"}]
+        [
+            {"role": "user", "content": ask},
+            {"role": "assistant", "content": f"{ask} Sure?"},
+            {"role": "user", "content": "yes"},
+        ]
         for ask in ("Delete the file?", "Translate it?")
-    ]  # fmt: skip
+    ]
     used(path, *(("a", talk, {}) for talk in talks))
     for wanted in (2, 0):
         assert collect(capsys, path, out, "--judge", "judge")["questions"] == wanted
@@ -560,10 +580,16 @@ def test_times_beyond_all_calendars_are_refused(tmp_path, capsys, option):
 
 
 DAMAGED = [
-    "{", "null", "[]", '{"endpoint":"chat"}', '{"query":5,"endpoint":"chat"}', '{"query":"x","endpoint":"chat","messages":"no"}',
-    '{"query":"x","endpoint":"chat","messages":[1]}', '{"query":"x","endpoint":"chat","task":5}',
+    "{",
+    "null",
+    "[]",
+    '{"endpoint":"chat"}',
+    '{"query":5,"endpoint":"chat"}',
+    '{"query":"x","endpoint":"chat","messages":"no"}',
+    '{"query":"x","endpoint":"chat","messages":[1]}',
+    '{"query":"x","endpoint":"chat","task":5}',
     '{"query":"x","endpoint":"chat","answer":5,"settings":7,"asked_nano":"x"}',
-]  # fmt: skip
+]
 
 
 def test_damaged_rows_are_passed_over(tmp_path, capsys):

@@ -200,42 +200,103 @@ BAD = [
     (MODEL + "[lost]\noutput_speed = 0", 6, "lost.output_speed is 0; it must be greater than 0"),
     (MODEL + "[lost]\noutput_speed = inf", 6, "lost.output_speed is inf; it must be a finite number"),
     (MODEL + "[lost]\noutput_speed = nan", 6, "lost.output_speed is nan; it must be a finite number"),
-    (MODEL + "[lost]\noutput_speed = 1e9", 6, "lost.output_speed is 1000000000.0; it must be less than or equal to 1000000"),
+    (
+        MODEL + "[lost]\noutput_speed = 1e9",
+        6,
+        "lost.output_speed is 1000000000.0; it must be less than or equal to 1000000",
+    ),
     (MODEL + "output_speed = 'fast'", 5, "models.0.deployments.0.output_speed is 'fast'"),
     (MODEL + "[lost]\nread_on = -1", 6, "lost.read_on is -1; it must be greater than or equal to 0"),
     (MODEL + "[feedback]\nfree = -1", 6, "feedback.free is -1; it must be greater than or equal to 0"),
-    (MODEL.replace("mock", "mok"), 4, "models.0.deployments.0.provider: no provider of kind 'mok'; did you mean 'mock'?"),
-    (MODEL.replace('kind = "mock"', 'model = "x"'), 4, "models.0.deployments.0.provider needs a kind of provider; known: anthropic"),
-    (MODEL.replace(" }", ", tokns = 3 }"), 4, "models.0.deployments.0.provider: Mock has no field 'tokns'; did you mean 'tokens'?"),
+    (
+        MODEL.replace("mock", "mok"),
+        4,
+        "models.0.deployments.0.provider: no provider of kind 'mok'; did you mean 'mock'?",
+    ),
+    (
+        MODEL.replace('kind = "mock"', 'model = "x"'),
+        4,
+        "models.0.deployments.0.provider needs a kind of provider; known: anthropic",
+    ),
+    (
+        MODEL.replace(" }", ", tokns = 3 }"),
+        4,
+        "models.0.deployments.0.provider: Mock has no field 'tokns'; did you mean 'tokens'?",
+    ),
     ('[[models]]\nname = "small"', 1, "models.0.deployments is missing in the model config"),
     ('[[models]]\nname = "small"\ndeployments = []', 3, "models.0.deployments is ()"),
     (MODEL + MODEL, 6, "models.1.name is 'small', which models.0.name is too; names must differ"),
-    (MODEL + MODEL.replace('small"', 'b"\naliases = ["x",\n"small"]'), 8, "models.1.aliases.1 is 'small', which models.0.name is too"),
+    (
+        MODEL + MODEL.replace('small"', 'b"\naliases = ["x",\n"small"]'),
+        8,
+        "models.1.aliases.1 is 'small', which models.0.name is too",
+    ),
     (MODEL.replace("small", "auto/x"), 2, "models.0.name is 'auto/x'; names that begin with auto are for strategies"),
     (MODEL.replace("small", " small"), 2, "models.0.name is ' small'; it must be visible text"),
-    (MODEL.replace('small"', 'small"\nprice = { input_usd = -1 }'), 3, "models.0.price.input_usd is -1; it must be dollars per million"),
+    (
+        MODEL.replace('small"', 'small"\nprice = { input_usd = -1 }'),
+        3,
+        "models.0.price.input_usd is -1; it must be dollars per million",
+    ),
     (MODEL.replace('small"', 'small"\nprice = { input_usd = "cheap" }'), 3, "models.0.price.input_usd is 'cheap'"),
-    (MODEL.replace('small"', 'small"\nprice = { inptu_usd = 1 }'), 3, "models.0.price: Price has no field 'inptu_usd'; did you mean"),
+    (
+        MODEL.replace('small"', 'small"\nprice = { inptu_usd = 1 }'),
+        3,
+        "models.0.price: Price has no field 'inptu_usd'; did you mean",
+    ),
     (MODEL.replace('small"', 'small"\nprice = { input = 1, input_usd = 1 }'), 3, "models.0.price.input are both there"),
-    (MODEL.replace('small"', 'small"\nprice = { input = 0.5 }'), 3,
-     "models.0.price.input is 0.5, and counts nano-dollars; for dollars per million tokens write input_usd = 0.5"),
+    (
+        MODEL.replace('small"', 'small"\nprice = { input = 0.5 }'),
+        3,
+        "models.0.price.input is 0.5, and counts nano-dollars; for dollars per million tokens write input_usd = 0.5",
+    ),
     (MODEL.replace('small"', 'small"\nprice = { cached_input = 2 }'), 3, "write cached_input_usd = 2"),
-    (MODEL + "[embedder]\nkind = 'hashed'\n[strategies.a]\nkind = 'ic_cache'\ntrusted = ['smal']", 9,
-     "strategies.a.trusted has 'smal', and there is no such model; did you mean 'small'?"),
-    (MODEL + "[strategies.a]\nkind = 'static'\nmodel = 'smal'", 7, "strategies.a.model has 'smal', and there is no such model"),
+    (
+        MODEL + "[embedder]\nkind = 'hashed'\n[strategies.a]\nkind = 'ic_cache'\ntrusted = ['smal']",
+        9,
+        "strategies.a.trusted has 'smal', and there is no such model; did you mean 'small'?",
+    ),
+    (
+        MODEL + "[strategies.a]\nkind = 'static'\nmodel = 'smal'",
+        7,
+        "strategies.a.model has 'smal', and there is no such model",
+    ),
     (MODEL + "[strategies.a]\nkind = 'random'\nweights = { smal = 1 }", 7, "strategies.a.weights has 'smal'"),
-    (MODEL + "[strategies.a]\nkind = 'rules'\n[[strategies.a.rules]]\nname = 'x'\nmodels = ['smal']", 9,
-     "strategies.a.rules.0.models has 'smal'"),
+    (
+        MODEL + "[strategies.a]\nkind = 'rules'\n[[strategies.a.rules]]\nname = 'x'\nmodels = ['smal']",
+        9,
+        "strategies.a.rules.0.models has 'smal'",
+    ),
     (MODEL + "[strategies.a]\nkind = 'trid'", 6, "strategies.a: no strategy 'trid'; did you mean 'tried'?"),
-    (MODEL + "[strategies.a]\nkind = 'tried'\nlevle = 3", 7, "strategies.a: Tried has no field 'levle'; did you mean 'level'?"),
-    (MODEL + "[strategies.a]\nkind = 'tried'\nlevel = 0", 7, "strategies.a: level is 0; it must be greater than or equal to 1"),
-    (MODEL + "[strategies.a]\nkind = 'tried'\nuse = 'tried'", 6, "strategies.a.kind and strategies.a.use are both there"),
+    (
+        MODEL + "[strategies.a]\nkind = 'tried'\nlevle = 3",
+        7,
+        "strategies.a: Tried has no field 'levle'; did you mean 'level'?",
+    ),
+    (
+        MODEL + "[strategies.a]\nkind = 'tried'\nlevel = 0",
+        7,
+        "strategies.a: level is 0; it must be greater than or equal to 1",
+    ),
+    (
+        MODEL + "[strategies.a]\nkind = 'tried'\nuse = 'tried'",
+        6,
+        "strategies.a.kind and strategies.a.use are both there",
+    ),
     (MODEL + "[strategies.a]\nmodels = ['small']", 5, "strategies.a: a strategy needs one of kind"),
-    (MODEL + "[strategies.a]\nkind = 'tried'\nmodels = ['smal']", 7, "strategies.a.models.0 is 'smal', which is no name of a model"),
+    (
+        MODEL + "[strategies.a]\nkind = 'tried'\nmodels = ['smal']",
+        7,
+        "strategies.a.models.0 is 'smal', which is no name of a model",
+    ),
     (MODEL + "[strategies.a]\nrouter = 'nowhere'", 6, "strategies.a.router is "),
     (MODEL + '[strategies."a b"]\nkind = "tried"', 5, "strategies.a b: a name of a strategy has no spaces"),
     ('default_strategy = "cheap"\n' + MODEL, 1, "default_strategy is 'cheap'; did you mean 'cheapest'?"),
-    (MODEL + "[fallbacks]\nsmal = ['small']", 6, "fallbacks.smal is 'smal', which is no name of a model; did you mean 'small'?"),
+    (
+        MODEL + "[fallbacks]\nsmal = ['small']",
+        6,
+        "fallbacks.smal is 'smal', which is no name of a model; did you mean 'small'?",
+    ),
     (MODEL + "[fallbacks]\nsmall = [\n'small']", 7, "fallbacks.small.0 is 'small', which was tried before"),
     (MODEL + "[cache]\nsemantic = true", 6, "cache.semantic is true, which needs an embedder"),
     (MODEL + "[retries]\nbudget = 7", 6, "retries.budget is 7"),
@@ -243,13 +304,22 @@ BAD = [
     (MODEL + '[admin]\nkey = "sk-very-hidden"', 6, "admin.key must say where the secret is"),
     (MODEL + '[admin]\nkey = "env:NOT_THERE"', 6, "admin.key: the environment variable NOT_THERE is not set"),
     (MODEL + "[admin]\nport = 70000", 6, "admin.port is 70000"),
-    (MODEL + '[[models.deployments]]\nprovider = { kind = "openai", api_key = "sk-very-hidden" }', 6,
-     "models.0.deployments.1.provider.api_key must say where"),
-    (MODEL + '[[models.deployments]]\nprovider = { kind = "openai", key_env = "sk-very-hidden" }', 6,
-     "models.0.deployments.1.provider.key_env is no name of an environment variable"),
-    (MODEL + '[[models.deployments]]\nprovider = { kind = "openai", api_key = "env:NOT_THERE" }', 6,
-     "models.0.deployments.1.provider.api_key is NOT_THERE, an environment variable that is not set"),
-]  # fmt: skip
+    (
+        MODEL + '[[models.deployments]]\nprovider = { kind = "openai", api_key = "sk-very-hidden" }',
+        6,
+        "models.0.deployments.1.provider.api_key must say where",
+    ),
+    (
+        MODEL + '[[models.deployments]]\nprovider = { kind = "openai", key_env = "sk-very-hidden" }',
+        6,
+        "models.0.deployments.1.provider.key_env is no name of an environment variable",
+    ),
+    (
+        MODEL + '[[models.deployments]]\nprovider = { kind = "openai", api_key = "env:NOT_THERE" }',
+        6,
+        "models.0.deployments.1.provider.api_key is NOT_THERE, an environment variable that is not set",
+    ),
+]
 BAD_YAML = [
     ("models: [", 1, "not YAML"),
     ("a: 1\nb: 2\nc: \x01\n", 3, "not YAML: it holds the character U+0001"),
@@ -257,15 +327,25 @@ BAD_YAML = [
     ("- 1\n- 2\n", 1, "the file holds a list; it must hold a table of fields"),
     ("just words", 1, "the file holds text"),
     ("deadline_s: 1\nmodels: []\ndeadline_s: 2\n", 3, "'deadline_s' is there twice, first in line 1"),
-    ("models:\n  - name: small\n    deployments:\n      - provider: {kind: mock}\n        wieght: 3\n", 5,
-     "models.0.deployments.0: the deployment config has no field 'wieght'; did you mean 'weight'?"),
-    ("models:\n  - name: small\n    deployments:\n      - provider:\n          kind: mock\n          tokens: many\n", 6,
-     "models.0.deployments.0.provider.tokens is 'many'"),
+    (
+        "models:\n  - name: small\n    deployments:\n      - provider: {kind: mock}\n        wieght: 3\n",
+        5,
+        "models.0.deployments.0: the deployment config has no field 'wieght'; did you mean 'weight'?",
+    ),
+    (
+        "models:\n  - name: small\n    deployments:\n      - provider:\n          kind: mock\n          tokens: many\n",
+        6,
+        "models.0.deployments.0.provider.tokens is 'many'",
+    ),
     ("? [a, b]\n: 1\n", 1, "a name of a field is sequence, not text"),
     ("a: !!python/object:os.system {}\n", 1, "the gateway config has no field 'a'"),
-    ("a: &a [1,1,1,1,1,1,1,1]\n" + "".join(f"{x}: &{x} [{', '.join([f'*{y}'] * 8)}]\n" for y, x in zip("abcdef", "bcdefg", strict=True)),
-     None, "more than 100,000 fields"),
-]  # fmt: skip
+    (
+        "a: &a [1,1,1,1,1,1,1,1]\n"
+        + "".join(f"{x}: &{x} [{', '.join([f'*{y}'] * 8)}]\n" for y, x in zip("abcdef", "bcdefg", strict=True)),
+        None,
+        "more than 100,000 fields",
+    ),
+]
 
 
 @pytest.mark.parametrize(("text", "line", "message"), BAD)
@@ -306,10 +386,27 @@ def test_lines_of_toml_by_hand(tmp_path):
     )
     _, lines = parse(text, tmp_path / "x.toml")
     assert lines == {
-        "a.b": 2, "a.b.c": 2, "long": 3, "list": 7, "list.0": 8, "list.1": 9, "list.1.e": 9, "list.1.e.0": 9, "list.1.e.1": 10,
-        "t": 12, "t.0": 12, "t.0.u": 13, "t.0.u.0": 13, "t.0.u.0.f": 14, "t.0.u.1": 16, "t.0.u.1.g": 17, "t.1": 18, "t.1.u v": 19,
-        "t.1.u v.h": 20, "t.1.u v.h.i": 20,
-    }  # fmt: skip
+        "a.b": 2,
+        "a.b.c": 2,
+        "long": 3,
+        "list": 7,
+        "list.0": 8,
+        "list.1": 9,
+        "list.1.e": 9,
+        "list.1.e.0": 9,
+        "list.1.e.1": 10,
+        "t": 12,
+        "t.0": 12,
+        "t.0.u": 13,
+        "t.0.u.0": 13,
+        "t.0.u.0.f": 14,
+        "t.0.u.1": 16,
+        "t.0.u.1.g": 17,
+        "t.1": 18,
+        "t.1.u v": 19,
+        "t.1.u v.h": 20,
+        "t.1.u v.h.i": 20,
+    }
 
 
 # Names
@@ -433,11 +530,16 @@ FITTED = '[strategies.a]\nkind = "knn"\n'
         (MODEL + FITTED + '[embedder]\nkind = "hashed"', 5, ConfigError, "strategies.a: knn has to learn first"),
         (MODEL + '[strategies.a]\nrouter = "g.toml"', 6, CheckpointError, "strategies.a.router: "),
         ('[embedder]\nkind = "fit_first"\n' + MODEL, 1, ConfigError, "embedder has to learn"),
-        (MODEL.replace('small"', 'small"\ntokenizer = "no.json"'), 3, TokenizerError, "models.0.tokenizer: no tokenizer at"),
+        (
+            MODEL.replace('small"', 'small"\ntokenizer = "no.json"'),
+            3,
+            TokenizerError,
+            "models.0.tokenizer: no tokenizer at",
+        ),
         (MODEL + "[otel]\nendpoint = 'http://h:1'", 5, MissingExtraError, "[otel] in the config needs"),
         ("a = 1\n" + MODEL, 1, ConfigError, "the gateway config has no field 'a'"),
     ],
-)  # fmt: skip
+)
 def test_whatever_a_config_cannot_be_made_into_is_told_with_its_line(tmp_path, monkeypatch, text, line, error, message):
     """By the command, by Python, and where it is read again."""
     monkeypatch.setattr(Hashed, "needs_fit", 'kind = "fit_first"' in text)

@@ -20,9 +20,14 @@ jsonschema_rs = pytest.importorskip("jsonschema_rs")
 MOST_BYTES = 2_000
 # Of no model that there is, in the form of every route.
 BODY = {
-    "model": "nobody", "messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x", "max_tokens": 5, "request_id": "r",
+    "model": "nobody",
+    "messages": [{"role": "user", "content": "x"}],
+    "prompt": "x",
+    "input": "x",
+    "max_tokens": 5,
+    "request_id": "r",
     "score": 1,
-}  # fmt: skip
+}
 FOREIGN = {"origin": "https://evil.example", "x-forwarded-for": "192.0.2.1"}
 
 

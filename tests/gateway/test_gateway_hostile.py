@@ -94,10 +94,22 @@ def error_of(body):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"null", b"[]", b'"x"', b"\xff\xfe", b'{"model": "small", "messages": [{"content": "\xff"}]}', b"[" * 50_000,
-     b'{"model": NaN}', json.dumps({**HELLO, "max_tokens": -5}).encode(), json.dumps({**HELLO, "messages": {"role": "user"}}).encode(),
-     json.dumps({**HELLO, "model": ["small"]}).encode(), json.dumps({"messages": HELLO["messages"]}).encode()],
-)  # fmt: skip
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"model": "small", "messages": [{"content": "\xff"}]}',
+        b"[" * 50_000,
+        b'{"model": NaN}',
+        json.dumps({**HELLO, "max_tokens": -5}).encode(),
+        json.dumps({**HELLO, "messages": {"role": "user"}}).encode(),
+        json.dumps({**HELLO, "model": ["small"]}).encode(),
+        json.dumps({"messages": HELLO["messages"]}).encode(),
+    ],
+)
 def test_a_wrong_body_is_a_400(server, body):
     status, headers, answer = post(server, body)
     assert status == 400
@@ -195,11 +207,17 @@ def test_slow_headers_are_dropped(hasty, begin):
 
 @pytest.mark.parametrize(
     "head",
-    [LINE + b"x-big: " + b"a" * 70_000 + b"\r\n\r\n", b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
-     LINE + b"".join(b"x-%d: 1\r\n" % at for at in range(500)) + b"\r\n", b"\x00\x01\x02\r\n\r\n", b"GET /health HTTP/9.9\r\n\r\n",
-     LINE + b"bad header\r\n\r\n", LINE + b"content-length: -1\r\n\r\n",
-     LINE + b"content-length: 3\r\ntransfer-encoding: chunked\r\n\r\nabc"],
-)  # fmt: skip
+    [
+        LINE + b"x-big: " + b"a" * 70_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        LINE + b"".join(b"x-%d: 1\r\n" % at for at in range(500)) + b"\r\n",
+        b"\x00\x01\x02\r\n\r\n",
+        b"GET /health HTTP/9.9\r\n\r\n",
+        LINE + b"bad header\r\n\r\n",
+        LINE + b"content-length: -1\r\n\r\n",
+        LINE + b"content-length: 3\r\ntransfer-encoding: chunked\r\n\r\nabc",
+    ],
+)
 def test_what_is_no_http_or_too_much_of_it_is_refused(server, head):
     answer = raw(server, head)
     assert answer == b"" or answer.split(b" ")[1] in (b"400", b"413", b"414", b"431", b"505"), answer[:200]
@@ -215,9 +233,16 @@ def test_a_compressed_body_is_refused(server):
 
 @pytest.mark.parametrize(
     "path",
-    ["/ui/../../etc/passwd", "/ui/%2e%2e/%2e%2e/etc/passwd", "/ui/..%2f..%2fetc%2fpasswd", "/ui/page.css/../../x", "//etc/passwd",
-     "/ui/page.py", "/.git/config"],
-)  # fmt: skip
+    [
+        "/ui/../../etc/passwd",
+        "/ui/%2e%2e/%2e%2e/etc/passwd",
+        "/ui/..%2f..%2fetc%2fpasswd",
+        "/ui/page.css/../../x",
+        "//etc/passwd",
+        "/ui/page.py",
+        "/.git/config",
+    ],
+)
 def test_no_path_leads_to_a_file(server, path):
     answer = raw(server, f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n".encode())
     assert answer.startswith((b"HTTP/1.1 404", b"HTTP/1.1 400"))

@@ -36,9 +36,20 @@ from paced_time import pace, run_paced
 from waiting import until
 
 STEPS = (
-    *("ok",) * 9, *("slow:0.3",) * 5, "500", "429:0", "cut:2", "reset", "garbage", "slow:0.05", "filter", "credit", "html",
-    "no_done", "short",
-)  # fmt: skip
+    *("ok",) * 9,
+    *("slow:0.3",) * 5,
+    "500",
+    "429:0",
+    "cut:2",
+    "reset",
+    "garbage",
+    "slow:0.05",
+    "filter",
+    "credit",
+    "html",
+    "no_done",
+    "short",
+)
 LIMITS = {"global": 1.0, "team:a": 0.2, "user:x": 0.2, "tag:t": 0.03}
 
 
@@ -61,12 +72,19 @@ def busy(tmp_path, seed, mode):
         for at, (name, dollars) in enumerate((("small", 1), ("medium", 3), ("large", 10)))
     )
     return GatewayConfig(
-        models=models, strategies={"cheapest": StrategyConfig(use="cheapest"), "random": StrategyConfig(use="random")},
-        fallbacks={"small": ("medium", "large"), "medium": ("small",)}, require_key=True, deadline_s=3.0, hedge=HedgeConfig(),
-        breaker=BreakerConfig(open_s=0.02, max_open_s=0.05), mid_stream=mode,
+        models=models,
+        strategies={"cheapest": StrategyConfig(use="cheapest"), "random": StrategyConfig(use="random")},
+        fallbacks={"small": ("medium", "large"), "medium": ("small",)},
+        require_key=True,
+        deadline_s=3.0,
+        hedge=HedgeConfig(),
+        breaker=BreakerConfig(open_s=0.02, max_open_s=0.05),
+        mid_stream=mode,
         retries=RetryConfig(attempts=3, base_s=0.002, cap_s=0.01, budget=1.0),
-        cache=CacheConfig(semantic=True), embedder=Hashed.Config(), store=str(tmp_path / "g.db"),
-    )  # fmt: skip
+        cache=CacheConfig(semantic=True),
+        embedder=Hashed.Config(),
+        store=str(tmp_path / "g.db"),
+    )
 
 
 def draw_request(draw):

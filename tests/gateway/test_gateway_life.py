@@ -474,8 +474,14 @@ def test_an_identical_request_at_temperature_0_is_answered_from_memory(tmp_path)
     assert first["id"] not in (warm["id"], fresh["id"])
     assert allowed[0] == allowed[1]
     assert [(row.cache, row.cost_nano > 0) for row in rows] == [
-        ("", True), ("exact", False), ("exact", False), ("", True), ("", True), ("", True), ("exact", False)
-    ]  # fmt: skip
+        ("", True),
+        ("exact", False),
+        ("exact", False),
+        ("", True),
+        ("", True),
+        ("", True),
+        ("exact", False),
+    ]
 
 
 def test_a_stream_is_kept_once_it_is_whole(tmp_path):

@@ -125,13 +125,21 @@ def test_what_is_not_is_said(moved, tmp_path):
     path = tmp_path / "config.yaml"
     fields = [line.removeprefix(f"{path}:").partition(": ")[2].split()[0] for line in left]
     assert fields == [
-        "model_list.1.litellm_params.api_key", "model_list.1.litellm_params.temperature", "model_list.4.litellm_params.model",
-        "model_list.5.model_name", "model_list.6.litellm_params.api_base", "model_list.7.model_info.mode", "model_list.8",
-        "litellm_settings.drop_params", "router_settings.fallbacks.0.gpt-4o-mini", "router_settings.fallbacks.1.gone",
-        "router_settings.model_group_alias.gpt-5", "general_settings.master_key",
+        "model_list.1.litellm_params.api_key",
+        "model_list.1.litellm_params.temperature",
+        "model_list.4.litellm_params.model",
+        "model_list.5.model_name",
+        "model_list.6.litellm_params.api_base",
+        "model_list.7.model_info.mode",
+        "model_list.8",
+        "litellm_settings.drop_params",
+        "router_settings.fallbacks.0.gpt-4o-mini",
+        "router_settings.fallbacks.1.gone",
+        "router_settings.model_group_alias.gpt-5",
+        "general_settings.master_key",
         "general_settings.database_url",
         "environment_variables.REDIS_PASSWORD",
-    ]  # fmt: skip
+    ]
     assert f"{path}:19: model_list.1.litellm_params.api_key is a key written into the file (not shown)" in left[0]
     shown = "\n".join(left)
     assert "sk-written-down" not in shown

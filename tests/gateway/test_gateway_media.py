@@ -191,9 +191,14 @@ def test_a_slow_clip_is_long_whatever_it_is_called():
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from([b"LIST", b"JUNK", b"bext", b"fmt_", b"fact"]), st.binary(max_size=60)), max_size=4),
-    st.integers(1, 48_000), st.integers(1, 8), st.sampled_from([8, 16, 24, 32]), st.booleans(),
-)  # fmt: skip
+    st.lists(
+        st.tuples(st.sampled_from([b"LIST", b"JUNK", b"bext", b"fmt_", b"fact"]), st.binary(max_size=60)), max_size=4
+    ),
+    st.integers(1, 48_000),
+    st.integers(1, 8),
+    st.sampled_from([8, 16, 24, 32]),
+    st.booleans(),
+)
 def test_no_note_makes_a_clip_shorter(notes, samples, channels, bits, decoys):
     notes = [(name, data + DECOY * decoys) for name, data in notes]
     raw = riff(*notes, fmt(samples, channels, bits), (b"data", b"\0" * 5000))

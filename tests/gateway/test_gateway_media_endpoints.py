@@ -383,8 +383,18 @@ def test_a_request_with_a_name_is_paid_for_once(upstream, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["embeddings", "completions", "chat/completions", "responses", "messages", "messages/count_tokens", "moderations", "feedback"]
-)  # fmt: skip
+    "path",
+    [
+        "embeddings",
+        "completions",
+        "chat/completions",
+        "responses",
+        "messages",
+        "messages/count_tokens",
+        "moderations",
+        "feedback",
+    ],
+)
 def test_a_form_where_json_is_asked_for_is_refused(upstream, tmp_path, path):
     async def work(client, gateway):
         form = {"headers": {"content-type": "multipart/form-data"}}

@@ -39,9 +39,27 @@ KEY = "an-admin-key-of-this-test"
 # What is no number, whichever field it is for.
 NEVER = ("NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1e999999", "1" + "0" * 5000)
 ODD = (
-    "1" + "0" * 400, "-1" + "0" * 4000, "9007199254740993", "1e300", "-1", "0", "-0.0", "1.5", "1e-400", "true", "false", "null", '"5"',
-    '"1e999999"', '"NaN"', '"-1"', '"1e99999999999999999999"', "[]", "[1]", "{}",
-)  # fmt: skip
+    "1" + "0" * 400,
+    "-1" + "0" * 4000,
+    "9007199254740993",
+    "1e300",
+    "-1",
+    "0",
+    "-0.0",
+    "1.5",
+    "1e-400",
+    "true",
+    "false",
+    "null",
+    '"5"',
+    '"1e999999"',
+    '"NaN"',
+    '"-1"',
+    '"1e99999999999999999999"',
+    "[]",
+    "[1]",
+    "{}",
+)
 CHAT = '"model": "small", "messages": [{"role": "user", "content": "hello"}]'
 COMPLETION = '"model": "small", "prompt": "hello"'
 SAMPLING = (
@@ -154,9 +172,14 @@ def test_figures_of_strategies_that_json_has_not_are_null():
 # The same of Python's numbers, which are more
 
 NUMBERS = st.one_of(
-    st.floats(), st.integers(), st.booleans(), st.none(), st.text(max_size=5), st.decimals(),
+    st.floats(),
+    st.integers(),
+    st.booleans(),
+    st.none(),
+    st.text(max_size=5),
+    st.decimals(),
     st.sampled_from([10**5000, -(10**5000), math.inf, math.nan, 1e308, 2**53, 2**53 + 1, -0.0]),
-)  # fmt: skip
+)
 
 
 def refusal(work):

@@ -17,17 +17,36 @@ from page_html import NASTY, Parsed
 
 def busy(name="small"):
     return Snapshot(
-        now_s=7200.0, uptime_s=3700, version="1", requests=10, errors=1, hits={"exact": 3}, misses=1,
+        now_s=7200.0,
+        uptime_s=3700,
+        version="1",
+        requests=10,
+        errors=1,
+        hits={"exact": 3},
+        misses=1,
         spend={"model": [Spend(name, 2_500_000_000, 8)], "key": [Spend(name, 1, 1)] * 12},
-        latency=[(0.1, 4), (0.2, 4), (math.inf, 2)], timeline=[Moment(7100, 5, 1), Moment(10, 99)],
+        latency=[(0.1, 4), (0.2, 4), (math.inf, 2)],
+        timeline=[Moment(7100, 5, 1), Moment(10, 99)],
         deployments=[DeploymentFact(name=name, model=name, state="open", latency_s=0.25)],
-        points=[Point(name=name, kind="model", cost=0.001, quality=0.5), Point(name="all", kind="live", cost=0.002, quality=0.6)],
-        recent=[
-            Seen(request_id="req_1", time_s=7190, chosen=name, asked=name, reason=name, bypassed=name, key=name, details={name: name},
-                 candidates=[{"model": name, "score": 1.0, "quality": None, "cost": 0.00002}],
-                 attempts=[{"deployment": name, "outcome": "ok", "seconds": 0.5}])
+        points=[
+            Point(name=name, kind="model", cost=0.001, quality=0.5),
+            Point(name="all", kind="live", cost=0.002, quality=0.6),
         ],
-    )  # fmt: skip
+        recent=[
+            Seen(
+                request_id="req_1",
+                time_s=7190,
+                chosen=name,
+                asked=name,
+                reason=name,
+                bypassed=name,
+                key=name,
+                details={name: name},
+                candidates=[{"model": name, "score": 1.0, "quality": None, "cost": 0.00002}],
+                attempts=[{"deployment": name, "outcome": "ok", "seconds": 0.5}],
+            )
+        ],
+    )
 
 
 @pytest.mark.parametrize("snapshot", [Snapshot(now_s=0.0), busy()])

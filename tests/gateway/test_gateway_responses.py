@@ -33,33 +33,60 @@ def answer(**message):
 
 def test_a_request_becomes_one_of_chat():
     body = {
-        "model": "m", "instructions": "be brief", "max_output_tokens": 5, "temperature": 0.5, "reasoning": {"effort": "low"},
+        "model": "m",
+        "instructions": "be brief",
+        "max_output_tokens": 5,
+        "temperature": 0.5,
+        "reasoning": {"effort": "low"},
         "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}},
-        "tools": [{"type": "function", "name": "add", "parameters": {}}], "tool_choice": {"type": "function", "name": "add"},
+        "tools": [{"type": "function", "name": "add", "parameters": {}}],
+        "tool_choice": {"type": "function", "name": "add"},
         "input": [
             {"role": "user", "content": [{"type": "input_text", "text": "2+2?"}]},
             {"type": "reasoning", "summary": []},
             {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I add."}]},
             {"type": "function_call", "call_id": "c1", "name": "add", "arguments": "{}"},
             {"type": "function_call_output", "call_id": "c1", "output": "4"},
-            {"role": "user", "content": [{"type": "input_image", "image_url": "https://x/y.png"}, {"type": "input_text", "text": "?"}]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "input_image", "image_url": "https://x/y.png"},
+                    {"type": "input_text", "text": "?"},
+                ],
+            },
         ],
-        "stream": True, "a_field_of_tomorrow": 1,
-    }  # fmt: skip
+        "stream": True,
+        "a_field_of_tomorrow": 1,
+    }
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
     assert to_chat(body) == {
-        "model": "m", "temperature": 0.5, "stream": True, "a_field_of_tomorrow": 1, "max_completion_tokens": 5,
-        "reasoning_effort": "low", "stream_options": {"include_usage": True},
-        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True}},
+        "model": "m",
+        "temperature": 0.5,
+        "stream": True,
+        "a_field_of_tomorrow": 1,
+        "max_completion_tokens": 5,
+        "reasoning_effort": "low",
+        "stream_options": {"include_usage": True},
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
+        },
         "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
         "tool_choice": {"type": "function", "function": {"name": "add"}},
         "messages": [
-            {"role": "system", "content": "be brief"}, {"role": "user", "content": "2+2?"},
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "2+2?"},
             {"role": "assistant", "content": "I add.", "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "c1", "content": "4"},
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}, {"type": "text", "text": "?"}]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
+                    {"type": "text", "text": "?"},
+                ],
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -125,10 +152,21 @@ def test_a_stream_becomes_the_events_of_a_response():
         made["type"] for made in events
     ]
     assert [made["type"].removeprefix("response.") for made in events] == [
-        "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta", "output_text.delta",
-        "output_text.done", "content_part.done", "output_item.done", "output_item.added", "function_call_arguments.delta",
-        "function_call_arguments.done", "output_item.done", "completed",
-    ]  # fmt: skip
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
     assert [made["sequence_number"] for made in events] == list(range(len(events)))
     last = events[-1]["response"]
     assert last["output"][0]["content"][0]["text"] == "four"
@@ -165,8 +203,14 @@ def test_a_whole_answer_streamed_and_put_together_is_the_same(message):
 
 
 def test_completions_stream_too():
-    whole = {"id": "1", "object": "text_completion", "created": 1, "model": "m", "usage": None,
-             "choices": [{"index": 0, "text": "ab", "finish_reason": "stop", "logprobs": None}]}  # fmt: skip
+    whole = {
+        "id": "1",
+        "object": "text_completion",
+        "created": 1,
+        "model": "m",
+        "usage": None,
+        "choices": [{"index": 0, "text": "ab", "finish_reason": "stop", "logprobs": None}],
+    }
     made = assembled(as_chunks(whole, "completions"), "completions")
     del whole["usage"], whole["choices"][0]["logprobs"]  # there are none
     assert made == whole

@@ -150,10 +150,19 @@ def test_the_larger_of_two_limits_of_an_answer_is_reserved(tmp_path):
         ("chat", ask(max_tokens=1, functions=[{"name": "f", "description": "x" * 5000}])),
         ("chat", ask(max_tokens=1, response_format={"type": "json_schema", "json_schema": {"name": "x" * 5000}})),
         ("chat", ask(max_tokens=1, guided_json={"a": "x" * 5000})),
-        ("chat", {**ask(max_tokens=1), "messages": [{"role": "user", "content": "hi", "reasoning_content": "x" * 5000}]}),
-        ("chat", {**ask(max_tokens=1), "messages": [{"role": "user", "content": [{"type": "file", "file": {"data": "x" * 5000}}]}]}),
+        (
+            "chat",
+            {**ask(max_tokens=1), "messages": [{"role": "user", "content": "hi", "reasoning_content": "x" * 5000}]},
+        ),
+        (
+            "chat",
+            {
+                **ask(max_tokens=1),
+                "messages": [{"role": "user", "content": [{"type": "file", "file": {"data": "x" * 5000}}]}],
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_no_text_of_a_body_goes_uncounted(tmp_path, endpoint, body):
     assert reserved(tmp_path, endpoint, body).reserved_nano >= 5000 * 1_000
 

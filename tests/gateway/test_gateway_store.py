@@ -346,11 +346,30 @@ def test_a_change_that_fails_in_the_middle_has_changed_nothing(url):
 
 def test_a_row_reads_back_as_it_was(url):
     full = LedgerRow(
-        request_id="full", key_id="k", user="ann \N{SNOWMAN}", team="t", tags=("a", "b"), requested="auto/knn?lambda=2", strategy="knn",
-        candidates=("small", "la,rge"), model="small", deployment="small#1\0\ud800", attempts=3, prompt_tokens=2**40, completion_tokens=7,
-        cached_tokens=5, is_estimated=True, price=Price(input=1, output=2, cached_input=None), latency_us=123456, first_token_us=0,
-        overhead_us=9, status="error", code="upstream\0broke\ud800", cache="exact", flags=("hedged", "stitched"),
-    )  # fmt: skip
+        request_id="full",
+        key_id="k",
+        user="ann \N{SNOWMAN}",
+        team="t",
+        tags=("a", "b"),
+        requested="auto/knn?lambda=2",
+        strategy="knn",
+        candidates=("small", "la,rge"),
+        model="small",
+        deployment="small#1\0\ud800",
+        attempts=3,
+        prompt_tokens=2**40,
+        completion_tokens=7,
+        cached_tokens=5,
+        is_estimated=True,
+        price=Price(input=1, output=2, cached_input=None),
+        latency_us=123456,
+        first_token_us=0,
+        overhead_us=9,
+        status="error",
+        code="upstream\0broke\ud800",
+        cache="exact",
+        flags=("hedged", "stitched"),
+    )
 
     async def main():
         async with open_store(url, clock=Clock()) as store:
@@ -637,9 +656,14 @@ def test_ledger_and_spend(url):
 
             def total(group, requests, errors, cost):
                 return Spend(
-                    group=group, requests=requests, errors=errors, cost_nano=cost, prompt_tokens=10 * requests, completion_tokens=0,
+                    group=group,
+                    requests=requests,
+                    errors=errors,
+                    cost_nano=cost,
+                    prompt_tokens=10 * requests,
+                    completion_tokens=0,
                     cached_tokens=0,
-                )  # fmt: skip
+                )
 
             assert await store.spend() == [total((), 4, 1, 33)]
             assert await store.spend("model") == [total(("b",), 2, 0, 27), total(("a",), 2, 1, 6)]

@@ -78,9 +78,15 @@ def test_calls_are_listed_where_they_are_asked_for(url):
 def test_spending_holds_calls_and_counts_them_apart(url):
     def total(group, requests, calls, cost, errors=0, tokens=0):
         return Spend(
-            group=group, requests=requests, errors=errors, cost_nano=cost, prompt_tokens=tokens, completion_tokens=0, cached_tokens=0,
+            group=group,
+            requests=requests,
+            errors=errors,
+            cost_nano=cost,
+            prompt_tokens=tokens,
+            completion_tokens=0,
+            cached_tokens=0,
             calls=calls,
-        )  # fmt: skip
+        )
 
     async def main():
         async with open_store(url) as store:

@@ -156,10 +156,20 @@ def test_what_needs_no_reading_is_passed_on_to_the_byte():
 @pytest.mark.parametrize(
     "pieces",
     [
-        [DONE], [ROLE, DONE], [ROLE], [], [b": comment\n\n"] * 3, [ROLE, BROKEN], [b"data: {"], [b"nonsense\n\n"],
-        [b"data: {no json}\n\n"], [b"data: [1]\n\n"], [b'data: {"error":"boom"}\n\n'], [b"<!doctype html><html>"],
+        [DONE],
+        [ROLE, DONE],
+        [ROLE],
+        [],
+        [b": comment\n\n"] * 3,
+        [ROLE, BROKEN],
+        [b"data: {"],
+        [b"nonsense\n\n"],
+        [b"data: {no json}\n\n"],
+        [b"data: [1]\n\n"],
+        [b'data: {"error":"boom"}\n\n'],
+        [b"<!doctype html><html>"],
     ],
-)  # fmt: skip
+)
 def test_a_stream_that_brings_no_token_is_asked_for_elsewhere(pieces):
     async def work() -> None:
         wire = Wire(pieces, [said("fine"), END, DONE])
@@ -511,8 +521,12 @@ CALL = said(None, choices=[{"index": 0, "delta": {"content": "x", "tool_calls": 
 
 @pytest.mark.parametrize(
     ("first", "asked"),
-    [([CALL, BROKEN], request()), ([said("a"), BROKEN], request(n=2)), ([said("a"), BROKEN], request("completions", prompt=["x"]))],
-)  # fmt: skip
+    [
+        ([CALL, BROKEN], request()),
+        ([said("a"), BROKEN], request(n=2)),
+        ([said("a"), BROKEN], request("completions", prompt=["x"])),
+    ],
+)
 def test_what_cannot_be_told_to_another_model_is_not_gone_on_with(first, asked):
     wire, stream, raw = continued(first, [said("b"), END], asked=asked)
     assert (len(wire.asked), stream.failure.kind, stream.report.is_stitched) == (1, "cut", False)

@@ -21,9 +21,13 @@ def with_tokens(data, seed=0):
     tokens_NM2 = draw.integers(5, 2000, (len(data), len(data.models), 2))
     price_M2 = np.array([USD[name] for name in data.models]) / 1e6
     return type(data)(
-        query=data.query, models=data.models, task=data.task, score_NM=data.score_NM, tokens_NM2=tokens_NM2.astype(float),
+        query=data.query,
+        models=data.models,
+        task=data.task,
+        score_NM=data.score_NM,
+        tokens_NM2=tokens_NM2.astype(float),
         cost_NM=(tokens_NM2 * price_M2).sum(-1),
-    )  # fmt: skip
+    )
 
 
 def record(folder, data):

@@ -70,19 +70,26 @@ def model(name, price, **behaviour):
 def config(store):
     return GatewayConfig(
         models=(
-            model("small", Price.of_dollars(1, 2)), model("large", Price.of_dollars(10, 20)),
+            model("small", Price.of_dollars(1, 2)),
+            model("large", Price.of_dollars(10, 20)),
             model("breaks", Price.of_dollars(3, 4), script=("500", "ok")),
             model("hangs", Price.of_dollars(5, 6), script=("hang",), loops=True),
             model("cuts", Price.of_dollars(7, 8), script=("cut:2",), loops=True),
         ),
         strategies={
-            "cheapest": StrategyConfig(use="cheapest"), "asks": StrategyConfig(use="static"),
+            "cheapest": StrategyConfig(use="cheapest"),
+            "asks": StrategyConfig(use="static"),
             "says": StrategyConfig(use="consistency", fields={"models": ("small", "large"), "samples": 2}),
         },
-        default_strategy="cheapest", ab={"test": ABConfig(a="cheapest", b="asks", share=0.999999)}, store=store,
-        require_key=False, log=LogConfig(prompts=True), lost=LostConfig(read_on_s=0), fallbacks={"hangs": ("small",)},
+        default_strategy="cheapest",
+        ab={"test": ABConfig(a="cheapest", b="asks", share=0.999999)},
+        store=store,
+        require_key=False,
+        log=LogConfig(prompts=True),
+        lost=LostConfig(read_on_s=0),
+        fallbacks={"hangs": ("small",)},
         retries=RetryConfig(attempts=2, base_s=0.0),
-    )  # fmt: skip
+    )
 
 
 REQUESTS = {
@@ -140,11 +147,15 @@ async def told():
                 calls = await gateway.store.ledger(LedgerQuery(parent_id=id, newest_first=False))
                 decisions, texts = await gateway.store.told_of([id])
                 found[name] = {
-                    "headers": {one: "*" if one in ("x-request-id", "x-overhead-ms") else value for one, value in sorted(headers.items())},
+                    "headers": {
+                        one: "*" if one in ("x-request-id", "x-overhead-ms") else value
+                        for one, value in sorted(headers.items())
+                    },
                     "rows": [masked(row) for row in [*rows, *calls]],
                     "seen": masked(gateway.recent[-1]),
-                    "decision": masked(decisions.get(id)), "texts": masked(texts.get(id)),
-                }  # fmt: skip
+                    "decision": masked(decisions.get(id)),
+                    "texts": masked(texts.get(id)),
+                }
     return json.loads(json.dumps(found))
 
 

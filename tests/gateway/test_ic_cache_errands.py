@@ -45,10 +45,19 @@ def cache_config(**router):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("grade: 7", 0.7), ("It is fine.\nGrade: 10/10.", 1.0), ("**grade: 0**", 0.0), ("my grade is 3", 0.3), ("8", 0.8),
-        ("grade: 11", None), ("grade: 7\nbut then", None), ("good", None), ("", None), ("-5.5", None), ("grade: 7 of the 9 parts", None),
+        ("grade: 7", 0.7),
+        ("It is fine.\nGrade: 10/10.", 1.0),
+        ("**grade: 0**", 0.0),
+        ("my grade is 3", 0.3),
+        ("8", 0.8),
+        ("grade: 11", None),
+        ("grade: 7\nbut then", None),
+        ("good", None),
+        ("", None),
+        ("-5.5", None),
+        ("grade: 7 of the 9 parts", None),
     ],
-)  # fmt: skip
+)
 def test_grades(text, value):
     assert grade(text) == value
 

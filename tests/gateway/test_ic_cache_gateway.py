@@ -27,9 +27,13 @@ def run(tmp_path, work, **fields):
     """What ``work(gateway, strategy)`` gives."""
     strategy = ICCacheRouting.Config(**{"cache": CACHE, "domains": ("",), **fields}).build()
     config = GatewayConfig(
-        models=(model("small", 1), model("large", 10)), require_key=False, store=str(tmp_path / "g.db"),
-        embedder=Hashed.Config(dim=64), strategies={"ic": StrategyConfig(use="ic_cache", timeout_s=5.0)}, log=LogConfig(prompts=True),
-    )  # fmt: skip
+        models=(model("small", 1), model("large", 10)),
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+        embedder=Hashed.Config(dim=64),
+        strategies={"ic": StrategyConfig(use="ic_cache", timeout_s=5.0)},
+        log=LogConfig(prompts=True),
+    )
 
     async def main():
         async with Gateway(config, strategies={"ic": strategy}) as gateway:

@@ -76,11 +76,16 @@ def config(url, tmp_path):
     }
     return GatewayConfig(
         models=tuple(ModelConfig(name=name, price=PRICES[name], deployments=deployments[name]) for name in PRICES),
-        strategies={"cheapest": StrategyConfig(use="cheapest")}, fallbacks=FALLBACKS, require_key=False,
-        deadline_s=3.0, hedge=HedgeConfig(quantile=0.99), breaker=BreakerConfig(open_s=0.05, max_open_s=0.1),
-        retries=RetryConfig(attempts=3, base_s=0.002, cap_s=0.01, budget=1.0), lost=LostConfig(margin_s=0.02, output_speed=TOKENS_S),
+        strategies={"cheapest": StrategyConfig(use="cheapest")},
+        fallbacks=FALLBACKS,
+        require_key=False,
+        deadline_s=3.0,
+        hedge=HedgeConfig(quantile=0.99),
+        breaker=BreakerConfig(open_s=0.05, max_open_s=0.1),
+        retries=RetryConfig(attempts=3, base_s=0.002, cap_s=0.01, budget=1.0),
+        lost=LostConfig(margin_s=0.02, output_speed=TOKENS_S),
         store=str(tmp_path / "g.db"),
-    )  # fmt: skip
+    )
 
 
 def body(draw, number):

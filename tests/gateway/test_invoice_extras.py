@@ -142,9 +142,15 @@ def test_the_price_list_of_the_provider_is_that_of_the_config():
         own = price(call.model)
         for_hour = call.written if call.ttl == "1h" else 0
         usage = Usage(
-            call.prompt, call.length, call.read, cache_write=call.written - for_hour, cache_write_1h=for_hour, searches=call.searches,
-            tier="priority" if call.is_priority else "default", tells_ttl=True,
-        )  # fmt: skip
+            call.prompt,
+            call.length,
+            call.read,
+            cache_write=call.written - for_hour,
+            cache_write_1h=for_hour,
+            searches=call.searches,
+            tier="priority" if call.is_priority else "default",
+            tells_ttl=True,
+        )
         assert bill(own, usage) - call.nano(own, call.length) in (0, 1)
 
 

@@ -142,8 +142,13 @@ def test_what_a_router_cannot_do_it_says_and_stays_as_it_is(fitted):
         ("coe", "large", None, "coe knows models by their scores"),
         ("irt", "small", best_of_all("small"), "knows 'small' already"),
         ("irt", "large", best_of_all("other"), "hold nothing of 'large'; they are of other"),
-        ("irt", "large", type(best_of_all())(query=("x",), models=("large",), score_NM=np.full((1, 1), np.nan)), "no score of 'large'"),
-    ):  # fmt: skip
+        (
+            "irt",
+            "large",
+            type(best_of_all())(query=("x",), models=("large",), score_NM=np.full((1, 1), np.nan)),
+            "no score of 'large'",
+        ),
+    ):
         router = FittedRouter.load(fitted / f"{kind}.safetensors")
         before = json.dumps(router.strategy.state()[1])
         with pytest.raises(InputError, match=message):

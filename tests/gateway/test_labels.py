@@ -34,9 +34,13 @@ ADMIN = "the-admin-key"
 
 def config(tmp_path):
     models = tuple(
-        ModelConfig(name=name, max_tokens=20, deployments=(DeploymentConfig(provider=Mock.Config(model=name, reply=f"{name} says it")),))
+        ModelConfig(
+            name=name,
+            max_tokens=20,
+            deployments=(DeploymentConfig(provider=Mock.Config(model=name, reply=f"{name} says it")),),
+        )
         for name in ("a", "b", "c")
-    )  # fmt: skip
+    )
     return GatewayConfig(
         models=models,
         ab={"try": ABConfig(a="cheapest", b="draws")},

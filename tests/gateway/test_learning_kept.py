@@ -67,8 +67,13 @@ def same(one, other, tolerance=1e-9):
 
 
 @given(
-    st.sampled_from(KINDS), st.integers(0, 60), st.integers(1, 4), st.sampled_from([3, 9]), st.booleans(), st.integers(0, 9),
-)  # fmt: skip
+    st.sampled_from(KINDS),
+    st.integers(0, 60),
+    st.integers(1, 4),
+    st.sampled_from([3, 9]),
+    st.booleans(),
+    st.integers(0, 9),
+)
 @settings(max_examples=25, deadline=None)
 def test_several_that_hear_of_one_another_know_what_one_that_was_told_all_does(kind, count, num, dim, is_fitted, seed):
     def new():
@@ -210,8 +215,12 @@ def model(name):
 def config(store, use="linucb", *, router=None, **fields):
     strategies = {"ucb": StrategyConfig(use=None if router else use, router=router, fields=fields, timeout_s=5.0)}
     return GatewayConfig(
-        models=tuple(map(model, NAMES)), store=str(store), embedder=Hashed.Config(dim=64), require_key=False, strategies=strategies
-    )  # fmt: skip
+        models=tuple(map(model, NAMES)),
+        store=str(store),
+        embedder=Hashed.Config(dim=64),
+        require_key=False,
+        strategies=strategies,
+    )
 
 
 async def use(gateway, numbers):

@@ -18,8 +18,15 @@ from anabranch.gateway.providers.native_events import (
 from gateway_process import call
 from gateway_scripted import fronted, model, scripted, sse, whole
 
-CITED = {"type": "char_location", "cited_text": "q", "document_index": 0, "document_title": None,
-         "start_char_index": 0, "end_char_index": 1, "file_id": None}  # fmt: skip
+CITED = {
+    "type": "char_location",
+    "cited_text": "q",
+    "document_index": 0,
+    "document_title": None,
+    "start_char_index": 0,
+    "end_char_index": 1,
+    "file_id": None,
+}
 CONTENT = [
     {"type": "thinking", "thinking": "A", "signature": "sa"},
     {"type": "redacted_thinking", "data": "x"},
@@ -31,23 +38,57 @@ CONTENT = [
     {"type": "tool_use", "id": "u", "name": "weather", "input": {"city": "Ghent"}},
 ]
 MESSAGE = {
-    "id": "msg_1", "type": "message", "role": "assistant", "model": "claude", "content": CONTENT,
-    "stop_reason": "end_turn", "stop_sequence": None, "usage": {"input_tokens": 3, "output_tokens": 2},
-}  # fmt: skip
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude",
+    "content": CONTENT,
+    "stop_reason": "end_turn",
+    "stop_sequence": None,
+    "usage": {"input_tokens": 3, "output_tokens": 2},
+}
 RESPONSE = {
-    "id": "resp_1", "object": "response", "created_at": 1, "status": "completed", "model": "m", "error": None,
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1,
+    "status": "completed",
+    "model": "m",
+    "error": None,
     "output": [
-        {"type": "reasoning", "id": "r1", "summary": [{"type": "summary_text", "text": "why"}], "encrypted_content": "e"},
+        {
+            "type": "reasoning",
+            "id": "r1",
+            "summary": [{"type": "summary_text", "text": "why"}],
+            "encrypted_content": "e",
+        },
         {"type": "web_search_call", "id": "w1", "status": "completed", "action": {"type": "search", "query": "q"}},
-        {"type": "message", "id": "m1", "role": "assistant", "status": "completed", "content": [
-            {"type": "output_text", "text": "hello", "annotations": [
-                {"type": "url_citation", "url": "u", "title": "t", "start_index": 0, "end_index": 1}]},
-            {"type": "refusal", "refusal": "no"},
-        ]},
-        {"type": "function_call", "id": "f1", "call_id": "c1", "name": "f", "arguments": "{\"a\":1}", "status": "completed"},
+        {
+            "type": "message",
+            "id": "m1",
+            "role": "assistant",
+            "status": "completed",
+            "content": [
+                {
+                    "type": "output_text",
+                    "text": "hello",
+                    "annotations": [
+                        {"type": "url_citation", "url": "u", "title": "t", "start_index": 0, "end_index": 1}
+                    ],
+                },
+                {"type": "refusal", "refusal": "no"},
+            ],
+        },
+        {
+            "type": "function_call",
+            "id": "f1",
+            "call_id": "c1",
+            "name": "f",
+            "arguments": '{"a":1}',
+            "status": "completed",
+        },
     ],
     "usage": {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5},
-}  # fmt: skip
+}
 
 
 def without(events, kind):
@@ -57,9 +98,14 @@ def without(events, kind):
 def test_a_message_begins_with_nothing_said_and_comes_block_by_block():
     events = message_events({**MESSAGE, "content": [CONTENT[4]]})
     assert [one["type"] for one in events] == [
-        "message_start", "content_block_start", "content_block_delta", "content_block_delta", "content_block_stop",
-        "message_delta", "message_stop",
-    ]  # fmt: skip
+        "message_start",
+        "content_block_start",
+        "content_block_delta",
+        "content_block_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
     start, block, text, cited, _, last, _ = events
     assert (start["message"]["content"], start["message"]["stop_reason"]) == ([], None)
     assert start["message"]["usage"] == {"input_tokens": 3, "output_tokens": 0}
@@ -76,11 +122,15 @@ blocks = st.one_of(
     st.builds(lambda text: {"type": "text", "text": text}, words),
     st.builds(lambda text, cited: {"type": "text", "text": text, "citations": cited}, words, st.lists(values)),
     st.builds(lambda a, b: {"type": "thinking", "thinking": a, "signature": b}, words, words),
-    st.builds(lambda kind, given: {"type": kind, "id": "i", "name": "n", "input": given},
-              st.sampled_from(["tool_use", "server_tool_use", "mcp_tool_use"]), values),
-    st.builds(lambda kind, more: {"type": kind, "content": more},
-              st.sampled_from(["web_search_tool_result", "new"]), values),
-)  # fmt: skip
+    st.builds(
+        lambda kind, given: {"type": kind, "id": "i", "name": "n", "input": given},
+        st.sampled_from(["tool_use", "server_tool_use", "mcp_tool_use"]),
+        values,
+    ),
+    st.builds(
+        lambda kind, more: {"type": kind, "content": more}, st.sampled_from(["web_search_tool_result", "new"]), values
+    ),
+)
 
 
 @given(st.lists(blocks, max_size=5), values, st.sampled_from(["end_turn", "pause_turn"]))

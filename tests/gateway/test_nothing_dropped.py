@@ -116,8 +116,16 @@ def marked(parts):
 
 def whole(kind, parts):
     if kind in ("anthropic", "native"):
-        return {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": parts, "stop_reason": "end_turn",
-                "stop_sequence": None, "usage": {"input_tokens": 3, "output_tokens": 9}}  # fmt: skip
+        return {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "model": "m",
+            "content": parts,
+            "stop_reason": "end_turn",
+            "stop_sequence": None,
+            "usage": {"input_tokens": 3, "output_tokens": 9},
+        }
     if kind == "bedrock":
         usage = {"inputTokens": 3, "outputTokens": 9, "totalTokens": 12}
         return {
@@ -132,8 +140,12 @@ def whole(kind, parts):
         told = {"model": "m", "done": True, "done_reason": "stop", "prompt_eval_count": 3, "eval_count": 9}
         return {"message": {"role": "assistant", "content": "", **grown(parts)}, **told}
     usage = {"prompt_tokens": 3, "completion_tokens": 9}
-    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": None, **grown(parts)}, "finish_reason": "stop"}],
-            "usage": usage}  # fmt: skip
+    return {
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": None, **grown(parts)}, "finish_reason": "stop"}
+        ],
+        "usage": usage,
+    }
 
 
 def grown(parts):

@@ -67,10 +67,24 @@ def test_a_line_tells_who_asked_what_it_cost_and_how_long_it_took(tmp_path):
     prompt = line.pop("prompt_tokens")
     assert prompt > 0
     assert line == {
-        "id": id, "endpoint": "chat", "status": 200, "code": "", "key": key_id, "team": "blue", "requested": "small", "strategy": "",
-        "model": "small", "deployment": "small", "attempts": 1, "calls": 0, "cache": "", "completion_tokens": 4, "cached_tokens": 0,
-        "cost_usd": pytest.approx(prompt * 1e-6 + 8e-6), "trace_id": TRACE,
-    }  # fmt: skip
+        "id": id,
+        "endpoint": "chat",
+        "status": 200,
+        "code": "",
+        "key": key_id,
+        "team": "blue",
+        "requested": "small",
+        "strategy": "",
+        "model": "small",
+        "deployment": "small",
+        "attempts": 1,
+        "calls": 0,
+        "cache": "",
+        "completion_tokens": 4,
+        "cached_tokens": 0,
+        "cost_usd": pytest.approx(prompt * 1e-6 + 8e-6),
+        "trace_id": TRACE,
+    }
 
 
 def test_each_request_has_one_line_also_one_that_is_refused_fails_or_is_streamed(tmp_path):

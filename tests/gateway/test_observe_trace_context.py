@@ -40,12 +40,27 @@ def test_flags_that_this_version_does_not_know_are_not_told_on():
 @pytest.mark.parametrize(
     "value",
     [
-        "", "x", GOOD.upper(), f"{GOOD}-", f"{GOOD}-more", f"ff-{TRACE}-{SPAN}-01", f"00-{'0' * 32}-{SPAN}-01",
-        f"00-{TRACE}-{'0' * 16}-01", f"00-{TRACE[:-1]}-{SPAN}-01", f"00-{TRACE}-{SPAN}-1", f"00-{TRACE}-{SPAN}", f"00-{TRACE}{SPAN}-01",
-        f"{GOOD}\r\nx-evil: 1", f"{GOOD}\n", "00-" + "a" * 20_000, f"{GOOD},{GOOD}", f"00-{TRACE[:-1]}g-{SPAN}-01",
-        f"cc-{TRACE}-{SPAN}-01.more", f"00-{TRACE[:-1]}\u0661-{SPAN}-01",
+        "",
+        "x",
+        GOOD.upper(),
+        f"{GOOD}-",
+        f"{GOOD}-more",
+        f"ff-{TRACE}-{SPAN}-01",
+        f"00-{'0' * 32}-{SPAN}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"00-{TRACE[:-1]}-{SPAN}-01",
+        f"00-{TRACE}-{SPAN}-1",
+        f"00-{TRACE}-{SPAN}",
+        f"00-{TRACE}{SPAN}-01",
+        f"{GOOD}\r\nx-evil: 1",
+        f"{GOOD}\n",
+        "00-" + "a" * 20_000,
+        f"{GOOD},{GOOD}",
+        f"00-{TRACE[:-1]}g-{SPAN}-01",
+        f"cc-{TRACE}-{SPAN}-01.more",
+        f"00-{TRACE[:-1]}\u0661-{SPAN}-01",
     ],
-)  # fmt: skip
+)
 def test_a_traceparent_that_breaks_the_rules_is_dropped_with_its_state(value):
     assert trace_of({"traceparent": value, "tracestate": "a=1"}) is None
 
@@ -70,9 +85,24 @@ def test_two_traceparents_are_none_and_two_tracestates_are_one():
 
 @pytest.mark.parametrize(
     "state",
-    ["a=1,a=2", "A=1", "a", "a=", "=1", "a=1;b\n", "a=b=c", "a=\u00e9", "a@b@c=1", "@b=1", "a@=1", f"{'a' * 257}=1", f"a={'x' * 257}",
-     "a= ", ",".join(f"k{at}=1" for at in range(MEMBERS + 1))],
-)  # fmt: skip
+    [
+        "a=1,a=2",
+        "A=1",
+        "a",
+        "a=",
+        "=1",
+        "a=1;b\n",
+        "a=b=c",
+        "a=\u00e9",
+        "a@b@c=1",
+        "@b=1",
+        "a@=1",
+        f"{'a' * 257}=1",
+        f"a={'x' * 257}",
+        "a= ",
+        ",".join(f"k{at}=1" for at in range(MEMBERS + 1)),
+    ],
+)
 def test_a_state_that_breaks_the_rules_is_dropped_and_the_trace_stays(state):
     trace = trace_of({"traceparent": GOOD, "tracestate": state})
     assert trace is not None

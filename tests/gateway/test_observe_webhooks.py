@@ -476,9 +476,25 @@ def test_only_the_budgets_that_are_asked_for_are_told(tmp_path):
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "::1", "::", "fe80::1%eth0", "fd00::1",
-     "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "224.0.0.1", "ff02::1"],
-)  # fmt: skip
+    [
+        "127.0.0.1",
+        "10.1.2.3",
+        "192.168.0.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "::1",
+        "::",
+        "fe80::1%eth0",
+        "fd00::1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::",
+        "224.0.0.1",
+        "ff02::1",
+    ],
+)
 def test_addresses_that_are_not_public(address):
     assert not is_public(address)
 
@@ -507,12 +523,17 @@ def test_a_private_address_is_not_called_unless_the_config_says_so(tmp_path, mon
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"url": "http://example.com/x"}, "https"), ({"url": "ftp://example.com"}, "https"), ({"url": "nothing"}, "cannot be read"),
+        ({"url": "http://example.com/x"}, "https"),
+        ({"url": "ftp://example.com"}, "https"),
+        ({"url": "nothing"}, "cannot be read"),
         ({"url": "https://example.com:0/x"}, "url cannot be read"),
-        ({"url": "https://u:hidden-password@example.com"}, "password in it"), ({"url": "https://h\n.example.com"}, "cannot be read"),
-        ({"shares": (0,)}, "shares has 0"), ({"shares": (float("nan"),)}, "shares"), ({"shares": ()}, "shares"),
+        ({"url": "https://u:hidden-password@example.com"}, "password in it"),
+        ({"url": "https://h\n.example.com"}, "cannot be read"),
+        ({"shares": (0,)}, "shares has 0"),
+        ({"shares": (float("nan"),)}, "shares"),
+        ({"shares": ()}, "shares"),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_is_wrong_is_told_and_no_secret_with_it(fields, why):
     with pytest.raises(ConfigError, match=why) as caught:
         hook(**{"url": "https://example.com", "private": False, **fields})

@@ -150,9 +150,17 @@ def test_metrics_of_workers_are_one_text():
     one = b'# HELP a_total A\n# TYPE a_total counter\na_total{x="1"} 2.0\n# HELP b B\n# TYPE b gauge\nb 1.0\n'
     two = b'# HELP a_total A\n# TYPE a_total counter\na_total{x="{"} 3.0\n# HELP c C\n# TYPE c gauge\nc 5.0\n'
     assert labelled({1: two, 0: one}).decode().splitlines() == [
-        "# HELP a_total A", "# TYPE a_total counter", 'a_total{worker="0",x="1"} 2.0', 'a_total{worker="1",x="{"} 3.0',
-        "# HELP b B", "# TYPE b gauge", 'b{worker="0"} 1.0', "# HELP c C", "# TYPE c gauge", 'c{worker="1"} 5.0',
-    ]  # fmt: skip
+        "# HELP a_total A",
+        "# TYPE a_total counter",
+        'a_total{worker="0",x="1"} 2.0',
+        'a_total{worker="1",x="{"} 3.0',
+        "# HELP b B",
+        "# TYPE b gauge",
+        'b{worker="0"} 1.0',
+        "# HELP c C",
+        "# TYPE c gauge",
+        'c{worker="1"} 5.0',
+    ]
     name = 'a "b" \\ c\n'
     told = labelled({name: b"# HELP x X\nx 1.0\n"}, "deployment").decode()
     assert told == '# HELP x X\nx{deployment="a \\"b\\" \\\\ c\\n"} 1.0\n'

@@ -236,9 +236,13 @@ def test_an_answer_does_not_wait_until_another_attempt_beside_it_is_written(leav
 def test_another_attempt_beside_the_first_is_not_made_where_its_place_was_taken_while_it_was_written():
     async def main():
         asked = Asked(
-            group("m", latency_s=1.0), group("n", latency_s=50.0, shared={"max_in_flight": 1}),
-            hedge=True, hedge_samples=1, hedge_min_s=0.1, min_extra=100,
-        )  # fmt: skip
+            group("m", latency_s=1.0),
+            group("n", latency_s=50.0, shared={"max_in_flight": 1}),
+            hedge=True,
+            hedge_samples=1,
+            hedge_min_s=0.1,
+            min_extra=100,
+        )
         asked.dispatcher.groups["m"].hedge_whole.observe(0.1)
         first, other = asked.lives
         task = asked.ask(chat(), "m", "n")

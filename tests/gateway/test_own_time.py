@@ -39,10 +39,17 @@ async def held(time, *steps):
 @pytest.mark.parametrize(
     ("steps", "ends_s"),
     [
-        ((2,), 2), ((4,), -3), ((1, 9), 10), ((1, 9, 1, 9), 20), ((1, 9, 1, 9, 2), -21), ((0, 50, 2.5), 52.5),
-        ((1, 200), -100), ((1, 98, 3), -100), ((1, 99.5, 1), -100),
+        ((2,), 2),
+        ((4,), -3),
+        ((1, 9), 10),
+        ((1, 9, 1, 9), 20),
+        ((1, 9, 1, 9, 2), -21),
+        ((0, 50, 2.5), 52.5),
+        ((1, 200), -100),
+        ((1, 98, 3), -100),
+        ((1, 99.5, 1), -100),
     ],
-)  # fmt: skip
+)
 def test_only_its_own_time_counts_up_to_the_end_of_all(steps, ends_s):
     assert lasts(3, 100, lambda time: held(time, *steps)) == pytest.approx(ends_s)
 

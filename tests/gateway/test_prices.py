@@ -175,7 +175,10 @@ def size_of(*tools):
     ("body", "asked"),
     [
         ({}, Asked()),
-        ({"service_tier": None, "modalities": ["text"], "tools": [{"type": "function"}, {"type": "bash_20250124"}]}, Asked()),
+        (
+            {"service_tier": None, "modalities": ["text"], "tools": [{"type": "function"}, {"type": "bash_20250124"}]},
+            Asked(),
+        ),
         ({"service_tier": "auto", "speed": "standard", "web_search_options": None, "models": None}, Asked(tier="auto")),
         ({"service_tier": "Priority"}, Asked(tier="priority")),
         ({"service_tier": 5}, Asked(tier="5")),
@@ -186,23 +189,38 @@ def size_of(*tools):
         ({"tools": [{**SEARCH, "max_uses": 5}]}, Asked(searches=5, uses=5, page=30_000)),
         # Claude knows no such field: it counts where it is made the tool's own.
         ({"tools": [SEARCH], "max_tool_calls": 3}, Asked(held=("tools[0].max_uses",), searches=3, uses=3, page=30_000)),
-        ({"tools": [{"type": "function"}, FETCH], "max_tool_calls": 3}, Asked(held=("tools[1].max_uses",), uses=3, page=125_000)),
+        (
+            {"tools": [{"type": "function"}, FETCH], "max_tool_calls": 3},
+            Asked(held=("tools[1].max_uses",), uses=3, page=125_000),
+        ),
         ({"tools": [{**SEARCH, "max_uses": 2}], "max_tool_calls": 3}, Asked(searches=2, uses=2, page=30_000)),
         ({"tools": [{**SEARCH, "max_uses": 4}], "max_tool_calls": 3}, Asked(searches=4, uses=4, page=30_000)),
-        ({"tools": [{**SEARCH, "max_uses": 0}], "max_tool_calls": -1}, Asked(others=("tools[0].max_uses",), page=30_000)),
+        (
+            {"tools": [{**SEARCH, "max_uses": 0}], "max_tool_calls": -1},
+            Asked(others=("tools[0].max_uses",), page=30_000),
+        ),
         ({"tools": [{"type": "code_execution_20250825"}], "max_tool_calls": 3}, Asked(others=("tools[0]",))),
         ({"tools": [{"type": "web_search"}], "max_tool_calls": 3}, Asked(searches=3, uses=3, page=30_000)),
         ({"tools": [{"type": "web_search_2025_08_26"}], "max_tool_calls": 3}, Asked(searches=3, uses=3, page=30_000)),
         # And others know nothing of Claude's.
         ({"tools": [{"type": "web_search", "max_uses": 3}]}, Asked(others=("max_tool_calls",), page=30_000)),
-        ({"tools": [{"type": "mcp", "max_uses": 3}]}, Asked(others=("max_tool_calls",), page=2_000_000, listed=2_000_000)),
-        ({"tools": [{"type": "mcp", "max_uses": 3}], "max_tool_calls": 5}, Asked(uses=5, page=2_000_000, listed=2_000_000)),
+        (
+            {"tools": [{"type": "mcp", "max_uses": 3}]},
+            Asked(others=("max_tool_calls",), page=2_000_000, listed=2_000_000),
+        ),
+        (
+            {"tools": [{"type": "mcp", "max_uses": 3}], "max_tool_calls": 5},
+            Asked(uses=5, page=2_000_000, listed=2_000_000),
+        ),
         ({"tools": [SEARCH]}, Asked(others=("tools[0].max_uses",), page=30_000)),
         ({"tools": [{**FETCH, "max_uses": 2}]}, Asked(uses=2, page=125_000)),
         ({"tools": [{**FETCH, "max_uses": 2, "max_content_tokens": 9_000}]}, Asked(uses=2, page=9_000)),
         ({"tools": [{**FETCH, "max_uses": 1}, {**SEARCH, "max_uses": 2}]}, Asked(searches=2, uses=3, page=125_000)),
         ({"tools": [{"type": "mcp_toolset"}]}, Asked(uses=10, page=2_000_000, listed=2_000_000)),
-        ({"tools": [{"type": "mcp_toolset"}] * 2, "mcp_servers": [{"type": "url"}]}, Asked(uses=10, page=2_000_000, listed=2_000_000)),
+        (
+            {"tools": [{"type": "mcp_toolset"}] * 2, "mcp_servers": [{"type": "url"}]},
+            Asked(uses=10, page=2_000_000, listed=2_000_000),
+        ),
         ({"mcp_servers": [{"type": "url"}]}, Asked(uses=10, page=2_000_000, listed=2_000_000)),
         ({"mcp_servers": []}, Asked()),
         ({"tools": [{"type": "mcp"}], "max_tool_calls": 3}, Asked(uses=3, page=2_000_000, listed=2_000_000)),
@@ -210,7 +228,10 @@ def size_of(*tools):
         # They look among the request's own tools, in as many rounds; servers are asked in the same.
         ({"tools": [FINDER]}, Asked(uses=10, found=size_of(FINDER))),
         ({"tools": [BM25, ACCENTED]}, Asked(uses=10, found=size_of(BM25, ACCENTED))),
-        ({"tools": [FINDER, TOOLSET]}, Asked(uses=10, page=2_000_000, listed=2_000_000, found=size_of(FINDER, TOOLSET))),
+        (
+            {"tools": [FINDER, TOOLSET]},
+            Asked(uses=10, page=2_000_000, listed=2_000_000, found=size_of(FINDER, TOOLSET)),
+        ),
         ({"tools": [FINDER, TWICE]}, Asked(searches=2, uses=12, page=30_000, found=size_of(FINDER, TWICE))),
         ({"tools": [{"type": "tool_search"}]}, Asked(uses=10, found=23)),
         ({"tools": [{"type": "tool_search"}], "max_tool_calls": 3}, Asked(uses=3, found=23)),
@@ -227,7 +248,10 @@ def size_of(*tools):
             {"context_management": {"edits": [{"type": "clear_thinking_20251015"}, {"type": "compact_20260112"}]}},
             Asked(others=("context_management",)),
         ),
-        ({"context_management": [{"type": "compaction", "compact_threshold": 9}]}, Asked(others=("context_management",))),
+        (
+            {"context_management": [{"type": "compaction", "compact_threshold": 9}]},
+            Asked(others=("context_management",)),
+        ),
         ({"context_management": {"edits": 5}}, Asked(others=("context_management",))),
         ({"context_management": 5}, Asked(others=("context_management",))),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, Asked()),
@@ -238,19 +262,37 @@ def size_of(*tools):
         ({"modalities": ["text", "audio"], "audio": {"voice": "x"}}, Asked(audio_output=True)),
         ({"audio": {"voice": "x"}}, Asked(audio_output=True)),
         ({"modalities": ["image", "text"]}, Asked(image_output=True)),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, Asked(audio_input=True)),
-        ({"input": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, Asked(audio_input=True)),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+            Asked(audio_input=True),
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+            Asked(audio_input=True),
+        ),
         ({"input": [{"type": "function_call_output", "output": [{"type": "input_audio"}]}]}, Asked(audio_input=True)),
         ({"input": [{"content": [{"type": "input_text", "cache_control": {"ttl": "1h"}}]}]}, Asked(ttl="1h")),
         ({"input": ["a text", "to be embedded"]}, Asked()),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "cache_control": {"type": "ephemeral"}}]}]}, Asked(ttl="5m")),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "cache_control": {"type": "ephemeral"}}]}]},
+            Asked(ttl="5m"),
+        ),
         ({"cache_control": {"type": "ephemeral", "ttl": "1h"}}, Asked(ttl="1h")),
         ({"messages": [{"role": "assistant", "tool_calls": [{"cache_control": {}}]}]}, Asked(ttl="5m")),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [{"cache_control": {}}]}]}]}, Asked(ttl="5m")),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [{"cache_control": {}}]}]}]},
+            Asked(ttl="5m"),
+        ),
         ({"tools": [{"type": "function", "function": {"cache_control": {"ttl": "1h"}}}]}, Asked(ttl="1h")),
-        ({"system": [{"cache_control": {"ttl": "5m"}}], "tools": [{"type": "custom", "cache_control": {"ttl": "1d"}}]}, Asked(ttl="1h")),
+        (
+            {
+                "system": [{"cache_control": {"ttl": "5m"}}],
+                "tools": [{"type": "custom", "cache_control": {"ttl": "1d"}}],
+            },
+            Asked(ttl="1h"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_request_asks_for(body, asked):
     assert asked_of(body) == asked
 
@@ -296,9 +338,13 @@ def test_what_servers_of_a_sender_tell_is_bounded_by_what_the_model_has_room_for
 
 
 @given(
-    st.integers(1, 900), st.integers(0, 300), st.integers(0, 4), st.integers(0, 400), st.sampled_from((0, 700)),
+    st.integers(1, 900),
+    st.integers(0, 300),
+    st.integers(0, 4),
+    st.integers(0, 400),
+    st.sampled_from((0, 700)),
     st.none() | st.integers(1, 1_500),
-)  # fmt: skip
+)
 def test_what_is_read_again_and_again_is_never_more_than_the_most(prompt, completion, uses, page, listed, context):
     """What a server lists was left out: of one use of two that each filled the model half was reserved."""
     asked = Asked(uses=uses, page=page, listed=listed)
@@ -314,10 +360,15 @@ def test_what_is_read_again_and_again_is_never_more_than_the_most(prompt, comple
 
 def test_what_a_price_lacks():
     for asked, field in (
-        (Asked(tier="priority"), "service_tier"), (Asked(tier="fast"), "speed"), (Asked(searches=1), "web_search_options"),
-        (Asked(audio_input=True), "messages"), (Asked(audio_output=True), "modalities"), (Asked(image_output=True), "modalities"),
-        (Asked(others=("models",)), "models"), (Asked(others=("tools[3]",)), "tools[3]"),
-    ):  # fmt: skip
+        (Asked(tier="priority"), "service_tier"),
+        (Asked(tier="fast"), "speed"),
+        (Asked(searches=1), "web_search_options"),
+        (Asked(audio_input=True), "messages"),
+        (Asked(audio_output=True), "modalities"),
+        (Asked(image_output=True), "modalities"),
+        (Asked(others=("models",)), "models"),
+        (Asked(others=("tools[3]",)), "tools[3]"),
+    ):
         assert asked.lacks(USUAL)[0] == field
         assert asked.lacks(Price()) is None
     # What has to be said is no price.
@@ -437,10 +488,18 @@ def config(url, tmp_path, **changes):
         return ModelConfig(name=name, price=price, deployments=(DeploymentConfig(provider=provider),))
 
     made = GatewayConfig(
-        models=(model("plain", USUAL), model("rich", rich), model("none", None), model("free", Price()), model("claude", USUAL, Anthropic)),
-        strategies={"cheapest": StrategyConfig(use="cheapest", models=("none", "rich"))}, fallbacks={"plain": ("rich",)},
-        require_key=False, store=str(tmp_path / "g.db"),
-    )  # fmt: skip
+        models=(
+            model("plain", USUAL),
+            model("rich", rich),
+            model("none", None),
+            model("free", Price()),
+            model("claude", USUAL, Anthropic),
+        ),
+        strategies={"cheapest": StrategyConfig(use="cheapest", models=("none", "rich"))},
+        fallbacks={"plain": ("rich",)},
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+    )
     return made.replace(**changes)
 
 
@@ -462,10 +521,15 @@ async def refused(gateway, **body):
 def test_fields_that_change_a_price_go_where_they_have_one_and_are_refused_elsewhere(tmp_path):
     async def work(gateway, provider):
         for field, value in (
-            ("service_tier", "priority"), ("web_search_options", {}), ("speed", "fast"), ("models", ["x"]), ("plugins", [{"id": "web"}]),
-            ("modalities", ["text", "audio"]), ("tools", [{"type": "code_interpreter"}]),
+            ("service_tier", "priority"),
+            ("web_search_options", {}),
+            ("speed", "fast"),
+            ("models", ["x"]),
+            ("plugins", [{"id": "web"}]),
+            ("modalities", ["text", "audio"]),
+            ("tools", [{"type": "code_interpreter"}]),
             ("context_management", {"edits": [{"type": "compact_20260112"}]}),
-        ):  # fmt: skip
+        ):
             error = await refused(gateway, model="claude", **{field: value})
             assert (error.status, error.code) == (400, "unpriced")
             assert error.param.partition("[")[0] == field

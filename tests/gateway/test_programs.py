@@ -50,9 +50,13 @@ def model(name, price=SMALL, **behaviour):
 def config(tmp_path, *models, **fields):
     fields = {
         "strategies": {"cheapest": StrategyConfig(use="cheapest"), "prog": StrategyConfig(use="static")},
-        "default_strategy": "cheapest", "require_key": False, "store": str(tmp_path / "g.db"),
-        "retries": RetryConfig(attempts=1), "lost": LostConfig(read_on_s=0), **fields,
-    }  # fmt: skip
+        "default_strategy": "cheapest",
+        "require_key": False,
+        "store": str(tmp_path / "g.db"),
+        "retries": RetryConfig(attempts=1),
+        "lost": LostConfig(read_on_s=0),
+        **fields,
+    }
     return GatewayConfig(models=models or (model("small"), model("large", LARGE)), **fields)
 
 
@@ -197,8 +201,12 @@ def test_a_program_answers_through_http_whole_and_as_a_stream(tmp_path):
     ]
     assert whole["usage"]["completion_tokens"] == sum(call.completion_tokens for call in calls) == 9
     assert (request.model, request.attempts, request.cost_nano, request.calls, request.strategy) == (
-        "large", 0, 0, 3, "prog"
-    )  # fmt: skip
+        "large",
+        0,
+        0,
+        3,
+        "prog",
+    )
     assert request.first_token_us is not None
     assert [row.status for row in rows] == ["ok"] * 8
     # Its trace is in the decision, and its cost is what it learns from.
@@ -677,10 +685,14 @@ def test_what_a_call_says_reaches_the_model(tmp_path):
     async def upstream(request):
         asked.append(body := await request.json())
         choices = [
-            {"index": at, "message": {"role": "assistant", "content": f"no {at}"}, "finish_reason": "stop",
-             "logprobs": {"content": [{"token": "no", "logprob": -0.5 - at}]}}
+            {
+                "index": at,
+                "message": {"role": "assistant", "content": f"no {at}"},
+                "finish_reason": "stop",
+                "logprobs": {"content": [{"token": "no", "logprob": -0.5 - at}]},
+            }
             for at in range(body.get("n", 1))
-        ]  # fmt: skip
+        ]
         usage = {"prompt_tokens": 5, "completion_tokens": 2 * len(choices), "total_tokens": 0}
         return web.json_response({"id": "x", "object": "chat.completion", "choices": choices, "usage": usage})
 
@@ -834,9 +846,13 @@ def test_what_comes_after_the_end_is_not_run():
 
 
 UNPRICED = (
-    {"service_tier": "priority"}, {"models": ["other"]}, {"plugins": [{"id": "web"}]}, {"web_search_options": {}},
-    {"tools": [{"type": "code_interpreter"}]}, {"modalities": ["audio"]},
-)  # fmt: skip
+    {"service_tier": "priority"},
+    {"models": ["other"]},
+    {"plugins": [{"id": "web"}]},
+    {"web_search_options": {}},
+    {"tools": [{"type": "code_interpreter"}]},
+    {"modalities": ["audio"]},
+)
 
 
 @pytest.mark.parametrize("field", UNPRICED, ids=lambda field: next(iter(field)))

@@ -16,9 +16,13 @@ from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
 from anabranch.gateway.providers.recorded import Record, Replay, request_key
 
 MESSAGE = {
-    "id": "m1", "type": "message", "model": "c", "stop_reason": "end_turn", "content": [{"type": "text", "text": "said once"}],
+    "id": "m1",
+    "type": "message",
+    "model": "c",
+    "stop_reason": "end_turn",
+    "content": [{"type": "text", "text": "said once"}],
     "usage": {"input_tokens": 3, "output_tokens": 2},
-}  # fmt: skip
+}
 EVENTS = [
     {"type": "message_start", "message": {"id": "m1", "model": "c", "usage": {"input_tokens": 3}}},
     {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "said once"}},

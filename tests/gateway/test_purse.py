@@ -25,8 +25,14 @@ class Till:
         await (asyncio.sleep(0) if self.wait is None else self.wait.wait())
         if nano > self.limit:
             raise BudgetError(
-                "full", subject="global", period="total", limit_nano=self.limit, remaining_nano=0, resets_s=None, retry_after_s=None
-            )  # fmt: skip
+                "full",
+                subject="global",
+                period="total",
+                limit_nano=self.limit,
+                remaining_nano=0,
+                resets_s=None,
+                retry_after_s=None,
+            )
         self.nano = nano
         return Reservation("r", ("global",), nano)
 

@@ -148,16 +148,25 @@ def test_a_hedge_waits_for_the_95th_percentile():
 @pytest.mark.parametrize(
     ("status", "body", "kind"),
     [
-        (400, b'{"error":{"message":"no","code":"context_length_exceeded"}}', "context"), (413, b"", "context"),
+        (400, b'{"error":{"message":"no","code":"context_length_exceeded"}}', "context"),
+        (413, b"", "context"),
         (400, b'{"error":{"message":"no","code":"content_filter"}}', "filter"),
         (400, b'{"error":{"message":"no","type":"billing_error"}}', "credit"),
         (400, b'{"error":{"message":"bad"}}', "request"),
-        (401, b"", "auth"), (402, b"", "credit"), (403, b"", "forbidden"), (404, b"{}", "not_found"), (408, b"", "timeout"),
-        (409, b"", "conflict"), (422, b"[]", "request"), (429, b"{}", "rate_limit"),
-        (429, b'{"error":{"code":"insufficient_quota"}}', "credit"), (500, b"", "server"), (529, b"<html>", "server"),
+        (401, b"", "auth"),
+        (402, b"", "credit"),
+        (403, b"", "forbidden"),
+        (404, b"{}", "not_found"),
+        (408, b"", "timeout"),
+        (409, b"", "conflict"),
+        (422, b"[]", "request"),
+        (429, b"{}", "rate_limit"),
+        (429, b'{"error":{"code":"insufficient_quota"}}', "credit"),
+        (500, b"", "server"),
+        (529, b"<html>", "server"),
         (302, b"", "garbage"),
     ],
-)  # fmt: skip
+)
 def test_what_a_status_means(status, body, kind):
     assert classify(status, {}, body).kind == kind
 
@@ -165,16 +174,24 @@ def test_what_a_status_means(status, body, kind):
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
-        ({}, None), ({"retry-after": "2"}, 2.0), ({"retry-after": "0.5"}, 0.5), ({"retry-after-ms": "1500"}, 1.5),
-        ({"retry-after": "-3"}, 0.0), ({"retry-after": "soon"}, None), ({"retry-after": "nan"}, None),
+        ({}, None),
+        ({"retry-after": "2"}, 2.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after-ms": "1500"}, 1.5),
+        ({"retry-after": "-3"}, 0.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None),
         ({"retry-after": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}, None),
         ({"retry-after": "Mon, 01 Jan 2024 00:00:00 +99999999999999"}, None),
         ({"retry-after": "Mon, 01 Jan 2024 99999999999999999999:00:00 GMT"}, None),
-        ({"retry-after": "Mon, 01 Jan 0001 00:00:00 +2359"}, 0.0), ({"retry-after": "Fri, 31 Dec 9999 23:59:59 -2359"}, 300.0),
-        ({"retry-after": "9" * 5000}, 300.0), ({"retry-after-ms": "1e999"}, 300.0),
-        ({"retry-after": "1e9"}, 300.0), ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"retry-after": "Mon, 01 Jan 0001 00:00:00 +2359"}, 0.0),
+        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 -2359"}, 300.0),
+        ({"retry-after": "9" * 5000}, 300.0),
+        ({"retry-after-ms": "1e999"}, 300.0),
+        ({"retry-after": "1e9"}, 300.0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
     ],
-)  # fmt: skip
+)
 def test_retry_after_in_all_its_forms(headers, seconds):
     assert retry_after(headers) == seconds
 

@@ -96,9 +96,11 @@ def streamed_blocks(told):
             block["text"] = block.get("text", "") + delta.get("text", "")
             block["json"] += delta.get("partial_json", "")
     return [
-        {"type": "text", "text": block["text"]} if block["type"] == "text" else {"type": "tool_use", "input": json.loads(block["json"])}
+        {"type": "text", "text": block["text"]}
+        if block["type"] == "text"
+        else {"type": "tool_use", "input": json.loads(block["json"])}
         for _, block in sorted(blocks.items())
-    ]  # fmt: skip
+    ]
 
 
 def test_the_order_by_hand():
@@ -108,8 +110,11 @@ def test_the_order_by_hand():
     order = [{"text": 2}, {"call": 0}, {"text": 3}, {"call": 1}]
     assert message["extra_content"] == {"gateway": {"order": order}}
     assert [item["type"] for item in to_response(ASK, whole)["output"]] == [
-        "message", "function_call", "message", "function_call",
-    ]  # fmt: skip
+        "message",
+        "function_call",
+        "message",
+        "function_call",
+    ]
     # It is told by where things stand, and not once more.
     assert "extra_content" not in to_response(ASK, whole)
     assert "extra_content" not in to_message(ASK, whole)
@@ -176,12 +181,23 @@ def of_anthropic(pieces):
 
 def of_responses(pieces):
     output = [
-        {"type": "message", "id": "m", "role": "assistant", "status": "completed",
-         "content": [{"type": "output_text", "text": one["content"], "annotations": []}]} if "content" in one
-        else {"type": "function_call", "id": "fc", "status": "completed", "call_id": one["tool_calls"][0]["id"],
-              **one["tool_calls"][0]["function"]}
+        {
+            "type": "message",
+            "id": "m",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": one["content"], "annotations": []}],
+        }
+        if "content" in one
+        else {
+            "type": "function_call",
+            "id": "fc",
+            "status": "completed",
+            "call_id": one["tool_calls"][0]["id"],
+            **one["tool_calls"][0]["function"],
+        }
         for one in deltas(pieces)
-    ]  # fmt: skip
+    ]
     stream = openai_responses.ResponseEvents(Upstream())
     events = response_events({"id": "resp_1", "model": "m", "created_at": 1, "status": "completed", "output": output})
     told = [chunk for event in events for chunk in stream.feed(json.dumps(event).encode())]
@@ -190,10 +206,11 @@ def of_responses(pieces):
 
 def of_bedrock(pieces):
     content = [
-        {"text": block["text"]} if block["type"] == "text"
+        {"text": block["text"]}
+        if block["type"] == "text"
         else {"toolUse": {"toolUseId": block["id"], "name": "f", "input": block["input"]}}
         for block in blocks_of(pieces)
-    ]  # fmt: skip
+    ]
     usage = {"inputTokens": 1, "outputTokens": 1, "totalTokens": 2}
     value = {"output": {"message": {"content": content}}, "stopReason": "end_turn", "usage": usage}
     return conversed.answer(value, "m").body["choices"][0]["message"], None
@@ -201,10 +218,11 @@ def of_bedrock(pieces):
 
 def of_gemini(pieces):
     parts = [
-        {"text": block["text"]} if block["type"] == "text"
+        {"text": block["text"]}
+        if block["type"] == "text"
         else {"functionCall": {"id": block["id"], "name": "f", "args": block["input"]}}
         for block in blocks_of(pieces)
-    ]  # fmt: skip
+    ]
     return generated_content.choice_of(0, {"content": {"parts": parts}, "finishReason": "STOP"})["message"], None
 
 

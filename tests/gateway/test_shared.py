@@ -746,8 +746,18 @@ class Odd:
         writer.close()
 
 
-REPLIES = [b":7\r\n", b"+OK\r\n", b"$-1\r\n", b"*2\r\n:1\r\n$1\r\nx\r\n", b"*2\r\n$3\r\nrpm\r\n$1\r\nx\r\n",
-           b"*2\r\n$4\r\nwhat\r\n:1\r\n", b"*1\r\n:-5\r\n", b"*2\r\n$3\r\ntpm\r\n:1\r\n", b"?what\r\n", b"$1\r\n\xff\r\n"]  # fmt: skip
+REPLIES = [
+    b":7\r\n",
+    b"+OK\r\n",
+    b"$-1\r\n",
+    b"*2\r\n:1\r\n$1\r\nx\r\n",
+    b"*2\r\n$3\r\nrpm\r\n$1\r\nx\r\n",
+    b"*2\r\n$4\r\nwhat\r\n:1\r\n",
+    b"*1\r\n:-5\r\n",
+    b"*2\r\n$3\r\ntpm\r\n:1\r\n",
+    b"?what\r\n",
+    b"$1\r\n\xff\r\n",
+]
 
 
 @pytest.mark.parametrize("reply", REPLIES)

@@ -66,9 +66,21 @@ def test_its_own_go_out_in_small_letters():
 
 @pytest.mark.parametrize(
     "name",
-    ["content-length", "transfer-encoding", "content-type", "x-a\r\nset-cookie", "x a", "", 5, "x-", "x-ä", "x-" + "a" * 80,
-     *sorted(OURS), *FOREIGN],
-)  # fmt: skip
+    [
+        "content-length",
+        "transfer-encoding",
+        "content-type",
+        "x-a\r\nset-cookie",
+        "x a",
+        "",
+        5,
+        "x-",
+        "x-ä",
+        "x-" + "a" * 80,
+        *sorted(OURS),
+        *FOREIGN,
+    ],
+)
 def test_others_are_left_out_and_its_own_stay(name, caplog):
     with caplog.at_level(logging.WARNING):
         assert strategy_headers("s", {name: "5", "x-a": "1"}) == {"x-a": "1"}
@@ -85,9 +97,23 @@ def test_none_is_taken_with_another_stroke(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["x-original-model", "x-original-score", "x-content-category", "x-ms-saved", "x-cloud-or-local", "x-cache-age", "x-cached-at",
-     "x-retry-advice", "x-frame-count", "x-download-size", "x-ua-guess", "x-ratelimited-models", "x-rewrite-of-prompt", "x-route-cost"],
-)  # fmt: skip
+    [
+        "x-original-model",
+        "x-original-score",
+        "x-content-category",
+        "x-ms-saved",
+        "x-cloud-or-local",
+        "x-cache-age",
+        "x-cached-at",
+        "x-retry-advice",
+        "x-frame-count",
+        "x-download-size",
+        "x-ua-guess",
+        "x-ratelimited-models",
+        "x-rewrite-of-prompt",
+        "x-route-cost",
+    ],
+)
 def test_what_nobody_acts_upon_goes_out(name, caplog):
     assert strategy_headers("s", {name: "1"}) == {name: "1"}
     assert not caplog.text

@@ -153,13 +153,18 @@ def test_estimates_from_the_ledger_of_drawn_traffic_are_right(tmp_path, name, mo
     )
     config = GatewayConfig(
         models=tuple(
-            ModelConfig(name=one, price=Price.of_dollars(1, 2), deployments=(DeploymentConfig(provider=Mock.Config(model=one)),))
+            ModelConfig(
+                name=one, price=Price.of_dollars(1, 2), deployments=(DeploymentConfig(provider=Mock.Config(model=one)),)
+            )
             for one in worth
         ),
         # One that was passed over, since a busy machine kept it waiting, is not drawn.
         strategies={"try": StrategyConfig(use=name, fields=fields, timeout_s=60)},
-        embedder=Hashed.Config(), require_key=False, store=str(tmp_path / "g.db"), log=LogConfig(prompts=True),
-    )  # fmt: skip
+        embedder=Hashed.Config(),
+        require_key=False,
+        store=str(tmp_path / "g.db"),
+        log=LogConfig(prompts=True),
+    )
     draw = np.random.default_rng(1)
 
     async def work():

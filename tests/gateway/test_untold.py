@@ -211,8 +211,12 @@ def test_a_dropped_stream_is_charged_a_token_for_each_byte(tmp_path):
     parts = [part for _ in range(40) for part in (chunk("1,2,3,4,5,"), 0.01)]
     seen = []
     row = charged(
-        tmp_path, stream(*parts), lambda one: seen.append(one) or len(seen) == 20, most=4_000, lost=LostConfig(margin_s=0.1)
-    )  # fmt: skip
+        tmp_path,
+        stream(*parts),
+        lambda one: seen.append(one) or len(seen) == 20,
+        most=4_000,
+        lost=LostConfig(margin_s=0.1),
+    )
     # What was made in the time after it too.
     assert 200 + 8 <= row.completion_tokens < 4_000
     assert row.cost_nano <= row.reserved_nano

@@ -98,10 +98,18 @@ def test_a_real_upstream_answers(stream):
 @pytest.mark.parametrize(
     ("step", "kind"),
     [
-        ("500", "server"), ("429:3", "rate_limit"), ("401", "auth"), ("402", "credit"), ("404", "not_found"), ("garbage", "garbage"),
-        ("html", "garbage"), ("short", "garbage"), ("context", "context"), ("filter", "filter"),
+        ("500", "server"),
+        ("429:3", "rate_limit"),
+        ("401", "auth"),
+        ("402", "credit"),
+        ("404", "not_found"),
+        ("garbage", "garbage"),
+        ("html", "garbage"),
+        ("short", "garbage"),
+        ("context", "context"),
+        ("filter", "filter"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_how_a_real_upstream_fails(step, kind, stream):
     async def work():

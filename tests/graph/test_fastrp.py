@@ -824,10 +824,21 @@ def test_the_published_figures_on_blogcatalog():
 
 
 CHANGES = {
-    "weights": (1.0, 1.0, 2.0), "concatenate": True, "dim": 8, "normalize": False, "self_weight": 1.0, "dtype": "float64",
-    "matrix": "symmetric", "beta": 0.0, "seed": 5, "projection": "gaussian", "s": 2.0, "standardize": False, "direction": "in",
+    "weights": (1.0, 1.0, 2.0),
+    "concatenate": True,
+    "dim": 8,
+    "normalize": False,
+    "self_weight": 1.0,
+    "dtype": "float64",
+    "matrix": "symmetric",
+    "beta": 0.0,
+    "seed": 5,
+    "projection": "gaussian",
+    "s": 2.0,
+    "standardize": False,
+    "direction": "in",
     "allow_negative": True,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -473,9 +473,15 @@ def test_metis_by_hand(tmp_path):
 @pytest.mark.parametrize("kind", [b"csr", b"csc"])
 @pytest.mark.parametrize(
     ("indptr", "indices"),
-    [([0, 5, 2, -1], [9, 9, 9]), ([0, 1, 0, 3], [0, 1, 2]), ([0, 1, 2, 4], [0, 1, 2]), ([1, 1, 2, 3], [0, 1, 2]), ([0, 1, 2, 3], [0, 1, 3]),
-     ([0, 1, 2, 3], [0, -1, 2])],
-)  # fmt: skip
+    [
+        ([0, 5, 2, -1], [9, 9, 9]),
+        ([0, 1, 0, 3], [0, 1, 2]),
+        ([0, 1, 2, 4], [0, 1, 2]),
+        ([1, 1, 2, 3], [0, 1, 2]),
+        ([0, 1, 2, 3], [0, 1, 3]),
+        ([0, 1, 2, 3], [0, -1, 2]),
+    ],
+)
 def test_npz_of_a_damaged_matrix_is_told(tmp_path, kind, indptr, indices):
     np.savez(tmp_path / "g.npz", indptr=indptr, indices=indices, data=np.ones(3), shape=[3, 3], format=kind)
     with pytest.raises(DataError, match=r"g\.npz"):

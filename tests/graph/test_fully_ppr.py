@@ -413,10 +413,20 @@ def test_written_is_what_would_be_in_memory(suffix, named, some, tmp_path):
     kept.save(tmp_path / f"saved{suffix}")
     for found in (streamed, FullyPPRResult.load(tmp_path / f"saved{suffix}"), FullyPPR.load(tmp_path / f"out{suffix}")):
         assert same(kept, found)
-        assert found.facts == kept.facts == {
-            "method": "walks", "alpha": 0.15, "dangling": "source", "top_k": 100, "min_score": 0.0, "seed": 0,
-            "walks": 100, "estimator": "endpoint",
-        }  # fmt: skip
+        assert (
+            found.facts
+            == kept.facts
+            == {
+                "method": "walks",
+                "alpha": 0.15,
+                "dangling": "source",
+                "top_k": 100,
+                "min_score": 0.0,
+                "seed": 0,
+                "walks": 100,
+                "estimator": "endpoint",
+            }
+        )
         assert found.num_nodes == 31
         first = found.top_named(names[5] if named else 5, 1)
         assert first == kept.top_named(names[5] if named else 5, 1)
@@ -710,12 +720,24 @@ ROWS = {"source": [0, 1, 2], "target": [1, 2, 0], "score": [0.5, 0.5, 0.5]}
 @pytest.mark.parametrize(
     "change",
     [
-        {"target": [7, 2, 0]}, {"target": [-1, 2, 0]}, {"target": [10**12, 2, 0]}, {"source": [7, 1, 2]}, {"source": [-1, 1, 2]},
-        {"source": pa.array([None, 1, 2])}, {"source": ["a", "b", "c"]}, {"score": ["a", "b", "c"]}, {"score": [[1.0], [2.0], [3.0]]},
-        {"score": [float("nan"), 0.1, 0.1]}, {"num_nodes": 2}, {"num_nodes": -1}, {"num_nodes": "3"}, {"num_nodes": None}, {"facts": None},
+        {"target": [7, 2, 0]},
+        {"target": [-1, 2, 0]},
+        {"target": [10**12, 2, 0]},
+        {"source": [7, 1, 2]},
+        {"source": [-1, 1, 2]},
+        {"source": pa.array([None, 1, 2])},
+        {"source": ["a", "b", "c"]},
+        {"score": ["a", "b", "c"]},
+        {"score": [[1.0], [2.0], [3.0]]},
+        {"score": [float("nan"), 0.1, 0.1]},
+        {"num_nodes": 2},
+        {"num_nodes": -1},
+        {"num_nodes": "3"},
+        {"num_nodes": None},
+        {"facts": None},
         {"num_nodes": 3.0},
     ],
-)  # fmt: skip
+)
 def test_a_table_of_scores_that_says_something_else_than_it_holds_is_damaged(tmp_path, change, is_all):
     """Ids beyond the nodes were taken, and an index made of them wrote beyond its arrays."""
     facts = {**FACTS, "is_all": is_all, **{name: value for name, value in change.items() if name in FACTS}}

@@ -75,8 +75,14 @@ def test_a_round_of_tables_is_a_round():
     for part in range(2):
         held, ids = split(records, part, 2)
         here = walks.key % 2 == part
-        table = pa.table({"bucket": walks.key[here] % 2, "source": walks.source[here], "key": walks.key[here],
-                          "count": walks.count[here]})  # fmt: skip
+        table = pa.table(
+            {
+                "bucket": walks.key[here] % 2,
+                "source": walks.source[here],
+                "key": walks.key[here],
+                "count": walks.count[here],
+            }
+        )
         found.append(move_table(table, records_table(ids, held, 2), rules, 4, 2))
     whole = pa.concat_tables(found).to_pandas() if importlib.util.find_spec("pandas") else pa.concat_tables(found)
     columns = {name: np.asarray(whole[name]) for name in ("what", "bucket", "source", "key", "count")}
@@ -93,8 +99,12 @@ def test_the_best_of_a_bucket_as_a_table():
     ends = pa.table({"bucket": [0, 0, 0], "source": [4, 2, 4], "key": [1, 2, 0], "count": [3, 5, 1]})
     found = best_table(ends, 1, 0.0, 5, np.array(list("abcde"), object))
     assert found.to_pydict() == {
-        "source": [2, 4], "target": [2, 1], "score": [1.0, 0.75], "source_name": ["c", "e"], "target_name": ["c", "b"],
-    }  # fmt: skip
+        "source": [2, 4],
+        "target": [2, 1],
+        "score": [1.0, 0.75],
+        "source_name": ["c", "e"],
+        "target_name": ["c", "b"],
+    }
 
 
 # Errors

@@ -592,8 +592,14 @@ np.savez(f"{folder}/{{rank}}.npz", V=model.vertex_ND, C=model.context_ND, loss=[
 @pytest.mark.parametrize(("world", "optimizer", "group"), [(2, "adam", "auto"), (3, "sgd", 2)])
 def test_processes_reproduce_one_process_to_the_bit(tmp_path, world, optimizer, group):
     options = {
-        "dim": 8, "epochs": 6, "model": "line", "partitions": 4, "group": group, "optimizer": optimizer, "pool_size": 600,
-    }  # fmt: skip
+        "dim": 8,
+        "epochs": 6,
+        "model": "line",
+        "partitions": 4,
+        "group": group,
+        "optimizer": optimizer,
+        "pool_size": 600,
+    }
     generator = np.random.default_rng(0)
     one = GraphVite(**options).fit(Graph.from_edges(*generator.integers(0, 60, (2, 300))))
     run_ranks(SCRIPT.format(options=options, folder=tmp_path), world)
@@ -615,13 +621,22 @@ def test_processes_need_a_group(graph):
 @pytest.mark.parametrize(
     "change",
     [
-        {"vertex": np.full((30, 4), "x")}, {"vertex": np.ones((30, 4), complex)}, {"vertex": np.full((30, 4), np.nan, np.float32)},
-        {"vertex": np.ones((30, 4), np.int32)}, {"context": np.ones((30, 5), np.float32)}, {"trained": np.ones(29, bool)},
-        {"trained": np.ones(30, np.float32)}, {"head1": np.zeros((2, 4), np.float32)}, {"tail2": np.zeros((30, 4), np.int64)},
-        {"names": np.array(["a", "b"])}, {"names": np.array(["a"] * 30)}, {"names": np.array([["a", "b"]] * 30)},
-        {"names": np.arange(40)}, {"vertex": np.ones(30, np.float32)},
+        {"vertex": np.full((30, 4), "x")},
+        {"vertex": np.ones((30, 4), complex)},
+        {"vertex": np.full((30, 4), np.nan, np.float32)},
+        {"vertex": np.ones((30, 4), np.int32)},
+        {"context": np.ones((30, 5), np.float32)},
+        {"trained": np.ones(29, bool)},
+        {"trained": np.ones(30, np.float32)},
+        {"head1": np.zeros((2, 4), np.float32)},
+        {"tail2": np.zeros((30, 4), np.int64)},
+        {"names": np.array(["a", "b"])},
+        {"names": np.array(["a"] * 30)},
+        {"names": np.array([["a", "b"]] * 30)},
+        {"names": np.arange(40)},
+        {"vertex": np.ones(30, np.float32)},
     ],
-)  # fmt: skip
+)
 def test_arrays_that_are_not_of_one_model_are_refused(tmp_path, suffix, change):
     """With right sums they were a raw IndexError or TypeError at the first use, or numbers of nothing."""
     graph = Graph.from_edges(np.arange(30), (np.arange(30) * 7 + 1) % 30, num_nodes=30)

@@ -141,15 +141,30 @@ SUITES = [
 # Why the other files of tests here are not among them.
 LEFT_OUT = {
     "they start servers, which answer by kernels that the suites above run": [
-        "serve", "serve_connections", "serve_gate", "serve_text", "serve_writes",
+        "serve",
+        "serve_connections",
+        "serve_gate",
+        "serve_text",
+        "serve_writes",
     ],
-    "they need Java, and what Spark's workers compute is in spark_workers": ["fully_ppr_spark", "spark_cluster", "spark_edges"],
+    "they need Java, and what Spark's workers compute is in spark_workers": [
+        "fully_ppr_spark",
+        "spark_cluster",
+        "spark_edges",
+    ],
     "what they test has no kernel: arguments, texts, messages, files beside files, processes that fork": [
-        "adapter_documents", "arguments", "beside", "call_arguments", "forking", "function_arguments", "package",
-        "rank_transport", "rank_window",
+        "adapter_documents",
+        "arguments",
+        "beside",
+        "call_arguments",
+        "forking",
+        "function_arguments",
+        "package",
+        "rank_transport",
+        "rank_window",
     ],
     "it is this one": ["guarded"],
-}  # fmt: skip
+}
 
 
 def test_every_file_of_tests_is_looked_at_or_it_is_said_why_not():

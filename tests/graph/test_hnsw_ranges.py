@@ -68,9 +68,15 @@ def test_worked_by_hand():
 
 
 @given(
-    st.integers(1, 80), st.integers(1, 4), st.integers(0, 2**32 - 1), st.integers(-2, 60), st.booleans(),
-    st.sampled_from(["l2", "ip"]), st.sampled_from(["f32", "i8"]), st.booleans(),
-)  # fmt: skip
+    st.integers(1, 80),
+    st.integers(1, 4),
+    st.integers(0, 2**32 - 1),
+    st.integers(-2, 60),
+    st.booleans(),
+    st.sampled_from(["l2", "ip"]),
+    st.sampled_from(["f32", "i8"]),
+    st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
 def test_every_distance_is_measured_where_it_is_asked_for_or_little(
     count, dim, seed, radius, is_exact, metric, dtype, is_filtered
@@ -85,9 +91,15 @@ def test_every_distance_is_measured_where_it_is_asked_for_or_little(
 
 
 @given(
-    st.integers(1, 80), st.integers(0, 2**32 - 1), st.integers(-2, 60), st.booleans(), st.integers(1, 90),
-    st.sampled_from(["f32", "i8"]), st.integers(1, 3), st.booleans(),
-)  # fmt: skip
+    st.integers(1, 80),
+    st.integers(0, 2**32 - 1),
+    st.integers(-2, 60),
+    st.booleans(),
+    st.integers(1, 90),
+    st.sampled_from(["f32", "i8"]),
+    st.integers(1, 3),
+    st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
 def test_the_nearest_within_and_how_many_are_those_of_all(count, seed, radius, is_exact, k, dtype, shards, is_filtered):
     """Whole numbers, so that many are at one distance: those of the smallest ids are kept."""

@@ -48,10 +48,14 @@ def calls(draw):
     graph = draw(networks())
     of_nodes = st.dictionaries(st.sampled_from([*graph, "no node"]), SHARES, max_size=8)
     options = {
-        "alpha": st.sampled_from([0.5, 0.85, 1]), "personalization": of_nodes, "max_iter": st.sampled_from([1, 5, 100]),
-        "tol": st.sampled_from([1e-3, 1e-6, 1e-12]), "nstart": of_nodes, "weight": st.sampled_from([None, "weight", "other"]),
+        "alpha": st.sampled_from([0.5, 0.85, 1]),
+        "personalization": of_nodes,
+        "max_iter": st.sampled_from([1, 5, 100]),
+        "tol": st.sampled_from([1e-3, 1e-6, 1e-12]),
+        "nstart": of_nodes,
+        "weight": st.sampled_from([None, "weight", "other"]),
         "dangling": of_nodes,
-    }  # fmt: skip
+    }
     return graph, draw(st.fixed_dictionaries({}, optional=options))
 
 
@@ -197,13 +201,28 @@ def test_networkx_tests_of_its_own(tmp_path):
     """Its file of tests, with every call that this backend takes sent there."""
     done = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path),
-            "--log-file", str(tmp_path / "log"), "--log-file-level", "DEBUG",
-            "--pyargs", "networkx.algorithms.link_analysis.tests.test_pagerank",
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            os.devnull,
+            "--rootdir",
+            str(tmp_path),
+            "--log-file",
+            str(tmp_path / "log"),
+            "--log-file-level",
+            "DEBUG",
+            "--pyargs",
+            "networkx.algorithms.link_analysis.tests.test_pagerank",
         ],
         env={**environment(tmp_path), "NETWORKX_TEST_BACKEND": "anabranch", "NETWORKX_FALLBACK_TO_NX": "true"},
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"\b\d\d passed", done.stdout), done.stdout
     # Not by networkx itself.

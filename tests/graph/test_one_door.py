@@ -245,8 +245,12 @@ ESTIMATORS = {
     "fingerprint": lambda g, nodes, a, b: ranked(PowerWalk().build(g).fingerprint(a)),
     "powerwalk update": lambda g, nodes, a, b: ranked(updated(g).query(a)),
     "fully_ppr": lambda g, nodes, a, b: ranked(fully_ppr(g, walks=100, engine="local").top(a, 3)),
-    "fully_ppr exact": lambda g, nodes, a, b: ranked(FullyPPR(method="exact", engine="local", sources=[b, a]).fit(g).top(b)),
-    "fully_ppr named": lambda g, nodes, a, b: FullyPPR(method="decompose", engine="local").fit(g).result_.top_named(a, 3),
+    "fully_ppr exact": lambda g, nodes, a, b: ranked(
+        FullyPPR(method="exact", engine="local", sources=[b, a]).fit(g).top(b)
+    ),
+    "fully_ppr named": lambda g, nodes, a, b: (
+        FullyPPR(method="decompose", engine="local").fit(g).result_.top_named(a, 3)
+    ),
     "fastrp": lambda g, nodes, a, b: numbers([*nodes, a], [*(m := FastRP(8)).fit_transform(g), m.vectors(a)[0]]),
     "graphvite": lambda g, nodes, a, b: numbers(nodes, small_vite().fit_transform(g)),
     "graphvite nodes": lambda g, nodes, a, b: numbers([b, a], small_vite().fit(g).transform([b, a])),
@@ -255,7 +259,9 @@ ESTIMATORS = {
     "hold_out_edges": lambda g, nodes, a, b: hidden(g),
     "prepared": lambda g, nodes, a, b: ranked(PageRank(method="solve").prepare(g).personalized(g, a)),
     "blocks": lambda g, nodes, a, b: PageRank().blocks(g) is None,
-    "from_rows": lambda g, nodes, a, b: ranked(PowerWalk.from_rows(g, fully_ppr(as_graph(g), walks=50, top_k=None).rows).query(a)),
+    "from_rows": lambda g, nodes, a, b: ranked(
+        PowerWalk.from_rows(g, fully_ppr(as_graph(g), walks=50, top_k=None).rows).query(a)
+    ),
     "fastrp powers": lambda g, nodes, a, b: (m := FastRP(8)).combine(m.powers(g)).tolist(),
     "graphvite bytes": lambda g, nodes, a, b: small_vite().peak_bytes(g),
     "solve by steps": lambda g, nodes, a, b: numbers(nodes, solved(g, a)),
@@ -268,9 +274,11 @@ ESTIMATORS = {
     "to_igraph": lambda g, nodes, a, b: weighed(to_igraph(g)),
     "to_table": lambda g, nodes, a, b: weighed(to_table(g)),
     "powerwalk load": lambda g, nodes, a, b: ranked(kept(g, as_graph(g)).query(a)),
-    "powerwalk edges": lambda g, nodes, a, b: ranked((m := PowerWalk().build(g), m.update(edges_added=[(a, b, 1.0)]))[0].query(a)),
+    "powerwalk edges": lambda g, nodes, a, b: ranked(
+        (m := PowerWalk().build(g), m.update(edges_added=[(a, b, 1.0)]))[0].query(a)
+    ),
     "fastrp new": lambda g, nodes, a, b: newcomer(g).tolist(),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

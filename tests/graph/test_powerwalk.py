@@ -691,9 +691,21 @@ def test_scores_of_nodes_that_are_none_are_refused(far):
 
 @pytest.mark.parametrize(
     "change",
-    [{"dtype": "f32"}, {"alpha": 0.3}, {"walks": 9}, {"mode": "endpoint"}, {"dangling": "uniform"}, {"estimate": "unbiased"}, {"seed": 3},
-     {"keep": 2}, {"mass": 0.5}, {"track": True}, {"max_steps": 5}, {"min_in_degree": 1}],
-)  # fmt: skip
+    [
+        {"dtype": "f32"},
+        {"alpha": 0.3},
+        {"walks": 9},
+        {"mode": "endpoint"},
+        {"dangling": "uniform"},
+        {"estimate": "unbiased"},
+        {"seed": 3},
+        {"keep": 2},
+        {"mass": 0.5},
+        {"track": True},
+        {"max_steps": 5},
+        {"min_in_degree": 1},
+    ],
+)
 def test_an_index_is_asked_and_changed_with_the_arguments_that_it_was_built_with(tmp_path, change):
     """After ``dtype`` counts of 16 and of 32 bits were copied as if they were one; another ``alpha`` gave other scores without a word."""
     graph = Graph.from_edges(np.arange(40), (np.arange(40) * 7 + 1) % 40, num_nodes=40)

@@ -376,8 +376,13 @@ def test_openapi_describes_the_routes_and_resolves(client):
 def test_info_health_and_readiness(client, folder):
     found = client.get("/v1/info").json()
     assert found["search"] == {
-        "file": str(folder / "index.anb"), "vectors": COUNT, "dim": DIM, "metric": "l2", "dtype": "f32", "named": True,
-    }  # fmt: skip
+        "file": str(folder / "index.anb"),
+        "vectors": COUNT,
+        "dim": DIM,
+        "metric": "l2",
+        "dtype": "f32",
+        "named": True,
+    }
     assert found["ppr"]["nodes"] == 12
     assert found["limits"]["k"] == LIMITS.k
     assert client.get("/healthz").json() == {"status": "ok"}
@@ -394,9 +399,13 @@ def test_metrics_count_what_happens(client):
     refused = 'anabranch_requests_total{endpoint="/v1/search",status="400"}'
     other = 'anabranch_requests_total{endpoint="other",status="404"}'
     names = (
-        answered, refused, other, 'anabranch_queries_total{endpoint="search"}', 'anabranch_refused_total{reason="over_limit"}',
+        answered,
+        refused,
+        other,
+        'anabranch_queries_total{endpoint="search"}',
+        'anabranch_refused_total{reason="over_limit"}',
         'anabranch_request_seconds_count{endpoint="/v1/search"}',
-    )  # fmt: skip
+    )
     before = [metric(client, name) for name in names]
     client.post("/v1/search", json={"ids": [1, 2, 3]})
     client.post("/v1/search", json={"ids": [1], "k": 9})

@@ -132,22 +132,46 @@ BAD = [
     ("upsert", {"ids": [1, 2], "vectors": GOOD}, 400, "invalid_request", "there are 2 ids for 1 vectors"),
     ("upsert", {"ids": [1] * 5, "vectors": GOOD * 5}, 400, "over_limit", "ids has 5 entries; this server takes 4"),
     ("upsert", {"ids": [1], "vectors": GOOD * 5}, 400, "over_limit", "vectors has 5 entries"),
-    ("upsert", {"ids": [4, 5, 4], "vectors": GOOD * 3}, 400, "invalid_request", "ids[2] is 4, which stands there before"),
+    (
+        "upsert",
+        {"ids": [4, 5, 4], "vectors": GOOD * 3},
+        400,
+        "invalid_request",
+        "ids[2] is 4, which stands there before",
+    ),
     ("upsert", {"ids": [-1], "vectors": GOOD}, 400, "invalid_request", "ids[0] is -1; ids are not negative"),
     ("upsert", {"ids": [2**63], "vectors": GOOD}, 400, "invalid_request", "ids[0] is too large"),
     ("upsert", {"ids": [1.0], "vectors": GOOD}, 400, "invalid_request", "ids[0] is the number 1.0"),
     ("upsert", {"ids": [True], "vectors": GOOD}, 400, "invalid_request", "ids[0] is true"),
     ("upsert", {"ids": ["1"], "vectors": GOOD}, 400, "invalid_request", "ids[0] is the text '1'"),
     ("upsert", {"ids": 1, "vectors": GOOD}, 400, "invalid_request", "ids is the number 1; it must be a list"),
-    ("upsert", {"ids": [1], "vectors": [[1, 2, 3]]}, 400, "invalid_request", "vectors have 3 numbers each, those of the index 4"),
+    (
+        "upsert",
+        {"ids": [1], "vectors": [[1, 2, 3]]},
+        400,
+        "invalid_request",
+        "vectors have 3 numbers each, those of the index 4",
+    ),
     ("upsert", {"ids": [1, 2], "vectors": [*GOOD, [1]]}, 400, "invalid_request", "vectors[1] has 1 numbers"),
     ("upsert", {"ids": [1], "vectors": [1, 2, 3, 4]}, 400, "invalid_request", "vectors[0] is the number 1"),
     ("upsert", {"ids": [1], "vectors": [[1, 2, 3, None]]}, 400, "invalid_request", "vectors[0][3] is null"),
     ("upsert", {"ids": [1], "vectors": [[1, 2, 3, 1e39]]}, 400, "invalid_request", "does not fit into a float32"),
-    ("upsert", {"ids": [1, 2], "vectors": [*GOOD, [1e19, 0, 0, 0]]}, 400, "invalid_request", "vectors[1] is longer than 1e+18"),
+    (
+        "upsert",
+        {"ids": [1, 2], "vectors": [*GOOD, [1e19, 0, 0, 0]]},
+        400,
+        "invalid_request",
+        "vectors[1] is longer than 1e+18",
+    ),
     ("delete", {}, 400, "invalid_request", "give ids or names; none is given"),
     ("upsert", {"names": ["a"], "vectors": GOOD}, 400, "invalid_request", "elements of this index have none; give ids"),
-    ("upsert", {"ids": [1], "names": ["a"], "vectors": GOOD}, 400, "invalid_request", "give ids or names; both are given"),
+    (
+        "upsert",
+        {"ids": [1], "names": ["a"], "vectors": GOOD},
+        400,
+        "invalid_request",
+        "give ids or names; both are given",
+    ),
     ("delete", {"names": ["a"]}, 400, "invalid_request", "elements of this index have none; give ids"),
     ("delete", {"ids": []}, 400, "invalid_request", "ids is empty"),
     ("delete", {"ids": [3, 3]}, 400, "invalid_request", "ids[1] is 3, which stands there before"),
@@ -155,7 +179,7 @@ BAD = [
     ("delete", {"ids": [2**64]}, 400, "invalid_request", "ids[0] is too large"),
     ("delete", {"ids": [0, 1, 2, 3, 4]}, 400, "over_limit", "ids has 5 entries"),
     ("delete", {"ids": [1], "vectors": GOOD}, 400, "invalid_request", "no field 'vectors'"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -346,9 +370,17 @@ def test_a_server_may_only_read(path, tmp_path):
 
 def test_addresses_that_others_see_need_a_token(path):
     for host, expected in (
-        ("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("[::1]", True), ("localhost", True),
-        ("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("example.org", False), ("", False),
-    ):  # fmt: skip
+        ("127.0.0.1", True),
+        ("127.8.0.1", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+        ("", False),
+    ):
         assert is_loopback(host) == expected
     client = TestClient(create_app(Sources([path], why_read_only="there is no token"), LIMITS))
     with client:
@@ -395,10 +427,15 @@ def test_metrics_of_changes(client):
     client.post("/delete", json={"ids": [2, 3, 999]})
     client.post("/delete", json={"ids": [-1]})
     expected = {
-        "anabranch_upserted_total": 2, "anabranch_deleted_total": 2, "anabranch_log_writes_total": 2, "anabranch_log_syncs_total": 2,
-        "anabranch_log_failed": 0, "anabranch_vectors": COUNT - 1, 'anabranch_snapshots_total{outcome="done"}': 0,
+        "anabranch_upserted_total": 2,
+        "anabranch_deleted_total": 2,
+        "anabranch_log_writes_total": 2,
+        "anabranch_log_syncs_total": 2,
+        "anabranch_log_failed": 0,
+        "anabranch_vectors": COUNT - 1,
+        'anabranch_snapshots_total{outcome="done"}': 0,
         'anabranch_requests_total{endpoint="/delete",status="400"}': 1,
-    }  # fmt: skip
+    }
     assert {name: metric(client, name) for name in expected} == expected
     assert metric(client, "anabranch_log_bytes") > 100
     assert metric(client, "anabranch_log_sync_seconds_total") > 0

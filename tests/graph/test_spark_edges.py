@@ -73,8 +73,16 @@ def test_scores_from_a_folder_of_named_edges(spark, tmp_path, monkeypatch):
     edges = write_edges(tmp_path / "edges", source, target, weight)
     out = tmp_path / "scores"
     options = {"walks": 3000, "alpha": 0.7, "top_k": None, "dangling": "source"}
-    stored = fully_ppr(EdgeFiles(edges, directed=True), engine="spark", spark=spark, out=str(out), theta=8, gamma=3000, partitions=2,
-                       **options)  # fmt: skip
+    stored = fully_ppr(
+        EdgeFiles(edges, directed=True),
+        engine="spark",
+        spark=spark,
+        out=str(out),
+        theta=8,
+        gamma=3000,
+        partitions=2,
+        **options,
+    )
     assert seen
     assert max(map(len, seen)) < 40
     graph = read_graph(one_file(tmp_path / "edges", tmp_path / "one.parquet"), directed=True)
@@ -287,8 +295,16 @@ def test_decomposition_is_as_near_to_the_truth_as_on_one_machine(spark, tmp_path
     error, expected = (np.abs(of - exact).sum(1).mean() for of in (found, here))
     # Estimates are not divided by what they should sum to before they are mixed, so they are a little wider.
     assert error < 1.25 * expected
-    some = fully_ppr(given, engine="spark", spark=spark, out=tmp_path / "some", partitions=2, gamma=50, **{**options, "top_k": 3},
-                     sources=["n05"])  # fmt: skip
+    some = fully_ppr(
+        given,
+        engine="spark",
+        spark=spark,
+        out=tmp_path / "some",
+        partitions=2,
+        gamma=50,
+        **{**options, "top_k": 3},
+        sources=["n05"],
+    )
     assert some.load().names[some.load().sources].tolist() == ["n05"]
     assert some.top_named("n05") == [
         (name, pytest.approx(score, rel=1e-5)) for name, score in stored.top_named("n05", 3)
@@ -373,8 +389,23 @@ def run_command(*words, cwd):
 def test_by_command(spark, tmp_path):
     source, target, weight = random_edges(7, names=lambda node: f"n{node}")
     edges = write_edges(tmp_path / "edges", source, target, weight)
-    done = run_command("ppr", edges, "n3", "--all", "--engine", "spark", "--walks", "30", "--alpha", "0.5", "--out", "scores", "--json",
-                       "--quiet", cwd=tmp_path)  # fmt: skip
+    done = run_command(
+        "ppr",
+        edges,
+        "n3",
+        "--all",
+        "--engine",
+        "spark",
+        "--walks",
+        "30",
+        "--alpha",
+        "0.5",
+        "--out",
+        "scores",
+        "--json",
+        "--quiet",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["sources"] == 1

@@ -82,8 +82,12 @@ def test_records_of_edges_draw_neighbours_by_weight_and_none_is_larger_than_thet
     shuffled = [rows[place] for place in np.random.default_rng(1).permutation(len(rows))]
     names = ("record", "kind", "code", "weight")
     types = (pa.int64(), pa.int8(), pa.int64(), pa.float64())
-    table = pa.table({name: pa.array(column, kind) for name, kind, column in
-                      zip(names, types, zip(*shuffled, strict=True), strict=True)})  # fmt: skip
+    table = pa.table(
+        {
+            name: pa.array(column, kind)
+            for name, kind, column in zip(names, types, zip(*shuffled, strict=True), strict=True)
+        }
+    )
     ids, records = records_from(bucket_records(table, 7), graph.num_nodes)
     assert ids.tolist() == list(range(len(ids)))
     assert records.largest <= theta
@@ -221,8 +225,14 @@ def embed(model, graph, buckets, tiles):
     found = []
     for bucket in range(buckets):
         nodes = np.arange(bucket, graph.num_nodes, buckets)
-        marks = pa.table({"bucket": np.full(len(nodes), bucket, np.int32), "node": nodes,
-                          "vector": pa.array([b""] * len(nodes), pa.binary()), "order": np.full(len(nodes), NODES)})  # fmt: skip
+        marks = pa.table(
+            {
+                "bucket": np.full(len(nodes), bucket, np.int32),
+                "node": nodes,
+                "vector": pa.array([b""] * len(nodes), pa.binary()),
+                "order": np.full(len(nodes), NODES),
+            }
+        )
         tables = [marks]
         for order, table in enumerate(powers):
             here = table.filter(pa.array(np.asarray(table["bucket"]) == bucket))

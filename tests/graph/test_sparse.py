@@ -49,11 +49,16 @@ def test_entries_of_one_place_are_added_wide(drawn, dtype, form):
     np.testing.assert_array_equal(wide_rows(exact.tolist(), "it").toarray(), exact)
 
 
-@pytest.mark.parametrize(("matrix", "said"), [
-    (coo_array(np.eye(2) * 1j), "entries of it are real numbers, not complex128"), (np.ones(3), r"it has the shape \(3,\)"),
-    ([[1], [1, 2]], "it is no matrix of numbers"), (coo_array(np.ones(3)), r"it has the shape \(3,\)"),
-    (np.array([["a"]]), "real numbers, not <U1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("matrix", "said"),
+    [
+        (coo_array(np.eye(2) * 1j), "entries of it are real numbers, not complex128"),
+        (np.ones(3), r"it has the shape \(3,\)"),
+        ([[1], [1, 2]], "it is no matrix of numbers"),
+        (coo_array(np.ones(3)), r"it has the shape \(3,\)"),
+        (np.array([["a"]]), "real numbers, not <U1"),
+    ],
+)
 def test_what_is_no_matrix_of_numbers(matrix, said):
     with pytest.raises(InputError, match=said):
         wide_rows(matrix, "it")

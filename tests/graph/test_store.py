@@ -240,8 +240,13 @@ def test_describe_by_hand():
     facts = graph.describe()
     assert facts["degree"] == {"mean": 0.6, "min": 0, "p25": 0, "median": 1, "p75": 1, "p90": 1, "p99": 1, "max": 1}
     assert {name: facts[name] for name in ("nodes", "edges", "stored_edges", "self_loops", "isolated", "dangling")} == {
-        "nodes": 5, "edges": 3, "stored_edges": 3, "self_loops": 1, "isolated": 1, "dangling": 2,
-    }  # fmt: skip
+        "nodes": 5,
+        "edges": 3,
+        "stored_edges": 3,
+        "self_loops": 1,
+        "isolated": 1,
+        "dangling": 2,
+    }
     assert facts["weight"] == {"sum": 6.0, "min": 1.0, "max": 3.0}
     assert (facts["components"], facts["largest_component"], facts["bytes"]) == (3, 3, 6 * 8 + 3 * 8)
     assert (facts["directed"], facts["weighted"], facts["named"]) == (True, True, False)

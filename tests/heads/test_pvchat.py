@@ -274,9 +274,14 @@ def test_learning_a_subject_leaves_all_else_to_the_bit(tmp_path, routing):
     before = state(model)
     seen = []
     learned = learn(
-        model, {"<Ab>": SUBJECTS[5].portrait(0)}, portraits(SUBJECTS), tmp_path, LEARNING, device="cpu",
+        model,
+        {"<Ab>": SUBJECTS[5].portrait(0)},
+        portraits(SUBJECTS),
+        tmp_path,
+        LEARNING,
+        device="cpu",
         on_event=lambda stage, event: seen.append(stage) if event.kind == "step" else None,
-    )  # fmt: skip
+    )
     assert learned.is_finished
     assert seen == ["images"] * 2 + ["videos"] * 3
     after, parts = state(model), parts_of(model)

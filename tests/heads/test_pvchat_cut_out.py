@@ -62,9 +62,14 @@ def drawn():
 
 @pytest.mark.parametrize(
     "places",
-    [SIDEWAYS, [(4 + 4 * number, 30) for number in range(8)], [(5 + 3 * number, 8 + 5 * number) for number in range(8)], SIDEWAYS[:2]],
+    [
+        SIDEWAYS,
+        [(4 + 4 * number, 30) for number in range(8)],
+        [(5 + 3 * number, 8 + 5 * number) for number in range(8)],
+        SIDEWAYS[:2],
+    ],
     ids=["sideways", "down", "slanting", "two frames"],
-)  # fmt: skip
+)
 def test_what_moves_is_the_drawing_in_every_frame(places):
     found = cut_out(moved(places), "f")
     assert found.subject == "f"
@@ -76,9 +81,13 @@ def test_what_moves_is_the_drawing_in_every_frame(places):
 
 
 @given(
-    row=st.integers(1, 40), column=st.integers(1, 20), way=st.sampled_from([(0, 5), (0, 3), (2, 4)]), count=st.integers(4, 8),
-    colour=st.sampled_from([(255, 255, 255), (0, 0, 0), (70, 130, 255)]), ground=st.sampled_from([(90, 90, 90), (20, 60, 20)]),
-)  # fmt: skip
+    row=st.integers(1, 40),
+    column=st.integers(1, 20),
+    way=st.sampled_from([(0, 5), (0, 3), (2, 4)]),
+    count=st.integers(4, 8),
+    colour=st.sampled_from([(255, 255, 255), (0, 0, 0), (70, 130, 255)]),
+    ground=st.sampled_from([(90, 90, 90), (20, 60, 20)]),
+)
 def test_wherever_it_goes_in_any_colour(row, column, way, count, colour, ground):
     places = [(row + way[0] * number, column + way[1] * number) for number in range(count)]
     places = [(min(y, 41), min(x, 65)) for y, x in places]

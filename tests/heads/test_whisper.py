@@ -160,10 +160,16 @@ def changed(**changes):
         ),
         ({"decoder/layer_0/ffn/linear_0/weight": BYTES, f"{SCALE}": torch.zeros(40)}, "numbers that are not above 0"),
         ({"decoder/layer_0/ffn/linear_0/weight": BYTES, f"{SCALE}": torch.full((40,), math.nan)}, "or not finite"),
-        ({"decoder/layer_0/ffn/linear_0/weight": BYTES, f"{SCALE}": torch.ones(40, dtype=torch.int8)}, "no .*_scale beside"),
-        ({"decoder/layer_1/ffn/linear_0/weight": torch.ones(39, 32)}, r"model.decoder.layers.1.fc1.weight is \[39, 32\]"),
+        (
+            {"decoder/layer_0/ffn/linear_0/weight": BYTES, f"{SCALE}": torch.ones(40, dtype=torch.int8)},
+            "no .*_scale beside",
+        ),
+        (
+            {"decoder/layer_1/ffn/linear_0/weight": torch.ones(39, 32)},
+            r"model.decoder.layers.1.fc1.weight is \[39, 32\]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_that_lack_something(tmp_path, changes, message):
     whispers.ctranslate2_folder(tmp_path / "ct2")
     (tmp_path / "ct2/model.bin").write_bytes(whispers.file_of(changed(**changes)))

@@ -112,10 +112,30 @@ def told(capsys, *words):
 def test_heads_by_which_whisper_listens_are_turned_off_to_the_target(spoken, tmp_path, capsys):
     model = weights()
     made = told(
-        capsys, "heads", "train", model, spoken, "--shared", 2, "--target", 0.5, "--learn", "gates", "--steps", 150,
-        "--set", "train.batch_size=4", "--set", "train.learning_rate=0.003", "--set", "train.device=cpu",
-        "--out", tmp_path / "run", "--quiet", "--json",
-    )  # fmt: skip
+        capsys,
+        "heads",
+        "train",
+        model,
+        spoken,
+        "--shared",
+        2,
+        "--target",
+        0.5,
+        "--learn",
+        "gates",
+        "--steps",
+        150,
+        "--set",
+        "train.batch_size=4",
+        "--set",
+        "train.learning_rate=0.003",
+        "--set",
+        "train.device=cpu",
+        "--out",
+        tmp_path / "run",
+        "--quiet",
+        "--json",
+    )
     # It knows English, with all of its heads on.
     assert made["before"]["accuracy"] > 0.7
     assert made["after"]["nats_per_token"] < made["before"]["nats_per_token"] + 0.1
@@ -146,9 +166,16 @@ def test_it_writes_down_what_is_said_in_files_longer_than_it_hears(spoken, tmp_p
             file.setparams((1, 2, 22050, 0, "NONE", ""))
             file.writeframes(held)
     made = told(
-        capsys, "heads", "transcribe", model, *(tmp_path / f"{name}.wav" for name in ("talk", "silence", "hiss")),
-        "--device", "cpu", "--quiet", "--json",
-    )  # fmt: skip
+        capsys,
+        "heads",
+        "transcribe",
+        model,
+        *(tmp_path / f"{name}.wav" for name in ("talk", "silence", "hiss")),
+        "--device",
+        "cpu",
+        "--quiet",
+        "--json",
+    )
     talk, *nothing = made["files"]
     assert talk["seconds"] > 30
     assert len(talk["pieces"]) >= 2

@@ -79,10 +79,17 @@ def foreign(tmp_path):
 
 
 BELONGS = [
-    "LICENSE", "NOTICE.txt", "README.md", "additional_chat_templates/tools.jinja", "chat_template.jinja",
-    "generation_config.json", "preprocessor_config.json", "special_tokens_map.json", "tokenizer.json",
+    "LICENSE",
+    "NOTICE.txt",
+    "README.md",
+    "additional_chat_templates/tools.jinja",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
     "tokenizer_config.json",
-]  # fmt: skip
+]
 
 
 def test_what_belongs_to_a_hugging_face_folder_goes_along_both_ways(tmp_path, foreign):
@@ -176,8 +183,13 @@ def ours_through_links(folder, native):
 
 
 STRANGERS = [
-    settings_of_an_editor, a_published_model, ours_with_notes, ours_tuned_by_hand, ours_with_a_folder, ours_through_links,
-]  # fmt: skip
+    settings_of_an_editor,
+    a_published_model,
+    ours_with_notes,
+    ours_tuned_by_hand,
+    ours_with_a_folder,
+    ours_through_links,
+]
 
 
 @pytest.mark.parametrize("make", STRANGERS)
@@ -555,9 +567,19 @@ class Failing:
     """Lets a number of operations on files pass, and then one fail."""
 
     PLACES = (
-        (io, "open"), (os, "fsync"), (os, "link"), (os, "mkdir"), (os, "replace"), (os, "rename"), (os, "chmod"),
-        (os, "symlink"), (shutil, "copyfile"), (tempfile, "mkdtemp"), (tempfile, "mkstemp"), (files, "_exchange"),
-    )  # fmt: skip
+        (io, "open"),
+        (os, "fsync"),
+        (os, "link"),
+        (os, "mkdir"),
+        (os, "replace"),
+        (os, "rename"),
+        (os, "chmod"),
+        (os, "symlink"),
+        (shutil, "copyfile"),
+        (tempfile, "mkdtemp"),
+        (tempfile, "mkstemp"),
+        (files, "_exchange"),
+    )
 
     def __init__(self, passing, error):
         self.left, self.error, self.done = passing, error, []

@@ -215,9 +215,15 @@ def test_letters_without_a_case_stand_apart_for_deepseek():
 
 
 @pytest.mark.parametrize(
-    ("cut", "said", "begins"), [("gpt-2", {}, False), ("llama-bpe", {}, True), ("gpt-2", {"bos": True}, True),
-    ("llama-bpe", {"bos": False}, False), ("gpt-2", {"bos": True, "eos": True}, True)],
-)  # fmt: skip
+    ("cut", "said", "begins"),
+    [
+        ("gpt-2", {}, False),
+        ("llama-bpe", {}, True),
+        ("gpt-2", {"bos": True}, True),
+        ("llama-bpe", {"bos": False}, False),
+        ("gpt-2", {"bos": True, "eos": True}, True),
+    ],
+)
 def test_prompts_begin_as_llama_cpp_begins_them(tmp_path, cut, said, begins):
     def extra(writer):
         writer.add_tokenizer_pre(cut)

@@ -25,9 +25,13 @@ from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
 @pytest.fixture
 def plain(tmp_path):
     model = Decoder.Config(
-        vocab_size=257, dim=64, num_layers=3, attention=SelfAttention.Config(num_heads=2),
-        feed_forward=MoE.Config(num_experts=4, hidden_dim=32), max_positions=64,
-    ).build(seed=1)  # fmt: skip
+        vocab_size=257,
+        dim=64,
+        num_layers=3,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=MoE.Config(num_experts=4, hidden_dim=32),
+        max_positions=64,
+    ).build(seed=1)
     save_model(tmp_path / "plain", model, ByteTokenizer())
     return tmp_path / "plain"
 
@@ -94,11 +98,25 @@ def test_tensors_made_when_they_are_written(tmp_path):
 
 
 SHAPE = {
-    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768,
-    "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False, "max_position_embeddings": 4096, "hidden_act": "silu",
-}  # fmt: skip
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "hidden_act": "silu",
+}
 
 
 def checkpoint(folder, layers):

@@ -17,9 +17,14 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def decoder(feed_forward=None, **fields):
     config = Decoder.Config(
-        vocab_size=257, dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=2, qkv_bias=True),
-        feed_forward=feed_forward or SwiGLU.Config(hidden_dim=96), max_positions=128, **fields,
-    )  # fmt: skip
+        vocab_size=257,
+        dim=64,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=2, qkv_bias=True),
+        feed_forward=feed_forward or SwiGLU.Config(hidden_dim=96),
+        max_positions=128,
+        **fields,
+    )
     return config.build(seed=3).eval()
 
 

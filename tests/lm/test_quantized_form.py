@@ -37,9 +37,15 @@ from anabranch.serving.expertflow.native_mover import NativeMover
 
 def decoder(feed_forward=None, **fields):
     config = Decoder.Config(
-        vocab_size=257, dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=2, qkv_bias=True),
-        feed_forward=feed_forward or SwiGLU.Config(hidden_dim=96), init_std=0.2, max_positions=128, **fields,
-    )  # fmt: skip
+        vocab_size=257,
+        dim=64,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=2, qkv_bias=True),
+        feed_forward=feed_forward or SwiGLU.Config(hidden_dim=96),
+        init_std=0.2,
+        max_positions=128,
+        **fields,
+    )
     model = config.build(seed=3).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -23,10 +23,19 @@ OUTSIDE = (-1, -16, -VOCABULARY, VOCABULARY, VOCABULARY + 9, VOCABULARY + 10, 1 
 
 
 def build(kind):
-    model = Decoder.Config(
-        vocab_size=VOCABULARY, dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=2),
-        feed_forward=SwiGLU.Config(hidden_dim=64), max_positions=64, tie_embeddings=True,
-    ).build(seed=0).eval()  # fmt: skip
+    model = (
+        Decoder.Config(
+            vocab_size=VOCABULARY,
+            dim=64,
+            num_layers=2,
+            attention=SelfAttention.Config(num_heads=2),
+            feed_forward=SwiGLU.Config(hidden_dim=64),
+            max_positions=64,
+            tie_embeddings=True,
+        )
+        .build(seed=0)
+        .eval()
+    )
     if kind is not None:
         table = Packed.pack(model.embedding.weight, kind)
         model.embedding, model.head = PackedEmbedding(table), QuantizedLinear(table)

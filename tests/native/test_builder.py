@@ -248,11 +248,16 @@ def test_the_last_words_of_a_compiler_are_kept(compiler):
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("said", [
-    "fatal error: Killed signal terminated program cc1plus", "No space left on device",
-    "fatal error: Terminated signal terminated program cc1plus", "fatal error: Interrupt signal terminated program cc1plus",
-    "clang: error: unable to execute command: Terminated",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "said",
+    [
+        "fatal error: Killed signal terminated program cc1plus",
+        "No space left on device",
+        "fatal error: Terminated signal terminated program cc1plus",
+        "fatal error: Interrupt signal terminated program cc1plus",
+        "clang: error: unable to execute command: Terminated",
+    ],
+)
 def test_what_was_the_machine_s_fault_is_tried_again(compiler, said):
     compiler(f"echo '{said}' >&2; exit 1")
     with pytest.raises(BackendError, match=said):

@@ -86,9 +86,14 @@ def test_equals_a_naive_loop(activation, backend, recompute, weight_on):
     x, routing, w13, w2 = make(activation, dtype)
     leaves = [value.clone().requires_grad_() for value in (x, routing.weight_NK, w13, w2)]
     y = expert_mlp(
-        leaves[0], plan_dispatch(routing), *leaves[1:],
-        weight_on=weight_on, backend=backend, recompute=recompute, activation=activation,
-    )  # fmt: skip
+        leaves[0],
+        plan_dispatch(routing),
+        *leaves[1:],
+        weight_on=weight_on,
+        backend=backend,
+        recompute=recompute,
+        activation=activation,
+    )
     ours = gradients(y, leaves)
     leaves = [value.double().clone().requires_grad_() for value in (x, routing.weight_NK, w13, w2)]
     expected = gradients(naive(leaves[0], routing, *leaves[1:], activation, weight_on), leaves)
@@ -162,8 +167,13 @@ def test_what_there_is_not():
 
 def test_matrices_of_a_feed_forward():
     assert {name: activation.num_matrices for name, activation in ACTIVATIONS.items()} == {
-        "swiglu": 3, "geglu": 3, "geglu_tanh": 3, "clamped_swiglu": 3, "gelu": 2, "identity": 2,
-    }  # fmt: skip
+        "swiglu": 3,
+        "geglu": 3,
+        "geglu_tanh": 3,
+        "clamped_swiglu": 3,
+        "gelu": 2,
+        "identity": 2,
+    }
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

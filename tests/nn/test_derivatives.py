@@ -112,15 +112,25 @@ CASES = {  # ours, its twin, shapes for double precision, shapes that the kernel
     "norm": (norm, plain_norm, [(2, 3, 5), (5,)], [(2, 3, 32), (32,)]),
     "weighted_sum": (sums, plain_sums, [(4, 2), (4, 3), (4, 3)], [(4, 2), (4, 32), (4, 32)]),
     "rotary": (turned, plain_turned, [(1, 2, 5, 4)], [(1, 2, 5, 32)]),
-    "causal": (causal_attention, plain_causal, [(1, 2, 3, 4), *[(1, 1, 5, 4)] * 2], [(1, 2, 20, 16), *[(1, 1, 23, 16)] * 2]),
+    "causal": (
+        causal_attention,
+        plain_causal,
+        [(1, 2, 3, 4), *[(1, 1, 5, 4)] * 2],
+        [(1, 2, 20, 16), *[(1, 1, 23, 16)] * 2],
+    ),
     "masked": (masked, plain_masked, [(1, 2, 5, 4)] * 3, [(1, 2, 5, 16)] * 3),
     "experts": (experts(), plain_experts(), expert_shapes(3, 2), expert_shapes(16, 16)),
     "experts_on_input": (experts(**ON_INPUT), plain_experts(**ON_INPUT), expert_shapes(3, 2), expert_shapes(16, 16)),
     "experts_recomputed": (experts(recompute=True), plain_experts(), expert_shapes(3, 2), expert_shapes(16, 16)),
     "experts_bmm": (experts(backend="bmm"), plain_experts(), expert_shapes(3, 2), expert_shapes(16, 16)),
     "experts_torch": (experts(backend="torch"), plain_experts(), expert_shapes(3, 2), expert_shapes(16, 16)),
-    "shared_pool": (shared_pool, plain_shared_pool, [(6, 3), (3, 4, 3), (3, 3, 2)], [(6, 16), (3, 32, 16), (3, 16, 16)]),
-}  # fmt: skip
+    "shared_pool": (
+        shared_pool,
+        plain_shared_pool,
+        [(6, 3), (3, 4, 3), (3, 3, 2)],
+        [(6, 16), (3, 32, 16), (3, 16, 16)],
+    ),
+}
 each = pytest.mark.parametrize("name", CASES)
 
 

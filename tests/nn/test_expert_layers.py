@@ -66,9 +66,14 @@ class Routed(Linear):
 def decoder(linears, *, dim=DIM, **options):
     layer = MoE.Config(**{"num_experts": EXPERTS, "hidden_dim": HIDDEN, **options})
     return Decoder.Config(
-        vocab_size=50, dim=dim, num_layers=2, feed_forward=layer, linears=linears,
-        attention=SelfAttention.Config(num_heads=2), init_std=0.3,
-    )  # fmt: skip
+        vocab_size=50,
+        dim=dim,
+        num_layers=2,
+        feed_forward=layer,
+        linears=linears,
+        attention=SelfAttention.Config(num_heads=2),
+        init_std=0.3,
+    )
 
 
 def pool_of(linears, **options):
@@ -245,10 +250,16 @@ def test_layers_are_told_which_tokens_they_see(padded):
 def test_what_is_said_of_each_item_is_gathered_and_put_back():
     position = torch.arange(3).expand(2, 3)
     context = ForwardContext(
-        position_BL=position, rotary=(torch.randn(1, 1, 3, 2),) * 2, token_BL=10 + torch.arange(6).view(2, 3),
-        item_mask_N=torch.tensor([0, 1, 1, 1, 1, 1]).bool(), sequence_length=3, sequences=["a", "b"], training=True,
-        carry={"each": torch.arange(12.0).view(6, 2), "one": torch.tensor(3)}, state={"bl": position, "word": "x"},
-    )  # fmt: skip
+        position_BL=position,
+        rotary=(torch.randn(1, 1, 3, 2),) * 2,
+        token_BL=10 + torch.arange(6).view(2, 3),
+        item_mask_N=torch.tensor([0, 1, 1, 1, 1, 1]).bool(),
+        sequence_length=3,
+        sequences=["a", "b"],
+        training=True,
+        carry={"each": torch.arange(12.0).view(6, 2), "one": torch.tensor(3)},
+        state={"bl": position, "word": "x"},
+    )
     part = of_items(context, torch.tensor([4, 1]), 6)
     assert part.token_BL.tolist() == [[14], [11]]
     assert part.position_BL.tolist() == part.state["bl"].tolist() == [[1], [1]]

@@ -81,9 +81,16 @@ def test_norm(data, leading, width, dtype, threads, seed):
 
 @fuzz
 @given(
-    data=st.data(), batch=st.integers(1, 3), heads=st.integers(1, 4), length=st.integers(1, 40), width=st.sampled_from([32, 64, 160]),
-    dtype=DTYPES, shared=st.booleans(), threads=THREADS, seed=SEEDS,
-)  # fmt: skip
+    data=st.data(),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    length=st.integers(1, 40),
+    width=st.sampled_from([32, 64, 160]),
+    dtype=DTYPES,
+    shared=st.booleans(),
+    threads=THREADS,
+    seed=SEEDS,
+)
 def test_turn(data, batch, heads, length, width, dtype, shared, threads, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -99,8 +106,13 @@ def test_turn(data, batch, heads, length, width, dtype, shared, threads, seed):
 
 @fuzz
 @given(
-    count=st.integers(1, 5), length=st.integers(1, 300), width=WIDTHS, dtype=DTYPES, threads=THREADS, seed=SEEDS,
-)  # fmt: skip
+    count=st.integers(1, 5),
+    length=st.integers(1, 300),
+    width=WIDTHS,
+    dtype=DTYPES,
+    threads=THREADS,
+    seed=SEEDS,
+)
 def test_sum(count, length, width, dtype, threads, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -134,9 +146,16 @@ def plans(draw):
 
 @fuzz
 @given(
-    plan=plans(), width=st.sampled_from([16, 48, 528]), hidden=st.sampled_from([16, 80, 544]), dtype=DTYPES,
-    on=st.sampled_from(["output", "input"]), recompute=st.booleans(), needs=st.tuples(*[st.booleans()] * 3), threads=THREADS, seed=SEEDS,
-)  # fmt: skip
+    plan=plans(),
+    width=st.sampled_from([16, 48, 528]),
+    hidden=st.sampled_from([16, 80, 544]),
+    dtype=DTYPES,
+    on=st.sampled_from(["output", "input"]),
+    recompute=st.booleans(),
+    needs=st.tuples(*[st.booleans()] * 3),
+    threads=THREADS,
+    seed=SEEDS,
+)
 def test_experts(plan, width, hidden, dtype, on, recompute, needs, threads, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -164,10 +183,17 @@ def test_experts(plan, width, hidden, dtype, on, recompute, needs, threads, seed
 
 @fuzz
 @given(
-    data=st.data(), batch=st.integers(1, 2), groups=st.integers(1, 2), shared=st.integers(1, 3),
-    length=st.sampled_from([1, 5, 17, 48, 100]), front=st.sampled_from([0, 1, 30, 600]), width=st.sampled_from([16, 48, 256]),
-    dtype=DTYPES, threads=THREADS, seed=SEEDS,
-)  # fmt: skip
+    data=st.data(),
+    batch=st.integers(1, 2),
+    groups=st.integers(1, 2),
+    shared=st.integers(1, 3),
+    length=st.sampled_from([1, 5, 17, 48, 100]),
+    front=st.sampled_from([0, 1, 30, 600]),
+    width=st.sampled_from([16, 48, 256]),
+    dtype=DTYPES,
+    threads=THREADS,
+    seed=SEEDS,
+)
 def test_attention(data, batch, groups, shared, length, front, width, dtype, threads, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -188,10 +214,18 @@ def test_attention(data, batch, groups, shared, length, front, width, dtype, thr
 
 @fuzz
 @given(
-    data=st.data(), spans=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 9)), min_size=1, max_size=4),
-    streams=st.integers(1, 2), groups=st.integers(1, 2), shared=st.integers(1, 3), width=st.sampled_from([1, 8, 17, 64, 512]),
-    front=st.sampled_from([0, 3, 70]), block=st.sampled_from([1, 4, 16]), dtype=DTYPES, threads=THREADS, seed=SEEDS,
-)  # fmt: skip
+    data=st.data(),
+    spans=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 9)), min_size=1, max_size=4),
+    streams=st.integers(1, 2),
+    groups=st.integers(1, 2),
+    shared=st.integers(1, 3),
+    width=st.sampled_from([1, 8, 17, 64, 512]),
+    front=st.sampled_from([0, 3, 70]),
+    block=st.sampled_from([1, 4, 16]),
+    dtype=DTYPES,
+    threads=THREADS,
+    seed=SEEDS,
+)
 def test_paged(data, spans, streams, groups, shared, width, front, block, dtype, threads, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -224,10 +258,16 @@ def test_paged(data, spans, streams, groups, shared, width, front, block, dtype,
 
 @fuzz
 @given(
-    kind=st.sampled_from(KINDS), count=st.sampled_from([0, 1, 3, 12, 13, 33, 70]), outputs=st.integers(1, 70),
-    depth=st.sampled_from([32, 96, 512, 1056]), by=st.sampled_from([None, 32]), dtype=DTYPES, bias=st.booleans(), threads=THREADS,
+    kind=st.sampled_from(KINDS),
+    count=st.sampled_from([0, 1, 3, 12, 13, 33, 70]),
+    outputs=st.integers(1, 70),
+    depth=st.sampled_from([32, 96, 512, 1056]),
+    by=st.sampled_from([None, 32]),
+    dtype=DTYPES,
+    bias=st.booleans(),
+    threads=THREADS,
     seed=SEEDS,
-)  # fmt: skip
+)
 def test_packed(kind, count, outputs, depth, by, dtype, bias, threads, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(threads)

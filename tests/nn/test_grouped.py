@@ -94,9 +94,13 @@ def test_equals_the_reference(backend, recompute, weight_on, dtype):
 
 @settings(deadline=None, max_examples=25)
 @given(
-    st.integers(0, 20), st.integers(1, 6), st.integers(1, 6), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 10_000),
+    st.integers(0, 20),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.integers(0, 10_000),
     st.sampled_from(HERE),
-)  # fmt: skip
+)
 def test_any_shape_equals_the_reference(n, e, k, unused, seed, backend):
     dtype = torch.float32 if backend in LACKS_FLOAT64 else torch.float64
     case = make(n=n, e=e, k=min(k, e), d=16, f=32, dtype=dtype, seed=seed, unused=unused)

@@ -207,10 +207,16 @@ def test_items_are_sequences_of_length_one_with_places_of_their_own():
     """Two streams of two sequences of three positions, of which the pass is rows 5 and 8 of a cache, and one item of each stream."""
     cache: Any = object()
     context = context_of(
-        4, 3, num_streams=2, sequences=["a", "b"], rows=[5, 8, 15, 18], cache=cache,
-        attention_mask=torch.ones(4, 1, 3, 3, dtype=torch.bool), item_mask_N=torch.arange(12) != 10,
+        4,
+        3,
+        num_streams=2,
+        sequences=["a", "b"],
+        rows=[5, 8, 15, 18],
+        cache=cache,
+        attention_mask=torch.ones(4, 1, 3, 3, dtype=torch.bool),
+        item_mask_N=torch.arange(12) != 10,
         state={"said": torch.arange(12)},
-    )  # fmt: skip
+    )
     part = of_items(context, torch.tensor([4, 6, 10]), 12)
     assert part.position_BL.tolist() == [[4], [3], [4]]
     assert part.token_BL.tolist() == [[104], [106], [110]]

@@ -37,6 +37,10 @@ def test_of_shorter_vectors(isa, tmp_path):
     options = ["-p", "tests.other_kernels", "-p", "no:cacheprovider", "-q", "-x", "-k", "not test_compiles"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *TESTS],
-        cwd=ROOT, env={**os.environ, "KERNELS_UNDER_TEST": str(library)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "KERNELS_UNDER_TEST": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"

@@ -78,12 +78,25 @@ def test_what_stands_beside_a_part_is_added_to_its_rows():
     ("pattern", "names"),
     [
         ("blocks.*.attention.q", ["blocks.0.attention.q", "blocks.1.attention.q"]),
-        ("blocks.1.*", [f"blocks.1.{name}" for name in ("attention.k", "attention.o", "attention.q", "attention.v",
-                                                       "feed_forward.down", "feed_forward.gate", "feed_forward.up")]),
+        (
+            "blocks.1.*",
+            [
+                f"blocks.1.{name}"
+                for name in (
+                    "attention.k",
+                    "attention.o",
+                    "attention.q",
+                    "attention.v",
+                    "feed_forward.down",
+                    "feed_forward.gate",
+                    "feed_forward.up",
+                )
+            ],
+        ),
         ("*.gate", ["blocks.0.feed_forward.gate", "blocks.1.feed_forward.gate"]),
         ("head", ["head"]),
     ],
-)  # fmt: skip
+)
 def test_patterns_name_parts(pattern, names):
     model = decoder({pattern: Scaled.Config()}).build()
     assert sorted(module.name for module in model.modules() if isinstance(module, Scaled)) == names
@@ -131,16 +144,27 @@ def test_a_pattern_that_fits_nothing_is_an_error():
         check_patterns({"blocks.1.attn.[qx]": None}, names)
 
 
-@pytest.mark.parametrize("linears", [
-    {}, {"*.q": Scaled.Config()}, {"*": Scaled.Config()}, {"*.v": LowRank.Config(), "*.q": Scaled.Config()}, {"head": LowRank.Config()},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "linears",
+    [
+        {},
+        {"*.q": Scaled.Config()},
+        {"*": Scaled.Config()},
+        {"*.v": LowRank.Config(), "*.q": Scaled.Config()},
+        {"head": LowRank.Config()},
+    ],
+)
 def test_counts_are_those_of_what_is_built(linears):
     config = decoder(linears)
     assert config.count().parameters == sum(parameter.numel() for parameter in config.build().parameters())
 
 
-VERSATILE = [{"fusion": fusion, "width_compute": way, "norm": norm} for fusion in ("difficulty", "width_only", "depth_only")
-             for way in ("auto", "masked", "grouped") for norm in ("shared", "separate")]  # fmt: skip
+VERSATILE = [
+    {"fusion": fusion, "width_compute": way, "norm": norm}
+    for fusion in ("difficulty", "width_only", "depth_only")
+    for way in ("auto", "masked", "grouped")
+    for norm in ("shared", "separate")
+]
 DESIGNS = [
     *(resolve("feed_forward", kind).Config() for kind in kinds("feed_forward")),
     *(VersatileFFN.Config(hidden_dim=32, num_experts=4, **options) for options in VERSATILE),

@@ -51,12 +51,18 @@ ANGLES = torch.cat((angle, angle), -1)
 FUNCTIONS = {
     "norm": (norm, (drawn(4, 32), drawn(32, seed=1))),
     "rotate": (turned, (drawn(2, 2, 5, 32), ANGLES.cos(), ANGLES.sin())),
-    "weighted_sum": (lambda w, a, b: weighted_sum((a, b), w), (drawn(6, 2), drawn(6, 32, seed=1), drawn(6, 32, seed=2))),
+    "weighted_sum": (
+        lambda w, a, b: weighted_sum((a, b), w),
+        (drawn(6, 2), drawn(6, 32, seed=1), drawn(6, 32, seed=2)),
+    ),
     "dense_mlp": (dense_mlp, (drawn(6, 32), drawn(64, 32, seed=1) / 6, drawn(32, 32, seed=2) / 6)),
-    "experts": (experts, (drawn(6, 32), drawn(6, 1, seed=1), drawn(2, 64, 32, seed=2) / 6, drawn(2, 32, 32, seed=3) / 6)),
+    "experts": (
+        experts,
+        (drawn(6, 32), drawn(6, 1, seed=1), drawn(2, 64, 32, seed=2) / 6, drawn(2, 32, 32, seed=3) / 6),
+    ),
     "attention": (causal_attention, tuple(drawn(1, 2, SHORT_KEYS, 16, seed=seed) for seed in range(3))),
     "packed": (lambda x, bias: PACKED.linear(x, bias), (drawn(6, 32), drawn(32, seed=1))),
-}  # fmt: skip
+}
 
 
 class Odd(torch.Tensor):

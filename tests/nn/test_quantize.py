@@ -20,9 +20,13 @@ from anabranch.routing.decision import Routing
 
 def decoder(feed_forward=None, **fields):
     config = Decoder.Config(
-        vocab_size=64, dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=2, qkv_bias=True),
-        feed_forward=feed_forward or SwiGLU.Config(hidden_dim=96), **fields,
-    )  # fmt: skip
+        vocab_size=64,
+        dim=64,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=2, qkv_bias=True),
+        feed_forward=feed_forward or SwiGLU.Config(hidden_dim=96),
+        **fields,
+    )
     model = config.build(seed=3).eval()
     with torch.no_grad():
         for parameter in model.parameters():

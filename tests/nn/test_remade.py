@@ -139,10 +139,19 @@ def test_tangents_of_a_bias_come_with_those_of_what_goes_in_and_alone(dtype):
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_a_mixture_in_few_bits_has_the_gradients_of_its_numbers_and_keeps_no_matrix(bits):
-    model = Decoder.Config(
-        vocab_size=64, dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=2), init_std=0.2,
-        feed_forward=MoE.Config(num_experts=4, hidden_dim=32),
-    ).build(seed=0).eval().requires_grad_(False)  # fmt: skip
+    model = (
+        Decoder.Config(
+            vocab_size=64,
+            dim=64,
+            num_layers=2,
+            attention=SelfAttention.Config(num_heads=2),
+            init_std=0.2,
+            feed_forward=MoE.Config(num_experts=4, hidden_dim=32),
+        )
+        .build(seed=0)
+        .eval()
+        .requires_grad_(False)
+    )
     quantize(model, bits)
     tokens, kept = torch.arange(20)[None], []
     delta = torch.zeros(1, 20, 64, requires_grad=True)

@@ -23,8 +23,14 @@ def decoder(feed_forward=None, **options):
     feed_forward = feed_forward or SwiGLU.Config(hidden_dim=24)
     attention = SelfAttention.Config(num_heads=2)
     config = Decoder.Config(
-        vocab_size=VOCAB, dim=16, num_layers=BLOCKS, attention=attention, feed_forward=feed_forward, init_std=0.3, **options
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        dim=16,
+        num_layers=BLOCKS,
+        attention=attention,
+        feed_forward=feed_forward,
+        init_std=0.3,
+        **options,
+    )
     return config.build(seed=3).eval()
 
 
@@ -280,10 +286,19 @@ def test_steps_group_the_rows_of_equal_blocks():
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [((0, 4), "path has block 4; the model has blocks 0 to 3"), ((-1,), "block -1"), ((0, 1.0), "block 1.0"),
-     (((0,), (1,)), "2 paths for 3 sequences"), ("01", "path is '01'; give block numbers"), ("", "path is ''"),
-     (5, "path is 5; give block"), ((True,), "block True"), ((0, "1"), "block '1'"), (((0,), 1), r"block \(\(0,\), 1\)")],
-)  # fmt: skip
+    [
+        ((0, 4), "path has block 4; the model has blocks 0 to 3"),
+        ((-1,), "block -1"),
+        ((0, 1.0), "block 1.0"),
+        (((0,), (1,)), "2 paths for 3 sequences"),
+        ("01", "path is '01'; give block numbers"),
+        ("", "path is ''"),
+        (5, "path is 5; give block"),
+        ((True,), "block True"),
+        ((0, "1"), "block '1'"),
+        (((0,), 1), r"block \(\(0,\), 1\)"),
+    ],
+)
 def test_wrong_paths(path, message):
     with pytest.raises(ConfigError, match=message):
         check_path(path, 4, 3)

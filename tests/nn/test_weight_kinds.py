@@ -21,8 +21,12 @@ def test_linear_layers_count_as_they_are_packed_and_their_biases_as_floats():
         Nf4Linear(torch.randn(16, 64)),
     )
     assert numbers_of_kinds(model) == {
-        "int8": 64 * 48, "int4": 64 * 32, "bfloat16": 64 * 16 + 16, "nf4": 64 * 16, "float32": 32,
-    }  # fmt: skip
+        "int8": 64 * 48,
+        "int4": 64 * 32,
+        "bfloat16": 64 * 16 + 16,
+        "nf4": 64 * 16,
+        "float32": 32,
+    }
     assert list(numbers_of_kinds(model))[:2] == ["int8", "int4"]
 
 
@@ -31,9 +35,13 @@ def test_what_several_modules_share_counts_once():
     model = nn.ModuleDict({"embedding": PackedEmbedding(table), "head": QuantizedLinear(table)})
     assert numbers_of_kinds(model) == {"int8": 48 * 64}
     tied = Decoder.Config(
-        vocab_size=64, dim=64, num_layers=1, attention=SelfAttention.Config(num_heads=2),
-        feed_forward=SwiGLU.Config(hidden_dim=96), tie_embeddings=True,
-    ).build(seed=0)  # fmt: skip
+        vocab_size=64,
+        dim=64,
+        num_layers=1,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=SwiGLU.Config(hidden_dim=96),
+        tie_embeddings=True,
+    ).build(seed=0)
     assert numbers_of_kinds(tied) == {"float32": sum(weight.numel() for weight in tied.parameters())}
 
 

@@ -26,14 +26,23 @@ def use_of(weight_TME, tasks=None, matrices=None, adapters=None):
     weight_TME = np.asarray(weight_TME, float)
     num_tasks, num_matrices, num_adapters = weight_TME.shape
     sum_TE = np.nansum(np.abs(weight_TME), axis=1)
-    names = [given or tuple(f"{word} {number}" for number in range(count)) for given, word, count in (
-        (tasks, "task", num_tasks), (matrices, "matrix", num_matrices), (adapters, "adapter", num_adapters)
-    )]  # fmt: skip
+    names = [
+        given or tuple(f"{word} {number}" for number in range(count))
+        for given, word, count in (
+            (tasks, "task", num_tasks),
+            (matrices, "matrix", num_matrices),
+            (adapters, "adapter", num_adapters),
+        )
+    ]
     return SimpleNamespace(
-        tasks=names[0], matrices=names[1], adapters=names[2], weight_TME=weight_TME, tokens_T=(7,) * num_tasks,
+        tasks=names[0],
+        matrices=names[1],
+        adapters=names[2],
+        weight_TME=weight_TME,
+        tokens_T=(7,) * num_tasks,
         share_TE=sum_TE / np.maximum(sum_TE.sum(1, keepdims=True), 1e-30),
         to_dict=lambda: {"tasks": list(names[0]), "matrices": list(names[1]), "shares": sum_TE.tolist()},
-    )  # fmt: skip
+    )
 
 
 def drawn(*sizes, seed=0):

@@ -106,8 +106,15 @@ def test_they_move_between_rollouts_alone():
 def test_rewards_are_divided_by_the_deviation_of_discounted_returns():
     """Walked again by hand: the discounted sum begins anew with an episode, and goes on over rollouts."""
     stream = rollouts(epochs=1, gae_lambda=0.0, gamma=0.5, normalize_advantage="none", num_envs=2, rollout_steps=16)
-    plain = rollouts(epochs=1, gae_lambda=0.0, gamma=0.5, normalize_advantage="none", num_envs=2, rollout_steps=16,
-                     normalize_rewards=False)  # fmt: skip
+    plain = rollouts(
+        epochs=1,
+        gae_lambda=0.0,
+        gamma=0.5,
+        normalize_advantage="none",
+        num_envs=2,
+        rollout_steps=16,
+        normalize_rewards=False,
+    )
     world = stream.actor.environment.make(2, seed=3)
     world.reset()
     discounted, all_of_it = np.zeros(2), []

@@ -205,9 +205,14 @@ def test_a_truncated_episode_is_bootstrapped_and_a_terminated_one_is_not():
     values = {round(value, 4) for value in advantage.tolist()}
     assert values <= {round(-0.1 + 3.5 - 7, 4), round(1.0 - 7, 4)}
     without = rollouts(
-        epochs=1, rollout_steps=20, gae_lambda=0.0, gamma=0.5, batch_size=80, normalize_advantage="none",
+        epochs=1,
+        rollout_steps=20,
+        gae_lambda=0.0,
+        gamma=0.5,
+        batch_size=80,
+        normalize_advantage="none",
         bootstrap_truncated=False,
-    )  # fmt: skip
+    )
     without.model = stream.model
     without.next_batch(80)
     changed = (without.rollout.samples.advantage_B - advantage).nonzero().numel()

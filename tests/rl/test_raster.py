@@ -111,9 +111,17 @@ def test_numbers_beside_it_are_those_of_the_vector_and_rows_are_those_of_all(wor
     assert world.observation_space.contains(observed)
     state, scene = world.state, world.scene
     whole = look(
-        world.library, scene.route_W, world.clock_W, state.pose_W4, state.action_W2, state.s_W, state.offset_W, state.turn_W,
-        state.standing_W * 0.1, world.others(),
-    )  # fmt: skip
+        world.library,
+        scene.route_W,
+        world.clock_W,
+        state.pose_W4,
+        state.action_W2,
+        state.s_W,
+        state.offset_W,
+        state.turn_W,
+        state.standing_W * 0.1,
+        world.others(),
+    )
     assert len(BESIDE_PICTURE) == 8
     assert observed["policy"][0, 4:7] == pytest.approx([0.0, 0.0, 1.0], abs=0.05)
     assert np.array_equal(observed["policy"], whole[:, BESIDE_PICTURE])

@@ -161,9 +161,13 @@ def test_what_failed_is_money_too():
 
 
 @given(
-    cap=st.floats(1e-4, 0.02), batch=st.integers(1, 6), max_tokens=st.integers(1, 3000), seed=st.integers(0, 2**31),
-    select=st.sampled_from(["majority", "judge"]), rounds=st.booleans(),
-)  # fmt: skip
+    cap=st.floats(1e-4, 0.02),
+    batch=st.integers(1, 6),
+    max_tokens=st.integers(1, 3000),
+    seed=st.integers(0, 2**31),
+    select=st.sampled_from(["majority", "judge"]),
+    rounds=st.booleans(),
+)
 def test_no_cap_on_money_is_ever_passed(cap, batch, max_tokens, seed, select, rounds):
     """Whatever a provider bills for an answer within its end, of samples, rounds and judging."""
     draw = np.random.default_rng(seed)

@@ -378,15 +378,31 @@ def test_largest_trade_off_by_hand():
     """One category; the small model scores 0.5 as the big one does, so any lambda keeps the best single's score."""
     score_NM = np.tile([[1.0, 0.0], [0.0, 1.0]], (20, 1))
     value = largest_trade_off(
-        score_NM, ("small", "big"), ["x"] * 40, ["x"] * 40, {"small": 1.0, "big": 9.0}, CompositionOfExperts.Config().build()._limits(0.0),
-        kind=MapKind(kind="plain", m=0.0), prices={}, folds=2, seed=0,
-    )  # fmt: skip
+        score_NM,
+        ("small", "big"),
+        ["x"] * 40,
+        ["x"] * 40,
+        {"small": 1.0, "big": 9.0},
+        CompositionOfExperts.Config().build()._limits(0.0),
+        kind=MapKind(kind="plain", m=0.0),
+        prices={},
+        folds=2,
+        seed=0,
+    )
     assert value == 0.0  # the map never changes: the small one is chosen at once
     score_NM = np.tile([[1.0, 0.9]], (40, 1))
     value = largest_trade_off(
-        score_NM, ("big", "small"), ["x"] * 40, ["x"] * 40, {"small": 1.0, "big": 9.0}, CompositionOfExperts.Config().build()._limits(0.0),
-        kind=MapKind(kind="plain", m=0.0), prices={}, folds=2, seed=0,
-    )  # fmt: skip
+        score_NM,
+        ("big", "small"),
+        ["x"] * 40,
+        ["x"] * 40,
+        {"small": 1.0, "big": 9.0},
+        CompositionOfExperts.Config().build()._limits(0.0),
+        kind=MapKind(kind="plain", m=0.0),
+        prices={},
+        folds=2,
+        seed=0,
+    )
     assert value == 0.0  # above 0.1 / 8 the small one would be taken, and lose
 
 

@@ -55,13 +55,17 @@ def judged(question, first, won, expert="a", category="m"):
 def test_win_rates_count_ties_half_and_both_orders():
     table = table_of_judgements(
         [
-            judged("1", True, "yes"), judged("1", False, "yes"),  # 1
-            judged("2", True, "yes"), judged("2", False, "no"),  # 0.5: the judge favoured the first
-            judged("3", True, "tie"), judged("3", False, "no"),  # 0.25
+            judged("1", True, "yes"),
+            judged("1", False, "yes"),  # 1
+            judged("2", True, "yes"),
+            judged("2", False, "no"),  # 0.5: the judge favoured the first
+            judged("3", True, "tie"),
+            judged("3", False, "no"),  # 0.25
             judged("4", True, "yes"),  # one order only: left out
-            judged("1", True, "no", "b"), judged("1", False, "no", "b"),
+            judged("1", True, "no", "b"),
+            judged("1", False, "no", "b"),
         ]
-    )  # fmt: skip
+    )
     assert table.quality_CE[0].tolist() == [pytest.approx(1.75 / 3), 0.0]
     assert table.count_CE[0].tolist() == [3, 1]
     every = table_of_judgements([judged("1", True, "tie"), judged("4", True, "yes")], one_order=True)
@@ -110,9 +114,14 @@ def test_merging_equals_counting_at_once():
 def of_counts(count, quality, variance=0.25):
     shape = np.array(quality, float)[None].shape
     return QualityTable(
-        categories=("m",), experts=("old", "new"), quality_CE=np.array([quality], float), count_CE=np.full(shape, float(count)),
-        variance_CE=np.full(shape, variance), share_C=np.ones(1), mean_E=np.array(quality, float),
-    )  # fmt: skip
+        categories=("m",),
+        experts=("old", "new"),
+        quality_CE=np.array([quality], float),
+        count_CE=np.full(shape, float(count)),
+        variance_CE=np.full(shape, variance),
+        share_C=np.ones(1),
+        mean_E=np.array(quality, float),
+    )
 
 
 def test_gain_by_hand():

@@ -188,11 +188,15 @@ def test_three_tiers(tmp_path):
     """All three fit the host, two the device: the third time around nothing is read from disk."""
     reads, copies, gone = [], [], []
     with opened(
-        tmp_path, ABC, 30, eviction="lru", device_bytes=20,
+        tmp_path,
+        ABC,
+        30,
+        eviction="lru",
+        device_bytes=20,
         load=lambda path: (reads.append(path.name), path.read_bytes())[1],
         to_device=lambda value: (copies.append(value[:1]), memoryview(value))[1],
         on_evict=lambda tier, name, value: gone.append((tier, name)),
-    ) as store:  # fmt: skip
+    ) as store:
         for name in "abcabc":
             with store.use(name, PATIENCE_S) as expert:
                 assert isinstance(expert, memoryview)
@@ -435,9 +439,15 @@ def test_ten_thousand_random_requests_keep_the_limits(tmp_path, eviction):
         return value
 
     store = opened(
-        tmp_path, sizes, 100, load=load, to_device=copy, device_bytes=60, eviction=eviction,
+        tmp_path,
+        sizes,
+        100,
+        load=load,
+        to_device=copy,
+        device_bytes=60,
+        eviction=eviction,
         on_evict=lambda tier, name, value: held[tier].pop(name),
-    )  # fmt: skip
+    )
     popularity = generator.dirichlet(np.full(12, 0.5))
     names = [f"e{at}" for at in generator.choice(12, 10_000, p=popularity)]
     with store:

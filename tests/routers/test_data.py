@@ -53,11 +53,17 @@ def written(tmp_path, content, name="data.jsonl"):
 
 def test_every_field_of_a_row_is_read(tmp_path):
     row = {
-        "query": "What?", "task": "t", "scores": {"a": True, "b": 0.25, "c": None}, "cost": {"a": 0.1},
+        "query": "What?",
+        "task": "t",
+        "scores": {"a": True, "b": 0.25, "c": None},
+        "cost": {"a": 0.1},
         "tokens": {"a": [10, 20], "b": {"prompt": 5}},
-        "signals": {"logprob": {"b": -0.5}}, "latency": {"b": 1.5}, "answers": {"a": "yes"},
-        "metric": "ignored", "ground_truth": ["so", "is", "this"],
-    }  # fmt: skip
+        "signals": {"logprob": {"b": -0.5}},
+        "latency": {"b": 1.5},
+        "answers": {"a": "yes"},
+        "metric": "ignored",
+        "ground_truth": ["so", "is", "this"],
+    }
     data = load_outcomes(written(tmp_path, json.dumps(row) + "\n\n" + GOOD))
     assert (data.models, data.query, data.task) == (("a", "b", "c"), ("What?", "q"), ("t", None))
     np.testing.assert_array_equal(data.score_NM, [[1, 0.25, np.nan], [1, 0.5, np.nan]])
@@ -258,24 +264,36 @@ def test_a_mapping_says_which_column_is_what(tmp_path):
 
 
 ODD = {
-    "a word among numbers": ("prompt,small,large\nhi,1,1\nho,n/a,0\n", "line 3: score of 'small' (column 'small') is 'n/a'"),
+    "a word among numbers": (
+        "prompt,small,large\nhi,1,1\nho,n/a,0\n",
+        "line 3: score of 'small' (column 'small') is 'n/a'",
+    ),
     "an infinity": ("prompt,small,large\nhi,inf,1\nho,1,0\n", "line 2: score of 'small' (column 'small')"),
     "an infinity alone": ("prompt,small,large\nhi,inf,1\n", "line 2: score of 'small' (column 'small')"),
     "a word in marked scores": ("prompt,a_correct\nhi,good\n", "line 2: score of 'a' (column 'a_correct') is 'good'"),
     "a word in costs": ("prompt,a,cost:a\nhi,1,free\n", "line 2: cost of 'a' (column 'cost:a') is 'free'"),
-    "costs of nobody": ("prompt,a,cost:b\nhi,1,1\n", "has a cost of 'b' (column 'cost:b'), which has no column of scores"),
+    "costs of nobody": (
+        "prompt,a,cost:b\nhi,1,1\n",
+        "has a cost of 'b' (column 'cost:b'), which has no column of scores",
+    ),
     "costs of words": ("prompt,a,b,cost:a\nhi,x,1,1\n", "the column 'a' is left out: no numbers"),
     "scores twice": ("prompt,a_correct,score:a\nhi,1,1\n", "'a_correct' and 'score:a' both hold score of 'a'"),
-    "a percentage": ("prompt,small,large\nhi,50%,1\nho,,0\n", "line 2: score of 'small' (column 'small') is '50%'; it must be"),
+    "a percentage": (
+        "prompt,small,large\nhi,50%,1\nho,,0\n",
+        "line 2: score of 'small' (column 'small') is '50%'; it must be",
+    ),
     "a comma for a point": ('prompt,small,large\nhi,"0,5",1\n', "line 2: score of 'small' (column 'small') is '0,5'"),
     "another base": ("prompt,small,large\nhi,0x1,1\n", "line 2: score of 'small' (column 'small') is '0x1'"),
-    "a line between digits": ("prompt,small,large\nhi,1,1\nho,1_0,1\n", "line 3: score of 'small' (column 'small') is '1_0'"),
+    "a line between digits": (
+        "prompt,small,large\nhi,1,1\nho,1_0,1\n",
+        "line 3: score of 'small' (column 'small') is '1_0'",
+    ),
     "such alone": ("prompt,small,large\nhi,1_0,1\n", "line 2: score of 'small' (column 'small') is '1_0'"),
     "other digits": ("prompt,small,large\nhi,\uff11,1\n", "line 2: score of 'small' (column 'small') is '\uff11'"),
     "a part of a whole": ("prompt,small,large\nhi,3/4,1\n", "line 2: score of 'small' (column 'small') is '3/4'"),
     "too large": ("prompt,small,large\nhi,1e999,1\n", "line 2: score of 'small' (column 'small')"),
     "nothing but years": ("prompt,year\nhi,1999\n", "cannot tell which columns"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -297,14 +315,22 @@ def test_a_number_that_is_no_score_makes_no_model_and_what_is_left_out_is_named(
         "models": ["small", "large"],
         "costs": ["large"],
         "columns": {
-            "query": "prompt", "task": None, "score": {"small": "small", "large": "large"}, "cost": {"large": "cost:large"}
+            "query": "prompt",
+            "task": None,
+            "score": {"small": "small", "large": "large"},
+            "cost": {"large": "cost:large"},
         },
         "left_out": {
-            "id": "not of a model, by its name", "topic": "no numbers", "cost_small": "not scores, by its name",
-            "latencyMs": "not scores, by its name", "year": "not scores, by its name", "note": "no numbers", "void": "empty",
+            "id": "not of a model, by its name",
+            "topic": "no numbers",
+            "cost_small": "not scores, by its name",
+            "latencyMs": "not scores, by its name",
+            "year": "not scores, by its name",
+            "note": "no numbers",
+            "void": "empty",
             "tiny_response": "answers of 'tiny', which has no column of scores",
         },
-    }  # fmt: skip
+    }
     np.testing.assert_array_equal(data.score_NM, [[0.5, np.nan], [1, 0]])
     part = deduplicated(pooled(data.take([1]))).only(["small"])
     assert part.reading == data.reading
@@ -454,12 +480,17 @@ def test_prices_in_toml_and_a_pool_of_what_is_known(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no price file"), ("[]", "table of models"), ("{}", "table of models"), ('{"a": 3}', "'a' is 3"),
-        ('{"a": {"input_price": 1}}', "output_price of 'a' is None"), ('{"a": {"input_price": -1, "output_price": 1}}', "is -1"),
+        ("{", "no price file"),
+        ("[]", "table of models"),
+        ("{}", "table of models"),
+        ('{"a": 3}', "'a' is 3"),
+        ('{"a": {"input_price": 1}}', "output_price of 'a' is None"),
+        ('{"a": {"input_price": -1, "output_price": 1}}', "is -1"),
         ('{"a": {"input_price": "1", "output_price": 1}}', "input_price of 'a' is '1'"),
-        ('{"a": {"input_price": NaN, "output_price": 1}}', "is nan"), ('{"a": {"input_price": true, "output_price": 1}}', "is True"),
+        ('{"a": {"input_price": NaN, "output_price": 1}}', "is nan"),
+        ('{"a": {"input_price": true, "output_price": 1}}', "is True"),
     ],
-)  # fmt: skip
+)
 def test_bad_price_files(tmp_path, content, message):
     with pytest.raises(DataError, match=r"prices\.json") as error:
         read_prices(written(tmp_path, content, "prices.json"))
@@ -632,10 +663,14 @@ def test_a_conversation_of_a_file_is_learned_from_where_its_last_text_is_not_ask
 def test_a_question_of_a_log_is_all_its_answers_together():
     nan = np.nan
     log = Recorded(
-        query=("Ask!", "other", "ask!", "ASK! "), models=("m", "n"), task=("t", None, "u", "t"),
-        score_NM=np.array([[1, nan], [nan, 0.5], [nan, 0.25], [0.5, nan]]), cost_NM=np.array([[2, nan], [nan, 1], [nan, nan], [4, nan]]),
-        answers=({"m": "one"}, {"n": "x"}, {"n": "two"}, {"m": "three"}), signals={"probability": np.full((4, 2), 0.5)},
-    )  # fmt: skip
+        query=("Ask!", "other", "ask!", "ASK! "),
+        models=("m", "n"),
+        task=("t", None, "u", "t"),
+        score_NM=np.array([[1, nan], [nan, 0.5], [nan, 0.25], [0.5, nan]]),
+        cost_NM=np.array([[2, nan], [nan, 1], [nan, nan], [4, nan]]),
+        answers=({"m": "one"}, {"n": "x"}, {"n": "two"}, {"m": "three"}),
+        signals={"probability": np.full((4, 2), 0.5)},
+    )
     found = pooled(log)
     assert (found.query, found.task) == (("Ask!", "other"), ("t", None))
     np.testing.assert_array_equal(found.score_NM, [[0.75, 0.25], [nan, 0.5]])

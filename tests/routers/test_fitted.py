@@ -71,10 +71,14 @@ def test_models_keep_prices_and_sizes(tmp_path):
 def test_strange_arrays_survive(tmp_path, monkeypatch):
     router = fitted()
     arrays = {
-        "scalar": np.array(1.5), "none": np.zeros((0, 3)), "strided": np.arange(10)[::3], "flags": np.array([True, False]),
-        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "whole": np.array([-1], np.int64),
+        "scalar": np.array(1.5),
+        "none": np.zeros((0, 3)),
+        "strided": np.arange(10)[::3],
+        "flags": np.array([True, False]),
+        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "whole": np.array([-1], np.int64),
         "bits": np.array([np.nan, -0.0, np.inf]),
-    }  # fmt: skip
+    }
     monkeypatch.setattr(router.strategy, "state", lambda: (arrays, {"models": [], "text": "ü\n\"'"}))
     router.save(tmp_path / "r.safetensors")
     tensors, content = fitted_module._read(tmp_path / "r.safetensors")

@@ -195,9 +195,13 @@ def test_a_model_without_a_single_score_is_never_chosen(mode):
 def test_duplicates_are_not_parted_and_constant_scores_are_fine():
     data = made(40)
     twice = Recorded(
-        query=data.query * 2, models=data.models, score_NM=np.full((80, 4), 0.5), cost_NM=np.tile(data.cost_NM, (2, 1)), task=data.task * 2,
+        query=data.query * 2,
+        models=data.models,
+        score_NM=np.full((80, 4), 0.5),
+        cost_NM=np.tile(data.cost_NM, (2, 1)),
+        task=data.task * 2,
         vector_ND=np.tile(data.vector_ND, (2, 1)),
-    )  # fmt: skip
+    )
     for mode in MODES:
         assert np.isfinite(config(mode).build().fit(twice).predict(data).quality_NM).all()
 
@@ -260,8 +264,14 @@ def shots(name, count, seed=11, models_like=None, stored=False):
     data = made(240 if stored else count, seed=0 if stored else seed)
     data = data.take(np.random.default_rng(seed).permutation(len(data))[:count])
     column = MODELS.index(models_like)
-    return Recorded(query=data.query, models=(name,), score_NM=data.score_NM[:, [column]].copy(), cost_NM=data.cost_NM[:, [column]],
-                    task=data.task, vector_ND=data.vector_ND)  # fmt: skip
+    return Recorded(
+        query=data.query,
+        models=(name,),
+        score_NM=data.score_NM[:, [column]].copy(),
+        cost_NM=data.cost_NM[:, [column]],
+        task=data.task,
+        vector_ND=data.vector_ND,
+    )
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -348,8 +348,13 @@ def plus_case(seed=0, n=60, m=4, width=3, centres=5):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(seed))
-    support = Support(torch.from_numpy(x), torch.from_numpy(share), torch.from_numpy(np.nan_to_num(value)).float(),
-                      torch.from_numpy(np.isfinite(value)).float(), (0.7, 1.4))  # fmt: skip
+    support = Support(
+        torch.from_numpy(x),
+        torch.from_numpy(share),
+        torch.from_numpy(np.nan_to_num(value)).float(),
+        torch.from_numpy(np.isfinite(value)).float(),
+        (0.7, 1.4),
+    )
     return network, support, value, torch.from_numpy(rng.normal(size=(m, V))).float()
 
 
@@ -458,8 +463,13 @@ def test_order_is_no_matter_in_plus():
     x, share = queries()
     columns = np.array([2, 0, 3, 1])
     rows = np.random.default_rng(0).permutation(len(support.vector_ND))
-    turned = Support(support.vector_ND[rows], support.share_NT[rows], support.value_2NM[:, rows][:, :, columns],
-                     support.seen_2NM[:, rows][:, :, columns], support.kappa_2)  # fmt: skip
+    turned = Support(
+        support.vector_ND[rows],
+        support.share_NT[rows],
+        support.value_2NM[:, rows][:, :, columns],
+        support.seen_2NM[:, rows][:, :, columns],
+        support.kappa_2,
+    )
     before, after = forward(network, support, x, share, model, 6), forward(network, turned, x, share, model[columns], 6)
     for one, other in zip(before, after, strict=True):
         assert other == pytest.approx(one[:, columns], abs=1e-5)

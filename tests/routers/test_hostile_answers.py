@@ -31,19 +31,47 @@ TOKEN = {"token": "f", "logprob": -0.5, "bytes": [102], "top_logprobs": [{"token
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 MESSAGE = {"role": "assistant", "content": r"\boxed{4}", "refusal": None, "tool_calls": [CALL]}
 WHOLE = {
-    "id": "x", "object": "chat.completion", "created": 1, "model": "m",
+    "id": "x",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "m",
     "choices": [{"index": 0, "message": MESSAGE, "finish_reason": "stop", "logprobs": {"content": [TOKEN]}}],
     "usage": {"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}},
-}  # fmt: skip
+}
 VECTORS = {"data": [{"index": 0, "embedding": [0.5, 1.0]}, {"index": 1, "embedding": [2.0, 0.0]}]}
 # Numbers that need not be finite are JSON to Python. Each draw makes its own, which others do not change.
 ODD = st.sampled_from(
     [
-        "null", "true", "false", "0", "-1", "5", "1" + "0" * 400, "0.5", "1e300", "NaN", "Infinity", '""', '"x"', '"\\ud800"', '"\\u0000"',
-        '"<think>"', f'"{"9" * 5000}"', "[]", "[null]", '["x"]', "[[]]", "[{}]", "{}", '{"x": null}', '{"content": null}',
-        '{"message": null}', '{"content": [{"type": "text", "text": "hi"}]}', "[" * 500 + "]" * 500,
+        "null",
+        "true",
+        "false",
+        "0",
+        "-1",
+        "5",
+        "1" + "0" * 400,
+        "0.5",
+        "1e300",
+        "NaN",
+        "Infinity",
+        '""',
+        '"x"',
+        '"\\ud800"',
+        '"\\u0000"',
+        '"<think>"',
+        f'"{"9" * 5000}"',
+        "[]",
+        "[null]",
+        '["x"]',
+        "[[]]",
+        "[{}]",
+        "{}",
+        '{"x": null}',
+        '{"content": null}',
+        '{"message": null}',
+        '{"content": [{"type": "text", "text": "hi"}]}',
+        "[" * 500 + "]" * 500,
     ]
-).map(json.loads)  # fmt: skip
+).map(json.loads)
 
 
 def places(value, path=()):

@@ -331,9 +331,13 @@ def test_no_vector_and_no_embedder():
 
 def test_ratings_reach_examples_tau_proxy_and_bandit():
     config = ICCache.Config(
-        pool=ExamplePool.Config(domains=("",), trust={"large": 1}), index=Exact.Config(), router=Router.Config(critic=CRITIC),
-        threshold=Threshold.Config(share=1.0, grid=(0.3,), start=0.3, min_count=1), refit_after=3, example_weight=0.0,
-    )  # fmt: skip
+        pool=ExamplePool.Config(domains=("",), trust={"large": 1}),
+        index=Exact.Config(),
+        router=Router.Config(critic=CRITIC),
+        threshold=Threshold.Config(share=1.0, grid=(0.3,), start=0.3, min_count=1),
+        refit_after=3,
+        example_weight=0.0,
+    )
     cache = make(config=config)
     teach(cache, "red")
     for _ in range(3):

@@ -26,8 +26,15 @@ def make_pool(index=None, redact=redact_personal, **fields):
 
 def admit(pool, text, answer="an answer", model="large", now_s=0.0, quality=None, store=True, vector_D=None, **fields):
     return pool.admit(
-        Query(text=text, **fields), answer, model, now_s=now_s, embed=EMBEDDER.embed, quality=quality, store=store, vector_D=vector_D
-    )  # fmt: skip
+        Query(text=text, **fields),
+        answer,
+        model,
+        now_s=now_s,
+        embed=EMBEDDER.embed,
+        quality=quality,
+        store=store,
+        vector_D=vector_D,
+    )
 
 
 def search(pool, text, k=10, now_s=0.0, **fields):
@@ -203,8 +210,13 @@ def test_full_pool_refuses_where_nobody_makes_room():
     assert admit(pool, "a" * 20, "b" * 20).id == 0
     assert admit(pool, "c" * 20, "d" * 20).reason == "pool is full"
     room = pool.admit(
-        Query(text="c" * 20), "d" * 20, "large", now_s=0.0, embed=EMBEDDER.embed, make_room=lambda missing: pool.remove([0])
-    )  # fmt: skip
+        Query(text="c" * 20),
+        "d" * 20,
+        "large",
+        now_s=0.0,
+        embed=EMBEDDER.embed,
+        make_room=lambda missing: pool.remove([0]),
+    )
     assert room.id == 1
     assert pool.size_bytes == 40
 

@@ -247,9 +247,13 @@ def test_admission_makes_room_by_the_same_rule():
     manager = make(max_bytes=100, evict_to=0.5)
     for number in range(40):
         admission = manager.pool.admit(
-            Query(text=f"request {number:02}"), "x" * 10, "large", now_s=float(number), embed=EMBEDDER.embed,
+            Query(text=f"request {number:02}"),
+            "x" * 10,
+            "large",
+            now_s=float(number),
+            embed=EMBEDDER.embed,
             make_room=lambda missing, now=float(number): manager.make_room(missing, now),
-        )  # fmt: skip
+        )
         assert admission.reason == "kept"
         assert manager.pool.size_bytes <= 100
         if number == 3:

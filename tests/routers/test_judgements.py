@@ -38,9 +38,13 @@ def pair(id, first, second, g1, g2, turn=1):
 
 def test_grades_by_hand(bench):
     rows = [
-        grade(81, "a", 9), grade(81, "a", 7, 2), grade(81, "b", 4), grade(81, "b", -1, 2),  # -1: not read
-        grade(82, "b", 10), grade(82, "a", 2.5),
-    ]  # fmt: skip
+        grade(81, "a", 9),
+        grade(81, "a", 7, 2),
+        grade(81, "b", 4),
+        grade(81, "b", -1, 2),  # -1: not read
+        grade(82, "b", 10),
+        grade(82, "a", 2.5),
+    ]
     write(bench / "model_judgment/gpt-4_single.jsonl", rows)
     write(
         bench / "model_answer/a.jsonl",
@@ -61,10 +65,14 @@ def test_pairs_by_hand(bench):
     file = write(
         bench / "pairs.jsonl",
         [
-            pair(81, "a", "b", "model_1", "model_1"), pair(81, "b", "c", "model_1", "tie"), pair(81, "a", "c", "model_1", "model_2"),
-            pair(82, "a", "b", "tie", "error"), pair(82, "b", "a", "model_1", "model_1"), pair(82, "a", "c", "tie", "tie"),
+            pair(81, "a", "b", "model_1", "model_1"),
+            pair(81, "b", "c", "model_1", "tie"),
+            pair(81, "a", "c", "model_1", "model_2"),
+            pair(82, "a", "b", "tie", "error"),
+            pair(82, "b", "a", "model_1", "model_1"),
+            pair(82, "a", "c", "tie", "tie"),
         ],
-    )  # fmt: skip
+    )
     data = load_outcomes(file)
     assert data.models == ("a", "b", "c")
     np.testing.assert_allclose(data.score_NM, [[(1 + 0.5) / 2, (0 + 0.75) / 2, (0.25 + 0.5) / 2], [0.25, 1.0, 0.5]])

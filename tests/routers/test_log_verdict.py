@@ -49,8 +49,12 @@ def log_of(rows):
             p,
         )
     return Recorded(
-        query=tuple(row[0] for row in rows), models=MODELS, score_NM=score, cost_NM=cost, signals={"probability": chance}
-    )  # fmt: skip
+        query=tuple(row[0] for row in rows),
+        models=MODELS,
+        score_NM=score,
+        cost_NM=cost,
+        signals={"probability": chance},
+    )
 
 
 def made_rows(num, seed=0, skill=None, p=(0.5, 0.3, 0.2), copies=()):
@@ -222,8 +226,13 @@ def test_another_model_that_is_as_good_and_cheaper_is_found_in_a_log():
     # All answers of a model cost the same, so that q is right; a question counts one chance in two, twice.
     _, reach, doubt = by_hand(log_of(rows), {"easy": "b"}, {"easy": "a"})
     costs = Contender(
-        kind="model", name="b", gain_N=np.zeros(4000), cost_N2=np.tile([1.0, 10.0], (4000, 1)), cost_doubt=10 * doubt, dearest=20 * 10 * 2.0
-    )  # fmt: skip
+        kind="model",
+        name="b",
+        gain_N=np.zeros(4000),
+        cost_N2=np.tile([1.0, 10.0], (4000, 1)),
+        cost_doubt=10 * doubt,
+        dearest=20 * 10 * 2.0,
+    )
     assert (reach, doubt > 1e-4) == (2.0, True)
     assert found.equal_quality.saving == pytest.approx(0.9)
     assert found.equal_quality.interval == pytest.approx(costs.saved(0.05 / 2))

@@ -33,9 +33,13 @@ def logged(chance_of, num=3000, seed=0):
     chosen_N = np.array([generator.choice(3, p=chance) for chance in chance_NM])
     is_chosen = np.arange(3) == chosen_N[:, None]
     log = Recorded(
-        query=data.query, models=MODELS, task=data.task, score_NM=np.where(is_chosen, data.score_NM, np.nan),
-        cost_NM=np.where(is_chosen, data.cost_NM, np.nan), signals={"probability": np.where(is_chosen, chance_NM, np.nan)},
-    )  # fmt: skip
+        query=data.query,
+        models=MODELS,
+        task=data.task,
+        score_NM=np.where(is_chosen, data.score_NM, np.nan),
+        cost_NM=np.where(is_chosen, data.cost_NM, np.nan),
+        signals={"probability": np.where(is_chosen, chance_NM, np.nan)},
+    )
     return data, log
 
 

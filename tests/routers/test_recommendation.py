@@ -121,12 +121,24 @@ def test_a_single_model_is_always_asked(folder):
         ("[]", "not of version 1"),
         ({"version": 2}, "not of version 1"),
         ({"version": 1}, "names nothing that is recommended"),
-        ({"version": 1, "recommended": {"kind": "other", "name": "knn", "setting": None, "reason": ""}}, "names nothing"),
-        ({"version": 1, "recommended": {"kind": "strategy", "name": 3, "setting": None, "reason": ""}}, "names nothing"),
-        ({"version": 1, "recommended": {"kind": "strategy", "name": "gone", "setting": None, "reason": ""}}, "'gone', a router that"),
-        ({"version": 1, "recommended": {"kind": "model", "name": "gone", "setting": None, "reason": ""}}, "'gone', a model that its"),
+        (
+            {"version": 1, "recommended": {"kind": "other", "name": "knn", "setting": None, "reason": ""}},
+            "names nothing",
+        ),
+        (
+            {"version": 1, "recommended": {"kind": "strategy", "name": 3, "setting": None, "reason": ""}},
+            "names nothing",
+        ),
+        (
+            {"version": 1, "recommended": {"kind": "strategy", "name": "gone", "setting": None, "reason": ""}},
+            "'gone', a router that",
+        ),
+        (
+            {"version": 1, "recommended": {"kind": "model", "name": "gone", "setting": None, "reason": ""}},
+            "'gone', a model that its",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_damaged_is_refused(folder, content, message):
     place = folder / "recommended.json"
     if isinstance(content, bytes):

@@ -8,11 +8,15 @@ from anabranch.routers.contract.query import Model, Pool
 
 def table() -> Recorded:
     return Recorded(
-        query=("one", "two", "three"), models=("a", "b"), task=("x", None, "y"),
-        score_NM=np.array([[0.0, 1.0], [0.5, np.nan], [1.0, 0.25]]), cost_NM=np.array([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]]),
+        query=("one", "two", "three"),
+        models=("a", "b"),
+        task=("x", None, "y"),
+        score_NM=np.array([[0.0, 1.0], [0.5, np.nan], [1.0, 0.25]]),
+        cost_NM=np.array([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]]),
         tokens_NM2=np.array([[[10, 1], [12, 1]], [[np.nan, 1], [np.nan, 2]], [[7, 1], [7, 1]]]),
-        vector_ND=np.eye(3, dtype=np.float32), answers=({"a": "A"}, {}, {"b": "B"}),
-    )  # fmt: skip
+        vector_ND=np.eye(3, dtype=np.float32),
+        answers=({"a": "A"}, {}, {"b": "B"}),
+    )
 
 
 def test_rows_are_taken_in_the_order_asked_with_all_that_belongs_to_them():

@@ -15,10 +15,16 @@ from anabranch.routers.router_r1.reward import CostWindow, exact_match, normaliz
 @pytest.mark.parametrize(
     ("text", "form"),
     [
-        ("The  Cat!", "cat"), ("a an the", ""), ("Theory of a Thing", "theory of thing"), ("U.S.A.", "usa"), ("  x\n y ", "x y"), ("", ""),
-        ("don't", "dont"), ("1,000", "1000"),
+        ("The  Cat!", "cat"),
+        ("a an the", ""),
+        ("Theory of a Thing", "theory of thing"),
+        ("U.S.A.", "usa"),
+        ("  x\n y ", "x y"),
+        ("", ""),
+        ("don't", "dont"),
+        ("1,000", "1000"),
     ],
-)  # fmt: skip
+)
 def test_normal_forms(text, form):
     assert normalized(text) == form
 

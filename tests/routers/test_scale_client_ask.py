@@ -67,9 +67,16 @@ def test_an_answer(is_async):
 def test_what_a_client_is_given():
     client = Client(ANSWER)
     arm = Arm(
-        "m", {"chat_template_kwargs": {"enable_thinking": True}, "top_k": 5, "extra_body": {"a": 1}, "max_completion_tokens": 9},
-        system="Be brief.", samples=2,
-    )  # fmt: skip
+        "m",
+        {
+            "chat_template_kwargs": {"enable_thinking": True},
+            "top_k": 5,
+            "extra_body": {"a": 1},
+            "max_completion_tokens": 9,
+        },
+        system="Be brief.",
+        samples=2,
+    )
     messages = [{"role": "system", "content": "old"}, {"role": "user", "content": "x"}]
     ask(client, arm, messages, max_tokens=4, logprobs=2, stop=("END",), temperature=0.0)
     [body] = client.asked

@@ -19,9 +19,14 @@ from anabranch.serving.engine import LLM
 @pytest.fixture(scope="module")
 def llm():
     config = Decoder.Config(
-        vocab_size=257, dim=32, num_layers=1, max_positions=256, attention=SelfAttention.Config(num_heads=2),
-        feed_forward=SwiGLU.Config(hidden_dim=32), init_std=0.5,
-    )  # fmt: skip
+        vocab_size=257,
+        dim=32,
+        num_layers=1,
+        max_positions=256,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=SwiGLU.Config(hidden_dim=32),
+        init_std=0.5,
+    )
     made = LLM(config.build(seed=0), ByteTokenizer())
     yield made
     made.close()

@@ -33,13 +33,35 @@ def test_outlines_in_every_shape(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{}", "[]", "no plan", "{'step1': 'Find a.'}", '{"step1": "Find a."', '{"step1": "a", "step3": "b"}',
-        '{"step1": "a", "step1": "b"}', '{"step1": "a", "Step 1": "b"}', '{"step0": "a", "step1": "b"}', '{"step1": ""}', '{"step1": 5}',
-        '{"step1": {"do": "x"}}', '{"step1": "a", "why": "b"}', '{"steps": []}', '{"steps": {"step1": "a"}}', '{"plan": "a"}', "[1, 2]",
-        '{"step1": NaN}', json.dumps({f"step{n}": "x" for n in range(1, 501)}), json.dumps(["x"] * 17), json.dumps({"step1": "x" * 5000}),
-        f"<think>{OBJECT}", f"{OBJECT}</think>", "[" * 100_000, '{"a":' * 100_000, "{" * 200_000,
+        "",
+        "{}",
+        "[]",
+        "no plan",
+        "{'step1': 'Find a.'}",
+        '{"step1": "Find a."',
+        '{"step1": "a", "step3": "b"}',
+        '{"step1": "a", "step1": "b"}',
+        '{"step1": "a", "Step 1": "b"}',
+        '{"step0": "a", "step1": "b"}',
+        '{"step1": ""}',
+        '{"step1": 5}',
+        '{"step1": {"do": "x"}}',
+        '{"step1": "a", "why": "b"}',
+        '{"steps": []}',
+        '{"steps": {"step1": "a"}}',
+        '{"plan": "a"}',
+        "[1, 2]",
+        '{"step1": NaN}',
+        json.dumps({f"step{n}": "x" for n in range(1, 501)}),
+        json.dumps(["x"] * 17),
+        json.dumps({"step1": "x" * 5000}),
+        f"<think>{OBJECT}",
+        f"{OBJECT}</think>",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "{" * 200_000,
     ],
-)  # fmt: skip
+)
 def test_what_is_no_outline(text):
     assert outline(text, most=16) is None
 
@@ -69,20 +91,48 @@ def test_what_is_no_choice(text):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("0", 0.0), ("1", 1.0), ("0.35", 0.35), (".35", 0.35), ("0,35", 0.35), ("Score: 0.35", 0.35), ("**0.35**", 0.35), ("0.35/1", 0.35),
-        ("0.35 / 1.0.", 0.35), ("0.7, since it takes long thought", 0.7), ("<think>0.9 or 0.8?</think>\n0.35\n", 0.35), ("1.0", 1.0),
+        ("0", 0.0),
+        ("1", 1.0),
+        ("0.35", 0.35),
+        (".35", 0.35),
+        ("0,35", 0.35),
+        ("Score: 0.35", 0.35),
+        ("**0.35**", 0.35),
+        ("0.35/1", 0.35),
+        ("0.35 / 1.0.", 0.35),
+        ("0.7, since it takes long thought", 0.7),
+        ("<think>0.9 or 0.8?</think>\n0.35\n", 0.35),
+        ("1.0", 1.0),
         ("step-by-step difficulty: 0.2", 0.2),
     ],
-)  # fmt: skip
+)
 def test_scores(text, value):
     assert score(text) == value
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "NaN", "inf", "hard", "-0.3", "\u22120.3", "1.5", "2", "70%", "7/10", "0.3 or 0.4", "0.3 0.3", "1e-1", "0.5e-1", "1.0.5",
-     "<think>0.3", "0.3</think>", "0.3" + "x" * 5000],
-)  # fmt: skip
+    [
+        "",
+        "NaN",
+        "inf",
+        "hard",
+        "-0.3",
+        "\u22120.3",
+        "1.5",
+        "2",
+        "70%",
+        "7/10",
+        "0.3 or 0.4",
+        "0.3 0.3",
+        "1e-1",
+        "0.5e-1",
+        "1.0.5",
+        "<think>0.3",
+        "0.3</think>",
+        "0.3" + "x" * 5000,
+    ],
+)
 def test_what_is_no_score(text):
     assert score(text) is None
 
@@ -113,9 +163,16 @@ def test_boxes(text, answer):
 
 @pytest.mark.parametrize(
     ("text", "rest"),
-    [("a", "a"), ("<think>x</think> a ", "a"), ("x</think>a", "a"), ("a<think>x", "a"), ("<think>x", ""), ("a</think>", ""),
-     ("<think>x</think>y</think>z", "z")],
-)  # fmt: skip
+    [
+        ("a", "a"),
+        ("<think>x</think> a ", "a"),
+        ("x</think>a", "a"),
+        ("a<think>x", "a"),
+        ("<think>x", ""),
+        ("a</think>", ""),
+        ("<think>x</think>y</think>z", "z"),
+    ],
+)
 def test_thoughts_are_no_answer(text, rest):
     assert final_content(text) == rest
 

@@ -113,9 +113,15 @@ def test_what_the_sender_wants():
 
 def test_one_model_with_a_switch():
     program = make(
-        "scale", system1="small", system2="small", settings1={"reasoning_effort": "none"}, settings2={"reasoning_effort": "high"},
-        tokens1=100, tokens2=1000, decomposer=TWO,
-    )  # fmt: skip
+        "scale",
+        system1="small",
+        system2="small",
+        settings1={"reasoning_effort": "none"},
+        settings2={"reasoning_effort": "high"},
+        tokens1=100,
+        tokens2=1000,
+        decomposer=TWO,
+    )
     models = Models(usual())
     run(models, program=program)
     assert [arm.settings["reasoning_effort"] for stage, arm, *_ in models.asked] == ["none"] * 6 + ["high"]

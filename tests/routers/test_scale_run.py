@@ -94,10 +94,15 @@ def test_of_outlines_that_differ_the_chosen_one_is_taken():
 @pytest.mark.parametrize(
     ("tau", "force", "systems"),
     [
-        (0.5, "score", [1, 2, 2]), (0.5, "system2", [1, 2, 2]), (0.0, "score", [2, 2, 2]), (0.6, "score", [1, 1, 2]),
-        (1.0, "score", [1, 1, 1]), (1.0, "system2", [1, 1, 2]), (-1.0, "score", [2, 2, 2]),
+        (0.5, "score", [1, 2, 2]),
+        (0.5, "system2", [1, 2, 2]),
+        (0.0, "score", [2, 2, 2]),
+        (0.6, "score", [1, 1, 2]),
+        (1.0, "score", [1, 1, 1]),
+        (1.0, "system2", [1, 1, 2]),
+        (-1.0, "score", [2, 2, 2]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("rescore", ["online", "upfront"])
 def test_thresholds(tau, force, systems, rescore):
     rule = Threshold.Config(tau=tau).build()

@@ -150,9 +150,13 @@ def long_answers(limit_of):
 def test_a_budget_that_solves_a_step_with_one_answer_solves_it_with_several(samples2, tokens, answer):
     limits = []
     one = SelectiveReasoner(
-        system1="small", system2="large", decomposer=Given.Config(steps=("It.",)).build(),
-        assessor=Oracle(lambda index, _: 0.9), settings=Settings(samples2=samples2), budget=Budget(tokens=tokens),
-    )  # fmt: skip
+        system1="small",
+        system2="large",
+        decomposer=Given.Config(steps=("It.",)).build(),
+        assessor=Oracle(lambda index, _: 0.9),
+        settings=Settings(samples2=samples2),
+        budget=Budget(tokens=tokens),
+    )
     trace = asyncio.run(one.solve("What?", long_answers(limits)))
     assert trace.answer == answer
     # What is cut off, or has fewer answers than were wanted, is told, so that no cache keeps it.
@@ -168,9 +172,13 @@ def test_short_answers_of_system_1_tell_nothing_of_those_of_system_2():
             return await long_answers([])(arm, messages, **how)
 
     one = SelectiveReasoner(
-        system1="small", system2=System(arm=Arm("large"), expected_tokens=600), decomposer=Given.Config(steps=("A.", "B.", "C.")).build(),
-        assessor=Oracle(lambda index, _: 0.9 if index == 2 else 0.1), settings=Settings(samples2=3), budget=Budget(tokens=1000),
-    )  # fmt: skip
+        system1="small",
+        system2=System(arm=Arm("large"), expected_tokens=600),
+        decomposer=Given.Config(steps=("A.", "B.", "C.")).build(),
+        assessor=Oracle(lambda index, _: 0.9 if index == 2 else 0.1),
+        settings=Settings(samples2=3),
+        budget=Budget(tokens=1000),
+    )
     trace = asyncio.run(one.solve("What?", Short()))
     assert [step.system for step in trace.steps] == [1, 1, 2]
     assert (trace.answer, trace.is_degraded) == ("4", True)
@@ -212,9 +220,13 @@ def test_settings_that_are_none(fields, message):
 
 def reasoner(settings=FIVE, **fields):
     return SelectiveReasoner(
-        system1="small", system2="large", decomposer=Given.Config(steps=STEPS).build(),
-        assessor=Oracle(lambda index, _: (0.1, 0.9, 0.9)[index]), settings=settings, **fields,
-    )  # fmt: skip
+        system1="small",
+        system2="large",
+        decomposer=Given.Config(steps=STEPS).build(),
+        assessor=Oracle(lambda index, _: (0.1, 0.9, 0.9)[index]),
+        settings=settings,
+        **fields,
+    )
 
 
 def turns(model, text, count):

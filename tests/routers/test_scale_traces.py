@@ -233,8 +233,13 @@ def test_written_runs_are_read_back(tmp_path):
 def test_attempts_are_counted_by_text():
     first, second = Question("a", ("1",)), Question("b", ("2",))
     assert attempts([first, second, first], 2) == [
-        (first, 0), (first, 1), (second, 0), (second, 1), (first, 2), (first, 3)
-    ]  # fmt: skip
+        (first, 0),
+        (first, 1),
+        (second, 0),
+        (second, 1),
+        (first, 2),
+        (first, 3),
+    ]
 
 
 def test_a_journal_of_something_else_ends_all_with_one_error(tmp_path):

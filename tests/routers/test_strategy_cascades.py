@@ -87,8 +87,16 @@ def test_the_search_finds_the_best_chain_by_brute_force():
         if first < second:
             for cut in [*confidence[:, first], 2.0]:
                 accept = confidence[:, first] >= cut
-                found.append((float(np.where(accept, 1, 1 + [1, 3, 9][second]).mean() if first == 0 else np.where(accept, 3, 12).mean()),
-                              float(np.where(accept, score[:, first], score[:, second]).mean())))  # fmt: skip
+                found.append(
+                    (
+                        float(
+                            np.where(accept, 1, 1 + [1, 3, 9][second]).mean()
+                            if first == 0
+                            else np.where(accept, 3, 12).mean()
+                        ),
+                        float(np.where(accept, score[:, first], score[:, second]).mean()),
+                    )
+                )
     found += [(cost, score[:, at].mean()) for at, cost in enumerate((1.0, 3.0, 9.0))]
     for trade_off in (0.0, 0.01, 0.03, 0.1, 1.0):
         chain = fitted.with_knob(trade_off).chain
@@ -394,8 +402,13 @@ def test_consistency_gives_one_of_the_commonest_answers():
     models = Models(small=["5", "The answer is 4", BackendError("gone"), "4"])
     step, done = program(models, {"temperature": 0, "seed": 7}, threshold=0.5)
     assert step.facts == {
-        "model": "small", "samples": 4, "came": 3, "agreement": 0.5, "threshold": 0.5, "is_given": True
-    }  # fmt: skip
+        "model": "small",
+        "samples": 4,
+        "came": 3,
+        "agreement": 0.5,
+        "threshold": 0.5,
+        "is_given": True,
+    }
     assert (done.model, done.message["content"]) == ("small", "The answer is 4")
     first, *others = (how for _, how in models.asked)
     assert first == {"temperature": 0, "seed": 7, "purpose": "draft"}
@@ -424,8 +437,14 @@ def test_where_the_last_model_fails_the_commonest_answer_is_better_than_none():
 
 @pytest.mark.parametrize(
     ("said", "share", "first"),
-    [(["a", "b", "b"], 2 / 3, "b"), (["a", "b"], 0.5, "a"), (["", "b", None], 1 / 3, "b"), (["", None], 0.0, ""), ([None], 0.0, None)],
-)  # fmt: skip
+    [
+        (["a", "b", "b"], 2 / 3, "b"),
+        (["a", "b"], 0.5, "a"),
+        (["", "b", None], 1 / 3, "b"),
+        (["", None], 0.0, ""),
+        ([None], 0.0, None),
+    ],
+)
 def test_the_commonest_by_hand(said, share, first):
     drawn = [None if text is None else Answered.saying(text) for text in said]
     found, best = commonest(drawn)
@@ -461,8 +480,12 @@ def test_it_asks_for_log_probabilities_itself_and_shows_none():
     step, done = program(models, {"temperature": 0}, "logprob", threshold=-0.25)
     assert models.asked == [("small", {"temperature": 0, "logprobs": 0, "purpose": "draft"})]
     assert step.facts == {
-        "model": "small", "measure": "logprob", "confidence": -0.2, "threshold": -0.25, "is_given": True
-    }  # fmt: skip
+        "model": "small",
+        "measure": "logprob",
+        "confidence": -0.2,
+        "threshold": -0.25,
+        "is_given": True,
+    }
     assert (done.message["content"], done.model, done.logprobs) == ("4", "small", None)
 
 

@@ -32,8 +32,12 @@ def made(count, samples, seed=0, tells=True):
 def recorded(texts, right_QM, embed=EMBED):
     samples = tuple({"small": tuple(map(float, row))} for row in right_QM)
     return Recorded(
-        query=texts, models=("small",), score_NM=right_QM.mean(1, keepdims=True), samples=samples, vector_ND=embed.embed(texts)
-    )  # fmt: skip
+        query=texts,
+        models=("small",),
+        score_NM=right_QM.mean(1, keepdims=True),
+        samples=samples,
+        vector_ND=embed.embed(texts),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -82,9 +82,17 @@ def test_descend_keeps_the_best_by_the_check_and_stops():
     parameters, losses = {"x": np.array([0.0])}, iter([3.0, 1.0, 2.0, 2.0, 0.0])
     seen = []
     kept = descend(
-        parameters, lambda at: {"x": np.array([-1.0])}, np.arange(4), rate=1.0, penalty=0.0, batch=4, epochs=9,
-        rng=np.random.default_rng(0), check=lambda: seen.append(parameters["x"][0]) or next(losses), patience=2,
-    )  # fmt: skip
+        parameters,
+        lambda at: {"x": np.array([-1.0])},
+        np.arange(4),
+        rate=1.0,
+        penalty=0.0,
+        batch=4,
+        epochs=9,
+        rng=np.random.default_rng(0),
+        check=lambda: seen.append(parameters["x"][0]) or next(losses),
+        patience=2,
+    )
     assert len(seen) == 4
     assert kept["x"][0] == seen[1]
 

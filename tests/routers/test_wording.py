@@ -76,14 +76,30 @@ def test_signs_tell_questions_and_answers_apart(one, other):
 @pytest.mark.parametrize(
     ("answer", "wanted", "is_same", "holds"),
     [
-        ("42.", "42", True, True), ("It is 42!", "42", False, True), ("**Forty Two**", "forty two.", True, True), ("(B)", "b", True, True),
-        ("5", "-5", False, False), ("-5", "5", False, False), ("it is -5.", "5", False, False), ("it is -5.", "-5", False, True),
-        ("it is 5.2", "5", False, False), ("it is 15", "5", False, False), ("about 5%", "5", False, False), ("x=5, so", "5", False, True),
-        (r"so \boxed{5}", "5", False, True), ("12:5", "5", False, False), ("5!", "5!", True, True), ("5", "5!", False, False),
-        ("it is 'C++'.", "C++", False, True), ("it is C++.", "C", False, False), (".5", "5", False, False), ("f(x)", "f(x)", True, True),
-        ("", "x", False, False), ("...", "x", False, False),
+        ("42.", "42", True, True),
+        ("It is 42!", "42", False, True),
+        ("**Forty Two**", "forty two.", True, True),
+        ("(B)", "b", True, True),
+        ("5", "-5", False, False),
+        ("-5", "5", False, False),
+        ("it is -5.", "5", False, False),
+        ("it is -5.", "-5", False, True),
+        ("it is 5.2", "5", False, False),
+        ("it is 15", "5", False, False),
+        ("about 5%", "5", False, False),
+        ("x=5, so", "5", False, True),
+        (r"so \boxed{5}", "5", False, True),
+        ("12:5", "5", False, False),
+        ("5!", "5!", True, True),
+        ("5", "5!", False, False),
+        ("it is 'C++'.", "C++", False, True),
+        ("it is C++.", "C", False, False),
+        (".5", "5", False, False),
+        ("f(x)", "f(x)", True, True),
+        ("", "x", False, False),
+        ("...", "x", False, False),
     ],
-)  # fmt: skip
+)
 def test_what_an_answer_says(answer, wanted, is_same, holds):
     assert (is_same_answer(answer, wanted), says(answer, wanted)) == (is_same, holds)
 

@@ -154,7 +154,17 @@ def test_the_module_of_chain_warns_where_they_are_now():
 
 def test_passes_that_chose_nothing_are_at_chance():
     facts = PassFacts(
-        first="a", second="b", first_layer=0, second_layer=1, num_first=3, num_second=3,
-        pair_P3=np.zeros((0, 3), np.int64), reuse=0.0, chance=0.0, combinations_seen=0, information_bits=0.0, noise_bits=0.0,
-    )  # fmt: skip
+        first="a",
+        second="b",
+        first_layer=0,
+        second_layer=1,
+        num_first=3,
+        num_second=3,
+        pair_P3=np.zeros((0, 3), np.int64),
+        reuse=0.0,
+        chance=0.0,
+        combinations_seen=0,
+        information_bits=0.0,
+        noise_bits=0.0,
+    )
     assert facts.lift_EE.tolist() == [[1.0] * 3] * 3

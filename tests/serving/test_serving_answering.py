@@ -41,12 +41,31 @@ def test_no_table_names_a_setting_that_is_not_there():
 
 INFO = EngineInfo(model="m", vocab_size=9, max_positions=100, block_tokens=4, num_blocks=10)
 OTHER = {
-    "model": "n", "vocab_size": 8, "max_positions": 99, "block_tokens": 5, "num_blocks": 11, "stop_tokens": (1,), "routed_layers": {0: 4},
-    "num_streams": 2, "stream_choices": (1, 2), "pooling": "last", "width": 3, "experts": {"a": 1}, "adapters": ("a",), "num_layers": 1,
-    "max_depth": 2, "routes_depth": True, "skips_tokens": True, "rewires": True, "depth": "routed", "tasks": ("a",),
-    "files": SeenFiles((SeenFile("a", 1, 2, "b"),)), "beside": SeenFiles((SeenFile("s", 1, 2, "b"),)), "numbers": "float32 none",
+    "model": "n",
+    "vocab_size": 8,
+    "max_positions": 99,
+    "block_tokens": 5,
+    "num_blocks": 11,
+    "stop_tokens": (1,),
+    "routed_layers": {0: 4},
+    "num_streams": 2,
+    "stream_choices": (1, 2),
+    "pooling": "last",
+    "width": 3,
+    "experts": {"a": 1},
+    "adapters": ("a",),
+    "num_layers": 1,
+    "max_depth": 2,
+    "routes_depth": True,
+    "skips_tokens": True,
+    "rewires": True,
+    "depth": "routed",
+    "tasks": ("a",),
+    "files": SeenFiles((SeenFile("a", 1, 2, "b"),)),
+    "beside": SeenFiles((SeenFile("s", 1, 2, "b"),)),
+    "numbers": "float32 none",
     "settings": "{'deterministic': True}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(EngineInfo)])

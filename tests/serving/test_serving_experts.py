@@ -48,10 +48,15 @@ def test_what_contradicts_itself_is_refused(fields, message):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"predictor": "tlp"}, {"policy": "lru"}, {"least": 0.5}, {"extra": 2}, {"drop_cache": True}, {"workers": 1},
+        {"predictor": "tlp"},
+        {"policy": "lru"},
+        {"least": 0.5},
+        {"extra": 2},
+        {"drop_cache": True},
+        {"workers": 1},
         {"predictor": "tlp", "dual_batch": 2},
     ],
-)  # fmt: skip
+)
 def test_without_a_budget_nothing_can_be_said_of_experts(fields):
     with pytest.raises(ConfigError, match=f"experts.{next(iter(fields))} is .* no expert_budget"):
         ServingConfig(model="m", experts=ExpertsConfig(**fields))

@@ -32,11 +32,15 @@ from gguf_made import MADE, theirs, write
 PAGE = (Path(__file__).parents[2] / "docs" / "serving-guide.md").read_text()
 SIZES = dict.fromkeys(
     (
-        "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
         "max_position_embeddings",
     ),
     64,
-)  # fmt: skip
+)
 SIZES |= dict.fromkeys(
     ("num_attention_heads", "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts"), 4
 )

@@ -24,8 +24,17 @@ def claim_of(values, verdict="holds", *, limit=None, baseline=1.0, **others):
         else baseline + limit
     )
     return Claim(
-        "a", "-", baseline, baseline + found.mean, found.mean, found.interval, verdict, limit=held, count=len(values), **others
-    )  # fmt: skip
+        "a",
+        "-",
+        baseline,
+        baseline + found.mean,
+        found.mean,
+        found.interval,
+        verdict,
+        limit=held,
+        count=len(values),
+        **others,
+    )
 
 
 def verdicts(claims, repetitions=5):

@@ -46,10 +46,14 @@ def test_what_helps_is_paired():
     # fastrp - no-norm: 0.080, 0.082, 0.078; half width 4.303 * 0.002 / sqrt(3) = 0.005; beta0 changes its sign
     found = judge(
         Results(
-            {"fastrp": runs([0.37, 0.372, 0.368]), "no-norm": runs([0.29] * 3), "beta0": runs([0.36, 0.373, 0.37]),
-             "q1": runs([0.4, 0.402, 0.398])}
+            {
+                "fastrp": runs([0.37, 0.372, 0.368]),
+                "no-norm": runs([0.29] * 3),
+                "beta0": runs([0.36, 0.373, 0.37]),
+                "q1": runs([0.4, 0.402, 0.398]),
+            }
         )
-    )  # fmt: skip
+    )
     claims = {claim.claim: claim for claim in found}
     assert claims["normalising rows helps"].verdict == "holds"
     assert claims["normalising rows helps"].interval == pytest.approx([0.07503, 0.08497], abs=1e-5)

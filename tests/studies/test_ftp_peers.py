@@ -76,9 +76,13 @@ def packages(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stack():
     config = Decoder.Config(
-        dim=32, num_layers=3, attention=SelfAttention.Config(num_heads=4, num_kv_heads=2), init_std=0.3,
-        feed_forward=SwiGLU.Config(hidden_dim=48), max_positions=128,
-    )  # fmt: skip
+        dim=32,
+        num_layers=3,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+        init_std=0.3,
+        feed_forward=SwiGLU.Config(hidden_dim=48),
+        max_positions=128,
+    )
     return stack_of(config.build(seed=0).eval())
 
 

@@ -13,9 +13,17 @@ judge = run_only(judge)
 
 TINY = Size(
     model=Model(num_layers=2, dim=32, hidden_dim=48, num_heads=2, num_kv_heads=1, vocab_size=64),
-    evaluations=120, num_requests=3, max_prompt=12, max_output=4, stream_mb=1, rows=16,
-    num_decodes=4, context=20, num_prefills=20, rounds=1,
-)  # fmt: skip
+    evaluations=120,
+    num_requests=3,
+    max_prompt=12,
+    max_output=4,
+    stream_mb=1,
+    rows=16,
+    num_decodes=4,
+    context=20,
+    num_prefills=20,
+    rounds=1,
+)
 
 
 def one(metric, *values):
@@ -39,10 +47,14 @@ def test_the_ratio_must_lie_within_in_every_seed(values, verdict):
 @pytest.mark.parametrize(
     ("arm", "metric", "good", "bad"),
     [
-        (LARGE, "split_only", 0.95, 1.0), (SMALL, "full", 1.03, 1.02), ("async", "ratio", 1.05, 1.04),
-        ("overlap-disk", "ratio", 1.2, 1.19), ("overlap-attention", "ratio", 1.0, 0.99), ("nano-only", "ratio", 0.99, 1.01),
+        (LARGE, "split_only", 0.95, 1.0),
+        (SMALL, "full", 1.03, 1.02),
+        ("async", "ratio", 1.05, 1.04),
+        ("overlap-disk", "ratio", 1.2, 1.19),
+        ("overlap-attention", "ratio", 1.0, 0.99),
+        ("nano-only", "ratio", 0.99, 1.01),
     ],
-)  # fmt: skip
+)
 def test_the_worst_seed_decides(arm, metric, good, bad):
     for values, verdict in (((good, good), "holds"), ((good, bad), "does not hold"), ((good,), "not resolved")):
         (claim,) = judge(Results({arm: one(metric, *values)}))

@@ -14,8 +14,14 @@ def test_arms_differ_in_one_thing():
     found = {name: ArmConfig(arm=name) for name in ARMS if name not in WAYS}
     assert {ArmConfig(arm=name).heads().routing for name in WAYS} == {"none", "topk", "relu"}
     assert {name: each.heads().routing for name, each in found.items() if not name.startswith("dead")} == {
-        "none": "none", "moh": "topk", "remoh": "relu", "positives": "relu", "easy": "relu", "hard": "relu", "videos": "relu",
-    }  # fmt: skip
+        "none": "none",
+        "moh": "topk",
+        "remoh": "relu",
+        "positives": "relu",
+        "easy": "relu",
+        "hard": "relu",
+        "videos": "relu",
+    }
     counts = {}
     for name, each in found.items():
         data = each.data(0)

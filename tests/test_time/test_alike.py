@@ -52,8 +52,13 @@ def test_bands_are_bounds_too():
 
 
 @given(
-    st.floats(0.01, 1), st.floats(0.05, 20), st.floats(0.05, 20), st.integers(1, 400), st.integers(1, 40), st.floats(1e-3, 0.5)
-)  # fmt: skip
+    st.floats(0.01, 1),
+    st.floats(0.05, 20),
+    st.floats(0.05, 20),
+    st.integers(1, 400),
+    st.integers(1, 40),
+    st.floats(1e-3, 0.5),
+)
 def test_every_curve_that_may_have_made_them_is_within(f_max, a, b, num_questions, num_points, eps):
     """All curves that leave what was seen a chance of 5 % at least."""
     curve = BetaTTSPM(f_max, a, b)

@@ -117,9 +117,16 @@ def test_it_can_be_ended_from_outside():
 
 
 @given(
-    f_max=st.floats(0.1, 1), a=st.floats(0.1, 5), b=st.floats(0.1, 20), cost=st.floats(1e-4, 0.5), batch=st.integers(1, 9),
-    most=st.integers(1, 40), money=st.floats(0, 3), decides=st.sampled_from(["prior", "posterior", "both"]), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    f_max=st.floats(0.1, 1),
+    a=st.floats(0.1, 5),
+    b=st.floats(0.1, 20),
+    cost=st.floats(1e-4, 0.5),
+    batch=st.integers(1, 9),
+    most=st.integers(1, 40),
+    money=st.floats(0, 3),
+    decides=st.sampled_from(["prior", "posterior", "both"]),
+    seed=st.integers(0, 2**31),
+)
 def test_no_cap_is_ever_passed(f_max, a, b, cost, batch, most, money, decides, seed):
     rng = np.random.default_rng(seed)
     rules = controller(

@@ -82,8 +82,13 @@ def test_checkpoints_of_before_the_record_are_resumed_with_a_warning(run, make_r
 
 
 BROKEN = [
-    b"", b"\xff\xfe\x00", b"[]", b'{"schema": 1}', b"[" * 100_000, b'{"schema": 1, "progress": 3, "stream": {}}',
-]  # fmt: skip
+    b"",
+    b"\xff\xfe\x00",
+    b"[]",
+    b'{"schema": 1}',
+    b"[" * 100_000,
+    b'{"schema": 1, "progress": 3, "stream": {}}',
+]
 
 
 @pytest.mark.parametrize("content", BROKEN)
@@ -100,11 +105,18 @@ def test_trainer_state_that_cannot_be_checked_is_looked_through(run, make_run, c
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("progress", "step"), "2"), (("progress", "step"), -1), (("progress", "step"), True), (("progress", "seconds"), None),
-        (("progress", "skipped"), 0.5), (("progress", "evaluation"), 7), (("progress", "more"), 1), (("stream", "position"), "x"),
-        (("stream",), []), (("progress",), None),
+        (("progress", "step"), "2"),
+        (("progress", "step"), -1),
+        (("progress", "step"), True),
+        (("progress", "seconds"), None),
+        (("progress", "skipped"), 0.5),
+        (("progress", "evaluation"), 7),
+        (("progress", "more"), 1),
+        (("stream", "position"), "x"),
+        (("stream",), []),
+        (("progress",), None),
     ],
-)  # fmt: skip
+)
 def test_values_that_no_trainer_stores(run, make_run, path, value):
     newest = checkpoints(run)[-1]
     (newest / RECORD).unlink()

@@ -29,9 +29,13 @@ def test_all_modules_are_told_outer_ones_first_and_others_last():
     hooks.run_before(0)
     hooks.run_after(1)
     assert calls == [
-        ("before outer", 0, 0.0), ("before inner", 0, 0.0), ("before task", 0, 0.0),
-        ("on outer", 1, 0.25), ("on inner", 1, 0.25), ("on task", 1, 0.25),
-    ]  # fmt: skip
+        ("before outer", 0, 0.0),
+        ("before inner", 0, 0.0),
+        ("before task", 0, 0.0),
+        ("on outer", 1, 0.25),
+        ("on inner", 1, 0.25),
+        ("on task", 1, 0.25),
+    ]
 
 
 def test_a_training_of_no_steps_has_begun():

@@ -75,8 +75,13 @@ def test_one_that_takes_over_writes_the_lines_that_are_missing_and_no_line_twice
             pass
     records = [(record["step"], record["kind"]) for record in read_metrics(tmp_path)]
     assert records == [
-        (1, "train"), (2, "train"), (3, "train"), (3, "validation"), (4, "train"), (5, "train"),
-    ]  # fmt: skip
+        (1, "train"),
+        (2, "train"),
+        (3, "train"),
+        (3, "validation"),
+        (4, "train"),
+        (5, "train"),
+    ]
     assert all(record["loss"] != -1.0 for record in read_metrics(tmp_path) if record["kind"] == "train")
     # Of the lost one's later steps nothing is gone on from.
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004"]

@@ -76,9 +76,18 @@ def test_a_classifier_learns_is_measured_and_told_in_its_own_words(tmp_path):
         next(record for record in read_metrics(tmp_path) if record["kind"] == kind) for kind in ("train", "validation")
     )
     assert list(train) == [
-        "step", "kind", "loss", "cross_entropy", "auxiliary", "learning_rate", "gradient_norm", "skipped_steps", "images", "seconds",
+        "step",
+        "kind",
+        "loss",
+        "cross_entropy",
+        "auxiliary",
+        "learning_rate",
+        "gradient_norm",
+        "skipped_steps",
+        "images",
+        "seconds",
         "images_per_second",
-    ]  # fmt: skip
+    ]
     assert train["images"] == 50 * 64
     assert train["loss"] == train["cross_entropy"]
     assert train["auxiliary"] == {}
@@ -102,8 +111,12 @@ def test_a_classifier_that_is_interrupted_goes_on_to_the_bit(tmp_path):
     result = Trainer(run, tmp_path / "resumed", on_event=interrupt).fit()
     assert (result.status, result.signal, result.checkpoint.name) == ("interrupted", "SIGTERM", "step-00000004")
     assert sorted(file.name for file in result.checkpoint.iterdir()) == [
-        "SHA256SUMS", "config.json", "model.safetensors", "optimizer.safetensors", "trainer.json",
-    ]  # fmt: skip
+        "SHA256SUMS",
+        "config.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "trainer.json",
+    ]
     assert Trainer(run, tmp_path / "resumed", resume=True).fit().status == "finished"
     assert_same_end(tmp_path / "straight", tmp_path / "resumed")
 
@@ -253,8 +266,12 @@ def test_a_step_knows_where_it_is_and_hooks_stand_around_it(tmp_path):
     trainer.fit()
     assert trainer.task.seen == [(0, 0.0, 4), (0, 0.0, 4), (1, 0.5, 4), (1, 0.5, 4)]
     assert [call[:3] for call in trainer.task.called] == [
-        ("on", 0, 0.0), ("before", 0, 0.0), ("on", 1, 0.5), ("before", 1, 0.5), ("on", 2, 1.0),
-    ]  # fmt: skip
+        ("on", 0, 0.0),
+        ("before", 0, 0.0),
+        ("on", 1, 0.5),
+        ("before", 1, 0.5),
+        ("on", 2, 1.0),
+    ]
     drawn = [call[3] for call in trainer.task.called if call[0] == "before"]
     assert drawn[0] != drawn[1]
     assert trainer.task.drawn not in drawn  # what a step draws is not what hooks drew

@@ -157,9 +157,13 @@ def tokens_in(response):
         (
             {"reasoning_content": "hm", "content": "aéb"},
             [
-                ({"reasoning_content": ""}, ["<think>"]), ({"reasoning_content": "h"}, ["h"]),
-                ({"reasoning_content": "m"}, ["m", "</think>", "\n", "a"]), ({"content": "a"}, []), ({"content": "é"}, ["é"]),
-                ({"content": "b"}, ["b"]), ({}, ["<end>"]),
+                ({"reasoning_content": ""}, ["<think>"]),
+                ({"reasoning_content": "h"}, ["h"]),
+                ({"reasoning_content": "m"}, ["m", "</think>", "\n", "a"]),
+                ({"content": "a"}, []),
+                ({"content": "é"}, ["é"]),
+                ({"content": "b"}, ["b"]),
+                ({}, ["<end>"]),
             ],
             ["a", "é", "b", "<end>"],
         ),
@@ -169,13 +173,31 @@ def tokens_in(response):
             ["a"],
         ),
         # What is held back and never told: of what was said, as a whole answer has it.
-        ({"content": "ab"}, [({"content": "a"}, ["a"]), ({"content": "b"}, ["b"]), ({"content": ""}, ["<stop>"])], ["a", "b", "<stop>"]),
+        (
+            {"content": "ab"},
+            [({"content": "a"}, ["a"]), ({"content": "b"}, ["b"]), ({"content": ""}, ["<stop>"])],
+            ["a", "b", "<stop>"],
+        ),
         ({"content": ""}, [({"content": ""}, ["<stop>"])], ["<stop>"]),
         (
-            {"content": "ab", "tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+            {
+                "content": "ab",
+                "tool_calls": [
+                    {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                ],
+            },
             [
-                ({"content": "a"}, ["a"]), ({"content": "b"}, ["b"]), ({"content": ""}, ["<call>"]),
-                ({"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, ["{}"]),
+                ({"content": "a"}, ["a"]),
+                ({"content": "b"}, ["b"]),
+                ({"content": ""}, ["<call>"]),
+                (
+                    {
+                        "tool_calls": [
+                            {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                        ]
+                    },
+                    ["{}"],
+                ),
             ],
             ["a", "b"],
         ),
@@ -189,7 +211,11 @@ def tokens_in(response):
         (
             {"reasoning_content": "k", "content": "k"},
             [
-                ({}, ["<think>"]), ({"reasoning_content": "k"}, ["k"]), ({}, ["</think>"]), ({"content": "k"}, ["k"]), ({}, ["b"]),
+                ({}, ["<think>"]),
+                ({"reasoning_content": "k"}, ["k"]),
+                ({}, ["</think>"]),
+                ({"content": "k"}, ["k"]),
+                ({}, ["b"]),
                 ({}, ["k"]),
             ],
             ["k", "b", "k"],
@@ -198,15 +224,22 @@ def tokens_in(response):
         (
             {"reasoning_content": "hm", "content": "é\ufffd"},
             [
-                ({"reasoning_content": "hm"}, ["hm"]), ({}, ["</think>"]), ({"content": "é"}, ["é"]), ({"content": "\ufffd"}, [b"\xf0"]),
+                ({"reasoning_content": "hm"}, ["hm"]),
+                ({}, ["</think>"]),
+                ({"content": "é"}, ["é"]),
+                ({"content": "\ufffd"}, [b"\xf0"]),
             ],
             ["é", b"\xf0"],
         ),
         (
             {"reasoning_content": "hm", "content": "Yes.<call>{"},
             [
-                ({"reasoning_content": "hm"}, ["hm"]), ({}, ["</think>"]), ({"content": "Yes."}, ["Yes."]), ({}, [" "]),
-                ({}, ["<call>"]), ({"content": "<call>{"}, ["{"]),
+                ({"reasoning_content": "hm"}, ["hm"]),
+                ({}, ["</think>"]),
+                ({"content": "Yes."}, ["Yes."]),
+                ({}, [" "]),
+                ({}, ["<call>"]),
+                ({"content": "<call>{"}, ["{"]),
             ],
             ["Yes.", " ", "<call>", "{"],
         ),
@@ -217,7 +250,7 @@ def tokens_in(response):
             ["</think>a"],
         ),
     ],
-)  # fmt: skip
+)
 def test_a_message_has_the_log_probabilities_of_its_text_whole_and_as_events(message, chunks, wanted):
     said = answer(**message)
     said["choices"][0]["logprobs"] = scored(*(token for _, tokens in chunks for token in tokens))
@@ -235,9 +268,14 @@ F_CALL = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "
 
 def test_texts_around_a_call_have_their_own_log_probabilities_whole_and_as_events():
     chunks = [
-        ({"content": "a"}, ["a"]), ({}, ["<call>"]), ({"tool_calls": [F_CALL]}, ["{", "}"]), ({}, ["</call>"]), ({"content": "a"}, ["a"]),
-        ({"content": "b"}, ["b"]), ({}, ["<stop>"]),
-    ]  # fmt: skip
+        ({"content": "a"}, ["a"]),
+        ({}, ["<call>"]),
+        ({"tool_calls": [F_CALL]}, ["{", "}"]),
+        ({}, ["</call>"]),
+        ({"content": "a"}, ["a"]),
+        ({"content": "b"}, ["b"]),
+        ({}, ["<stop>"]),
+    ]
     streamed = events_of(
         ASKED, *({"choices": [{"index": 0, "delta": delta, "logprobs": scored(*tokens)}]} for delta, tokens in chunks)
     )[-1]["response"]
@@ -596,9 +634,14 @@ def test_usage_tells_what_our_servers_tell_and_no_more():
         "cost": 1,
     }
     wanted = {
-        "input_tokens": 3, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 2,
-        "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 5, "depth": {"layers_per_token": 1.5}, "rewiring": [[]],
-    }  # fmt: skip
+        "input_tokens": 3,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": 2,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 5,
+        "depth": {"layers_per_token": 1.5},
+        "rewiring": [[]],
+    }
     assert to_response(ASKED, {**answer(content="x"), "usage": usage})["usage"] == wanted
     *_, end = events_of(ASKED, {"choices": [{"index": 0, "delta": {"content": "x"}}]}, {"choices": [], "usage": usage})
     assert end["response"]["usage"] == wanted

@@ -71,9 +71,15 @@ def convert(
     from anabranch.lm.checkpoint import quantization_of
 
     convert_model(
-        source, target, to=to.value, family=family, dtype=read_dtype(dtype),
-        quantize=None if quantize is None else quantize.value, group=group, force=force,
-    )  # fmt: skip
+        source,
+        target,
+        to=to.value,
+        family=family,
+        dtype=read_dtype(dtype),
+        quantize=None if quantize is None else quantize.value,
+        group=group,
+        force=force,
+    )
     counts = load_config(target).count()
     num_bytes = sum(map(_size, Path(target).iterdir()))
     said = (quantization_of(Path(target)) or {"modules": {}})["modules"].values()

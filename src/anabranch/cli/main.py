@@ -184,9 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _READERS = ("anabranch train", "anabranch compare", "anabranch eval", "anabranch report")
 # Options of other servers of models, as settings of ours.
 _SERVE_SETTINGS = {
-    "--threads": "engine.threads=N", "--ctx-size": "engine.max_positions=N", "--max-model-len": "engine.max_positions=N",
-    "--dtype": "engine.dtype=NAME", "--max-num-seqs": "engine.max_seqs=N", "--parallel": "engine.max_seqs=N",
-}  # fmt: skip
+    "--threads": "engine.threads=N",
+    "--ctx-size": "engine.max_positions=N",
+    "--max-model-len": "engine.max_positions=N",
+    "--dtype": "engine.dtype=NAME",
+    "--max-num-seqs": "engine.max_seqs=N",
+    "--parallel": "engine.max_seqs=N",
+}
 
 
 def _misuse(error: Exception, arguments: Sequence[str]) -> str:

@@ -208,8 +208,15 @@ def load_parts(
         kind: Any = dtype or "auto"
         # One request at a time, in this process.
         config = ServingConfig(
-            model=path, memory=memory, dtype=kind, quantize=bits, expert_budget=expert_budget, device=place, max_seqs=1, process=False
-        ).found()  # fmt: skip
+            model=path,
+            memory=memory,
+            dtype=kind,
+            quantize=bits,
+            expert_budget=expert_budget,
+            device=place,
+            max_seqs=1,
+            process=False,
+        ).found()
         # What is planned for is what is loaded, also of a run that goes on.
         path = config.model
         if passes is None:

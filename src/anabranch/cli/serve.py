@@ -102,7 +102,7 @@ def serve(
     values; the first one answers. Where one of them is lost all end with an error, for torchrun to start them again (--max-restarts).
 
     Example: anabranch serve runs/demo --port 8000 --set engine.max_seqs=32
-    """  # fmt: skip
+    """
     require("serve", by="anabranch serve")
     settings = said(
         {

@@ -90,7 +90,9 @@ class Plan:
                     "layers": [[part.start, part.stop - 1] for part in self.chunks_of(rank)],
                     "names": [self.layers[number].name for part in self.chunks_of(rank) for number in part],
                     "flops": sum(self.layers[number].flops for part in self.chunks_of(rank) for number in part),
-                    "parameters": sum(self.layers[number].parameters for part in self.chunks_of(rank) for number in part),
+                    "parameters": sum(
+                        self.layers[number].parameters for part in self.chunks_of(rank) for number in part
+                    ),
                     "activation_bytes": self.activation_bytes_K[rank] if self.knows_activations else None,
                     "busy_s": self.timeline.busy_K[rank],
                 }
@@ -102,7 +104,7 @@ class Plan:
             "speedup": self.speedup,
             "idle": self.timeline.idle,
             "schedule": self.schedule.to_dict(),
-        }  # fmt: skip
+        }
 
 
 def plan(

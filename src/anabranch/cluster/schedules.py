@@ -159,12 +159,15 @@ class Schedule:
             "in_flight": self.most_in_flight,
             "slots": [
                 {
-                    "clock": slot.clock, "stage": slot.stage, "micro_batch": slot.micro_batch,
-                    "kind": slot.kind, "visit": slot.visit,
+                    "clock": slot.clock,
+                    "stage": slot.stage,
+                    "micro_batch": slot.micro_batch,
+                    "kind": slot.kind,
+                    "visit": slot.visit,
                 }
                 for slot in self.slots
             ],
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         width = len(str(self.num_micro_batches - 1)) + 1 + (self.num_visits > 1)

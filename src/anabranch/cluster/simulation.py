@@ -102,12 +102,16 @@ class Timeline:
             "busy_s": list(self.busy_K),
             "bars": [
                 {
-                    "stage": bar.slot.stage, "micro_batch": bar.slot.micro_batch, "kind": "again" if bar.is_again else bar.slot.kind,
-                    "visit": bar.slot.visit, "start_s": bar.start_s, "end_s": bar.end_s,
+                    "stage": bar.slot.stage,
+                    "micro_batch": bar.slot.micro_batch,
+                    "kind": "again" if bar.is_again else bar.slot.kind,
+                    "visit": bar.slot.visit,
+                    "start_s": bar.start_s,
+                    "end_s": bar.end_s,
                 }
                 for bar in self.bars
             ],
-        }  # fmt: skip
+        }
 
 
 def simulate(schedule: Schedule, durations: Durations) -> Timeline:

@@ -49,35 +49,57 @@ def _manpages(language: str) -> _Text:
 
 
 NAMED: dict[str, _Text] = {
-    "tinyshakespeare": _Text("text/tinyshakespeare.txt.gz", "", "karpathy/char-rnn: plays of Shakespeare, 1.1 MB", "public domain"),
+    "tinyshakespeare": _Text(
+        "text/tinyshakespeare.txt.gz", "", "karpathy/char-rnn: plays of Shakespeare, 1.1 MB", "public domain"
+    ),
     "genesis": _Text(
-        "text/genesis.zip", "", "nltk_data: Genesis in 8 versions, 1.4 MB", "public domain; lolcat CC BY-SA",
-        pattern="*.txt", label_by="file",
+        "text/genesis.zip",
+        "",
+        "nltk_data: Genesis in 8 versions, 1.4 MB",
+        "public domain; lolcat CC BY-SA",
+        pattern="*.txt",
+        label_by="file",
     ),
     "udhr2": _Text(
-        "text/udhr2.zip", "", "nltk_data: declaration of human rights, 387 language files, 5.7 MB", "public domain",
-        pattern="*.txt", label_by="file",
+        "text/udhr2.zip",
+        "",
+        "nltk_data: declaration of human rights, 387 language files, 5.7 MB",
+        "public domain",
+        pattern="*.txt",
+        label_by="file",
     ),
     "wikipedia_multilingual": _Text(
-        "text/wikipedia_multilingual.txt.gz", "", "allenai/OLMoE: Wikipedia articles, 1.3 MB", "CC BY-SA 4.0", starts="# ",
+        "text/wikipedia_multilingual.txt.gz",
+        "",
+        "allenai/OLMoE: Wikipedia articles, 1.3 MB",
+        "CC BY-SA 4.0",
+        starts="# ",
     ),
     "metamath": _Text(
-        "usr/share/metamath/databases/set.mm", "metamath-databases", "metamath.org: formal mathematics, 41 MB", "CC0-1.0",
+        "usr/share/metamath/databases/set.mm",
+        "metamath-databases",
+        "metamath.org: formal mathematics, 41 MB",
+        "CC0-1.0",
     ),
     "gcide": _dictd("gcide", "GNU dictionary of English, 36 MB", "GPL-2.0+"),
     "wordnet": _dictd("wn", "Princeton WordNet 3.0 as a dictionary, 28 MB", "WordNet licence"),
     "foldoc": _dictd("foldoc", "Free On-line Dictionary of Computing, 5 MB", "GFDL-1.3+"),
     "jargon": _dictd("jargon", "The Jargon File, 1.4 MB", "public domain"),
     "python-docs": _Text(
-        "usr/share/doc/python3.*/html/_sources", "python3-doc", "Python's manual in reStructuredText, 11 MB", "PSF-2.0",
+        "usr/share/doc/python3.*/html/_sources",
+        "python3-doc",
+        "Python's manual in reStructuredText, 11 MB",
+        "PSF-2.0",
         pattern="*.rst.txt",
     ),
-    "perl-docs": _Text("usr/share/perl/5.*", "perl-doc", "Perl's manual in POD, 9 MB", "Artistic or GPL-1.0+", pattern="*.pod"),
+    "perl-docs": _Text(
+        "usr/share/perl/5.*", "perl-doc", "Perl's manual in POD, 9 MB", "Artistic or GPL-1.0+", pattern="*.pod"
+    ),
     "manpages-de": _manpages("de"),
     "manpages-fr": _manpages("fr"),
     "manpages-es": _manpages("es"),
     "fortunes": _Text("usr/share/games/fortunes", "fortunes", "short sayings, 2.5 MB", "free, mixed", starts="%$"),
-}  # fmt: skip
+}
 
 
 class Named(Corpus, kind="named"):

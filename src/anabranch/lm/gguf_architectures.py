@@ -264,11 +264,15 @@ _DEEPSEEK = {
     ),
     "heads": (("attn_k_b", "self_attn.k_b_proj.{}"), ("attn_v_b", "self_attn.v_b_proj.{}")),
     "reads": (
-        "attention.key_length_mla", "attention.kv_lora_rank", "attention.q_lora_rank", "attention.value_length",
-        "attention.value_length_mla", "expert_weights_scale",
+        "attention.key_length_mla",
+        "attention.kv_lora_rank",
+        "attention.q_lora_rank",
+        "attention.value_length",
+        "attention.value_length_mla",
+        "expert_weights_scale",
     ),
     "logarithm": _tenth,
-}  # fmt: skip
+}
 _GPT_OSS = (
     ("post_attention_norm", "post_attention_layernorm"),
     ("ffn_gate_inp", "mlp.router"),

@@ -16,9 +16,14 @@ __all__ = ["BLOCKS", "is_mixed", "kept_form", "packed_rows", "pieces_of"]
 # Weights of a block.
 SIZE = 32
 BLOCKS: dict[str, Kind] = {
-    "Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8", "Q4_K": "q4_k", "Q5_K": "q5_k", "Q6_K": "q6_k",
+    "Q4_0": "int4",
+    "Q4_1": "int4",
+    "Q8_0": "int8",
+    "Q4_K": "q4_k",
+    "Q5_K": "q5_k",
+    "Q6_K": "q6_k",
     "MXFP4": "fp4",
-}  # fmt: skip
+}
 # Bytes of a block.
 _BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "MXFP4": 17}
 

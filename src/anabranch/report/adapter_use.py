@@ -155,7 +155,12 @@ def write_use(use: Use, folder: str | Path, *, title: str, extra: Mapping[str, A
     )
     sections = []
     for name, heading, how_to_read, picture in (
-        ("tasks", "By task", "Of all weight that is given for a task, the share of each adapter; rows add up to 1.", by_task(use)),
+        (
+            "tasks",
+            "By task",
+            "Of all weight that is given for a task, the share of each adapter; rows add up to 1.",
+            by_task(use),
+        ),
         (
             "matrices",
             "By matrix",
@@ -163,7 +168,7 @@ def write_use(use: Use, folder: str | Path, *, title: str, extra: Mapping[str, A
             "the matrix has no such adapter. Of many tasks, those that differ most from the others.",
             by_matrix(use),
         ),
-    ):  # fmt: skip
+    ):
         save_picture(folder / f"{name}.png", to_png(picture))
         sections.append(Section(heading, how_to_read, to_svg(picture)))
     tiles = [

@@ -151,22 +151,36 @@ def _any(environment: Environment.Config) -> Preset:
     layout = environment.build().layout
     if layout.picture:
         config = PPO.Config(
-            environment=environment, num_envs=8, rollout_steps=128, clip=0.1, entropy_weight=0.01, hidden=(512,),
-            activation="relu", normalize_rewards=True,
-        )  # fmt: skip
+            environment=environment,
+            num_envs=8,
+            rollout_steps=128,
+            clip=0.1,
+            entropy_weight=0.01,
+            hidden=(512,),
+            activation="relu",
+            normalize_rewards=True,
+        )
         return Preset(
             config, 2.5e-4, 4, 1_000_000, "CleanRL's ppo_atari.py; running averages in the place of clipped rewards"
         )
     if layout.actions.is_discrete:
         config = PPO.Config(
-            environment=environment, num_envs=4, rollout_steps=128, entropy_weight=0.01,
-            normalize_observations=True, normalize_rewards=True,
-        )  # fmt: skip
+            environment=environment,
+            num_envs=4,
+            rollout_steps=128,
+            entropy_weight=0.01,
+            normalize_observations=True,
+            normalize_rewards=True,
+        )
         return Preset(config, 2.5e-4, 4, 500_000, "CleanRL's ppo.py, with running averages")
     config = PPO.Config(
-        environment=environment, num_envs=8, rollout_steps=256, epochs=10,
-        normalize_observations=True, normalize_rewards=True,
-    )  # fmt: skip
+        environment=environment,
+        num_envs=8,
+        rollout_steps=256,
+        epochs=10,
+        normalize_observations=True,
+        normalize_rewards=True,
+    )
     return Preset(
         config,
         3e-4,

@@ -183,11 +183,23 @@ def _fitted(part: Drawn, task: str | None, eps: float, kind: Kind, seed: int) ->
     interval = fits[0].interval(seed=seed, eps=eps)
     assert curve.observed is not None
     return SampleCurve(
-        model=part.model, task=task, questions=len(part.right), left_out=left_out, kind=kind, is_cut=is_cut,
-        observed_N=curve.observed, curve=curve, single=single, interval=interval, eps=eps, stop=int(curve.saturation(eps)),
-        stop_interval=interval["saturation"], single_stop=int(single.saturation(eps)), lost=_lost(part) if kind == "sequential" else None,
+        model=part.model,
+        task=task,
+        questions=len(part.right),
+        left_out=left_out,
+        kind=kind,
+        is_cut=is_cut,
+        observed_N=curve.observed,
+        curve=curve,
+        single=single,
+        interval=interval,
+        eps=eps,
+        stop=int(curve.saturation(eps)),
+        stop_interval=interval["saturation"],
+        single_stop=int(single.saturation(eps)),
+        lost=_lost(part) if kind == "sequential" else None,
         vote=_vote(part, curve.observed, seed) if kind == "parallel" and not is_cut else None,
-    )  # fmt: skip
+    )
 
 
 def _survived(part: Drawn) -> np.ndarray:

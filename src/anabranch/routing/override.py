@@ -79,9 +79,12 @@ class Override:
     def check_fit(self, num_items: int, num_destinations: int, layer: str) -> None:
         """Raise ConfigError unless this is of N items and E destinations."""
         wanted = {
-            "index_NK": (num_items, None), "bias_NE": (num_items, num_destinations), "open_NE": (num_items, num_destinations),
-            "logit_NE": (num_items, num_destinations), "only_N": (num_items,),
-        }  # fmt: skip
+            "index_NK": (num_items, None),
+            "bias_NE": (num_items, num_destinations),
+            "open_NE": (num_items, num_destinations),
+            "logit_NE": (num_items, num_destinations),
+            "only_N": (num_items,),
+        }
         for name, sizes in wanted.items():
             value = getattr(self, name)
             if value is None:

@@ -67,8 +67,10 @@ class Select(Part, nn.Module, family="select"):
             if self.exact_choices is None and getattr(self, "top_k", None) is not None:
                 warnings.warn(
                     f"{type(self).__qualname__} does not say how many choices it makes, so its field top_k is taken; give it exact_choices "
-                    "or most_choices, from the next version on no field is looked at", DeprecationWarning, stacklevel=2
-                )  # fmt: skip
+                    "or most_choices, from the next version on no field is looked at",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
                 return int(getattr(self, "top_k"))  # noqa: B009
             return self.exact_choices
 

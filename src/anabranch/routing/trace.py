@@ -179,9 +179,16 @@ class RoutingTrace:
             propensity_NK[row_R, rank_R] = self.column("propensity", layer)
         predicted_N = self.column("predicted", layer)[first_R] if "predicted" in self.table.column_names else None
         return Decisions(
-            index_NK, weight_NK, item_R[first_R], position_R[first_R], token_N, domain_N,
-            self._scores(layer, self._rows(layer)[first_R]), propensity_NK, predicted_N,
-        )  # fmt: skip
+            index_NK,
+            weight_NK,
+            item_R[first_R],
+            position_R[first_R],
+            token_N,
+            domain_N,
+            self._scores(layer, self._rows(layer)[first_R]),
+            propensity_NK,
+            predicted_N,
+        )
 
     def _scores(self, layer: int, rows: np.ndarray) -> np.ndarray | None:
         """score_NE of the decisions that begin at these rows of the table."""

@@ -16,10 +16,22 @@ __all__ = ["CHANGES", "IN_INFO", "SAME", "answer_settings", "paths_of"]
 
 # Fields of `EngineInfo` that tell what follows from one.
 IN_INFO = {
-    "model": "files", "name": "model", "dtype": "numbers", "quantize": "numbers", "memory": "numbers", "max_positions": "max_positions",
-    "num_blocks": "max_positions", "kv_memory": "max_positions", "block_tokens": "max_positions", "num_streams": "num_streams",
-    "max_depth": "max_depth", "pooling": "pooling", "stop_tokens": "stop_tokens", "depth.usual": "depth", "rewiring.on": "rewires",
-}  # fmt: skip
+    "model": "files",
+    "name": "model",
+    "dtype": "numbers",
+    "quantize": "numbers",
+    "memory": "numbers",
+    "max_positions": "max_positions",
+    "num_blocks": "max_positions",
+    "kv_memory": "max_positions",
+    "block_tokens": "max_positions",
+    "num_streams": "num_streams",
+    "max_depth": "max_depth",
+    "pooling": "pooling",
+    "stop_tokens": "stop_tokens",
+    "depth.usual": "depth",
+    "rewiring.on": "rewires",
+}
 
 # What is told here, in the words of `_value`.
 CHANGES = (
@@ -44,14 +56,24 @@ _SCALING = "how many devices there are and when, and how weights come to them"
 SAME = {
     **dict.fromkeys(
         (
-            "threads", "max_batched_tokens", "max_seqs", "long_prefill_chunk", "prefix_cache", "nano_batches", "pipeline", "scheduling",
-            "context", "admit_by_peak",
+            "threads",
+            "max_batched_tokens",
+            "max_seqs",
+            "long_prefill_chunk",
+            "prefix_cache",
+            "nano_batches",
+            "pipeline",
+            "scheduling",
+            "context",
+            "admit_by_peak",
         ),
         _ROUNDING,
     ),
     "prompt_lookup": "guesses are checked, and only those that the model would have said are kept",
     "prompt_lookup_ngram": "guesses are checked, and only those that the model would have said are kept",
-    "host_kv": _ROOM, "disk_kv": _ROOM, "adapters.memory": "which adapters are in memory, not what they are",
+    "host_kv": _ROOM,
+    "disk_kv": _ROOM,
+    "adapters.memory": "which adapters are in memory, not what they are",
     "expert_budget": _EXPERTS,
     **{
         f"experts.{name}": _EXPERTS
@@ -59,15 +81,29 @@ SAME = {
     },
     **dict.fromkeys(("watchdog_s", "process", "context_timeout_s", "pace_s", "pace_token_s"), _LIFE),
     "seed": "of requests that bring none, which nobody can ask for again",
-    **dict.fromkeys(("devices", "weights", "device_memory", "mode", "standby", "ahead", "busy", "mapped", "p2p", "forks"), _SCALING),
+    **dict.fromkeys(
+        ("devices", "weights", "device_memory", "mode", "standby", "ahead", "busy", "mapped", "p2p", "forks"), _SCALING
+    ),
     **{
         f"policy.{name}": _SCALING
         for name in (
-            "by", "min_devices", "max_devices", "step", "ttft_s", "tpot_s", "attainment", "window_s", "min_requests", "cool_down_s", "low",
-            "high", "patience_s", "hours",
+            "by",
+            "min_devices",
+            "max_devices",
+            "step",
+            "ttft_s",
+            "tpot_s",
+            "attainment",
+            "window_s",
+            "min_requests",
+            "cool_down_s",
+            "low",
+            "high",
+            "patience_s",
+            "hours",
         )
     },
-}  # fmt: skip
+}
 
 
 def paths_of(config: Any) -> list[str]:

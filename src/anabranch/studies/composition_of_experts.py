@@ -156,20 +156,37 @@ def arms(base: Case, serving: expert_serving.Serving) -> list[Arm]:
         of("clusters", "32 clusters for categories", "coe", clusters=32),
         of("clusters-0.0005", "the same, lambda .0005", "coe", clusters=32, trade_off=0.0005),
         of("clusters-0.002", "the same, lambda .002", "coe", clusters=32, trade_off=0.002),
-        *(of(f"host-{name}", f"budgets of hosts: {about}", "host", variant=kind) for name, kind, about in (
-            ("plain", "plain", "plain table"), ("aware", "aware", "table by predicted category"),
-            ("chosen", "auto", "kind and m chosen on train"), ("single", "single", "best single model within"))),
-        *(of(f"open-{name}", f"four tasks held out: {about}", "open", variant=name, uncertainty=uncertainty)
-          for name, uncertainty, about in (
-            ("forced", "probability", "always a category"), ("abstain", "probability", "the unsure to the general model"),
-            ("similar", "similarity", "the dissimilar to the general model"),
-            ("general", "probability", "always the general model"))),
+        *(
+            of(f"host-{name}", f"budgets of hosts: {about}", "host", variant=kind)
+            for name, kind, about in (
+                ("plain", "plain", "plain table"),
+                ("aware", "aware", "table by predicted category"),
+                ("chosen", "auto", "kind and m chosen on train"),
+                ("single", "single", "best single model within"),
+            )
+        ),
+        *(
+            of(f"open-{name}", f"four tasks held out: {about}", "open", variant=name, uncertainty=uncertainty)
+            for name, uncertainty, about in (
+                ("forced", "probability", "always a category"),
+                ("abstain", "probability", "the unsure to the general model"),
+                ("similar", "similarity", "the dissimilar to the general model"),
+                ("general", "probability", "always the general model"),
+            )
+        ),
         of("milp", "the integer program against enumeration", "milp"),
-        *(of(f"serve-{name}", f"serving: {about}", "serve", variant=name, serving=serving) for name, about in (
-            ("reload", "load for each request"), ("lru", "least recently used goes"), ("lfu", "least often used goes"),
-            ("rate", "least rate * load time / bytes goes"), ("prefetch", "the same, fetched ahead"),
-            ("short", "the same, half-life of about ten requests"))),
-    ]  # fmt: skip
+        *(
+            of(f"serve-{name}", f"serving: {about}", "serve", variant=name, serving=serving)
+            for name, about in (
+                ("reload", "load for each request"),
+                ("lru", "least recently used goes"),
+                ("lfu", "least often used goes"),
+                ("rate", "least rate * load time / bytes goes"),
+                ("prefetch", "the same, fetched ahead"),
+                ("short", "the same, half-life of about ten requests"),
+            )
+        ),
+    ]
 
 
 def run(case: Case, seed: int, progress: Progress) -> Metrics:
@@ -203,17 +220,23 @@ def scored(column_N: np.ndarray, train: Recorded, test: Recorded, pool: Pool) ->
     single_N = test.score_NM[:, int(train.score_NM.mean(0).argmax())]
     size_M = np.array([sizes(pool)[name] for name in test.models])
     return {
-        "score": float(score_N.mean()), "gain": float((score_N - single_N).mean()), "active": float(size_M[column_N].mean()),
-    }  # fmt: skip
+        "score": float(score_N.mean()),
+        "gain": float((score_N - single_N).mean()),
+        "active": float(size_M[column_N].mean()),
+    }
 
 
 def composed(case: Case, train: Recorded, pool: Pool, seed: int, **fields: Any) -> Any:
     """A fitted composition of experts."""
     kind = case.variant if case.variant in ("plain", "aware", "auto") else "plain"
     settings = {
-        "map": kind, "trade_off_params": "auto" if case.trade_off is None else case.trade_off, "parameters": sizes(pool),
-        "uncertainty": case.uncertainty, "categories": "clusters" if case.clusters else "task", "num_clusters": case.clusters,
-    }  # fmt: skip
+        "map": kind,
+        "trade_off_params": "auto" if case.trade_off is None else case.trade_off,
+        "parameters": sizes(pool),
+        "uncertainty": case.uncertainty,
+        "categories": "clusters" if case.clusters else "task",
+        "num_clusters": case.clusters,
+    }
     return strategies.make("coe", **{**settings, **fields}).fit(train, seed=seed)
 
 
@@ -314,9 +337,11 @@ def held_out(case: Case, seed: int, train: Recorded, test: Recorded, pool: Pool)
     is_held_N = np.array([task in held for task in test.task])
     score_N = test.score_NM[np.arange(len(test)), column_N]
     return {
-        "held": float(score_N[is_held_N].mean()), "inside": float(score_N[~is_held_N].mean()),
-        "held_abstained": float(abstained_N[is_held_N].mean()), "inside_abstained": float(abstained_N[~is_held_N].mean()),
-    }  # fmt: skip
+        "held": float(score_N[is_held_N].mean()),
+        "inside": float(score_N[~is_held_N].mean()),
+        "held_abstained": float(abstained_N[is_held_N].mean()),
+        "inside_abstained": float(abstained_N[~is_held_N].mean()),
+    }
 
 
 def programs(case: Case, seed: int, train: Recorded, pool: Pool) -> Metrics:
@@ -373,17 +398,37 @@ def outcomes(name: str, seed: int) -> tuple[Recorded, Recorded, Pool]:
 def judge(results: Results) -> list[Claim]:
     """The claims; see the rules in the module's docstring."""
     claims = [
-        at_least(results, "score", "two-step", "direct-fair", 0.005, "two steps beat the fair direct label", "direction only"),
+        at_least(
+            results, "score", "two-step", "direct-fair", 0.005, "two steps beat the fair direct label", "direction only"
+        ),
         _within(results, "two-step-0.0005", 33.0, 0.015, "31 B average active"),
         _within(results, "two-step-0.002", 12.0, -0.01, "no number"),
         at_least(results, "score", "two-step", "k-means", -0.007, "categories do as well as clusters", "not compared"),
         *(_every_budget(results, other) for other in ("host-plain", "host-aware", "host-single")),
-        at_least(results, "held", "open-abstain", "open-forced", 0.01, "abstention helps on tasks nobody learned", "described"),
-        at_least(results, "inside", "open-abstain", "open-forced", -0.005, "abstention costs little on the others", "no number"),
-        at_least(results, "held", "open-abstain", "open-general", -0.005, "and is near always general there", "no number"),
+        at_least(
+            results,
+            "held",
+            "open-abstain",
+            "open-forced",
+            0.01,
+            "abstention helps on tasks nobody learned",
+            "described",
+        ),
+        at_least(
+            results,
+            "inside",
+            "open-abstain",
+            "open-forced",
+            -0.005,
+            "abstention costs little on the others",
+            "no number",
+        ),
+        at_least(
+            results, "held", "open-abstain", "open-general", -0.005, "and is near always general there", "no number"
+        ),
         _programs(results),
         *(claim for trace in TRACES for claim in _served(results, trace)),
-    ]  # fmt: skip
+    ]
     return claims
 
 
@@ -453,11 +498,15 @@ def _served(results: Results, trace: str) -> list[Claim]:
         verdict = every_seed(seen)
         claims.append(
             results.claim(
-                metric, ours="serve-prefetch", baseline=baseline, claim=f"rate and prefetch, {trace}: {told}",
-                paper="3.7x, switches 15 to 31x, other hardware", verdict=lambda _, found=verdict: found,
+                metric,
+                ours="serve-prefetch",
+                baseline=baseline,
+                claim=f"rate and prefetch, {trace}: {told}",
+                paper="3.7x, switches 15 to 31x, other hardware",
+                verdict=lambda _, found=verdict: found,
                 limit=partial(operator.mul, most),
             )
-        )  # fmt: skip
+        )
     return claims
 
 

@@ -191,9 +191,16 @@ def elastic_rank(
     stream = data.train(seed=seed, rank=0, world_size=1)
     points = {}
     with ElasticTrainer(
-        layers, global_batch=config.batch, optimizer_factory=_adam, loss=token_loss, coordinator=address, seed=seed, wish=rank,
-        gathers=lambda version: version % config.every == 0, timeout_s=_BOUND_S,
-    ) as trainer:  # fmt: skip
+        layers,
+        global_batch=config.batch,
+        optimizer_factory=_adam,
+        loss=token_loss,
+        coordinator=address,
+        seed=seed,
+        wish=rank,
+        gathers=lambda version: version % config.every == 0,
+        timeout_s=_BOUND_S,
+    ) as trainer:
         for _ in range(trainer.steps):
             stream.next_batch(config.batch)
         while trainer.steps < config.steps:
@@ -255,9 +262,13 @@ def run_lost(config: Lost, seed: int) -> Metrics:
             for losses in config.losses:
                 lost = generator.choice(replicas * stages, losses, replace=False).tolist()
                 found = compare(
-                    replicas=replicas, stages=stages, layer_costs=[1e-3] * config.layers, micro_batches=micro_batches,
-                    micro_batch=config.micro_batch, lost=lost,
-                )  # fmt: skip
+                    replicas=replicas,
+                    stages=stages,
+                    layer_costs=[1e-3] * config.layers,
+                    micro_batches=micro_batches,
+                    micro_batch=config.micro_batch,
+                    lost=lost,
+                )
                 for arm, of in ratios.items():
                     of.append(found.ratio(arm))
     finite = {arm: [one for one in of if np.isfinite(one)] for arm, of in ratios.items()}
@@ -371,9 +382,16 @@ def paced_rank(rank: int, world: int, config: Paced, address: str) -> dict[str, 
     predicted: list[float] = []
     steps: list[tuple[str, float]] = []
     with ElasticTrainer(
-        layers, global_batch=config.batch, optimizer_factory=_descent, loss=_mean, coordinator=address, wish=rank, micro_batches=4,
-        on_epoch_change=lambda told: predicted.append(told["step_s"]), draws=False,
-    ) as trainer:  # fmt: skip
+        layers,
+        global_batch=config.batch,
+        optimizer_factory=_descent,
+        loss=_mean,
+        coordinator=address,
+        wish=rank,
+        micro_batches=4,
+        on_epoch_change=lambda told: predicted.append(told["step_s"]),
+        draws=False,
+    ) as trainer:
         x = torch.zeros(config.batch, 4)
         while trainer.steps < config.steps:
             if rank == 1 and trainer.steps == config.steps // 3:

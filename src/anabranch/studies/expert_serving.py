@@ -144,10 +144,12 @@ def served(case: Serving, kind: str, seed: int, experts: list[Path], requests: l
     if stats:
         bytes_moved = stats["tiers"]["host"]["bytes_moved"]
     return {
-        "p50_ms": 1e3 * (quantile(first_s, 0.5) or 0.0), "p95_ms": 1e3 * (quantile(first_s, 0.95) or 0.0),
-        "moved_mb": bytes_moved / 1e6, "hit_rate": stats.get("hit_rate", 0.0),
+        "p50_ms": 1e3 * (quantile(first_s, 0.5) or 0.0),
+        "p95_ms": 1e3 * (quantile(first_s, 0.95) or 0.0),
+        "moved_mb": bytes_moved / 1e6,
+        "hit_rate": stats.get("hit_rate", 0.0),
         "switch_p95_ms": 1e3 * stats["switch_s_p95"] if stats.get("switch_s_p95") else None,
-    }  # fmt: skip
+    }
 
 
 def _guess(case: Serving, generator: np.random.Generator, expert: int, number: int) -> int | None:

@@ -110,9 +110,18 @@ class Case(Config):
 def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`."""
     smoke = {
-        "num_layers": 2, "dim": 64, "hidden_dim": 32, "steps": 40, "sequence_length": 64, "vocab_size": 512, "fit_sequences": 48,
-        "test_sequences": 32, "prompt": 16, "decoded": 8, "fit_steps": 60,
-    }  # fmt: skip
+        "num_layers": 2,
+        "dim": 64,
+        "hidden_dim": 32,
+        "steps": 40,
+        "sequence_length": 64,
+        "vocab_size": 512,
+        "fit_sequences": 48,
+        "test_sequences": 32,
+        "prompt": 16,
+        "decoded": 8,
+        "fit_steps": 60,
+    }
     size = Size(**(changes if full else {**smoke, **changes}))
     shapes = [(32, 1), (64, 1), (128, 1), (64, 2)] if full else [(16, 1), (32, 1)]
     return Study(
@@ -337,9 +346,12 @@ def cache_hits(decoded: Decoded, size: Size, progress: Progress) -> Metrics:
                     made = CacheMoe(spares=0) if policy == "lru_layer" else make_policy(policy.removesuffix("_true"))
                     cache = ExpertCache(decoded.layout, slots, made)
                     total, seconds = replay(
-                        cache, wanted, reference, seconds_per_byte=1 / rate if rate else 0.0,
+                        cache,
+                        wanted,
+                        reference,
+                        seconds_per_byte=1 / rate if rate else 0.0,
                         horizon=len(wanted) if horizon is None else horizon,
-                    )  # fmt: skip
+                    )
                     label = f"{policy}_{name}_{batch}" + ("" if rate else "_any")
                     found[f"hit_{label}"] = total.hit_rate
                     found[f"loads_{label}"] = total.loads / total.accesses
@@ -350,10 +362,17 @@ def cache_hits(decoded: Decoded, size: Size, progress: Progress) -> Metrics:
 
 # (policy, what it knows, batches ahead, whether it loads ahead)
 POLICY_RUNS = (
-    ("lru", "none", 1, False), ("lru_layer", "none", 1, False), ("lfu", "none", 1, False), ("random", "none", 1, False),
-    ("cache_moe", "none", 1, False), ("se_moe", "none", 1, True), ("belady_true", "true", None, False), ("lru_ahead", "rpp", 2, True),
-    ("plec", "rpp", 2, True), ("plec_true", "true", 2, True),
-)  # fmt: skip
+    ("lru", "none", 1, False),
+    ("lru_layer", "none", 1, False),
+    ("lfu", "none", 1, False),
+    ("random", "none", 1, False),
+    ("cache_moe", "none", 1, False),
+    ("se_moe", "none", 1, True),
+    ("belady_true", "true", None, False),
+    ("lru_ahead", "rpp", 2, True),
+    ("plec", "rpp", 2, True),
+    ("plec_true", "true", 2, True),
+)
 
 
 def regrouping(decoded: Decoded, size: Size, batch: int = 16) -> Metrics:
@@ -470,23 +489,36 @@ def judge(results: Results) -> list[Claim]:
             )
     claims += [
         least(
-            "E1: PLEC hits at least 90% of Belady, every CS and BS", "-",
+            "E1: PLEC hits at least 90% of Belady, every CS and BS",
+            "-",
             lambda m: min(
-                (Sides(best := m[f"hit_belady_true_{s}_{b}"], 0.9 * best, m[f"hit_plec_{s}_{b}"]) for s in SIZES for b in BATCHES),
+                (
+                    Sides(best := m[f"hit_belady_true_{s}_{b}"], 0.9 * best, m[f"hit_plec_{s}_{b}"])
+                    for s in SIZES
+                    for b in BATCHES
+                ),
                 key=lambda side: side.ours - side.limit,
             ),
         ),
         least(
-            "E1: the gap to LRU grows with the batch (BS 16 against 4)", "15 to 28 (CS 16)",
+            "E1: the gap to LRU grows with the batch (BS 16 against 4)",
+            "15 to 28 (CS 16)",
             lambda m: above(gap(m, 4), 1e-9, gap(m, 16)),
         ),
-        least("E3: regrouping gives more tokens a second", "1.03 to 1.17", lambda m: Sides(None, 1 + 1e-9, m["ts_gain"])),
         least(
-            "E4: prediction alone hits more than LRU, CS E/4, BS 16", "-",
+            "E3: regrouping gives more tokens a second", "1.03 to 1.17", lambda m: Sides(None, 1 + 1e-9, m["ts_gain"])
+        ),
+        least(
+            "E4: prediction alone hits more than LRU, CS E/4, BS 16",
+            "-",
             lambda m: above(lru(m, "4", 16), 1e-9, m["hit_lru_ahead_4_16"]),
         ),
-        least("E4: and the plan hits more than that", "-", lambda m: above(m["hit_lru_ahead_4_16"], 1e-9, m["hit_plec_4_16"])),
-    ]  # fmt: skip
+        least(
+            "E4: and the plan hits more than that",
+            "-",
+            lambda m: above(m["hit_lru_ahead_4_16"], 1e-9, m["hit_plec_4_16"]),
+        ),
+    ]
     crossed = [arm for arm in arms if results.values(arm, "bacc_cross_4")]
     name, paper = "E1: B_acc on another domain is lower by at most 0.10", "0.05 to 0.10 lower"
     cross = least(name, paper, lambda m: above(m["bacc_rpp_4"], -0.10, m["bacc_cross_4"]), only=crossed or ("none",))
@@ -510,10 +542,15 @@ def draw(results: Results, path: Path) -> None:
     right_of = {
         f"hit_{name}_4_16": label
         for name, label in {
-            "lru": "LRU", "lru_layer": "LRU by layer", "lfu": "LFU", "se_moe": "SE-MoE", "lru_ahead": "LRU + RPP", "plec": "PLEC",
+            "lru": "LRU",
+            "lru_layer": "LRU by layer",
+            "lfu": "LFU",
+            "se_moe": "SE-MoE",
+            "lru_ahead": "LRU + RPP",
+            "plec": "PLEC",
             "belady_true": "Belady",
         }.items()
-    }  # fmt: skip
+    }
     with figure(10, max(3.4, 1.6 + 0.4 * len(arms)), ncols=2, sharey=True) as (made, panels):
         made.suptitle("ExpertFlow at our scale", x=0.01, ha="left", fontweight="bold", color=INK)
         for axes, shown, title in zip(

@@ -309,14 +309,24 @@ def _against_walks(results: Results) -> list[Claim]:
     quick = every_seed([theirs >= FASTER * ours for ours, theirs in _pairs(results, cost, "graphvite")])
     return [
         results.claim(
-            micro, ours="fastrp", baseline="graphvite", claim=f"as good as walks and negative sampling (to {NEAR})",
-            paper=f"{MICRO} against {DEEPWALK}", verdict=lambda _: good, limit=lambda walks: walks - NEAR,
+            micro,
+            ours="fastrp",
+            baseline="graphvite",
+            claim=f"as good as walks and negative sampling (to {NEAR})",
+            paper=f"{MICRO} against {DEEPWALK}",
+            verdict=lambda _: good,
+            limit=lambda walks: walks - NEAR,
         ),
         results.claim(
-            cost, ours="fastrp", baseline="graphvite", claim=f"at least {FASTER:.0f} times less processor time",
-            paper="over 4,000 times, another baseline and graph", verdict=lambda _: quick, limit=lambda walks: walks / FASTER,
+            cost,
+            ours="fastrp",
+            baseline="graphvite",
+            claim=f"at least {FASTER:.0f} times less processor time",
+            paper="over 4,000 times, another baseline and graph",
+            verdict=lambda _: quick,
+            limit=lambda walks: walks / FASTER,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def draw(results: Results, path: Path) -> None:

@@ -114,8 +114,16 @@ class ArmConfig(Config):
 def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`."""
     tiny = Size(
-        model="made", calibration=3, context_calibration=2, learned=3, judged=4, population=4, generations=1, steps=5, threads=1,
-    )  # fmt: skip
+        model="made",
+        calibration=3,
+        context_calibration=2,
+        learned=3,
+        judged=4,
+        population=4,
+        generations=1,
+        steps=5,
+        threads=1,
+    )
     size = (Size() if full else tiny).replace(**changes)
     return Study(
         name="ftp",

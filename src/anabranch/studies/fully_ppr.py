@@ -139,9 +139,13 @@ class Size(Config):
 
 
 SMOKE = Size(
-    all_graphs=("power-4000",), law_graph="power-300", weights_graph="power-2000",
-    walks=(1_000, 3_000, 10_000, 30_000), sample=50, nodes=2_000,
-)  # fmt: skip
+    all_graphs=("power-4000",),
+    law_graph="power-300",
+    weights_graph="power-2000",
+    walks=(1_000, 3_000, 10_000, 30_000),
+    sample=50,
+    nodes=2_000,
+)
 
 
 def make(full: bool = False, **changes: Any) -> Study:
@@ -243,9 +247,13 @@ def run_all(config: All, seed: int, progress: Progress) -> Metrics:
     """``times`` less processor time than igraph for all sources, and ``overlap`` and ``l1`` on a sample."""
     graph = graph_of(config.graph, seed)
     options: dict[str, Any] = {
-        "alpha": ALPHA, "method": "decompose", "rounds": config.rounds, "index_walks": config.index_walks, "seed": seed,
+        "alpha": ALPHA,
+        "method": "decompose",
+        "rounds": config.rounds,
+        "index_walks": config.index_walks,
+        "seed": seed,
         "workers": 1,
-    }  # fmt: skip
+    }
     source_S = sample_of(graph, config.sample, seed)
     # Compiled code is loaded before the clock starts.
     fully_ppr(graph, sources=source_S[:2], **options)
@@ -426,18 +434,46 @@ def judge(results: Results, planned: Collection[str] | None = None) -> list[Clai
         elif arm.startswith("law-"):
             p_f = results.mean(arm, "p_f").mean
             claims += [
-                _claim(results, arm, "slope", SLOPE, lambda v: abs(v - SLOPE) <= SLOPE_OFF,
-                       f"{name}: the error of ends falls as walks^-1/2", "theory"),
-                _claim(results, arm, "broken", p_f, partial(operator.gt, p_f),
-                       f"{name}: fewer than p_f of the pairs break the eps-delta bound", "theory"),
-                _claim(results, arm, "visits_share", VISITS, lambda v: v <= VISITS,
-                       f"{name}: visits need at most {VISITS} of the walks of ends", "about alpha"),
-            ]  # fmt: skip
+                _claim(
+                    results,
+                    arm,
+                    "slope",
+                    SLOPE,
+                    lambda v: abs(v - SLOPE) <= SLOPE_OFF,
+                    f"{name}: the error of ends falls as walks^-1/2",
+                    "theory",
+                ),
+                _claim(
+                    results,
+                    arm,
+                    "broken",
+                    p_f,
+                    partial(operator.gt, p_f),
+                    f"{name}: fewer than p_f of the pairs break the eps-delta bound",
+                    "theory",
+                ),
+                _claim(
+                    results,
+                    arm,
+                    "visits_share",
+                    VISITS,
+                    lambda v: v <= VISITS,
+                    f"{name}: visits need at most {VISITS} of the walks of ends",
+                    "about alpha",
+                ),
+            ]
         elif arm.startswith("weights-"):
             claims.append(
-                _claim(results, arm, "gain", BETTER, lambda v: v >= BETTER,
-                       f"{name}: walks by weight find the weighted top 20", "not given")
-            )  # fmt: skip
+                _claim(
+                    results,
+                    arm,
+                    "gain",
+                    BETTER,
+                    lambda v: v >= BETTER,
+                    f"{name}: walks by weight find the weighted top 20",
+                    "not given",
+                )
+            )
         elif arm == "devices":
             claims += _device_claims(results)
     return claims
@@ -453,10 +489,16 @@ def _all_claims(results: Results, arm: str, name: str) -> list[Claim]:
     for bar in bars:
         seen = [accurate(bar)(times, shared[seed]) for seed, times in results.values(arm, "times").items()]
         claims.append(
-            _judged(results, arm, "times", bar, seen,
-                    f"{name}: {bar:.0f} times less processor time than a loop over sources, at a top-50 overlap of {OVERLAP}",
-                    "several orders of magnitude")
-        )  # fmt: skip
+            _judged(
+                results,
+                arm,
+                "times",
+                bar,
+                seen,
+                f"{name}: {bar:.0f} times less processor time than a loop over sources, at a top-50 overlap of {OVERLAP}",
+                "several orders of magnitude",
+            )
+        )
     return claims
 
 
@@ -500,15 +542,27 @@ def draw(results: Results, path: Path) -> None:
         made.suptitle("PageRank from every node", x=0.01, ha="left", fontweight="bold", color=INK)
         for place, (metric, label) in enumerate((("curve_endpoint", "ends"), ("curve_fullpath", "visits"))):
             for number, run in enumerate(law.values()):
-                left.plot(run["curve_walks"], run[metric], color=SERIES[place], marker=MARKERS[place], markersize=4,
-                          label=None if number else label)  # fmt: skip
+                left.plot(
+                    run["curve_walks"],
+                    run[metric],
+                    color=SERIES[place],
+                    marker=MARKERS[place],
+                    markersize=4,
+                    label=None if number else label,
+                )
         left.set_xscale("log")
         left.set_yscale("log")
         left.set_xlabel("walks per source")
         left.set_title("L1 error")
         for number, run in enumerate(devices.values()):
-            right.plot(run["curve_gamma"], run["curve_throughput"], color=SERIES[0], marker="o", markersize=4,
-                       label=None if number else "fixed gamma")  # fmt: skip
+            right.plot(
+                run["curve_gamma"],
+                run["curve_throughput"],
+                color=SERIES[0],
+                marker="o",
+                markersize=4,
+                label=None if number else "fixed gamma",
+            )
             right.axhline(run["throughput_chosen"], color=SERIES[1], linewidth=1, label=None if number else "chosen")
         right.set_xscale("log", base=2)
         if devices:

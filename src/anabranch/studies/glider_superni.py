@@ -31,10 +31,17 @@ def run(size: "Size", seed: int, place: Path, progress: Progress) -> Metrics:
         progress(f"adapter {number + 1} of {len(tasks)}")
         rows = superni.write_task(place / f"{number}.jsonl", superni.rows_of(task, "train"))
         pool[task] = trained_expert(
-            weights, rows, place / str(number), Lora.Config(targets=TARGETS, rank=size.rank), seed,
-            steps=(size.real_steps, size.real_gate_steps), rates=(size.real_rate, size.gate_rate), batch=size.real_batch,
-            length=size.real_length, dtype="bfloat16",
-        )  # fmt: skip
+            weights,
+            rows,
+            place / str(number),
+            Lora.Config(targets=TARGETS, rank=size.rank),
+            seed,
+            steps=(size.real_steps, size.real_gate_steps),
+            rates=(size.real_rate, size.gate_rate),
+            batch=size.real_batch,
+            length=size.real_length,
+            dtype="bfloat16",
+        )
         describe_expert(pool[task], instruction=told[task])
     tokenizer = load_model(weights)[1]
     assert tokenizer is not None, "the file has one"

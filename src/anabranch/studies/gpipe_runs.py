@@ -310,9 +310,12 @@ def timed_steps(rank: int, world: int, table: dict[str, int], seed: int, rounds:
 def run_speed(config: Speed, seed: int) -> Metrics:
     """``speedup`` over one process, ``loss_off``: the largest relative difference of a loss, ``cores``: speed of two at once over one."""
     table = {
-        "width": config.width, "layers": config.layers, "sequences": config.sequences, "length": config.length,
+        "width": config.width,
+        "layers": config.layers,
+        "sequences": config.sequences,
+        "length": config.length,
         "micro_batches": config.micro_batches,
-    }  # fmt: skip
+    }
     one = run_ranks(timed_steps, 1, table, seed, config.rounds, timeout_s=600)[0]
     two = run_ranks(timed_steps, 2, table, seed, config.rounds, timeout_s=600)
     off = max(abs(ours - theirs) / abs(theirs) for ours, theirs in zip(two[0]["losses"], one["losses"], strict=True))

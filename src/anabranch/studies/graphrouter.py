@@ -148,11 +148,19 @@ def arms(base: Case, full: bool) -> list[Arm]:
 EXPLORE = 0.5
 
 _ABOUT = {
-    "random": "every model alike", "single": "the best model of what is learned from", "task": "the best model of the true task",
-    "task-told": "the best model of the task told from the vector", "knn": "40 nearest queries", "kmeans": "32 clusters",
-    "ridge": "ridge regression", "oracle": "the best answer of each question", "reference": "the published code's graph: sums",
-    "mean": "messages averaged", "hetero": "tasks as nodes, edges both ways", "plus": "gated messages, attention, one for all trade-offs",
-}  # fmt: skip
+    "random": "every model alike",
+    "single": "the best model of what is learned from",
+    "task": "the best model of the true task",
+    "task-told": "the best model of the task told from the vector",
+    "knn": "40 nearest queries",
+    "kmeans": "32 clusters",
+    "ridge": "ridge regression",
+    "oracle": "the best answer of each question",
+    "reference": "the published code's graph: sums",
+    "mean": "messages averaged",
+    "hetero": "tasks as nodes, edges both ways",
+    "plus": "gated messages, attention, one for all trade-offs",
+}
 
 
 def run(case: Case, seed: int, progress: Progress) -> Metrics:
@@ -370,9 +378,10 @@ def _strip(axes: Any, results: Results, rows: list[str], scenario: str) -> None:
 
 def _shots(axes: Any, results: Results) -> None:
     lines: dict[str, tuple[str, Callable[[int], str]]] = {
-        "plus": (SERIES[1], lambda shots: f"ours_{shots}"), "plus, trusting": (SERIES[2], lambda shots: f"trusting_{shots}"),
+        "plus": (SERIES[1], lambda shots: f"ours_{shots}"),
+        "plus, trusting": (SERIES[2], lambda shots: f"trusting_{shots}"),
         "k-NN on shots": (SERIES[0], lambda shots: f"knn_{shots}"),
-    }  # fmt: skip
+    }
     old = results.values("newcomers", "old")
     if not old:
         axes.set_visible(False)

@@ -58,10 +58,13 @@ def made(count: int = 700, topics: int = 8, models: int = 6, dim: int = 24) -> R
     score_NM = (rng.uniform(size=(count, models)) < good_TM[topic_N]).astype(float)
     cost_NM = np.linspace(1, 4, models) * 1e-4 * rng.uniform(0.7, 1.3, size=(count, 1))
     return Recorded(
-        query=tuple(f"query {row} about topic {topic}" for row, topic in enumerate(topic_N)), models=tuple(f"m{m}" for m in range(models)),
-        score_NM=score_NM, cost_NM=cost_NM, task=tuple(f"topic {topic}" for topic in topic_N),
+        query=tuple(f"query {row} about topic {topic}" for row, topic in enumerate(topic_N)),
+        models=tuple(f"m{m}" for m in range(models)),
+        score_NM=score_NM,
+        cost_NM=cost_NM,
+        task=tuple(f"topic {topic}" for topic in topic_N),
         vector_ND=(vector_ND / np.linalg.norm(vector_ND, axis=1, keepdims=True)).astype(np.float32),
-    )  # fmt: skip
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +123,10 @@ def baseline(method: str, part: Parts, scenario: str, seed: int) -> np.ndarray:
         task_Q = tasks.index(test.task) if method == "task" else tasks.told(test.vector_ND).argmax(1)  # type: ignore[arg-type]
         return np.array([reward_NM[task_N == task].mean(0).argmax() for task in range(len(tasks.names))])[task_Q]
     settings: dict[str, dict[str, Any]] = {
-        "knn": {"k": 40}, "kmeans": {"num_clusters": 32, "nearest": 1, "prior": 0.0}, "ridge": {},
-    }  # fmt: skip
+        "knn": {"k": 40},
+        "kmeans": {"num_clusters": 32, "nearest": 1, "prior": 0.0},
+        "ridge": {},
+    }
     strategy = strategies.make("cluster" if method == "kmeans" else method, **settings[method])
     strategy.fit(dataclasses.replace(part.train, score_NM=reward_NM), seed=seed)
     assert isinstance(strategy, Ranked)
@@ -206,9 +211,10 @@ def run_newcomers(config: GraphRouter.Config, name: str, seed: int) -> dict[str,
     router = config.build().fit(part.train.only(names), seed=seed, model_vectors=vectors)
     full = config.build().fit(part.train, seed=seed, model_vectors=vectors)
     found: dict[str, Any] = {
-        "new": [models[at] for at in new], "old": mean(np.array(old)[router.utilities(part.test).argmax(1)]),
+        "new": [models[at] for at in new],
+        "old": mean(np.array(old)[router.utilities(part.test).argmax(1)]),
         "full": mean(full.utilities(part.test).argmax(1)),
-    }  # fmt: skip
+    }
     order_N = rng.permutation(len(part.train))
     arrays, facts = router.state()
     for shots in SHOTS:

@@ -154,8 +154,11 @@ def arms(size: Size) -> dict[str, Arm]:
 def run(config: Case, seed: int, progress: Progress) -> Metrics:
     """One arm."""
     parts: dict[str, Callable[[Case, int, Progress], Metrics]] = {
-        "parity": parity, "growth": growth, "ablation": ablation, "churn": churn
-    }  # fmt: skip
+        "parity": parity,
+        "growth": growth,
+        "ablation": ablation,
+        "churn": churn,
+    }
     return parts[config.part](config, seed, progress)
 
 

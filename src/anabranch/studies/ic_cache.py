@@ -119,12 +119,19 @@ def make(full: bool = False, **changes: Any) -> Study:
     made = arms(base)
     default = [arm.name for arm in made if full or arm.name in SMOKE]
     return Study(
-        name="ic_cache", title="examples from a large model's answers, and routing under load",
-        settings={"size": "full" if full else "smoke", **to_dict(base)}, arms=made, default_arms=tuple(default),
-        seeds=tuple(range(SHARDS)) if full else (0, 1), run=run, judge=judge, columns=COLUMNS, draw=draw,
+        name="ic_cache",
+        title="examples from a large model's answers, and routing under load",
+        settings={"size": "full" if full else "smoke", **to_dict(base)},
+        arms=made,
+        default_arms=tuple(default),
+        seeds=tuple(range(SHARDS)) if full else (0, 1),
+        run=run,
+        judge=judge,
+        columns=COLUMNS,
+        draw=draw,
         # Of the paper's own selection, two-stage by predicted use; neighbours alone are what it is an answer to.
         primary="predicted use selects better than similarity",
-    )  # fmt: skip
+    )
 
 
 SMOKE = ("none", "similar1", "nearest", "nearest-flip", "keep-knapsack", "keep-random", "drift-decay", "drift-none")
@@ -166,9 +173,14 @@ def arms(base: Case) -> list[Arm]:
 
 
 POLICIES = {
-    "ours": "the bandit", "ours-no-load": "the bandit, blind to load", "small": "always small with examples", "large": "always large",
-    "static0.3": "classifier, threshold 0.3", "static0.5": "classifier, threshold 0.5", "static0.7": "classifier, threshold 0.7",
-}  # fmt: skip
+    "ours": "the bandit",
+    "ours-no-load": "the bandit, blind to load",
+    "small": "always small with examples",
+    "large": "always large",
+    "static0.3": "classifier, threshold 0.3",
+    "static0.5": "classifier, threshold 0.5",
+    "static0.7": "classifier, threshold 0.7",
+}
 KEEPS = ("knapsack", "knapsack-all", "random", "newest")
 
 
@@ -180,9 +192,11 @@ def run(case: Case, seed: int, progress: Progress) -> Metrics:
         pairs, score, replies = labels(SmallModel(), seed, progress)
         similarity = pairs.feature_KF[:, 0]
         return {
-            "score": float(score.mean()), "similarity_correlation": correlation(similarity, score),
-            "cpu_s": float(np.mean([reply.cpu_s for reply in replies])), "count": len(score),
-        }  # fmt: skip
+            "score": float(score.mean()),
+            "similarity_correlation": correlation(similarity, score),
+            "cpu_s": float(np.mean([reply.cpu_s for reply in replies])),
+            "count": len(score),
+        }
     if case.part == "proxy":
         return judge_proxies(seed, progress)
     if case.part == "load":

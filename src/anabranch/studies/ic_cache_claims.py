@@ -282,18 +282,33 @@ def _load(results: Results, policies: Collection[str], loads: Sequence[float]) -
     made = [
         _never("no other policy dominates at any load (share of loads)", "Pareto front (figure)", dominated),
         found.claim(
-            f"P99 at {OVER} of large capacity is at most {BOUNDED:g} large service times", "-69 to -71% P99", "p99", OVER, "large",
-            lambda seed: at("ours", "p99", OVER, seed) <= BOUNDED, lambda _: BOUNDED,
+            f"P99 at {OVER} of large capacity is at most {BOUNDED:g} large service times",
+            "-69 to -71% P99",
+            "p99",
+            OVER,
+            "large",
+            lambda seed: at("ours", "p99", OVER, seed) <= BOUNDED,
+            lambda _: BOUNDED,
         ),
         found.claim(
-            f"minding the load halves P99 at {OVER} of capacity", "no number", "p99", OVER, "ours-no-load",
-            lambda seed: at("ours", "p99", OVER, seed) < 0.5 * at("ours-no-load", "p99", OVER, seed), lambda open_: 0.5 * open_,
+            f"minding the load halves P99 at {OVER} of capacity",
+            "no number",
+            "p99",
+            OVER,
+            "ours-no-load",
+            lambda seed: at("ours", "p99", OVER, seed) < 0.5 * at("ours-no-load", "p99", OVER, seed),
+            lambda open_: 0.5 * open_,
         ),
         found.claim(
-            f"quality within a point of always-large at {UNDER} of capacity", "no bias there", "quality", UNDER, "large",
-            lambda seed: at("ours", "quality", UNDER, seed) >= at("large", "quality", UNDER, seed) - 0.01, lambda large: large - 0.01,
+            f"quality within a point of always-large at {UNDER} of capacity",
+            "no bias there",
+            "quality",
+            UNDER,
+            "large",
+            lambda seed: at("ours", "quality", UNDER, seed) >= at("large", "quality", UNDER, seed) - 0.01,
+            lambda large: large - 0.01,
         ),
-    ]  # fmt: skip
+    ]
     for lost, label in ((0.01, "equal quality (to a point)"), (0.1, "a quality at most 10 points lower")):
         ours = [found.sustained("ours", lost, seed) for seed in seeds]
         theirs = [found.sustained("large", lost, seed) for seed in seeds]
@@ -316,10 +331,28 @@ def _pool(results: Results) -> list[Claim]:
         return results.claim(metric, ours=ours, baseline=baseline, claim=claim, paper=paper, verdict=above_zero)
 
     return [
-        better("copied", "keep-knapsack", "keep-random", "5% kept by the knapsack serve better than 5% at random", "figure 19"),
-        better("copied", "keep-knapsack-all", "keep-random", "the same where every example shown has the credit", "figure 19"),
+        better(
+            "copied",
+            "keep-knapsack",
+            "keep-random",
+            "5% kept by the knapsack serve better than 5% at random",
+            "figure 19",
+        ),
+        better(
+            "copied",
+            "keep-knapsack-all",
+            "keep-random",
+            "the same where every example shown has the credit",
+            "figure 19",
+        ),
         better("copied", "keep-knapsack", "keep-newest", "better than the newest 5%", "no number"),
         better("after", "drift-decay", "drift-none", "decay helps after a change of topic", "no number"),
-        better("after", "drift-decay", "drift-paper", "room for newcomers helps after a change of topic", "not in the paper"),
+        better(
+            "after",
+            "drift-decay",
+            "drift-paper",
+            "room for newcomers helps after a change of topic",
+            "not in the paper",
+        ),
         better("before", "drift-none", "drift-decay", "decay costs before it", "no number"),
-    ]  # fmt: skip
+    ]

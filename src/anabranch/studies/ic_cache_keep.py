@@ -100,9 +100,13 @@ def drift(work: Work, decay: float, seed: int, *, newcomers: float, count: int, 
             manager.shown(examples[::-1], quality[0], 0.3, is_cheap=True, now_s=now_s)
         scores.append(max(quality, default=0.0))
         pool.admit(
-            query, pair.command, "large", now_s=now_s, vector_D=vector_D,
+            query,
+            pair.command,
+            "large",
+            now_s=now_s,
+            vector_D=vector_D,
             make_room=functools.partial(manager.make_room, now_s=now_s),
-        )  # fmt: skip
+        )
     half, quarter = count // 2, count // 8
     return {
         "before": float(np.mean(scores[half - quarter : half])),

@@ -150,9 +150,11 @@ def simulate(name: str, measured: Measured, rho: float, seed: int, times: np.nda
             router.rate(test.x_RI[row], ARMS[arm], float(test.quality_R2[row, arm]))
     latency /= mean_large * scale
     return {
-        "quality": float(quality.mean()), "p50": float(np.quantile(latency, 0.5)), "p99": float(np.quantile(latency, 0.99)),
+        "quality": float(quality.mean()),
+        "p50": float(np.quantile(latency, 0.5)),
+        "p99": float(np.quantile(latency, 0.99)),
         "large": float(large.mean()),
-    }  # fmt: skip
+    }
 
 
 def sweep(

@@ -137,9 +137,21 @@ def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`."""
     small = BenchSize(dim=64, num_layers=2, num_heads=4, base_steps=60, words_learned=60, words_measured=8, shots=8)
     tiny = Size(
-        bench=small, steps=20, few_steps=4, new_tasks=2, learned_tasks=6, real_tasks=2, real_new=1, real_steps=1,
-        real_batch=2, real_few_steps=1, real_few_batch=2, real_length=48, real_rows=1, real_new_tokens=2,
-    )  # fmt: skip
+        bench=small,
+        steps=20,
+        few_steps=4,
+        new_tasks=2,
+        learned_tasks=6,
+        real_tasks=2,
+        real_new=1,
+        real_steps=1,
+        real_batch=2,
+        real_few_steps=1,
+        real_few_batch=2,
+        real_length=48,
+        real_rows=1,
+        real_new_tokens=2,
+    )
     size = (Size() if full else tiny).replace(**changes)
     arms: dict[Literal["lora", "poly", "mhr"], str] = {
         "lora": "one adapter of rank K r",
@@ -317,22 +329,42 @@ _ASKED: tuple[Asked, ...] = (
     ("better", "superni-mhr", "better", "superni-lora", 0.0, "SuperNI: MHR beats one LoRA on 32 tasks", _TOGETHER),
     ("rouge", "superni-mhr", "rouge", "superni-lora", 0.0, "SuperNI: MHR beats one LoRA in ROUGE-L", _TOGETHER),
     (
-        "better_zero", "superni-mhr", "better_zero", "superni-lora", 0.0,
-        "SuperNI: without examples the average of MHR beats one LoRA on new tasks", "up to +3 points",
+        "better_zero",
+        "superni-mhr",
+        "better_zero",
+        "superni-lora",
+        0.0,
+        "SuperNI: without examples the average of MHR beats one LoRA on new tasks",
+        "up to +3 points",
     ),
     (
-        "better_few_z", "superni-mhr", "better_few_z", "superni-poly", 0.0,
-        "SuperNI: tables alone: MHR learns new tasks better than Poly", "MHR-z competitive",
+        "better_few_z",
+        "superni-mhr",
+        "better_few_z",
+        "superni-poly",
+        0.0,
+        "SuperNI: tables alone: MHR learns new tasks better than Poly",
+        "MHR-z competitive",
     ),
     (
-        "better_few_mu", "superni-mhr", "better_few_full", "superni-mhr", -0.02,
-        "SuperNI: MHR-mu is at most 0.02 nats a token behind a router on new tasks", "MHR-mu as good as a router",
+        "better_few_mu",
+        "superni-mhr",
+        "better_few_full",
+        "superni-mhr",
+        -0.02,
+        "SuperNI: MHR-mu is at most 0.02 nats a token behind a router on new tasks",
+        "MHR-mu as good as a router",
     ),
     (
-        "better_few_full", "superni-mhr", "better_few_full", "superni-lora", 0.0,
-        "SuperNI: MHR learns new tasks better than LoRA (open)", "MHR above LoRA",
+        "better_few_full",
+        "superni-mhr",
+        "better_few_full",
+        "superni-lora",
+        0.0,
+        "SuperNI: MHR learns new tasks better than LoRA (open)",
+        "MHR above LoRA",
     ),
-)  # fmt: skip
+)
 
 
 def judge(results: Results) -> list[Claim]:

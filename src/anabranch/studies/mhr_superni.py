@@ -44,9 +44,14 @@ def run(config: "ArmConfig", seed: int, progress: Progress) -> Metrics:
 
     def scores(model: Decoder, rows: Sequence[Row], name: str, telling: Telling) -> Metrics:
         found = measure_rows(
-            model, tokenizer, rows, most_tokens=size.real_length, batch_size=4, max_new_tokens=size.real_new_tokens,
+            model,
+            tokenizer,
+            rows,
+            most_tokens=size.real_length,
+            batch_size=4,
+            max_new_tokens=size.real_new_tokens,
             telling=telling,
-        ).all  # fmt: skip
+        ).all
         assert found.rouge_l is not None, "answers were asked for"
         return {f"better{name}": -found.nats_per_token, f"rouge{name}": found.rouge_l}
 
@@ -74,9 +79,16 @@ def run(config: "ArmConfig", seed: int, progress: Progress) -> Metrics:
                 progress(f"{name}: {mode}")
                 way = config.of(targets=TARGETS, start=str(adapter), mode=mode) if routed else method
                 own: Any = trained(
-                    way, str(weights), shots, place / f"{mode}-{number}", seed + _SHOTS_SEED, begin=begin,
-                    steps=size.real_few_steps, batch=size.real_few_batch, **options,
-                )  # fmt: skip
+                    way,
+                    str(weights),
+                    shots,
+                    place / f"{mode}-{number}",
+                    seed + _SHOTS_SEED,
+                    begin=begin,
+                    steps=size.real_few_steps,
+                    batch=size.real_few_batch,
+                    **options,
+                )
                 few.setdefault(mode, []).append(
                     scores(own.base, asked[name], f"_few_{mode}", _telling(own.base, routed and mode != "mu"))
                 )

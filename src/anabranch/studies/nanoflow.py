@@ -90,33 +90,46 @@ def arms(size: Size) -> dict[str, Arm]:
     """All arms."""
     made = [
         Arm(
-            LARGE, "E1: LLaMA-2-70B on 8 A100, simulated",
+            LARGE,
+            "E1: LLaMA-2-70B on 8 A100, simulated",
             Search(model="llama-2-70b", devices=8, dense_batch=2048, evaluations=size.evaluations),
         ),
         Arm(
-            SMALL, "E1: LLaMA-3-8B on one A100, simulated",
+            SMALL,
+            "E1: LLaMA-3-8B on one A100, simulated",
             Search(model="llama-3-8b", devices=1, dense_batch=1024, evaluations=size.evaluations),
         ),
         Arm(
-            "async", f"E2: {size.num_requests} requests, asynchronous over synchronous",
+            "async",
+            f"E2: {size.num_requests} requests, asynchronous over synchronous",
             Async(
-                model=size.model, num_requests=size.num_requests, max_prompt=size.max_prompt, max_output=size.max_output, rounds=size.rounds
+                model=size.model,
+                num_requests=size.num_requests,
+                max_prompt=size.max_prompt,
+                max_output=size.max_output,
+                rounds=size.rounds,
             ),
         ),
         *(
             Arm(
-                f"overlap-{what}", f"E3: {what} beside products, over one after the other",
+                f"overlap-{what}",
+                f"E3: {what} beside products, over one after the other",
                 Overlap(what=what, size_mb=size.stream_mb, rows=size.rows, rounds=size.rounds),
             )
             for what in ("attention", "disk", "dequant")
         ),
         Arm(
-            "nano-only", "E4: steps in halves, one after the other, over whole steps",
+            "nano-only",
+            "E4: steps in halves, one after the other, over whole steps",
             Nano(
-                model=size.model, num_decodes=size.num_decodes, context=size.context, num_prefills=size.num_prefills, rounds=size.rounds
+                model=size.model,
+                num_decodes=size.num_decodes,
+                context=size.context,
+                num_prefills=size.num_prefills,
+                rounds=size.rounds,
             ),
         ),
-    ]  # fmt: skip
+    ]
     return {arm.name: arm for arm in made}
 
 
@@ -193,12 +206,18 @@ def draw(results: Results, path: Path) -> None:
     rows = [
         (f"{arm.removeprefix('search-')}: {label}", results.values(arm, metric), paper)
         for arm, metric, label, paper in (
-            (LARGE, "full", "all", 1.18), (LARGE, "no_memory", "network", 1.07), (LARGE, "no_network", "memory", None),
-            (LARGE, "split_only", "split only", 0.87), (SMALL, "full", "all", None), ("async", "ratio", "over synchronous", None),
-            ("overlap-attention", "ratio", "side by side", None), ("overlap-disk", "ratio", "side by side", None),
-            ("overlap-dequant", "ratio", "side by side", None), ("nano-only", "ratio", "halves", None),
+            (LARGE, "full", "all", 1.18),
+            (LARGE, "no_memory", "network", 1.07),
+            (LARGE, "no_network", "memory", None),
+            (LARGE, "split_only", "split only", 0.87),
+            (SMALL, "full", "all", None),
+            ("async", "ratio", "over synchronous", None),
+            ("overlap-attention", "ratio", "side by side", None),
+            ("overlap-disk", "ratio", "side by side", None),
+            ("overlap-dequant", "ratio", "side by side", None),
+            ("nano-only", "ratio", "halves", None),
         )
-    ]  # fmt: skip
+    ]
     rows = [row for row in rows if row[1]]
     with figure(8, max(2.4, 1.2 + 0.34 * len(rows))) as (made, axes):
         for at, (_, values, paper) in enumerate(rows):

@@ -95,22 +95,47 @@ def measure(answer: str, pair: Pair) -> dict[str, float | None]:
 # The generated work, in which the nearest answer is wrong by construction
 
 OPPOSITE_TEMPLATES = (
-    ("enable the {x} service at boot", "systemctl enable {x}", "disable the {x} service at boot", "systemctl disable {x}"),
+    (
+        "enable the {x} service at boot",
+        "systemctl enable {x}",
+        "disable the {x} service at boot",
+        "systemctl disable {x}",
+    ),
     ("start the {x} service", "systemctl start {x}", "stop the {x} service", "systemctl stop {x}"),
     ("mount the volume /mnt/{x}", "mount /mnt/{x}", "unmount the volume /mnt/{x}", "umount /mnt/{x}"),
     ("lock the account of user {x}", "passwd -l {x}", "unlock the account of user {x}", "passwd -u {x}"),
     ("compress the file {x}.log", "gzip {x}.log", "decompress the file {x}.log.gz", "gunzip {x}.log.gz"),
     ("create the directory {x}", "mkdir {x}", "remove the empty directory {x}", "rmdir {x}"),
     ("install the package {x}", "apt-get install {x}", "remove the package {x}", "apt-get remove {x}"),
-    ("print lines of {x} that match error", "grep error {x}", "print lines of {x} that do not match error", "grep -v error {x}"),
+    (
+        "print lines of {x} that match error",
+        "grep error {x}",
+        "print lines of {x} that do not match error",
+        "grep -v error {x}",
+    ),
     ("sort {x}.csv in ascending order", "sort {x}.csv", "sort {x}.csv in descending order", "sort -r {x}.csv"),
     ("show the first 5 lines of {x}.txt", "head -n 5 {x}.txt", "show the last 5 lines of {x}.txt", "tail -n 5 {x}.txt"),
-    ("add user {x} to the group docker", "gpasswd -a {x} docker", "remove user {x} from the group docker", "gpasswd -d {x} docker"),
+    (
+        "add user {x} to the group docker",
+        "gpasswd -a {x} docker",
+        "remove user {x} from the group docker",
+        "gpasswd -d {x} docker",
+    ),
     ("allow port {n} in the firewall", "ufw allow {n}", "deny port {n} in the firewall", "ufw deny {n}"),
-    ("find files in {x} newer than {n} days", "find {x} -mtime -{n}", "find files in {x} older than {n} days", "find {x} -mtime +{n}"),
-    ("bring the network interface {x} up", "ip link set {x} up", "bring the network interface {x} down", "ip link set {x} down"),
+    (
+        "find files in {x} newer than {n} days",
+        "find {x} -mtime -{n}",
+        "find files in {x} older than {n} days",
+        "find {x} -mtime +{n}",
+    ),
+    (
+        "bring the network interface {x} up",
+        "ip link set {x} up",
+        "bring the network interface {x} down",
+        "ip link set {x} down",
+    ),
     ("load the kernel module {x}", "modprobe {x}", "unload the kernel module {x}", "modprobe -r {x}"),
-)  # fmt: skip
+)
 NAMES = (
     "alpha bravo cedar delta ember falcon garnet harbor indigo juniper kestrel lumen maple nectar onyx pepper quartz raven sierra tundra "
     "umber violet willow xenon yarrow zephyr"

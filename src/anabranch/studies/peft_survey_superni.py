@@ -42,9 +42,17 @@ def run(config: "ArmConfig", seed: int, progress: Progress) -> Metrics:
         for rate in size.real_rates:
             progress(f"rate {rate:g}")
             task: Any = trained(
-                config.of(), str(weights), rows, place / f"{rate:g}", seed,
-                steps=size.real_steps, batch=size.real_batch, rate=rate, length=size.real_length, dtype="bfloat16",
-            )  # fmt: skip
+                config.of(),
+                str(weights),
+                rows,
+                place / f"{rate:g}",
+                seed,
+                steps=size.real_steps,
+                batch=size.real_batch,
+                rate=rate,
+                length=size.real_length,
+                dtype="bfloat16",
+            )
             score = nats(task.base, chosen)
             if best is None or score < best[0]:
                 best = (score, rate)

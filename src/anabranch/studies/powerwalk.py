@@ -261,17 +261,25 @@ def judge(results: Results, graphs: Sequence[str] = GRAPHS) -> list[Claim]:
     for graph in graphs:
         claims += [
             _limited(
-                _walks_needed(results, graph), FEWER, f"{graph}: full paths need fewer walks", "about alpha = 0.15 times"
+                _walks_needed(results, graph),
+                FEWER,
+                f"{graph}: full paths need fewer walks",
+                "about alpha = 0.15 times",
             ),
             _limited(
-                results.values(f"decompose-{graph}", "halved"), BELOW,
-                f"{graph}: two rounds take the error below {BELOW} of the index's", "more accurate than the index",
+                results.values(f"decompose-{graph}", "halved"),
+                BELOW,
+                f"{graph}: two rounds take the error below {BELOW} of the index's",
+                "more accurate than the index",
             ),
             _limited(
-                results.values(f"decompose-{graph}", "over_limit"), 1.0,
-                f"{graph}: the error is within (1 - alpha)^T of the index's worst", "not given", exact=True,
+                results.values(f"decompose-{graph}", "over_limit"),
+                1.0,
+                f"{graph}: the error is within (1 - alpha)^T of the index's worst",
+                "not given",
+                exact=True,
             ),
-        ]  # fmt: skip
+        ]
         if graph not in NO_BATCH:
             claim = f"{graph}: a batch is {BATCHED} times quicker than one by one"
             ratios = results.values(f"batch-{graph}", "batch_ratio")

@@ -88,9 +88,21 @@ from anabranch.studies.paired import every_seed
 from anabranch.train import follow_steps
 
 ArmName = Literal[
-    "none", "moh", "remoh", "positives", "easy", "hard", "videos", "dead-none", "dead-spr", "dead-released", "dead-ours",
-    "ways-none", "ways-moh", "ways-remoh",
-]  # fmt: skip
+    "none",
+    "moh",
+    "remoh",
+    "positives",
+    "easy",
+    "hard",
+    "videos",
+    "dead-none",
+    "dead-spr",
+    "dead-released",
+    "dead-ours",
+    "ways-none",
+    "ways-moh",
+    "ways-remoh",
+]
 # Those of Omniglot's twenty-way task, which is a file of its own.
 WAYS: tuple[ArmName, ...] = ("ways-none", "ways-moh", "ways-remoh")
 ARMS: dict[ArmName, str] = {

@@ -132,9 +132,11 @@ def _learns(name: str) -> bool:
 
 def _about(name: str) -> str:
     return {
-        "random": "every model alike", "best-single": "the best model of what is learned from",
-        "true-task": "its best model for each task, which is told", "oracle": "the best answer of each question",
-    }.get(name, f"strategy {name}, its defaults")  # fmt: skip
+        "random": "every model alike",
+        "best-single": "the best model of what is learned from",
+        "true-task": "its best model for each task, which is told",
+        "oracle": "the best answer of each question",
+    }.get(name, f"strategy {name}, its defaults")
 
 
 def run(case: Case, seed: int, progress: Progress) -> Metrics:
@@ -161,9 +163,11 @@ def run(case: Case, seed: int, progress: Progress) -> Metrics:
 
 def _baseline(kind: str, name: str, train: Recorded, test: Recorded) -> Metrics:
     rule = {
-        "random": lambda: rules.random_choice(test), "best-single": lambda: rules.best_single(train, test),
-        "true-task": lambda: rules.best_per_task(train, test), "oracle": lambda: rules.oracle(test),
-    }[kind]()  # fmt: skip
+        "random": lambda: rules.random_choice(test),
+        "best-single": lambda: rules.best_single(train, test),
+        "true-task": lambda: rules.best_per_task(train, test),
+        "oracle": lambda: rules.oracle(test),
+    }[kind]()
     best = rules.best_single(train, test)
     assert rule is not None
     found = {
@@ -184,12 +188,16 @@ def _judged(case: Case, name: str, seed: int, train: Recorded, test: Recorded, e
     gain_N = trial.quality_N - rules.best_single(train, test).quality_N
     path = trial.recovery
     found: Metrics = {
-        f"{name}_score": float(trial.quality_N.mean()), f"{name}_gain": float(gain_N.mean()), f"{name}_cost": float(trial.cost_N.mean()),
-        f"{name}_aiq": aiq(with_cheapest(trial.curve_P2, single_M2), float(low), float(high)), f"{name}_fit_s": trial.fit_s,
-        f"{name}_apgr": None if path is None else path.apgr, f"{name}_cpt50": None if path is None else path.cpt(0.5),
+        f"{name}_score": float(trial.quality_N.mean()),
+        f"{name}_gain": float(gain_N.mean()),
+        f"{name}_cost": float(trial.cost_N.mean()),
+        f"{name}_aiq": aiq(with_cheapest(trial.curve_P2, single_M2), float(low), float(high)),
+        f"{name}_fit_s": trial.fit_s,
+        f"{name}_apgr": None if path is None else path.apgr,
+        f"{name}_cpt50": None if path is None else path.cpt(0.5),
         f"{name}_gains": _packed(np.rint(CODE * gain_N).astype("i1")),
         f"{name}_p99_ms": None if trial.latency_ms is None else trial.latency_ms[1],
-    }  # fmt: skip
+    }
     if isinstance(made, Bandit):
         found[f"{name}_online"] = online(made.config.build(), train, test, pool_of(test.models), case.rounds, seed)
     return found
@@ -205,8 +213,14 @@ def online(bandit: Strategy, train: Recorded, test: Recorded, pool: Pool, rounds
         column = train.models.index(decision.model)
         cost = None if train.cost_NM is None else float(train.cost_NM[row, column])
         bandit.observe(
-            Outcome(query=queries[row], model=decision.model, quality=float(train.score_NM[row, column]), cost=cost, decision=decision)
-        )  # fmt: skip
+            Outcome(
+                query=queries[row],
+                model=decision.model,
+                quality=float(train.score_NM[row, column]),
+                cost=cost,
+                decision=decision,
+            )
+        )
     return float(bandit.play(test, pool).quality_N.mean())
 
 
@@ -244,10 +258,12 @@ def made_up(num: int = 600, topics: int = 6, models: int = 4, seed: int = 0) -> 
         text.append(" ".join([*(f"t{topic}w{word}" for word in own), *(f"x{word}" for word in common), f"n{row}"]))
     names = tuple(f"model-{number}" for number in range(models))
     data = Recorded(
-        query=tuple(text), models=names, task=tuple(f"topic {topic}" for topic in topic_N),
+        query=tuple(text),
+        models=names,
+        task=tuple(f"topic {topic}" for topic in topic_N),
         score_NM=(generator.random((num, models)) < skill_TM[topic_N]).astype(float),
         cost_NM=np.tile(1e-4 * 3.0 ** np.arange(models), (num, 1)),
-    )  # fmt: skip
+    )
     return RoutingSet(data=data, pool=pool_of(names), about="made up")
 
 
@@ -304,9 +320,12 @@ def _above_chance(results: Results, arms: Sequence[str]) -> Claim:
     for name in (*SETS, "made"):
         random = results.values("random", f"{name}_score")
         worst = {
-            seed: min((value for arm in arms if (value := results.values(arm, f"{name}_score").get(seed)) is not None), default=np.nan)
+            seed: min(
+                (value for arm in arms if (value := results.values(arm, f"{name}_score").get(seed)) is not None),
+                default=np.nan,
+            )
             for seed in random
-        }  # fmt: skip
+        }
         pairs = [(worst[seed], random[seed]) for seed in random if np.isfinite(worst[seed])]
         seen += [ours > chance for ours, chance in pairs]
         if pairs:
@@ -342,8 +361,11 @@ def _bandits(results: Results, arms: Sequence[str], name: str) -> Claim:
     told = f"bandits reach {SHARE:.0%} of ridge regression that saw all outcomes"
     full = results.values("ridge", f"{name}_score")
     shares = [
-        value / full[seed] for arm in arms for seed, value in results.values(arm, f"{name}_online").items() if seed in full
-    ]  # fmt: skip
+        value / full[seed]
+        for arm in arms
+        for seed, value in results.values(arm, f"{name}_online").items()
+        if seed in full
+    ]
     if not shares:
         return Claim.not_run(told, "must hold")
     least = float(min(shares))
@@ -398,8 +420,16 @@ def draw(results: Results, path: Path) -> None:
                 place.axvline(
                     value, color=INK if arm == "oracle" else MUTED, linestyle=(0, (2 + 3 * number, 2)), linewidth=1
                 )
-                place.annotate(arm, (value, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                               ha="center", color=MUTED, fontsize=7.5)  # fmt: skip
+                place.annotate(
+                    arm,
+                    (value, 1),
+                    (0, 3),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    ha="center",
+                    color=MUTED,
+                    fontsize=7.5,
+                )
             place.set_yticks(range(len(arms)), arms)
             place.set_ylim(len(arms) - 0.5, -0.5)
             place.set_xlabel(label)

@@ -58,5 +58,9 @@ class IdleWatch:
         log.warning(
             "%d of %d experts of %s are idle (under a tenth of the mean load, from step %d to %d); the routing may have collapsed: balance "
             "it more, or share experts among fewer layers",
-            count, size, name, steps[0], steps[-1],
-        )  # fmt: skip
+            count,
+            size,
+            name,
+            steps[0],
+            steps[-1],
+        )

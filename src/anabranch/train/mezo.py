@@ -76,8 +76,10 @@ class MeZOStepper(Stepper):
                             losses = self.task.step(self.call, batch, context).weighed(weights)
                     apart_S[sample] += sign * losses.total.double() / parts
                     for into, values in (
-                        (total, {"total": losses.total}), (terms, losses.terms), (metrics, losses.metrics),
-                    ):  # fmt: skip
+                        (total, {"total": losses.total}),
+                        (terms, losses.terms),
+                        (metrics, losses.metrics),
+                    ):
                         add_share(into, values, 2 * parts * samples)
         slope_S = self.workers.mean(apart_S) / (2 * self._settings.mezo_scale)
         self._slopes = slope_S.tolist()

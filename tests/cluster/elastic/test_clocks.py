@@ -158,8 +158,14 @@ def test_a_stage_s_clock_follows_as_far_as_the_device_goes():
     clock.follow(0.1)
     assert (control.get(), clock.factor) == (600, 0.6)
     assert clock.to_dict() == {
-        "mhz": 600, "usual_mhz": 1000, "least_mhz": 600, "most_mhz": 1300, "wanted": 0.1, "factor": 0.6, "sets": True,
-    }  # fmt: skip
+        "mhz": 600,
+        "usual_mhz": 1000,
+        "least_mhz": 600,
+        "most_mhz": 1300,
+        "wanted": 0.1,
+        "factor": 0.6,
+        "sets": True,
+    }
     clock.release()
     assert (control.get(), clock.factor) == (1000, 1.0)
 
@@ -213,9 +219,14 @@ def test_ranks_of_the_slowest_stage_run_faster_and_leave_their_clock_as_it_was()
             for parameter in layer.parameters():
                 nn.init.constant_(parameter, 0.5)
         made = ElasticTrainer(
-            layers, global_batch=2, optimizer_factory=torch.optim.SGD, loss=nn.functional.mse_loss, coordinator=host.address, wish=number,
+            layers,
+            global_batch=2,
+            optimizer_factory=torch.optim.SGD,
+            loss=nn.functional.mse_loss,
+            coordinator=host.address,
+            wish=number,
             clock=clocks[number],
-        )  # fmt: skip
+        )
         with made as rank:
             rank.step((torch.ones(2, 2), torch.zeros(2, 1)))
             told[number] = rank.status()["clock"]

@@ -55,8 +55,18 @@ def keyed_of(also_by_itself=True):
 
 
 def run(
-    replicas, *, is_exact, micro_batches=2, block=1, step=3, loss=F.cross_entropy, samples=SAMPLES, layers_of=layers_of, draws=True, seed=7
-):  # fmt: skip
+    replicas,
+    *,
+    is_exact,
+    micro_batches=2,
+    block=1,
+    step=3,
+    loss=F.cross_entropy,
+    samples=SAMPLES,
+    layers_of=layers_of,
+    draws=True,
+    seed=7,
+):
     """(loss, gradients by layer) of all ranks of one stage."""
     layout = Layout(Grid.full(replicas=replicas, stages=1), (), 3)
     settings = StepSettings(samples, micro_batches, block, is_exact, loss, seed, (draws,) * 3)

@@ -77,12 +77,16 @@ UNLIKE = {
     "seed of dropout": (KeyedDropout(0.1, layer=1), KeyedDropout(0.1, layer=1, seed=3)),
     "heads": (nn.MultiheadAttention(4, 1), nn.MultiheadAttention(4, 2)),
     "activation function": (
-        nn.TransformerEncoderLayer(4, 1, 4, activation=F.relu), nn.TransformerEncoderLayer(4, 1, 4, activation=F.gelu),
+        nn.TransformerEncoderLayer(4, 1, 4, activation=F.relu),
+        nn.TransformerEncoderLayer(4, 1, 4, activation=F.gelu),
     ),
     "norm first": (nn.TransformerEncoderLayer(4, 1, 4), nn.TransformerEncoderLayer(4, 1, 4, norm_first=True)),
     "shapes": (nn.Linear(2, 6, bias=False), nn.Linear(6, 2, bias=False)),
     "types": (nn.Linear(2, 2), nn.Linear(2, 2).double()),
-    "names": (nn.ParameterDict({"a": nn.Parameter(torch.zeros(1))}), nn.ParameterDict({"b": nn.Parameter(torch.zeros(1))})),
+    "names": (
+        nn.ParameterDict({"a": nn.Parameter(torch.zeros(1))}),
+        nn.ParameterDict({"b": nn.Parameter(torch.zeros(1))}),
+    ),
     "which learn": (nn.Linear(2, 2), frozen(nn.Linear(2, 2))),
     "numbers that do not learn": (frozen(nn.Linear(2, 2)), frozen(nn.Linear(2, 2), seed=1)),
     "own settings": (Own(), Own(0.2)),
@@ -90,13 +94,16 @@ UNLIKE = {
     "modes": (nn.Sequential(nn.Dropout(0.1)), nn.Sequential(nn.Dropout(0.1)).eval()),
     "tensors": (with_("scale", torch.ones(2)), with_("scale", torch.zeros(2))),
     "tables": (with_("config", {"k": 1.0}), with_("config", {"k": 2.0})),
-    "tables in tables": (with_("config", {"k": {"scale": torch.ones(2)}}), with_("config", {"k": {"scale": torch.zeros(2)}})),
+    "tables in tables": (
+        with_("config", {"k": {"scale": torch.ones(2)}}),
+        with_("config", {"k": {"scale": torch.zeros(2)}}),
+    ),
     "options": (with_("config", Options(0.1)), with_("config", Options(0.2))),
     "sets": (with_("kept", {"a", "b"}), with_("kept", {"a"})),
     "hooks": (nn.Sequential(nn.Tanh()), hooked()),
     "hooks before": (hooked(), hooked(before=True)),
     "own function": (Own(), Own(activation=torch.relu)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNLIKE)
@@ -155,9 +162,15 @@ def test_other_groups_and_another_rate_have_other_words():
 
 def test_another_loss_has_another_word():
     losses = [
-        F.cross_entropy, F.nll_loss, partial(F.cross_entropy, label_smoothing=0.1), partial(F.cross_entropy, label_smoothing=0.2),
-        nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1), nn.HuberLoss(delta=2.0), nn.HuberLoss(),
-    ]  # fmt: skip
+        F.cross_entropy,
+        F.nll_loss,
+        partial(F.cross_entropy, label_smoothing=0.1),
+        partial(F.cross_entropy, label_smoothing=0.2),
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.HuberLoss(delta=2.0),
+        nn.HuberLoss(),
+    ]
     found = [words(loss=loss)["loss"] for loss in losses]
     assert len(set(found)) == len(found)
     assert words(loss=nn.HuberLoss())["loss"] == found[-1]

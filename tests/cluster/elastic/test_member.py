@@ -46,26 +46,48 @@ class One:
         assert [sum(p.numel() for p in learning(layer)) for layer in self.layers] == SIZES
         self.states, self.changes = [], []
         self.links = LinkPool(
-            "127.0.0.1", b"s", on_snapshot=lambda *told: self.snapshots.take(self.links, *told),
-            interrupted=lambda: self.control.is_called(), suspect=lambda rank: None, timeout_s=120.0,
-        )  # fmt: skip
+            "127.0.0.1",
+            b"s",
+            on_snapshot=lambda *told: self.snapshots.take(self.links, *told),
+            interrupted=lambda: self.control.is_called(),
+            suspect=lambda rank: None,
+            timeout_s=120.0,
+        )
         self.links.rank = rank
         self.control = Words(self.links.changed)
         self.snapshots = Snapshots(self.control, 0, self.states.append)
         self.updater = Updater(torch.optim.AdamW)
         self.member = Member(
-            self.layers, SIZES, self.updater, links=self.links, control=self.control, snapshots=self.snapshots, probe=self.states.append,
-            on_change=self.changes.append, **{"loaded": {}, "version": 0, "clock": StageClock(None), **more},
-        )  # fmt: skip
+            self.layers,
+            SIZES,
+            self.updater,
+            links=self.links,
+            control=self.control,
+            snapshots=self.snapshots,
+            probe=self.states.append,
+            on_change=self.changes.append,
+            **{"loaded": {}, "version": 0, "clock": StageClock(None), **more},
+        )
         self.member.settings = StepSettings(4, 2, 1, True, None, 0, (False, False))
 
     def epoch(self, number, after, before=None, *, pools=(), version=0, lost=(), frequency=1.0):
         members = {str(one.links.rank): ["127.0.0.1", one.links.port] for one in (self, *pools)}
         self.control.hear(
-            "epoch", epoch=number, version=version, before=None if before is None else layout_to(before), after=layout_to(after),
-            schedule="1f1b", costs=[1.0, 1.0], holders={str(rank): [] for rank in lost}, lost={str(rank): "gone" for rank in lost},
-            members=members, plan={"step_s": 1.0, "stages": [{"frequency": frequency}]}, detect_s=0.25, step_s=1.0, warnings=[],
-        )  # fmt: skip
+            "epoch",
+            epoch=number,
+            version=version,
+            before=None if before is None else layout_to(before),
+            after=layout_to(after),
+            schedule="1f1b",
+            costs=[1.0, 1.0],
+            holders={str(rank): [] for rank in lost},
+            lost={str(rank): "gone" for rank in lost},
+            members=members,
+            plan={"step_s": 1.0, "stages": [{"frequency": frequency}]},
+            detect_s=0.25,
+            step_s=1.0,
+            warnings=[],
+        )
 
     def goes(self, number):
         """As soon as it is ready all are."""

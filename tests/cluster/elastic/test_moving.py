@@ -84,9 +84,19 @@ def move(before, after, *, lost=(), spoil=None, damage=None):
         state = state_of(before, rank) if rank in before.grid.ranks else None
         try:
             found[rank] = moved_state(
-                post.of(rank), rank, before, after, SIZES, state, 4, held=held, layout_epoch=1, holders=holders, alive=ranks,
+                post.of(rank),
+                rank,
+                before,
+                after,
+                SIZES,
+                state,
+                4,
+                held=held,
+                layout_epoch=1,
+                holders=holders,
+                alive=ranks,
                 damaged=lambda *told: damaged.append(told),
-            )  # fmt: skip
+            )
         except Exception as error:
             errors[rank] = error
 

@@ -42,9 +42,19 @@ class Alone:
         flat = {n: flat_of(layer) for n, layer in enumerate(self.layers)}
         state = State(flat, {n: Slice(0, size, {PARAM: flat[n]}) for n, size in enumerate(sizes)})
         self.member = SimpleNamespace(
-            work=Work(layout, 0, own, "1f1b", [1.0, 1.0]), settings=own, sizes=sizes, version=0, state=state, stream=None,
-            updater=Updater(sgd), layout_epoch=1, rank=0, clock=StageClock(None), take_live_news=lambda: None, commit=self.commit,
-        )  # fmt: skip
+            work=Work(layout, 0, own, "1f1b", [1.0, 1.0]),
+            settings=own,
+            sizes=sizes,
+            version=0,
+            state=state,
+            stream=None,
+            updater=Updater(sgd),
+            layout_epoch=1,
+            rank=0,
+            clock=StageClock(None),
+            take_live_news=lambda: None,
+            commit=self.commit,
+        )
         control = SimpleNamespace(
             epoch=1, tell=lambda kind, **more: self.told.append((kind, more)), decided=self.decided
         )

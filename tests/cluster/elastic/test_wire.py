@@ -303,8 +303,12 @@ def test_tensors_come_back_to_the_bit():
 
 def pool(**changes):
     given = {
-        "on_snapshot": lambda *told: None, "interrupted": lambda: False, "suspect": lambda rank: None, "timeout_s": 0.3, **changes,
-    }  # fmt: skip
+        "on_snapshot": lambda *told: None,
+        "interrupted": lambda: False,
+        "suspect": lambda rank: None,
+        "timeout_s": 0.3,
+        **changes,
+    }
     return LinkPool("127.0.0.1", b"s", **given)
 
 

@@ -128,10 +128,20 @@ def test_a_wrong_sum_is_told():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"world": 1}, {"world": 257}, {"sizes": []}, {"sizes": [3]}, {"sizes": [4.0]}, {"sizes": [1 << 40]}, {"rounds": 0},
-        {"connections": 0}, {"connections": 65}, {"links_s": 0.0}, {"links_s": math.nan}, {"quantise": "much"},
+        {"world": 1},
+        {"world": 257},
+        {"sizes": []},
+        {"sizes": [3]},
+        {"sizes": [4.0]},
+        {"sizes": [1 << 40]},
+        {"rounds": 0},
+        {"connections": 0},
+        {"connections": 65},
+        {"links_s": 0.0},
+        {"links_s": math.nan},
+        {"quantise": "much"},
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_measured(wrong):
     with pytest.raises(InputError):
         measured(None, **{"world": 2, **wrong})

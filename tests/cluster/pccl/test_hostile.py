@@ -265,9 +265,15 @@ def test_a_peer_that_counts_what_cannot_be_is_accused_by_who_measures_it(told):
     liar.start()
     with pytest.raises(LinkError, match="could not be measured") as error:
         bandwidth.measure(
-            Place(7, "127.0.0.1", served.getsockname()[1], 1), secret=b"", run="run", me=1, seconds=0.02, streams=1,
-            deadline=time.monotonic() + 60, congestion=None,
-        )  # fmt: skip
+            Place(7, "127.0.0.1", served.getsockname()[1], 1),
+            secret=b"",
+            run="run",
+            me=1,
+            seconds=0.02,
+            streams=1,
+            deadline=time.monotonic() + 60,
+            congestion=None,
+        )
     assert error.value.accused == 7
     liar.join(60)
 

@@ -17,9 +17,21 @@ from waiting import until
 
 # All that a peer is about to do when a schedule may end it, in an order of first appearance.
 MOMENTS = (
-    "join", "links", "established", "pending", "accept", "sync", "fetch", "synced", "initiate", "ring", "complete", "optimize", "measure",
+    "join",
+    "links",
+    "established",
+    "pending",
+    "accept",
+    "sync",
+    "fetch",
+    "synced",
+    "initiate",
+    "ring",
+    "complete",
+    "optimize",
+    "measure",
     "measured",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,21 @@ FAMILIES = {
     "Mixtral": {"intermediate_size": 64, "num_local_experts": 4},
     "Gemma3Text": {"intermediate_size": 64, "head_dim": 16, "query_pre_attn_scalar": 16},
     "DeepseekV3": {
-        "intermediate_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
-        "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -238,10 +248,17 @@ def test_groups_are_those_of_the_table_or_refused(way, eighths, groups, size, ha
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (48, None), (None, None), (64, "does not divide, and no g_idx"), (32, "2 groups of its 96 inputs, and by .*=32 there are 3"),
-        (-1, "there are 1"), (0, "group_size is 0"), (True, "group_size is True"), ("64", "group_size is '64'"), (10**30, "there are 1"),
+        (48, None),
+        (None, None),
+        (64, "does not divide, and no g_idx"),
+        (32, "2 groups of its 96 inputs, and by .*=32 there are 3"),
+        (-1, "there are 1"),
+        (0, "group_size is 0"),
+        (True, "group_size is True"),
+        ("64", "group_size is '64'"),
+        (10**30, "there are 1"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("way", ["gptq", "awq"])
 def test_two_groups_of_96_inputs(way, size, message):
     shape = (12, 8) if way == "gptq" else (96, 1)

@@ -29,13 +29,17 @@ ADD = {
         "parameters": {
             "type": "object",
             "properties": {
-                "a": {"type": "integer"}, "text": {"type": "string"}, "on": {"type": "boolean"}, "list": {"type": "array"},
-                "map": {"type": "object"}, "x": {"type": ["number", "null"]},
+                "a": {"type": "integer"},
+                "text": {"type": "string"},
+                "on": {"type": "boolean"},
+                "list": {"type": "array"},
+                "map": {"type": "object"},
+                "x": {"type": ["number", "null"]},
             },
             "required": ["a"],
         },
     },
-}  # fmt: skip
+}
 NOW = {"type": "function", "function": {"name": "now"}}
 TOOLS = [ADD, NOW]
 
@@ -133,10 +137,14 @@ def test_harmony_reads_on_behind_reasoning_that_the_prompt_has_begun():
     dialect = Dialect("harmony", "harmony")
     for begun, text, wanted in (
         ("<|channel|>analysis<|message|>", "So, so.<|end|>It is.", "It is."),
-        ("<|channel|>analysis<|message|>", "So.<|end|><|start|>assistant<|channel|>final<|message|>It is.<|return|>", "It is."),
+        (
+            "<|channel|>analysis<|message|>",
+            "So.<|end|><|start|>assistant<|channel|>final<|message|>It is.<|return|>",
+            "It is.",
+        ),
         ("<|channel|>final<|message|>", "It is.<|return|>", "It is."),
         ("", "<|channel|>analysis<|message|>So.<|end|>It is.", "It is."),
-    ):  # fmt: skip
+    ):
         reasoning = dialect.reasoning_after(f"<|start|>user<|message|>Is it?<|end|><|start|>assistant{begun}")
         splitter, parser = reasoning.splitter(), dialect.parser([], reasoning)
         parts = [part for letter in text for part in splitter.push(letter)] + splitter.end()
@@ -152,20 +160,36 @@ def test_harmony_reads_on_behind_reasoning_that_the_prompt_has_begun():
 @pytest.mark.parametrize(
     ("format", "text", "wanted"),
     [
-        ("qwen3_coder", "<tool_call><function=add><parameter=a>1</parameter><parameter=on>True</parameter></function></tool_call>",
-         {"a": 1, "on": True}),
-        ("qwen3_coder", "<function=add><parameter=a>one</parameter><parameter=text>\n\n a\n\n</parameter></function>",
-         {"a": "one", "text": "\n a\n"}),
-        ("qwen3_coder", "<tool_call><function=add><parameter=x>None</parameter><parameter=b>1</parameter></function>",
-         {"x": None, "b": "1"}),
-        ("pythonic", "<|python_start|>[add(a=1, x=-2.5, list=(1, None), on=true)]<|python_end|>",
-         {"a": 1, "x": -2.5, "list": [1, None], "on": True}),
+        (
+            "qwen3_coder",
+            "<tool_call><function=add><parameter=a>1</parameter><parameter=on>True</parameter></function></tool_call>",
+            {"a": 1, "on": True},
+        ),
+        (
+            "qwen3_coder",
+            "<function=add><parameter=a>one</parameter><parameter=text>\n\n a\n\n</parameter></function>",
+            {"a": "one", "text": "\n a\n"},
+        ),
+        (
+            "qwen3_coder",
+            "<tool_call><function=add><parameter=x>None</parameter><parameter=b>1</parameter></function>",
+            {"x": None, "b": "1"},
+        ),
+        (
+            "pythonic",
+            "<|python_start|>[add(a=1, x=-2.5, list=(1, None), on=true)]<|python_end|>",
+            {"a": 1, "x": -2.5, "list": [1, None], "on": True},
+        ),
         ("pythonic", ' [ add ( text = "a]\\"b" ) ]', {"text": 'a]"b'}),
         ("pythonic", '<|python_start|>{"name": "add", "parameters": {"a": 2}}', {"a": 2}),
-        ("deepseek_v3", '<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>', {"a": 1}),
+        (
+            "deepseek_v3",
+            '<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>',
+            {"a": 1},
+        ),
         ("mistral_args", '[TOOL_CALLS]add[CALL_ID]abc[ARGS] {"a": 1}', {"a": 1}),
     ],
-)  # fmt: skip
+)
 def test_other_ways_of_writing(format, text, wanted):
     for pieces in ([text], list(text)):
         assert calls_of(told(format, pieces)[0]) == [("add", wanted)]
@@ -174,15 +198,25 @@ def test_other_ways_of_writing(format, text, wanted):
 @pytest.mark.parametrize(
     ("format", "text"),
     [
-        ("pythonic", "[1] says so"), ("pythonic", "[add(1)]"), ("pythonic", "[add(a=b)]"), ("pythonic", "[add(a=1e999)]"),
-        ("pythonic", "[add(a=1"), ("pythonic", "[add(a={1: 2})]"), ("pythonic", "[add(a=0x" + "f" * 5000 + ")]"), ("pythonic", "[" * 999),
-        ("pythonic", "[add(**x)]"), ("pythonic", "[add(a='\\d' '\\q' b''))]"), ("qwen3_coder", "<tool_call>add(1)</tool_call>"),
-        ("qwen3_coder", "<function=rm><parameter=a>1</parameter></function>"), ("deepseek_v3", "<｜tool▁call▁begin｜>function"),
+        ("pythonic", "[1] says so"),
+        ("pythonic", "[add(1)]"),
+        ("pythonic", "[add(a=b)]"),
+        ("pythonic", "[add(a=1e999)]"),
+        ("pythonic", "[add(a=1"),
+        ("pythonic", "[add(a={1: 2})]"),
+        ("pythonic", "[add(a=0x" + "f" * 5000 + ")]"),
+        ("pythonic", "[" * 999),
+        ("pythonic", "[add(**x)]"),
+        ("pythonic", "[add(a='\\d' '\\q' b''))]"),
+        ("qwen3_coder", "<tool_call>add(1)</tool_call>"),
+        ("qwen3_coder", "<function=rm><parameter=a>1</parameter></function>"),
+        ("deepseek_v3", "<｜tool▁call▁begin｜>function"),
         ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>rm<｜tool▁sep｜>{}<｜tool▁call▁end｜>"),
-        ("deepseek_v31", "<｜tool▁call▁begin｜>add<｜tool▁sep｜>[1]<｜tool▁call▁end｜>"), ("mistral_args", "[TOOL_CALLS]rm[ARGS]{}"),
+        ("deepseek_v31", "<｜tool▁call▁begin｜>add<｜tool▁sep｜>[1]<｜tool▁call▁end｜>"),
+        ("mistral_args", "[TOOL_CALLS]rm[ARGS]{}"),
         ("mistral_args", "[TOOL_CALLS]add"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_call_is_content(format, text):
     whole = told(format, [text])[0]
     assert told(format, list(text))[0] == whole
@@ -191,9 +225,38 @@ def test_what_is_no_call_is_content(format, text):
 
 
 HOSTILE = [
-    *MARKS, "<function=", "<parameter=", "</parameter>", "</function>", "add", "now", "a", ">", "{", "}", "[", "]", "(", ")", "=", '"', "'",
-    "\\", "```json\n", "```", "\n", " ", '{"a": 1}', "[add(a=", "functions.add", "to=functions.add", "analysis", "final", "é😀", "function",
-]  # fmt: skip
+    *MARKS,
+    "<function=",
+    "<parameter=",
+    "</parameter>",
+    "</function>",
+    "add",
+    "now",
+    "a",
+    ">",
+    "{",
+    "}",
+    "[",
+    "]",
+    "(",
+    ")",
+    "=",
+    '"',
+    "'",
+    "\\",
+    "```json\n",
+    "```",
+    "\n",
+    " ",
+    '{"a": 1}',
+    "[add(a=",
+    "functions.add",
+    "to=functions.add",
+    "analysis",
+    "final",
+    "é😀",
+    "function",
+]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -249,14 +312,22 @@ DEFS = {
 }
 # What a parameter may be and may not be, by its schema.
 VALUES = [
-    ({"type": "string", "enum": ["hot", "cold"]}, ["hot", "cold"], ["warm", "ho"]), ({"const": "hot"}, ["hot"], ["cold"]),
-    ({"enum": [1, 2]}, [1, 2], [3]), ({"$ref": "#/$defs/few"}, [1, 2], [3, True]), ({"$ref": "#/$defs/unit"}, ["hot"], ["warm"]),
-    ({"$ref": "#/$defs/pair"}, [[1, 2], []], [[3], 1]), ({"allOf": [{"$ref": "#/$defs/unit"}]}, ["cold"], ["warm"]),
-    ({"anyOf": [{"$ref": "#/$defs/unit"}, {"type": "null"}]}, ["cold", None], ["warm"]), ({"type": ["string", "null"]}, ["a", "b c"], []),
-    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ["a", None], []), ({"type": "string"}, ["hot", '"hot"', ""], []),
-    ({"type": "boolean"}, [True], ["x"]), ({"type": "object"}, [{"a": [1]}], [1]), ({}, ["hot"], []),
+    ({"type": "string", "enum": ["hot", "cold"]}, ["hot", "cold"], ["warm", "ho"]),
+    ({"const": "hot"}, ["hot"], ["cold"]),
+    ({"enum": [1, 2]}, [1, 2], [3]),
+    ({"$ref": "#/$defs/few"}, [1, 2], [3, True]),
+    ({"$ref": "#/$defs/unit"}, ["hot"], ["warm"]),
+    ({"$ref": "#/$defs/pair"}, [[1, 2], []], [[3], 1]),
+    ({"allOf": [{"$ref": "#/$defs/unit"}]}, ["cold"], ["warm"]),
+    ({"anyOf": [{"$ref": "#/$defs/unit"}, {"type": "null"}]}, ["cold", None], ["warm"]),
+    ({"type": ["string", "null"]}, ["a", "b c"], []),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ["a", None], []),
+    ({"type": "string"}, ["hot", '"hot"', ""], []),
+    ({"type": "boolean"}, [True], ["x"]),
+    ({"type": "object"}, [{"a": [1]}], [1]),
+    ({}, ["hot"], []),
     ({"enum": ["", "a"]}, ["", "a"], ["b"]),
-]  # fmt: skip
+]
 
 
 def set_tool(schema):

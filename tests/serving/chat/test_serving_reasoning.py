@@ -19,30 +19,50 @@ CASES = {
     ("think", "assistant\n", "<thin"): ("", "<thin"),
     ("think", "assistant\n", " \n"): ("", " \n"),
     ("think", "assistant\n", "<think></think>"): ("", ""),
-    ("think", "assistant\n", "<think> a <b> </thin </think >\n</think>\n c </think>"): ("a <b> </thin </think >", "c </think>"),
+    ("think", "assistant\n", "<think> a <b> </thin </think >\n</think>\n c </think>"): (
+        "a <b> </thin </think >",
+        "c </think>",
+    ),
     ("think", "assistant\n<think>\n", "Let me see.\n</think>\n\nIt is 5.\n"): ("Let me see.", "It is 5.\n"),
     ("think", "assistant\n<think>\n", "cut off </thi"): ("cut off </thi", ""),
     ("think", "assistant\n<think>\n", "cut off \n"): ("cut off", ""),
     ("think", "assistant\n<think>\n", "a</think>\n\n"): ("a", ""),
     ("think", "assistant\n<think>\n\n</think>\n\n", "It is <think>5</think>."): ("", "It is <think>5</think>."),
     ("magistral", "[/INST]", "[THINK]a[/THINK]b"): ("a", "b"),
-    ("harmony", "<|start|>assistant", "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant<|channel|>final<|message|>5"): (
-        "Let me see.", "<|start|>assistant<|channel|>final<|message|>5",
+    (
+        "harmony",
+        "<|start|>assistant",
+        "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant<|channel|>final<|message|>5",
+    ): (
+        "Let me see.",
+        "<|start|>assistant<|channel|>final<|message|>5",
     ),
-    ("harmony", "<|start|>assistant<|channel|>analysis<|message|>", "a<|end|><|start|>assistant<|channel|>final<|message|>b"): (
-        "a", "<|start|>assistant<|channel|>final<|message|>b",
+    (
+        "harmony",
+        "<|start|>assistant<|channel|>analysis<|message|>",
+        "a<|end|><|start|>assistant<|channel|>final<|message|>b",
+    ): (
+        "a",
+        "<|start|>assistant<|channel|>final<|message|>b",
     ),
-    ("harmony", "<|start|>assistant", "<|channel|>analysis<|message|>a<|start|>assistant<|channel|>analysis<|message|>b<|en"): (
-        "ab<|en", "",
+    (
+        "harmony",
+        "<|start|>assistant",
+        "<|channel|>analysis<|message|>a<|start|>assistant<|channel|>analysis<|message|>b<|en",
+    ): (
+        "ab<|en",
+        "",
     ),
     ("harmony", "<|start|>assistant", " to=functions.f<|channel|>commentary json<|message|>{}"): (
-        "", " to=functions.f<|channel|>commentary json<|message|>{}",
+        "",
+        " to=functions.f<|channel|>commentary json<|message|>{}",
     ),
     ("harmony", "<|start|>assistant", "<|channel|>analysis to=functions.f<|message|>{}"): (
-        "", "<|channel|>analysis to=functions.f<|message|>{}",
+        "",
+        "<|channel|>analysis to=functions.f<|message|>{}",
     ),
     ("harmony", "<|start|>assistant", "Plain text."): ("", "Plain text."),
-}  # fmt: skip
+}
 
 
 def split(case, pieces):
@@ -71,9 +91,26 @@ def test_any_cut_tells_the_same(case, data):
 
 
 PARTS = [
-    "<think>", "</think>", "<thi", "nk>", "</", " ", "\n", "a", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "analysis", "final",
-    "assistant", "to=functions.f", "<|return|>", "<|call|>", "commentary",
-]  # fmt: skip
+    "<think>",
+    "</think>",
+    "<thi",
+    "nk>",
+    "</",
+    " ",
+    "\n",
+    "a",
+    "<|start|>",
+    "<|channel|>",
+    "<|message|>",
+    "<|end|>",
+    "analysis",
+    "final",
+    "assistant",
+    "to=functions.f",
+    "<|return|>",
+    "<|call|>",
+    "commentary",
+]
 PROMPTS = ["", "<think>\n", "</think>", "<|start|>assistant", "<|start|>assistant<|channel|>analysis<|message|>"]
 
 

@@ -15,8 +15,12 @@ from anabranch.serving.chat.messages import read_messages
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+3?"}]
 ADD = {
     "type": "function",
-    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
-}  # fmt: skip
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+    },
+}
 CALLED = [
     *ASK,
     {
@@ -107,15 +111,21 @@ def test_a_models_own_calls_are_read_back_from_its_prompt():
         (["x"], r"messages\[0\] is 'x'"),
         ([{"role": "robot", "content": ""}], r"messages\[0\].role is 'robot'"),
         ([{"role": "user"}], r"messages\[0\].content is missing"),
-        ([*ASK, {"role": "user", "content": [{"type": "image_url"}]}], r"messages\[2\].content\[0\].type is 'image_url'"),
+        (
+            [*ASK, {"role": "user", "content": [{"type": "image_url"}]}],
+            r"messages\[2\].content\[0\].type is 'image_url'",
+        ),
         ([{"role": "user", "content": "", "tool_calls": [{}]}], r"messages\[0\].tool_calls belongs to"),
-        ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], r"tool_calls\[0\] must be an object with id, type and a function"),
+        (
+            [{"role": "assistant", "tool_calls": [{"id": "x"}]}],
+            r"tool_calls\[0\] must be an object with id, type and a function",
+        ),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "a: 5"}}]}],
             r"tool_calls\[0\].function.arguments is no JSON",
         ),
     ],
-)  # fmt: skip
+)
 def test_messages_that_are_malformed_are_refused(messages, message):
     with pytest.raises(InputError, match=message):
         chat.render(ByteTokenizer(), messages)

@@ -48,7 +48,9 @@ CASES = {
     f"<tool_call>{ADD}</tool_call> Done.": [*CALL, TextDelta(" Done.")],
     f"<tool_call>{ADD}": CALL,  # the end of text instead of the closing tag
     f"<tool_call>{ADD}\n</tool": [*CALL, TextDelta("\n</tool")],
-    '<tool_call>{"name": "add", "arguments": {"a": "}</tool_call>\\""}}</tool_call>': call_of("add", '{"a": "}</tool_call>\\""}'),
+    '<tool_call>{"name": "add", "arguments": {"a": "}</tool_call>\\""}}</tool_call>': call_of(
+        "add", '{"a": "}</tool_call>\\""}'
+    ),
     '<tool_call>{"name": "get.time", "arguments": {}}</tool_call>': call_of("get.time", "{}"),
     '<tool_call>{"name": "add", "parameters": {"a": 2}}</tool_call>': CALL,
     '<tool_call>{"name": "add", "arguments": "{\\"a\\": 2}"}</tool_call>': CALL,
@@ -93,11 +95,15 @@ CASES = {
     f"[TOOL_CALLS][{ADD},]": CALL,
     f"[{ADD},]": [*CALL, TextDelta(",]")],
     '<tool_call>{"name": "add", "arguments": {"a": 2} so</tool_call>': [
-        *CALL, TextDelta("so</tool_call>"),
+        *CALL,
+        TextDelta("so</tool_call>"),
     ],
     f'[{ADD}, {{"age": 3}}]': [*CALL, TextDelta(', {"age": 3}]')],
-    f'[{{"name": "rm", "arguments": {{}}}}, {ADD}]': [ToolCallRefused('[{"name": "rm", "arguments": {}}', "there is no tool 'rm'"), *CALL],
-}  # fmt: skip
+    f'[{{"name": "rm", "arguments": {{}}}}, {ADD}]': [
+        ToolCallRefused('[{"name": "rm", "arguments": {}}', "there is no tool 'rm'"),
+        *CALL,
+    ],
+}
 
 
 @pytest.mark.parametrize("text", CASES)
@@ -127,10 +133,40 @@ def test_any_text_tells_the_same_in_pieces_and_loses_nothing_but_blanks(text, si
 
 
 PARTS = [
-    "<tool_call>", "</tool_call>", "<function=add>", "<function=rm>", "</function>", "<|python_tag|>", "[TOOL_CALLS]", "[", "]", "{", "}",
-    '"', "\\", '\\"', '"name": "add"', '"name": "rm"', '"arguments": ', '"parameters": ', '"arguments": "{', '"id": "x"', ", ", ": ", "; ",
-    '{"a": 2}', "\\u00e9", "\\ud83d", "\\ude00", "é", "😀", " ", "\n", "so", ADD,
-]  # fmt: skip
+    "<tool_call>",
+    "</tool_call>",
+    "<function=add>",
+    "<function=rm>",
+    "</function>",
+    "<|python_tag|>",
+    "[TOOL_CALLS]",
+    "[",
+    "]",
+    "{",
+    "}",
+    '"',
+    "\\",
+    '\\"',
+    '"name": "add"',
+    '"name": "rm"',
+    '"arguments": ',
+    '"parameters": ',
+    '"arguments": "{',
+    '"id": "x"',
+    ", ",
+    ": ",
+    "; ",
+    '{"a": 2}',
+    "\\u00e9",
+    "\\ud83d",
+    "\\ude00",
+    "é",
+    "😀",
+    " ",
+    "\n",
+    "so",
+    ADD,
+]
 
 
 @given(st.lists(st.sampled_from(PARTS), max_size=14).map("".join), st.data())
@@ -339,13 +375,28 @@ def test_what_a_demanded_call_says_is_parsed():
         ([], "required", "tool_choice", "no tools"),
         (TOOLS, "any", "tool_choice", "tool_choice is 'any'"),
         (TOOLS, {"type": "function"}, "tool_choice", "tool_choice must be"),
-        (TOOLS, {"type": "function", "function": {"name": "rm"}}, "tool_choice.function.name", "tool_choice.function.name is 'rm'"),
+        (
+            TOOLS,
+            {"type": "function", "function": {"name": "rm"}},
+            "tool_choice.function.name",
+            "tool_choice.function.name is 'rm'",
+        ),
         ([*TOOLS, TOOLS[1]], "auto", "tools", "two functions of the name 'now'"),
         ([5], "none", "tools[0].type", "only functions can be offered"),
-        ([TOOLS[0], {"type": "function", "function": {"name": "a\n"}}], None, "tools[1].function.name", "1 to 64 letters"),
-        ([{"type": "function", "function": {"name": "f", "parameters": 1}}], None, "tools[0].function.parameters", "a JSON schema"),
+        (
+            [TOOLS[0], {"type": "function", "function": {"name": "a\n"}}],
+            None,
+            "tools[1].function.name",
+            "1 to 64 letters",
+        ),
+        (
+            [{"type": "function", "function": {"name": "f", "parameters": 1}}],
+            None,
+            "tools[0].function.parameters",
+            "a JSON schema",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tools_and_choices_that_cannot_be_are_refused_by_the_field_they_are_in(tools, choice, param, message):
     with pytest.raises(chat.FieldError, match=message) as raised:
         chat.call_grammar(tools, choice)

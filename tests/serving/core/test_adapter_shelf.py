@@ -166,8 +166,15 @@ def test_unloading(shelf):
     shelf.load("a", "40/a").result(60)
     begin(shelf, "1", "a")
     assert shelf.remove("a") == {
-        "name": "a", "folder": "40/a", "pinned": False, "in_memory": True, "bytes": 40, "version": "40/a", "requests": 1, "kind": "made up",
-    }  # fmt: skip
+        "name": "a",
+        "folder": "40/a",
+        "pinned": False,
+        "in_memory": True,
+        "bytes": 40,
+        "version": "40/a",
+        "requests": 1,
+        "kind": "made up",
+    }
     with pytest.raises(InputError, match="no adapter 'a'; there is none"):
         shelf.lease("2", (("a", 1.0),))
     with pytest.raises(InputError, match="no adapter 'a'"):

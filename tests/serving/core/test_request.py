@@ -61,14 +61,28 @@ def test_a_bias_is_such_that_a_logit_with_it_is_a_float32():
     ("name", "values"),
     [
         ("stop_tokens", [5, None, ("a",), ((1,),), (1.5,), "ab", {1}, (None,), np.array([[1]])]),
-        ("logit_bias", [5, None, (1,), ((1, 2, 3),), (("a", 1),), ((1, "a"),), ((1, None),), ((1.5, 1),), {1: 2}, ((1, math.nan),)]),
+        (
+            "logit_bias",
+            [
+                5,
+                None,
+                (1,),
+                ((1, 2, 3),),
+                (("a", 1),),
+                ((1, "a"),),
+                ((1, None),),
+                ((1.5, 1),),
+                {1: 2},
+                ((1, math.nan),),
+            ],
+        ),
         ("seed", ["a", 1.5, (1,), np.array([1])]),
         ("ignore_eos", ["yes", None, 1.5, np.array([1, 0])]),
         ("temperature", [math.nan, math.inf, 1j, "1", None, -1, 10**400, torch.tensor([1.0])]),
         ("max_tokens", [None, 1.0, "1", 10**400, -1]),
         ("grammar", ["", 5, []]),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_number_of_its_kind_is_refused_by_name(name, values):
     for value in values:
         with pytest.raises(InputError, match=name):

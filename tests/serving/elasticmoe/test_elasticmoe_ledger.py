@@ -108,10 +108,14 @@ def test_what_happens_to_readers_during_a_change_is_told_to_the_new_ranks_before
     book.ledger.move(book.ranks, new, {"slow": 1, "quick": 0, "both": 0, "runs": 1})
     book.ledger.resume(new)
     assert new.news() == [
-        (0, "abort", "gone"), (1, "abort", "gone"),
-        (1, "pause_request", "slow"), (0, "resume_request", "quick"), (0, "pause_request", "both"),
-        (0, "go"), (1, "go"),
-    ]  # fmt: skip
+        (0, "abort", "gone"),
+        (1, "abort", "gone"),
+        (1, "pause_request", "slow"),
+        (0, "resume_request", "quick"),
+        (0, "pause_request", "both"),
+        (0, "go"),
+        (1, "go"),
+    ]
     book.ledger.resume(new)  # nothing is told twice but what must hold
     assert new.news() == [(1, "pause_request", "slow"), (0, "pause_request", "both"), (0, "go"), (1, "go")]
 

@@ -19,7 +19,12 @@ def test_twelve_experts_from_four_devices_to_six():
     plan = plan_scale(old, range(6), expert_bytes=(MIB,), shard_bytes=10)
     assert plan.new.experts == (((0, 1), (3, 4), (6, 7), (9, 10), (2, 5), (8, 11)),)
     assert plan.moves == 4
-    assert [(copy.source, copy.target, copy.expert) for copy in plan.copy] == [(0, 4, 2), (1, 4, 5), (2, 5, 8), (3, 5, 11)]  # fmt: skip
+    assert [(copy.source, copy.target, copy.expert) for copy in plan.copy] == [
+        (0, 4, 2),
+        (1, 4, 5),
+        (2, 5, 8),
+        (3, 5, 11),
+    ]
     assert plan.drop == ((0, 0, 2), (1, 0, 5), (2, 0, 8), (3, 0, 11))
     assert plan.bytes == {"p2p": 4 * MIB + 20, "disk": 0}
     assert plan.kv_keep == (0, 1, 2, 3)

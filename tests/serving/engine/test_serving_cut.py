@@ -182,10 +182,15 @@ def test_as_many_processes_as_were_named():
 @pytest.mark.parametrize(
     "other",
     [
-        {"memory": "1GiB"}, {"expert_budget": "1GiB"}, {"nano_batches": True}, {"host_kv": "1GiB"}, {"deterministic": True},
-        {"max_depth": 3}, {"num_streams": 2},
+        {"memory": "1GiB"},
+        {"expert_budget": "1GiB"},
+        {"nano_batches": True},
+        {"host_kv": "1GiB"},
+        {"deterministic": True},
+        {"max_depth": 3},
+        {"num_streams": 2},
     ],
-)  # fmt: skip
+)
 def test_what_is_of_one_process_does_not_go_with_several(other):
     with pytest.raises(ConfigError, match=f"context is 2, but {next(iter(other))} is for one process"):
         ServingConfig(context=2, **other)

@@ -36,9 +36,15 @@ PATHS = {"full": None, "twice": (0, 1, 1, 2), "skipped": (0, 2), "back": (2, 0, 
 
 def built(feed_forward, **fields):
     config = Decoder.Config(
-        vocab_size=31, dim=32, num_layers=LAYERS, attention=SelfAttention.Config(num_heads=2, num_kv_heads=1), init_std=0.3,
-        max_positions=128, feed_forward=feed_forward, **fields,
-    )  # fmt: skip
+        vocab_size=31,
+        dim=32,
+        num_layers=LAYERS,
+        attention=SelfAttention.Config(num_heads=2, num_kv_heads=1),
+        init_std=0.3,
+        max_positions=128,
+        feed_forward=feed_forward,
+        **fields,
+    )
     return config.build(seed=0).eval()
 
 
@@ -101,12 +107,17 @@ def serve(model, bank=None, **config):
     ("name", "kernel", "limits"),
     [
         pytest.param(
-            name, kernel, limits, id=f"{name} {'compiled' if kernel else 'modules'} {size}",
+            name,
+            kernel,
+            limits,
+            id=f"{name} {'compiled' if kernel else 'modules'} {size}",
             marks=[] if (name, kernel, size) in USUAL else [pytest.mark.slow],
         )
-        for name in MODELS for kernel in (True, False) for size, limits in (("plenty", PLENTY), ("scarce", SCARCE))
+        for name in MODELS
+        for kernel in (True, False)
+        for size, limits in (("plenty", PLENTY), ("scarce", SCARCE))
     ],
-)  # fmt: skip
+)
 def test_every_depth_beside_every_other_is_each_request_alone(name, kernel, limits):
     def make_runner(*given, **more):
         return ModelRunner(*given, use_kernel=kernel, **more)

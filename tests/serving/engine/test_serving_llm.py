@@ -259,10 +259,14 @@ def test_a_field_of_the_wrong_kind_refuses_its_request_alone(llm, wrong, message
 def test_no_prompt_and_no_options_end_the_engine_or_a_neighbour(llm):
     """The forms that Python lets through, whatever came of them in the queue or the prefix cache before."""
     requests = [
-        Request(id=f"{name} {number}", **{"prompt": (1, 2), "sampling": Sampling(max_tokens=1, ignore_eos=True)} | {name: value})
-        for name, values in WRONG.items() if name not in ("id", "prompt", "options")
+        Request(
+            id=f"{name} {number}",
+            **{"prompt": (1, 2), "sampling": Sampling(max_tokens=1, ignore_eos=True)} | {name: value},
+        )
+        for name, values in WRONG.items()
+        if name not in ("id", "prompt", "options")
         for number, value in enumerate(values)
-    ]  # fmt: skip
+    ]
     requests += [Request(id=f"prompt {number}", prompt=prompt) for number, prompt in enumerate(WRONG["prompt"])]
     requests += [Request(id="mixed", prompt=(1, 2), sampling=Sampling(max_tokens=1), options=(("a", "b"), ["a", "c"]))]
     good = Request(id="good", prompt=(1, 2), sampling=Sampling(max_tokens=3, ignore_eos=True))
@@ -299,9 +303,13 @@ print(anonymous() - before, engine.runner.fast is not None)
 def test_an_engine_takes_the_memory_of_its_weights_once(tmp_path):
     for name, dim in (("small", 64), ("large", 768)):
         config = Decoder.Config(
-            vocab_size=512, dim=dim, num_layers=6, attention=SelfAttention.Config(num_heads=4),
-            feed_forward=SwiGLU.Config(hidden_dim=2 * dim), max_positions=64,
-        )  # fmt: skip
+            vocab_size=512,
+            dim=dim,
+            num_layers=6,
+            attention=SelfAttention.Config(num_heads=4),
+            feed_forward=SwiGLU.Config(hidden_dim=2 * dim),
+            max_positions=64,
+        )
         model = config.build(seed=1)
         save_model(tmp_path / name, model, ByteTokenizer())
     weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -319,9 +327,13 @@ def test_an_engine_takes_the_memory_of_its_weights_once(tmp_path):
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_a_model_in_few_bits_that_goes_module_by_module_warms_up_and_answers(bits, tmp_path):
     config = Decoder.Config(
-        vocab_size=257, dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=2, window=8), max_positions=64,
+        vocab_size=257,
+        dim=64,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=2, window=8),
+        max_positions=64,
         feed_forward=SwiGLU.Config(hidden_dim=64),
-    )  # fmt: skip
+    )
     save_model(tmp_path / "m", config.build(seed=0), ByteTokenizer())
     made = LLM(str(tmp_path / "m"), quantize=bits, kv_memory="1MiB")
     assert made.engine.runner.fast is None

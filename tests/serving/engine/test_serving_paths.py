@@ -19,8 +19,13 @@ from anabranch.serving.engine.runner import ModelRunner
 
 PLENTY = {"num_blocks": 200, "block_tokens": 4, "max_depth": 5}
 SCARCE = {
-    "num_blocks": 9, "block_tokens": 4, "max_batched_tokens": 9, "max_seqs": 4, "long_prefill_chunk": 5, "max_depth": 5,
-}  # fmt: skip
+    "num_blocks": 9,
+    "block_tokens": 4,
+    "max_batched_tokens": 9,
+    "max_seqs": 4,
+    "long_prefill_chunk": 5,
+    "max_depth": 5,
+}
 SAMPLING = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
 PROMPTS = {"one": (1, 2, 3, 4, 5, 6), "two": (7,), "three": (8, 9, 10, 11, 12, 13, 14, 15, 16)}
 PATHS = {

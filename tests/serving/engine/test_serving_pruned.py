@@ -52,9 +52,15 @@ HEADS = {"num_heads": 4, "num_kv_heads": 2}
 
 def built(feed_forward, local=None, **attention):
     config = Decoder.Config(
-        vocab_size=31, dim=64, num_layers=LAYERS, max_positions=128, init_std=0.3, feed_forward=feed_forward,
-        attention=SelfAttention.Config(**HEADS, **attention), **(local or {}),
-    )  # fmt: skip
+        vocab_size=31,
+        dim=64,
+        num_layers=LAYERS,
+        max_positions=128,
+        init_std=0.3,
+        feed_forward=feed_forward,
+        attention=SelfAttention.Config(**HEADS, **attention),
+        **(local or {}),
+    )
     return config.build(seed=0).eval()
 
 
@@ -132,27 +138,44 @@ def run(llm, asked):
 
 # Each router, model, way and size once; all of them by make test-all.
 USUAL = {
-    ("learned", "dense", True, "plenty"), ("learned", "dense", True, "scarce"), ("learned", "dense", False, "scarce"),
-    ("places", "dense", True, "scarce"), ("threshold", "experts", True, "plenty"), ("once", "sinks", False, "scarce"),
-    ("states", "dense", True, "scarce"), ("seldom", "dense", True, "plenty"),
-    ("learned", "window", False, "scarce"), ("places", "some windows", True, "scarce"), ("learned", "some windows", True, "plenty"),
-    ("kept learned", "dense", True, "plenty"), ("kept learned", "dense", False, "scarce"), ("kept places", "dense", True, "scarce"),
-    ("kept threshold", "experts", True, "scarce"), ("kept places", "window", False, "scarce"),
-    ("kept learned", "some windows", True, "scarce"), ("kept learned", "sinks", False, "plenty"),
-}  # fmt: skip
+    ("learned", "dense", True, "plenty"),
+    ("learned", "dense", True, "scarce"),
+    ("learned", "dense", False, "scarce"),
+    ("places", "dense", True, "scarce"),
+    ("threshold", "experts", True, "plenty"),
+    ("once", "sinks", False, "scarce"),
+    ("states", "dense", True, "scarce"),
+    ("seldom", "dense", True, "plenty"),
+    ("learned", "window", False, "scarce"),
+    ("places", "some windows", True, "scarce"),
+    ("learned", "some windows", True, "plenty"),
+    ("kept learned", "dense", True, "plenty"),
+    ("kept learned", "dense", False, "scarce"),
+    ("kept places", "dense", True, "scarce"),
+    ("kept threshold", "experts", True, "scarce"),
+    ("kept places", "window", False, "scarce"),
+    ("kept learned", "some windows", True, "scarce"),
+    ("kept learned", "sinks", False, "plenty"),
+}
 
 
 @pytest.mark.parametrize(
     ("skips", "name", "kernel", "limits"),
     [
         pytest.param(
-            skips, name, kernel, limits, id=f"{skips} {name} {'compiled' if kernel else 'modules'} {size}",
+            skips,
+            name,
+            kernel,
+            limits,
+            id=f"{skips} {name} {'compiled' if kernel else 'modules'} {size}",
             marks=[] if (skips, name, kernel, size) in USUAL else [pytest.mark.slow],
         )
-        for skips in SKIPPERS for name in ("dense", "experts", "sinks", *WINDOWS) for kernel in (True, False)
+        for skips in SKIPPERS
+        for name in ("dense", "experts", "sinks", *WINDOWS)
+        for kernel in (True, False)
         for size, limits in (("plenty", PLENTY), ("scarce", SCARCE))
     ],
-)  # fmt: skip
+)
 def test_pruned_beside_every_depth_is_each_request_alone(skips, name, kernel, limits):
     def make_runner(*given, **more):
         return ModelRunner(*given, use_kernel=kernel, **more)
@@ -310,9 +333,11 @@ def test_keys_that_are_kept_are_looked_at(kernel, monkeypatch):
     monkeypatch.setattr(Choosing, "looked", looked)
     model = model_of("dense")
     llm = LLM(
-        model, skipper=SKIPPERS["kept learned"](model),
-        make_runner=lambda *given, **more: ModelRunner(*given, use_kernel=kernel, **more), **PLENTY,
-    )  # fmt: skip
+        model,
+        skipper=SKIPPERS["kept learned"](model),
+        make_runner=lambda *given, **more: ModelRunner(*given, use_kernel=kernel, **more),
+        **PLENTY,
+    )
     llm.generate([PROMPTS[2]], SAMPLING, skips_tokens=True)
     assert all(wanted == count for wanted, count in handed)
     assert any(wanted for wanted, _ in handed)

@@ -44,9 +44,13 @@ def made_routes(sequences: int = 6, length: int = 30, seed: int = 0) -> Routes:
     chosen_NLE[rows, 1, token_N % 3] = True
     chosen_NLE[rows, 1, 3 + before_N % 3] = True
     return Routes(
-        np.packbits(chosen_NLE, axis=-1), token_N, np.repeat(np.arange(sequences), length),
-        np.tile(np.arange(length, dtype=np.int32), sequences), (4, 6), (1, 2),
-    )  # fmt: skip
+        np.packbits(chosen_NLE, axis=-1),
+        token_N,
+        np.repeat(np.arange(sequences), length),
+        np.tile(np.arange(length, dtype=np.int32), sequences),
+        (4, 6),
+        (1, 2),
+    )
 
 
 def test_routes_are_what_the_trace_says(tmp_path: Path) -> None:

@@ -159,11 +159,17 @@ def test_a_predictor_beside_the_model_is_the_default(tmp_path: Any, expected: li
 @pytest.mark.parametrize(
     "experts",
     [
-        {"dual_batch": 3}, {"dual_batch": 2, "regroup": False, "least": 0.1}, {"predictor": "none"},
-        {"policy": "lru", "dual_batch": 2, "regroup": False, "drop_cache": True}, {"policy": "belady", "predictor": "FREQUENCY"},
-        *(pytest.param({"policy": policy, "workers": 1}, marks=pytest.mark.slow) for policy in ("lru_ahead", "lfu", "cache_moe", "se_moe")),
+        {"dual_batch": 3},
+        {"dual_batch": 2, "regroup": False, "least": 0.1},
+        {"predictor": "none"},
+        {"policy": "lru", "dual_batch": 2, "regroup": False, "drop_cache": True},
+        {"policy": "belady", "predictor": "FREQUENCY"},
+        *(
+            pytest.param({"policy": policy, "workers": 1}, marks=pytest.mark.slow)
+            for policy in ("lru_ahead", "lfu", "cache_moe", "se_moe")
+        ),
     ],
-)  # fmt: skip
+)
 def test_no_setting_changes_a_token(experts: dict[str, Any], tmp_path: Any, expected: list[list[int]]) -> None:
     model, folder = make_model(), tmp_path / "m"
     save_model(folder, model)

@@ -98,9 +98,15 @@ def test_routes_are_those_of_the_tokens_that_were_sampled(is_offloaded: bool) ->
     engine = offload(model, find_pools(model).layout.total_bytes // 4) if is_offloaded else None
     told: list[int] = []
     routes = sample_routes(
-        model, prompts(3), samples=2, sampling=Sampling(max_tokens=5), seed=7, batch=4, progress=told.append,
+        model,
+        prompts(3),
+        samples=2,
+        sampling=Sampling(max_tokens=5),
+        seed=7,
+        batch=4,
+        progress=told.append,
         hooks=[] if engine is None else [engine],
-    )  # fmt: skip
+    )
     found = [routes.token_N[one].tolist() for one in routes.sequences()]
     assert len(found) == 6
     for number, prompt in enumerate(prompts(3)):

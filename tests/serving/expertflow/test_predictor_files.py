@@ -82,14 +82,28 @@ def at(*path: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     "change",
     [
-        at("kind", value="zzz"), at("kind", value=[1]), at("kind", value="tlp"), at("settings", value={}), at("settings", value=[1]),
-        at("settings", value={"config": "x"}), at("fingerprint", value=[1, 2]), at("fingerprint", "top_k", value=None),
-        at("fingerprint", "top_k", value=[1]), at("fingerprint", "top_k", value=[1, 7]), at("fingerprint", "num_experts", value=[4, True]),
-        at("fingerprint", "num_experts", value=[4, 10**30]), at("fingerprint", "num_experts", value=[4, 5]),
-        at("fingerprint", "tokenizer", value=7), at("fingerprint", "routers", value=[[1.0]]), at("fingerprint", "routers", value=7),
-        at("version", value=2), at("version", value=[1]), at(value=[1, 2]), at(value=None),
+        at("kind", value="zzz"),
+        at("kind", value=[1]),
+        at("kind", value="tlp"),
+        at("settings", value={}),
+        at("settings", value=[1]),
+        at("settings", value={"config": "x"}),
+        at("fingerprint", value=[1, 2]),
+        at("fingerprint", "top_k", value=None),
+        at("fingerprint", "top_k", value=[1]),
+        at("fingerprint", "top_k", value=[1, 7]),
+        at("fingerprint", "num_experts", value=[4, True]),
+        at("fingerprint", "num_experts", value=[4, 10**30]),
+        at("fingerprint", "num_experts", value=[4, 5]),
+        at("fingerprint", "tokenizer", value=7),
+        at("fingerprint", "routers", value=[[1.0]]),
+        at("fingerprint", "routers", value=7),
+        at("version", value=2),
+        at("version", value=[1]),
+        at(value=[1, 2]),
+        at(value=None),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_table_is_refused_with_the_remedy(whole: Any, change: Any) -> None:
     folder, about, tensors = whole
     with pytest.raises(
@@ -102,12 +116,17 @@ def test_a_damaged_table_is_refused_with_the_remedy(whole: Any, change: Any) -> 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda each: each * float("nan"), "no numbers"), (lambda each: each * 0 + 1e30, "no numbers, or beyond 10000"),
-        (lambda each: each.half(), "stored as F16; it must be F32"), (lambda each: each.int(), "stored as I32"),
-        (lambda each: each[:-1], "shape"), (lambda each: each[..., :1], "shape"), (lambda each: each[None], "shape"),
-        (lambda each: each.new_empty(0), "shape"), (lambda each: each.new_ones(()), "shape"),
+        (lambda each: each * float("nan"), "no numbers"),
+        (lambda each: each * 0 + 1e30, "no numbers, or beyond 10000"),
+        (lambda each: each.half(), "stored as F16; it must be F32"),
+        (lambda each: each.int(), "stored as I32"),
+        (lambda each: each[:-1], "shape"),
+        (lambda each: each[..., :1], "shape"),
+        (lambda each: each[None], "shape"),
+        (lambda each: each.new_empty(0), "shape"),
+        (lambda each: each.new_ones(()), "shape"),
     ],
-)  # fmt: skip
+)
 def test_damaged_weights_are_refused(whole: Any, change: Any, why: str) -> None:
     folder, about, tensors = whole
     with pytest.raises(DataError, match=why):
@@ -152,17 +171,32 @@ def mutated(value: Any, path: tuple, new: Any) -> Any:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 60) | st.sampled_from([2**31, 2**63, 10**40]) | st.floats() | st.text(max_size=5)
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 60)
+    | st.sampled_from([2**31, 2**63, 10**40])
+    | st.floats()
+    | st.text(max_size=5)
     | st.sampled_from(["encdec", "frequency", "slp"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.just("config"), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.just("config"), inner, max_size=3)
+    ),
     max_leaves=4,
-)  # fmt: skip
+)
 CHANGES = [
-    lambda each: each.new_full(each.shape, float("nan")), lambda each: each * 1e30, lambda each: each.half(), lambda each: each.double(),
-    lambda each: each[: len(each) // 2] if each.dim() else each, lambda each: each.flatten(), lambda each: each.new_zeros(3),
-    lambda each: -each, lambda each: each * 9000, lambda each: each.to(torch.float8_e4m3fn), lambda each: each.bool(),
+    lambda each: each.new_full(each.shape, float("nan")),
+    lambda each: each * 1e30,
+    lambda each: each.half(),
+    lambda each: each.double(),
+    lambda each: each[: len(each) // 2] if each.dim() else each,
+    lambda each: each.flatten(),
+    lambda each: each.new_zeros(3),
+    lambda each: -each,
+    lambda each: each * 9000,
+    lambda each: each.to(torch.float8_e4m3fn),
+    lambda each: each.bool(),
     lambda each: each.new_full(each.shape, 1e4),
-]  # fmt: skip
+]
 
 
 @settings(max_examples=60)

@@ -49,9 +49,14 @@ def test_paths_that_ascend_share_their_blocks():
 
 def model_of(feed_forward=None, **fields):
     config = Decoder.Config(
-        vocab_size=VOCAB, dim=32, num_layers=LAYERS, attention=SelfAttention.Config(num_heads=2), init_std=0.3,
-        feed_forward=feed_forward or SwiGLU.Config(hidden_dim=64), **fields,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        dim=32,
+        num_layers=LAYERS,
+        attention=SelfAttention.Config(num_heads=2),
+        init_std=0.3,
+        feed_forward=feed_forward or SwiGLU.Config(hidden_dim=64),
+        **fields,
+    )
     return config.build(seed=0).eval()
 
 

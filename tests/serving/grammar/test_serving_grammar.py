@@ -17,10 +17,16 @@ from tokenizers_of_every_make import ALL
 
 TOKENIZER = ALL["bytes"]
 TREE = {
-    "$defs": {"node": {"type": "object", "properties": {"v": {"type": "integer"}, "kids": {"$ref": "#/$defs/list"}}, "required": ["v"]},
-              "list": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {"v": {"type": "integer"}, "kids": {"$ref": "#/$defs/list"}},
+            "required": ["v"],
+        },
+        "list": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+    },
     "$ref": "#/$defs/node",
-}  # fmt: skip
+}
 POINT = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}, "required": ["x"]}
 BASE = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
 
@@ -28,7 +34,11 @@ BASE = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [
-        ({}, ["{}", '{"a": [1, {"b": null}]}', '{"": "\\u0000"}'], ["[]", "1", "", "{,}", '{"a": 1,}', "{} ", '{"a":  1}']),
+        (
+            {},
+            ["{}", '{"a": [1, {"b": null}]}', '{"": "\\u0000"}'],
+            ["[]", "1", "", "{,}", '{"a": 1,}', "{} ", '{"a":  1}'],
+        ),
         ({"type": "null"}, ["null"], ["nul", "Null", "null "]),
         ({"type": "boolean"}, ["true", "false"], ["1"]),
         ({"type": ["integer", "null"]}, ["null", "-12", "0"], ["01", "1.0", "--1"]),
@@ -38,23 +48,59 @@ BASE = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a
         ({"enum": ["a", 1, None, {"k": [1, 2]}]}, ['"a"', "1", "null", '{"k": [1, 2]}', '{"k":[1,2]}'], ['"b"', "2"]),
         ({"type": "string", "enum": ["a", 1]}, ['"a"'], ["1"]),
         ({"const": "ключ"}, ['"ключ"'], ['"ключи"']),
-        (POINT, ['{"x": 1}', '{"x":1,"y":2}', '{\n  "x": 1,\n  "y": 2\n}'], ["{}", '{"y": 1}', '{"x":1,"x":2}', '{"x":1,"z":2}']),
-        ({**POINT, "additionalProperties": {"type": "null"}}, ['{"x":1,"z":null,"xx":null}'], ['{"x":null}', '{"x":1,"y":null}']),
+        (
+            POINT,
+            ['{"x": 1}', '{"x":1,"y":2}', '{\n  "x": 1,\n  "y": 2\n}'],
+            ["{}", '{"y": 1}', '{"x":1,"x":2}', '{"x":1,"z":2}'],
+        ),
+        (
+            {**POINT, "additionalProperties": {"type": "null"}},
+            ['{"x":1,"z":null,"xx":null}'],
+            ['{"x":null}', '{"x":1,"y":null}'],
+        ),
         ({"type": "object", "required": ["a"]}, ['{"a": 1, "b": 2}'], ["{}", '{"b": 1}']),
-        ({"type": "object", "properties": {"a": {"type": "null"}, "b": False}}, ["{}", '{"a": null}'], ['{"b": 1}', '{"c": 1}']),
-        ({"type": "object", "properties": {"properties": POINT}}, ['{"properties": {"x": 1}}'], ['{"properties": {"x": 1, "z": 1}}']),
+        (
+            {"type": "object", "properties": {"a": {"type": "null"}, "b": False}},
+            ["{}", '{"a": null}'],
+            ['{"b": 1}', '{"c": 1}'],
+        ),
+        (
+            {"type": "object", "properties": {"properties": POINT}},
+            ['{"properties": {"x": 1}}'],
+            ['{"properties": {"x": 1, "z": 1}}'],
+        ),
         ({"type": "array"}, ["[]", "[1, [2]]"], ["[1,]"]),
-        ({"type": "array", "items": {"type": "null"}, "minItems": 1, "maxItems": 2}, ["[null]", "[null,null]"], ["[]", "[null,null,null]"]),
-        ({"type": "array", "prefixItems": [{"type": "null"}, {"type": "boolean"}], "items": False}, ["[]", "[null, true]"], ["[true]"]),
+        (
+            {"type": "array", "items": {"type": "null"}, "minItems": 1, "maxItems": 2},
+            ["[null]", "[null,null]"],
+            ["[]", "[null,null,null]"],
+        ),
+        (
+            {"type": "array", "prefixItems": [{"type": "null"}, {"type": "boolean"}], "items": False},
+            ["[]", "[null, true]"],
+            ["[true]"],
+        ),
         ({"anyOf": [{"type": "null"}, {"type": "integer"}]}, ["null", "3"], ["true"]),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, ["1"], ["true"]),
         ({"allOf": [{"$ref": "#/$defs/n"}], "$defs": {"n": {"type": "null"}}, "title": "T"}, ["null"], ["0"]),
         (TREE, ['{"v": 1, "kids": [{"v": 2}, {"v": 3, "kids": []}]}'], ['{"kids": []}', '{"v": 1, "kids": [{}]}']),
-        ({"type": "integer", "minimum": -5, "maximum": 120}, ["-5", "0", "7", "99", "120"], ["-6", "121", "007", "1000"]),
-        ({"type": "number", "minimum": 0.25, "exclusiveMaximum": 2}, ["0.25", "0.3", "1", "1.999"], ["0.2", "0", "2", "0.24999", "-1"]),
+        (
+            {"type": "integer", "minimum": -5, "maximum": 120},
+            ["-5", "0", "7", "99", "120"],
+            ["-6", "121", "007", "1000"],
+        ),
+        (
+            {"type": "number", "minimum": 0.25, "exclusiveMaximum": 2},
+            ["0.25", "0.3", "1", "1.999"],
+            ["0.2", "0", "2", "0.24999", "-1"],
+        ),
         ({"type": "string", "pattern": "^a+$"}, ['"aaa"'], ['""', '"ab"']),
         ({"type": "string", "pattern": "b"}, ['"abc"', '"b"'], ['"ac"']),
-        ({"type": "string", "pattern": "^(ab)*$", "minLength": 3, "maxLength": 5}, ['"abab"'], ['"ab"', '"ababab"', '""']),
+        (
+            {"type": "string", "pattern": "^(ab)*$", "minLength": 3, "maxLength": 5},
+            ['"abab"'],
+            ['"ab"', '"ababab"', '""'],
+        ),
         # what was once refused
         ({"type": "integer", "multipleOf": 4}, ["0", "4", "128"], ["3", "130"]),
         ({"type": "string", "format": "uri"}, ['"http://a.b/c?d=e"'], ['"a b"', '"x"']),
@@ -62,9 +108,17 @@ BASE = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a
         # llguidance lets the whole number through that such a range leaves out
         ({"exclusiveMinimum": 0, "maximum": 0.5}, ["0.1", "0.5", "0.000001"], ["0", "0.0", "0.51", "1"]),
         ({"type": "number", "exclusiveMaximum": -1, "minimum": -1.5}, ["-1.1", "-1.5"], ["-1", "-1.0", "-2"]),
-        ({"type": ["number", "null"], "exclusiveMinimum": 10.0, "exclusiveMaximum": 10.1}, ["10.05"], ["10", "10.0", "10.1"]),
+        (
+            {"type": ["number", "null"], "exclusiveMinimum": 10.0, "exclusiveMaximum": 10.1},
+            ["10.05"],
+            ["10", "10.0", "10.1"],
+        ),
         ({"type": "number", "exclusiveMinimum": 0, "maximum": 1}, ["0.1", "1"], ["0", "0.0", "1.5"]),
-        ({"allOf": [BASE, {"properties": {"b": {"type": "null"}}, "required": ["b"]}]}, ['{"a": null, "b": null}'], ['{"a": null}']),
+        (
+            {"allOf": [BASE, {"properties": {"b": {"type": "null"}}, "required": ["b"]}]},
+            ['{"a": null, "b": null}'],
+            ['{"a": null}'],
+        ),
         (
             {"type": "object", "patternProperties": {"^n": {"type": "null"}}, "additionalProperties": False},
             ['{"n": null}'],
@@ -75,13 +129,13 @@ BASE = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a
         (grammar.regex("^[a-c]+/\\d$"), ["ab/1"], ["/1", "ab/x", "ab/\u0661"]),
         (grammar.regex("[ab]*b"), ["b", "abab"], ["aba", ""]),
         (grammar.sequence([grammar.regex("[ab]*"), "b"]), ["b", "abab"], ["aba", ""]),
-        (grammar.choice(["a the", "é\"\\\n"]), ["a the", "é\"\\\n"], ["a", "b"]),
+        (grammar.choice(["a the", 'é"\\\n']), ["a the", 'é"\\\n'], ["a", "b"]),
         (grammar.sequence(["<", {"type": "integer"}, ">"]), ["<12>"], ["<>", "12", "<1"]),
         (grammar.repeat(grammar.choice(["ab", "c"]), 1, 3), ["c", "abcab"], ["", "cccc"]),
         (grammar.repeat(grammar.sequence([{"type": "null"}, ";"]), 2), ["null;null;", "null;" * 5], ["null;"]),
         (grammar.sequence([]), [""], ["a"]),
     ],
-)  # fmt: skip
+)
 def test_texts_that_are_let_through_and_texts_that_are_not(schema, good, bad):
     assert [text for text in good if not takes(schema, text, TOKENIZER)] == []
     assert [text for text in bad if takes(schema, text, TOKENIZER)] == []
@@ -138,11 +192,20 @@ def chain(length):
         (properties(20_005), r"has \d{3},\d{3} characters as JSON; at most 250,000"),
         ({"type": "integer", "multipleOf": 1_234_567}, "more than (128 MiB of memory|1 s of computing)"),
         (chain(4000), "nested too deeply"),
-        (functools.reduce(lambda inner, _: {"items": inner}, range(forms.MOST_DEPTH), {}), "nested too deeply: at most 200 objects"),
-        ({"anyOf": [functools.reduce(lambda inner, _: {"anyOf": [inner]}, range(99), {})]}, "nested too deeply: at most 200 objects"),
-        ({"allOf": [{"anyOf": [{"minimum": n}, {"maximum": n}]} for n in range(20)], "type": "integer"}, "too large|more than"),
+        (
+            functools.reduce(lambda inner, _: {"items": inner}, range(forms.MOST_DEPTH), {}),
+            "nested too deeply: at most 200 objects",
+        ),
+        (
+            {"anyOf": [functools.reduce(lambda inner, _: {"anyOf": [inner]}, range(99), {})]},
+            "nested too deeply: at most 200 objects",
+        ),
+        (
+            {"allOf": [{"anyOf": [{"minimum": n}, {"maximum": n}]} for n in range(20)], "type": "integer"},
+            "too large|more than",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_takes_too_much_is_refused_in_a_line_and_harms_nobody(schema, message):
     with pytest.raises(InputError, match=message):
         GrammarStore(TOKENIZER).get(schema)

@@ -75,9 +75,13 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make_engine(root):
     config = ServingConfig(
-        num_blocks=256, name=BASE, dtype="float32", max_seqs=8, max_batched_tokens=64,
+        num_blocks=256,
+        name=BASE,
+        dtype="float32",
+        max_seqs=8,
+        max_batched_tokens=64,
         adapters=AdaptersConfig(load=(f"a={root / 'a'}", f"b={root / 'b'}")),
-    )  # fmt: skip
+    )
     return lambda: LocalEngine(lambda: Engine.of(make_model(), config, tokenizer=ByteTokenizer()))
 
 
@@ -261,13 +265,31 @@ def test_other_kinds_and_adapters_of_the_head_are_loaded_too(server):
 
 
 FOLDERS = [
-    ("..", "below"), ("../outside/a", "below"), ("a/../../x", "below"), (".", "below"), ("/", "below"), ("/etc", "below"),
-    ("link", "below"), ("linked", "outside"), ("loop", "cannot be read"), ("gone", "cannot be read"), ("file", "cannot be read"),
-    ("other head", "brings lm_head.weight whole"), ("other shape", "model's has 64 and 64"), ("not a number", "NaN"),
-    ("arrow:damaged", "damaged/one"), ("arrow:a", "is one adapter"),
-    ("empty", "adapter_config.json"), ("broken", "adapter_config.json"), ("a\0b", "must be the path"), ("", "must be the path"),
-    (7, "must be the path"), (None, "missing"), ("x" * 5000, "must be the path"), ("x" * 300, "cannot be read"),
-]  # fmt: skip
+    ("..", "below"),
+    ("../outside/a", "below"),
+    ("a/../../x", "below"),
+    (".", "below"),
+    ("/", "below"),
+    ("/etc", "below"),
+    ("link", "below"),
+    ("linked", "outside"),
+    ("loop", "cannot be read"),
+    ("gone", "cannot be read"),
+    ("file", "cannot be read"),
+    ("other head", "brings lm_head.weight whole"),
+    ("other shape", "model's has 64 and 64"),
+    ("not a number", "NaN"),
+    ("arrow:damaged", "damaged/one"),
+    ("arrow:a", "is one adapter"),
+    ("empty", "adapter_config.json"),
+    ("broken", "adapter_config.json"),
+    ("a\0b", "must be the path"),
+    ("", "must be the path"),
+    (7, "must be the path"),
+    (None, "missing"),
+    ("x" * 5000, "must be the path"),
+    ("x" * 300, "cannot be read"),
+]
 
 
 @pytest.mark.parametrize(

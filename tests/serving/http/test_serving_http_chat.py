@@ -131,9 +131,17 @@ def test_several_choices(server, is_stream):
 
 def test_every_sampling_parameter_reaches_the_engine(server):
     given = {
-        "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": -3, "presence_penalty": 1.5, "frequency_penalty": -0.5,
-        "repetition_penalty": 1.2, "min_tokens": 2, "ignore_eos": True,
-    }  # fmt: skip
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.1,
+        "seed": -3,
+        "presence_penalty": 1.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.2,
+        "min_tokens": 2,
+        "ignore_eos": True,
+    }
     more = {
         "max_tokens": 9,
         "logit_bias": {"65": -100, "66": 3.5},
@@ -200,9 +208,14 @@ def test_logprobs_of_a_chat(server):
     body = server.chat(max_tokens=2, logprobs=True, top_logprobs=2)[2]
     [first, second] = body["choices"][0]["logprobs"]["content"]
     assert first == {
-        "token": "U", "logprob": -0.5, "bytes": [85],
-        "top_logprobs": [{"token": "U", "logprob": -0.5, "bytes": [85]}, {"token": "V", "logprob": -1.5, "bytes": [86]}],
-    }  # fmt: skip
+        "token": "U",
+        "logprob": -0.5,
+        "bytes": [85],
+        "top_logprobs": [
+            {"token": "U", "logprob": -0.5, "bytes": [85]},
+            {"token": "V", "logprob": -1.5, "bytes": [86]},
+        ],
+    }
     assert second["token"] == "s"
     assert server.chat(max_tokens=1, logprobs=True)[2]["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
     made = events(server.chat(max_tokens=4, logprobs=True, stream=True, stop=["er"])[2])[:-1]

@@ -25,9 +25,14 @@ MOST_S = 3.0
 
 def head(path, length, key="a", host="localhost"):
     lines = (
-        f"POST {path} HTTP/1.1", f"host: {host}", "content-type: application/json", f"authorization: Bearer {key}",
-        f"content-length: {length}", "", "",
-    )  # fmt: skip
+        f"POST {path} HTTP/1.1",
+        f"host: {host}",
+        "content-type: application/json",
+        f"authorization: Bearer {key}",
+        f"content-length: {length}",
+        "",
+        "",
+    )
     return "\r\n".join(lines).encode()
 
 

@@ -40,13 +40,20 @@ CALL = f'<tool_call>\n{{"name": "weather", "arguments": {CITY}}}\n</tool_call>'
 NOW = '<tool_call>{"name": "clock", "arguments": "{ }"}</tool_call>'
 UNKNOWN = '<tool_call>{"name": "rm", "arguments": {}}</tool_call>'
 TEXTS = [
-    CALL, f"Let me see. {CALL}\n{NOW}\n", f"{NOW}{CALL}{CALL}", f"[TOOL_CALLS][{{\"name\": \"weather\", \"arguments\": {CITY}}}]",
-    f"<function=weather>{CITY}</function>", f'{{"name": "weather", "parameters": {CITY}}}; {{"name": "clock", "arguments": {{}}}}',
+    CALL,
+    f"Let me see. {CALL}\n{NOW}\n",
+    f"{NOW}{CALL}{CALL}",
+    f'[TOOL_CALLS][{{"name": "weather", "arguments": {CITY}}}]',
+    f"<function=weather>{CITY}</function>",
+    f'{{"name": "weather", "parameters": {CITY}}}; {{"name": "clock", "arguments": {{}}}}',
     f'<tool_call>{{"name": "weather", "arguments": {json.dumps(CITY)}}}</tool_call>',
     f'<tool_call>{{"arguments": {CITY}, "name": "weather"}}</tool_call>',
-    f'<tool_call>{{"name": "launch", "arguments": {CITY}}}</tool_call> Done.', "<tool_call>weather(Ghent)</tool_call>é",
-    '<tool_call>{"name": "weather", "arguments": {"city": Ghent,}}</tool_call>', '{"name": "Ann", "arguments": "END"}', "Plain é😀 text.",
-]  # fmt: skip
+    f'<tool_call>{{"name": "launch", "arguments": {CITY}}}</tool_call> Done.',
+    "<tool_call>weather(Ghent)</tool_call>é",
+    '<tool_call>{"name": "weather", "arguments": {"city": Ghent,}}</tool_call>',
+    '{"name": "Ann", "arguments": "END"}',
+    "Plain é😀 text.",
+]
 
 
 def outputs_of(cuts, finish):
@@ -149,10 +156,15 @@ def test_a_stream_says_what_the_whole_answer_says(text, stop, is_parallel, finis
         (CALL, ("END",), Finish.STOP, ((None, [("weather", CITY.partition("END")[0])]), "stop")),
         (CALL[: CALL.index("Gh")], (), Finish.LENGTH, ((None, [("weather", '{"city": "')]), "length")),
         (CALL, (), Finish.LENGTH, ((None, [("weather", CITY)]), "length")),
-        ("<tool_call>call(weather)</tool_call>", (), Finish.STOP, (("<tool_call>call(weather)</tool_call>", []), "stop")),
+        (
+            "<tool_call>call(weather)</tool_call>",
+            (),
+            Finish.STOP,
+            (("<tool_call>call(weather)</tool_call>", []), "stop"),
+        ),
         (UNKNOWN, (), Finish.STOP, ((UNKNOWN, []), "stop")),
     ],
-)  # fmt: skip
+)
 def test_how_answers_end(text, stop, finish, wanted):
     assert answered([text.encode()], stop=stop, finish=finish) == (wanted, wanted)
 

@@ -138,12 +138,19 @@ def test_base64_is_of_float32(server, model):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"input": []}, "input"), ({"input": None}, "input"), ({"input": [[]]}, "input[0]"), ({"input": ["a", 5]}, "input[1]"),
-        ({"input": [257]}, "input[0]"), ({"input": [[1, -1]]}, "input[0]"), ({"input": ["x"] * 2049}, "input"),
-        ({"input": "x" * 2000}, "input[0]"), ({"encoding_format": "int8"}, "encoding_format"), ({"dimensions": 0}, "dimensions"),
+        ({"input": []}, "input"),
+        ({"input": None}, "input"),
+        ({"input": [[]]}, "input[0]"),
+        ({"input": ["a", 5]}, "input[1]"),
+        ({"input": [257]}, "input[0]"),
+        ({"input": [[1, -1]]}, "input[0]"),
+        ({"input": ["x"] * 2049}, "input"),
+        ({"input": "x" * 2000}, "input[0]"),
+        ({"encoding_format": "int8"}, "encoding_format"),
+        ({"dimensions": 0}, "dimensions"),
         ({"dimensions": "5"}, "dimensions"),
     ],
-)  # fmt: skip
+)
 def test_what_no_vector_can_be_made_of_is_refused(server, fields, param):
     status, _, body = server.ask("/v1/embeddings", {"model": "small", "input": "x", **fields})
     assert (status, body["error"]["param"]) == (400, param)

@@ -19,15 +19,20 @@ from waiting import until
 openai = pytest.importorskip("openai")
 MODEL = "small"
 HELLO = [{"role": "user", "content": "hello"}]
-TOOLS = [{
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "parameters": {
-            "type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"], "additionalProperties": False
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"warm": {"type": "boolean"}},
+                "required": ["warm"],
+                "additionalProperties": False,
+            },
         },
-    },
-}]  # fmt: skip
+    }
+]
 
 
 @pytest.fixture(scope="module")
@@ -283,10 +288,16 @@ def test_what_is_told_adds_up(server):
     [
         *({name: 1e-46} for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")),
         {"temperature": 5e-324, "top_p": 5e-324, "min_p": 5e-324, "seed": -(2**63)},
-        {"temperature": 2, "repetition_penalty": 0.01, "logit_bias": {"1": 1e-320, "2": -100}, "n": 2, "top_k": 2**31 - 1},
+        {
+            "temperature": 2,
+            "repetition_penalty": 0.01,
+            "logit_bias": {"1": 1e-320, "2": -100},
+            "n": 2,
+            "top_k": 2**31 - 1,
+        },
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_numbers_that_float32_does_not_have_are_answered_and_the_engine_goes_on(server, fields):
     status, _, body = ask(server, **{"temperature": 1, "ignore_eos": True, **fields})
     assert status == 200, body

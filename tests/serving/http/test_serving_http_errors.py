@@ -75,8 +75,14 @@ def user(content):
         ({"tools": [FUNCTION, FUNCTION]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [FUNCTION], "tool_choice": "maybe"}, "tool_choice"),
-        ({"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name"),
-        ({"tools": [FUNCTION], "tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
+        (
+            {"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice.function.name",
+        ),
+        (
+            {"tools": [FUNCTION], "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "response_format",
+        ),
         ({"user": 5}, "user"),
         ({"metadata": {"a": 1}}, "metadata"),
         ({"priority": 10**6}, "priority"),
@@ -88,7 +94,7 @@ def user(content):
         ({"model": None}, "model"),
         ({"model": 3}, "model"),
     ],
-)  # fmt: skip
+)
 def test_wrong_fields_are_named(server, fields, param):
     status, headers, body = server.chat(**fields)
     assert status == 400, body
@@ -207,10 +213,15 @@ def test_another_model(server):
 @pytest.mark.parametrize(
     ("raw", "code"),
     [
-        (b"", "invalid_json"), (b"{", "invalid_json"), (b"[]", "invalid_json"), (b'{"a": NaN}', "invalid_json"),
-        (b'{"model": "\xff"}', "invalid_utf8"), (b"[" * 60_000, "invalid_json"), (b"[" * 100_000, "too_many_values"),
+        (b"", "invalid_json"),
+        (b"{", "invalid_json"),
+        (b"[]", "invalid_json"),
+        (b'{"a": NaN}', "invalid_json"),
+        (b'{"model": "\xff"}', "invalid_utf8"),
+        (b"[" * 60_000, "invalid_json"),
+        (b"[" * 100_000, "too_many_values"),
     ],
-)  # fmt: skip
+)
 def test_bodies_that_are_no_json(server, raw, code):
     status, _, body = server.ask("/v1/chat/completions", raw)
     assert (status, body["error"]["code"]) == (400, code)

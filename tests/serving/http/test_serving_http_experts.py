@@ -24,9 +24,13 @@ from serving_models import serve_process
 PROMPTS = ["hello", "def add(a, b):", "import os\n", "x", "The quick brown fox", "0123456789", "naïve façade"]
 TOKENS = 24
 EVERY = [
-    {}, {"dual_batch": 2}, {"dual_batch": 3, "regroup": "false", "drop_cache": "true"}, {"dual_batch": 2, "predictor": "tlp"},
-    {"predictor": "slp", "extra": 0}, {"policy": "lfu", "workers": 1},
-]  # fmt: skip
+    {},
+    {"dual_batch": 2},
+    {"dual_batch": 3, "regroup": "false", "drop_cache": "true"},
+    {"dual_batch": 2, "predictor": "tlp"},
+    {"predictor": "slp", "extra": 0},
+    {"policy": "lfu", "workers": 1},
+]
 
 
 @pytest.fixture(scope="module")

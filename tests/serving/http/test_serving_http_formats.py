@@ -37,9 +37,16 @@ def model():
 
 def ask(client, model, *, named, is_stream, **more):
     fields = {
-        "model": model, "messages": ASK, "tools": TOOLS, "max_tokens": 500, "temperature": 1, "seed": 3, "parallel_tool_calls": False,
-        "tool_choice": {"type": "function", "function": {"name": "switch"}} if named else "required", **more,
-    }  # fmt: skip
+        "model": model,
+        "messages": ASK,
+        "tools": TOOLS,
+        "max_tokens": 500,
+        "temperature": 1,
+        "seed": 3,
+        "parallel_tool_calls": False,
+        "tool_choice": {"type": "function", "function": {"name": "switch"}} if named else "required",
+        **more,
+    }
     if is_stream:
         with client.chat.completions.stream(**fields) as stream:
             return stream.get_final_completion().choices[0]

@@ -92,11 +92,16 @@ def restarts(server):
         (OPEN, {"logit_bias": {str(ord("[")): 100}, "n": 2}, 200, "[" * 60),
         (properties(200, additionalProperties=True), {"n": 4}, 200, "{"),
         ({"type": "integer", "multipleOf": 1_234_567}, {}, 400, "it asked for more|it took more"),
-        ({"$defs": {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(4000)}, "$ref": "#/$defs/d0"}, {}, 400, "cannot be followed"),
+        (
+            {"$defs": {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(4000)}, "$ref": "#/$defs/d0"},
+            {},
+            400,
+            "cannot be followed",
+        ),
         ({"type": "array", "uniqueItems": True}, {}, 400, "keyword 'uniqueItems' not supported"),
     ],
     ids=["large", "open", "wide", "slow", "deep", "unknown"],
-)  # fmt: skip
+)
 def test_a_grammar_hurts_nobody_but_who_sends_it(server, schema, fields, status, says):
     # The same bodies for a model that is not there: read, and no more.
     (alone, gap_alone), refused = beside(server, schema, **fields, model="another")

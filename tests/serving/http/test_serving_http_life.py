@@ -471,13 +471,32 @@ def test_every_series_is_there_before_traffic_and_adds_up_after_it():
     with serving() as running:
         before = running.metrics()
         for name in (
-            "prompt_tokens_total", "cached_prompt_tokens_total", "generation_tokens_total", "preemptions_total", "expert_hits_total",
-            "expert_misses_total", "expert_late_total", "expert_prefetched_unused_total", "expert_bytes_moved_total", "running", "waiting",
-            "queued_tokens", "expert_resident_bytes", "ttft_seconds_count", "inter_token_seconds_count", "e2e_seconds_count",
-            "queue_time_seconds_count", "step_time_seconds_count", "batch_tokens_count", "prompt_len_tokens_count",
-            "output_len_tokens_count", 'requests_total{code="200",endpoint="chat"}', 'admission_rejections_total{reason="queued"}',
-            'aborted_total{reason="client_gone"}', "in_flight",
-        ):  # fmt: skip
+            "prompt_tokens_total",
+            "cached_prompt_tokens_total",
+            "generation_tokens_total",
+            "preemptions_total",
+            "expert_hits_total",
+            "expert_misses_total",
+            "expert_late_total",
+            "expert_prefetched_unused_total",
+            "expert_bytes_moved_total",
+            "running",
+            "waiting",
+            "queued_tokens",
+            "expert_resident_bytes",
+            "ttft_seconds_count",
+            "inter_token_seconds_count",
+            "e2e_seconds_count",
+            "queue_time_seconds_count",
+            "step_time_seconds_count",
+            "batch_tokens_count",
+            "prompt_len_tokens_count",
+            "output_len_tokens_count",
+            'requests_total{code="200",endpoint="chat"}',
+            'admission_rejections_total{reason="queued"}',
+            'aborted_total{reason="client_gone"}',
+            "in_flight",
+        ):
             assert before[name] == 0, name
         assert "kv_usage_ratio" in before
         usages = [running.chat(max_tokens=size, n=size)[2]["usage"] for size in (1, 2, 3)]

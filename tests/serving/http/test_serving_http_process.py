@@ -205,9 +205,18 @@ def test_no_made_up_request_breaks_it():
     with serve_process("--set", "engine.process=false", "--set", "http.admin_token=operator-1") as server:
         program = str(PROGRAM) if PROGRAM.exists() else "schemathesis"
         command = [
-            program, "run", f"{server.url}/openapi.json", "--checks", CHECKS, "--max-examples", "25", "--seed", "1",
-            "--phases", "examples,coverage,fuzzing",
-        ]  # fmt: skip
+            program,
+            "run",
+            f"{server.url}/openapi.json",
+            "--checks",
+            CHECKS,
+            "--max-examples",
+            "25",
+            "--seed",
+            "1",
+            "--phases",
+            "examples,coverage,fuzzing",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stdout[-6000:]
         assert ask(server, {"max_tokens": 2})[0] == 200

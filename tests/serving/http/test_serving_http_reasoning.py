@@ -19,10 +19,15 @@ from serving_models import small_moe
 from serving_thread import serving
 
 openai = pytest.importorskip("openai")
-TOOLS = [{
-    "type": "function",
-    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
-}]  # fmt: skip
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+        },
+    }
+]
 THOUGHT = "<think>\nTwo and\nthree. So stop.\n</think>\n\n"
 
 
@@ -114,10 +119,19 @@ def test_what_the_template_does_not_know_is_told(qwen3):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"messages": []}, {"bos_token": "x"}, {"add_generation_prompt": False}, {f"a{n}": 1 for n in range(17)}, {"a b": 1}, {"": 1},
-        {"a": "x" * 10_001}, {"a": json.loads("[" * 9 + "]" * 9)}, [], "x", {"a" * 65: 1},
+        {"messages": []},
+        {"bos_token": "x"},
+        {"add_generation_prompt": False},
+        {f"a{n}": 1 for n in range(17)},
+        {"a b": 1},
+        {"": 1},
+        {"a": "x" * 10_001},
+        {"a": json.loads("[" * 9 + "]" * 9)},
+        [],
+        "x",
+        {"a" * 65: 1},
     ],
-)  # fmt: skip
+)
 def test_what_no_template_may_get_is_refused(qwen3, kwargs):
     status, _, body = qwen3.server.chat(chat_template_kwargs=kwargs)
     assert status == 400, body
@@ -243,9 +257,14 @@ def test_a_form_holds_for_the_answer_after_the_reasoning(template):
             seen = set()
             for seed in range(6):
                 answer = client.chat.completions.create(
-                    model="fake", messages=ASK, response_format=FORM, max_tokens=300, seed=seed, logit_bias=bias,
+                    model="fake",
+                    messages=ASK,
+                    response_format=FORM,
+                    max_tokens=300,
+                    seed=seed,
+                    logit_bias=bias,
                     extra_body={"min_tokens": 2},
-                )  # fmt: skip
+                )
                 [choice] = answer.choices
                 thought, said, _ = told_of(choice.message)
                 if choice.finish_reason == "stop":

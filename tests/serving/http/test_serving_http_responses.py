@@ -26,9 +26,16 @@ from serving_thread import serving
 
 openai = pytest.importorskip("openai")
 TOOL = {
-    "type": "function", "name": "weather", "description": "Tells it.",
-    "parameters": {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"], "additionalProperties": False},
-}  # fmt: skip
+    "type": "function",
+    "name": "weather",
+    "description": "Tells it.",
+    "parameters": {
+        "type": "object",
+        "properties": {"warm": {"type": "boolean"}},
+        "required": ["warm"],
+        "additionalProperties": False,
+    },
+}
 FORM = {"format": {"type": "json_schema", "name": "form", "schema": TOOL["parameters"], "strict": True}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"warm": true}}\n</tool_call>'
 
@@ -417,24 +424,40 @@ def test_what_may_be_included_is(client, said):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "c"}, "conversation"),
-        ({"background": True}, "background"), ({"input": []}, "input"), ({"input": 5}, "input"), ({"input": ["x"]}, "input[0]"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "c"}, "conversation"),
+        ({"background": True}, "background"),
+        ({"input": []}, "input"),
+        ({"input": 5}, "input"),
+        ({"input": ["x"]}, "input[0]"),
         ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]"), ({"tools": 5}, "tools"), ({"text": "x"}, "text"),
-        ({"text": {"format": "x"}}, "text.format"), ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
-        ({"reasoning": {"effort": "low"}}, "reasoning.effort"), ({"reasoning": 5}, "reasoning"), ({"truncation": "auto"}, "truncation"),
-        ({"max_output_tokens": 0}, "max_output_tokens"), ({"max_output_tokens": "x"}, "max_output_tokens"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": 5}, "tools"),
+        ({"text": "x"}, "text"),
+        ({"text": {"format": "x"}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"reasoning": {"effort": "low"}}, "reasoning.effort"),
+        ({"reasoning": 5}, "reasoning"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": "x"}, "max_output_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"max_output_tokens": 10**6}, "max_output_tokens"), ({"n": 2}, "n"), ({"tool_choice": "required"}, "tool_choice"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens"),
+        ({"n": 2}, "n"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, "input[0].name"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": [5]}]}, "input[0].arguments"),
         ({"input": [{"type": "reasoning", "content": 5}]}, "input"),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format"), ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
-        ({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice.name"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        (
+            {"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "g"}},
+            "tool_choice.name",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_done_is_refused_by_its_name(said, fields, param):
     status, _, body = said.ask("/v1/responses", {"model": "fake", "input": "hello", **fields})
     assert (status, body["error"]["param"]) == (400, param), body
@@ -498,15 +521,20 @@ ITEM = {"type": "function_call", "call_id": "1", "name": "f"}
 @pytest.mark.parametrize(
     "fields",
     [
-        {"input": [{"type": "function_call_output", "call_id": None, "output": "x"}]}, {"input": [{**ITEM, "name": None}]},
-        {"input": [{**ITEM, "arguments": {"a": 1}}]}, {"input": [{**ITEM, "arguments": "a: 1"}]},
+        {"input": [{"type": "function_call_output", "call_id": None, "output": "x"}]},
+        {"input": [{**ITEM, "name": None}]},
+        {"input": [{**ITEM, "arguments": {"a": 1}}]},
+        {"input": [{**ITEM, "arguments": "a: 1"}]},
         {"input": [{"role": [1], "content": "x"}]},
-        {"input": [{"role": "user", "content": None}]}, {"input": "x", "instructions": {"a": 1}},
-        {"input": "x", "tool_choice": {"type": "allowed_tools"}}, {"input": "x", "tool_choice": {"type": "function", "name": "g"}},
-        {"input": "x", "reasoning": {"effort": {"a": 1}}}, {"input": "x", "tools": [{"type": "function", "name": 5}]},
+        {"input": [{"role": "user", "content": None}]},
+        {"input": "x", "instructions": {"a": 1}},
+        {"input": "x", "tool_choice": {"type": "allowed_tools"}},
+        {"input": "x", "tool_choice": {"type": "function", "name": "g"}},
+        {"input": "x", "reasoning": {"effort": {"a": 1}}},
+        {"input": "x", "tools": [{"type": "function", "name": 5}]},
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
     ],
-)  # fmt: skip
+)
 def test_errors_speak_of_what_this_api_has(fields):
     with serving(Script()) as server:
         status, _, body = server.ask("/v1/responses", {"model": "fake", **fields})
@@ -518,10 +546,26 @@ def test_errors_speak_of_what_this_api_has(fields):
 # Names that fields of chat have, as a client may well call its own things, and what looks like their paths.
 OWN = st.lists(
     st.sampled_from(
-        ["messages", "messages[0]", ".content", "[1]", "tool_choice.function", "tools[0].function", "max_completion_tokens", "max_tokens",
-         "response_format", "reasoning_effort", "input", "!", " ", "arguments"]
-    ), min_size=1, max_size=3,
-).map("".join)  # fmt: skip
+        [
+            "messages",
+            "messages[0]",
+            ".content",
+            "[1]",
+            "tool_choice.function",
+            "tools[0].function",
+            "max_completion_tokens",
+            "max_tokens",
+            "response_format",
+            "reasoning_effort",
+            "input",
+            "!",
+            " ",
+            "arguments",
+        ]
+    ),
+    min_size=1,
+    max_size=3,
+).map("".join)
 INFO = EngineInfo(
     model="fake",
     vocab_size=257,

@@ -57,9 +57,14 @@ class Asked:
         prompts = ((65,) * length,) * num_choices
         is_echo = kind is CompletionShape
         self.request = GenerationRequest(
-            kind="chat" if kind is ChatShape else "completions", model="m", prompts=prompts, texts=("A" * length,) * num_choices,
-            logprobs=logprobs, is_echo=is_echo, is_routing=is_routing,
-        )  # fmt: skip
+            kind="chat" if kind is ChatShape else "completions",
+            model="m",
+            prompts=prompts,
+            texts=("A" * length,) * num_choices,
+            logprobs=logprobs,
+            is_echo=is_echo,
+            is_routing=is_routing,
+        )
         self.row = (
             None
             if logprobs is None
@@ -68,11 +73,18 @@ class Asked:
         scores = types.SimpleNamespace(rows=[self.row] * (length - 1)) if is_echo and logprobs is not None else None
         self.choices = [
             types.SimpleNamespace(
-                scores=scores, prompt_tokens=length, completion_tokens=num_new, cached_tokens=0, reasoning_tokens=0, experts={},
-                adapters={}, recorded=0, layers_run=0,
+                scores=scores,
+                prompt_tokens=length,
+                completion_tokens=num_new,
+                cached_tokens=0,
+                reasoning_tokens=0,
+                experts={},
+                adapters={},
+                recorded=0,
+                layers_run=0,
             )
             for _ in range(num_choices)
-        ]  # fmt: skip
+        ]
 
     def shape(self):
         made = self.kind(self.request, self.choices, self.reader, INFO)

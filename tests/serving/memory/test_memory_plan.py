@@ -32,9 +32,13 @@ from waiting import until
 
 PROGRAM = 100 << 20
 MIXTURE = Decoder.Config(
-    vocab_size=257, dim=256, num_layers=4, attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
-    feed_forward=MoE.Config(num_experts=64, hidden_dim=512), max_positions=1024,
-)  # fmt: skip
+    vocab_size=257,
+    dim=256,
+    num_layers=4,
+    attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+    feed_forward=MoE.Config(num_experts=64, hidden_dim=512),
+    max_positions=1024,
+)
 DENSE = MIXTURE.replace(feed_forward=SwiGLU.Config(hidden_dim=2048), dim=512)
 
 
@@ -357,9 +361,19 @@ def test_the_command_prints_the_plan(saved, monkeypatch, capsys):
     assert main(["plan", str(saved / "m"), "--memory", "1GiB", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert list(told) == [
-        "model", "memory", "fits", "least_memory", "quantize", "expert_budget", "kv_memory", "bytes", "total_bytes",
-        "all_expert_bytes", "resident_share", "disk_bytes",
-    ]  # fmt: skip
+        "model",
+        "memory",
+        "fits",
+        "least_memory",
+        "quantize",
+        "expert_budget",
+        "kv_memory",
+        "bytes",
+        "total_bytes",
+        "all_expert_bytes",
+        "resident_share",
+        "disk_bytes",
+    ]
     assert list(told["bytes"]) == ["rest", "experts", "kv", "work", "program"]
     assert (told["memory"], told["fits"], told["expert_budget"], told["resident_share"]) == (1 << 30, True, None, 1.0)
     assert told["total_bytes"] == sum(told["bytes"].values())

@@ -38,9 +38,14 @@ def folder(tmp_path_factory):
     """A mixture of experts of 310 MB in bfloat16."""
     router = Router.Config(select=TopK.Config(top_k=4))
     config = Decoder.Config(
-        vocab_size=257, dim=512, num_layers=4, attention=SelfAttention.Config(num_heads=8, num_kv_heads=4),
-        feed_forward=MoE.Config(num_experts=48, hidden_dim=512, router=router), max_positions=2048, init_std=0.2,
-    )  # fmt: skip
+        vocab_size=257,
+        dim=512,
+        num_layers=4,
+        attention=SelfAttention.Config(num_heads=8, num_kv_heads=4),
+        feed_forward=MoE.Config(num_experts=48, hidden_dim=512, router=router),
+        max_positions=2048,
+        init_std=0.2,
+    )
     path = tmp_path_factory.mktemp("models") / "mixture"
     save_model(path, config.build(seed=0).bfloat16(), ByteTokenizer())
     return str(path)

@@ -18,9 +18,13 @@ from anabranch.serving.memory.work import load_bytes, step_bytes
 
 MIB = 1 << 20
 TINY = Decoder.Config(
-    vocab_size=10, dim=8, num_layers=2, attention=SelfAttention.Config(num_heads=2, num_kv_heads=1),
-    feed_forward=SwiGLU.Config(hidden_dim=16), max_positions=64,
-)  # fmt: skip
+    vocab_size=10,
+    dim=8,
+    num_layers=2,
+    attention=SelfAttention.Config(num_heads=2, num_kv_heads=1),
+    feed_forward=SwiGLU.Config(hidden_dim=16),
+    max_positions=64,
+)
 TINY_MIXTURE = TINY.replace(feed_forward=MoE.Config(num_experts=4, hidden_dim=16))
 WIDE = TINY.replace(vocab_size=257, dim=256, num_layers=1, attention=SelfAttention.Config(num_heads=4, num_kv_heads=2))
 SHAPES = {

@@ -200,10 +200,14 @@ def test_steps_are_filled_exactly_while_prompts_wait(is_async):
     """Decodes first, then prompts to the last token of the budget, at most one of them cut."""
     model = model_of("dense")
     requests = [
-        Request(id=str(number), prompt=tuple((number + at) % VOCAB for at in range(23)), arrival=float(number),
-                sampling=Sampling(max_tokens=6, temperature=0, ignore_eos=True))
+        Request(
+            id=str(number),
+            prompt=tuple((number + at) % VOCAB for at in range(23)),
+            arrival=float(number),
+            sampling=Sampling(max_tokens=6, temperature=0, ignore_eos=True),
+        )
         for number in range(8)
-    ]  # fmt: skip
+    ]
     config = SchedulerConfig(
         num_blocks=80,
         block_tokens=4,

@@ -130,11 +130,18 @@ def test_small_batches_are_bound_by_memory():
 @pytest.mark.parametrize(
     ("name", "billions", "active"),
     [
-        ("llama-2-70b", 68.98, 68.7), ("llama-3-8b", 8.03, 7.50), ("llama-3-70b", 70.6, 69.5), ("qwen2-72b", 72.7, 71.5),
-        ("deepseek-67b", 67.4, 66.6), ("mixtral-8x7b", 46.7, 12.75), ("olmoe-1b-7b", 6.92, 1.18), ("smollm2-135m", 0.1345, 0.1345),
-        ("qwen3-30b-a3b", 30.5, 3.0), ("deepseek-moe-16b", 16.4, 2.6),
+        ("llama-2-70b", 68.98, 68.7),
+        ("llama-3-8b", 8.03, 7.50),
+        ("llama-3-70b", 70.6, 69.5),
+        ("qwen2-72b", 72.7, 71.5),
+        ("deepseek-67b", 67.4, 66.6),
+        ("mixtral-8x7b", 46.7, 12.75),
+        ("olmoe-1b-7b", 6.92, 1.18),
+        ("smollm2-135m", 0.1345, 0.1345),
+        ("qwen3-30b-a3b", 30.5, 3.0),
+        ("deepseek-moe-16b", 16.4, 2.6),
     ],
-)  # fmt: skip
+)
 def test_parameters_of_published_models(name, billions, active):
     shape = find_shape(name)
     assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.005)
@@ -263,8 +270,12 @@ BESIDE = {
 @pytest.mark.parametrize("name", BESIDE)
 def test_what_stands_beside_matrices_is_counted_once(name):
     config = Decoder.Config(
-        vocab_size=61, dim=32, num_layers=3, attention=SelfAttention.Config(num_heads=4), feed_forward=SwiGLU.Config(hidden_dim=48)
-    ).replace(**BESIDE[name])  # fmt: skip
+        vocab_size=61,
+        dim=32,
+        num_layers=3,
+        attention=SelfAttention.Config(num_heads=4),
+        feed_forward=SwiGLU.Config(hidden_dim=48),
+    ).replace(**BESIDE[name])
     shape, plain = (shape_of(one, weight_bytes=4, kv_bytes=4) for one in (config, config.replace(linears={})))
     assert shape.weights_bytes == pytest.approx(_stored(config), abs=0.5)
     # It makes no matrix wider.
@@ -282,8 +293,12 @@ def test_what_is_no_matrix_is_not_stored_in_few_bits():
 def test_memory_that_the_rest_alone_passes_is_too_little():
     """A pool so large that it does not fit is refused with its bytes, where the matrices alone would do."""
     small = Decoder.Config(
-        vocab_size=61, dim=32, num_layers=2, attention=SelfAttention.Config(num_heads=4), feed_forward=SwiGLU.Config(hidden_dim=48)
-    )  # fmt: skip
+        vocab_size=61,
+        dim=32,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=4),
+        feed_forward=SwiGLU.Config(hidden_dim=48),
+    )
     large = small.replace(linears={"*": RoutedLowRank.Config(ranks=(64,) * 40)})
     hardware = find_hardware("a100").replace(memory_bytes=2e6)
     workload = Workload(prompt=8, output=8, dense_batch=64)

@@ -119,9 +119,15 @@ def test_a_schedule_by_hand():
     """a.0 0-2; a.1 2-4 beside b.0 2-3.5; b.1 4-5.5; the next layer's a.0 waits only for b.0: 4-6, its a.1 for b.1: 6-8."""
     timeline = simulate(Schedule(two(), (0, 1, 2, 3)), num_layers=2)
     assert [(span.number, span.layer, span.start_s, span.end_s) for span in timeline.spans] == [
-        (0, 0, 0.0, 2.0), (1, 0, 2.0, 4.0), (2, 0, 2.0, 3.5), (3, 0, 4.0, 5.5),
-        (0, 1, 4.0, 6.0), (1, 1, 6.0, 8.0), (2, 1, 6.0, 7.5), (3, 1, 8.0, 9.5),
-    ]  # fmt: skip
+        (0, 0, 0.0, 2.0),
+        (1, 0, 2.0, 4.0),
+        (2, 0, 2.0, 3.5),
+        (3, 0, 4.0, 5.5),
+        (0, 1, 4.0, 6.0),
+        (1, 1, 6.0, 8.0),
+        (2, 1, 6.0, 7.5),
+        (3, 1, 8.0, 9.5),
+    ]
     assert timeline.layer_ends == [5.5, 9.5]
     assert simulate(Schedule(two(), (0, 1, 2, 3)), num_layers=10).period_s == pytest.approx(4.0)
 
@@ -231,11 +237,15 @@ def drawn_graph(seed):
     count = int(draw.integers(3, 5))
     made = [
         Operation(
-            str(number), RESOURCES[draw.integers(3)], 0, 4,
-            tuple(str(other) for other in range(number) if draw.random() < 0.6), seconds(int(draw.integers(1, 9))),
+            str(number),
+            RESOURCES[draw.integers(3)],
+            0,
+            4,
+            tuple(str(other) for other in range(number) if draw.random() < 0.6),
+            seconds(int(draw.integers(1, 9))),
         )
         for number in range(count)
-    ]  # fmt: skip
+    ]
     cuts = {str(number): [2] for number in draw.choice(count, 2, replace=False)}
     return LayerGraph(tuple(made), 4, ("0",), (str(count - 1),)).split(cuts)
 

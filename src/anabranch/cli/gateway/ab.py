@@ -95,5 +95,12 @@ def _row(side: str, arm: ArmResult) -> list[str]:
     mean = "" if arm.mean is None else f"{arm.mean:.4g}"
     cost = "" if arm.cost_usd is None else f"{arm.cost_usd:.4g}"
     return [
-        side, arm.strategy, f"{arm.requests:,}", f"{arm.units:,}", f"{arm.waiting:,}", mean, f"{arm.low:.4g} to {arm.high:.4g}", cost,
-    ]  # fmt: skip
+        side,
+        arm.strategy,
+        f"{arm.requests:,}",
+        f"{arm.units:,}",
+        f"{arm.waiting:,}",
+        mean,
+        f"{arm.low:.4g} to {arm.high:.4g}",
+        cost,
+    ]

@@ -127,9 +127,10 @@ def _told(url: str, key: str | None, name: str, strategies: list[str], shots: Re
             raise InputError(f"the outcomes hold nothing of {name!r}; they are of {', '.join(shots.models)}")
         body["outcomes"] = _rows(shots, name)
     request = urllib.request.Request(
-        f"{url.rstrip('/')}/admin/models/{quote(name, safe='')}", json.dumps(body).encode(),
+        f"{url.rstrip('/')}/admin/models/{quote(name, safe='')}",
+        json.dumps(body).encode(),
         {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})},
-    )  # fmt: skip
+    )
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             found = json.load(answer)

@@ -89,11 +89,16 @@ def remove(
 def _print(budgets: list[Budget]) -> None:
     rows = [
         [
-            one.subject, one.period, when(one.resets_us), amount(one.limit_nano), amount(one.spent_nano), amount(one.reserved_nano),
+            one.subject,
+            one.period,
+            when(one.resets_us),
+            amount(one.limit_nano),
+            amount(one.spent_nano),
+            amount(one.reserved_nano),
             amount(one.remaining_nano),
         ]
         for one in budgets
-    ]  # fmt: skip
+    ]
     heads = ["subject", "period", "begins anew", "limit\n($)", "spent\n($)", "reserved\n($)", "left\n($)"]
     table(heads, rows, text_columns=3)
 
@@ -102,6 +107,9 @@ def facts(budget: Budget) -> dict[str, Any]:
     """Of a budget, in nano-dollars and in dollars."""
     named = {name: getattr(budget, f"{name}_nano") for name in ("limit", "spent", "reserved", "remaining")}
     return {
-        "subject": budget.subject, "period": budget.period, "resets": None if budget.resets_us is None else when(budget.resets_us),
-        **{f"{name}_usd": nano / 1e9 for name, nano in named.items()}, **{f"{name}_nano": nano for name, nano in named.items()},
-    }  # fmt: skip
+        "subject": budget.subject,
+        "period": budget.period,
+        "resets": None if budget.resets_us is None else when(budget.resets_us),
+        **{f"{name}_usd": nano / 1e9 for name, nano in named.items()},
+        **{f"{name}_nano": nano for name, nano in named.items()},
+    }

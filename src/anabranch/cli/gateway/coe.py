@@ -55,21 +55,31 @@ def frontier(
     maps = predictor.frontier(by)  # type: ignore[arg-type]
     rows: list[dict[str, Any]] = [
         {
-            "hosted": one.host, "active": one.active, "quality": one.quality, "trade_off": one.limits.trade_off, "models": list(one.chosen),
+            "hosted": one.host,
+            "active": one.active,
+            "quality": one.quality,
+            "trade_off": one.limits.trade_off,
+            "models": list(one.chosen),
             "map": dict(one.choice),
         }
         for one in maps
-    ]  # fmt: skip
+    ]
     if as_json:
         print_json({"by": by, "maps": rows})
         return
     table(
         ["models", "hosted\nB", "active\nB", "quality", "lambda\nper B"],
         [
-            [", ".join(one["models"]), f"{one['hosted']:.4g}", f"{one['active']:.4g}", f"{one['quality']:.4f}", f"{one['trade_off']:.4g}"]
+            [
+                ", ".join(one["models"]),
+                f"{one['hosted']:.4g}",
+                f"{one['active']:.4g}",
+                f"{one['quality']:.4f}",
+                f"{one['trade_off']:.4g}",
+            ]
             for one in rows
         ],
-    )  # fmt: skip
+    )
 
 
 def report(
@@ -101,9 +111,14 @@ def report(
         f"{found.accuracy:.4f}, calibration error {found.ece:.4f}, {found.abstained:.1%} go to the general model",
     )
     rows = [
-        [name, chosen.get(name, ""), *(_number(one[each]) for each in ("precision", "recall", "f1")), f"{one['count']:,.0f}"]
+        [
+            name,
+            chosen.get(name, ""),
+            *(_number(one[each]) for each in ("precision", "recall", "f1")),
+            f"{one['count']:,.0f}",
+        ]
         for name, one in found.of_category.items()
-    ]  # fmt: skip
+    ]
     table(["category", "model", "precision", "recall", "f1", "prompts"], rows, text_columns=2)
 
 

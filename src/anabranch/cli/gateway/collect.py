@@ -180,9 +180,15 @@ def _judge(how: str, references: Path | None, anchor: str | None, names: list[st
 
 
 async def _run(
-    made: Gateway, names: list[str], judge: Judge, out: Path, budget: float | None, every_s: float | None,
-    settings: dict[str, Any], bounds: dict[str, Any],
-) -> Collected:  # fmt: skip
+    made: Gateway,
+    names: list[str],
+    judge: Judge,
+    out: Path,
+    budget: float | None,
+    every_s: float | None,
+    settings: dict[str, Any],
+    bounds: dict[str, Any],
+) -> Collected:
     from anabranch.gateway.collect import TAG, Collector
     from anabranch.routers.money import nano_dollars
 
@@ -208,9 +214,10 @@ def _print(done: Collected, out: Path) -> None:
         fact("judged", f"{done.judge_calls:,} judgements asked for, {done.judge_reused:,} reused")
     fact("cost", f"${done.cost_usd:.6f} in this run, the judge's calls among it")
     left = {
-        "that a model did not answer": done.failed, "that could not be judged": done.unjudged,
+        "that a model did not answer": done.failed,
+        "that could not be judged": done.unjudged,
         "of keys that may not use all of the models": done.not_allowed,
-    }  # fmt: skip
+    }
     if any(left.values()):
         fact("without", ", ".join(f"{count:,} {why}" for why, count in left.items() if count))
     if done.waiting:

@@ -84,7 +84,7 @@ def curve(
     with what they said ("answers": ["...", ...]): then also what a vote delivers. Fewer than 10 questions give no 95% and no config.
 
     Example: anabranch gateway curve samples.jsonl --value 0.05 --cost 0.0004 --picture curve.svg
-    """  # fmt: skip
+    """
     from anabranch.routers.sample_curves import config_lines, sample_curves
     from anabranch.routers.samples import RIGHT
     from anabranch.routers.score_scale import UNIT
@@ -203,16 +203,40 @@ def _print(found: list[SampleCurve]) -> None:
     for one in found:
         low, high = one.stop_interval
         between = "-" if one.too_few else f"{math.floor(low):,} to {math.ceil(high):,}"
-        rows.append([
-            one.model, "all" if one.task is None else one.task, f"{one.questions:,}", f"{len(one.observed_N)}",
-            f"{one.observed_N[0]:.3f}", f"{one.observed_N[-1]:.3f}", _between(one, "f_max"), _between(one, "a"), _between(one, "b"),
-            _told(one, f"{one.stop:,}"), between, _told(one, f"{one.curve.value(one.stop):.3f}"),
-            _told(one, f"{one.single_stop:,}"), *(["-" if one.vote is None else f"{list(one.vote.values())[-1]:.3f}"] if has_votes else []),
-        ])  # fmt: skip
+        rows.append(
+            [
+                one.model,
+                "all" if one.task is None else one.task,
+                f"{one.questions:,}",
+                f"{len(one.observed_N)}",
+                f"{one.observed_N[0]:.3f}",
+                f"{one.observed_N[-1]:.3f}",
+                _between(one, "f_max"),
+                _between(one, "a"),
+                _between(one, "b"),
+                _told(one, f"{one.stop:,}"),
+                between,
+                _told(one, f"{one.curve.value(one.stop):.3f}"),
+                _told(one, f"{one.single_stop:,}"),
+                *(["-" if one.vote is None else f"{list(one.vote.values())[-1]:.3f}"] if has_votes else []),
+            ]
+        )
     headers = [
-        "model", "task", "questions", "samples", "solved\nby 1", "solved\nby all", "f_max", "a", "b", "stop at\nN*", "95%",
-        "solved\nby N*", "N* of\none p", *(["vote\nof all"] if has_votes else []),
-    ]  # fmt: skip
+        "model",
+        "task",
+        "questions",
+        "samples",
+        "solved\nby 1",
+        "solved\nby all",
+        "f_max",
+        "a",
+        "b",
+        "stop at\nN*",
+        "95%",
+        "solved\nby N*",
+        "N* of\none p",
+        *(["vote\nof all"] if has_votes else []),
+    ]
     table(headers, rows, text_columns=2)
     gains = ", ".join(f"{eps:.4g}" for eps in dict.fromkeys(one.eps for one in found))
     fact("gain", f"at least {gains} of all questions by one more answer")

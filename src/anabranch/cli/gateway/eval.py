@@ -173,8 +173,14 @@ def _parts(data: Recorded, test: Recorded | None, share: float, seed: int) -> tu
 
 
 def _learn_and_judge(
-    chosen: dict[str, Any], train: Recorded, test: Recorded, embedder: str, seeds: range, settings: dict[str, Any], quiet: bool
-) -> Report:  # fmt: skip
+    chosen: dict[str, Any],
+    train: Recorded,
+    test: Recorded,
+    embedder: str,
+    seeds: range,
+    settings: dict[str, Any],
+    quiet: bool,
+) -> Report:
     from anabranch.routers.data import check_disjoint
     from anabranch.routers.embed import embed_of
     from anabranch.routers.referee import evaluate as judge

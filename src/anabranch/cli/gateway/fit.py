@@ -74,9 +74,13 @@ def fit(
         with waiting("embedding", quiet):
             learned = embed(made.fit(learned.query), learned, lambda text: None if quiet else say(text))
     about: dict[str, Any] = {
-        "data": digest(recorded), "learned": len(learned), "held_out": len(recorded) - len(learned), "seed": seed,
-        "embedder": embedder, "best_single": best_single(learned, learned).facts["model"],
-    }  # fmt: skip
+        "data": digest(recorded),
+        "learned": len(learned),
+        "held_out": len(recorded) - len(learned),
+        "seed": seed,
+        "embedder": embedder,
+        "best_single": best_single(learned, learned).facts["model"],
+    }
     routers, spent = {}, {}
     for name, one in chosen.items():
         with waiting(f"fitting {name}", quiet):
@@ -112,9 +116,11 @@ def fit(
             }
         )
         return
-    table(["router", "needs vectors", "file"], [
-        [name, "yes" if router.embedder is not None else "no", size(sizes[name])] for name, router in routers.items()
-    ], text_columns=2)  # fmt: skip
+    table(
+        ["router", "needs vectors", "file"],
+        [[name, "yes" if router.embedder is not None else "no", size(sizes[name])] for name, router in routers.items()],
+        text_columns=2,
+    )
     say_read(recorded)
     for name, router in routers.items():
         for line in router.strategy.told():

@@ -24,10 +24,17 @@ KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the key, t
 
 # Of `edit --clear`: the field of a key, and what it is when it is empty.
 CLEARED: dict[str, tuple[str, Any]] = {
-    "name": ("name", ""), "user": ("user", ""), "team": ("team", ""), "tags": ("tags", ()), "models": ("models", ()), "rpm": ("rpm", None),
-    "tpm": ("tpm", None), "max-in-flight": ("max_in_flight", None), "expires": ("expires_s", None),
+    "name": ("name", ""),
+    "user": ("user", ""),
+    "team": ("team", ""),
+    "tags": ("tags", ()),
+    "models": ("models", ()),
+    "rpm": ("rpm", None),
+    "tpm": ("tpm", None),
+    "max-in-flight": ("max_in_flight", None),
+    "expires": ("expires_s", None),
     "speaks-for": ("speaks_for", ()),
-}  # fmt: skip
+}
 
 
 def _positive(context: typer.Context, option: typer.CallbackParam, value: int | None) -> int | None:
@@ -97,9 +104,18 @@ def create(
 
     async def work(opened: Store) -> tuple[str, KeyRecord]:
         secret, key = await opened.create_key(
-            name or "", user=user, team=team, tags=tags or (), models=models or (), rpm=rpm, tpm=tpm, max_in_flight=max_in_flight,
-            expires_s=ends, is_admin=admin, speaks_for=speaks_for or (),
-        )  # fmt: skip
+            name or "",
+            user=user,
+            team=team,
+            tags=tags or (),
+            models=models or (),
+            rpm=rpm,
+            tpm=tpm,
+            max_in_flight=max_in_flight,
+            expires_s=ends,
+            is_admin=admin,
+            speaks_for=speaks_for or (),
+        )
         if limit is not None:
             await opened.set_budget(f"key:{key.id}", limit, period)
         return secret, key
@@ -125,11 +141,19 @@ def show(store: StoreOption = DEFAULT_STORE, as_json: AsJson = False) -> None:
     now_us = int(time.time() * 1e6)
     rows = [
         [
-            key.id, f"...{key.hint}", key.name, key.user, key.team, " ".join(key.tags), " ".join(key.speaks_for), state(key, now_us),
-            "-" if key.rpm is None else f"{key.rpm:,}", "-" if key.tpm is None else f"{key.tpm:,}",
+            key.id,
+            f"...{key.hint}",
+            key.name,
+            key.user,
+            key.team,
+            " ".join(key.tags),
+            " ".join(key.speaks_for),
+            state(key, now_us),
+            "-" if key.rpm is None else f"{key.rpm:,}",
+            "-" if key.tpm is None else f"{key.tpm:,}",
         ]
         for key in found
-    ]  # fmt: skip
+    ]
     table(["id", "key", "name", "user", "team", "tags", "speaks for", "state", "rpm", "tpm"], rows, text_columns=8)
 
 
@@ -170,9 +194,17 @@ def edit(
     """
     ends = None if expires is None else time.time() + seconds(expires, "--expires")
     given = {
-        "name": name, "user": user, "team": team, "tags": tags or None, "models": models or None, "rpm": rpm, "tpm": tpm,
-        "max_in_flight": max_in_flight, "expires_s": ends, "speaks_for": speaks_for or None,
-    }  # fmt: skip
+        "name": name,
+        "user": user,
+        "team": team,
+        "tags": tags or None,
+        "models": models or None,
+        "rpm": rpm,
+        "tpm": tpm,
+        "max_in_flight": max_in_flight,
+        "expires_s": ends,
+        "speaks_for": speaks_for or None,
+    }
     changes = {field: value for field, value in given.items() if value is not None}
     for field in clear or ():
         if field not in CLEARED:

@@ -116,11 +116,14 @@ def spend(
     rows = [
         [
             *(_named(name, text, called) or "-" for name, text in zip(names, one.group, strict=True)),
-            f"{one.requests:,}", f"{one.errors:,}", f"{one.prompt_tokens:,}",
-            f"{one.completion_tokens:,}", amount(one.cost_nano),
+            f"{one.requests:,}",
+            f"{one.errors:,}",
+            f"{one.prompt_tokens:,}",
+            f"{one.completion_tokens:,}",
+            amount(one.cost_nano),
         ]
         for one in found
-    ]  # fmt: skip
+    ]
     heads = [*names, "requests", "not ok", "tokens\nin", "tokens\nout", "cost\n($)"]
     table(heads, rows, text_columns=len(names))
 
@@ -224,9 +227,15 @@ def backup(
 
 
 def _query(
-    since: str | None, until: str | None, key: str | None, user: str | None, team: str | None, tag: str | None, model: str | None,
+    since: str | None,
+    until: str | None,
+    key: str | None,
+    user: str | None,
+    team: str | None,
+    tag: str | None,
+    model: str | None,
     status: str | None,
-) -> Any:  # fmt: skip
+) -> Any:
     from anabranch.gateway.store import LedgerQuery
 
     bounds = [moment(text, option) for text, option in ((since, "--since"), (until, "--until"))]
@@ -239,10 +248,17 @@ def _query(
 def _cells(row: LedgerRow, nano: int) -> list[str]:
     asked = f"{row.purpose}: {row.requested}" if row.parent_id else row.requested
     return [
-        when(row.ts_us), row.request_id, row.key_id or "-", asked or "-", row.model or "-",
-        f"{row.status} {row.code}".strip() + (f" ({row.cache})" if row.cache else ""), f"{row.prompt_tokens:,}",
-        f"{row.completion_tokens:,}", amount(nano), "-" if row.latency_us is None else f"{row.latency_us / 1000:,.1f}",
-    ]  # fmt: skip
+        when(row.ts_us),
+        row.request_id,
+        row.key_id or "-",
+        asked or "-",
+        row.model or "-",
+        f"{row.status} {row.code}".strip() + (f" ({row.cache})" if row.cache else ""),
+        f"{row.prompt_tokens:,}",
+        f"{row.completion_tokens:,}",
+        amount(nano),
+        "-" if row.latency_us is None else f"{row.latency_us / 1000:,.1f}",
+    ]
 
 
 def facts(row: LedgerRow) -> dict[str, Any]:

@@ -43,9 +43,17 @@ def is_log(data: Recorded, read_copies: Callable[[], Recorded]) -> bool:
 
 
 def show_log(
-    log: Recorded, pool: Pool, ending: Ending, fields: list[str] | None, embedder: str, share: float, seed: int, margin: float, quiet: bool,
+    log: Recorded,
+    pool: Pool,
+    ending: Ending,
+    fields: list[str] | None,
+    embedder: str,
+    share: float,
+    seed: int,
+    margin: float,
+    quiet: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Judge on the questions that were not learned from, beside every single model, and print it with its verdict."""
     from anabranch.routers.referee import replay
     from anabranch.routers.referee.log_verdict import verdict_of_log
@@ -72,8 +80,15 @@ def show_log(
 
 
 def _learned(
-    log: Recorded, pool: Pool, names: list[str] | None, fields: list[str] | None, embedder: str, share: float, seed: int, quiet: bool
-) -> tuple[dict[str, Any], Recorded, Recorded]:  # fmt: skip
+    log: Recorded,
+    pool: Pool,
+    names: list[str] | None,
+    fields: list[str] | None,
+    embedder: str,
+    share: float,
+    seed: int,
+    quiet: bool,
+) -> tuple[dict[str, Any], Recorded, Recorded]:
     """Routers, the part that they learned from, and the one to judge on."""
     from anabranch.routers.data import pooled, split
     from anabranch.routers.embed import embed_of

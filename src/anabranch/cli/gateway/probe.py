@@ -49,7 +49,7 @@ def probe(
     It is judged on the steps that are held out, and then learns from all.
 
     Example: anabranch gateway probe steps.jsonl --out probe.json
-    """  # fmt: skip
+    """
     from anabranch.routers.scale.probe import Probe
     from anabranch.routers.scale.steps import Steps
 

@@ -78,17 +78,34 @@ def print_replay(result: Replay) -> None:
 
     rows = [
         [
-            one.name, f"{one.matched:,}", number(one.effective, ",.0f"), number(one.score), span(one.interval, ".4f", "-"),
-            number(one.gain, "+.4f"), span(one.gain_interval, "+.4f", " to "),
-            *([number(one.ips), number(one.doubly_robust), span(one.doubly_robust_interval, ".4f", "-")] if result.drawn else []),
+            one.name,
+            f"{one.matched:,}",
+            number(one.effective, ",.0f"),
+            number(one.score),
+            span(one.interval, ".4f", "-"),
+            number(one.gain, "+.4f"),
+            span(one.gain_interval, "+.4f", " to "),
+            *(
+                [number(one.ips), number(one.doubly_robust), span(one.doubly_robust_interval, ".4f", "-")]
+                if result.drawn
+                else []
+            ),
             "" if one.cost is None else f"{1000 * one.cost:.4g}",
         ]
         for one in result.strategies
-    ]  # fmt: skip
+    ]
     robust = ["IPS", "doubly\nrobust", "95% interval"] if result.drawn else []
     headers = (
-        "router", "rows\nmatched", "worth\nrows", "score", "95% interval", "gain on\nthe log", "95% interval", *robust, "$ per 1k\nqueries",
-    )  # fmt: skip
+        "router",
+        "rows\nmatched",
+        "worth\nrows",
+        "score",
+        "95% interval",
+        "gain on\nthe log",
+        "95% interval",
+        *robust,
+        "$ per 1k\nqueries",
+    )
     table(headers, rows)
     past = [
         one.name for one in result.strategies if any(is_past(value, result) for value in (one.ips, one.doubly_robust))

@@ -69,7 +69,7 @@ def scale(
     """Solve questions by SCALE, and write the right runs as rows that a model may learn from.
 
     Example: anabranch gateway scale questions.jsonl --url http://127.0.0.1:8000/v1 --system1 qwen3 --out runs/scale
-    """  # fmt: skip
+    """
     from anabranch.routers.scale.client_ask import ClientAsk, PostClient
     from anabranch.routers.scale.traces import learnable, read_questions, solve_all
     from anabranch.web.endpoint import Endpoint
@@ -92,9 +92,15 @@ def scale(
 
         runs = asyncio.run(
             solve_all(
-                reasoner, asked, lambda: ClientAsk(PostClient(endpoint)), samples=samples, at_once=at_once, journals=journals, tell=tell
+                reasoner,
+                asked,
+                lambda: ClientAsk(PostClient(endpoint)),
+                samples=samples,
+                at_once=at_once,
+                journals=journals,
+                tell=tell,
             )
-        )  # fmt: skip
+        )
         # A journal may be damaged, and who is asked then may be away: a run that was done is not lost for that.
         runs = [kept.get((one.question.text, one.attempt), one) if one.trace is None else one for one in runs]
         rows = learnable(runs, most=most)
@@ -185,13 +191,21 @@ def _tell(runs: list[Solved], rows: list[dict[str, str]], out: Path, as_json: bo
     per = max(1, len(whole))
     table(
         ["runs", "right", "failed", "degraded", "steps\neach", "hard", "tokens\neach", "overhead", "rows"],
-        [[
-            f"{facts['runs']:,}", f"{facts['right']:,}", f"{facts['failed']:,}", f"{facts['degraded']:,}", f"{len(steps) / per:.1f}",
-            f"{facts['hard_steps'] / max(1, len(steps)):.0%}", f"{facts['tokens'] / per:,.0f}",
-            f"{facts['overhead_tokens'] / max(1, facts['tokens']):.0%}", f"{len(rows):,}",
-        ]],
+        [
+            [
+                f"{facts['runs']:,}",
+                f"{facts['right']:,}",
+                f"{facts['failed']:,}",
+                f"{facts['degraded']:,}",
+                f"{len(steps) / per:.1f}",
+                f"{facts['hard_steps'] / max(1, len(steps)):.0%}",
+                f"{facts['tokens'] / per:,.0f}",
+                f"{facts['overhead_tokens'] / max(1, facts['tokens']):.0%}",
+                f"{len(rows):,}",
+            ]
+        ],
         text_columns=0,
-    )  # fmt: skip
+    )
     for one in [one for one in runs if one.error][:3]:
         say(f"failed: {' '.join(one.question.text.split())[:60]!r}: {one.error}")
     fact("traces", str(out / TRACES))

@@ -79,7 +79,7 @@ def serve(
     answered.
 
     Example: anabranch gateway serve --config gateway.toml --port 8080
-    """  # fmt: skip
+    """
     config = only_file(config_files)
     require("gateway", by="anabranch gateway serve")
     from anabranch.gateway.http.run import load, run, try_out

@@ -66,9 +66,13 @@ def remove(
         _save(made, called, index, out)
     after = made.stats()
     facts = {
-        "index": index, "removed": len(ids), "vectors": len(made), "deleted": after["deleted"],
-        "size_bytes": {"before": before["size_bytes"], "after": after["size_bytes"]}, "wrote": str(out or index),
-    }  # fmt: skip
+        "index": index,
+        "removed": len(ids),
+        "vectors": len(made),
+        "deleted": after["deleted"],
+        "size_bytes": {"before": before["size_bytes"], "after": after["size_bytes"]},
+        "wrote": str(out or index),
+    }
     if as_json:
         print_json(facts)
         return
@@ -114,9 +118,13 @@ def update(
         _save(made, called, index, out)
     new = len(made) - before
     facts = {
-        "index": index, "new": new, "moved": len(found.array) - new, "vectors": len(made), "wrote": str(out or index),
+        "index": index,
+        "new": new,
+        "moved": len(found.array) - new,
+        "vectors": len(made),
+        "wrote": str(out or index),
         "size_bytes": made.stats()["size_bytes"],
-    }  # fmt: skip
+    }
     if as_json:
         print_json(facts)
         return

@@ -72,8 +72,13 @@ def rank_files(
     how = scores.facts
     count = how["num_nodes"] if sources is None else len(sources)
     facts = {
-        "graph": str(edges.path), "sources": count, "top": options["top_k"], "seconds": seconds, "how": how, "wrote": scores.path,
-    }  # fmt: skip
+        "graph": str(edges.path),
+        "sources": count,
+        "top": options["top_k"],
+        "seconds": seconds,
+        "how": how,
+        "wrote": scores.path,
+    }
     if as_json:
         print_json(facts)
         return
@@ -93,9 +98,14 @@ def embed_files(edges: Any, options: dict[str, Any], out: str, quiet: bool, as_j
     seconds = time.perf_counter() - started
     how = found.facts
     facts = {
-        "graph": str(edges.path), "method": "fastrp", "nodes": how["num_nodes"], "dim": how["dim"], "seconds": seconds,
-        "params": how["facts"], "wrote": [found.path],
-    }  # fmt: skip
+        "graph": str(edges.path),
+        "method": "fastrp",
+        "nodes": how["num_nodes"],
+        "dim": how["dim"],
+        "seconds": seconds,
+        "params": how["facts"],
+        "wrote": [found.path],
+    }
     if as_json:
         print_json(facts)
         return

@@ -82,10 +82,16 @@ def index_on_disk(wanted: Wanted, names: np.ndarray | None, quiet: bool, as_json
         "vectors",
         f"{wanted.vectors}   {facts['vectors']:,} x {facts['dim']}" + ("   with names" if called is not None else ""),
     )
-    fact("index", f"on disk, {facts['metric']}, codes of {facts['code_bytes']} bytes, {facts['per_block']} vectors in a block of "
-         f"{facts['block_bytes']:,} bytes, at most {facts['max_degree']} links each")  # fmt: skip
-    fact("built", f"in {duration(seconds)}, {quantity(facts['vectors'] / max(seconds, 1e-9))} vectors/s"
-         + (f", in {facts['shards']} shards" if facts["shards"] > 1 else ""))  # fmt: skip
+    fact(
+        "index",
+        f"on disk, {facts['metric']}, codes of {facts['code_bytes']} bytes, {facts['per_block']} vectors in a block of "
+        f"{facts['block_bytes']:,} bytes, at most {facts['max_degree']} links each",
+    )
+    fact(
+        "built",
+        f"in {duration(seconds)}, {quantity(facts['vectors'] / max(seconds, 1e-9))} vectors/s"
+        + (f", in {facts['shards']} shards" if facts["shards"] > 1 else ""),
+    )
     fact(
         "memory",
         f"{size(facts['memory_bytes'])} while it is open"

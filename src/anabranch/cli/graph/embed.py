@@ -104,7 +104,7 @@ def embed(
     With --labels, the vectors are evaluated as in the papers: logistic regression on a share of the nodes, F1 on the others, 5 shuffles.
 
     Example: anabranch graph embed blogcatalog --out vectors.npy --labels own --map map.png
-    """  # fmt: skip
+    """
     check_extra()
     if method not in METHODS:
         raise InputError(f"--method is {method!r}; use one of {', '.join(METHODS)}")
@@ -119,16 +119,51 @@ def embed(
         embed_files(files, {"dim": dim, "seed": seed, **read_assignments(changes)}, out, quiet, as_json)
         return
     _embed(
-        source, Path(out), method, dim, epochs, changes, labels, train, save, picture, relation, weight_of, share, directed,
-        columns, ids, workers, seed, quiet, as_json,
-    )  # fmt: skip
+        source,
+        Path(out),
+        method,
+        dim,
+        epochs,
+        changes,
+        labels,
+        train,
+        save,
+        picture,
+        relation,
+        weight_of,
+        share,
+        directed,
+        columns,
+        ids,
+        workers,
+        seed,
+        quiet,
+        as_json,
+    )
 
 
 def _embed(
-    source: str, out: Path, method: str, dim: int, epochs: float | None, changes: list[str] | None, labels: str | None,
-    train: float, save: Path | None, picture: Path | None, relation: str | None, weight_of: list[str] | None, share: str,
-    directed: bool | None, columns: str | None, ids: str, workers: int | None, seed: int, quiet: bool, as_json: bool,
-) -> None:  # fmt: skip
+    source: str,
+    out: Path,
+    method: str,
+    dim: int,
+    epochs: float | None,
+    changes: list[str] | None,
+    labels: str | None,
+    train: float,
+    save: Path | None,
+    picture: Path | None,
+    relation: str | None,
+    weight_of: list[str] | None,
+    share: str,
+    directed: bool | None,
+    columns: str | None,
+    ids: str,
+    workers: int | None,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """On this machine."""
     from anabranch.cli.graph.vectors import Vectors, check_written, write_vectors
 
@@ -162,9 +197,16 @@ def _embed(
         _draw(opened, vectors_ND, label_NC, method, seed, picture, quiet)
         written.append(str(picture))
     facts = {
-        "graph": opened.name, "method": method, "nodes": len(vectors_ND), "dim": vectors_ND.shape[1], "seconds": seconds,
-        "params": params, "alike": _alike(vectors_ND), "classification": scores, "wrote": written,
-    }  # fmt: skip
+        "graph": opened.name,
+        "method": method,
+        "nodes": len(vectors_ND),
+        "dim": vectors_ND.shape[1],
+        "seconds": seconds,
+        "params": params,
+        "alike": _alike(vectors_ND),
+        "classification": scores,
+        "wrote": written,
+    }
     if as_json:
         print_json(facts)
         return
@@ -192,9 +234,15 @@ def _check_split(label_NC: Any, train: float) -> None:
 
 
 def _fit(
-    opened: Opened, method: str, dim: int, epochs: float | None, changes: dict[str, Any], workers: int | None, seed: int,
+    opened: Opened,
+    method: str,
+    dim: int,
+    epochs: float | None,
+    changes: dict[str, Any],
+    workers: int | None,
+    seed: int,
     quiet: bool,
-) -> tuple[Any, np.ndarray, dict[str, Any]]:  # fmt: skip
+) -> tuple[Any, np.ndarray, dict[str, Any]]:
     """The estimator, vectors, and the arguments that are not defaults."""
     from anabranch.graph import FastRP, GraphVite
 
@@ -266,10 +314,15 @@ def _test(vectors_ND: np.ndarray, label_NC: Any, train: float, quiet: bool) -> d
     with waiting("testing", quiet):
         found = classify_nodes(vectors_ND, label_NC, train_fraction=train)
     return {
-        "micro_f1": found.micro, "macro_f1": found.macro, "micro_f1_of": found.micro_S.tolist(),
-        "macro_f1_of": found.macro_S.tolist(), "train_fraction": train, "train_nodes": found.num_train,
-        "test_nodes": found.num_test, "labels": label_NC.shape[1],
-    }  # fmt: skip
+        "micro_f1": found.micro,
+        "macro_f1": found.macro,
+        "micro_f1_of": found.micro_S.tolist(),
+        "macro_f1_of": found.macro_S.tolist(),
+        "train_fraction": train,
+        "train_nodes": found.num_train,
+        "test_nodes": found.num_test,
+        "labels": label_NC.shape[1],
+    }
 
 
 def _draw(

@@ -145,7 +145,7 @@ def index(
     Row i gets id i. Names of rows, if there are any, go into a second file beside the index (FILE.names).
 
     Example: anabranch graph index vectors.npy --metric cosine --out index.anb
-    """  # fmt: skip
+    """
     check_extra()
     check_engine(walked.engine)
     _check_disk(on_disk.disk, on_disk.memory, on_disk.code_bytes, built.dtype, built.quantization, walked.walks)
@@ -239,9 +239,19 @@ def _check_disk(
 
 
 def _index_vectors(
-    vectors: str, out: Path, metric: str, links: int, ef_construction: int, dtype: str | None, codes: dict[str, Any],
-    names: str | None, workers: int | None, seed: int, quiet: bool, as_json: bool,
-) -> None:  # fmt: skip
+    vectors: str,
+    out: Path,
+    metric: str,
+    links: int,
+    ef_construction: int,
+    dtype: str | None,
+    codes: dict[str, Any],
+    names: str | None,
+    workers: int | None,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """HNSW."""
     import numpy as np
 
@@ -280,17 +290,32 @@ def _index_vectors(
         remove_names(out)
     stats = made.stats()
     facts = {
-        "vectors": count, "dim": dim, "metric": metric, "dtype": made.dtype, "M": made.M, "ef_construction": made.ef_construction,
-        "named": called is not None, "seconds": seconds, "levels": stats["levels"], "mean_degree": stats["mean_degree"],
-        "quantization": made.quantization, "code_bytes": stats["code_bytes"], "repaired": repaired,
-        "unreachable": stats["unreachable"], "size_bytes": out.stat().st_size, "wrote": str(out),
-    }  # fmt: skip
+        "vectors": count,
+        "dim": dim,
+        "metric": metric,
+        "dtype": made.dtype,
+        "M": made.M,
+        "ef_construction": made.ef_construction,
+        "named": called is not None,
+        "seconds": seconds,
+        "levels": stats["levels"],
+        "mean_degree": stats["mean_degree"],
+        "quantization": made.quantization,
+        "code_bytes": stats["code_bytes"],
+        "repaired": repaired,
+        "unreachable": stats["unreachable"],
+        "size_bytes": out.stat().st_size,
+        "wrote": str(out),
+    }
     if as_json:
         print_json(facts)
         return
     fact("vectors", f"{vectors}   {count:,} x {dim}" + ("   with names" if called is not None else ""))
-    fact("index", f"{metric}, {made.dtype}, M {made.M}, ef_construction {made.ef_construction}   {len(stats['levels'])} levels, "
-         f"{stats['mean_degree'][0]:.1f} links each")  # fmt: skip
+    fact(
+        "index",
+        f"{metric}, {made.dtype}, M {made.M}, ef_construction {made.ef_construction}   {len(stats['levels'])} levels, "
+        f"{stats['mean_degree'][0]:.1f} links each",
+    )
     fact("built", f"in {duration(seconds)}, {quantity(count / max(seconds, 1e-9))} vectors/s")
     if made.quantization is not None:
         coded = f"{made.quantization}, {stats['code_bytes']:,} bytes each beside {4 * dim:,}"
@@ -339,14 +364,23 @@ def _index_walks(
         made.build(graph, out=out, progress=Rate(progress, "nodes"))
     seconds = time.perf_counter() - started
     facts: dict[str, Any] = {
-        "graph": source, "nodes": graph.num_nodes, "walks": made.walks, "alpha": made.alpha, "set": changes, "seconds": seconds,
-        "size_bytes": out.stat().st_size, "wrote": str(out),
-    }  # fmt: skip
+        "graph": source,
+        "nodes": graph.num_nodes,
+        "walks": made.walks,
+        "alpha": made.alpha,
+        "set": changes,
+        "seconds": seconds,
+        "size_bytes": out.stat().st_size,
+        "wrote": str(out),
+    }
     if as_json:
         print_json(facts)
         return
     fact("graph", f"{source}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
-    fact("index", f"{made.walks} walks from each node, alpha {made.alpha:g}"
-         + "".join(f", {name} {value}" for name, value in changes.items()))  # fmt: skip
+    fact(
+        "index",
+        f"{made.walks} walks from each node, alpha {made.alpha:g}"
+        + "".join(f", {name} {value}" for name, value in changes.items()),
+    )
     fact("built", f"in {duration(seconds)}, {quantity(graph.num_nodes / max(seconds, 1e-9))} nodes/s")
     wrote(f"{out} ({size(facts['size_bytes'])})", f"anabranch graph ppr {source} {example_node(graph)} --index {out}")

@@ -51,7 +51,7 @@ def info(
     For an index of vectors, show its settings. With --out, convert the graph: our own format .anb opens at once.
 
     Example: anabranch graph info edges.csv --out graph.anb
-    """  # fmt: skip
+    """
     check_extra()
     check_picture(picture)
     if source is None:
@@ -135,9 +135,14 @@ def _show_file(source: str, kind: str | None, as_json: bool) -> None:
         index: Any
         index, names = open_named(source, mmap=True)
         facts: dict[str, Any] = {
-            "dim": index.dim, "metric": index.metric, "dtype": index.dtype, "M": index.M,
-            "ef_construction": index.ef_construction, "named": names is not None, **index.stats(),
-        }  # fmt: skip
+            "dim": index.dim,
+            "metric": index.metric,
+            "dtype": index.dtype,
+            "M": index.M,
+            "ef_construction": index.ef_construction,
+            "named": names is not None,
+            **index.stats(),
+        }
         for name in ("queries", "hops", "distances"):
             facts.pop(name)
     elif kind == "disk vector index":
@@ -147,8 +152,13 @@ def _show_file(source: str, kind: str | None, as_json: bool) -> None:
         with DiskIndex(source, mmap=True) as held:
             names = read_names(source, held.ids)
             facts = {
-                "dim": held.dim, "metric": held.metric, "dtype": held.dtype, "M": held.M, "named": names is not None, **held.stats(),
-            }  # fmt: skip
+                "dim": held.dim,
+                "metric": held.metric,
+                "dtype": held.dtype,
+                "M": held.M,
+                "named": names is not None,
+                **held.stats(),
+            }
         for name in ("queries", "blocks", "codes", "exact"):
             facts.pop(name)
     else:

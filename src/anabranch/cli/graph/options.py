@@ -16,8 +16,10 @@ GraphSource = Annotated[
 ]
 Directed = Annotated[
     bool | None,
-    typer.Option("--directed/--undirected", metavar=FLAG, help="Whether edges have a direction. Default: as the file says."),
-]  # fmt: skip
+    typer.Option(
+        "--directed/--undirected", metavar=FLAG, help="Whether edges have a direction. Default: as the file says."
+    ),
+]
 Columns = Annotated[
     str | None,
     typer.Option(metavar="S,T,W", help="Columns of source, target and perhaps weight, by name or number from 0."),
@@ -26,15 +28,21 @@ Ids = Annotated[str, typer.Option(metavar="KIND", help="How the file names nodes
 Relation = Annotated[
     str | None,
     typer.Option(metavar="COLUMN", help="Column of GRAPH (.csv, .tsv, .parquet) with the kind of each edge."),
-]  # fmt: skip
+]
 WeightOf = Annotated[
     list[str] | None,
-    typer.Option("--weight-of", metavar="KIND=W", help="With --relation: weight of the edges of a kind. Default: 1. May be repeated."),
-]  # fmt: skip
+    typer.Option(
+        "--weight-of",
+        metavar="KIND=W",
+        help="With --relation: weight of the edges of a kind. Default: 1. May be repeated.",
+    ),
+]
 Share = Annotated[
     str,
-    typer.Option(metavar="HOW", help="With --relation: weigh each edge (edges), or let a walk choose the kind first (relations)."),
-]  # fmt: skip
+    typer.Option(
+        metavar="HOW", help="With --relation: weigh each edge (edges), or let a walk choose the kind first (relations)."
+    ),
+]
 # The second name is the former one.
 Workers = Annotated[
     int | None,

@@ -99,7 +99,7 @@ def peer(
     Clicks of users with similar searches and clicks count more. Nothing is trained, and there is no server.
 
     Example: anabranch graph peer ann.db --click jazz=42 --peer 10.0.0.7:7001 --listen 0.0.0.0:7001
-    """  # fmt: skip
+    """
     check_extra()
     check_apart([store, key], [items])
     addresses = [_address("--peer", text) for text in others or ()]
@@ -116,18 +116,29 @@ def peer(
     if rounds is not None and addresses and not heard.pulls and heard.failed:
         raise DataError(f"no peer answered: {next(iter(heard.failed.values()))}")
     facts: dict[str, Any] = {
-        "node": node.node_id, "log": str(store), "rows": sum(1 for _ in node.log.all_rows()), "peers": len(node.peers()),
-        "pulls": heard.pulls, "added": heard.added, "refused": heard.refused, "failed": heard.failed,
-        "rankings": {term: [{"item": one.item, "score": one.score} for one in node.rank(term, top)] for term in terms or ()},
-    }  # fmt: skip
+        "node": node.node_id,
+        "log": str(store),
+        "rows": sum(1 for _ in node.log.all_rows()),
+        "peers": len(node.peers()),
+        "pulls": heard.pulls,
+        "added": heard.added,
+        "refused": heard.refused,
+        "failed": heard.failed,
+        "rankings": {
+            term: [{"item": one.item, "score": one.score} for one in node.rank(term, top)] for term in terms or ()
+        },
+    }
     if as_json:
         print_json(facts)
         return
     fact("log", f"{store}   {facts['rows']:,} clicks, {facts['peers']:,} peers known")
     if heard.pulls or heard.failed:
-        fact("heard", f"{heard.added:,} new clicks in {heard.pulls:,} answers"
-             + (f", {sum(heard.refused.values()):,} refused" if heard.refused else "")
-             + (f", {len(heard.failed):,} peers did not answer" if heard.failed else ""))  # fmt: skip
+        fact(
+            "heard",
+            f"{heard.added:,} new clicks in {heard.pulls:,} answers"
+            + (f", {sum(heard.refused.values()):,} refused" if heard.refused else "")
+            + (f", {len(heard.failed):,} peers did not answer" if heard.failed else ""),
+        )
     if facts["rankings"]:
         print()
         rows = [
@@ -180,9 +191,14 @@ def _node(store: Path, name: str | None, key: Path | None, items: str | None, is
             raise InputError("--name cannot be combined with --key, which is the name of the node")
     defences = replace(NONE if plain else Defences(), signed=secret is not None)
     return Peer(
-        read_items(items) if items is not None else (), None if secret else name or store.stem, isolation, store=store,
-        defences=defences, key=secret, clock=time.time,
-    )  # fmt: skip
+        read_items(items) if items is not None else (),
+        None if secret else name or store.stem,
+        isolation,
+        store=store,
+        defences=defences,
+        key=secret,
+        clock=time.time,
+    )
 
 
 async def _live(

@@ -53,9 +53,14 @@ def draw_degrees(graph: Graph, name: str, path: Path) -> None:
         if mean > 0:
             axes.axvline(mean, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
-                f"mean {mean:.2f}", (mean, 1), (4, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
-                color=MUTED, fontsize=8.5,
-            )  # fmt: skip
+                f"mean {mean:.2f}",
+                (mean, 1),
+                (4, 4),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                color=MUTED,
+                fontsize=8.5,
+            )
         axes.set(xscale="log", yscale="log", xlabel="edges of a node, at least", ylabel="share of nodes")
         # There is no more than all of them.
         axes.set_ylim(top=1.0)
@@ -124,9 +129,7 @@ def draw_map(
             axes.scatter(*xy_N2[rest].T, s=size, linewidths=0, alpha=0.8, **others)
         for number, label in enumerate(shown):
             chosen = label_N == label
-            axes.scatter(
-                *xy_N2[chosen].T, s=size, linewidths=0, alpha=0.85, color=SERIES[number], label=names[label]
-            )  # fmt: skip
+            axes.scatter(*xy_N2[chosen].T, s=size, linewidths=0, alpha=0.85, color=SERIES[number], label=names[label])
         _name_points(axes, xy_N2, told, size)
         axes.set(xticks=[], yticks=[], title=title)
         for side in axes.spines.values():

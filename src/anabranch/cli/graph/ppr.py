@@ -133,14 +133,23 @@ def ppr(
     URI), and the graph need not fit into one process.
 
     Example: anabranch graph ppr lesmis Valjean Javert=2
-    """  # fmt: skip
+    """
     if every and index is not None:
         raise InputError("--index answers for seeds; --all does not need it")
     if memory is not None and not 0 < memory < 1e9:
         raise InputError(f"--memory is {memory:g}; it must be a number of gigabytes above 0 and below 1e9")
     limit = None if memory is None else int(memory * 1e9)
-    options: dict[str, Any] = {"alpha": how.alpha, "method": how.method, "engine": how.engine, "dangling": how.dangling, "top_k": top,
-                               "seed": seed, "walks": how.walks, "workers": workers, "memory_limit": limit}  # fmt: skip
+    options: dict[str, Any] = {
+        "alpha": how.alpha,
+        "method": how.method,
+        "engine": how.engine,
+        "dangling": how.dangling,
+        "top_k": top,
+        "seed": seed,
+        "walks": how.walks,
+        "workers": workers,
+        "memory_limit": limit,
+    }
     if every and how.engine == "spark" and is_edges(source):
         if relation is not None:
             raise InputError("--engine spark reads edges of one kind from Parquet; leave out --relation")
@@ -208,10 +217,19 @@ def _known(changes: dict[str, Any]) -> dict[str, Any]:
 
     check_names(FullyPPR, changes)
     elsewhere = {
-        "alpha": "--alpha", "method": "--method", "engine": "--engine", "dangling": "--dangling", "top_k": "--top", "seed": "--seed",
-        "walks": "--walks", "workers": "--workers", "memory_limit": "--memory", "tol": "--tol", "out": "--out",
+        "alpha": "--alpha",
+        "method": "--method",
+        "engine": "--engine",
+        "dangling": "--dangling",
+        "top_k": "--top",
+        "seed": "--seed",
+        "walks": "--walks",
+        "workers": "--workers",
+        "memory_limit": "--memory",
+        "tol": "--tol",
+        "out": "--out",
         "sources": "nodes as arguments",
-    }  # fmt: skip
+    }
     for name in changes:
         if name in elsewhere:
             raise InputError(f"cannot set {name} here; use {elsewhere[name]}")
@@ -230,9 +248,14 @@ def _seeds(opened: Opened, nodes: list[str] | None, file: Path | None) -> tuple[
 
 
 def _rank_one(
-    opened: Opened, given: tuple[np.ndarray, np.ndarray] | None, options: dict[str, Any], top: int, out: Path | None,
-    quiet: bool, as_json: bool,
-) -> None:  # fmt: skip
+    opened: Opened,
+    given: tuple[np.ndarray, np.ndarray] | None,
+    options: dict[str, Any],
+    top: int,
+    out: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     graph = opened.graph
     started = time.perf_counter()
     with waiting("ranking", quiet):
@@ -242,15 +265,24 @@ def _rank_one(
     if out is not None:
         write_table(out, {"node": names, "score": scores})
     if as_json:
-        seeds = None if given is None else [
-            {"node": node, "weight": weight}
-            for node, weight in zip(graph.names_of(given[0]).tolist(), given[1].tolist(), strict=True)
-        ]  # fmt: skip
+        seeds = (
+            None
+            if given is None
+            else [
+                {"node": node, "weight": weight}
+                for node, weight in zip(graph.names_of(given[0]).tolist(), given[1].tolist(), strict=True)
+            ]
+        )
         ranking = [{"node": node, "score": float(score)} for node, score in zip(names, scores, strict=True)]
-        print_json({
-            "graph": opened.name, "seeds": seeds, **facts, "ranking": ranking,
-            "wrote": None if out is None else str(out),
-        })  # fmt: skip
+        print_json(
+            {
+                "graph": opened.name,
+                "seeds": seeds,
+                **facts,
+                "ranking": ranking,
+                "wrote": None if out is None else str(out),
+            }
+        )
         return
     where = "anywhere" if given is None else _listed(graph.names_of(given[0]).tolist(), given[1].tolist())
     fact("graph", f"{opened.name}   {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
@@ -340,9 +372,14 @@ def _rank_all(
         write_table(out, {name: found[name] for name in found.column_names})
     seconds = time.perf_counter() - started
     facts = {
-        "graph": opened.name, "sources": result.num_sources, "entries": int(result.rows.indptr[-1]), "top": options["top_k"],
-        "seconds": seconds, "how": result.facts, "wrote": str(out),
-    }  # fmt: skip
+        "graph": opened.name,
+        "sources": result.num_sources,
+        "entries": int(result.rows.indptr[-1]),
+        "top": options["top_k"],
+        "seconds": seconds,
+        "how": result.facts,
+        "wrote": str(out),
+    }
     if as_json:
         print_json(facts)
         return

@@ -34,7 +34,7 @@ def predict(
     GraphVite: the dot product of the source's vector and the target's context vector. FastRP: the cosine of both vectors.
 
     Example: anabranch graph predict model.anb candidates.csv --out scores.csv
-    """  # fmt: skip
+    """
     check_extra()
     check_ending(out)
     check_apart([out], [model, edges])
@@ -49,9 +49,12 @@ def predict(
     best = np.argsort(-score_E, kind="stable")[:top].tolist()
     ranking = [{"source": source[row], "target": target[row], "score": float(score_E[row])} for row in best]
     facts: dict[str, Any] = {
-        "model": model, "method": type(found).__name__.lower(), "edges": len(score_E), "ranking": ranking,
+        "model": model,
+        "method": type(found).__name__.lower(),
+        "edges": len(score_E),
+        "ranking": ranking,
         "wrote": None if out is None else str(out),
-    }  # fmt: skip
+    }
     if as_json:
         print_json(facts)
         return

@@ -66,7 +66,7 @@ def rank(
     """Rank items for a search term from a log of clicks with G-Rank: clicks of similar users count more. Nothing is trained.
 
     Example: anabranch graph rank clicks.csv jazz --node alice
-    """  # fmt: skip
+    """
     check_extra()
     check_ending(out)
     check_apart([out, save], [clicks, test, items])
@@ -80,9 +80,13 @@ def rank(
     user = None if node is None else _user(model, node)
     found = {term: model.rank(term, user, top) for term in terms or ()}
     facts: dict[str, Any] = {
-        "clicks": model.num_clicks_, "nodes": len(model.nodes_), "terms": len(model.terms_), "items": len(model.items_),
-        "node": user, "isolation": model.F,
-    }  # fmt: skip
+        "clicks": model.num_clicks_,
+        "nodes": len(model.nodes_),
+        "terms": len(model.terms_),
+        "items": len(model.items_),
+        "node": user,
+        "isolation": model.F,
+    }
     if test is not None:
         with waiting(f"testing with {test}", quiet):
             facts["ndcg"] = model.score(test, k=top, columns=names)

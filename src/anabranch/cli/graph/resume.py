@@ -41,7 +41,7 @@ def resume(
     More epochs are a new run: the learning rate starts again, walks are new, and vectors continue from their values.
 
     Example: anabranch graph resume model.anb edges.csv --epochs 500 --save more.anb
-    """  # fmt: skip
+    """
     from anabranch.cli.graph.vectors import Vectors, check_written, write_vectors
 
     check_saved(save)
@@ -66,9 +66,15 @@ def resume(
         written.append(str(out))
     loss = found.history[-1]["loss"] if found.history else None
     facts: dict[str, Any] = {
-        "model": model, "graph": opened.name, "nodes": opened.graph.num_nodes, "dim": found.dim, "epochs": epochs, "loss": loss,
-        "seconds": seconds, "wrote": written,
-    }  # fmt: skip
+        "model": model,
+        "graph": opened.name,
+        "nodes": opened.graph.num_nodes,
+        "dim": found.dim,
+        "epochs": epochs,
+        "loss": loss,
+        "seconds": seconds,
+        "wrote": written,
+    }
     if as_json:
         print_json(facts)
         return

@@ -53,7 +53,7 @@ def rewalk(
     Only walks that a change affects are repeated. The result is the same as a newly built index.
 
     Example: anabranch graph rewalk walks.anb graph.anb --add new.csv --out walks2.anb --out-graph graph2.anb
-    """  # fmt: skip
+    """
     check_apart([out, out_graph], [index, source, add, remove])
     if add is None and remove is None:
         raise InputError("nothing changes; name a table of edges with --add FILE or --remove FILE")
@@ -75,10 +75,16 @@ def rewalk(
     graph.save(out_graph)
     found.save(out)
     facts: dict[str, Any] = {
-        "nodes": graph.num_nodes, "new_nodes": graph.num_nodes - opened.graph.num_nodes, "edges": graph.num_edges,
-        "added": 0 if added is None else len(added[0]), "removed": 0 if removed is None else len(removed[0]),
-        "walked": len(walked), "seconds": seconds, "size_bytes": out.stat().st_size, "wrote": [str(out), str(out_graph)],
-    }  # fmt: skip
+        "nodes": graph.num_nodes,
+        "new_nodes": graph.num_nodes - opened.graph.num_nodes,
+        "edges": graph.num_edges,
+        "added": 0 if added is None else len(added[0]),
+        "removed": 0 if removed is None else len(removed[0]),
+        "walked": len(walked),
+        "seconds": seconds,
+        "size_bytes": out.stat().st_size,
+        "wrote": [str(out), str(out_graph)],
+    }
     if as_json:
         print_json(facts)
         return

@@ -106,10 +106,16 @@ def search(
         else:
             ids, distances = wanted.within(made, radius, ef, exact)
     facts: dict[str, Any] = {
-        "index": index, "vectors": len(made), "dim": made.dim, "metric": made.metric, "queries": len(wanted.vectors),
-        "k": top if radius is None else None, "radius": radius, "ef": max(ef, top) if radius is None else ef,
+        "index": index,
+        "vectors": len(made),
+        "dim": made.dim,
+        "metric": made.metric,
+        "queries": len(wanted.vectors),
+        "k": top if radius is None else None,
+        "radius": radius,
+        "ef": max(ef, top) if radius is None else ef,
         "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+    }
     written = []
     if check or curve is not None:
         with waiting("measuring all distances", quiet):
@@ -208,9 +214,14 @@ def _without(own: np.ndarray, ids: np.ndarray, distances: np.ndarray) -> tuple[n
 
 
 def _wanted(
-    index: HNSW | DiskIndex, called: Names | None, names: list[str] | None, queries: str | None, rows: str | None, sample: int | None,
+    index: HNSW | DiskIndex,
+    called: Names | None,
+    names: list[str] | None,
+    queries: str | None,
+    rows: str | None,
+    sample: int | None,
     seed: int,
-) -> _Wanted:  # fmt: skip
+) -> _Wanted:
     import numpy as np
 
     given = [what for what in (names or None, queries, rows) if what is not None]
@@ -295,10 +306,15 @@ def _curve(index: HNSW | DiskIndex, wanted: _Wanted, truth: np.ndarray, k: int, 
                 ids, _distances = wanted.find(index, k, ef, workers=1)
                 best = min(best, time.process_time() - started)
         stats = index.stats()
-        points.append({
-            "ef": ef, "k": k, "recall": _recall(index, wanted, ids, truth), "queries_per_second": len(ids) / max(best, 1e-9),
-            **{name: cost for name, cost in stats.items() if name in ("distances", "hops", "blocks", "codes")},
-        })  # fmt: skip
+        points.append(
+            {
+                "ef": ef,
+                "k": k,
+                "recall": _recall(index, wanted, ids, truth),
+                "queries_per_second": len(ids) / max(best, 1e-9),
+                **{name: cost for name, cost in stats.items() if name in ("distances", "hops", "blocks", "codes")},
+            }
+        )
     return points
 
 

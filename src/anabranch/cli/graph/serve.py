@@ -156,7 +156,7 @@ def serve(
     SIGTERM and Ctrl-C stop the server once the running requests are answered.
 
     Example: anabranch graph serve index.anb graph.anb --port 8080
-    """  # fmt: skip
+    """
     check_extra()
     from anabranch.graph.serve import Sources, run
     from anabranch.web import heap
@@ -186,9 +186,15 @@ def serve(
         sys.stdout.flush()
 
     run(
-        sources, host=host, port=port, limits=limits, token=os.environ.get(TOKEN) or None, watch_s=watch, drain_s=drain,
+        sources,
+        host=host,
+        port=port,
+        limits=limits,
+        token=os.environ.get(TOKEN) or None,
+        watch_s=watch,
+        drain_s=drain,
         on_ready=ready,
-    )  # fmt: skip
+    )
     if not quiet:
         say("stopped; every request under way was answered")
 

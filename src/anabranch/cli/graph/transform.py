@@ -50,7 +50,7 @@ def transform(
     With --edges, compute vectors of new nodes without fitting again.
 
     Example: anabranch graph transform model.anb --edges new.csv --out new.parquet
-    """  # fmt: skip
+    """
     check_extra()
     from anabranch.cli.graph.vectors import Vectors, check_written, write_vectors
 
@@ -74,9 +74,14 @@ def transform(
     seconds = time.perf_counter() - started
     write_vectors(out, Vectors(vectors_ND, names))
     facts: dict[str, Any] = {
-        "model": model, "method": type(found).__name__.lower(), "nodes": len(vectors_ND), "dim": vectors_ND.shape[1],
-        "new": edges is not None, "seconds": seconds, "wrote": str(out),
-    }  # fmt: skip
+        "model": model,
+        "method": type(found).__name__.lower(),
+        "nodes": len(vectors_ND),
+        "dim": vectors_ND.shape[1],
+        "new": edges is not None,
+        "seconds": seconds,
+        "wrote": str(out),
+    }
     if as_json:
         print_json(facts)
         return

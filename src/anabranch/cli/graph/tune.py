@@ -60,7 +60,7 @@ def tune(
     Do not tune on the labels or edges on which you report final results.
 
     Example: anabranch graph tune blogcatalog --labels own --trials 12
-    """  # fmt: skip
+    """
     check_ending(out)
     check_apart([out], [source, labels])
     opened = reading.open(source, quiet)
@@ -84,21 +84,34 @@ def tune(
     seconds = time.perf_counter() - started
     ranked = sorted(found.trials, key=lambda trial: -trial.score)
     if out is not None:
-        write_table(out, {
-            "beta": [trial.beta for trial in found.trials], "weights": [list(map(float, trial.weights)) for trial in found.trials],
-            "score": [trial.score for trial in found.trials],
-        } if out.suffix in (".parquet", ".jsonl") else {
-            "beta": [trial.beta for trial in found.trials], "last_weight": [float(trial.weights[-1]) for trial in found.trials],
-            "score": [trial.score for trial in found.trials],
-        })  # fmt: skip
+        write_table(
+            out,
+            {
+                "beta": [trial.beta for trial in found.trials],
+                "weights": [list(map(float, trial.weights)) for trial in found.trials],
+                "score": [trial.score for trial in found.trials],
+            }
+            if out.suffix in (".parquet", ".jsonl")
+            else {
+                "beta": [trial.beta for trial in found.trials],
+                "last_weight": [float(trial.weights[-1]) for trial in found.trials],
+                "score": [trial.score for trial in found.trials],
+            },
+        )
     best = ranked[0]
     weights = "[" + ",".join(f"{weight:.4g}" for weight in best.weights) + "]"
     command = f"anabranch graph embed {source} --set beta={best.beta:.4g} --set weights={weights} --out vectors.npy"
     facts: dict[str, Any] = {
-        "graph": opened.name, "objective": found.objective, "seconds": seconds, "beta": best.beta, "weights": list(best.weights),
-        "score": best.score, "next": command, "wrote": None if out is None else str(out),
+        "graph": opened.name,
+        "objective": found.objective,
+        "seconds": seconds,
+        "beta": best.beta,
+        "weights": list(best.weights),
+        "score": best.score,
+        "next": command,
+        "wrote": None if out is None else str(out),
         "trials": [{"beta": one.beta, "weights": list(one.weights), "score": one.score} for one in found.trials],
-    }  # fmt: skip
+    }
     if as_json:
         print_json(facts)
         return

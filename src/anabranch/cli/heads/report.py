@@ -130,9 +130,15 @@ def _gates_of(model: str, network: Any) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _of_text(
-    model: str, data: str | None, tokens: int, sequence_length: int | None, trace: Path | None, dtype: str | None,
-    device: str | None, quiet: bool,
-) -> _Seen:  # fmt: skip
+    model: str,
+    data: str | None,
+    tokens: int,
+    sequence_length: int | None,
+    trace: Path | None,
+    dtype: str | None,
+    device: str | None,
+    quiet: bool,
+) -> _Seen:
     import torch
 
     from anabranch.cli.corpora import Tracked, default_length, domain_names, labelled_windows, run_of, say_defaults
@@ -171,9 +177,14 @@ def _of_speech(model: str, data: str | None, tokens: int, trace: Path | None, de
         measured = measure(network, speech, begin=begin)
     decided = recorder.trace() if trace is None else RoutingTrace.read(trace)
     return _Seen(
-        network, found, decided, str(data), f"{len(speech)} files", {"files": len(speech)},
+        network,
+        found,
+        decided,
+        str(data),
+        f"{len(speech)} files",
+        {"files": len(speech)},
         lambda: measured | written(network, words, speech, quiet),
-    )  # fmt: skip
+    )
 
 
 def _by_domain(decided: Any) -> list[dict[str, float]]:

@@ -28,9 +28,14 @@ def is_speech_run(out: Path) -> bool:
 
 
 def new_run(
-    model: str, speech: str | None, out: Path, heads: dict[str, Any], learn: Literal["all", "gates"] | None,
-    settings: dict[str, Any], usual: dict[str, Any],
-) -> TaskRunConfig:  # fmt: skip
+    model: str,
+    speech: str | None,
+    out: Path,
+    heads: dict[str, Any],
+    learn: Literal["all", "gates"] | None,
+    settings: dict[str, Any],
+    usual: dict[str, Any],
+) -> TaskRunConfig:
     """The config of a new run; ``heads`` are fields of `HeadRouting`, ``usual`` of `TrainConfig`. Raises ConfigError, DataError."""
     from anabranch.config import override
     from anabranch.files import check_apart
@@ -50,8 +55,11 @@ def new_run(
     if heads.get("num_shared") is None:
         heads = heads | {"num_shared": _heads_of(model) * 2 // 3}
     task = SpeechTask.Config(
-        model=str(Path(model).absolute()), speech=str(Path(speech).absolute()), heads=HeadRouting(**heads), learns=learn or "all"
-    )  # fmt: skip
+        model=str(Path(model).absolute()),
+        speech=str(Path(speech).absolute()),
+        heads=HeadRouting(**heads),
+        learns=learn or "all",
+    )
     return override(TaskRunConfig(task=task, train=TrainConfig(**usual)), settings)
 
 
@@ -136,11 +144,13 @@ def conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json: 
         "step": result.step,
         "steps": trainer.config.train.steps,
         "before": task.before,
-        "after": {name: result.measures.get(name) for name in ("nats_per_token", "accuracy", "tokens")} if result.measures else None,
+        "after": {name: result.measures.get(name) for name in ("nats_per_token", "accuracy", "tokens")}
+        if result.measures
+        else None,
         "activation_by_layer": rates,
         "seconds": result.seconds,
         "checkpoint": str(result.checkpoint) if result.checkpoint else None,
-    }  # fmt: skip
+    }
     if result.status == "finished":
         if trainer.workers.is_sharded:
             raise DataError("weights are in shards; --resume in one process writes the model out")

@@ -81,9 +81,16 @@ def ways(
         for number, trial in enumerate(asked):
             before = {"images": number * steps, "videos": number * steps + config.image_steps}
             result = run(
-                chat, trial, others, out / trial.name, config, clips=clips, resume=resume, device=device,
+                chat,
+                trial,
+                others,
+                out / trial.name,
+                config,
+                clips=clips,
+                resume=resume,
+                device=device,
                 on_event=shown(progress, before.__getitem__),
-            )  # fmt: skip
+            )
             if isinstance(result, Learned):
                 wrote(str(out), "the same line with --resume")
                 raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))

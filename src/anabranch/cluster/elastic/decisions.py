@@ -148,10 +148,20 @@ class Decisions(Epochs):
         """What a rank tells. Raises ValueError for what nobody tells."""
         kind = str(header.get("kind"))
         told = {
-            "ready": self._ready, "vote": self._vote, "held": self._held, "suspect": self._suspect, "bad": self._bad,
-            "fail": self._fail, "quit": self._quit, "leave": self._leave, "done": self._round, "slices": self._round,
-            "manifest": self._round, "wrote": self._wrote, "beat": self._beat,
-        }.get(kind)  # fmt: skip
+            "ready": self._ready,
+            "vote": self._vote,
+            "held": self._held,
+            "suspect": self._suspect,
+            "bad": self._bad,
+            "fail": self._fail,
+            "quit": self._quit,
+            "leave": self._leave,
+            "done": self._round,
+            "slices": self._round,
+            "manifest": self._round,
+            "wrote": self._wrote,
+            "beat": self._beat,
+        }.get(kind)
         if told is None:
             raise ValueError(f"kind {kind!r}")
         told(member, header)

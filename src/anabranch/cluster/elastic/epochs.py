@@ -212,10 +212,14 @@ class Epochs:
         layout = made.layout
         detect_s, self._detect_s = self._detect_s, 0.0
         self._note(
-            "epoch", epoch=self.epoch, version=self.version, floor=self.ledger.floor,
-            stages=[list(stage) for stage in layout.grid.stages], bounds=list(layout.bounds),
+            "epoch",
+            epoch=self.epoch,
+            version=self.version,
+            floor=self.ledger.floor,
+            stages=[list(stage) for stage in layout.grid.stages],
+            bounds=list(layout.bounds),
             warnings=list(made.warnings),
-        )  # fmt: skip
+        )
         self._tell(
             another_layout(
                 self.epoch,

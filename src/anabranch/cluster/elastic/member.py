@@ -198,11 +198,20 @@ class Member:
         edited = time.monotonic()
         self._probe("moves")
         moved = moved_state(
-            self.links, self.rank, before, after, self.sizes, self._state_before(before, after, base), base,
-            held=self.snapshots.held, layout_epoch=0 if before is None else self.layout_epoch,
+            self.links,
+            self.rank,
+            before,
+            after,
+            self.sizes,
+            self._state_before(before, after, base),
+            base,
+            held=self.snapshots.held,
+            layout_epoch=0 if before is None else self.layout_epoch,
             holders={int(rank): tuple(kept) for rank, kept in news["holders"].items()},
-            alive=members, damaged=self.snapshots.tell_damaged, stream=stream,
-        )  # fmt: skip
+            alive=members,
+            damaged=self.snapshots.tell_damaged,
+            stream=stream,
+        )
         assert moved.state is not None
         self.snapshots.send(self.links, self.control.epoch, after, moved.state.slices, base)
         self.snapshots.wait(self.rank, self.control.epoch, after, base)
@@ -261,9 +270,20 @@ class Member:
         assert noticed is not None
         opened, closed = self._edited
         self.recovery = {
-            "epoch": self.control.epoch, "detect_s": news["detect_s"], "agree_s": start - noticed, "edit_s": edited - start,
-            "reshard_s": reshaped - edited, "ready_s": now - reshaped, "links_opened": opened, "links_closed": closed,
-            "links_kept": self.links.count - opened, "moved_bytes": moved.sent_bytes, "streamed": moved.streamed,
-            "refused": moved.refused, "streamed_bytes": 0 if stream is None else stream.sent_bytes, "lost": news["lost"], "_going": now,
-        }  # fmt: skip
+            "epoch": self.control.epoch,
+            "detect_s": news["detect_s"],
+            "agree_s": start - noticed,
+            "edit_s": edited - start,
+            "reshard_s": reshaped - edited,
+            "ready_s": now - reshaped,
+            "links_opened": opened,
+            "links_closed": closed,
+            "links_kept": self.links.count - opened,
+            "moved_bytes": moved.sent_bytes,
+            "streamed": moved.streamed,
+            "refused": moved.refused,
+            "streamed_bytes": 0 if stream is None else stream.sent_bytes,
+            "lost": news["lost"],
+            "_going": now,
+        }
         self._edited = (0, 0)

@@ -117,8 +117,11 @@ def compare(
         )
     before = Layout(grid, partition(list(layer_costs), stages).bounds, len(layer_costs))
     shared: dict[str, Any] = {
-        "global_batch": replicas * micro_batches * micro_batch, "micro_batches": micro_batches, "policy": policy, **options,
-    }  # fmt: skip
+        "global_batch": replicas * micro_batches * micro_batch,
+        "micro_batches": micro_batches,
+        "policy": policy,
+        **options,
+    }
     whole = plan(grid, layer_costs, previous=before, **shared)
     # All arms begin with what is best for ranks of equal speed.
     before = whole.layout

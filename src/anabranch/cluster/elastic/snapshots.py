@@ -39,8 +39,12 @@ class Snapshots:
             return
         snapshot = snapshot_of(slices, version)
         header = {
-            "kind": "snapshot", "layout": epoch, "version": version, "layers": snapshot.layers, "digest": snapshot.digest,
-        }  # fmt: skip
+            "kind": "snapshot",
+            "layout": epoch,
+            "version": version,
+            "layers": snapshot.layers,
+            "digest": snapshot.digest,
+        }
         for rank in holders:
             links.send_packed(rank, header, snapshot.body)
 

@@ -137,9 +137,11 @@ class ElasticTrainer:
         self._layers = list(layers)
         check_layers(self._layers)
         for name, number in (
-            ("global_batch", global_batch), ("micro_batches", 1 if micro_batches is None else micro_batches), ("block", block),
+            ("global_batch", global_batch),
+            ("micro_batches", 1 if micro_batches is None else micro_batches),
+            ("block", block),
             ("snapshot_copies", snapshot_copies + 1),
-        ):  # fmt: skip
+        ):
             if number < 1:
                 raise ConfigError(f"{name} is {number}; use more")
         draw = tuple(draws_of(layer) if draws is None else draws for layer in layers)
@@ -162,19 +164,41 @@ class ElasticTrainer:
         self._control = Control(self._links.changed, timeout_s=timeout_s, gives_up=gives_up)
         self._snapshots = Snapshots(self._control, snapshot_copies, self._probe)
         self._member = Member(
-            self._layers, sizes, updater, links=self._links, control=self._control, snapshots=self._snapshots, loaded=loaded,
-            version=version, clock=StageClock(clock), probe=self._probe, on_change=on_epoch_change,
-        )  # fmt: skip
+            self._layers,
+            sizes,
+            updater,
+            links=self._links,
+            control=self._control,
+            snapshots=self._snapshots,
+            loaded=loaded,
+            version=version,
+            clock=StageClock(clock),
+            probe=self._probe,
+            on_change=on_epoch_change,
+        )
         self._stepping = Stepping(
-            self._member, self._links, self._control, self._snapshots, self._layers, clip=clip, skips_infinite=skips_infinite,
-            gathers=gathers, at_step=at_step, probe=self._probe,
-        )  # fmt: skip
+            self._member,
+            self._links,
+            self._control,
+            self._snapshots,
+            self._layers,
+            clip=clip,
+            skips_infinite=skips_infinite,
+            gathers=gathers,
+            at_step=at_step,
+            probe=self._probe,
+        )
         try:
             self._control.connect(coordinator, key)
             shared = {
-                **(signature or {}), **told(layers, optimizer_factory, groups, learning_rate, loss), "clip": clip, "draws": list(draw),
-                "skips_infinite": skips_infinite, "gathers": gathers is not None, "policy": None if policy is None else asdict(policy),
-            }  # fmt: skip
+                **(signature or {}),
+                **told(layers, optimizer_factory, groups, learning_rate, loss),
+                "clip": clip,
+                "draws": list(draw),
+                "skips_infinite": skips_infinite,
+                "gathers": gathers is not None,
+                "policy": None if policy is None else asdict(policy),
+            }
             moments = digest_of(loaded, version) if loaded else ""
             self._begin(host, wish, mesh, snapshot_copies, shared, moments)
         except BaseException as error:
@@ -213,10 +237,18 @@ class ElasticTrainer:
             "copies": copies,
         }
         welcome = self._control.ask(
-            "hello", "welcome", told="the coordinator does not answer", host=host, port=self._links.port, wish=wish,
-            mesh=None if mesh is None else list(mesh), version=self._member.version, weights=weights_digest(self._layers),
-            moments=moments, signature=signature,
-        )  # fmt: skip
+            "hello",
+            "welcome",
+            told="the coordinator does not answer",
+            host=host,
+            port=self._links.port,
+            wish=wish,
+            mesh=None if mesh is None else list(mesh),
+            version=self._member.version,
+            weights=weights_digest(self._layers),
+            moments=moments,
+            signature=signature,
+        )
         self.rank = self._links.rank = int(welcome["rank"])
         self._member.settings = replace(settings, micro_batches=int(welcome["micro_batches"]))
         self._control.start()

@@ -158,15 +158,22 @@ class GPipe(nn.Module):
                     [
                         Chunk(
                             [model[number].to(device) if device is not None else model[number] for number in part],
-                            part, routes, number_of, chunks, is_deferred=deferred_batch_norm, meter=meter, draws=draws,
-                            is_exact=is_exact, puts_off=self._table(1).has_weight_slots,
+                            part,
+                            routes,
+                            number_of,
+                            chunks,
+                            is_deferred=deferred_batch_norm,
+                            meter=meter,
+                            draws=draws,
+                            is_exact=is_exact,
+                            puts_off=self._table(1).has_weight_slots,
                         )
                         for number_of, part in enumerate(self.partition.parts)
                         if number_of % self._num_stages == stage
                     ],
                     device,
                 )
-            )  # fmt: skip
+            )
         self._running: list[threading.Thread] = []
         self._channel = None
         if runner == "distributed":

@@ -42,9 +42,22 @@ class Steps(Estimator):
     """Base of `FastRP`; its arguments are told there."""
 
     _OF_FIT = (
-        "dim", "weights", "beta", "normalize", "projection", "s", "matrix", "standardize", "concatenate", "feature_ratio", "self_weight",
-        "direction", "allow_negative", "seed", "dtype",
-    )  # fmt: skip
+        "dim",
+        "weights",
+        "beta",
+        "normalize",
+        "projection",
+        "s",
+        "matrix",
+        "standardize",
+        "concatenate",
+        "feature_ratio",
+        "self_weight",
+        "direction",
+        "allow_negative",
+        "seed",
+        "dtype",
+    )
 
     dim: int
     weights: Sequence[float]

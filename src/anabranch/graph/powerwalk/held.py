@@ -22,9 +22,21 @@ class Held(Estimator):
     """Base of `PowerWalk`; its arguments are told there."""
 
     _OF_FIT = (
-        "alpha", "walks", "mode", "dangling", "estimate", "moves", "long_path", "max_steps", "keep", "mass", "min_in_degree",
-        "track", "dtype", "seed",
-    )  # fmt: skip
+        "alpha",
+        "walks",
+        "mode",
+        "dangling",
+        "estimate",
+        "moves",
+        "long_path",
+        "max_steps",
+        "keep",
+        "mass",
+        "min_in_degree",
+        "track",
+        "dtype",
+        "seed",
+    )
 
     alpha: float
     walks: int

@@ -43,9 +43,30 @@ _LONGEST_S = 12 * 3600
 # Endings of files that are read, and of sound that is not; in capitals, too, as Windows and recorders write them.
 _WAVS = (".wav", ".wave")
 _OTHERS = (
-    ".aac", ".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".m4b", ".mka", ".mkv", ".mov", ".mp3", ".mp4", ".oga",
-    ".ogg", ".opus", ".rf64", ".snd", ".w64", ".webm", ".wma",
-)  # fmt: skip
+    ".aac",
+    ".aif",
+    ".aifc",
+    ".aiff",
+    ".amr",
+    ".au",
+    ".caf",
+    ".flac",
+    ".m4a",
+    ".m4b",
+    ".mka",
+    ".mkv",
+    ".mov",
+    ".mp3",
+    ".mp4",
+    ".oga",
+    ".ogg",
+    ".opus",
+    ".rf64",
+    ".snd",
+    ".w64",
+    ".webm",
+    ".wma",
+)
 # Samples among which a cut is made where they are quietest, and the share at the end of a piece where that is looked for.
 _PAUSE, _TAIL = RATE // 5, 6
 

@@ -11,8 +11,15 @@ from anabranch.nn.attention import Attention
 from anabranch.nn.rotary import yarn_factor
 
 __all__ = [
-    "local_layers", "read_rotary", "read_windows", "rotary_of", "rotary_table", "window_of", "write_rotary", "write_windows",
-]  # fmt: skip
+    "local_layers",
+    "read_rotary",
+    "read_windows",
+    "rotary_of",
+    "rotary_table",
+    "window_of",
+    "write_rotary",
+    "write_windows",
+]
 
 # In ``layer_types``.
 FULL, LOCAL = "full_attention", "sliding_attention"

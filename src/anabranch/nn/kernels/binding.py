@@ -47,11 +47,19 @@ KERNELS: "dict[str, Kernel]" = {}
 
 NO_MEMORY: Final = 1  # of failure.h
 SCALARS: Final[Mapping[str, Any]] = {
-    "int": ctypes.c_int, "int64": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double, "handle": ctypes.c_void_p,
-}  # fmt: skip
+    "int": ctypes.c_int,
+    "int64": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+    "handle": ctypes.c_void_p,
+}
 RESULTS: Final[Mapping[str, Any]] = {
-    "none": None, "status": ctypes.c_int, "int": ctypes.c_int, "int64": ctypes.c_int64, "handle": ctypes.c_void_p,
-}  # fmt: skip
+    "none": None,
+    "status": ctypes.c_int,
+    "int": ctypes.c_int,
+    "int64": ctypes.c_int64,
+    "handle": ctypes.c_void_p,
+}
 
 
 class Library:

@@ -23,7 +23,7 @@ __all__ = [
     "lies_otherwise",
     "takes",
     "why_refused",
-]  # fmt: skip
+]
 
 # Other classes of tensors may not lie where they say, or nowhere.
 PLAIN: Final = frozenset({Tensor, nn.Parameter})

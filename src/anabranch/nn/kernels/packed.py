@@ -154,9 +154,7 @@ def linear(packed: Packed, x_CK: Tensor, bias_N: Tensor | None = None) -> Tensor
     bias = None if bias_N is None else bias_N.detach().float().contiguous()
     y_CN = torch.empty(x.shape[0], packed.rows)
     rows, kind = packed.rows, CODE_OF[packed.kind]
-    LINEAR(
-        packed.data, rows, packed.depth, packed.group, _panel_bytes(packed), kind, -(-rows // WIDE), x, bias, y_CN
-    )  # fmt: skip
+    LINEAR(packed.data, rows, packed.depth, packed.group, _panel_bytes(packed), kind, -(-rows // WIDE), x, bias, y_CN)
     return y_CN.to(x_CK.dtype)
 
 

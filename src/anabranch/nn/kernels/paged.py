@@ -74,9 +74,19 @@ def attend(
     front = (None, None) if prefix is None else tuple(part_PGMD.to(dtype).contiguous() for part_PGMD in prefix)
     num_front = 0 if front[0] is None else front[0].shape[2]
     ATTENTION(
-        query, new_key, new_value, y_PHTD, key_PSGD, value_PSGD, *front, sequence_N4, table_U,
-        num_front, block_tokens, width**-0.5,
-    )  # fmt: skip
+        query,
+        new_key,
+        new_value,
+        y_PHTD,
+        key_PSGD,
+        value_PSGD,
+        *front,
+        sequence_N4,
+        table_U,
+        num_front,
+        block_tokens,
+        width**-0.5,
+    )
     return y_PHTD.to(query_PHTD.dtype)
 
 

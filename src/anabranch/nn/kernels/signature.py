@@ -70,10 +70,17 @@ class _Writer:
     def __init__(self, kernel: "Kernel") -> None:
         self.kernel = kernel
         self.names: dict[str, Any] = {
-            "PLAIN": PLAIN, "LEAST": LEAST_ADDRESS, "Tensor": Tensor, "ndarray": np.ndarray,
-            "pointer": ctypes.c_void_p, "threads": torch.get_num_threads, "is_dense": is_dense, "lies_otherwise": lies_otherwise,
-            "is_transformed": is_transformed, "is_wrapped": is_wrapped,
-        }  # fmt: skip
+            "PLAIN": PLAIN,
+            "LEAST": LEAST_ADDRESS,
+            "Tensor": Tensor,
+            "ndarray": np.ndarray,
+            "pointer": ctypes.c_void_p,
+            "threads": torch.get_num_threads,
+            "is_dense": is_dense,
+            "lies_otherwise": lies_otherwise,
+            "is_transformed": is_transformed,
+            "is_wrapped": is_wrapped,
+        }
         reads = any("array" not in one.flags for one in kernel.operands)
         self.lines = ["transformed = is_transformed()"] if reads else []
         self.sizes: set[str] = set()  # known so far
@@ -153,9 +160,10 @@ class _Writer:
             first = operand.sizes[0].removesuffix("..")
             self.lines += [
                 f"if len(shape) < {len(operand.sizes) - 1}: refuse({number}, {name}, locals())",
-                f"{operand.sizes[-1]} = shape[-1]", f"{first} = {name}.numel() // {operand.sizes[-1]} if {operand.sizes[-1]} else 0",
+                f"{operand.sizes[-1]} = shape[-1]",
+                f"{first} = {name}.numel() // {operand.sizes[-1]} if {operand.sizes[-1]} else 0",
                 f"leading, strides = shape, {name}.stride()",
-            ]  # fmt: skip
+            ]
         else:
             self.lines.append(f"if len(shape) != {len(operand.sizes)}: refuse({number}, {name}, locals())")
             targets = ", ".join(part if part in new else "_" for part in operand.sizes)

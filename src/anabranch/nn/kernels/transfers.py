@@ -40,16 +40,19 @@ NEW = Kernel("anabranch_transfers_new", "threads_of_it: int64, seconds_per_byte:
 BEGIN = Kernel(
     "anabranch_transfers_begin",
     "transfers: handle, id: int64, urgent: int, pieces: Piece, count: int64",
-    structures={"Piece": Piece}, result="status", holds_interpreter=True,
-)  # fmt: skip
+    structures={"Piece": Piece},
+    result="status",
+    holds_interpreter=True,
+)
 CHANGE = Kernel(
     "anabranch_transfers_change", "transfers: handle, id: int64, urgent: int, cancelled: int", holds_interpreter=True
 )
 TAKE = Kernel(
     "anabranch_transfers_take",
     "transfers: handle, ids: int64[R] array out, results: int64[R] array out, R, count: int64[1] array out",
-    result="int64", holds_interpreter=True,
-)  # fmt: skip
+    result="int64",
+    holds_interpreter=True,
+)
 POKE = Kernel("anabranch_transfers_poke", "transfers: handle", holds_interpreter=True)
 KICK = Kernel("anabranch_transfers_kick", "transfers: handle", holds_interpreter=True)
 WAIT = Kernel("anabranch_transfers_wait", "transfers: handle, seen: int64, seconds: double", result="int64")

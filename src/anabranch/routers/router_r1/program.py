@@ -250,9 +250,11 @@ class _Rounds:
         policy = policy if policy in self.request.names else self.request.names[-1]
         problem = Problem.of(self.request.messages)
         rules = Rules(
-            max_turns=config.max_turns, max_calls=_least(config.max_calls, self.asked.calls), information_tokens=config.information_tokens,
+            max_turns=config.max_turns,
+            max_calls=_least(config.max_calls, self.asked.calls),
+            information_tokens=config.information_tokens,
             aliases={alias: name for alias, name in config.aliases.items() if name in names},
-        )  # fmt: skip
+        )
         self.episode = episode = Episode(problem.text, rules, names)
         told = router_prompt(
             problem.text, names, self._about(names), warns=config.warns, instruction=config.instruction or None

@@ -289,8 +289,12 @@ class _Open:
     def __init__(self, calls: Calls, stage: Stage, index: int, attempt: int, system: int, model: str) -> None:
         self._calls, self._has_ended = calls, False
         self._fields: dict[str, Any] = {
-            "stage": stage, "index": index, "attempt": attempt, "system": system, "model": model,
-        }  # fmt: skip
+            "stage": stage,
+            "index": index,
+            "attempt": attempt,
+            "system": system,
+            "model": model,
+        }
 
     @property
     def key(self) -> str:

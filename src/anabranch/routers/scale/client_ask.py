@@ -27,12 +27,40 @@ from anabranch.routers.money import Price, dollars
 # Fields of OpenAI's that its client takes as arguments; others go into its ``extra_body``.
 KNOWN = frozenset(
     {
-        "model", "messages", "n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs",
-        "frequency_penalty", "presence_penalty", "logit_bias", "response_format", "tools", "tool_choice", "parallel_tool_calls", "user",
-        "reasoning_effort", "service_tier", "store", "metadata", "modalities", "audio", "prediction", "verbosity", "stream",
-        "stream_options", "safety_identifier", "prompt_cache_key", "web_search_options",
+        "model",
+        "messages",
+        "n",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "stop",
+        "logprobs",
+        "top_logprobs",
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "response_format",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "user",
+        "reasoning_effort",
+        "service_tier",
+        "store",
+        "metadata",
+        "modalities",
+        "audio",
+        "prediction",
+        "verbosity",
+        "stream",
+        "stream_options",
+        "safety_identifier",
+        "prompt_cache_key",
+        "web_search_options",
     }
-)  # fmt: skip
+)
 # Of one answer: whoever tells more tells nothing that can be.
 _MOST_TOKENS = 10**9
 

@@ -274,9 +274,21 @@ class Scale(Program, kind="scale"):
 def settings_of(config: Any, seed: int | None) -> Settings:
     """Of a run by a config."""
     names = (
-        "rescore", "force_last", "last_step", "max_steps", "retries", "temperature", "top_p", "top_k", "score_tokens", "outline_tokens",
-        "call_s", "samples2", "batch2", "least_gain2",
-    )  # fmt: skip
+        "rescore",
+        "force_last",
+        "last_step",
+        "max_steps",
+        "retries",
+        "temperature",
+        "top_p",
+        "top_k",
+        "score_tokens",
+        "outline_tokens",
+        "call_s",
+        "samples2",
+        "batch2",
+        "least_gain2",
+    )
     return Settings(seed=seed, **{name: getattr(config, name) for name in names})
 
 

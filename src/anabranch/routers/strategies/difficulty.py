@@ -60,9 +60,17 @@ class DifficultyEncoder:
         return len(self.heads)
 
     def learn(
-        self, model: str, vector_QD: np.ndarray, correct_Q: np.ndarray, samples_Q: np.ndarray, mean_Q: np.ndarray,
-        odds_Q: np.ndarray, *, ended_Q2: np.ndarray | None = None, seed: int = 0,
-    ) -> bool:  # fmt: skip
+        self,
+        model: str,
+        vector_QD: np.ndarray,
+        correct_Q: np.ndarray,
+        samples_Q: np.ndarray,
+        mean_Q: np.ndarray,
+        odds_Q: np.ndarray,
+        *,
+        ended_Q2: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> bool:
         """Learn of a model, if there is anything to learn; whether there was.
 
         Args:
@@ -175,8 +183,13 @@ def _directions(vector_QD: np.ndarray) -> np.ndarray:
 
 
 def _held_out(
-    x_QF: np.ndarray, share_Q: np.ndarray, weight_Q: np.ndarray, offset_Q: np.ndarray, fold_Q: np.ndarray, penalty: float
-) -> np.ndarray:  # fmt: skip
+    x_QF: np.ndarray,
+    share_Q: np.ndarray,
+    weight_Q: np.ndarray,
+    offset_Q: np.ndarray,
+    fold_Q: np.ndarray,
+    penalty: float,
+) -> np.ndarray:
     """Logits of questions by regressions that did not see them."""
     logit_Q = np.empty(len(share_Q))
     for fold in range(FOLDS):

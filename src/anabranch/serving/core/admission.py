@@ -275,10 +275,24 @@ class Admission(Held):
         config, held, now = self.config, self._of_key[key], self._clock()
         most_tokens = config.max_queued_tokens
         for what, limit, total, has, more, rate in (
-            ("requests of this key are in flight", config.max_in_flight, self.in_flight, held.in_flight, 1, self._end_rate),
+            (
+                "requests of this key are in flight",
+                config.max_in_flight,
+                self.in_flight,
+                held.in_flight,
+                1,
+                self._end_rate,
+            ),
             ("requests of this key wait", config.max_queued, self.queued, held.queued, 1, self._line.rate),
-            ("prompt tokens of this key wait", most_tokens, self.counted_tokens, held.counted_tokens, num_tokens, self._token_rate),
-        ):  # fmt: skip
+            (
+                "prompt tokens of this key wait",
+                most_tokens,
+                self.counted_tokens,
+                held.counted_tokens,
+                num_tokens,
+                self._token_rate,
+            ),
+        ):
             most = math.inf if limit is None else most_beside(total - has, limit, config.key_share)
             if has and has + more > most:
                 over, per_s = min(has + more - most, has), rate.per_s(now)

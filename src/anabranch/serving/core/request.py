@@ -132,10 +132,16 @@ class Sampling:
             if not isinstance(value, int) and (value is not None or name not in _MAY_BE_NONE):
                 raise InputError(f"{name} is {value!r}; it must be a whole number")
         for name, low, high in (
-            ("max_tokens", 0, MOST_SIZE), ("min_tokens", 0, MOST_SIZE), ("temperature", 0, 100), ("top_p", 0, 1),
+            ("max_tokens", 0, MOST_SIZE),
+            ("min_tokens", 0, MOST_SIZE),
+            ("temperature", 0, 100),
+            ("top_p", 0, 1),
             ("top_k", 0, MOST_SIZE),
-            ("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0.01, 100),
-        ):  # fmt: skip
+            ("min_p", 0, 1),
+            ("presence_penalty", -2, 2),
+            ("frequency_penalty", -2, 2),
+            ("repetition_penalty", 0.01, 100),
+        ):
             value = self._made_plain(name, _plain)
             if not _is_real(value) or not low <= value <= high:
                 raise InputError(f"{name} is {shown(value)}; it must be {low} to {high}")

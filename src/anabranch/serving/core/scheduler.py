@@ -38,10 +38,19 @@ from anabranch.serving.core.tables import BlockTables
 from anabranch.serving.core.tier import KVTier, Memory
 
 COUNTERS = (
-    "prompt_tokens", "cached_prompt_tokens", "generation_tokens", "discarded_tokens", "preemptions", "steps",
-    "drafted_tokens", "accepted_draft_tokens",
-    "evicted_blocks", "swapped_out_blocks", "swapped_in_blocks", *(f"finished_{finish.value}" for finish in Finish),
-)  # fmt: skip
+    "prompt_tokens",
+    "cached_prompt_tokens",
+    "generation_tokens",
+    "discarded_tokens",
+    "preemptions",
+    "steps",
+    "drafted_tokens",
+    "accepted_draft_tokens",
+    "evicted_blocks",
+    "swapped_out_blocks",
+    "swapped_in_blocks",
+    *(f"finished_{finish.value}" for finish in Finish),
+)
 KEPT_SAMPLES = 4096
 # Why a request is paused: its reader is slow, or it waits to be told how it goes on.
 READER, TURN = "reader", "turn"

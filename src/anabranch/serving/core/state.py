@@ -37,11 +37,40 @@ class RequestState:
     """
 
     __slots__ = (
-        "ahead_since", "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "furthest", "holds", "is_known", "kept", "key",
+        "ahead_since",
+        "blocks",
+        "cached_tokens",
+        "computed",
+        "cost",
+        "epoch",
+        "finish",
+        "furthest",
+        "holds",
+        "is_known",
+        "kept",
+        "key",
         "keys",
-        "last_step", "local", "local_table", "lookup", "most_tokens", "num_pending", "num_prompt", "num_published", "num_scored",
-        "own_priority", "path", "prompt_logprobs", "queue_s", "rank", "request", "root", "stop_tokens", "table", "tokens", "turn_at",
-    )  # fmt: skip
+        "last_step",
+        "local",
+        "local_table",
+        "lookup",
+        "most_tokens",
+        "num_pending",
+        "num_prompt",
+        "num_published",
+        "num_scored",
+        "own_priority",
+        "path",
+        "prompt_logprobs",
+        "queue_s",
+        "rank",
+        "request",
+        "root",
+        "stop_tokens",
+        "table",
+        "tokens",
+        "turn_at",
+    )
 
     def __init__(
         self, request: Request, *, serial: int, now: float, stop_tokens: frozenset[int], max_positions: int

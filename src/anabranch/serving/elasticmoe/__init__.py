@@ -24,7 +24,14 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "Coordinator": ".coordinator", "ElasticConfig": ".config", "Group": ".group", "Placement": ".plan", "Policy": ".policy",
-        "ScalePlan": ".plan", "ScaleReport": ".report", "place": ".plan", "plan_scale": ".plan",
+        "Coordinator": ".coordinator",
+        "ElasticConfig": ".config",
+        "Group": ".group",
+        "Placement": ".plan",
+        "Policy": ".policy",
+        "ScalePlan": ".plan",
+        "ScaleReport": ".report",
+        "place": ".plan",
+        "plan_scale": ".plan",
     },
-)  # fmt: skip
+)

@@ -98,9 +98,13 @@ class Coordinator:
             await asyncio.wrap_future(self._trials.submit(request.key, try_out, text, request.key))
         loop, ledger = asyncio.get_running_loop(), self.group.ledger
         stream = Stream(
-            request.id, pause=ledger.pause_request, resume=ledger.resume_request, abort=ledger.abort,
-            buffer=request.buffer, stall_s=request.stall_s,
-        )  # fmt: skip
+            request.id,
+            pause=ledger.pause_request,
+            resume=ledger.resume_request,
+            abort=ledger.abort,
+            buffer=request.buffer,
+            stall_s=request.stall_s,
+        )
 
         def emit(output: Output) -> None:
             # The loop has ended, and with it whoever waited.

@@ -18,10 +18,17 @@ __all__ = ["Counts"]
 
 _PHASES = ("plan", "prepare", "attach", "warm", "switch", "drain", "release", "commit")
 _OWN = (
-    "elastic_scale_events", "elastic_scale_failures", "elastic_recoveries", "elastic_moves", "elastic_bytes_p2p", "elastic_bytes_disk",
-    "elastic_bytes_zero_copy", "elastic_tokens_brought", "elastic_tokens_again",
+    "elastic_scale_events",
+    "elastic_scale_failures",
+    "elastic_recoveries",
+    "elastic_moves",
+    "elastic_bytes_p2p",
+    "elastic_bytes_disk",
+    "elastic_bytes_zero_copy",
+    "elastic_tokens_brought",
+    "elastic_tokens_again",
     *(f"elastic_phase_seconds_{name}" for name in _PHASES),
-)  # fmt: skip
+)
 
 
 class Counts:

@@ -33,7 +33,12 @@ class _Tensor(ctypes.Structure):
 
 
 class _Managed(ctypes.Structure):
-    _fields_ = [("tensor", _Tensor), ("manager_ctx", ctypes.c_void_p), ("deleter", ctypes.c_void_p), ("size", ctypes.c_int64)]  # fmt: skip
+    _fields_ = [
+        ("tensor", _Tensor),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+    ]
 
 
 _libc = ctypes.CDLL(None)

@@ -292,9 +292,16 @@ class PagedStore:
         if self.use_kernel and is_plain and takes(query_BHLD, key_BGLD, value_BGLD, *(prefix or ())):
             layout = self.layout
             return native.attend(
-                query_BHLD, key_BGLD, value_BGLD, key_PSGD, value_PSGD, layout.sequence_N4, layout.table_U,
-                block_tokens=self.pool.block_tokens, prefix=prefix,
-            )  # fmt: skip
+                query_BHLD,
+                key_BGLD,
+                value_BGLD,
+                key_PSGD,
+                value_PSGD,
+                layout.sequence_N4,
+                layout.table_U,
+                block_tokens=self.pool.block_tokens,
+                prefix=prefix,
+            )
         for stored_PSGD, new_BGLD in ((key_PSGD, key_BGLD), (value_PSGD, value_BGLD)):
             stored_PSGD.index_copy_(1, self.layout.slot_T, new_BGLD.transpose(1, 2))
         if scoring is not PLAIN or self.is_steady:

@@ -279,9 +279,12 @@ def check_rewired(request: Request, rewired: RewiredRequests | None) -> None:
     if rewired is None:
         raise FieldInputError("rewire is true, but the server turns no routers (--rewire); leave it out", "rewire")
     others = {
-        "adapters": request.adapters, "task": request.task, "num_streams": request.num_streams, "depth": request.path,
+        "adapters": request.adapters,
+        "task": request.task,
+        "num_streams": request.num_streams,
+        "depth": request.path,
         "pooling": request.pooling,
-    }  # fmt: skip
+    }
     taken = next((name for name, value in others.items() if value not in (None, ())), None)
     if request.routes_depth or request.skips_tokens:
         taken = "depth"

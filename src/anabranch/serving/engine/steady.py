@@ -23,9 +23,20 @@ from anabranch.nn.pool import ExpertPool
 TILE = 32
 
 _FIRST = {  # functions of rows, and of other things that all rows share
-    F.linear, torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.silu, torch.tanh, Tensor.tanh, F.gelu, F.softplus, torch.exp, Tensor.exp,
-    torch.log, Tensor.log,
-}  # fmt: skip
+    F.linear,
+    torch.sigmoid,
+    Tensor.sigmoid,
+    F.sigmoid,
+    F.silu,
+    torch.tanh,
+    Tensor.tanh,
+    F.gelu,
+    F.softplus,
+    torch.exp,
+    Tensor.exp,
+    torch.log,
+    Tensor.log,
+}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _CELLS = {torch.gru_cell, torch.lstm_cell, torch.rnn_tanh_cell}
 

@@ -257,16 +257,26 @@ def _fill(opened: OpenedModel, found: Pools, pools: Sequence[str], device: torch
     """Load everything but the pools."""
     if opened.quantization is not None:
         fill_quantized(
-            opened.model, opened.source, opened.quantization, where=opened.where, dtype=opened.dtype, device=device,
+            opened.model,
+            opened.source,
+            opened.quantization,
+            where=opened.where,
+            dtype=opened.dtype,
+            device=device,
             elsewhere=pools,
-        )  # fmt: skip
+        )
         return
     stored = [f"{name}.{part}" for name in pools for part in (*found.parts, *_BIASES)]
     kept = [piece.name for name in stored for piece in opened.layout.get(name, ())]
     fill(
-        opened.model, opened.source, opened.layout, where=opened.where, dtype=opened.dtype, device=device,
+        opened.model,
+        opened.source,
+        opened.layout,
+        where=opened.where,
+        dtype=opened.dtype,
+        device=device,
         ignore=[*opened.ignore, *kept],
-    )  # fmt: skip
+    )
 
 
 def _retype(model: Decoder, opened: OpenedModel) -> None:

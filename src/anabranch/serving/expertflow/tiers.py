@@ -334,9 +334,13 @@ class ThrottledTier:
     """Another tier, whose loads last at least ``seconds_per_byte`` times their size; one at a time, as over a wire."""
 
     def __init__(
-        self, tier: Tier, seconds_per_byte: float, *, sleep: Callable[[float], None] = time.sleep,
+        self,
+        tier: Tier,
+        seconds_per_byte: float,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.perf_counter,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._tier, self.seconds_per_byte = tier, seconds_per_byte
         self._sleep, self._clock, self._wire = sleep, clock, threading.Lock()
 

@@ -119,14 +119,27 @@ class FastDecoder:
         config, most_loops = model.config, max(block.loops.most for block in made)
         self._most_top_k = max((router.select.config.top_k for router in routers), default=0)
         self._model = CModel(
-            len(blocks), config.dim, attention.num_heads, attention.num_kv_heads, attention.head_dim,
-            max(_hidden(form_of(block.feed_forward)) for block in model.blocks), block_tokens, 0,
-            max((router.num_destinations for router in routers), default=0), self._most_top_k,
-            max(map(_state_dim, routers), default=0), max(self._most_top_k, 2 if most_loops else 1), most_loops,
-            config.norm_eps, widths.norm_eps, widths.clip_qkv or 0.0,
-            QK_NORM.index(widths.qk_norm), 0,
-            floats(model.norm.weight, self._keep, config.dim), blocks,
-        )  # fmt: skip
+            len(blocks),
+            config.dim,
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.head_dim,
+            max(_hidden(form_of(block.feed_forward)) for block in model.blocks),
+            block_tokens,
+            0,
+            max((router.num_destinations for router in routers), default=0),
+            self._most_top_k,
+            max(map(_state_dim, routers), default=0),
+            max(self._most_top_k, 2 if most_loops else 1),
+            most_loops,
+            config.norm_eps,
+            widths.norm_eps,
+            widths.clip_qkv or 0.0,
+            QK_NORM.index(widths.qk_norm),
+            0,
+            floats(model.norm.weight, self._keep, config.dim),
+            blocks,
+        )
         check_sizes(self._model)
         self.use_stores(key_ASGW, value_ASGW)
 
@@ -193,10 +206,17 @@ class FastDecoder:
         self._make_room(len(token_T), 0 if adapters is None else adapters.lows)
         count, angles = len(token_T), (1, 1, len(token_T), self._model.width)
         step = CStep(
-            count, array_address(sequence_N4, "int64", None, 4), len(sequence_N4), array_address(table_U, "int32", None), len(table_U),
-            address(cos, "float32", *angles), address(sin, "float32", *angles), address(x_TD, "float32", count, self._model.dim),
-            None if routes is None else address(routes), address(self._memory),
-        )  # fmt: skip
+            count,
+            array_address(sequence_N4, "int64", None, 4),
+            len(sequence_N4),
+            array_address(table_U, "int32", None),
+            len(table_U),
+            address(cos, "float32", *angles),
+            address(sin, "float32", *angles),
+            address(x_TD, "float32", count, self._model.dim),
+            None if routes is None else address(routes),
+            address(self._memory),
+        )
         if adapters is not None:
             adapters.put(step)
         for first, last in pairwise((-1, *self._stops, -1)):
@@ -303,11 +323,16 @@ class FastDecoder:
         query, stored = attention.num_heads * width, attention.num_kv_heads * width
         normed = (width, width) if attention.config.qk_norm == "head" else (query, stored)
         first = CBlock(
-            floats(block.attention_norm.weight, keep, dim), floats(block.feed_forward_norm.weight, keep, dim),
-            floats(attention.qkv.bias, keep, query + 2 * stored), floats(attention.out.bias, keep, dim),
-            *(floats(norm, keep, size) for norm, size in zip(norms, normed, strict=True)), None, None,
-            self._matrix(attention.qkv), self._matrix(attention.out),
-        )  # fmt: skip
+            floats(block.attention_norm.weight, keep, dim),
+            floats(block.feed_forward_norm.weight, keep, dim),
+            floats(attention.qkv.bias, keep, query + 2 * stored),
+            floats(attention.out.bias, keep, dim),
+            *(floats(norm, keep, size) for norm, size in zip(norms, normed, strict=True)),
+            None,
+            None,
+            self._matrix(attention.qkv),
+            self._matrix(attention.out),
+        )
         first.heads = heads(block.attention, dim, keep)
         if not isinstance(form, Passes):
             first.w13, first.w2 = self._matrix(form.w13), self._matrix(form.w2)
@@ -330,11 +355,16 @@ class FastDecoder:
         self.routed.append(number)
         routers.append(router)
         return CExperts(
-            router=floats(score.weight, keep, count, depth), bias=floats(router.bias_E, keep, count),
-            recurrence=recurrence(score, keep, self._recurrent), count=count, top_k=select.top_k,
-            activation=ACTIVATIONS.index(score.activation), normalize=NORMALIZE.index(select.normalize),
-            scale=select.scale, number=len(routers) - 1,
-        )  # fmt: skip
+            router=floats(score.weight, keep, count, depth),
+            bias=floats(router.bias_E, keep, count),
+            recurrence=recurrence(score, keep, self._recurrent),
+            count=count,
+            top_k=select.top_k,
+            activation=ACTIVATIONS.index(score.activation),
+            normalize=NORMALIZE.index(select.normalize),
+            scale=select.scale,
+            number=len(routers) - 1,
+        )
 
     def _add_experts(self, made: CExperts, form: Passes) -> None:
         """What ``made`` routes to: the pool of ``form``, its shared experts, and what is added to its input."""

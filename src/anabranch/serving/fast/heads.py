@@ -32,6 +32,14 @@ def heads(attention: Any, dim: int, keep: list[Tensor]) -> CHeads:
     routed = len(form.routed_MD)
     shared = form.attention.num_heads - routed
     return CHeads(
-        floats(form.routed_MD, keep, routed, dim), floats(form.bias_M, keep, routed), floats(form.pair_2D, keep, 2, dim),
-        floats(form.shared_SD, keep, shared, dim), routed, form.top_k, form.floor, form.cap, form.most_pair, form.factor,
-    )  # fmt: skip
+        floats(form.routed_MD, keep, routed, dim),
+        floats(form.bias_M, keep, routed),
+        floats(form.pair_2D, keep, 2, dim),
+        floats(form.shared_SD, keep, shared, dim),
+        routed,
+        form.top_k,
+        form.floor,
+        form.cap,
+        form.most_pair,
+        form.factor,
+    )

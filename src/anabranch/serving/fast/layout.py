@@ -12,9 +12,23 @@ from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import Kind
 
 __all__ = [
-    "BYTES", "EXPERTS", "KIND_OF", "STEP", "CAdapter", "CBlock", "CExperts", "CGroup", "CHeads", "CLoops", "CModel", "CPart",
-    "CRecurrence", "CStep", "check_sizes", "floats",
-]  # fmt: skip
+    "BYTES",
+    "EXPERTS",
+    "KIND_OF",
+    "STEP",
+    "CAdapter",
+    "CBlock",
+    "CExperts",
+    "CGroup",
+    "CHeads",
+    "CLoops",
+    "CModel",
+    "CPart",
+    "CRecurrence",
+    "CStep",
+    "check_sizes",
+    "floats",
+]
 
 KIND_OF: dict[torch.dtype, Kind] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -25,20 +39,35 @@ class CRecurrence(ctypes.Structure):
     """`Recurrence` of step.h."""
 
     _fields_ = (
-        ("projector", Matrix), ("input", Matrix), ("hidden", Matrix),
-        ("input_bias", _pointer), ("hidden_bias", _pointer), ("hands_on", _int),
-    )  # fmt: skip
+        ("projector", Matrix),
+        ("input", Matrix),
+        ("hidden", Matrix),
+        ("input_bias", _pointer),
+        ("hidden_bias", _pointer),
+        ("hands_on", _int),
+    )
 
 
 class CExperts(ctypes.Structure):
     """`Experts` of step.h."""
 
     _fields_ = (
-        ("router", _pointer), ("bias", _pointer), ("gate", _pointer), ("shift", _pointer), ("recurrence", CRecurrence),
-        ("w13", Matrix), ("w2", Matrix), ("shared13", Matrix), ("shared2", Matrix),
-        ("count", _int), ("top_k", _int), ("activation", _int), ("normalize", _int),
-        ("scale", _float), ("number", ctypes.c_int32),
-    )  # fmt: skip
+        ("router", _pointer),
+        ("bias", _pointer),
+        ("gate", _pointer),
+        ("shift", _pointer),
+        ("recurrence", CRecurrence),
+        ("w13", Matrix),
+        ("w2", Matrix),
+        ("shared13", Matrix),
+        ("shared2", Matrix),
+        ("count", _int),
+        ("top_k", _int),
+        ("activation", _int),
+        ("normalize", _int),
+        ("scale", _float),
+        ("number", ctypes.c_int32),
+    )
 
 
 class CLoops(ctypes.Structure):
@@ -51,21 +80,39 @@ class CHeads(ctypes.Structure):
     """`Heads` of step.h."""
 
     _fields_ = (
-        ("routed", _pointer), ("bias", _pointer), ("pair", _pointer), ("shared", _pointer), ("count", _int), ("top_k", _int),
-        ("floor", _float), ("cap", _float), ("most_pair", _float), ("factor", _float),
-    )  # fmt: skip
+        ("routed", _pointer),
+        ("bias", _pointer),
+        ("pair", _pointer),
+        ("shared", _pointer),
+        ("count", _int),
+        ("top_k", _int),
+        ("floor", _float),
+        ("cap", _float),
+        ("most_pair", _float),
+        ("factor", _float),
+    )
 
 
 class CBlock(ctypes.Structure):
     """`Block` of step.h."""
 
     _fields_ = (
-        ("attention_norm", _pointer), ("feed_forward_norm", _pointer),
-        ("qkv_bias", _pointer), ("out_bias", _pointer), ("q_norm", _pointer), ("k_norm", _pointer),
-        ("key", _pointer), ("value", _pointer),
-        ("qkv", Matrix), ("out", Matrix), ("w13", Matrix), ("w2", Matrix), ("experts", CExperts), ("loops", CLoops),
+        ("attention_norm", _pointer),
+        ("feed_forward_norm", _pointer),
+        ("qkv_bias", _pointer),
+        ("out_bias", _pointer),
+        ("q_norm", _pointer),
+        ("k_norm", _pointer),
+        ("key", _pointer),
+        ("value", _pointer),
+        ("qkv", Matrix),
+        ("out", Matrix),
+        ("w13", Matrix),
+        ("w2", Matrix),
+        ("experts", CExperts),
+        ("loops", CLoops),
         ("heads", CHeads),
-    )  # fmt: skip
+    )
 
 
 class CModel(ctypes.Structure):
@@ -73,29 +120,53 @@ class CModel(ctypes.Structure):
 
     _fields_ = (
         *((name, _int) for name in ("layers", "dim", "heads", "kv_heads", "width", "hidden", "block_tokens", "slots")),
-        ("most_experts", _int), ("most_top_k", _int), ("state", _int), ("rows", _int), ("most_loops", _int),
-        ("norm_eps", _float), ("qk_eps", _float), ("clip", _float), ("qk_norm", ctypes.c_int32), ("half_store", ctypes.c_int32),
-        ("last_norm", _pointer), ("blocks", ctypes.POINTER(CBlock)),
-    )  # fmt: skip
+        ("most_experts", _int),
+        ("most_top_k", _int),
+        ("state", _int),
+        ("rows", _int),
+        ("most_loops", _int),
+        ("norm_eps", _float),
+        ("qk_eps", _float),
+        ("clip", _float),
+        ("qk_norm", ctypes.c_int32),
+        ("half_store", ctypes.c_int32),
+        ("last_norm", _pointer),
+        ("blocks", ctypes.POINTER(CBlock)),
+    )
 
 
 class CStep(ctypes.Structure):
     """`Step` of step.h."""
 
     _fields_ = (
-        ("tokens", _int), ("sequence", _pointer), ("sequences", _int), ("table", _pointer),
+        ("tokens", _int),
+        ("sequence", _pointer),
+        ("sequences", _int),
+        ("table", _pointer),
         ("table_length", _int),
-        ("cos", _pointer), ("sin", _pointer), ("x", _pointer), ("routes", _pointer), ("memory", _pointer),
-        ("group", _pointer), ("groups", _int), ("lows", _int),
-    )  # fmt: skip
+        ("cos", _pointer),
+        ("sin", _pointer),
+        ("x", _pointer),
+        ("routes", _pointer),
+        ("memory", _pointer),
+        ("group", _pointer),
+        ("groups", _int),
+        ("lows", _int),
+    )
 
 
 class CPart(ctypes.Structure):
     """`Part` of step.h."""
 
     _fields_ = (
-        ("a", _pointer), ("b", _pointer), ("rank", _int), ("start", _int), ("size", _int), ("scale", _float), ("half", ctypes.c_int32),
-    )  # fmt: skip
+        ("a", _pointer),
+        ("b", _pointer),
+        ("rank", _int),
+        ("start", _int),
+        ("size", _int),
+        ("scale", _float),
+        ("half", ctypes.c_int32),
+    )
 
 
 class CAdapter(ctypes.Structure):

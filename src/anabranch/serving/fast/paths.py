@@ -174,11 +174,17 @@ class CompiledStep:
         count, angles = len(x_RD), (1, 1, len(x_RD), form.width)
         memory = fast.room(count)
         step = CStep(
-            count, array_address(rows.sequence_M4, "int64", None, 4), len(rows.sequence_M4),
-            array_address(rows.table_U, "int32", None), len(rows.table_U),
-            address(rows.cos, "float32", *angles), address(rows.sin, "float32", *angles), address(x_RD, "float32", count, form.dim),
-            None, address(memory),
-        )  # fmt: skip
+            count,
+            array_address(rows.sequence_M4, "int64", None, 4),
+            len(rows.sequence_M4),
+            array_address(rows.table_U, "int32", None),
+            len(rows.table_U),
+            address(rows.cos, "float32", *angles),
+            address(rows.sin, "float32", *angles),
+            address(x_RD, "float32", count, form.dim),
+            None,
+            address(memory),
+        )
         STEP(form, step, -1, -1)
         if rows.row_R is not None:
             self.x_TD[rows.row_R] = x_RD

@@ -77,8 +77,10 @@ def recurrence(score: ScoreForm, keep: list[Tensor], packed: dict[Tensor, Packed
     gates = 3 * cell.state_dim
     return CRecurrence(
         *(native.matrix(packed[weight]) for weight in (cell.projector_PD, cell.weight_ih, cell.weight_hh)),
-        floats(cell.bias_ih, keep, gates), floats(cell.bias_hh, keep, gates), int(cell.hands_on),
-    )  # fmt: skip
+        floats(cell.bias_ih, keep, gates),
+        floats(cell.bias_hh, keep, gates),
+        int(cell.hands_on),
+    )
 
 
 def loops(form: Loops, keep: list[Tensor]) -> CLoops:

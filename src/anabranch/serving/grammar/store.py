@@ -123,9 +123,12 @@ class GrammarStore:
         if compiling is None:
             if self._turns is None:
                 self._turns = Turns(
-                    "anabranch-grammar", "grammars wait to be compiled", threads=_THREADS, at_once=_AT_ONCE,
+                    "anabranch-grammar",
+                    "grammars wait to be compiled",
+                    threads=_THREADS,
+                    at_once=_AT_ONCE,
                     most_waiting=MOST_WAITING,
-                )  # fmt: skip
+                )
             try:
                 compiling = _Compiling(self._turns.submit(source, self._compile, key, form, source))
             except BusyError as error:

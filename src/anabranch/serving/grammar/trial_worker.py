@@ -20,9 +20,15 @@ __all__ = ["LIMITS", "MOST_SIZE", "PARSER", "told"]
 LIMITS = Limits(seconds=1.0, memory=128 << 20, is_beyond_start=True, stack=4 << 20)
 # Of llguidance's, also for every step of an output: fuel is some 14,000 a millisecond, items 20,000, a state up to 2 kB.
 PARSER: dict[str, Any] = {
-    "max_items_in_row": 2_000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 100_000,
-    "max_lexer_states": 20_000, "max_grammar_size": 200_000, "precompute_large_lexemes": False, "verbose_errors": False,
-}  # fmt: skip
+    "max_items_in_row": 2_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 100_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 200_000,
+    "precompute_large_lexemes": False,
+    "verbose_errors": False,
+}
 
 # Bytes that a grammar may keep once it is compiled.
 MOST_SIZE = 24 << 20
@@ -93,8 +99,19 @@ class _MallocInfo(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    ]  # fmt: skip
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
 
 
 def _allocated() -> int:

@@ -108,6 +108,7 @@ class Admin:
         """What the model routes: destinations of each layer, and how its experts did."""
         info, _ = self._frontend.check_ready()
         return {
-            "model": self._frontend.name, "layers": {str(at): count for at, count in info.routed_layers.items()},
+            "model": self._frontend.name,
+            "layers": {str(at): count for at, count in info.routed_layers.items()},
             "experts": {name: value for name, value in (await self._cache(body)).items() if name.startswith("expert_")},
-        }  # fmt: skip
+        }

@@ -228,20 +228,30 @@ class App:
         assert info is not None
         parent = {} if name in self.frontend.names else {"parent": self.frontend.name}
         return {
-            "id": name, "object": "model", "created": self._created, "owned_by": "anabranch", **parent,
-            "max_model_len": info.max_positions, "routed_layers": {str(at): count for at, count in info.routed_layers.items()},
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "anabranch",
+            **parent,
+            "max_model_len": info.max_positions,
+            "routed_layers": {str(at): count for at, count in info.routed_layers.items()},
             **({"tasks": list(info.tasks)} if info.tasks and not parent else {}),
-        }  # fmt: skip
+        }
 
     def _log(self, context: RequestContext) -> None:
         """One line of JSON: what was asked for and how long it took; never what was said, unless the config asks for it."""
         if not self.config.access_log or not access.isEnabledFor(logging.INFO):
             return
         line = {
-            "time": round(time.time(), 3), "request_id": context.id, "method": context.request.method[:20],
-            "path": context.request.path[:200], "status": context.code, "key": context.key,
-            "ms": round((time.monotonic() - context.began) * 1000, 1), **context.facts,
-        }  # fmt: skip
+            "time": round(time.time(), 3),
+            "request_id": context.id,
+            "method": context.request.method[:20],
+            "path": context.request.path[:200],
+            "status": context.code,
+            "key": context.key,
+            "ms": round((time.monotonic() - context.began) * 1000, 1),
+            **context.facts,
+        }
         access.info("%s", json.dumps(line, ensure_ascii=True))
 
 

@@ -151,9 +151,10 @@ class RequestContext(Asked):
             return None
         allowed = request.headers.get("access-control-request-headers", "authorization, content-type")
         self.headers |= {
-            "access-control-allow-methods": "GET, POST, OPTIONS", "access-control-max-age": "600",
+            "access-control-allow-methods": "GET, POST, OPTIONS",
+            "access-control-max-age": "600",
             "access-control-allow-headers": PLAIN.sub("", allowed)[:1000],
-        }  # fmt: skip
+        }
         return web.Response(status=204, headers=self.headers)
 
     def _cors(self) -> dict[str, str]:

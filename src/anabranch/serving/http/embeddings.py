@@ -29,11 +29,15 @@ from anabranch.web.body import is_int, said
 from anabranch.web.json_text import Rows
 
 KNOWN = {
-    "model": fields.text(256), "input": (lambda value: isinstance(value, str | list), "text, texts or lists of token ids"),
-    "encoding_format": (lambda value: value in ("float", "base64"), '"float" or "base64"'), "user": fields.text(512),
-    "dimensions": fields.integer(1, 2**20), "cache_salt": fields.text(256), "adapters": fields.ADAPTERS,
+    "model": fields.text(256),
+    "input": (lambda value: isinstance(value, str | list), "text, texts or lists of token ids"),
+    "encoding_format": (lambda value: value in ("float", "base64"), '"float" or "base64"'),
+    "user": fields.text(512),
+    "dimensions": fields.integer(1, 2**20),
+    "cache_salt": fields.text(256),
+    "adapters": fields.ADAPTERS,
     "task": fields.TASK,
-}  # fmt: skip
+}
 MOST_INPUTS = 2048
 # Sequences of one request in the engine at a time: the others wait for them, not among everybody's.
 AT_ONCE = 16
@@ -128,11 +132,19 @@ class Embeddings:
         salt = frontend.salt_of(context.key, salt)
         requests = [
             Request(
-                id=f"{base}-{at}", prompt=prompt, sampling=Sampling(max_tokens=0), key=context.key,
-                arrival=time.monotonic(), cache_salt=salt, pooling=info.pooling, stall_s=math.inf, adapters=adapters, task=task,
+                id=f"{base}-{at}",
+                prompt=prompt,
+                sampling=Sampling(max_tokens=0),
+                key=context.key,
+                arrival=time.monotonic(),
+                cache_salt=salt,
+                pooling=info.pooling,
+                stall_s=math.inf,
+                adapters=adapters,
+                task=task,
             )
             for at, prompt in enumerate(prompts)
-        ]  # fmt: skip
+        ]
         made = Vectors(requests, frontend.admission, first)
         try:
             with frontend.under_way(made) as submit:

@@ -58,9 +58,11 @@ def _is_metadata(value: Any) -> bool:
 
 def _is_bias(value: Any) -> bool:
     is_right = number(-100, 100)[0]
-    return isinstance(value, dict) and len(value) <= 1024 and all(
-        key.isascii() and key.isdigit() and len(key) < 10 and is_right(part) for key, part in value.items()
-    )  # fmt: skip
+    return (
+        isinstance(value, dict)
+        and len(value) <= 1024
+        and all(key.isascii() and key.isdigit() and len(key) < 10 and is_right(part) for key, part in value.items())
+    )
 
 
 def _is_ids(value: Any) -> bool:

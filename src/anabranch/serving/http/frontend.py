@@ -298,11 +298,14 @@ class Frontend:
         scores = [PromptScores(len(prompt)) if is_scored else None for prompt in request.prompts]
         choices = [
             Choice(
-                at, self._engine_request(request, base, key, at), request.text(reader), scores[at // request.n],
+                at,
+                self._engine_request(request, base, key, at),
+                request.text(reader),
+                scores[at // request.n],
                 self.metrics.inter_token.observe,
             )
             for at in range(request.num_choices)
-        ]  # fmt: skip
+        ]
         completion = Completion(partial(self._submit, engine), choices, tickets, request.grammar_param)
         with self.under_way(completion):
             async with completion:
@@ -347,15 +350,28 @@ class Frontend:
         salt = self.salt_of(key, request.cache_salt)
         is_above = key in config.priority_keys or "*" in config.priority_keys
         return Request(
-            id=f"{id}-{at}", prompt=prompt, sampling=request.sampling_of(choice), key=key, arrival=time.monotonic(), cache_salt=salt,
-            priority=request.priority if is_above else 0, own_priority=0 if is_above else request.priority,
-            record_routing=request.is_routing, num_streams=request.num_streams,
-            path=None if isinstance(request.depth, str) else request.depth, routes_depth=request.depth == "routed",
-            depth_control=request.depth_control, skips_tokens=request.depth == "pruned", rewires=request.rewires,
-            adapters=request.adapters, task=request.task, instruction=request.instruction_of(at // request.n) if request.adapters else None,
+            id=f"{id}-{at}",
+            prompt=prompt,
+            sampling=request.sampling_of(choice),
+            key=key,
+            arrival=time.monotonic(),
+            cache_salt=salt,
+            priority=request.priority if is_above else 0,
+            own_priority=0 if is_above else request.priority,
+            record_routing=request.is_routing,
+            num_streams=request.num_streams,
+            path=None if isinstance(request.depth, str) else request.depth,
+            routes_depth=request.depth == "routed",
+            depth_control=request.depth_control,
+            skips_tokens=request.depth == "pruned",
+            rewires=request.rewires,
+            adapters=request.adapters,
+            task=request.task,
+            instruction=request.instruction_of(at // request.n) if request.adapters else None,
             # How long one may wait for a reader is the connection's to say.
-            buffer=config.limits.stream_events, stall_s=math.inf,
-        )  # fmt: skip
+            buffer=config.limits.stream_events,
+            stall_s=math.inf,
+        )
 
     def salt_of(self, key: str, salt: str) -> str:
         """What the prefixes of a request are shared by: times, and usage, would tell one key what another has asked."""

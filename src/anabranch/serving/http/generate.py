@@ -214,9 +214,14 @@ class Generate:
 
 # By the code of the error: what was refused before it ran was not cut short.
 _ABORTED = {
-    "engine_failed": "engine_failed", "request_failed": "request_failed", "aborted": "shutdown", "shutting_down": "shutdown",
-    "deadline_exceeded": "deadline", "overloaded": "room", "over_limit": "room",
-}  # fmt: skip
+    "engine_failed": "engine_failed",
+    "request_failed": "request_failed",
+    "aborted": "shutdown",
+    "shutting_down": "shutdown",
+    "deadline_exceeded": "deadline",
+    "overloaded": "room",
+    "over_limit": "room",
+}
 
 
 async def _take(completion: Completion, end: float | None, beat_s: float | None = None) -> list[ChoiceDelta] | None:

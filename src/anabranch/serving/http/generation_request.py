@@ -25,8 +25,15 @@ MOST_PROMPTS = 128
 # Log probabilities that an answer has at a time, of prompts and of what is told whole, those of rivals among them: 256 MiB hold so many.
 MOST_SCORES = 1 << 21
 _TO_SAMPLING = (
-    "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
-)  # fmt: skip
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "ignore_eos",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,9 +189,15 @@ def _read_chat(
             reasoning = replace(reasoning, is_formed=True)
         shared["sampling"] = replace(shared["sampling"], preamble=preamble)
     return GenerationRequest(
-        kind="chat", prompts=(prompt,), tools=tools, reasoning=reasoning, logprobs=logprobs, **shared,
-        unknown=(*unknown, *unknown_values), asked=last_asked(body["messages"]),
-    )  # fmt: skip
+        kind="chat",
+        prompts=(prompt,),
+        tools=tools,
+        reasoning=reasoning,
+        logprobs=logprobs,
+        **shared,
+        unknown=(*unknown, *unknown_values),
+        asked=last_asked(body["messages"]),
+    )
 
 
 def last_asked(messages: Sequence[Any]) -> str:
@@ -222,9 +235,14 @@ def read_completion(
     if is_echo:
         shared["sampling"] = replace(shared["sampling"], prompt_logprobs=logprobs)
     return GenerationRequest(
-        kind="completions", prompts=tuple(prompts), texts=tuple(texts), is_echo=is_echo, logprobs=logprobs,
-        **shared, unknown=tuple(unknown),
-    )  # fmt: skip
+        kind="completions",
+        prompts=tuple(prompts),
+        texts=tuple(texts),
+        is_echo=is_echo,
+        logprobs=logprobs,
+        **shared,
+        unknown=tuple(unknown),
+    )
 
 
 def _tools(body: Mapping[str, Any]) -> Tools | None:
@@ -320,9 +338,15 @@ def _sampling(
         raise wrong("min_tokens", f"min_tokens is {given['min_tokens']}, more than the {most:,} there can be")
     seed = body.get("seed")
     return Sampling(
-        **given, max_tokens=most, top_k=max(0, body.get("top_k") or 0), seed=None if seed is None else seed % fields.INT64,
-        logit_bias=bias, stop_tokens=ends, logprobs=logprobs, grammar=grammar,
-    )  # fmt: skip
+        **given,
+        max_tokens=most,
+        top_k=max(0, body.get("top_k") or 0),
+        seed=None if seed is None else seed % fields.INT64,
+        logit_bias=bias,
+        stop_tokens=ends,
+        logprobs=logprobs,
+        grammar=grammar,
+    )
 
 
 def _grammar(body: Mapping[str, Any], tools: Tools | None, dialect: Dialect) -> dict[str, Any] | None:

@@ -137,38 +137,80 @@ def _bodies(most_n: int) -> dict[str, dict[str, Any]]:
 
     return {
         "Chat": body(
-            ["model", "messages"], **shared, messages=messages, max_completion_tokens=_integer(1), logprobs=_maybe("boolean"),
-            top_logprobs=_integer(0, 20), tools=_maybe("array", maxItems=128, items=_tool()),
-            tool_choice={"anyOf": [{"enum": ["none", "auto", "required", None]}, _OBJECT]}, parallel_tool_calls=_maybe("boolean"),
-            chat_template_kwargs={**_maybe("object", maxProperties=16), "description": "more for the model's chat template"},
+            ["model", "messages"],
+            **shared,
+            messages=messages,
+            max_completion_tokens=_integer(1),
+            logprobs=_maybe("boolean"),
+            top_logprobs=_integer(0, 20),
+            tools=_maybe("array", maxItems=128, items=_tool()),
+            tool_choice={"anyOf": [{"enum": ["none", "auto", "required", None]}, _OBJECT]},
+            parallel_tool_calls=_maybe("boolean"),
+            chat_template_kwargs={
+                **_maybe("object", maxProperties=16),
+                "description": "more for the model's chat template",
+            },
             reasoning_effort={"enum": ["none", "minimal", "low", "medium", "high", "xhigh", None]},
         ),
         "Completion": body(
-            ["model", "prompt"], **shared, prompt=_texts(),
-            logprobs={**_integer(0, 20), "description": "alternatives told beside each token; with echo beside the prompt's too"},
+            ["model", "prompt"],
+            **shared,
+            prompt=_texts(),
+            logprobs={
+                **_integer(0, 20),
+                "description": "alternatives told beside each token; with echo beside the prompt's too",
+            },
             echo={**_maybe("boolean"), "description": "put the prompt before the answer; max_tokens may then be 0"},
             best_of=_integer(1, 128),
         ),
         "Responses": body(
-            ["model", "input"], model=_NAME, input={"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": _OBJECT}]},
-            instructions=_maybe("string"), max_output_tokens=_integer(1), temperature=_number(0, 2), top_p=_number(0, 1),
+            ["model", "input"],
+            model=_NAME,
+            input={"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": _OBJECT}]},
+            instructions=_maybe("string"),
+            max_output_tokens=_integer(1),
+            temperature=_number(0, 2),
+            top_p=_number(0, 1),
             tools=_maybe("array", maxItems=128, items=_OBJECT),
             tool_choice={"anyOf": [{"enum": ["none", "auto", "required", None]}, _OBJECT]},
-            parallel_tool_calls=_maybe("boolean"), text=_maybe("object"), reasoning=_maybe("object"), stream=_maybe("boolean"),
-            metadata=_maybe("object", maxProperties=16, additionalProperties=_TEXT), user=_maybe("string", maxLength=512),
+            parallel_tool_calls=_maybe("boolean"),
+            text=_maybe("object"),
+            reasoning=_maybe("object"),
+            stream=_maybe("boolean"),
+            metadata=_maybe("object", maxProperties=16, additionalProperties=_TEXT),
+            user=_maybe("string", maxLength=512),
         ),
-        "Embeddings": body(["model", "input"], model=_NAME, input=_texts(), encoding_format={"enum": ["float", "base64", None]},
-            dimensions={**_integer(1), "description": "of the vectors: as many of their first numbers, of length 1 again"},
-            cache_salt=_maybe("string", maxLength=256), adapters=_adapters(), task=_task()),
+        "Embeddings": body(
+            ["model", "input"],
+            model=_NAME,
+            input=_texts(),
+            encoding_format={"enum": ["float", "base64", None]},
+            dimensions={
+                **_integer(1),
+                "description": "of the vectors: as many of their first numbers, of length 1 again",
+            },
+            cache_salt=_maybe("string", maxLength=256),
+            adapters=_adapters(),
+            task=_task(),
+        ),
         "Tokenize": body(
-            [], model=_NAME, prompt=_TEXT, messages=messages, add_generation_prompt=_maybe("boolean"),
-            chat_template_kwargs=_maybe("object", maxProperties=16), return_token_strs=_maybe("boolean"),
+            [],
+            model=_NAME,
+            prompt=_TEXT,
+            messages=messages,
+            add_generation_prompt=_maybe("boolean"),
+            chat_template_kwargs=_maybe("object", maxProperties=16),
+            return_token_strs=_maybe("boolean"),
         ),
-        "Detokenize": body(["tokens"], model=_NAME, tokens={"type": "array", "items": {"type": "integer", "minimum": 0}}),
-        "Adapter": body(["name", "folder"], name={"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, folder=_TEXT),
+        "Detokenize": body(
+            ["tokens"], model=_NAME, tokens={"type": "array", "items": {"type": "integer", "minimum": 0}}
+        ),
+        "Adapter": body(
+            ["name", "folder"], name={"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, folder=_TEXT
+        ),
         "Scale": body(["devices"], devices={"type": "integer", "minimum": 1, "maximum": 1024}),
         "Error": _error(),
-    }  # fmt: skip
+    }
 
 
 def describe(version: str, most_n: int) -> dict[str, Any]:
@@ -191,9 +233,12 @@ def describe(version: str, most_n: int) -> dict[str, Any]:
         body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
         statuses = ("400", "401", "404", "408", "413", "415", "429", "500", "503", "504", *more)
         return {
-            "summary": summary, "operationId": name.lower(), "security": [{}, {scheme: []}], "requestBody": body,
+            "summary": summary,
+            "operationId": name.lower(),
+            "security": [{}, {scheme: []}],
+            "requestBody": body,
             "responses": answers("application/json", *statuses, stream=stream),
-        }  # fmt: skip
+        }
 
     def act(summary: str, *more: str, kind: str = "application/json", scheme: str | None = None) -> dict[str, Any]:
         made: dict[str, Any] = {"summary": summary, "responses": answers(kind, *more)}
@@ -217,7 +262,10 @@ def describe(version: str, most_n: int) -> dict[str, Any]:
             },
             "/v1/adapters/{id}": {
                 "get": {**act("An adapter", "401", "404", "501", "503", scheme="key"), "parameters": [name]},
-                "delete": {**act("Unload an adapter", *closed, "403", "409", "501", scheme="admin"), "parameters": [name]},
+                "delete": {
+                    **act("Unload an adapter", *closed, "403", "409", "501", scheme="admin"),
+                    "parameters": [name],
+                },
             },
             "/tokenize": {"post": post("Tokenize", "A text or conversation as token ids")},
             "/detokenize": {"post": post("Detokenize", "The text of token ids")},
@@ -242,4 +290,4 @@ def describe(version: str, most_n: int) -> dict[str, Any]:
             "schemas": _bodies(most_n),
             "securitySchemes": {name: {"type": "http", "scheme": "bearer"} for name in ("key", "admin")},
         },
-    }  # fmt: skip
+    }

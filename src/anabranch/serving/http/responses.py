@@ -19,8 +19,12 @@ from anabranch.web.responses.request import table_of
 
 # Of this API alone; what asks for nothing passes.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "top_logprobs": (0,), "truncation": ("disabled",), "n": (1,), "max_tool_calls": (), "context_management": ([],),
-}  # fmt: skip
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+    "n": (1,),
+    "max_tool_calls": (),
+    "context_management": ([],),
+}
 # Of chat, which calls here by other names or tells what a response has no place for, so that nobody knows them.
 _OF_CHAT = (
     "messages",
@@ -49,11 +53,14 @@ _NAMES = {
     "messages[].content[].text": FieldName("input", "the text of a part of input"),
     "messages[].content[].refusal": FieldName("input", "the refusal of a part of input"),
     "messages[].tool_calls[].function.arguments": FieldName("input", "arguments of a function_call in input"),
-    "tools[].function": FieldName("tools[]"), "tool_choice.function": FieldName("tool_choice"),
-    "max_completion_tokens": FieldName("max_output_tokens"), "reasoning_effort": FieldName("reasoning.effort"),
+    "tools[].function": FieldName("tools[]"),
+    "tool_choice.function": FieldName("tool_choice"),
+    "max_completion_tokens": FieldName("max_output_tokens"),
+    "reasoning_effort": FieldName("reasoning.effort"),
     "verbosity": FieldName("text.verbosity"),
-    "response_format": FieldName("text.format"), "response_format.json_schema": FieldName("text.format"),
-}  # fmt: skip
+    "response_format": FieldName("text.format"),
+    "response_format.json_schema": FieldName("text.format"),
+}
 
 
 def read_response(

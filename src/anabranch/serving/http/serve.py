@@ -198,15 +198,30 @@ class ServeConfig(Config):
         device: Any = engine.device
         memory = self.group.device_memory
         return ElasticConfig(
-            model=engine.model, name=engine.name, devices=self.devices, device=device, weights=self.device_weights, policy=self.scaling,
-            threads=engine.threads or ElasticConfig.threads, block_tokens=engine.block_tokens, max_positions=engine.max_positions,
-            max_batched_tokens=engine.max_batched_tokens, max_seqs=engine.max_seqs, long_prefill_chunk=engine.long_prefill_chunk,
-            prefix_cache=engine.prefix_cache, seed=engine.seed, watchdog_s=engine.watchdog_s,
+            model=engine.model,
+            name=engine.name,
+            devices=self.devices,
+            device=device,
+            weights=self.device_weights,
+            policy=self.scaling,
+            threads=engine.threads or ElasticConfig.threads,
+            block_tokens=engine.block_tokens,
+            max_positions=engine.max_positions,
+            max_batched_tokens=engine.max_batched_tokens,
+            max_seqs=engine.max_seqs,
+            long_prefill_chunk=engine.long_prefill_chunk,
+            prefix_cache=engine.prefix_cache,
+            seed=engine.seed,
+            watchdog_s=engine.watchdog_s,
             num_blocks=engine.num_blocks or ElasticConfig.num_blocks,
             kv_memory=(engine.kv_memory or DEFAULT_KV) if engine.num_blocks is None else None,
-            mode=self.group.mode, standby=self.group.standby, ahead=self.group.ahead, busy=self.group.busy,
-            device_memory=None if memory is None else parse_bytes(memory, "group.device_memory"), depth=engine.depth,
-        )  # fmt: skip
+            mode=self.group.mode,
+            standby=self.group.standby,
+            ahead=self.group.ahead,
+            busy=self.group.busy,
+            device_memory=None if memory is None else parse_bytes(memory, "group.device_memory"),
+            depth=engine.depth,
+        )
 
 
 def resolve(config: ServeConfig) -> ServeConfig:

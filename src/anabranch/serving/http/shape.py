@@ -68,9 +68,11 @@ class Shape:
         # Of an answer that is told whole, by choice.
         self._taken: list[list[ChoiceDelta]] = [[] for _ in range(request.num_choices)]
         self._head = {
-            "id": new_id(self.id_kind), "created": int(time.time()), "model": request.model,
+            "id": new_id(self.id_kind),
+            "created": int(time.time()),
+            "model": request.model,
             "system_fingerprint": fingerprint(info, request.adapter_versions),
-        }  # fmt: skip
+        }
 
     # After all events of a stream.
     ending = DONE
@@ -145,9 +147,11 @@ class Shape:
         """Tokens. A prompt of several choices counts once."""
         prompt, completion = self.request.prompt_tokens, sum(choice.completion_tokens for choice in self.choices)
         made: dict[str, Any] = {
-            "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }  # fmt: skip
+        }
         if self.request.reasoning is not None:
             thought = sum(choice.reasoning_tokens for choice in self.choices)
             made["completion_tokens_details"] = {"reasoning_tokens": thought}
@@ -309,9 +313,13 @@ class ChatShape(Shape):
         message = message_of(self._parts[at])
         tokens = [item for change in changes for item in change.tokens]
         return {
-            "index": at, "message": {**message, "refusal": None}, "logprobs": None, **self._logprobs(tokens), **self._route(tokens),
+            "index": at,
+            "message": {**message, "refusal": None},
+            "logprobs": None,
+            **self._logprobs(tokens),
+            **self._route(tokens),
             "finish_reason": self._reason(changes[-1]),
-        }  # fmt: skip
+        }
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any]:
         if self.request.logprobs is None:

@@ -16,9 +16,13 @@ from anabranch.web.body import is_int
 from anabranch.web.json_text import Rows
 
 _TOKENIZE = {
-    "model": fields.text(256), "prompt": fields.text(2**30), "messages": (lambda value: isinstance(value, list), "a list"),
-    "add_generation_prompt": fields.BOOL, "chat_template_kwargs": fields.KWARGS, "return_token_strs": fields.BOOL,
-}  # fmt: skip
+    "model": fields.text(256),
+    "prompt": fields.text(2**30),
+    "messages": (lambda value: isinstance(value, list), "a list"),
+    "add_generation_prompt": fields.BOOL,
+    "chat_template_kwargs": fields.KWARGS,
+    "return_token_strs": fields.BOOL,
+}
 _DETOKENIZE = {"model": fields.text(256), "tokens": (lambda value: isinstance(value, list), "a list of token ids")}
 # Of an id in a list, as Python holds them.
 ID_BYTES = 36

@@ -288,18 +288,32 @@ class Ladder:
         if not self._is_kv_given:
             changes["kv_memory"] = f"{kv}B"
         return MemoryPlan(
-            config.replace(**changes), memory=memory, rest=form.rest, experts=form.experts, resident=resident, kv=kv, work=work,
-            program=self.program, disk=form.experts if is_written else 0, least=0, adapters=self.adapters.held,
-        )  # fmt: skip
+            config.replace(**changes),
+            memory=memory,
+            rest=form.rest,
+            experts=form.experts,
+            resident=resident,
+            kv=kv,
+            work=work,
+            program=self.program,
+            disk=form.experts if is_written else 0,
+            least=0,
+            adapters=self.adapters.held,
+        )
 
     def _step(self, form: Form, *, on_disk: bool) -> int:
         """What a step takes. Routers and skippers see a prompt whole before its first piece, however many tokens a step has."""
         config, positions = self.config, self._positions(form)
         sees_whole = config.depth.routers is not None or config.depth.skipper is not None
         step = self.beside + step_bytes(
-            form, max(config.max_batched_tokens, positions * sees_whole), config.max_seqs, positions,
-            prompt_lookup=config.prompt_lookup, workers=config.experts.workers if on_disk else 0, is_adapted=bool(self.adapters.held),
-        )  # fmt: skip
+            form,
+            max(config.max_batched_tokens, positions * sees_whole),
+            config.max_seqs,
+            positions,
+            prompt_lookup=config.prompt_lookup,
+            workers=config.experts.workers if on_disk else 0,
+            is_adapted=bool(self.adapters.held),
+        )
         # A model in NF4 is not planned for, and "auto" was settled before.
         bits = (
             form.quantize if form.quantize == "stored" or form.quantize == "int8" or form.quantize == "int4" else None

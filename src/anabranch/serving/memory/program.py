@@ -36,9 +36,21 @@ SCHEMA = (
 )
 # Of which a program that serves loads something: in both processes, in helpers, and for a tokenizer out of a GGUF file.
 PACKAGES = (
-    "aiohttp", "numpy", "prometheus-client", "pyarrow", "pydantic", "rich", "safetensors", "tokenizers", "torch", "typer", "uvloop",
-    "jinja2", "llguidance", "gguf",
-)  # fmt: skip
+    "aiohttp",
+    "numpy",
+    "prometheus-client",
+    "pyarrow",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "typer",
+    "uvloop",
+    "jinja2",
+    "llguidance",
+    "gguf",
+)
 # Variables that change what processes load or how many threads have memory of their own.
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX", "LD_PRELOAD", "PYTHONPATH")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -99,10 +111,19 @@ def _place(model: str) -> Path:
     code = Path(anabranch.__file__).parent
     files = [(str(path.relative_to(code)), path.stat().st_mtime_ns) for path in sorted(code.rglob("*.py"))]
     about = [
-        anabranch.__version__, sys.version, platform.system(), platform.release(), platform.machine(), os.cpu_count(),
-        sys.executable, str(code), versions, files,
-        [os.environ.get(name) for name in _VARIABLES], _tokenizer_files(model),
-    ]  # fmt: skip
+        anabranch.__version__,
+        sys.version,
+        platform.system(),
+        platform.release(),
+        platform.machine(),
+        os.cpu_count(),
+        sys.executable,
+        str(code),
+        versions,
+        files,
+        [os.environ.get(name) for name in _VARIABLES],
+        _tokenizer_files(model),
+    ]
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
     return cache_folder() / "program" / f"{name}.json"
 

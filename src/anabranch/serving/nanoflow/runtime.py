@@ -128,9 +128,13 @@ class _Step:
         total, decodes = len(self.tokens), self.num_decodes
         spans = {"decode_attention": (0, decodes), "prefill_attention": (decodes, total)}
         after = {
-            "kqv": (), "decode_attention": ("kqv",), "prefill_attention": ("kqv",),
-            "o": ("decode_attention", "prefill_attention"), "up_gate": ("o",), "down": ("up_gate",),
-        }  # fmt: skip
+            "kqv": (),
+            "decode_attention": ("kqv",),
+            "prefill_attention": ("kqv",),
+            "o": ("decode_attention", "prefill_attention"),
+            "up_gate": ("o",),
+            "down": ("up_gate",),
+        }
         made: list[Operation] = []
         for name, others in after.items():
             start, end = spans.get(name, (0, total))

@@ -237,8 +237,11 @@ def search(
     if not found.pays:
         logger.warning(
             "T_R is %.2f: memory bounds %s on %s at %d tokens, so splitting batches gains nothing; asynchronous scheduling does",
-            found.t_r, model.name, hardware.name, workload.dense_batch,
-        )  # fmt: skip
+            found.t_r,
+            model.name,
+            hardware.name,
+            workload.dense_batch,
+        )
     state = _Search(table, LEVELS, evaluations, budget_s)
     best: Pipeline | None = None
     for form, cuts in _structures(graphs, state):

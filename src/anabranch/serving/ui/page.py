@@ -25,7 +25,12 @@ def _policy() -> str:
 
 
 HEADERS = {
-    "content-security-policy": _policy(), "referrer-policy": "no-referrer", "x-frame-options": "DENY", "cache-control": "no-store",
-    "x-content-type-options": "nosniff", "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": _policy(),
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cache-control": "no-store",
+    "x-content-type-options": "nosniff",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
     "server": "anabranch",
-}  # fmt: skip
+}

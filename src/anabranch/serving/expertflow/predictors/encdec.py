@@ -87,9 +87,15 @@ class EncoderDecoder(RoutePredictor):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(chosen.seed)
             self.network = PathNetwork(
-                vocab_size, len(sizes), max(sizes), dim=chosen.dim, feed_forward=chosen.feed_forward, depth=chosen.depth,
-                heads=chosen.heads, window=chosen.window,
-            )  # fmt: skip
+                vocab_size,
+                len(sizes),
+                max(sizes),
+                dim=chosen.dim,
+                feed_forward=chosen.feed_forward,
+                depth=chosen.depth,
+                heads=chosen.heads,
+                window=chosen.window,
+            )
         self.network.eval()
         self.losses: list[float] = []
         # Made when they are wanted, of the weights as they are then.

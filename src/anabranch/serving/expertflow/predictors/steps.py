@@ -143,11 +143,21 @@ class CompiledSteps:
         decoder: Any = network.decoder
         layers = [self._layer(layer) for layer in decoder]
         self._network = CNetwork(
-            len(layers), dim, decoder[0].heads, feed_forward, self._window, self._stride,
-            network.embedding.num_embeddings - 1, network.num_layers * network.num_experts,
-            self._floats(network.embedding.weight), self._floats(self._bias(network)), self._floats(network.norm.weight),
-            self._affine(network.heads), (CLayer * len(layers))(*layers), _eps(network.norm),
-        )  # fmt: skip
+            len(layers),
+            dim,
+            decoder[0].heads,
+            feed_forward,
+            self._window,
+            self._stride,
+            network.embedding.num_embeddings - 1,
+            network.num_layers * network.num_experts,
+            self._floats(network.embedding.weight),
+            self._floats(self._bias(network)),
+            self._floats(network.norm.weight),
+            self._affine(network.heads),
+            (CLayer * len(layers))(*layers),
+            _eps(network.norm),
+        )
 
     @staticmethod
     def supports(network: PathNetwork) -> bool:
