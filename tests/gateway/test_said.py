@@ -23,6 +23,9 @@ from anabranch.web.api_error import ApiError
     [
         ({"score": 0.25}, {"score": 0.25}),
         ({"score": 1, "comment": "so"}, {"score": 1.0, "comment": "so"}),
+        # As float32 gives them.
+        ({"score": 1.0000001192092896}, {"score": 1.0}),
+        ({"score": -1e-7}, {"score": 0.0}),
         ({"thumb": "up", "comment": None}, {"score": 1.0}),
         ({"thumb": "down"}, {"score": 0.0}),
         ({"preferred": ["a", "b"]}, {"preferred": ("a", "b")}),
@@ -39,6 +42,10 @@ def test_what_is_said(given, told):
         ({}, "score"),
         ({"comment": "x"}, "score"),
         ({"score": 1.5}, "score"),
+        ({"score": 1.000002}, "score"),
+        ({"score": -0.000002}, "score"),
+        ({"score": 10**400}, "score"),
+        ({"score": float("nan")}, "score"),
         ({"score": None}, "score"),
         ({"score": True}, "score"),
         ({"thumb": "sideways"}, "thumb"),
@@ -62,6 +69,11 @@ def test_what_says_nothing_is_refused_by_its_name(given, param):
     with pytest.raises(ApiError) as caught:
         read(body)
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_a_score_beyond_is_told():
+    with pytest.raises(ApiError, match=r"score is 1\.000002; it must be a number from 0 to 1"):
+        read({"request_id": "r", "score": 1.000002})
 
 
 CACHE = ICCache.Config(router=Router.Config(critic=Critic.Config(hidden=(8,)), temperature=0.0, explore=0.0))

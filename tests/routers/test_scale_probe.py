@@ -55,8 +55,8 @@ def test_what_it_does_not_learn_from():
     for right1, right2, message in (
         ([1], None, r"right1 has shape \[1\], and there are 20 steps"),
         (RIGHT1, [1], "right2 has shape"),
-        ([2, *RIGHT1[1:]], None, "right1 must be from 0 to 1"),
-        ([float("nan"), *RIGHT1[1:]], None, "right1 must be from 0 to 1"),
+        ([2, *RIGHT1[1:]], None, "right1 has 2.0 among its judgements; each must be from 0 to 1"),
+        ([float("nan"), *RIGHT1[1:]], None, "right1 has nan among its judgements"),
     ):
         with pytest.raises(InputError, match=message):
             SMALL.build().fit(TEXTS, right1, right2)

@@ -65,5 +65,5 @@ def test_outcomes_of_two_models_are_steps(tmp_path):
     assert Steps.of_outcomes(data, "large", None).right2_N is None
     with pytest.raises(InputError, match="no model 'x' in the recorded outcomes"):
         Steps.of_outcomes(data, "x", None)
-    with pytest.raises(InputError, match="scores of steps must be from 0 to 1"):
+    with pytest.raises(DataError, match="is 7; scores must lie from 0 to 1: bring all to that scale"):
         Steps.of_outcomes(Recorded(query=("a",), models=("s",), score_NM=np.array([[7.0]])), "s", None)

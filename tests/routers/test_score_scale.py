@@ -1,6 +1,7 @@
 """Scores on a scale that is said, from 0 to 1 otherwise: no odd score moves it."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,18 @@ from hypothesis import strategies as st
 
 from anabranch.errors import DataError, InputError
 from anabranch.extras import is_installed
+from anabranch.routers.contract.query import Query
 from anabranch.routers.data import load_outcomes, pooled
+from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.ic_cache import Arm, ICCache
+from anabranch.routers.ic_cache.features import NAMES, Pairs
+from anabranch.routers.ic_cache.proxy import Logistic
 from anabranch.routers.made_outcomes import made_outcomes, made_pool
 from anabranch.routers.referee.evaluate import evaluate
-from anabranch.routers.score_scale import ScoreScale, range_of
+from anabranch.routers.samples import drawn
+from anabranch.routers.scale import Probe
+from anabranch.routers.scale.steps import Steps
+from anabranch.routers.score_scale import ScoreScale, range_of, unit_score
 from anabranch.routers.strategies import make
 
 DATA = made_outcomes(80, seed=1)
@@ -24,6 +33,9 @@ LEARNERS = {
     "automix": {},
     "encoder": {"epochs": 1, "dim": 8, "vocab_size": 64},
 }
+# The numbers of float32 next to 1 and, of their size, below 0; and what is more than rounding makes.
+OVER, UNDER = float(np.nextafter(np.float32(1), np.float32(2))), -float(np.finfo(np.float32).eps)
+BEYOND, BELOW = 1 + 2e-6, -2e-6
 needs_torch = pytest.mark.skipif(not is_installed("torch"), reason="needs torch")
 kinds = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=needs_torch if kind == "encoder" else ()) for kind in LEARNERS]
@@ -45,14 +57,18 @@ def same(one, other):
     return all(np.array_equal(first[name], second[name], equal_nan=True) for name in first)
 
 
+def same_arrays(one, other):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+    for name in one if isinstance(one, dict) else (...,):
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-6, atol=1e-6)
+
+
 def test_a_scale_by_hand():
     scale = ScoreScale.of((-10.0, 30.0))
     np.testing.assert_allclose(scale.shares(np.array([-10.0, 0.0, 30.0, np.nan])), [0, 0.25, 1, np.nan])
     np.testing.assert_allclose(scale.scores(np.array([0, 0.25, 1])), [-10, 0, 30])
     assert scale.is_beyond(np.array([-10.1, -10.0, 30.0, 30.1, np.nan])).tolist() == [True, False, False, True, False]
-    # A mean of three, rounded.
-    assert not ScoreScale().is_beyond(np.array([1 + 1e-12])).any()
-    assert ScoreScale().shares_of(with_score(1 + 1e-12)).max() == 1.0
     for wrong in ((1.0, 0.0), (1.0, 1.0), (0.0, np.inf), (np.nan, 1.0), (0.0,)):
         with pytest.raises(InputError, match=r"scale is .* it must be the scores of the worst and the best answer"):
             ScoreScale.of(wrong)
@@ -69,6 +85,90 @@ def test_shares_and_scores_are_each_others_opposite(low, width, share):
 def test_the_range_that_there_can_be():
     assert range_of(np.array([[0.2, np.nan, 1.0]])) == (0.0, 1.0)
     assert range_of(np.array([[-10.0, np.nan, 30.0]])) == (-10.0, 30.0)
+    # One that is rounded does not make another scale of it.
+    assert range_of(np.array([[0.3, OVER, UNDER]])) == (0.0, 1.0)
+    assert range_of(np.array([[0.3, BEYOND]])) == (0.3, BEYOND)
+
+
+def test_a_scale_takes_what_rounding_makes_of_its_ends():
+    """A mean of three, and the next numbers that float32 has; of a wider scale as much more."""
+    for score, share in ((1 + 1e-12, 1.0), (OVER, 1.0), (UNDER, 0.0)):
+        assert not ScoreScale().is_beyond(np.array([score])).any()
+        assert ScoreScale().shares_of(with_score(score))[5, 1] == unit_score(score) == share
+    wide = ScoreScale(-10.0, 30.0)
+    assert not wide.is_beyond(-10 + 40 * np.array([UNDER, OVER])).any()
+    assert wide.is_beyond(-10 + 40 * np.array([BELOW, BEYOND])).all()
+    assert [unit_score(one) for one in (BELOW, BEYOND, np.nan, np.inf, 10**400)] == [None] * 5
+    # What is right from 0.7 on is so where float32 has 0.7 a little below it.
+    assert ScoreScale().are_right(np.array([np.float32(0.7), 0.7 - 1e-5, np.nan]), 0.7).tolist() == [True, False, False]
+
+
+def _drawn(score):
+    return drawn(with_score(score), DATA.models[1]).correct_Q
+
+
+def _joined(score):
+    learned = fitted("irt", DATA).predictor
+    return learned.add_model("new", replace(with_score(score).only([DATA.models[1]]), models=("new",))).theta_MF
+
+
+def _probe(score):
+    texts = DATA.query[:20]
+    labels = [score, *DATA.score_NM[1:20, 0]]
+    return Probe.Config(embedder=Hashed.Config(dim=8)).build().fit(texts, labels).theta1_D
+
+
+def _steps(score, tmp_path):
+    (tmp_path / "steps.jsonl").write_text(json.dumps({"step": "a", "right1": score}))
+    return Steps.read(tmp_path / "steps.jsonl").right1_N
+
+
+def _proxy(score):
+    pairs = Pairs(np.linspace(0, 1, 4 * len(NAMES)).reshape(4, -1), (("a", "b", "c"),) * 4)
+    return Logistic(Logistic.Config()).fit(pairs, np.array([score, 0.0, 1.0, 0.5])).weight_F1
+
+
+def _told(score):
+    cache = ICCache(ICCache.Config(), arms=[Arm(name="s", cost=0.1), Arm(name="l", cost=1.0)], dim=8)
+    id = cache.route(Query(text="a", vector_D=np.eye(8)[0])).id
+    if not cache.feedback(id, score=score):
+        raise DataError("ignored")
+    return cache.router.critic.buffer.target_N[:1]
+
+
+TAKERS = {
+    "mlp": lambda score, _: fitted("mlp", with_score(score)).state()[0]["V_HD"],
+    "irt": lambda score, _: fitted("irt", with_score(score)).state()[0]["theta_MF"],
+    "automix": lambda score, _: fitted("automix", with_score(score)).prior_S,
+    "ic_cache": lambda score, _: make("ic_cache").fit(with_score(score), seed=0).state()[0],
+    "samples": lambda score, _: _drawn(score),
+    "joining": lambda score, _: _joined(score),
+    "probe": lambda score, _: _probe(score),
+    "steps": lambda score, tmp_path: _steps(score, tmp_path),
+    "steps of outcomes": lambda score, _: Steps.of_outcomes(with_score(score), *DATA.models[:2]).right2_N,
+    "proxy": lambda score, _: _proxy(score),
+    "feedback": lambda score, _: _told(score),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_whatever_takes_scores_takes_rounded_ones_alike_and_none_beyond(taker, tmp_path):
+    """As arrays of float32 give them: a score of 1.0000001 was refused by each, or by some."""
+    take = TAKERS[taker]
+    for rounded, exact in ((OVER, 1.0), (UNDER, 0.0)):
+        same_arrays(take(rounded, tmp_path), take(exact, tmp_path))
+    for odd in (BELOW, BEYOND):
+        with pytest.raises((DataError, InputError)):
+            take(odd, tmp_path)
+
+
+def test_a_score_beyond_is_told_so_that_it_is_seen_to_be():
+    """`1` must lie from 0 to 1 was said of one that is a little more."""
+    for score, told in ((1.0000021, "1.0000021"), (-2e-6, "-2e-06"), (7.0, "7"), (1 + 2**-18, "1.000003814697265625")):
+        with pytest.raises(DataError, match=rf"is {re.escape(told[:16])}\d*; scores must lie from 0 to 1:"):
+            ScoreScale().check(with_score(score))
+    with pytest.raises(DataError, match=r"is 123457\.25; scores must lie from 0 to 123456\.789:"):
+        ScoreScale(0.0, 123456.789).check(with_score(123457.25))
 
 
 @kinds

@@ -70,7 +70,7 @@ def drawn(data: Recorded, model: str, *, right: float = RIGHT, scale: Scale = UN
             if len(beyond):
                 raise on.beyond(data, row, model, float(scores[beyond[0]]))
             rows.append(row)
-            answers.append(on.shares(scores) >= right)
+            answers.append(on.are_right(scores, right))
             texts.append(data.texts_of(row, column))
     task_Q = np.array([data.task[row] or "" for row in rows], dtype=object)
     return Drawn(model, np.array(rows, np.int64), task_Q, tuple(answers), tuple(texts))

@@ -15,14 +15,14 @@ from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
 
-__all__ = ["UNIT", "Scale", "ScoreScale", "range_of"]
+__all__ = ["UNIT", "Scale", "ScoreScale", "range_of", "unit_score"]
 
 # Scores of the worst and the best answer, as a config has them.
 Scale = tuple[float, ...]
 UNIT: Scale = (0.0, 1.0)
 
-# Of a scale: means of scores may be rounded.
-SLACK = 1e-9
+# Of a scale: means of scores may be rounded, and scores kept as float32 are, to 6e-8 of themselves at each step.
+SLACK = 1e-6
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,12 @@ class ScoreScale:
         """The opposite."""
         return self.low + share_NM * (self.high - self.low)
 
+    def are_right(self, score_NM: np.ndarray, right: float) -> np.ndarray:
+        """Which scores lie at ``right`` of the scale, from 0 to 1, or above, as far as they can be told from it; NaN does not."""
+        return np.asarray(self.shares(score_NM) >= right - SLACK)
+
     def is_beyond(self, score_NM: np.ndarray) -> np.ndarray:
-        """Which scores are none of this scale; NaN is not known, and so not among them."""
+        """Which scores are none of this scale, rounded as they may be; NaN is not known, and so not among them."""
         slack = SLACK * (self.high - self.low)
         return np.asarray((score_NM < self.low - slack) | (score_NM > self.high + slack))
 
@@ -68,18 +72,16 @@ class ScoreScale:
         # Its place among these rows says nothing: they may be a part that was drawn.
         where = f" (line {data.line[row]:,} of the file)" if data.line else ""
         return DataError(
-            f"a score of {model} for the question {shown(data.query[row])}{where} is {score:g}; scores must lie from "
-            f"{self.low:g} to {self.high:g}: {advice}"
+            f"a score of {model} for the question {shown(data.query[row])}{where} is {_exact(score)}; scores must lie from "
+            f"{_exact(self.low)} to {_exact(self.high)}: {advice}"
         )
 
-    def shares_of(self, data: Recorded, *, can_be_said: bool = True) -> np.ndarray:
-        """All scores of outcomes, from 0 to 1, ``[N, M]``.
+    def check(self, data: Recorded, *, can_be_said: bool = True) -> None:
+        """Raises DataError, see `beyond`, for a score of outcomes beyond it.
 
         Args:
             data: the outcomes.
             can_be_said: whether who gave them has a setting for the scale.
-
-        Raises DataError for one beyond the scale.
         """
         beyond_NM = self.is_beyond(data.score_NM)
         if beyond_NM.any():
@@ -87,10 +89,25 @@ class ScoreScale:
             raise self.beyond(
                 data, int(row), data.models[column], float(data.score_NM[row, column]), can_be_said=can_be_said
             )
+
+    def shares_of(self, data: Recorded, *, can_be_said: bool = True) -> np.ndarray:
+        """All scores of outcomes, from 0 to 1, ``[N, M]``. As `check`."""
+        self.check(data, can_be_said=can_be_said)
         return np.clip(self.shares(data.score_NM), 0.0, 1.0)
+
+
+def unit_score(score: float) -> float | None:
+    """A score from 0 to 1, rounded as it may be, as one of these; None for one beyond, and for NaN."""
+    return min(1.0, max(0.0, float(score))) if -SLACK <= score <= 1 + SLACK else None
 
 
 def range_of(score_NM: np.ndarray) -> tuple[float, float]:
     """The lowest and the highest score there can be, as far as scores tell: 0 and 1 where all are among them, else those seen."""
     low, high = float(np.nanmin(score_NM)), float(np.nanmax(score_NM))
-    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+    return (0.0, 1.0) if low >= -SLACK and high <= 1 + SLACK else (low, high)
+
+
+def _exact(number: float) -> str:
+    """As short as it may be and still be seen to differ from any other."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from anabranch.bounds import shown_json
+from anabranch.routers.score_scale import unit_score
 from anabranch.web.api_error import ApiError, wrong
 
 THUMBS = {"up": 1.0, "down": 0.0}
@@ -63,9 +65,11 @@ def scored_before(id: str) -> ApiError:
 
 
 def _score(score: Any) -> float:
-    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise wrong("score", "score must be a number from 0 to 1")
-    return float(score)
+    is_number = isinstance(score, int | float) and not isinstance(score, bool)
+    found = unit_score(score) if is_number else None
+    if found is None:
+        raise wrong("score", f"score is {shown_json(score)}; it must be a number from 0 to 1")
+    return found
 
 
 def _thumb(thumb: Any) -> float:

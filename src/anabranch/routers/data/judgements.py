@@ -21,6 +21,7 @@ from anabranch.routers.both_orders import LOSS, TIE, WIN, of_both_orders
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model
 from anabranch.routers.data.table import Row, gather
+from anabranch.routers.score_scale import unit_score
 from anabranch.text_lines import read_lines
 
 QUESTIONS = "question.jsonl"
@@ -134,7 +135,8 @@ def _judged(row: dict[str, Any], path: Path, number: int) -> list[Judged]:
         if not isinstance(model, str) or isinstance(score, bool) or not isinstance(score, int | float):
             raise DataError(f"{path}, line {number} must have a model and a score that is a number")
         # -1 where no grade was found in what the judge wrote.
-        return [(id, model, score / MOST_GRADE)] if 0 <= score <= MOST_GRADE else []
+        worth = unit_score(score / MOST_GRADE)
+        return [] if worth is None else [(id, model, worth)]
     names = [row.get(name, row.get(other)) for name, other in (("model_1", "model_a"), ("model_2", "model_b"))]
     if not all(isinstance(name, str) for name in names) or names[0] == names[1]:
         raise DataError(f"{path}, line {number} must have a score, or two models and who won")

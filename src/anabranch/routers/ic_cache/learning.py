@@ -1,12 +1,11 @@
 """What IC-Cache learns from: which arm answered, what somebody thinks of an answer, and which of two was better."""
 
-import math
-
 import numpy as np
 
 from anabranch.routers.ic_cache.core import Core
 from anabranch.routers.ic_cache.proxy import merge
 from anabranch.routers.ic_cache.records import Lesson, Routed
+from anabranch.routers.score_scale import unit_score
 
 
 class Learning(Core):
@@ -45,9 +44,9 @@ class Learning(Core):
         """
         if preferred is not None:
             return self.prefer(id, *preferred, 0.5 if tie else 1.0)
-        quality = float(thumb) if thumb is not None else math.nan if score is None else float(score)
+        quality = float(thumb) if thumb is not None else None if score is None else unit_score(score)
         routed = self._pending.get(id)
-        if not 0 <= quality <= 1 or routed is None:
+        if quality is None or routed is None:
             return self._ignored("unknown id" if routed is None else "no score from 0 to 1")
         arm = arm or (routed.answered[0] if routed.answered else routed.arm)
         if arm not in self.arms:
@@ -82,9 +81,10 @@ class Learning(Core):
             return self._ignored("unknown id")
         if winner not in self.arms or loser not in self.arms or winner == loser:
             return self._ignored("unknown arm")
-        if not 0 <= outcome <= 1:
+        worth = unit_score(outcome)
+        if worth is None:
             return self._ignored("no score from 0 to 1")
-        self.router.prefer(routed.x_I, winner, loser, outcome, owner=(routed.query.tenant, routed.query.user))
+        self.router.prefer(routed.x_I, winner, loser, worth, owner=(routed.query.tenant, routed.query.user))
         self.metrics.count("ic_cache_feedback_total", kind="preference")
         return True
 

@@ -16,6 +16,7 @@ from anabranch.routers.contract.strategy import Arrays, Facts
 from anabranch.routers.ic_cache.features import NAMES, Pairs
 from anabranch.routers.ic_cache.mlp import Network
 from anabranch.routers.logistic import fit_logistic, sigmoid
+from anabranch.routers.score_scale import ScoreScale
 
 
 class Proxy(Part, family="utility_proxy"):
@@ -58,9 +59,10 @@ class Proxy(Part, family="utility_proxy"):
         helped_N = np.asarray(helped_N, np.float64)
         if helped_N.shape != (len(pairs),) or not len(pairs):
             raise InputError(f"{list(helped_N.shape)} outcomes of {len(pairs)} pairs; give one for each, at least one")
-        if not ((helped_N >= 0) & (helped_N <= 1)).all():
-            raise InputError("outcomes must be between 0 and 1")
-        self._fit(pairs, helped_N, seed)
+        odd_N = ScoreScale().is_beyond(helped_N) | np.isnan(helped_N)
+        if odd_N.any():
+            raise InputError(f"{float(helped_N[odd_N][0])!r} is among the outcomes; each must be between 0 and 1")
+        self._fit(pairs, np.clip(helped_N, 0.0, 1.0), seed)
         self.is_fitted = True
         return self
 

@@ -23,6 +23,7 @@ from anabranch.routers.logistic import fit_logistic, sigmoid
 from anabranch.routers.scale.assess import Assessor, View
 from anabranch.routers.scale.rules import Score
 from anabranch.routers.scale.work import Work
+from anabranch.routers.score_scale import ScoreScale
 
 VERSION = 1
 
@@ -73,8 +74,12 @@ class Probe(Assessor, kind="probe"):
                 raise InputError(
                     f"right{number} has shape {list(label_N.shape)}, and there are {len(texts)} steps; give one of each"
                 )
-            if not ((label_N >= 0) & (label_N <= 1)).all():
-                raise InputError(f"right{number} must be from 0 to 1")
+            odd_N = ScoreScale().is_beyond(label_N) | np.isnan(label_N)
+            if odd_N.any():
+                raise InputError(
+                    f"right{number} has {float(label_N[odd_N][0])!r} among its judgements; each must be from 0 to 1"
+                )
+        labels = [np.clip(label_N, 0.0, 1.0) for label_N in labels]
         self.embedder.fit(texts)
         x_ND = self._features(texts)
         thetas = [fit_logistic(x_ND, label_N, penalty=self.config.penalty, free=1) for label_N in labels]

@@ -14,9 +14,10 @@ from typing import Any, Self
 import numpy as np
 
 from anabranch.bounds import shown_json
-from anabranch.errors import DataError, InputError
+from anabranch.errors import DataError
 from anabranch.files import parse_json
 from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.score_scale import ScoreScale, unit_score
 from anabranch.text_lines import read_lines
 
 TEXTS = ("step", "text", "query", "question")
@@ -68,14 +69,15 @@ class Steps:
 
     @classmethod
     def of_outcomes(cls, data: Recorded, system1: str, system2: str | None) -> Self:
-        """Of recorded outcomes of two models, whose scores are from 0 to 1. Raises InputError for a model that is not there."""
+        """Of recorded outcomes of two models, whose scores are from 0 to 1.
+
+        Raises InputError for a model that is not there, DataError for other scores, or where none is known.
+        """
         known = data.only([system1] if system2 is None else [system1, system2])
         rows = np.flatnonzero(np.isfinite(known.score_NM).all(1))
         if not len(rows):
             raise DataError(f"no row has a score of {' and of '.join(known.models)}")
-        score_NM = known.score_NM[rows]
-        if ((score_NM < 0) | (score_NM > 1)).any():
-            raise InputError("scores of steps must be from 0 to 1: how right an answer was")
+        score_NM = ScoreScale().shares_of(known.take(rows), can_be_said=False)
         texts = tuple(known.query[row] for row in rows)
         return cls(texts, score_NM[:, 0], None if system2 is None else score_NM[:, 1])
 
@@ -99,6 +101,7 @@ def _row(text: str) -> tuple[str, float, float | None]:
 def _right(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+    found = unit_score(value) if isinstance(value, bool | int | float) else None
+    if found is None:
         raise DataError(f"{name} is {shown_json(value)}; it must be from 0 to 1, or true or false")
-    return float(value)
+    return found

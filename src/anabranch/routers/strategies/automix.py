@@ -125,7 +125,8 @@ class AutoMix(Chained, kind="automix"):
         if self.config.rule == "threshold":
             return super().fit(data, seed=seed)
         training_set(data, "automix", vector=False, cost=True)
-        share_NM = ScoreScale.of(self.config.scale).shares_of(data)
+        scale = ScoreScale.of(self.config.scale)
+        scale.check(data)
         votes_NM = self.confidences(data)
         columns = self._columns(data)
         judged = columns[:-1]
@@ -137,7 +138,7 @@ class AutoMix(Chained, kind="automix"):
         self.models = tuple(data.models[column] for column in columns)
         self._decided.clear()
         score_NK = data.score_NM[rows][:, columns]
-        right_NK = share_NM[rows][:, columns] >= self.config.correct
+        right_NK = scale.are_right(score_NK, self.config.correct)
         state_N = right_NK @ (1 << np.arange(len(columns)))
         num_states = 1 << len(columns)
         count_S = np.bincount(state_N, minlength=num_states).astype(float)
