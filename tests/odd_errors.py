@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import math
 
 
@@ -19,6 +20,40 @@ UNUSUAL = (
     concurrent.futures.CancelledError,
     PanicError,
 )
+
+
+async def _fails():
+    raise ConnectionError("of a part")
+
+
+async def _group_that_waits():
+    with contextlib.suppress(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_fails())
+            await asyncio.Event().wait()
+
+
+async def _group_at_its_end():
+    with contextlib.suppress(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_fails())
+
+
+async def _time_by_hand():
+    """As libraries did before `asyncio.timeout`."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().call_soon(task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.Event().wait()
+
+
+# By what code does that ends well: what leaves the task that it runs in told to end, or did until some Python. Awaited, each gives None.
+LEFT_CANCELLED = {
+    "a group whose part fails while it works": _group_that_waits,
+    "a group whose part fails at its end": _group_at_its_end,
+    "a time that is over by a cancel": _time_by_hand,
+}
 
 
 def odd_failures():

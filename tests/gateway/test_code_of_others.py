@@ -701,6 +701,27 @@ def test_no_work_goes_to_a_thread_past_the_shared_part():
     assert bare == []
 
 
+# What is ours, is awaited where whoever waits runs, and calls others' code.
+OURS_AWAITED = {
+    "core/program_run.py: self._run",
+    "dispatch/dispatcher.py: lambda: exchanged(live.transport, call, attempt, reader, most_bytes(request))",
+    # `plain_transport` stands between.
+    "dispatch/stream.py: lambda: live.transport.open(call)",
+    "gateway.py: lambda: self._taken(config)",
+}
+
+
+def test_what_others_wrote_to_be_awaited_has_a_task_of_its_own():
+    """It may leave the task that it runs in told to end, or take that it was told for an error."""
+    found = {
+        f"{place}: {ast.unparse(node.args[0])}"
+        for place, text in _sources()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "plainly_awaited"
+    }
+    assert found == OURS_AWAITED
+
+
 @pytest.mark.parametrize(
     ("text", "is_bare"),
     [

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from anabranch.errors import InputError
+from anabranch.gateway import lane
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.learning import errands
@@ -14,7 +15,7 @@ from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.web.api_error import ApiError
-from odd_errors import UNUSUAL, PanicError
+from odd_errors import LEFT_CANCELLED, UNUSUAL, PanicError
 from waiting import until_async
 
 
@@ -168,6 +169,41 @@ def test_what_is_called_before_it_is_awaited_is_a_strategys_too(tmp_path, where,
     first, second = run(tmp_path, Eager(where, error()), work)
     assert second.headers.get("x-route-bypassed") is None
     assert first.headers.get("x-route-bypassed") == (f"{error.__name__} in the strategy" if where == "aroute" else None)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("left", LEFT_CANCELLED)
+def test_what_a_strategy_leaves_cancelled_is_no_request(tmp_path, monkeypatch, left, is_late):
+    """Nor does it count as its time that is over; which is over all the same afterwards."""
+
+    class Asks(Odd):
+        is_async = True
+
+        async def aroute(self, query, pool, ask):
+            await LEFT_CANCELLED[left]()
+            if is_late:
+                await asyncio.Event().wait()
+            return self.route(query, pool)
+
+        async def aaccept(self, query, model, answer, details, ask):
+            await LEFT_CANCELLED[left]()
+            return True
+
+        async def errands(self, errands):
+            await LEFT_CANCELLED[left]()
+
+    async def work(gateway):
+        answers = [await gateway.handle("chat", ASK)]
+        await gateway.errands.once()
+        answers.append(await gateway.handle("chat", ASK))
+        task = asyncio.current_task()
+        assert task is not None
+        assert not task.cancelling()
+        return [(bool(answer.body), answer.headers.get("x-route-bypassed")) for answer in answers]
+
+    monkeypatch.setattr(lane, "ASKING_S", 0.2)
+    found = run(tmp_path, Asks(), work, timeout_s=0.2 if is_late else 30.0)
+    assert found == [(True, "it took longer than 0.2 s" if is_late else None)] * 2
 
 
 class Ends(Program):

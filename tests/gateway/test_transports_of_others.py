@@ -12,7 +12,7 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock, MockTransport
 from anabranch.gateway.providers.provider import HttpCall, UpstreamError
 from anabranch.routers.money import Price
-from odd_errors import UNUSUAL
+from odd_errors import LEFT_CANCELLED, UNUSUAL
 
 # Ctrl-C cannot be told on the event loop.
 ERRORS = (ValueError, RecursionError, TimeoutError, *(one for one in UNUSUAL if one is not KeyboardInterrupt))
@@ -149,6 +149,46 @@ def test_whatever_a_transport_raises_is_a_failure_of_its_deployment(tmp_path, mo
 
     asyncio.run(main())
     assert Hostile.count, "it was never called: the test would not see it fail"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("left", LEFT_CANCELLED)
+def test_what_a_transport_leaves_cancelled_is_no_request(tmp_path, monkeypatch, left, is_stream):
+    """One that asked two servers at once, of which one failed, had its answers dropped and charged."""
+
+    async def opens(self, call):
+        await LEFT_CANCELLED[left]()
+        return _Reply(self._provider, await self._inner.open(call))
+
+    async def reads(self):
+        await LEFT_CANCELLED[left]()
+        return await self._inner.read_some()
+
+    async def fails(self):
+        await LEFT_CANCELLED[left]()
+        raise ConnectionError("by the provider")
+
+    async def counts(call):
+        await LEFT_CANCELLED[left]()
+        return 3
+
+    async def main():
+        async with asyncio.timeout(60), Gateway(settings(tmp_path)) as gateway:
+            monkeypatch.setattr(_Transport, "open", opens)
+            monkeypatch.setattr(_Reply, "read_some", reads)
+            monkeypatch.setattr(gateway.runtime.dispatcher.groups["odd"].lives[0].provider, "prompt_tokens", counts)
+            assert await asked(gateway, "odd", is_stream)
+            monkeypatch.setattr(_Reply, "read_some", fails)
+            # A stream of it may have come whole at once.
+            assert is_stream or not await asked(gateway, "odd", is_stream)
+            assert await asked(gateway, "fine", is_stream)
+            await gateway.settled()
+            task = asyncio.current_task()
+            assert task is not None
+            assert not task.cancelling()
+            return [live.in_flight for live in gateway.runtime.dispatcher.lives()]
+
+    assert asyncio.run(main()) == [0, 0]
 
 
 def test_one_that_behaves_answers(tmp_path):

@@ -22,7 +22,7 @@ from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store.limits import RateLimits
 from anabranch.web import turns as turns_module
 from anabranch.web.turns import Turns, UnusualError, in_task, plainly_awaited
-from odd_errors import UNUSUAL, PanicError
+from odd_errors import LEFT_CANCELLED, UNUSUAL, PanicError
 
 
 def test_senders_take_turns_and_each_keeps_its_order():
@@ -303,8 +303,9 @@ def test_whatever_is_raised_while_it_is_cancelled_is_that_cancel(error):
     async def main():
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
-                await plainly_awaited(turned)
-        waiting = asyncio.ensure_future(plainly_awaited(turned))
+                await in_task(turned)
+        waiting = asyncio.ensure_future(in_task(turned))
+        await asyncio.sleep(0)
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait([waiting])
@@ -313,26 +314,77 @@ def test_whatever_is_raised_while_it_is_cancelled_is_that_cancel(error):
     asyncio.run(main())
 
 
-def test_an_error_after_a_cancel_that_was_taken_back_or_before_it_is_told_as_ever():
-    """One's own time that is over is no cancel; nor does an older one make a later error one."""
+@pytest.mark.parametrize("left", LEFT_CANCELLED)
+def test_what_leaves_its_task_cancelled_has_cancelled_nobody(left):
+    async def fails():
+        await LEFT_CANCELLED[left]()
+        raise ValueError("of its own")
+
+    async def ends():
+        await LEFT_CANCELLED[left]()
+        return 7
+
+    async def main():
+        assert await in_task(ends) == 7
+        with pytest.raises(ValueError, match="of its own"):
+            await in_task(fails)
+        task = asyncio.current_task()
+        assert task is not None
+        assert not task.cancelling()
+
+    asyncio.run(main())
+
+
+def test_what_comes_for_nobody_is_told(monkeypatch):
+    """Whenever it comes: while whoever is cancelled waits for the end of it, and after that."""
+    monkeypatch.setattr(turns_module, "GRACE_S", 0.01)
+    told, go = [], asyncio.Event()
+
+    async def goes_on(result):
+        try:
+            await go.wait()
+        except asyncio.CancelledError:
+            if result == "late":
+                await go.wait()
+        return result
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            await in_task(lambda: goes_on("soon"), 0.001, told.append)
+        with pytest.raises(TimeoutError):
+            await in_task(lambda: goes_on("late"), 0.001, told.append)
+        assert told == ["soon"]
+        go.set()
+        assert await in_task(lambda: goes_on("wanted"), None, told.append) == "wanted"
+        started.clear()
+        waiting = asyncio.ensure_future(in_task(lambda: asyncio.sleep(0, "at once"), None, told.append))
+        # It has come, and whoever waits has not seen that yet.
+        while not any(task.get_coro().__name__ == "plainly_awaited" and task.done() for task in started):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        async with asyncio.timeout(60):
+            while len(told) < 3:
+                await asyncio.sleep(0)
+
+    started = []
+    made = asyncio.ensure_future
+    monkeypatch.setattr(turns_module.asyncio, "ensure_future", lambda work: started.append(made(work)) or started[-1])
+    asyncio.run(main())
+    assert sorted(told) == ["at once", "late", "soon"]
+
+
+def test_an_error_after_a_cancel_that_was_taken_back_is_told_as_ever():
+    """One's own time that is over is no cancel."""
 
     async def late():
         async with asyncio.timeout(0.001):
             await asyncio.Event().wait()
 
-    async def fails():
-        raise ValueError("of its own")
-
     async def main():
         with pytest.raises(TimeoutError):
             await plainly_awaited(late)
-        task = asyncio.current_task()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await asyncio.sleep(0)
-        with pytest.raises(ValueError, match="of its own"):
-            await plainly_awaited(fails)
-        task.uncancel()
 
     asyncio.run(main())
 

@@ -33,7 +33,7 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed import Embedder, embed_of, unit_vectors
 from anabranch.routers.fitted import digest_of
 from anabranch.web.api_error import wrong
-from anabranch.web.turns import plainly, plainly_awaited
+from anabranch.web.turns import in_task, plainly
 
 logger = logging.getLogger(__name__)
 
@@ -308,8 +308,7 @@ class Lane:
 
     async def _awaited(self, work: Callable[[], Awaitable[T]]) -> T:
         try:
-            async with asyncio.timeout(self.timeout_s):
-                return await plainly_awaited(work)
+            return await in_task(work, self.timeout_s)
         except TimeoutError:
             raise BypassError("slow", f"it took longer than {self.timeout_s:g} s") from None
         except LimitError as error:

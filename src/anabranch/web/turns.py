@@ -134,24 +134,16 @@ def _task() -> "asyncio.Task[Any] | None":
         return None
 
 
-def num_cancels() -> int:
-    """How often the task that runs now was told to end, and has not said that it goes on all the same; 0 outside of any."""
-    task = _task()
-    return 0 if task is None else task.cancelling()
-
-
 async def plainly_awaited(work: Callable[[], Awaitable[T]]) -> T:
     """As `plainly`, of what ``work()`` gives and is awaited; that whoever awaits it is cancelled, or ends, is told as ever.
 
-    Whatever it raises once whoever awaits it is being cancelled is that cancel: some turn it into an error of their own.
+    For what is ours and calls what others wrote. What others wrote to be awaited has a task of its own, by `in_task`: it may leave the
+    task in which it runs told to end, as `asyncio.TaskGroup` does until Python 3.13, or turn that it was told into an error.
     """
-    began = num_cancels()
     try:
         return await work()
     except BaseException as error:
         task = _task()
-        if num_cancels() > began and not isinstance(error, KeyboardInterrupt | GeneratorExit):
-            raise asyncio.CancelledError from error
         is_cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
         if is_cancelled or task is None or isinstance(error, KeyboardInterrupt) or _is_error(error):
             raise
@@ -170,7 +162,9 @@ GRACE_S = 1.5
 _lingering: set["asyncio.Task[Any]"] = set()
 
 
-async def in_task(work: Callable[[], Awaitable[T]], limit_s: float | None = None) -> T:
+async def in_task(
+    work: Callable[[], Awaitable[T]], limit_s: float | None = None, unwanted: Callable[[T], object] | None = None
+) -> T:
     """As `plainly_awaited`, in a task of its own: whoever waits is neither cancelled by what is done there nor held up by it.
 
     What does not end when it is cancelled, since its time is over or whoever waits is cancelled, is left behind after a moment.
@@ -178,36 +172,39 @@ async def in_task(work: Callable[[], Awaitable[T]], limit_s: float | None = None
     Args:
         work: gives what is awaited.
         limit_s: seconds that it has; None for as many as it takes.
+        unwanted: is given what came for nobody, as the time was over or whoever waited was cancelled.
 
     Raises TimeoutError after ``limit_s``.
     """
     task = asyncio.ensure_future(plainly_awaited(work))
     try:
         await asyncio.wait({task}, timeout=limit_s)
-        is_late = not task.done()
-    finally:
-        if not task.done():
-            await _end(task)
-    if is_late:
+    except asyncio.CancelledError:
+        # What others did in the task cannot have raised it here: it is for whoever waits.
+        await _end(task, unwanted)
+        raise
+    if not task.done():
+        await _end(task, unwanted)
         raise TimeoutError
     if task.cancelled():
         raise UnusualError("CancelledError was raised")
     return task.result()
 
 
-async def _end(task: "asyncio.Task[Any]") -> None:
+async def _end(task: "asyncio.Task[Any]", unwanted: Callable[[Any], object] | None) -> None:
     _lingering.add(task)
-    task.add_done_callback(_gone)
+    task.add_done_callback(partial(_gone, unwanted))
     task.cancel()
     await asyncio.wait({task}, timeout=GRACE_S)
     if not task.done():
         logger.error("what was cancelled has not ended within %g s, and is left behind", GRACE_S)
 
 
-def _gone(task: "asyncio.Task[Any]") -> None:
+def _gone(unwanted: Callable[[Any], object] | None, task: "asyncio.Task[Any]") -> None:
     _lingering.discard(task)
     # Seen: nobody asks what it ended with.
-    task.cancelled() or task.exception()
+    if not task.cancelled() and task.exception() is None and unwanted is not None:
+        unwanted(task.result())
 
 
 def _do(work: Callable[[], Any], running: "asyncio.Future[Any]") -> None:

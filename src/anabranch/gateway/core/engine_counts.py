@@ -12,7 +12,7 @@ from anabranch.gateway.dispatch.outgoing import outgoing
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.prompt_tokens import PromptCount
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest, Usage
-from anabranch.web.turns import plainly_awaited
+from anabranch.web.turns import in_task
 
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.deployment_state import Live
@@ -66,7 +66,7 @@ async def _of(runtime: "Runtime", live: "Live", request: UpstreamRequest, sender
         return None
     call.sender = sender
     try:
-        found = await plainly_awaited(lambda: count(call))
+        found = await in_task(lambda: count(call))
     except Exception as error:
         logger.warning("the provider of deployment %s cannot count a prompt: %s", live.name, raised(error))
         return None

@@ -1,9 +1,9 @@
 """The transport of a provider, whoever wrote it, as the dispatcher may trust it.
 
-What it raises is an UpstreamError, whatever it was; nothing of it ends the process, or cancels whoever waits. To close it never fails.
+What it raises is an UpstreamError, whatever it was; nothing of it ends the process, or cancels whoever waits:
+each call of it has a task of its own. To close it never fails.
 """
 
-import asyncio
 import logging
 from itertools import islice
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from anabranch.gateway.dispatch.provider_fault import STATUSES, as_failure
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import Failure, Headers, HttpCall, Reply, Transport, UpstreamError, garbage
-from anabranch.web.turns import num_cancels, plainly, plainly_awaited
+from anabranch.web.turns import in_task, plainly
 
 __all__ = ["PlainTransport", "plain_transport"]
 
@@ -39,15 +39,11 @@ class PlainTransport:
 
     async def open(self, call: HttpCall) -> Reply:
         """Send, and wait for status and headers. Raises UpstreamError."""
-        began = num_cancels()
         try:
-            reply = await plainly_awaited(lambda: self._inner.open(call))
+            # One that goes on all the same when it is cancelled brings it to nobody.
+            reply = await in_task(lambda: self._inner.open(call), unwanted=lambda reply: _close(reply, self._name))
         except Exception as error:
             raise _failed(error, self._name) from None
-        if num_cancels() > began:
-            # It went on all the same, and nobody waits for what it brings.
-            _close(reply, self._name)
-            raise asyncio.CancelledError
         try:
             return _PlainReply(reply, self._name)
         except Exception as error:
@@ -75,7 +71,7 @@ class _PlainReply:
     async def read_some(self) -> bytes:
         """What comes next; empty at the end. Raises UpstreamError."""
         try:
-            return _bytes(await plainly_awaited(self._reply.read_some))
+            return _bytes(await in_task(self._reply.read_some))
         except Exception as error:
             raise _failed(error, self._name) from None
 
