@@ -156,13 +156,17 @@ def draw(results: Results, path: Path) -> None:
         for number, way in enumerate(WAYS):
             offs = list(results.values(f"learn-{way}", "off").values())
             left.plot([number] * len(offs), offs, "o", color=SERIES[number])
-        left.set(title="Held-out loss off", ylabel="nats")
-        left.set_xticks(range(len(WAYS)), WAYS)
+        left.set(title="Held-out loss off undisturbed training", ylabel="nats per token", xlim=(-0.5, 1.5))
+        left.set_xticks(range(len(WAYS)), ("ElasWave", "a replica is dropped"))
         for number, arm in enumerate(("recycle", "torchft")):
-            for kind, mark in ((arm, "v"), (f"{arm}_mean", "o")):
+            for kind, mark in ((f"{arm}_mean", "o"), (arm, "v")):
                 ratios = list(results.values("lost", kind).values())
                 right.plot([number] * len(ratios), ratios, mark, color=SERIES[number])
-        right.set(title="Throughput of ours over", ylabel="ratio (least and mean)")
+        # Marks alone: both colours have both.
+        for mark, meaning in (("o", "mean of a seed's cases"), ("v", "worst case of a seed")):
+            right.plot([], [], mark, color=INK, label=meaning)
+        right.legend(loc="upper left")
+        right.set(title="Throughput after losses, ours over", ylabel="ratio", xlim=(-0.5, 1.5))
         right.set_xticks(range(2), ("ReCycle", "TorchFT"))
         right.axhline(1, color=INK, linewidth=0.8)
         png, svg = to_png(made), to_svg(made)
