@@ -6,6 +6,7 @@ tool call, or of the message; and in ``thinking_blocks``, of which Anthropic's f
 
 import mimetypes
 import re
+from collections import ChainMap
 from typing import Any
 
 from anabranch.gateway.media_tokens import kind_of_url
@@ -160,27 +161,28 @@ def _contents(body: Json, model: str) -> tuple[str, list[Json]]:
 def _said(given: Json, kept: Room, names: dict[str, str], signed: dict[str, str], model: str) -> list[Json]:
     """What the model thought, said and called, each with its signature. ``signed`` has those of calls and pictures of all messages."""
     thoughts = of_google(given.get("thinking_blocks"))
-    signed = signed | {place: signature for _, place, signature in thoughts}
+    # Its own first. Those of all are looked at and never copied: there are as many of them as there were turns.
+    signatures = ChainMap({place: signature for _, place, signature in thoughts}, signed)
     parts: list[Json] = [
         {"text": thought, "thought": True} | _with(signature if place == "h" else None)
         for thought, place, signature in thoughts
         if thought
     ]
-    content, of_text = given.get("content"), _signature(given) or signed.get("t")
+    content, of_text = given.get("content"), _signature(given) or signatures.get("t")
     content = content if isinstance(content, list) else [{"type": "text", "text": text_of(content, "gemini")}]
     pictures = [part for part in (*content, *(given.get("images") or ())) if part.get("type") == "image_url"]
     text = text_of([part for part in content if part.get("type") != "image_url"], "gemini")
     if text or of_text:
         parts.append({"text": text} | _with(of_text))
     for picture in pictures:
-        own = _signature(picture) or signed.get(of_picture(picture["image_url"]["url"]))
+        own = _signature(picture) or signatures.get(of_picture(picture["image_url"]["url"]))
         parts.append(_part(picture) | _with(own))
     for at, call in enumerate(given.get("tool_calls") or []):
         name = call["function"]["name"]
         names[call.get("id")] = name
         part: Json = {"functionCall": {"name": name, "args": arguments(call, kept)}}
         # Of calls made side by side the first alone carries one.
-        own = _signature(call) or signed.get(of_call(call.get("id")))
+        own = _signature(call) or signatures.get(of_call(call.get("id")))
         parts.append(part | _with(own or (NO_SIGNATURE if at == 0 and _is_third(model) else None)))
     return parts
 
