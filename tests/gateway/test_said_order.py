@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anabranch.gateway.providers import anthropic, conversed, generated_content, openai_responses
@@ -144,6 +144,40 @@ def test_what_a_cache_streams_again_is_in_order_too(pieces):
     assert assembled(again) == whole
     assert of_items(streamed_items(again)) == expected(pieces)
     assert of_blocks(streamed_blocks(again)) == expected(pieces)
+
+
+def scored(pieces):
+    """Log probabilities of an answer: a token for each character of a text, and some that a call is written with."""
+    tokens = [token for piece in pieces for token in (["<f>", "{", "}"] if piece is None else piece)]
+    return {"content": [{"token": token, "at": at} for at, token in enumerate(tokens)], "refusal": None}
+
+
+def places_in(output):
+    """Of the tokens of each text."""
+    parts = [item["content"][0] for item in output if item["type"] == "message"]
+    return [[one["at"] for one in part["logprobs"]] for part in parts]
+
+
+@given(PIECES, st.sampled_from([None, "hm"]))
+@example([None, "a"], None)
+@example(["a", None, "a", None, "b"], "hm")
+def test_what_a_cache_streams_again_has_each_log_probability_once_beside_a_text(pieces, thought):
+    """They stood beside the first piece, which has no text where a call comes first: whoever adds them up by their text had none."""
+    whole = assembled(chunks(pieces))
+    [choice] = whole["choices"]
+    choice["logprobs"] = scored(pieces)
+    if thought:
+        choice["message"]["reasoning_content"] = thought
+    again = as_chunks(whole)
+    beside = [one for chunk in again for one in chunk["choices"] if one.get("logprobs")]
+    told = [one for choice in beside for one in choice["logprobs"]["content"]]
+    assert told == choice["logprobs"]["content"]
+    if any(pieces):
+        assert all(one["delta"].get("content") for one in beside)
+    else:
+        assert beside == [again[0]["choices"][0]]
+    assert assembled(again) == whole
+    assert places_in(streamed_items(again)) == places_in(to_response(ASK, whole)["output"])
 
 
 def blocks_of(pieces):

@@ -243,6 +243,18 @@ def tokens_in(response):
             ],
             ["Yes.", " ", "<call>", "{"],
         ),
+        # Thoughts, and a text, that begin with a blank and lost white space within: their tokens are theirs all the same.
+        (
+            {"reasoning_content": "ab", "content": "ab"},
+            [
+                ({}, ["<think>"]),
+                ({"reasoning_content": "a"}, ["\n", " a"]),
+                ({"reasoning_content": "b"}, ["\n", "b"]),
+                ({}, ["</think>", "\n\n"]),
+                ({"content": "ab"}, [" a", " ", "b"]),
+            ],
+            [" a", " ", "b"],
+        ),
         # What was held before thoughts is not the text's behind them.
         (
             {"reasoning_content": "hm", "content": "a"},

@@ -5,6 +5,8 @@ from typing import Any
 
 from anabranch.gateway.providers.native_events import NATIVE, events_of
 from anabranch.gateway.providers.provider import Json
+from anabranch.web.responses.scores import logprobs_beside_texts
+from anabranch.web.responses.thoughts import thought_in
 from anabranch.web.said_order import OWN, said, without_order
 
 # Most choices, or calls of tools, of an answer.
@@ -51,14 +53,15 @@ def place_of(item: Json, default: int) -> int:
 def as_chunks(body: Json, endpoint: str = "chat", with_usage: bool = False) -> list[Json]:
     """A whole answer as the chunks of a stream: for caches, and for upstreams that do not stream.
 
-    What it holds in a form of its own goes along as the events of that form.
+    What it holds in a form of its own goes along as the events of that form. Log probabilities, which a whole answer has of all its tokens
+    together, stand beside its texts, each once.
     """
     head = {name: value for name, value in body.items() if name not in ("choices", "object", "usage", *NATIVE)}
     head["object"] = "chat.completion.chunk" if endpoint == "chat" else "text_completion"
     chunks = []
     for choice in choices_of(body):
         at = place_of(choice, 0)
-        shared = {"index": at, "logprobs": choice.get("logprobs")}
+        logprobs = choice.get("logprobs")
         if endpoint == "chat":
             given = choice.get("message")
             message = dict(given) if isinstance(given, dict) else {}
@@ -71,14 +74,17 @@ def as_chunks(body: Json, endpoint: str = "chat", with_usage: bool = False) -> l
                     {**call, "index": place} for place, call in enumerate(calls) if isinstance(call, dict)
                 ]
             first, *others = [message] if any(name in body for name in NATIVE) else _in_order(message)
-            behind = [{"index": at, "delta": delta, "finish_reason": None} for delta in others]
-            part: Json = {**shared, "delta": {"role": "assistant", **first}, "finish_reason": None}
+            deltas = [{"role": "assistant", **first}, *others]
+            scores = _beside(deltas, message, logprobs)
+            told = [
+                {"index": at, "delta": delta, "logprobs": scored, "finish_reason": None}
+                for delta, scored in zip(deltas, scores, strict=True)
+            ]
             end: Json = {"index": at, "delta": {}, "finish_reason": choice.get("finish_reason") or "stop"}
         else:
-            behind = []
-            part = {**shared, "text": string(choice.get("text")), "finish_reason": None}
+            told = [{"index": at, "logprobs": logprobs, "text": string(choice.get("text")), "finish_reason": None}]
             end = {"index": at, "text": "", "finish_reason": choice.get("finish_reason") or "stop"}
-        chunks += [{**head, "choices": [one]} for one in (part, *behind, end)]
+        chunks += [{**head, "choices": [one]} for one in (*told, end)]
     for name in NATIVE:
         if len(chunks) == 2 and isinstance(body.get(name), dict):
             chunks = _with_events(chunks, name, events_of(name, body[name]), head)
@@ -99,6 +105,21 @@ def _in_order(message: Json) -> list[Json]:
     pieces = said(message)
     first["content"] = pieces.pop(0)[1] if pieces and pieces[0][0] == "text" else None
     return [first, *({"content": one} if kind == "text" else {"tool_calls": [one]} for kind, one in pieces)]
+
+
+def _beside(deltas: list[Json], message: Json, logprobs: Any) -> list[Any]:
+    """The log probabilities that stand beside each delta: where none has a text, all beside the first."""
+    texts = [at for at, delta in enumerate(deltas) if delta.get("content")]
+    made: list[Any] = [None] * len(deltas)
+    made[texts[0] if texts else 0] = logprobs
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if len(texts) > 1 and isinstance(content, list):
+        parts = logprobs_beside_texts(said(message), content, thoughts=thought_in(message))
+        for at, part in zip(texts, parts, strict=True):
+            made[at] = {"content": part}
+        # What else there is stands there once.
+        made[texts[0]] = {**logprobs, "content": parts[0]}
+    return made
 
 
 def _with_events(chunks: list[Json], name: str, events: list[Json] | None, head: Json) -> list[Json]:

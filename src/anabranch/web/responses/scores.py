@@ -4,6 +4,7 @@ Nothing says where one ends and the other begins but the tokens themselves, whos
 before one within a token, as what marks thoughts is mostly one token.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, islice
@@ -11,7 +12,7 @@ from typing import Any
 
 from anabranch.web.body import is_int
 
-__all__ = ["logprobs_of", "logprobs_of_texts", "logprobs_within"]
+__all__ = ["logprobs_beside_texts", "logprobs_of", "logprobs_of_texts", "logprobs_within"]
 
 # Places at which a text may begin that are looked at.
 _MOST_PLACES = 64
@@ -25,20 +26,20 @@ def logprobs_of(choice: dict[str, Any]) -> list[Any]:
     return listed if isinstance(listed, list) else []
 
 
-def logprobs_within(text: str, logprobs: list[Any], *, keeps_rest: bool = True, has_others: bool = False) -> list[Any]:
-    """Those of a piece of a stream that is the first text of a message, where those of others may stand before it or behind.
+def logprobs_within(text: str, logprobs: list[Any], *, has_others: bool = False) -> tuple[list[Any], list[Any]]:
+    """Those of a piece of a stream that is the first text of a message, and those behind it.
 
     Args:
         text: the piece.
-        logprobs: of its tokens, and of what came before it.
-        keeps_rest: those behind it too, of what is held back or ends an answer.
+        logprobs: of its tokens, of what came before it, and of what is held back, is called or ends an answer behind it.
         has_others: there are others; where the text is not that of any tokens nothing is known of any then, else all are its own.
     """
     tokens = _Tokens(logprobs)
     found = tokens.last(text, 0, tokens.size)
     if found is None:
-        return [] if has_others else logprobs
-    return tokens.between(found[0], tokens.size if keeps_rest else found[1])
+        return ([] if has_others else logprobs), []
+    is_all = found[1] >= tokens.size
+    return tokens.between(*found), [] if is_all else logprobs[tokens.from_(found[1]) :]
 
 
 def logprobs_of_texts(
@@ -54,23 +55,52 @@ def logprobs_of_texts(
     """
     tokens = _Tokens(logprobs)
     has_others = bool(thoughts) or any(kind != "text" for kind, _ in pieces)
+    found: list[list[Any]] = []
+    for at, place in _places_of_texts(tokens, pieces, thoughts):
+        if place is None:
+            found.append([] if has_others else logprobs)
+            continue
+        # What ends an answer is what its last text held back.
+        is_last = at == len(pieces) - 1 and not is_refused
+        found.append(tokens.between(place[0], tokens.size if is_last else place[1]))
+    return found
+
+
+def logprobs_beside_texts(pieces: Sequence[tuple[str, Any]], logprobs: list[Any], *, thoughts: str) -> list[list[Any]]:
+    """All of them, each once and in order, divided among the texts of a whole answer: with each those of what follows it up to the next.
+
+    The first has those of what came before it too; a later one that is not that of any tokens has none. Arguments are as of
+    `logprobs_of_texts`.
+    """
+    tokens = _Tokens(logprobs)
+    found: list[list[Any]] = []
+    end = len(logprobs)
+    places = [place for _, place in _places_of_texts(tokens, pieces, thoughts)]
+    for at in range(len(places) - 1, -1, -1):
+        place = places[at]
+        begin = 0 if at == 0 else end if place is None else min(tokens.at(place[0]), end)
+        found.append(logprobs[begin:end])
+        end = begin
+    return found[::-1]
+
+
+def _places_of_texts(
+    tokens: "_Tokens", pieces: Sequence[tuple[str, Any]], thoughts: str
+) -> list[tuple[int, tuple[int, int] | None]]:
+    """The number of each piece that is a text, and where that stands; None for one that is not that of any tokens."""
     thought = tokens.first(thoughts.strip(), 0) if thoughts else None
     least, end = 0 if thought is None else thought[1], tokens.size
-    found: list[list[Any]] = []
+    found: list[tuple[int, tuple[int, int] | None]] = []
     # Those behind calls from the last on: a call may hold the same words.
     for at in range(len(pieces) - 1, -1, -1):
         kind, text = pieces[at]
         if kind != "text":
             continue
-        # What ends an answer is what its last text held back; words may stand in that too.
+        # Words may stand in what ends an answer too.
         is_forward = at == 0 and not (thoughts and thought is None)
         place = tokens.first(text, least, end) if is_forward else tokens.last(text, least, end)
-        if place is None:
-            found.append([] if has_others else logprobs)
-            continue
-        is_last = at == len(pieces) - 1 and not is_refused
-        found.append(tokens.between(place[0], end if is_last else place[1]))
-        end = place[0]
+        found.append((at, place))
+        end = end if place is None else place[0]
     return found[::-1]
 
 
@@ -95,6 +125,14 @@ class _Tokens:
         told = zip(self._logprobs, self._begins, self._pieces, strict=True)
         return [one for one, at, piece in told if at + len(piece) > begin and (at < end or end == self.size)]
 
+    def at(self, place: int) -> int:
+        """The number of the token that has the byte of a place."""
+        return max(0, bisect_right(self._begins, place) - 1)
+
+    def from_(self, place: int) -> int:
+        """That of the first token which begins there or behind it."""
+        return bisect_left(self._begins, place)
+
     def first(self, text: str, begin: int, end: int | None = None) -> tuple[int, int] | None:
         """Where a text stands first from one place to another; None where it does not."""
         return self._found(text, begin, self.size if end is None else end, is_last=False)
@@ -114,10 +152,13 @@ class _Tokens:
             at = next((place for place in places if place in starts), places[0])
             return at, at + len(told)
         # White space between its parts may not have been told.
-        own = [place for place in self._begins if begin <= place < end]
-        for at in islice(reversed(own) if is_last else own, _MOST_PLACES):
-            if (stop := self._walked(told, at, end)) is not None:
-                return at, stop
+        own = [(at, piece) for at, piece in zip(self._begins, self._pieces, strict=True) if begin <= at < end]
+        for at, piece in islice(reversed(own) if is_last else own, _MOST_PLACES):
+            # What a token begins with may not have been told either: most words do with a blank.
+            blanks = len(piece) - len(piece.lstrip())
+            for start in {at, at + blanks if blanks < len(piece) else at}:
+                if (stop := self._walked(told, start, end)) is not None:
+                    return at, stop
         return None
 
     def _places(self, told: bytes, begin: int, end: int, *, is_last: bool) -> Iterator[int]:

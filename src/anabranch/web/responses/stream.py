@@ -117,7 +117,9 @@ class ResponseStream:
             return []
         is_first = self._item is None or self._item["type"] != "message"
         if is_first or has_others:
-            scores = logprobs_within(content, scores, keeps_rest=not is_call, has_others=has_others)
+            # Whose those behind it are says what comes next: more text, a call, or the end.
+            scores, behind = logprobs_within(content, scores, has_others=has_others)
+            self._scores = [] if is_call else behind
         return scores
 
     def _end(self) -> Iterator[_Event]:
