@@ -8,6 +8,7 @@ from anabranch.gateway import media_tokens
 from anabranch.gateway.media_tokens import Media, is_address
 from anabranch.gateway.sound_packets import Pieces, one_request
 from anabranch.web.large_json import num_bytes
+from anabranch.web.said_order import unordered
 
 BYTES_PER_TOKEN = 4
 
@@ -252,7 +253,8 @@ def _gather_message(message: Any, texts: list[str], found: list[Media], walked: 
     if not isinstance(message, dict):
         texts.append(text_of(message))
         return
-    texts.extend(_said(message, _MESSAGE_NAMES, ("role", "content", "images")))
+    # In which order its text and calls came nobody is sent as text.
+    texts.extend(_said(unordered(message), _MESSAGE_NAMES, ("role", "content", "images")))
     _gather(message.get("content"), texts, found, walked)
     # Pictures that a model made before: what is none of them is text.
     images = message.get("images")

@@ -5,6 +5,7 @@ Beside OpenAI's own fields these are understood, wherever Anthropic knows them, 
     cache_control      of the request, a tool, a message, a part, a tool call
     thinking_blocks    of an assistant's message, with their signatures; `anabranch.gateway.providers.anthropic` gives them out
     is_error           of a tool's message
+    extra_content      of an assistant's message: the order of its text and calls, as the gateway gives it out
     thinking, top_k    of the request
     parts and tools    in Anthropic's own form (a ``document``, a ``search_result``, a tool of a dated type) go as they are; but that
                        ``max_tool_calls`` is the ``max_uses`` of each that searches or fetches there, at most
@@ -25,6 +26,7 @@ from anabranch.gateway.providers.provider import Failure, Json, UpstreamError
 from anabranch.gateway.providers.thoughts import is_claudes
 from anabranch.web.body import is_too_deep
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, JsonRoom, JsonSizeError
+from anabranch.web.said_order import in_turn
 
 REFUSED = ("n", "logprobs", "top_logprobs", "logit_bias", "audio", "functions", "function_call", "web_search_options")
 
@@ -307,8 +309,7 @@ def _messages(given: Iterable[Json]) -> tuple[str | list[Json], list[Json]]:
         elif role == "assistant":
             blocks = [
                 *_thoughts(message.get("thinking_blocks")),
-                *_last_marked(_blocks(content), message),
-                *(_tool_use(call, room) for call in message.get("tool_calls") or []),
+                *_turn(message, room),
             ]
         else:
             role, blocks = "user", _last_marked(_blocks(content), message)
@@ -321,6 +322,20 @@ def _messages(given: Iterable[Json]) -> tuple[str | list[Json], list[Json]]:
     return _system(system), turns
 
 
+def _turn(message: Json, room: JsonRoom) -> list[Json]:
+    """What an assistant said and called, in its order."""
+    pieces = in_turn(message)
+    last = max((at for at, (kind, _) in enumerate(pieces) if kind == "text"), default=-1)
+    made: list[Json] = []
+    for at, (kind, piece) in enumerate(pieces):
+        if kind == "call":
+            made.append(_tool_use(piece, room))
+        else:
+            blocks = _blocks(piece)
+            made += _last_marked(blocks, message) if at == last else blocks
+    return made
+
+
 def _system(blocks: list[Json]) -> str | list[Json]:
     """As one text, unless something is said of a part of it."""
     if any(set(block) != {"type", "text"} for block in blocks):
@@ -329,7 +344,7 @@ def _system(blocks: list[Json]) -> str | list[Json]:
 
 
 def _last_marked(blocks: list[Json], message: Json) -> list[Json]:
-    """The mark of a message is that of its last block."""
+    """The mark of a message is that of the last block of its content."""
     return [*blocks[:-1], _marked(blocks[-1], blocks[-1], message)] if blocks else blocks
 
 

@@ -112,7 +112,7 @@ class Bedrock(Provider, kind="bedrock"):
                 method = "converse-stream" if request.stream else "converse"
                 # Claude takes all that Anthropic's own form says; others what is said in OpenAI's words.
                 is_plain = request.is_foreign and not converse.is_claude(self.config.model)
-                given = plain(request.body, self.config.model) if is_plain else request.body
+                given = plain(request.body, self.config.model, keeps_order=True) if is_plain else request.body
                 body = converse.translated(given, self.config)
         headers = {**self._headers, **request.headers} if request.headers else self._headers
         return HttpCall(f"{self._at}/{method}", headers, request.dumped(body), self.config.proxy)

@@ -25,6 +25,7 @@ from anabranch.gateway.providers.translation import (
     stops,
     text_of,
 )
+from anabranch.web.said_order import in_turn
 
 REFUSED = ("n", "logprobs", "top_logprobs")
 # Exceptions as documented: what they mean, and their status, which a stream does not have.
@@ -256,10 +257,12 @@ def _said(given: Json, kept: Room, marks: _Marks, is_claudes_own: bool) -> list[
         _thought(block) for block in thoughts if is_claudes(block) or not (is_claudes_own or block.get("signature"))
     ]
     text_of(given.get("content"), "bedrock")
-    blocks += _blocks(given.get("content"), marks)
-    for call in given.get("tool_calls") or []:
-        use = {"toolUseId": call["id"], "name": call["function"]["name"], "input": arguments(call, kept)}
-        blocks += marks.behind([{"toolUse": use}], call)
+    for kind, piece in in_turn(given):
+        if kind == "text":
+            blocks += _blocks(piece, marks)
+        else:
+            use = {"toolUseId": piece["id"], "name": piece["function"]["name"], "input": arguments(piece, kept)}
+            blocks += marks.behind([{"toolUse": use}], piece)
     return blocks
 
 

@@ -9,6 +9,8 @@ class Engine(OpenAI, kind="engine"):
 
     is_billed = False
     predicts = False
+    # Its templates write several messages of one turn in their order.
+    joins_turns = False
 
     @configclass
     class Config(OpenAI.Config):

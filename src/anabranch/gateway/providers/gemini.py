@@ -105,7 +105,9 @@ class Gemini(Provider, kind="gemini"):
             else:
                 method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
                 given = (
-                    plain(request.body, self.config.model, keeps_thoughts=True) if request.is_foreign else request.body
+                    plain(request.body, self.config.model, keeps_thoughts=True, keeps_order=True)
+                    if request.is_foreign
+                    else request.body
                 )
                 body = translated(given, self.config)
         headers = {**self._headers, **request.headers} if request.headers else self._headers

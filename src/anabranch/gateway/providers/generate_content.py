@@ -7,6 +7,7 @@ tool call, or of the message; and in ``thinking_blocks``, of which Anthropic's f
 import mimetypes
 import re
 from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
 from anabranch.gateway.media_tokens import kind_of_url
@@ -25,6 +26,7 @@ from anabranch.gateway.providers.translation import (
     stops,
     text_of,
 )
+from anabranch.web.said_order import in_turn
 
 SAMPLING = {
     "temperature": "temperature",
@@ -168,22 +170,44 @@ def _said(given: Json, kept: Room, names: dict[str, str], signed: dict[str, str]
         for thought, place, signature in thoughts
         if thought
     ]
-    content, of_text = given.get("content"), _signature(given) or signatures.get("t")
-    content = content if isinstance(content, list) else [{"type": "text", "text": text_of(content, "gemini")}]
-    pictures = [part for part in (*content, *(given.get("images") or ())) if part.get("type") == "image_url"]
-    text = text_of([part for part in content if part.get("type") != "image_url"], "gemini")
-    if text or of_text:
-        parts.append({"text": text} | _with(of_text))
-    for picture in pictures:
-        own = _signature(picture) or signatures.get(of_picture(picture["image_url"]["url"]))
-        parts.append(_part(picture) | _with(own))
-    for at, call in enumerate(given.get("tool_calls") or []):
-        name = call["function"]["name"]
-        names[call.get("id")] = name
-        part: Json = {"functionCall": {"name": name, "args": arguments(call, kept)}}
+    begin, has_called = len(parts), False
+    for kind, piece in _turn(given):
+        if kind == "text":
+            parts += _content(piece, signatures)
+            continue
+        name = piece["function"]["name"]
+        names[piece.get("id")] = name
+        part: Json = {"functionCall": {"name": name, "args": arguments(piece, kept)}}
         # Of calls made side by side the first alone carries one.
-        own = _signature(call) or signatures.get(of_call(call.get("id")))
-        parts.append(part | _with(own or (NO_SIGNATURE if at == 0 and _is_third(model) else None)))
+        own = _signature(piece) or signatures.get(of_call(piece.get("id")))
+        parts.append(part | _with(own or (NO_SIGNATURE if not has_called and _is_third(model) else None)))
+        has_called = True
+    if of_text := _signature(given) or signatures.get("t"):
+        texts = [part for part in parts[begin:] if "text" in part]
+        if not texts:
+            texts = [{"text": ""}]
+            parts[begin:begin] = texts
+        texts[-1] |= _with(of_text)
+    return parts
+
+
+def _turn(given: Json) -> list[tuple[str, Any]]:
+    """See `in_turn`; pictures that are no part of the content stand before the calls."""
+    pieces = in_turn(given)
+    first_call = next((at for at, (kind, _) in enumerate(pieces) if kind == "call"), len(pieces))
+    images = [image for image in given.get("images") or () if image.get("type") == "image_url"]
+    return [*pieces[:first_call], *([("text", images)] if images else []), *pieces[first_call:]]
+
+
+def _content(content: Any, signatures: Mapping[str, str]) -> list[Json]:
+    """A piece of what the model said: its text as one part, and then its pictures."""
+    content = content if isinstance(content, list) else [{"type": "text", "text": text_of(content, "gemini")}]
+    text = text_of([part for part in content if part.get("type") != "image_url"], "gemini")
+    parts: list[Json] = [{"text": text}] if text else []
+    for picture in content:
+        if picture.get("type") == "image_url":
+            own = _signature(picture) or signatures.get(of_picture(picture["image_url"]["url"]))
+            parts.append(_part(picture) | _with(own))
     return parts
 
 

@@ -10,6 +10,7 @@ from anabranch.gateway.providers import media, openai_responses
 from anabranch.gateway.providers.content_lists import flattened, for_mistral, is_mistral
 from anabranch.gateway.providers.keys import read_key
 from anabranch.gateway.providers.make_on import makes_on
+from anabranch.gateway.providers.one_message import in_one_message
 from anabranch.gateway.providers.openai_models import fitted
 from anabranch.gateway.providers.plain_chat import plain
 from anabranch.gateway.providers.provider import (
@@ -81,6 +82,8 @@ class OpenAI(Provider, kind="openai"):
 
     endpoints = ("chat", "completions", "embeddings", *media.PATHS)
     predicts = True
+    # It refuses a message between calls and their results.
+    joins_turns = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -122,6 +125,8 @@ class OpenAI(Provider, kind="openai"):
         config, body = self.config, request.body
         if request.is_foreign:
             body = plain(body, config.model, keeps_thoughts=self._takes_thoughts)
+        if self.joins_turns:
+            body = in_one_message(body)
         if self._takes_thoughts:
             body = self._with_thoughts(body, request.is_foreign)
         body = fitted(body, config.model, config.reasons)

@@ -8,6 +8,7 @@
 | an image or a file in the result of a tool | a user's message behind the results |
 | a document in words, a search result | text |
 | `is_error` | the word Error before the result |
+| text behind a call of a tool | stands before it: a message of chat has one text; but for a provider that has an order |
 | blocks of tools that run at Anthropic, files by id, dated tools | refused as unsupported |
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 from anabranch.gateway.providers.openai_models import effort_of
 from anabranch.gateway.providers.provider import Failure, Json, UpstreamError
+from anabranch.web.said_order import ORDER
 
 _LEFT_OUT = frozenset(
     {"cache_control", "thinking", "top_k", "context_management", "container", "inference_geo", "speed", "diagnostics"}
@@ -24,17 +26,19 @@ _FIELDS = {"text": ("type", "text"), "image_url": ("type", "image_url"), "file":
 _MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
-def plain(body: Json, model: str, *, keeps_thoughts: bool = False) -> Json:
+def plain(body: Json, model: str, *, keeps_thoughts: bool = False, keeps_order: bool = False) -> Json:
     """The same chat in OpenAI's words alone. Raises UpstreamError (``unsupported``) for what has none.
 
     Args:
         body: of a chat, as `anabranch.web.messages.to_chat` made it.
         model: what the upstream calls it.
         keeps_thoughts: ``thinking_blocks`` of messages stay, for a provider that takes from them what is its own, and ``thinking``.
+        keeps_order: messages say in which order their text and calls came (`anabranch.web.said_order`), for one that has an order.
     """
     left_out = _LEFT_OUT - {"thinking"} if keeps_thoughts else _LEFT_OUT
     made = {name: value for name, value in body.items() if name not in left_out}
-    made["messages"] = list(_messages(body["messages"], (*_MESSAGE, "thinking_blocks") if keeps_thoughts else _MESSAGE))
+    fields = (*_MESSAGE, *(("thinking_blocks",) if keeps_thoughts else ()), *((ORDER,) if keeps_order else ()))
+    made["messages"] = list(_messages(body["messages"], fields))
     if body.get("tools"):
         made["tools"] = [_tool(tool) for tool in body["tools"]]
     effort = effort_of(body.get("thinking"), model)
@@ -59,7 +63,8 @@ def _messages(given: list[Json], fields: tuple[str, ...]) -> Iterator[Json]:
                 texts = [part["text"] for part in parts if part["type"] == "text"]
                 made["content"] = "\n".join(texts) or "(see the next message)"
             else:
-                made["content"] = _short(parts)
+                # The order of a message is that of its parts.
+                made["content"] = parts if ORDER in made else _short(parts)
         if message.get("is_error"):
             made["content"] = f"Error: {made['content']}"
         if message.get("tool_calls"):

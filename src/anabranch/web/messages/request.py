@@ -6,6 +6,7 @@ from typing import Any
 
 from anabranch.web.api_error import wrong
 from anabranch.web.body import said
+from anabranch.web.said_order import SaidOrder
 
 Json = dict[str, Any]
 
@@ -33,7 +34,8 @@ def to_chat(body: Json, *, counts: bool = False) -> Json:
     """The request of ``/v1/chat/completions`` that asks the same.
 
     Beside OpenAI's fields it has Anthropic's own: ``cache_control`` of parts, messages, tools and calls, ``thinking_blocks`` of messages,
-    ``is_error`` of results of tools, ``thinking`` and ``top_k``; and, among the parts, blocks that chat has no form for.
+    ``is_error`` of results of tools, ``thinking`` and ``top_k``; among the parts, blocks that chat has no form for; and of a message that
+    says something behind a call the order (`anabranch.web.said_order`).
 
     Args:
         body: the request, as it came.
@@ -207,19 +209,23 @@ def _assistant(content: Any, name: str) -> Json:
     parts: list[Json] = []
     calls: list[Json] = []
     thoughts: list[Json] = []
+    order = SaidOrder()
     for at, block in _listed(content, f"{name}.content"):
         kind, where = block.get("type"), f"{name}.content[{at}]"
         if kind in ("thinking", "redacted_thinking"):
             thoughts.append(block)
         elif kind == "tool_use":
+            order.add_call(len(calls))
             calls.append(_call(block, where))
         else:
+            order.add_part()
             parts.append(_part(block, where))
     made: Json = {"role": "assistant", "content": _short(parts) if parts else None}
     if thoughts:
         made["thinking_blocks"] = thoughts
     if calls:
         made["tool_calls"] = calls
+        order.put_into(made)
     return made
 
 
