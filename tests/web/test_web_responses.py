@@ -275,6 +275,28 @@ def test_a_message_has_the_log_probabilities_of_its_text_whole_and_as_events(mes
     assert [[one["token"] for one in each] for each in done] == [wanted]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "completion", "thought", "wanted"),
+    [
+        (["<think>", "\n", "</think>", "\n\n"], 4, 3, []),
+        (["<think>", "</think>", "\n", "<stop>"], 4, 2, ["<stop>"]),
+        (["<stop>"], 1, 0, ["<stop>"]),
+        # Thoughts that nobody sees are told of no tokens.
+        (["<stop>"], 8, 7, ["<stop>"]),
+        (["<stop>"], None, 1, ["<stop>"]),
+        (["<stop>"], 1, True, ["<stop>"]),
+    ],
+)
+def test_a_message_of_nothing_has_no_log_probabilities_of_thoughts_that_hold_nothing(
+    tokens, completion, thought, wanted
+):
+    usage = {"completion_tokens": completion, "completion_tokens_details": {"reasoning_tokens": thought}}
+    chunks = [{"choices": [{"index": 0, "delta": {"content": ""}, "logprobs": scored(one)}]} for one in tokens]
+    streamed = events_of(ASKED, *chunks, {"choices": [], "usage": usage})[-1]["response"]
+    whole = to_response(ASKED, {**answer(scored(*tokens), content=""), "usage": usage})
+    assert tokens_in(streamed) == tokens_in(whole) == [wanted]
+
+
 F_CALL = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 

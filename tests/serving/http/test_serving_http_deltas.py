@@ -8,15 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.data import ByteTokenizer
+from anabranch.gateway.providers.assembling import assembled
 from anabranch.serving.chat import FORMATS, Dialect, Tools
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, Output, Request, Sampling, TokenLogprob
+from anabranch.serving.http import shape as shaped
 from anabranch.serving.http.choice import Choice
 from anabranch.serving.http.deltas import MessageDeltas, message_of
 from anabranch.serving.http.deltas import joined as joined_deltas
 from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.reading import Reader
-from anabranch.serving.http.shape import ChatShape
+from anabranch.serving.http.shape import MOST_APART, ChatShape
+from anabranch.web.said_order import said as said_pieces
 from fake_engine import Script
 from serving_models import serve_process
 from serving_thread import events, serving
@@ -53,6 +56,7 @@ TEXTS = [
     '<tool_call>{"name": "weather", "arguments": {"city": Ghent,}}</tool_call>',
     '{"name": "Ann", "arguments": "END"}',
     "Plain é😀 text.",
+    f"One. {NOW} Two. {NOW}{UNKNOWN} END {CALL} Four.",
 ]
 
 
@@ -69,7 +73,7 @@ def check_joined(tools, reader, pieces):
     message = MessageDeltas(tools, reader.dialect.parser(tools.offered, None))
     deltas = [delta for piece in pieces for delta in message.push(piece.text)] + message.end()
     for count in range(1, len(deltas) + 1):
-        assert message_of([joined_deltas(deltas[:count]), *deltas[count:]]) == message_of(deltas)
+        assert message_of([*joined_deltas(deltas[:count]), *deltas[count:]]) == message_of(deltas)
 
 
 def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
@@ -91,10 +95,22 @@ def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
     for piece in pieces:
         whole.take(piece)
     [told] = whole.whole()["choices"]
-    parts = [chunk["choices"][0] for piece in pieces for chunk in stream.chunks(piece)]
+    chunks = [chunk for piece in pieces for chunk in stream.chunks(piece)]
+    parts = [chunk["choices"][0] for chunk in chunks]
+    streamed = assembled(chunks)["choices"][0]["message"]
+    assert in_order(told["message"]) == in_order(streamed)
+    assert told["message"].get("extra_content") == streamed.get("extra_content")
     rows = [row for part in parts for row in (part["logprobs"] or {"content": []})["content"]]
     assert rows == told["logprobs"]["content"]
     return (unnamed(told["message"]), told["finish_reason"]), (joined(parts), parts[-1]["finish_reason"])
+
+
+def in_order(message):
+    """Texts, and names of calls with their arguments."""
+    return [
+        piece if kind == "text" else (piece["function"]["name"], piece["function"]["arguments"])
+        for kind, piece in said_pieces(message)
+    ]
 
 
 def unnamed(message):
@@ -167,6 +183,43 @@ def test_a_stream_says_what_the_whole_answer_says(text, stop, is_parallel, finis
 )
 def test_how_answers_end(text, stop, finish, wanted):
     assert answered([text.encode()], stop=stop, finish=finish) == (wanted, wanted)
+
+
+def test_a_whole_answer_says_the_order_of_text_and_calls_as_its_stream_does():
+    """It was told without, and all text stood before all calls for whoever made items or blocks of it."""
+    text = f"One. {NOW} Two. {NOW}"
+    message = whole_of(text.encode())
+    assert message["content"] == "One. Two."
+    order = [{"text": 4}, {"call": 0}, {"text": 5}, {"call": 1}]
+    assert message["extra_content"] == {"gateway": {"order": order}}
+    assert "extra_content" not in whole_of(f"One. {NOW}{NOW}".encode())
+
+
+def whole_of(raw, size=1):
+    """The message of the whole answer that says these bytes, so many at a time."""
+    tools = Tools((WEATHER, CLOCK))
+    request = GenerationRequest(kind="chat", model="small", prompts=((1,),), tools=tools)
+    reader = Reader(ByteTokenizer())
+    choice = Choice(0, Request(id="a", prompt=(1,), sampling=request.sampling), request.text(reader))
+    whole = ChatShape(request, [choice], reader, INFO)
+    for output in outputs_of([raw[at : at + size] for at in range(0, len(raw), size)], Finish.STOP):
+        if (change := choice.push(output)) is not None:
+            whole.take(change)
+    return whole.whole()["choices"][0]["message"]
+
+
+def test_an_answer_in_which_text_and_calls_alternate_is_not_looked_at_again_for_each(monkeypatch):
+    """Its deltas cannot be made fewer; put together at each that comes they cost the square of their number."""
+    looked = []
+    real = shaped.joined_deltas
+    monkeypatch.setattr(shaped, "joined_deltas", lambda deltas: looked.append(len(deltas)) or real(deltas))
+    count = 3 * MOST_APART
+    raw = f"a{NOW}".encode() * count
+    message = whole_of(raw, size=len(raw) // count)
+    assert len(message["extra_content"]["gateway"]["order"]) == 2 * count
+    assert looked
+    # Doubled each time, and of each text and call there are some deltas.
+    assert sum(looked) < 12 * count
 
 
 BLANKS = st.sampled_from(["", " ", "\n", "\n\n", " \n  "])

@@ -319,6 +319,18 @@ def test_many_log_probabilities_are_told_too():
     assert len(made["output"][0]["content"][0]["logprobs"]) == 1100
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("say", ["<think>\n\n</think>\n\n", "<think>\n"])
+def test_thoughts_that_hold_nothing_leave_a_message_of_nothing_without_log_probabilities(say, stream):
+    body = {"model": "fake", "input": "hi", "include": ["message.output_text.logprobs"], "stream": stream}
+    with Speaking(QWEN3) as made:
+        made.script.say = say
+        told = made.server.ask("/v1/responses", body)[2]
+    response = [*read_data(told)][-1]["response"] if stream else told
+    [item] = response["output"]
+    assert item["content"] == [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]
+
+
 @pytest.mark.parametrize("tokens", [1, 8000])
 def test_the_end_of_a_long_response_is_told_in_slices(tokens, monkeypatch):
     """It says all once more, thrice; made in one piece it held everybody up."""

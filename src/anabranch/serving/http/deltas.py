@@ -6,6 +6,7 @@ from typing import Any
 from anabranch.serving.chat import Tools
 from anabranch.serving.chat.events import ArgumentsDelta, Event, Parser, TextDelta, ToolCallStarted
 from anabranch.web.ids import new_id
+from anabranch.web.said_order import SaidOrder, said
 
 Delta = dict[str, Any]
 
@@ -73,26 +74,49 @@ class MessageDeltas:
 
 
 def message_of(deltas: Sequence[Delta]) -> dict[str, Any]:
-    """The message that these deltas make."""
-    content = "".join(delta.get("content", "") for delta in deltas)
+    """The message that these deltas make. Where it says something behind a call, it says its order too (`anabranch.web.said_order`)."""
+    order = SaidOrder()
+    texts: list[str] = []
+    thoughts: list[str] = []
     pieces: list[list[Delta]] = []  # by call
-    for call in (call for delta in deltas for call in delta.get("tool_calls", ())):
-        if call["index"] == len(pieces):
-            pieces.append([])
-        pieces[call["index"]].append(call)
+    for delta in deltas:
+        thoughts.append(delta.get("reasoning_content", ""))
+        texts.append(delta.get("content", ""))
+        order.add_text(texts[-1])
+        for call in delta.get("tool_calls", ()):
+            if call["index"] == len(pieces):
+                order.add_call(len(pieces))
+                pieces.append([])
+            pieces[call["index"]].append(call)
+    content, reasoning = "".join(texts), "".join(thoughts)
     calls = [_joined(parts) for parts in pieces]
     message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
-    if reasoning := "".join(delta.get("reasoning_content", "") for delta in deltas):
+    if reasoning:
         message["reasoning_content"] = reasoning
-    return {**message, "tool_calls": calls} if calls else message
+    if calls:
+        message["tool_calls"] = calls
+        order.put_into(message)
+    return message
 
 
-def joined(deltas: Sequence[Delta]) -> Delta:
-    """One delta that says what several in order say."""
+def joined(deltas: Sequence[Delta]) -> list[Delta]:
+    """As few deltas as say what several say, in their order: one for each text and for calls that follow one another."""
     message = message_of(deltas)
-    calls = [{"index": index, **call} for index, call in enumerate(message.get("tool_calls", ()))]
-    said = {name: message[name] for name in ("content", "reasoning_content") if message.get(name)}
-    return {**said, "tool_calls": calls} if calls else said
+    made: list[Delta] = []
+    num_calls = 0
+    if reasoning := message.get("reasoning_content"):
+        made.append({"reasoning_content": reasoning})
+    for kind, piece in said(message):
+        if kind == "text":
+            made.append({"content": piece})
+        else:
+            numbered = {"index": num_calls, **piece}
+            num_calls += 1
+            if made and "tool_calls" in made[-1]:
+                made[-1]["tool_calls"].append(numbered)
+            else:
+                made.append({"tool_calls": [numbered]})
+    return made
 
 
 def _joined(parts: Sequence[Delta]) -> dict[str, Any]:

@@ -269,14 +269,17 @@ class ChatShape(Shape):
         self._has_begun = [False] * len(self.choices)
         # Of an answer that is told whole: what its text says, found as it comes.
         self._parts: list[list[Delta]] = [[] for _ in self.choices]
+        self._most_apart = [MOST_APART] * len(self.choices)
 
     def take(self, change: ChoiceDelta) -> None:
         """See `Shape`."""
         super().take(change)
         parts = self._parts[change.index]
         parts += self._deltas(change)
-        if len(parts) > MOST_APART:
-            parts[:] = [joined_deltas(parts)]
+        if len(parts) > self._most_apart[change.index]:
+            parts[:] = joined_deltas(parts)
+            # Where text and calls alternate they stay many, and are not looked at again for each that comes.
+            self._most_apart[change.index] = max(MOST_APART, 2 * len(parts))
 
     def chunks(self, change: ChoiceDelta) -> list[dict[str, Any]]:
         """See `Shape`."""

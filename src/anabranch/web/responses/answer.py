@@ -13,7 +13,7 @@ from anabranch.web.responses.items import (
     reasoning_item,
 )
 from anabranch.web.responses.request import table_of
-from anabranch.web.responses.scores import logprobs_of, logprobs_of_texts
+from anabranch.web.responses.scores import logprobs_of, logprobs_of_nothing, logprobs_of_texts
 from anabranch.web.responses.thoughts import sealed, thought_in
 from anabranch.web.responses.tools import custom_names
 from anabranch.web.said_order import said
@@ -68,7 +68,7 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     text, refusal = pieces.pop(0)[1] if pieces and pieces[0][0] == "text" else "", message.get("refusal") or ""
     # An answer that says nothing at all is a message without text, as its stream has it.
     if text or refusal or not (output or message.get("tool_calls") or images_of(message)):
-        logprobs = next(scores) if text else logprobs_of(choice)
+        logprobs = next(scores) if text else logprobs_of_nothing(logprobs_of(choice), answer.get("usage"))
         output.append(message_item(new_id("msg"), text, refusal, logprobs=logprobs))
     custom = custom_names(body)
     for kind, call in pieces:

@@ -7,12 +7,12 @@ before one within a token, as what marks thoughts is mostly one token.
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import accumulate, dropwhile, islice
 from typing import Any
 
 from anabranch.web.body import is_int
 
-__all__ = ["logprobs_beside_texts", "logprobs_of", "logprobs_of_texts", "logprobs_within"]
+__all__ = ["logprobs_beside_texts", "logprobs_of", "logprobs_of_nothing", "logprobs_of_texts", "logprobs_within"]
 
 # Places at which a text may begin that are looked at.
 _MOST_PLACES = 64
@@ -82,6 +82,26 @@ def logprobs_beside_texts(pieces: Sequence[tuple[str, Any]], logprobs: list[Any]
         found.append(logprobs[begin:end])
         end = begin
     return found[::-1]
+
+
+def logprobs_of_nothing(logprobs: list[Any], usage: Any) -> list[Any]:
+    """Those of a message that says nothing: of what ends an answer, and not of what marks thoughts that hold nothing.
+
+    Args:
+        logprobs: of all tokens of the answer, which come first with those that were thought.
+        usage: in the words of chat; it says how many were thought, the marks around them included. Some count thoughts that nobody sees.
+    """
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("completion_tokens_details")
+    thought = details.get("reasoning_tokens") if isinstance(details, dict) else None
+    tokens = usage.get("completion_tokens")
+    if not isinstance(thought, int) or not isinstance(tokens, int) or not (is_int(thought) and is_int(tokens)):
+        return logprobs
+    if thought <= 0 or len(logprobs) <= tokens - thought:
+        return logprobs
+    # Blanks behind thoughts are no part of what is said.
+    rest = logprobs[thought:]
+    return list(dropwhile(lambda one: _bytes_of(one).isspace(), rest))
 
 
 def _places_of_texts(

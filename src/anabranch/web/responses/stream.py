@@ -14,7 +14,7 @@ from anabranch.web.responses.items import (
     part_of,
     reasoning_item,
 )
-from anabranch.web.responses.scores import logprobs_of, logprobs_within
+from anabranch.web.responses.scores import logprobs_of, logprobs_of_nothing, logprobs_within
 from anabranch.web.responses.thoughts import sealed, thought_in
 from anabranch.web.responses.tools import custom_names, text_of
 from anabranch.web.sse import event, event_slices
@@ -133,6 +133,7 @@ class ResponseStream:
         yield from self._close_calls(is_cut=is_cut)
         if not self._output:
             yield from self._open_part("text")
+            self._scores = logprobs_of_nothing(self._scores, self._usage)
             self._tell_held()
             yield from self._close_item("incomplete" if is_cut else "completed")
         self.response = made = finished(self._made, self._output, self._reason, self._usage, self._beside)
