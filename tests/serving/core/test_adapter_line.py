@@ -120,6 +120,67 @@ def test_who_leaves_changes_nobody_else_s_place():
     assert made.order() == ["b1", "c1", "h5", "b2"]
 
 
+def test_one_that_is_replaced_hands_on_its_place_and_its_time():
+    made = Lines()
+    made.use("x=y100")
+    made.join("a1=p60 b1=q60 a2=r60")
+    made.join("c1=s60", 5.0)
+    assert made.line.replace("b1", made.waiter("b2=t90"))
+    assert made.order() == ["a1", "b2", "c1", "a2"]
+    assert (len(made.line), made.line.of_key("b"), made.line.next_end()) == (4, 1, 30.0)
+    # Nobody's place: that of another key, of one that is gone, and that of none.
+    assert not any(made.line.replace(id, made.waiter("b3=u60")) for id in ("a1", "b1", ""))
+    assert made.order() == ["a1", "b2", "c1", "a2"]
+    assert [one.id for one in made.line.over(30.0)] == ["a1", "a2", "b2"]
+
+
+def test_one_that_is_replaced_hands_on_the_right_of_way_and_for_how_long_it_had_it():
+    """Whoever asked anew was first no more, and was without the right of way for as long as it had had it."""
+    made = Lines()
+    made.use("a1=p30 c1=q30 c2=q30 d1=r40 d2=r40 d3=r40")
+    made.join("b1=s20")
+    made.go()
+    made.join("e1=t20", 1.0)
+    assert (made.go(6.0), made.head(), made.closed(6.0)) == ([], "b1", ["p30", "q30"])
+    assert made.line.replace("b1", made.waiter("b2=u30"))
+    assert (made.go(6.0), made.head(), made.closed(6.0)) == ([], "b2", ["p30", "q30"])
+    assert made.line.replace("b2", made.waiter("b3=v20"))
+    made.end("a1")
+    assert made.go(7.0) == ["b3"]
+    # Neither one that is larger than all that others leave, nor one that is pushed on for ever, keeps others waiting for longer.
+    made = Lines()
+    made.use("a1=p60 b0=q40")
+    made.join("b1=s60")
+    made.join("c1=t60", 1.0)
+    made.go(1.0)
+    assert made.head() == "b1"
+    assert made.line.replace("b1", made.waiter("b2=u70"))
+    made.go(2.0)
+    assert made.head() == "c1"
+    again = Lines()
+    again.use("x=y100")
+    again.join("b1=p60")
+    again.join("c1=q60", 29.0)
+    again.go(29.0)
+    assert again.line.replace("b1", again.waiter("b2=r60"))
+    assert [one.id for one in again.line.over(30.0)] == ["b2"]
+    again.join("b3=p60", 30.0)
+    for now in (30.0, 58.0):
+        again.go(now)
+        assert again.head() == "c1"
+
+
+def test_what_one_that_takes_over_uses_is_not_closed_for_it():
+    made = Lines()
+    made.use("a1=p40 c1=q40")
+    made.join("b1=s60+t30")
+    made.go()
+    assert made.closed() == ["p40", "q40"]
+    assert made.line.replace("b1", made.waiter("b2=q40+u30"))
+    made.go()
+    assert (made.head(), made.closed()) == ("b2", ["p40"])
+
+
 def test_the_head_is_the_first_whose_own_key_leaves_it_room():
     made = Lines()
     made.use("a0=p60 c0=q40")

@@ -1,6 +1,9 @@
 """Loading adapters over HTTP where there is no room yet: what an operator says later counts, and whose fault it was is told."""
 
 import asyncio
+import contextlib
+import http.client
+import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +36,22 @@ class Busy:
         told = self._threads.submit(self.post, name, folder)
         until(lambda: len(self.shelf._line) == 1)
         return told
+
+    def leaves(self, name, folder):
+        """A POST that finds no room yet, and whose sender gives up waiting."""
+        link = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
+        with contextlib.closing(link):
+            body = json.dumps({"name": name, "folder": folder})
+            link.request("POST", "/v1/adapters", body, {"content-type": "application/json"})
+            until(lambda: len(self.shelf._line) == 1)
+
+    def waiting(self):
+        """Who waits in the line, by id."""
+        return [one.id for one in self.shelf._line]
+
+    def changes(self):
+        """What the server has under way for operators."""
+        return self.server.app._adapters._changes
 
     def delete(self, name):
         return self.server.ask(f"/v1/adapters/{name}", None, "DELETE")[0]
@@ -89,6 +108,31 @@ def test_a_later_load_of_the_name_calls_off_the_one_that_waits(busy):
     assert later.result(60)[0] == 200
     assert (busy.there(), busy.server.frontend.adapters.folders) == (["b", "x"], {"b": "b", "x": "a"})
     assert busy.say("x") == 200
+
+
+def test_the_same_load_again_joins_the_one_that_waits(busy):
+    """An operator's client that gave up waiting and asked again called its own load off each time, and was never first."""
+    for _ in range(2):
+        busy.leaves("x", "c")
+    first = busy.waiting()
+    told = [busy.waits("x", "c") for _ in range(3)]
+    # All of them have come, as the last has.
+    until(lambda: len(busy.changes()) == 5)
+    assert busy.waiting() == first
+    assert not any(each.done() for each in told)
+    busy.free()
+    answers = [each.result(60) for each in told]
+    assert answers[0][0] == 200
+    assert answers == [answers[0]] * 3
+    assert (busy.there(), busy.server.frontend.adapters.folders) == (["b", "x"], {"b": "b", "x": "c"})
+    assert busy.say("x") == 200
+
+
+def test_unloading_calls_off_all_that_wait_together(busy):
+    told = [busy.waits("x", "c") for _ in range(2)]
+    until(lambda: len(busy.changes()) == 2)
+    assert busy.delete("x") == 200
+    assert [each.result(60)[0] for each in told] == [409, 409]
 
 
 def test_a_server_that_hears_late_of_a_load_knows_that_it_was_unloaded(busy, monkeypatch):

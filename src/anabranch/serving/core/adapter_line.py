@@ -1,7 +1,8 @@
 """`AdapterLine`: requests that wait for memory for their adapters, and whose turn it is.
 
 1. Keys take turns: the key that has waited for longest since it last had its turn is first, with the first of its requests; a key's
-   second request comes behind the first of each. A request that is cancelled changes nobody else's place.
+   second request comes behind the first of each. A request that is cancelled changes nobody else's place, and one that is replaced hands
+   on its own, with its time.
 2. Whoever has room begins. The first that has none, though what its own key uses would leave it some, has the right of way (backfilling
    with a reservation for the head, Lifka 1995): as many of the adapters in use as have to fall idle for it, the least used ones, are closed
    to all others, and whoever begins meanwhile leaves it what room it will have then. A sixth of a request's waiting time later one more
@@ -84,6 +85,19 @@ class AdapterLine(Generic[H]):
             kept, until = self._kept.pop(one.key, (0, now))
             one.came, one.until = kept if until > now else next(self._serial), now + self._wait_s
         self._waiters.setdefault(one.key, {})[one.id] = one
+
+    def replace(self, id: str, one: Waiter[H]) -> bool:
+        """One more takes over the place of one of its key, its time and its right of way; False where that is not here."""
+        own = self._waiters.get(one.key, {})
+        if id not in own:
+            return False
+        before = own.pop(id)
+        own[one.id] = one
+        one.came, one.until, one.held_s = before.came, before.until, before.held_s
+        if before is self._head:
+            # For how long it has had that goes on, and so does what is closed for it.
+            self._head, self._closable = one, [entry for entry in self._closable if entry not in one.adapters]
+        return True
 
     def go(self, now: float) -> list[Waiter[H]]:
         """Begin those that may now; they are those."""

@@ -142,17 +142,24 @@ class AdapterShelf(Generic[H]):
                 self._room.pinned.append(entry)
             older = self._know(load)
             facts = entry.facts()
-        self._call_off(older)
+        self._end(older, load, facts)
         return facts
 
     def load(self, name: str, folder: str, root: str | None = None) -> "Future[dict[str, Any]]":
         """`load_now` in the shelf's thread; where there is no room beside what requests use it waits in the line, as they do.
+
+        Where the last word about the name is the same load, which waits, they wait together and end as one. Where that is another load,
+        and waits, this one takes over its place in the line.
 
         The future raises `CalledOffError` where an operator's later word about the name was done, or waits for room, before this was.
         """
         self._check_place(name, False)
         with self._lock:
             load = self._loads.begin(Entry[H](name, folder, root))
+            before = self._loads.before(load)
+            if before is not None and before.is_same(load) and before.waits_as in self._line:
+                self._loads.join(load, before)
+                return load.told
 
         def tell(done: "Future[dict[str, Any]]") -> None:
             error = BusyError(_ENDS) if done.cancelled() else done.exception()
@@ -183,7 +190,7 @@ class AdapterShelf(Generic[H]):
                 # No key has used it yet.
                 load.entry.used_by.clear()
                 facts = load.entry.facts()
-            self._call_off(older)
+            self._end(older, load, facts)
             self.advance()
             load.told.set_result(facts)
 
@@ -191,13 +198,20 @@ class AdapterShelf(Generic[H]):
         with self._lock:
             if load not in self._loads:
                 return
+            before = self._loads.before(load)
+            if before is not None and before.is_same(load) and before.waits_as:
+                # It waited to be looked at behind others, or is to be read in its turn.
+                self._loads.join(load, before)
+                return
             load.waits_as, older = one.id, self._loads.end_before(load)
+            if before is not None:
+                self._line.replace(before.waits_as, one)
             begun = self._join(one)
         self._go_on(begun)
-        self._call_off(older)
+        self._end(older)
 
     def _know(self, load: Load[H]) -> list[Load[H]]:
-        """With the lock: it is done, and its adapter that of its name; those that it calls off."""
+        """With the lock: it is done, and its adapter that of its name; those that end by it."""
         name, older = load.entry.name, self._loads.end_before(load)
         self._loads.end(load)
         before = self._entries.get(name)
@@ -217,10 +231,16 @@ class AdapterShelf(Generic[H]):
         if was_under_way:
             load.told.set_exception(error)
 
-    def _call_off(self, loads: "Iterable[Load[H]]") -> None:
-        """Tell those that are under way no more, and give their room to others."""
+    def _end(self, loads: "Iterable[Load[H]]", by: Load[H] | None = None, facts: dict[str, Any] | None = None) -> None:
+        """Give the room of those that are under way no more to others, and tell them why: that they are called off.
+
+        Those that are the same as what they end by are told its facts, where it is done.
+        """
         for load in loads:
-            load.told.set_exception(CalledOffError(_called_off(load)))
+            if facts is not None and by is not None and load.is_same(by):
+                load.told.set_result(facts)
+            else:
+                load.told.set_exception(CalledOffError(_called_off(load)))
             if load.waits_as:
                 self.release(load.waits_as)
 
@@ -251,7 +271,7 @@ class AdapterShelf(Generic[H]):
             if entry is not None:
                 del self._entries[name]
                 self._memory.retire(entry)
-        self._call_off(loads)
+        self._end(loads)
         return told
 
     def stats(self) -> EngineStats:
