@@ -5,15 +5,17 @@ import asyncio
 import numpy as np
 import pytest
 
-from anabranch.errors import InputError
+from anabranch.errors import ConfigError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock
-from anabranch.routers.contract.query import Outcome, Query
+from anabranch.routers.contract.query import Model, Outcome, Query
 from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.fitted import FittedRouter
 from anabranch.routers.money import Price
 from anabranch.routers.strategies import make
 from anabranch.routers.strategies.shared_bandit import Pooled
+from made_outcomes import made_outcomes
 from waiting import until_async
 
 KINDS = ("linucb", "thompson", "eps_greedy")
@@ -200,3 +202,43 @@ def test_the_store_is_rid_of_it_with_the_first_process_that_ends(tmp_path, monke
     for name, theta_D in after[1].items():
         np.testing.assert_allclose(begun[1][name], theta_D, atol=1e-9)
     assert any(np.abs(theta_D).max() > 0.1 for theta_D in begun[1].values())
+
+
+@pytest.mark.parametrize("where", ["file", "given"])
+def test_a_strategy_that_learned_from_vectors_of_other_dimensions_is_refused_at_the_start(tmp_path, where):
+    """A router without an embedder of its own is given that of the config; every request was passed over for it."""
+    data = made_outcomes(40)
+    fitted = make("knn").fit(data.with_vectors(Hashed.Config(dim=16).build().embed(data.query)))
+    router = FittedRouter(strategy=fitted, models=tuple(Model(name=name) for name in data.models))
+    router.save(tmp_path / "knn.safetensors")
+    wanted = StrategyConfig(router=str(tmp_path / "knn.safetensors"))
+    price = Price.of_dollars(1, 1)
+    models = tuple(
+        ModelConfig(name=name, price=price, deployments=(DeploymentConfig(provider=Mock.Config(model=name)),))
+        for name in data.models
+    )
+
+    def settings_of(dim):
+        return GatewayConfig(
+            models=models,
+            strategies={"knn": wanted},
+            embedder=Hashed.Config(dim=dim),
+            require_key=False,
+            store=str(tmp_path / "g.db"),
+        )
+
+    strategies = {"knn": fitted} if where == "given" else {}
+    said = (
+        r"strategies\.knn: knn learned from vectors of 16 dimensions, and embedder 'hashed' gives 8; use the embedder"
+    )
+
+    async def main():
+        with pytest.raises(ConfigError, match=said):
+            async with Gateway(settings_of(8), strategies=strategies):
+                pass
+        async with asyncio.timeout(60), Gateway(settings_of(16), strategies=strategies) as gateway:
+            with pytest.raises(ConfigError, match=said):
+                await gateway.reload(settings_of(8))
+            return (await ask(gateway, "add 1", model="auto/knn", learns=False)).headers["x-route-strategy"]
+
+    assert asyncio.run(main()) == "knn"

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -260,6 +261,18 @@ def without_record(path):
     fitted_module._write(path, tensors, content)
 
 
+class Knows(Embedder, kind="knows"):
+    """Of an installed package: unit vectors all along, of the words it knows; or what a test wants of it."""
+
+    dim, words, error = 4, ("add", "write", "fix", "a"), None
+
+    def embed(self, texts):
+        if Knows.error is not None:
+            raise Knows.error
+        found_ND = np.array([[text.split().count(word) for word in Knows.words] for text in texts], np.float32)
+        return found_ND / np.maximum(np.linalg.norm(found_ND, axis=1, keepdims=True), 1e-9)
+
+
 class Counts(Embedder, kind="counts"):
     """Of an installed package: counts of words, so that its vectors have any length."""
 
@@ -305,3 +318,49 @@ def test_a_router_of_vectors_that_nobody_scaled_is_refused_unless_they_were_of_l
     FittedRouter(strategy=strategy, models=models, embedder=Counts(Counts.Config())).save(place)
     without_record(place)
     assert FittedRouter.load(place).route("add the numbers 7").model
+
+
+def test_a_router_of_an_embedder_of_others_that_gave_unit_vectors_all_along_is_taken(tmp_path, monkeypatch):
+    """It is asked for a few texts, and for what the models are said to be good at, where it knows no word of ours."""
+    monkeypatch.setitem(BUILTIN["embedder"], "knows", f"{__name__}:Knows")
+    place, again = tmp_path / "router.safetensors", tmp_path / "again.safetensors"
+    router = learned("ridge", Knows(Knows.Config()), place)
+    without_record(place)
+    read = FittedRouter.load(place)
+    assert scores(read) == pytest.approx(scores(router))
+    # From then on the file says so.
+    read.save(again)
+    assert fitted_module._read(again)[1]["embedder"]["unit"] is True
+    for error in (RuntimeError("no GPU"), KeyError("x"), DataError("two\nlines")):
+        monkeypatch.setattr(Knows, "error", error)
+        with pytest.raises(
+            CheckpointError, match=r"cannot be told, since it fails \(.*\): mend that, or fit"
+        ) as caught:
+            FittedRouter.load(place)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(Knows, "error", None)
+    monkeypatch.setattr(Knows, "words", ("ajouter", "vers", "corriger", "un"))
+    with pytest.raises(CheckpointError, match="fit it again"):
+        FittedRouter.load(place)
+    models = tuple(replace(model, description="ajouter des nombres") for model in router.models)
+    replace(router, models=models).save(place)
+    without_record(place)
+    assert FittedRouter.load(place).models == models
+
+
+def test_an_embedder_of_other_dimensions_is_refused_when_a_router_is_made_or_read(tmp_path, monkeypatch):
+    """Every query was, and nobody knew before the first."""
+    monkeypatch.setitem(BUILTIN["embedder"], "knows", f"{__name__}:Knows")
+    place = tmp_path / "router.safetensors"
+    router = learned("knn", Knows(Knows.Config()), place)
+    other = Hashed(Hashed.Config(dim=32)).fit(["a b"])
+    with pytest.raises(
+        InputError, match=r"knn learned from vectors of 4 dimensions, and embedder 'hashed' gives 32; use"
+    ):
+        FittedRouter(strategy=router.strategy, models=router.models, embedder=other)
+    monkeypatch.setattr(Knows, "dim", 5)
+    with pytest.raises(CheckpointError, match="learned from vectors of 4 dimensions, and embedder 'knows' gives 5"):
+        FittedRouter.load(place)
+    # What looks at no vectors may stand beside any embedder.
+    words = Ranked(Ranked.Config(predictor=WordMeans.Config())).fit(made_outcomes(60))
+    assert FittedRouter(strategy=words, models=router.models, embedder=other).route("add 1").model

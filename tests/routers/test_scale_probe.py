@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from anabranch.errors import CheckpointError, ConfigError, InputError
+from anabranch.registry import BUILTIN, resolve
+from anabranch.routers.embed import Embedder
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.logistic import sigmoid
 from anabranch.routers.scale import Given, Probe, SelectiveReasoner
@@ -49,6 +51,41 @@ def test_it_reads_back_and_runs(tmp_path):
     assert [one.system for one in trace.steps] == [1, 2, 2]
     assert models.stages == ["solve", "solve", "last"]
     assert make("scale", assessor=read.config).config.assessor.path == str(path)
+
+
+class Raw(Embedder, kind="raw"):
+    """Of an installed package: counts of two letters, of length 1 where a test says so."""
+
+    dim, is_unit = 2, False
+
+    def embed(self, texts):
+        found_ND = np.array([[text.count("a"), text.count("e")] for text in texts], np.float32)
+        length_N1 = np.linalg.norm(found_ND, axis=1, keepdims=True) if Raw.is_unit else 1.0
+        return found_ND / np.maximum(length_N1, 1e-9)
+
+
+def test_a_probe_of_vectors_that_nobody_scaled_is_refused_unless_they_were_of_length_1_anyhow(tmp_path, monkeypatch):
+    monkeypatch.setitem(BUILTIN["embedder"], "raw", f"{__name__}:Raw")
+    path = tmp_path / "probe.json"
+    for config, is_unit, message in (
+        (Raw.Config(), False, "embedder 'raw' as they came.*fit it again"),
+        (Raw.Config(), True, None),
+        (Hashed.Config(dim=32), False, None),
+    ):
+        monkeypatch.setattr(Raw, "is_unit", is_unit)
+        made = Probe.Config(embedder=config).build().fit(TEXTS, RIGHT1)
+        made.save(path)
+        table = json.loads(path.read_text())
+        assert table.pop("unit") is True
+        assert Probe.Config(path=str(path)).build().predict(TEXTS) == made.predict(TEXTS)
+        # As versions wrote it that did not scale vectors.
+        path.write_text(json.dumps(table))
+        if message is None:
+            assert Probe.Config(path=str(path)).build().predict(TEXTS) == made.predict(TEXTS)
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                Probe.Config(path=str(path)).build()
+    resolve.cache_clear()
 
 
 def test_what_it_does_not_learn_from():

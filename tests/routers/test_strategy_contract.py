@@ -9,6 +9,7 @@ import pytest
 from anabranch.registry import kinds, resolve
 from anabranch.routers import strategies
 from anabranch.routers.contract.ask import Answered
+from anabranch.routers.made_outcomes import DIM, made_outcomes
 from anabranch.testing import check_strategy
 from jailed import needs_jail
 
@@ -106,6 +107,33 @@ for name in strategies.names():
 assert not {"torch", "numba", "scipy", "aiohttp"} & set(sys.modules), sorted({"torch", "numba", "scipy"} & set(sys.modules))
 """
     subprocess.run([sys.executable, "-c", code, json.dumps(SMALL)], check=True, timeout=120)
+
+
+# What learns from vectors: beside the defaults, settings with which it does.
+OF_VECTORS = {
+    "coe": {"head": "knn"},
+    "graph": {"mode": "plus"},
+    "ic_cache": {},
+    "best_of": {},
+    "semantic": {},
+    "cascade": {},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(set(strategies.names()) - {"encoder", "oracle", "prompt"}))
+def test_what_learned_from_vectors_says_their_dimensions(kind):
+    """By it an embedder that gives others is refused at once, where else every query would be."""
+
+    def made():
+        return strategies.make(kind, **SMALL.get(kind, {}), **OF_VECTORS.get(kind, {}))
+
+    assert made().learned_dim is None
+    fitted = made().fit(made_outcomes(60))
+    assert fitted.learned_dim == (DIM if fitted.needs_vector else None)
+    assert fitted.needs_vector or kind not in OF_VECTORS
+    again = made()
+    again.load_state(*fitted.state())
+    assert again.learned_dim == fitted.learned_dim
 
 
 def test_names_cover_the_survey():

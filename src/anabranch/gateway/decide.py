@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from anabranch.errors import AnabranchError, CheckpointError, ConfigError, InputError, LimitError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError, DataError, InputError, LimitError
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, make_strategy
 from anabranch.gateway.decision_checks import BypassError
 from anabranch.gateway.lane import Lane
@@ -23,6 +23,7 @@ from anabranch.routers.contract.query import Candidate, Decision, Pool, Query
 from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder, embed_of
 from anabranch.routers.embed.cache import fingerprint
+from anabranch.routers.embed.checked import check_dim
 from anabranch.routers.fitted import FittedRouter
 from anabranch.web.turns import plainly
 
@@ -87,6 +88,10 @@ class Decider:
                     f"strategies.{name} keeps texts of requests and answers in the store, to show them to models; set log.prompts = true "
                     "to let it, or leave it out (ic_cache keeps none with domains = [])"
                 )
+            try:
+                _set_up(name, lambda: check_dim(made, own))  # noqa: B023
+            except (InputError, DataError) as error:
+                raise ConfigError(f"strategies.{name}: {words(error)}") from None
             _connect(name, made, own, None if metrics is None else metrics(name))
             self.lanes[name] = _set_up(name, lambda: Lane(name, wanted, made, own))  # noqa: B023
 

@@ -189,6 +189,9 @@ class _Checks:
             odd = dataclasses.replace(self.query, vector_D=vector_D)
             what = "a missing vector" if vector_D is None else "a vector of another length"
             refuses(functools.partial(self.route, fitted, odd, made_pool()), InputError, what)
+        said = fitted.learned_dim
+        ensure(said in (None, DIM), f"learned_dim is {said!r}; it learned from vectors of {DIM} dimensions")
+        ensure(self.build().learned_dim is None, "learned_dim is no None before fit")
 
     def _chosen(self, strategy: Strategy) -> Any:
         return chosen_of(self.route(strategy, self.query, made_pool()))

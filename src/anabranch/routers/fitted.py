@@ -27,7 +27,7 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Decision, Model, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Strategy
 from anabranch.routers.data.splits import question
-from anabranch.routers.embed.checked import embed_of, unit_vectors
+from anabranch.routers.embed.checked import UNIT, check_dim, check_gave_unit, embed_of, unit_vectors
 from anabranch.routers.embed.embedder import Embedder
 from anabranch.routers.money import Price
 from anabranch.routers.wording import letters_and_digits
@@ -38,8 +38,6 @@ MANIFEST, SEEN, RECOMMENDED = "manifest.json", f"seen{ENDING}", "recommended.jso
 # What a folder of routers holds.
 _OURS = rf"[\w-]+{re.escape(ENDING)}|{re.escape(MANIFEST)}|{re.escape(RECOMMENDED)}"
 _FIELD = "anabranch.router"
-# Of an embedder: its vectors were scaled to length 1 for the strategy to learn from.
-UNIT = "unit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +49,17 @@ class FittedRouter:
         models: it was fitted on, with prices where they were known.
         embedder: of the vectors it learned from; None if it needs none.
         about: how it was fitted, ready for JSON.
+
+    Raises InputError for an embedder of other dimensions than the strategy learned from.
     """
 
     strategy: Strategy
     models: tuple[Model, ...]
     embedder: Embedder | None = None
     about: Facts = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_dim(self.strategy, self.embedder)
 
     @property
     def pool(self) -> Pool:
@@ -101,7 +104,7 @@ class FittedRouter:
             embedder: to share one among routers; used if its config is that of the file and it has learned nothing.
 
         Raises CheckpointError if it is missing, damaged, of another version, or names parts that are not installed; and if it may have
-        learned from vectors of other lengths than 1, which nobody makes any more.
+        learned from vectors of other lengths than 1, which nobody makes any more: what its embedder gives for a few texts tells.
         """
         path = Path(path)
         tensors, content = _read(path)
@@ -110,9 +113,9 @@ class FittedRouter:
             made = None if content["embedder"] is None else _embedder(content["embedder"], tensors, embedder)
             strategy.connect(embed=embed_of(made))
             strategy.load_state(_part(tensors, "strategy."), content["facts"])
-            if made is not None and strategy.needs_vector and content["embedder"].get(UNIT) is not True:
-                _check_ours(made)
             models = tuple(_model_from_dict(fields) for fields in content["models"])
+            if made is not None and strategy.needs_vector and content["embedder"].get(UNIT) is not True:
+                check_gave_unit(made, [model.description for model in models])
             return cls(strategy=strategy, models=models, embedder=made, about=content["about"])
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -253,15 +256,6 @@ def _hash(text: str, with_signs: bool = True) -> int:
 
 def _part(tensors: Arrays, prefix: str) -> Arrays:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _check_ours(embedder: Embedder) -> None:
-    """Raises CheckpointError for an embedder of others: our own gave vectors of length 1 before they were scaled to it."""
-    if type(embedder).__module__.partition(".")[0] != __name__.partition(".")[0]:
-        raise CheckpointError(
-            f"an earlier version fitted it on the vectors of embedder {embedder.kind!r} as they came; now they are scaled to length 1, so "
-            "that it would decide by others than it learned from: fit it again (anabranch gateway fit)"
-        )
 
 
 def _embedder(content: dict[str, Any], tensors: Arrays, shared: Embedder | None) -> Embedder:

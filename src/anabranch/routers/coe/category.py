@@ -96,6 +96,11 @@ class CategoryRouter:
 
     # Learning
 
+    @property
+    def dim(self) -> int | None:
+        """D of the vectors that it learned from; None before."""
+        return self._example_ED.shape[1] or None
+
     def fit(
         self,
         inputs: Sequence[str] | np.ndarray,

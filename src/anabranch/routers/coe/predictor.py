@@ -126,6 +126,11 @@ class CompositionOfExperts(Fitting, Predictor, kind="coe"):
         )
         self._refresh_if_due()
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Predictor`."""
+        return self.router.dim
+
     def predict(self, data: Recorded) -> Prediction:
         """All rows at once."""
         if data.vector_ND is None:

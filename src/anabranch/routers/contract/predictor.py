@@ -62,6 +62,11 @@ class Predictor(Part, family="predictor"):
         self.config = config
         self.models: tuple[str, ...] = ()
 
+    @property
+    def learned_dim(self) -> int | None:
+        """As of `Strategy`."""
+        return None
+
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Learn, and set ``models``."""
         raise NotImplementedError
@@ -172,6 +177,11 @@ class Ranked(Strategy, kind="ranked"):
     def needs_vector(self) -> bool:  # type: ignore[override]
         """As its predictor."""
         return self.predictor.needs_vector
+
+    @property
+    def learned_dim(self) -> int | None:
+        """As its predictor."""
+        return self.predictor.learned_dim
 
     @property
     def learns(self) -> bool:

@@ -144,6 +144,11 @@ class Strategy(Part, family="strategy"):
         """`observe` does something."""
         return type(self).observe is not Strategy.observe
 
+    @property
+    def learned_dim(self) -> int | None:
+        """Dimensions of the vectors that it learned from, and takes no others; None where it learned from none, or does not say."""
+        return None
+
     def connect(self, *, embed: Embed | None = None) -> None:
         """Take what the gateway lends: its embedder. Called once before the first decision, and after a reload."""
 

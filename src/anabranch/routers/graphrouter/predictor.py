@@ -273,6 +273,11 @@ class GraphRouter(Predictor, kind="graph"):
 
     # Deciding
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Predictor`."""
+        return len(self.tasks.weight_DT) or None
+
     def predict(self, data: Recorded) -> Prediction:
         """Quality: expected effect in mode ``plus``, else the chance to be the best for the scenario. Cost in dollars."""
         return self._predict(*self._seen(data))

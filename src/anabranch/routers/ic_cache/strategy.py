@@ -403,6 +403,11 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
             self.cache = self._make([self._arm(*row) for row in facts["arms"]], facts["dim"])
             self.cache.load_state(arrays, facts["cache"])
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Strategy`."""
+        return None if self.cache is None else self.cache.router.dim
+
     def vector_dim(self, arrays: Arrays, facts: Facts) -> int | None:
         """None before it has seen a model."""
         return int(facts["dim"]) if facts else None

@@ -16,7 +16,7 @@ import numpy as np
 from anabranch.config import Field, configclass, from_dict, to_dict
 from anabranch.errors import AnabranchError, CheckpointError, InputError
 from anabranch.files import atomic_write_json, parse_json
-from anabranch.routers.embed.checked import unit_vectors
+from anabranch.routers.embed.checked import UNIT, check_gave_unit, unit_vectors
 from anabranch.routers.embed.embedder import Embedder
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.logistic import fit_logistic, sigmoid
@@ -108,6 +108,7 @@ class Probe(Assessor, kind="probe"):
         table = {
             "version": VERSION,
             "embedder": to_dict(self.embedder.config),
+            UNIT: True,
             "arrays": {name: [str(array.dtype), array.shape, array.ravel().tolist()] for name, array in arrays.items()},
             "facts": facts,
             "theta1": self.theta1_D.tolist(),
@@ -116,7 +117,7 @@ class Probe(Assessor, kind="probe"):
         atomic_write_json(path, table)
 
     def _load(self, path: Path) -> None:
-        """Raises CheckpointError for what cannot be read, or is none."""
+        """Raises CheckpointError for what cannot be read, is none, or learned from vectors of other lengths than 1."""
         try:
             table = parse_json(path.read_text("utf-8"))
             if table["version"] != VERSION:
@@ -126,6 +127,8 @@ class Probe(Assessor, kind="probe"):
                 name: np.array(values, dtype).reshape(shape) for name, (dtype, shape, values) in table["arrays"].items()
             }
             self.embedder.load_state(arrays, table["facts"])
+            if table.get(UNIT) is not True:
+                check_gave_unit(self.embedder)
             self.theta1_D = self._weights(table["theta1"])
             self.theta2_D = None if table["theta2"] is None else self._weights(table["theta2"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, AnabranchError) as error:

@@ -95,6 +95,11 @@ class Bandit(Pooled):
 
     # -- z
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Strategy`."""
+        return None if self.direction_DV is None else len(self.centre_V)
+
     def features(self, vector_NV: np.ndarray) -> np.ndarray:
         """z ``[N, D]``. The first vectors seen fix their dimension. Raises InputError for another one."""
         if self.direction_DV is None:

@@ -76,6 +76,11 @@ class Cascade(Chained, kind="cascade"):
         """Where it uses one."""
         return self.config.uses_vector
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Strategy`."""
+        return self.dim or None
+
     def route(self, query: Query, pool: Pool) -> Decision:
         """The chain. Raises InputError before ``fit``, or without a vector like those it learned from."""
         if self.frontier and self.dim and (query.vector_D is None or len(query.vector_D) != self.dim):

@@ -104,6 +104,11 @@ class Cluster(Kept, Predictor, kind="cluster"):
         saving_CM = np.where(most_C1 > 0, 1 - cost_CM / np.where(most_C1 > 0, most_C1, 1), 1.0)
         return weight * performance_CM + (1 - weight) * saving_CM
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Predictor`."""
+        return self.centre_CD.shape[1] or None
+
     def predict(self, data: Recorded) -> Prediction:
         """Of every row."""
         cluster_NK, weight_NK = self._nearest(vectors_of(data, self.centre_CD.shape[1], "cluster"))

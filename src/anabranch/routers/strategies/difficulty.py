@@ -59,6 +59,11 @@ class DifficultyEncoder:
     def __len__(self) -> int:
         return len(self.heads)
 
+    @property
+    def dim(self) -> int | None:
+        """D of the vectors that it learned from; None for no head."""
+        return next((len(head.theta_D) - 1 for head in self.heads.values()), None)
+
     def learn(
         self,
         model: str,

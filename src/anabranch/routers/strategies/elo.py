@@ -80,6 +80,11 @@ class SwElo(Kept, Predictor, kind="sw_elo"):
         self.wins_NP = wins_NTT.reshape(len(fought), -1)
         return self
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Predictor`."""
+        return self.vector_ND.shape[1] or None
+
     def predict(self, data: Recorded) -> Prediction:
         """Of every row, some thousand at a time."""
         vector_QD = vectors_of(data, self.vector_ND.shape[1], "sw_elo")

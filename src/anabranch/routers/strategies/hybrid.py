@@ -87,6 +87,11 @@ class Hybrid(Kept, Predictor, kind="hybrid"):
         shift = best_shift(gap_N, self.config.temperature) if self.config.labels == "shifted" else 0.0
         return sigmoid((gap_N + shift) / self.config.temperature), shift
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Predictor`."""
+        return self.theta_MC.shape[1] - 1 if self.theta_MC.size else None
+
     def predict(self, data: Recorded) -> Prediction:
         """Of every row."""
         vector_ND = vectors_of(data, self.theta_MC.shape[1] - 1, "hybrid").astype(float)

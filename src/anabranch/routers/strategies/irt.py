@@ -124,6 +124,11 @@ class ItemResponse(Kept, Predictor, kind="irt"):
     def _items(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return x_ND @ self.A_FD.T + self.a_F, x_ND @ self.beta_D + self.beta_1
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Predictor`."""
+        return self.A_FD.shape[1] or None
+
     def predict(self, data: Recorded) -> Prediction:
         """Of every row."""
         demand_NF, difficulty_N = self._items(vectors_of(data, self.A_FD.shape[1], "irt").astype(float))

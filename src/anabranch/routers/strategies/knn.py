@@ -83,6 +83,11 @@ class Knn(Predictor, kind="knn"):
             return self._index.search(vector_QD, k, max(self.config.ef, k))
         return top_k(vector_QD @ self.vector_ND.T if len(vector_QD) > 1 else (self.vector_ND @ vector_QD[0])[None], k)
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Predictor`."""
+        return self.vector_ND.shape[1] or None
+
     def predict(self, data: Recorded) -> Prediction:
         """Of every row, some thousand at a time."""
         vector_QD = vectors_of(data, self.vector_ND.shape[1], "knn")

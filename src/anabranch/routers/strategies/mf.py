@@ -88,6 +88,11 @@ class MatrixFactorisation(Kept, Predictor, kind="mf"):
                 adam.step(loss_and_gradients(parameters, x_BD, battles.winner_B[at], battles.loser_B[at])[1])
         return parameters
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Predictor`."""
+        return self.delta_MD.shape[1] or None
+
     def predict(self, data: Recorded) -> Prediction:
         """Of every row."""
         vector_ND = vectors_of(data, self.delta_MD.shape[1], "mf").astype(float)

@@ -83,6 +83,11 @@ class Mlp(Kept, Predictor, kind="mlp"):
             "b_M": np.log(mean_M / (1 - mean_M)),
         }
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Predictor`."""
+        return self.V_HD.shape[1] or None
+
     def predict(self, data: Recorded) -> Prediction:
         """Of every row."""
         x_ND = vectors_of(data, self.V_HD.shape[1], "mlp").astype(float)

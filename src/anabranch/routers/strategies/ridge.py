@@ -64,6 +64,11 @@ class Ridge(Kept, Predictor, kind="ridge"):
             self.cost_floor_M = np.where(np.isfinite(lowest_NM), lowest_NM, np.nan)
         return self
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Predictor`."""
+        return self.beta_MD.shape[1] or None
+
     def predict(self, data: Recorded) -> Prediction:
         """Of every row."""
         vector_ND = vectors_of(data, self.beta_MD.shape[1], "ridge").astype(float)

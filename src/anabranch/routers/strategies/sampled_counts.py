@@ -155,6 +155,11 @@ class Counting(Strategy):
         return bool(self.encoder)
 
     @property
+    def learned_dim(self) -> int | None:
+        """See `Strategy`."""
+        return self.encoder.dim
+
+    @property
     def learns_vectors(self) -> bool:  # type: ignore[override]
         """See the config."""
         return bool(self.config.difficulty)

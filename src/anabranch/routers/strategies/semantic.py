@@ -87,6 +87,11 @@ class Semantic(Strategy, kind="semantic"):
         self.threshold_R = np.array([config.threshold if r.threshold is None else r.threshold for r in config.routes])
         self.example_ED, self.route_E = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
 
+    @property
+    def learned_dim(self) -> int | None:
+        """See `Strategy`."""
+        return self.example_ED.shape[1] or None
+
     def connect(self, *, embed: Embed | None = None) -> None:
         """Embed the utterances of the config. Vectors that were read from a file stay."""
         if embed is None or not self.config.routes or len(self.route_E):
