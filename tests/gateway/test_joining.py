@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from anabranch.cli.main import main
-from anabranch.errors import InputError
+from anabranch.errors import DataError, InputError
 from anabranch.gateway.config import load_config
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.learning import joining
@@ -18,8 +19,10 @@ from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.fitted import MANIFEST, FittedRouter, save_folder
 from anabranch.routers.joining import joined
 from anabranch.routers.money import Price
+from anabranch.routers.strategies.irt import ItemResponse
 from gateway_process import call, served
 from made_outcomes import MODELS, made_outcomes, write_outcomes
+from odd_errors import UNUSUAL
 
 EMBEDDER = Hashed.Config(dim=64)
 FIELDS = {"irt": {"epochs": 30, "dim": 4}, "coe": {"head": "knn", "refresh_every": 4}, "graph": {"mode": "plus"}}
@@ -249,6 +252,84 @@ def test_who_asks_for_what_cannot_be_is_told_and_nothing_is_written(place):
 
     run(work)
     assert {path.name: path.read_bytes() for path in (place / "routers").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DataError("a score is 7; bring all to that scale"), "a score is 7; bring all to that scale"),
+        *((one("by irt"), one.__name__) for one in (ValueError, KeyError, *UNUSUAL)),
+    ],
+)
+def test_one_strategy_that_fails_to_take_a_model_keeps_no_other_from_it(place, monkeypatch, caplog, error, told):
+    """Scores beyond the scale of one, or an error of whoever wrote it: the rest knows the model, and the answer says which does not."""
+
+    def fail(self, model, shots=None):
+        raise error
+
+    monkeypatch.setattr(ItemResponse, "join", fail)
+
+    async def work():
+        async with Gateway(load_config(place / "gateway.toml")) as gateway:
+            done = await gateway.add_model("large", outcomes=best_of_all())
+            await gateway.reload(gateway.config)
+            assert (done.strategies, sorted(done.refused)) == (("coe",), ["irt", "knn"])
+            assert told in done.refused["irt"]
+            assert done.files == (str(place / "routers" / "coe.safetensors"),)
+            assert (await went(gateway, "coe"))[0] == "large"
+            with pytest.raises(InputError, match="strategy irt: "):
+                await gateway.add_model("large", strategies=["irt"], outcomes=best_of_all())
+
+    run(work)
+    assert "model large does not join strategy irt: " in caplog.text
+
+
+def test_scores_beyond_the_scale_of_one_strategy_are_no_affair_of_the_others(place):
+    some = best_of_all()
+    done = run(
+        lambda: join(
+            None, load_config(place / "gateway.toml"), "large", outcomes=replace(some, score_NM=7 * some.score_NM)
+        )
+    )
+    assert done.strategies == ("coe",)
+    assert "is 7; scores must lie from 0 to 1: bring all to that scale, or fit irt again" in done.refused["irt"]
+
+
+@pytest.mark.parametrize("where", ["read", "write", "carry"])
+def test_a_router_that_cannot_be_read_or_written_keeps_no_other_from_a_model(place, monkeypatch, caplog, where):
+    text = write(place, MODELS, kinds=("irt", "coe")).read_text()
+    apart = place / "apart.safetensors"
+    apart.write_bytes((place / "routers" / "irt.safetensors").read_bytes())
+    (place / "gateway.toml").write_text(text.replace(f'router = "{place}/routers"', f'router = "{apart}"', 1))
+    config = load_config(place / "gateway.toml")
+    inner, carry = joining.save_joined, joining._carry_over
+
+    def save(router, path):
+        if path == apart and where == "write":
+            raise OSError("no space left on device")
+        inner(router, path)
+
+    async def carry_over(store, config, name, *rest):
+        if name == "irt" and where == "carry":
+            raise OSError("the store cannot be written")
+        await carry(store, config, name, *rest)
+
+    monkeypatch.setattr(joining, "save_joined", save)
+    monkeypatch.setattr(joining, "_carry_over", carry_over)
+
+    async def work():
+        async with Gateway(config) as gateway:
+            if where == "read":
+                apart.unlink()
+            return await gateway.add_model("large", outcomes=best_of_all())
+
+    done = run(work)
+    if where == "carry":
+        assert (sorted(done.strategies), done.refused) == (["coe", "irt"], {})
+        assert "strategy irt knows large now, and what it learned is left behind: the store" in caplog.text
+        return
+    assert (done.strategies, done.files) == (("coe",), (str(place / "routers" / "coe.safetensors"),))
+    assert ("no space left" if where == "write" else str(apart)) in done.refused["irt"]
 
 
 def test_a_running_server_is_told_by_command_and_serves_it_at_once(place, capsys):

@@ -206,8 +206,22 @@ def test_a_scale_that_is_none_is_refused_when_it_is_made(kind):
 
 def test_a_model_that_joins_irt_has_scores_of_the_same_scale():
     learned = fitted("irt", DATA).predictor
-    with pytest.raises(DataError, match="scores must lie from 0 to 1"):
+    advice = r"bring all to that scale, or fit irt again with one that has it \(scale\)"
+    with pytest.raises(DataError, match=rf"is 7; scores must lie from 0 to 1: {advice}"):
         learned.add_model("new", replace(with_score(7.0).only([DATA.models[1]]), models=("new",)))
+
+
+def test_a_model_joins_an_irt_of_before_there_were_scales_whatever_its_scores():
+    """Its span is of the scores it saw: a right answer beside ones of 0.9 was refused, with the advice to set what was not there."""
+
+    def placed(score_NM):
+        learned = fitted("irt", DATA).predictor
+        learned.span_2 = np.array([0.2, 0.9])
+        one = replace(DATA.only([DATA.models[1]]), models=("new",), score_NM=score_NM)
+        return learned.add_model("new", one).theta_MF[-1]
+
+    score_NM = np.random.default_rng(3).uniform(0, 1, (len(DATA), 1))
+    np.testing.assert_array_equal(placed(score_NM), placed(np.clip(score_NM, 0.2, 0.9)))
 
 
 def test_ic_cache_takes_no_score_for_another():

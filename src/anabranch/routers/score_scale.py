@@ -15,11 +15,15 @@ from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.routers.contract.dataset import Recorded
 
-__all__ = ["UNIT", "Scale", "ScoreScale", "range_of", "unit_score"]
+__all__ = ["BRING", "UNIT", "Scale", "ScoreScale", "range_of", "unit_score"]
 
 # Scores of the worst and the best answer, as a config has them.
 Scale = tuple[float, ...]
 UNIT: Scale = (0.0, 1.0)
+
+# What to do about a score beyond it: of whoever has a setting for the scale, and of others.
+SAY_IT = "mend it, or say the scale of all (scale, the worst and the best score)"
+BRING = "bring all to that scale"
 
 # Of a scale: means of scores may be rounded, and scores kept as float32 are, to 6e-8 of themselves at each step.
 SLACK = 1e-6
@@ -62,13 +66,8 @@ class ScoreScale:
         slack = SLACK * (self.high - self.low)
         return np.asarray((score_NM < self.low - slack) | (score_NM > self.high + slack))
 
-    def beyond(self, data: Recorded, row: int, model: str, score: float, *, can_be_said: bool = True) -> DataError:
-        """What to raise for a score beyond it, of a row of the outcomes."""
-        advice = (
-            "mend it, or say the scale of all (scale, the worst and the best score)"
-            if can_be_said
-            else "bring all to that scale"
-        )
+    def beyond(self, data: Recorded, row: int, model: str, score: float, *, advice: str = SAY_IT) -> DataError:
+        """What to raise for a score beyond it, of a row of the outcomes; ``advice`` says what to do."""
         # Its place among these rows says nothing: they may be a part that was drawn.
         where = f" (line {data.line[row]:,} of the file)" if data.line else ""
         return DataError(
@@ -76,23 +75,16 @@ class ScoreScale:
             f"{_exact(self.low)} to {_exact(self.high)}: {advice}"
         )
 
-    def check(self, data: Recorded, *, can_be_said: bool = True) -> None:
-        """Raises DataError, see `beyond`, for a score of outcomes beyond it.
-
-        Args:
-            data: the outcomes.
-            can_be_said: whether who gave them has a setting for the scale.
-        """
+    def check(self, data: Recorded, *, advice: str = SAY_IT) -> None:
+        """Raises DataError, see `beyond`, for a score of outcomes beyond it."""
         beyond_NM = self.is_beyond(data.score_NM)
         if beyond_NM.any():
             row, column = np.argwhere(beyond_NM)[0]
-            raise self.beyond(
-                data, int(row), data.models[column], float(data.score_NM[row, column]), can_be_said=can_be_said
-            )
+            raise self.beyond(data, int(row), data.models[column], float(data.score_NM[row, column]), advice=advice)
 
-    def shares_of(self, data: Recorded, *, can_be_said: bool = True) -> np.ndarray:
+    def shares_of(self, data: Recorded, *, advice: str = SAY_IT) -> np.ndarray:
         """All scores of outcomes, from 0 to 1, ``[N, M]``. As `check`."""
-        self.check(data, can_be_said=can_be_said)
+        self.check(data, advice=advice)
         return np.clip(self.shares(data.score_NM), 0.0, 1.0)
 
 

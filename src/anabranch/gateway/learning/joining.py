@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from anabranch.errors import InputError
+from anabranch.errors import AnabranchError, InputError
 from anabranch.gateway.config import GatewayConfig
 from anabranch.gateway.config.prices import model_price
 from anabranch.gateway.decide import load_router
@@ -21,7 +21,7 @@ from anabranch.gateway.lane import made_of
 from anabranch.gateway.learning.kept import Kept
 from anabranch.gateway.learning.kept_bytes import packed_part, read_part
 from anabranch.gateway.learning.services import LearningServices
-from anabranch.gateway.logged_error import words
+from anabranch.gateway.logged_error import plain, words
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import NOBODY, LearnedRow
 from anabranch.routers.contract.dataset import Recorded
@@ -115,8 +115,9 @@ async def join(
         strategies: by their names; empty for all that serve fitted routers.
         outcomes: that hold a column of it.
 
-    Raises InputError for a model or a strategy that the config does not have, outcomes without it, or where no router takes it; then
-    nothing is written.
+    A strategy whose router cannot be read, does not take it, or cannot be written is among ``refused``, and keeps no other from it.
+
+    Raises InputError for a model or a strategy that the config does not have, outcomes without it, or where no router takes it.
     """
     model = _model(config, name)
     fitted = {one: settings.router for one, settings in config.strategies.items() if settings.router is not None}
@@ -137,27 +138,54 @@ async def _join(
     store: Store | None, config: GatewayConfig, model: Model, names: Sequence[str], outcomes: Recorded | None
 ) -> Joined:
     refused: dict[str, str] = {}
+    before: dict[str, tuple[FittedRouter, str]] = {}
     files: dict[Path, FittedRouter] = {}
-    taken: list[str] = []
+    paths: dict[str, Path] = {}
     # All of them before the first is written.
-    before = {one: await in_thread(_served, config, one) for one in names}
     for one in names:
         try:
+            served = await in_thread(_served, config, one)
             path = await in_thread(file_of, str(config.strategies[one].router), one)
             if path not in files:
                 files[path] = await in_thread(lambda: joined(FittedRouter.load(path), model, outcomes))  # noqa: B023
-            taken.append(one)
-        except InputError as error:
-            refused[one] = words(error)
-    if not taken:
-        raise InputError("; ".join(f"strategy {one}: {why}" for one, why in refused.items()))
+        except Exception as error:
+            refused[one] = _told(one, model, error)
+        else:
+            before[one], paths[one] = served, path
     for path, router in files.items():
-        await in_thread(save_joined, router, path)
-    for one in taken:
+        try:
+            await in_thread(save_joined, router, path)
+        except Exception as error:
+            for one in [one for one, its in paths.items() if its == path]:
+                del paths[one]
+                refused[one] = _told(one, model, error)
+    if not paths:
+        raise InputError("; ".join(f"strategy {one}: {why}" for one, why in refused.items()))
+    for one in paths:
         if store is None:
             break
-        await _carry_over(store, config, one, before[one], model, outcomes)
-    return Joined(strategies=tuple(taken), refused=refused, files=tuple(map(str, files)))
+        try:
+            await _carry_over(store, config, one, before[one], model, outcomes)
+        except Exception as error:
+            logger.warning(
+                "strategy %s knows %s now, and what it learned is left behind: %s",
+                one,
+                model.name,
+                words(error),
+                exc_info=error,
+            )
+    written = tuple(str(path) for path in files if path in paths.values())
+    return Joined(strategies=tuple(paths), refused=refused, files=written)
+
+
+def _told(name: str, model: Model, error: Exception) -> str:
+    """Why a strategy does not know the model, whoever wrote it; the log has it too."""
+    raised = plain(error)
+    is_ours = isinstance(raised, AnabranchError | OSError)
+    logger.warning(
+        "model %s does not join strategy %s: %s", model.name, name, words(raised), exc_info=None if is_ours else raised
+    )
+    return words(raised) if is_ours else f"{type(raised).__name__}: {words(raised)}"
 
 
 def _model(config: GatewayConfig, name: str) -> Model:

@@ -35,7 +35,7 @@ from anabranch.routers.ic_cache.pool import ExamplePool
 from anabranch.routers.ic_cache.records import Arm, Routed, shortened
 from anabranch.routers.ic_cache.router import Choice
 from anabranch.routers.money import dollars
-from anabranch.routers.score_scale import ScoreScale
+from anabranch.routers.score_scale import BRING, ScoreScale
 
 # Prompt and answer by which models' prices are compared.
 TYPICAL_TOKENS = (500, 250)
@@ -342,7 +342,7 @@ class ICCacheRouting(Strategy, kind="ic_cache"):
         """
         if data.vector_ND is None:
             raise InputError(f"{self.name} learns from vectors; embed the data first")
-        share_NM = ScoreScale().shares_of(data, can_be_said=False)
+        share_NM = ScoreScale().shares_of(data, advice=BRING)
         mean_M = np.ones(len(data.models)) if data.cost_NM is None else np.nan_to_num(_mean_cost(data.cost_NM))
         arms = [self._arm(name, float(cost)) for name, cost in zip(data.models, mean_M, strict=True)]
         cache = self.cache = self._make(arms, data.vector_ND.shape[1])

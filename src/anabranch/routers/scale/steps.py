@@ -17,7 +17,7 @@ from anabranch.bounds import shown_json
 from anabranch.errors import DataError
 from anabranch.files import parse_json
 from anabranch.routers.contract.dataset import Recorded
-from anabranch.routers.score_scale import ScoreScale, unit_score
+from anabranch.routers.score_scale import BRING, ScoreScale, unit_score
 from anabranch.text_lines import read_lines
 
 TEXTS = ("step", "text", "query", "question")
@@ -77,7 +77,7 @@ class Steps:
         rows = np.flatnonzero(np.isfinite(known.score_NM).all(1))
         if not len(rows):
             raise DataError(f"no row has a score of {' and of '.join(known.models)}")
-        score_NM = ScoreScale().shares_of(known.take(rows), can_be_said=False)
+        score_NM = ScoreScale().shares_of(known.take(rows), advice=BRING)
         texts = tuple(known.query[row] for row in rows)
         return cls(texts, score_NM[:, 0], None if system2 is None else score_NM[:, 1])
 

@@ -23,7 +23,7 @@ from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Model, Query
 from anabranch.routers.contract.strategy import Facts
 from anabranch.routers.logistic import cross_entropy, fit_logistic, sigmoid
-from anabranch.routers.score_scale import UNIT, Scale, ScoreScale
+from anabranch.routers.score_scale import BRING, UNIT, Scale, ScoreScale
 from anabranch.routers.strategies.adam import Parameters, fitted, held_back
 from anabranch.routers.strategies.knn import one_vector
 from anabranch.routers.strategies.training import Kept, closed, means, training_set, vector_of, vectors_of
@@ -102,7 +102,7 @@ class ItemResponse(Kept, Predictor, kind="irt"):
         if not len(rows):
             raise DataError(f"irt cannot place {name!r} without a score of it")
         demand_NF, difficulty_N = self._items(vectors_of(own.take(rows), self.A_FD.shape[1], "irt").astype(float))
-        label_N = ScoreScale(*self.span_2).shares_of(own)[rows, 0]
+        label_N = self._joining(own)[rows, 0]
         theta_F = fit_logistic(
             demand_NF, label_N, offset_N=-difficulty_N, prior_D=self.theta_MF.mean(0), penalty=self.config.new_penalty
         )
@@ -120,6 +120,17 @@ class ItemResponse(Kept, Predictor, kind="irt"):
         if shots is None:
             raise InputError(f"irt places a model by its scores; give outcomes of {model.name!r}")
         self.add_model(model.name, shots)
+
+    def _joining(self, own: Recorded) -> np.ndarray:
+        """Scores of a model that joins, from 0 to 1.
+
+        What was fitted before there was a scale to say has the span of the scores it saw instead, which says nothing of others: those
+        beyond it count as its ends.
+        """
+        span = ScoreScale(*self.span_2)
+        if span == ScoreScale.of(self.config.scale):
+            return span.shares_of(own, advice=f"{BRING}, or fit irt again with one that has it (scale)")
+        return np.clip(span.shares(own.score_NM), 0.0, 1.0)
 
     def _items(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return x_ND @ self.A_FD.T + self.a_F, x_ND @ self.beta_D + self.beta_1
