@@ -7,15 +7,18 @@ import sqlite3
 import numpy as np
 import pytest
 
+from anabranch.errors import CheckpointError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LogConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.learning.kept_bytes import packed_part
+from anabranch.gateway.learning.kept_bytes import packed_part, read_part
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import learned
 from anabranch.routers.contract.query import Outcome, Query
 from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.fitted import VERSION, packed
 from anabranch.routers.money import Price
 from anabranch.routers.strategies import make
+from anabranch.routers.strategies.shared_bandit import Pooled
 
 NAMES = ("small", "large")
 RIGHT, WRONG = 8, 3
@@ -137,6 +140,64 @@ def test_a_row_that_comes_while_it_runs_is_left_out(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert asyncio.run(work()) == 2 + 2 * 2 + 5 + 1
     assert caplog.text.count("is left out: it is of vectors of 3 dimensions") == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no row",
+        packed({}, {"version": VERSION}, "s"),
+        packed({}, {"version": VERSION, "facts": None}, "s"),
+        packed({}, {"version": VERSION, "facts": "{"}, "s"),
+        packed({}, {"version": VERSION, "facts": "[" * 99_999}, "s"),
+        packed({}, {"version": VERSION, "facts": "[]"}, "s"),
+        packed({}, [VERSION], "s"),
+        packed({}, {"version": VERSION + 1}, "s"),
+    ],
+)
+def test_a_row_that_is_damaged_is_told_as_that_whatever_is_wrong_with_it(body):
+    """What looks at rows takes this error for a damaged one, and no other."""
+    with pytest.raises(CheckpointError, match="version 3"):
+        read_part(body, "version 3")
+
+
+def test_a_damaged_row_is_passed_over_and_a_fault_of_the_strategy_is_told(tmp_path, monkeypatch, caplog):
+    """Any error of a row was taken for damage; one that only the strategy met was told by nobody, or kept the others from being read."""
+    inner, path = Pooled.vector_dim, tmp_path / "g.db"
+
+    def vector_dim(self, arrays, facts):
+        dim = inner(self, arrays, facts)
+        if dim == WRONG:
+            raise KeyError("by the strategy")
+        return dim
+
+    async def others():
+        async with Gateway(config(path)) as gateway:
+            await put(gateway, "dead.1", learned_from(WRONG, 4))
+            await put(gateway, "dead.2", learned_from(RIGHT, 6))
+            row = learned.LearnedRow(
+                strategy="s",
+                made=gateway.runtime.decider.lanes["s"].made,
+                writer="dead.3",
+                kind="linucb",
+                version=1,
+                ts_us=1,
+                body=b"no row",
+            )
+            await gateway.store.change(lambda connection: learned.put_learned(connection, row, None))
+
+    async def life():
+        async with Gateway(config(path)) as gateway:
+            return await use(gateway, range(3))
+
+    asyncio.run(others())
+    monkeypatch.setattr(Pooled, "vector_dim", vector_dim)
+    with caplog.at_level(logging.WARNING):
+        assert asyncio.run(life()) == 6 + 3
+    assert "strategy s cannot say of which vectors it learned what is kept as version" in caplog.text
+    # Nothing was put away: no row is of another make.
+    assert sqlite3.connect(path).execute("SELECT count(DISTINCT made) FROM learned").fetchone() == (1,)
 
 
 def test_an_embedder_that_does_not_say_its_dimensions_is_compared_with_nothing(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import AnabranchError, CheckpointError, DataError, InputError
 from anabranch.files import atomic_folder, atomic_write, atomic_write_json, check_holds_only, parse_json
@@ -331,7 +332,12 @@ def unpacked(data: bytes, name: str) -> tuple[Arrays, dict[str, Any]]:
         raise CheckpointError(f"{name} is no router of ours: it lacks the field {_FIELD}")
     if metadata.get("digest") != digest_of(tensors, text):
         raise CheckpointError(f"{name} was changed or damaged: its content does not match its digest")
-    content = parse_json(text)
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{name} is damaged or no router: what it says of itself is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name} is damaged or no router: it says of itself {shown(content)}, which is no table")
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{name} is of version {content.get('version')}; this version of anabranch reads {VERSION}"

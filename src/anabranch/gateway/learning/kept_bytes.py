@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from anabranch.bounds import shown
+from anabranch.errors import CheckpointError
 from anabranch.gateway.logged_error import words
 from anabranch.gateway.store.learned import LearnedRow
 from anabranch.routers.contract.strategy import Arrays, Example, Facts
@@ -34,7 +36,13 @@ def packed_part(part: Part, name: str) -> bytes:
 def read_part(body: bytes, name: str) -> Part:
     """The opposite. Raises CheckpointError, which begins with ``name``, for what is damaged."""
     arrays, content = unpacked(body, name)
-    return arrays, json.loads(content["facts"])
+    try:
+        facts = json.loads(content["facts"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} holds no facts that can be read ({type(error).__name__})") from None
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"the facts of {name} are {shown(facts)}; they must be a table")
+    return arrays, facts
 
 
 def example_rows(examples: Sequence[Example]) -> list[tuple[str, str, bytes]]:

@@ -9,9 +9,9 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from anabranch.errors import DataError
+from anabranch.errors import CheckpointError, DataError
 from anabranch.gateway.learning.kept_bytes import Part, part_of
-from anabranch.gateway.logged_error import words
+from anabranch.gateway.logged_error import plain, words
 from anabranch.gateway.store import Store, learned
 from anabranch.gateway.store.learned import LearnedRow
 from anabranch.routers.contract.strategy import Strategy
@@ -82,11 +82,20 @@ def _odd(lane: "Lane", rows: Sequence[LearnedRow], dim: int) -> list[tuple[Learn
     for row in rows:
         try:
             part = part_of(row)
-        except Exception as error:
+        except CheckpointError as error:
             logger.debug("a row of strategy %s cannot be read: %s", lane.name, words(error))
             continue
         try:
             fitting(lane, dim, part)
         except DataError as error:
             found.append((row, words(error)))
+        except Exception as error:
+            # The strategy's own fault, which no other row has to stand for.
+            logger.error(
+                "strategy %s cannot say of which vectors it learned what is kept as %s; that stays as it is: %s",
+                lane.name,
+                f"version {row.version}",
+                words(error),
+                exc_info=plain(error),
+            )
     return found
