@@ -406,7 +406,7 @@ def test_a_counter_that_cannot_count_leaves_an_estimate(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "given", [*(failing_with(error) for error in ERRORS), lambda self: "no", lambda self: None, lambda self: 1]
+    "given", [*(failing_with(error) for error in ERRORS), lambda self: "no", lambda self: None, lambda self: 2]
 )
 def test_a_provider_that_cannot_say_whether_it_has_failed_takes_no_server_out(tmp_path, monkeypatch, caplog, given):
     async def main():

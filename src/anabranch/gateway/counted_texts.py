@@ -9,9 +9,9 @@ more than what was counted, for each cut.
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
+from anabranch.gateway.plain_values import said, whole_of
 from anabranch.gateway.prompt_tokens import BYTES_PER_TOKEN, Counter, PromptCount
 from anabranch.web.large_json import num_bytes
 from anabranch.web.turns import plainly
@@ -41,12 +41,14 @@ class UncountedError(ValueError):
 def counted_by_others(counter: Counter, text: str) -> int:
     """Tokens of ``text`` as ``counter`` says. Raises UncountedError where it raises whatever, or gives what they cannot be."""
     try:
-        found = plainly(lambda: counter(text))
+        given = plainly(lambda: counter(text))
+        found = plainly(lambda: whole_of(given))
     except Exception as error:
         raise UncountedError(type(error).__name__) from error
-    if not isinstance(found, Integral) or isinstance(found, bool) or not 0 <= int(found) <= num_bytes(text) + MARKS:
-        raise UncountedError(f"{found!r:.40} tokens" if type(found) in (int, float) else type(found).__name__)
-    return int(found)
+    most = num_bytes(text) + MARKS
+    if found is None or not 0 <= found <= most:
+        raise UncountedError(f"{said(given)} is no number of tokens from 0 to {most:,}")
+    return found
 
 
 class Texts:

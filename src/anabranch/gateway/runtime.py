@@ -20,6 +20,7 @@ from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.dispatcher import close_providers
 from anabranch.gateway.dispatch_settings import groups_of, rules_of
 from anabranch.gateway.logged_error import raised, words
+from anabranch.gateway.plain_values import said, truth_of
 from anabranch.gateway.prompt_tokens import Counter
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.contract.strategy import Metrics, Strategy
@@ -167,15 +168,16 @@ def _dispatcher(config: GatewayConfig, previous: Dispatcher | None) -> Dispatche
 def _has_failed(live: Live) -> bool:
     """What its provider says. One that cannot say so takes no server out: whether it answers is seen when it is asked."""
     try:
-        found = plainly(lambda: live.provider.has_failed)
+        given = plainly(lambda: live.provider.has_failed)
+        found = plainly(lambda: truth_of(given))
     except Exception as error:
         logger.warning("the provider of deployment %s cannot say whether it has failed: %s", live.name, raised(error))
         return False
-    if not isinstance(found, bool):
+    if found is None:
         logger.warning(
-            "the provider of deployment %s says neither that it has failed nor that it has not: has_failed is %s",
+            "the provider of deployment %s says neither that it has failed nor that it has not: has_failed is %s; it must be true or false",
             live.name,
-            type(found).__name__,
+            said(given),
         )
     return found is True
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from anabranch.gateway.dispatch.outgoing import outgoing
 from anabranch.gateway.logged_error import raised
+from anabranch.gateway.plain_values import said, whole_of
 from anabranch.gateway.prompt_tokens import PromptCount
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest, Usage
-from anabranch.web.turns import in_task
+from anabranch.gateway.providers.usage import TOKENS
+from anabranch.web.turns import in_task, plainly
 
 if TYPE_CHECKING:
     from anabranch.gateway.dispatch.deployment_state import Live
@@ -66,8 +68,17 @@ async def _of(runtime: "Runtime", live: "Live", request: UpstreamRequest, sender
         return None
     call.sender = sender
     try:
-        found = await in_task(lambda: count(call))
+        given = await in_task(lambda: count(call))
+        found = plainly(lambda: whole_of(given))
     except Exception as error:
         logger.warning("the provider of deployment %s cannot count a prompt: %s", live.name, raised(error))
         return None
-    return found if isinstance(found, int) and found >= 0 else None
+    if given is not None and (found is None or not 0 <= found <= TOKENS):
+        logger.warning(
+            "the provider of deployment %s cannot count a prompt: %s is no number of tokens from 0 to %d",
+            live.name,
+            said(given),
+            TOKENS,
+        )
+        return None
+    return found

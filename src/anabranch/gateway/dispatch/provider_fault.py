@@ -7,10 +7,11 @@ that is none of the vocabulary, or a time without end, would break that off in t
 import logging
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, TypeVar, get_args
 
 from anabranch.gateway.logged_error import plain
+from anabranch.gateway.plain_values import said, truth_of, whole_of
 from anabranch.gateway.providers.error_body import MESSAGE_LETTERS, RETRY_AFTER_S, WORD_LETTERS
 from anabranch.gateway.providers.provider import Failure, FailureKind, Headers, Provider, UpstreamError
 from anabranch.gateway.providers.vocabulary import Hint
@@ -66,9 +67,9 @@ def _failure(given: Any) -> Failure:
     """The same, of plain values. Raises OddFailureError."""
     if not isinstance(given, Failure):
         raise OddFailureError(f"a failure is {type(given).__name__}; it must be a Failure")
-    crowded = given.is_crowded
-    if not isinstance(crowded, bool):
-        raise OddFailureError(f"is_crowded of a failure is {_said(crowded)}; it must be True or False")
+    crowded = truth_of(given.is_crowded)
+    if crowded is None:
+        raise OddFailureError(f"is_crowded of a failure is {said(given.is_crowded)}; it must be True or False")
     message = _text("message", given.message, LETTERS)
     if message is None:
         raise OddFailureError("message of a failure is None; it must be a text")
@@ -89,34 +90,29 @@ def _failure(given: Any) -> Failure:
 def _word(name: str, given: Any, known: Sequence[T]) -> T:
     found = [word for word in known if word == given] if isinstance(given, str) else []
     if not found:
-        raise OddFailureError(f"{name} of a failure is {_said(given)}; it must be one of {', '.join(known)}")
+        raise OddFailureError(f"{name} of a failure is {said(given)}; it must be one of {', '.join(known)}")
     return found[0]
 
 
 def _text(name: str, given: Any, letters: int) -> str | None:
     if given is not None and not isinstance(given, str):
-        raise OddFailureError(f"{name} of a failure is {_said(given)}; it must be a text")
+        raise OddFailureError(f"{name} of a failure is {said(given)}; it must be a text")
     return None if given is None else given[:letters]
 
 
 def _status(given: Any) -> int | None:
     if given is None:
         return None
-    if not isinstance(given, Integral) or isinstance(given, bool) or int(given) not in STATUSES:
+    status = whole_of(given)
+    if status not in STATUSES:
         allowed = f"{STATUSES[0]} to {STATUSES[-1]}"
-        raise OddFailureError(f"status of a failure is {_said(given)}; it must be a whole number from {allowed}")
-    return int(given)
+        raise OddFailureError(f"status of a failure is {said(given)}; it must be a whole number from {allowed}")
+    return status
 
 
 def _seconds(given: Any) -> float | None:
     if given is None:
         return None
     if not isinstance(given, Real) or isinstance(given, bool) or not math.isfinite(given) or given < 0:
-        raise OddFailureError(f"retry_after_s of a failure is {_said(given)}; it must be seconds from 0, or None")
+        raise OddFailureError(f"retry_after_s of a failure is {said(given)}; it must be seconds from 0, or None")
     return min(float(given), RETRY_AFTER_S)
-
-
-def _said(given: Any) -> str:
-    """It may be long, and its author says how it is written: numbers and short words alone are quoted."""
-    is_plain = type(given) in (bool, int, float, str)
-    return repr(given)[:60] if is_plain else f"a {type(given).__name__}"

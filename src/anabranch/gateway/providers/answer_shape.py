@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from anabranch.gateway.plain_values import whole_of
 from anabranch.gateway.providers.provider import WRITES, Answer, Provider, UpstreamRequest, estimated, garbage
 from anabranch.gateway.providers.usage import TOKENS, Usage, is_untold
 from anabranch.routers.contract.choices import are_objects, wrong_choices
@@ -28,7 +29,7 @@ def read_answer(provider: Provider, request: UpstreamRequest, body: bytes) -> An
         what = wrong_choices(answer.body.get("choices"), is_chat=request.endpoint == "chat", is_passed_on=True)
     if what:
         raise garbage(f"an answer whose {what}", body)
-    usage = answer.usage
+    answer.usage = usage = plainly(lambda: _of_ints(answer.usage))
     if not _can_be(usage):
         answer.usage = estimated(request, answer.body)
     elif not usage.prompt:
@@ -56,6 +57,13 @@ def _text_bytes(body: Mapping[str, Any]) -> int:
         )
         texts += [one.get("arguments") for one in functions if isinstance(one, dict)]
     return sum(num_bytes(text) for text in texts if isinstance(text, str))
+
+
+def _of_ints(usage: Usage) -> Usage:
+    """With integers of Python's for counts that equal one; what does not stays."""
+    odd = {name: whole_of(count) for name in _COUNTS if type(count := getattr(usage, name)) is not int}
+    known = {name: count for name, count in odd.items() if count is not None}
+    return replace(usage, **known) if known else usage  # type: ignore[arg-type]
 
 
 def _can_be(usage: Usage) -> bool:

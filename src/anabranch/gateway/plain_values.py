@@ -1,0 +1,49 @@
+"""Numbers and truths that code of others gives: taken where they equal one of Python's own, whichever library they are from."""
+
+from decimal import Decimal
+from numbers import Integral, Real
+from typing import Any
+
+from anabranch.bounds import shown
+
+__all__ = ["said", "truth_of", "whole_of"]
+
+
+def whole_of(value: Any) -> int | None:
+    """The integer that ``value`` equals (12, 12.0, a scalar of numpy, a tensor of one number); None for none, and for a truth.
+
+    What it asks of ``value`` is code of others: call it by `plainly`.
+    """
+    found = _scalar(value)
+    if isinstance(found, bool) or not isinstance(found, Real | Decimal):
+        return None
+    if isinstance(found, Integral):
+        return int(found)
+    number: Any = found
+    try:
+        whole = int(number)
+    except (ValueError, OverflowError):
+        # NaN and infinity.
+        return None
+    return whole if whole == number else None
+
+
+def truth_of(value: Any) -> bool | None:
+    """The truth that ``value`` equals (True, 1, a truth of numpy or a tensor of one); None for none. To be called as `whole_of`."""
+    found = _scalar(value)
+    if isinstance(found, bool):
+        return found
+    whole = whole_of(found)
+    return bool(whole) if whole in (0, 1) else None
+
+
+def said(value: Any) -> str:
+    """What it is, for a message. It may be long, and its author says how it is written: numbers and short words alone are quoted."""
+    is_plain = value is None or type(value) in (bool, int, float, str)
+    return shown(value)[:60] if is_plain else f"a {type(value).__name__}"
+
+
+def _scalar(value: Any) -> Any:
+    """What stands in an array without dimensions, as a number of Python's."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "shape", None) == () else value

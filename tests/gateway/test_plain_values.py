@@ -1,0 +1,179 @@
+"""Numbers and truths of code of others, of whatever kind: taken where they equal one, and refused clearly where they do not."""
+
+import asyncio
+import logging
+import math
+import sqlite3
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
+from anabranch.gateway.dispatch.provider_fault import checked
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.plain_values import said, truth_of, whole_of
+from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.providers.provider import Failure, UpstreamError, Usage
+from anabranch.routers.money import Price
+
+# Equal to the integer 12, as libraries give it; and what is none.
+TWELVES = [
+    12,
+    12.0,
+    np.int64(12),
+    np.uint8(12),
+    np.float32(12),
+    np.float64(12),
+    np.array(12),
+    Decimal(12),
+    Fraction(12),
+]
+NO_NUMBERS = [
+    12.5,
+    np.float32(12.5),
+    math.nan,
+    np.float64("inf"),
+    True,
+    np.True_,
+    "12",
+    b"12",
+    [12],
+    np.array([12]),
+    (),
+    -1,
+    -1.0,
+]
+NO_NUMBERS += [10**400, np.datetime64(12, "s"), 12 + 0j, Decimal("nan"), object()]
+TRUE = [True, np.True_, 1, 1.0, np.int8(1), np.array(True)]
+FALSE = [False, np.False_, 0, 0.0, np.int8(0), np.array(False)]
+NO_TRUTHS = ["yes", "", None, 2, -1, 0.5, math.nan, [], [True], np.array([True]), object()]
+
+
+ASKED = {"model": "m", "messages": [{"role": "user", "content": "some words"}]}
+
+
+def test_what_equals_a_number_or_a_truth():
+    for one in TWELVES:
+        assert (whole_of(one), type(whole_of(one)), truth_of(one)) == (12, int, None)
+    for one in NO_NUMBERS:
+        assert whole_of(one) in (None, -1, 10**400)
+    assert [truth_of(one) for one in TRUE] == [True] * len(TRUE)
+    assert [truth_of(one) for one in FALSE] == [False] * len(FALSE)
+    assert [truth_of(one) for one in NO_TRUTHS] == [None] * len(NO_TRUTHS)
+    assert [said(one) for one in (None, 12.5, "yes", np.float32(1), 10**5000)] == [
+        "None",
+        "12.5",
+        "'yes'",
+        "a float32",
+        "an integer of about 5001 digits",
+    ]
+
+
+class Raising:
+    """What cannot even be looked at."""
+
+    shape = ()
+
+    def item(self):
+        raise SystemExit
+
+
+class Counting(Mock, kind="counting"):
+    """Says of a prompt, of an answer and of itself what a test has it say."""
+
+    text = prompt = usage = 0
+    failed = crowded = False
+    status = None
+
+    @property
+    def has_failed(self):
+        return type(self).failed
+
+    async def prompt_tokens(self, call):
+        return type(self).prompt
+
+    def counter(self, text):
+        return type(self).text
+
+    def parse(self, request, body):
+        answer = super().parse(request, body)
+        answer.usage = Usage(type(self).usage, type(self).usage)
+        return answer
+
+
+def counting(tmp_path):
+    deployment = DeploymentConfig(provider=Counting.Config(model="m", tokens=4))
+    model = ModelConfig(name="m", max_tokens=50, price=Price.of_dollars(1, 1), deployments=(deployment,))
+    return GatewayConfig(models=(model,), require_key=False, store=str(tmp_path / "g.db"))
+
+
+def rows_of(tmp_path):
+    with sqlite3.connect(tmp_path / "g.db") as store:
+        return store.execute(
+            "SELECT prompt_tokens, completion_tokens, cost_nano, reserved_nano FROM ledger ORDER BY ts_us"
+        ).fetchall()
+
+
+@pytest.mark.parametrize("where", ["text", "prompt", "usage"])
+def test_counts_of_any_kind_that_equal_an_integer_are_that_and_others_are_none(tmp_path, monkeypatch, caplog, where):
+    """Of a text, of a prompt, of an answer: 12.0 was no number, and numpy's 12 was left out without a word."""
+
+    async def main(values):
+        async with asyncio.timeout(60), Gateway(counting(tmp_path)) as gateway:
+            for value in values:
+                monkeypatch.setattr(Counting, where, value)
+                await gateway.handle("chat", ASKED)
+                await gateway.settled()
+
+    monkeypatch.setattr(Counting, "text", 3)
+    monkeypatch.setattr(Counting, "prompt", None)
+    monkeypatch.setattr(Counting, "usage", 5)
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main(TWELVES))
+    taken = rows_of(tmp_path)
+    assert len(set(taken)) == 1
+    assert not caplog.text
+    if where == "usage":
+        assert taken[0][:2] == (12, 12)
+    # Of usage that is none the most is charged, without a word; what cannot be looked at is no answer.
+    odd = NO_NUMBERS if where == "usage" else [*NO_NUMBERS, Raising()]
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main(odd))
+    refused = rows_of(tmp_path)[len(taken) :]
+    assert set(refused).isdisjoint(taken)
+    if where != "usage":
+        assert len(set(refused)) == 1
+        assert caplog.text.count("count a ") == len(odd)
+
+
+def test_truths_of_any_kind_are_those_and_others_are_none(tmp_path, monkeypatch, caplog):
+    def given_up(gateway, value):
+        monkeypatch.setattr(Counting, "failed", value)
+        return gateway.runtime.given_up
+
+    async def main():
+        async with asyncio.timeout(60), Gateway(counting(tmp_path)) as gateway:
+            assert [given_up(gateway, one) for one in TRUE] == [["m"]] * len(TRUE)
+            assert [given_up(gateway, one) for one in FALSE] == [[]] * len(FALSE)
+            assert not caplog.text
+            assert [given_up(gateway, one) for one in [*NO_TRUTHS, Raising()]] == [[]] * (len(NO_TRUTHS) + 1)
+
+    asyncio.run(main())
+    assert caplog.text.count("has_failed is ") == len(NO_TRUTHS)
+    assert caplog.text.count("it must be true or false") == len(NO_TRUTHS)
+    assert caplog.text.count("cannot say whether it has failed") == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "equal"),
+    [
+        *(({"kind": "busy", "status": status}, "status", 503) for status in (503.0, np.int16(503), np.array(503))),
+        *(({"kind": "busy", "is_crowded": one}, "is_crowded", True) for one in TRUE),
+        *(({"kind": "busy", "is_crowded": one}, "is_crowded", False) for one in FALSE),
+    ],
+)
+def test_numbers_and_truths_of_a_failure_are_taken_likewise(fields, field, equal):
+    found = getattr(checked(UpstreamError(Failure(message="m", **fields))).failure, field)
+    assert (found, type(found)) == (equal, type(equal))
