@@ -60,3 +60,9 @@ def test_what_a_module_lacks_itself_is_said(tmp_path, monkeypatch):
     (tmp_path / "lacks_one.py").write_text("import what_is_not_there\n")
     with pytest.raises(ConfigError, match="No module named 'what_is_not_there'"):
         own_function("lacks_one:score", what="reward", called_with="a question")
+
+
+def test_a_module_that_ends_the_process_as_it_is_loaded(tmp_path):
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit('no licence')\n")
+    with pytest.raises(ConfigError, match=r"reward '.*leaves\.py:score' cannot be loaded: SystemExit: no licence"):
+        own_function(f"{tmp_path / 'leaves.py'}:score", what="reward", called_with="a question")

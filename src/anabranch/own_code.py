@@ -29,8 +29,8 @@ def own_function(name: str, *, what: str, called_with: str) -> tuple[Callable[..
     try:
         loaded = _module(module)
         found = getattr(loaded, attribute)
-    # Whatever code of a user's raises while it is loaded.
-    except Exception as error:
+    # Whatever code of a user's raises while it is loaded, or ends by.
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{what} {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"{what} {name!r} is a {type(found).__name__}; it must be called with {called_with}")

@@ -155,9 +155,9 @@ class Actor:
 
     def close(self) -> None:
         """Free the environments."""
-        if self._world is not None:
-            self._world.close()
-        self._world = None
+        world, self._world = self._world, None
+        if world is not None:
+            world.close()
 
     def open(self) -> World:
         """The environments, where they were after the last whole rollout."""

@@ -159,7 +159,7 @@ class Gymnasium(Environment, kind="gymnasium"):
         return ReplayedWorld(lambda: self.single(**drawing), num, seed=seed, first=first)
 
     def single(self, **drawing: Any) -> Any:
-        """One environment as gymnasium makes it. Raises ConfigError if it makes none of this name and these arguments."""
+        """One environment as gymnasium makes it. Raises ConfigError if it makes none of this name and these arguments, and why."""
         import gymnasium
 
         self.register()
@@ -169,8 +169,8 @@ class Gymnasium(Environment, kind="gymnasium"):
                 # One in the working folder as well, where gymnasium looks only if Python was started so.
                 own_module(package)
             return in_numbers(gymnasium.make(self.config.id, **self.config.arguments, **drawing))
-        except Exception as error:
-            # Its package and its constructor are somebody's code, which may fail with anything.
+        except (Exception, SystemExit) as error:
+            # Its package and its constructor are somebody's code, which may fail with anything, or want to end the process.
             raise ConfigError(f"environment.id is {self.config.id!r}: {_one_line(error)}") from None
 
     def register(self) -> None:
@@ -178,7 +178,9 @@ class Gymnasium(Environment, kind="gymnasium"):
 
     def frame(self, world: World) -> np.ndarray:
         """See `Environment`; the world must have been made with ``render_mode="rgb_array"``."""
-        picture = world.envs[0].render()  # type: ignore[attr-defined]
+        from anabranch.rl.replayed import ReplayedWorld
+
+        picture = world.drawn(0) if isinstance(world, ReplayedWorld) else None
         if not isinstance(picture, np.ndarray) or picture.ndim != 3:
             raise ConfigError(f"{self.config.id} draws no pictures (render_mode 'rgb_array')")
         return picture
@@ -301,4 +303,6 @@ def _pictured(picture_NXXX: np.ndarray) -> np.ndarray:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    told = " ".join(str(error).split())
+    # The code alone would tell nothing.
+    return f"SystemExit: {told}" if isinstance(error, SystemExit) else told or type(error).__name__

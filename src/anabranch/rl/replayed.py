@@ -36,8 +36,9 @@ class ReplayedWorld(VectorEnv):
     Attributes:
         envs: the environments.
 
-    An environment may tell numbers about an episode that has ended as ``info["outcome"]``, a dict. `reset`, `step` and `load_state_dict`
-    raise DataError, with the environment's number, for whatever it fails with, and for an observation that is not of its space's shape.
+    An environment may tell numbers about an episode that has ended as ``info["outcome"]``, a dict. To make a world and all that is done
+    with it raises DataError, with the environment's number, for whatever that fails with or ends by (``sys.exit``), and for an observation
+    that is not of its space's shape.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (gymnasium declares it so)
@@ -45,14 +46,24 @@ class ReplayedWorld(VectorEnv):
     def __init__(self, make: Callable[[], gymnasium.Env], num: int, *, seed: int, first: int = 0) -> None:
         if num < 1:
             raise ConfigError(f"{num} environments; there must be at least one")
-        self.envs = [make() for _ in range(num)]
-        self.num_envs = num
-        self.single_observation_space = self.envs[0].observation_space
-        self.single_action_space = self.envs[0].action_space
-        self.observation_space = batch_space(self.single_observation_space, num)
-        self.action_space = batch_space(self.single_action_space, num)
-        self.is_discrete = isinstance(self.single_action_space, gymnasium.spaces.Discrete)
         self._seed, self._first = seed, first
+        # What closing it fails with is no news then.
+        self._has_failed = False
+        self.envs: list[gymnasium.Env] = []
+        self.num_envs = num
+        try:
+            for _ in range(num):
+                self.envs.append(make())
+        except (Exception, SystemExit) as error:
+            self._give_up(len(self.envs), error)
+        try:
+            self.single_observation_space = self.envs[0].observation_space
+            self.single_action_space = self.envs[0].action_space
+            self.observation_space = batch_space(self.single_observation_space, num)
+            self.action_space = batch_space(self.single_action_space, num)
+        except (Exception, SystemExit) as error:
+            self._give_up(0, error)
+        self.is_discrete = isinstance(self.single_action_space, gymnasium.spaces.Discrete)
         self._episode_N = np.zeros(num, np.int64)
         self._done: list[list[Any]] = [[] for _ in range(num)]
 
@@ -96,10 +107,17 @@ class ReplayedWorld(VectorEnv):
 
     def _raise_failure(self, place: int, error: BaseException) -> NoReturn:
         """Say whose fault it is: environments are their authors', and one of them has failed."""
+        self._has_failed = True
         if isinstance(error, AnabranchError):
             raise error
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"environment {self._first + place} failed with {told}; mend it, and resume") from error
+
+    def _give_up(self, place: int, error: BaseException) -> NoReturn:
+        """It cannot be made: close what was, and say why not."""
+        self._has_failed = True
+        self.close()
+        self._raise_failure(place, error)
 
     def _check_seen(self, place: int, seen: Any) -> None:
         """Raise DataError for an observation that is not of its space: the network would fail with it, or learn from another one."""
@@ -171,7 +189,22 @@ class ReplayedWorld(VectorEnv):
                 )
         return seen
 
+    def drawn(self, place: int) -> Any:
+        """What an environment draws of itself, in the way that it was made to."""
+        try:
+            return self.envs[place].render()
+        except (Exception, SystemExit) as error:
+            self._raise_failure(place, error)
+
     def close_extras(self, **_: Any) -> None:
-        """Close the environments."""
-        for env in self.envs:
-            env.close()
+        """Close the environments, all of them. What the first to fail fails with is told, unless one has failed before."""
+        failed: list[tuple[int, BaseException]] = []
+        for place, env in enumerate(self.envs):
+            try:
+                env.close()
+            except (Exception, SystemExit) as error:
+                failed.append((place, error))
+        # Also where it fails: Python closes what is open once more as it ends, and would complain.
+        self.closed = True
+        if failed and not self._has_failed:
+            self._raise_failure(*failed[0])
