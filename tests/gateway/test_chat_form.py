@@ -1,13 +1,16 @@
 """A chat's stream told in another API's form, whatever becomes of the stream."""
 
 import asyncio
+import itertools
 
 import pytest
 
 from anabranch.gateway.http.chat_form import ChatForm, translated
 from anabranch.gateway.http.messages import PING, MessageForm
 from anabranch.gateway.http.responses import ResponseForm
+from anabranch.web.large_json import SLICE
 from anabranch.web.sse import DONE, HEARTBEAT, event, read_data
+from anabranch.web.turns import Turns
 
 
 class Told:
@@ -50,7 +53,7 @@ def read(*pieces, form=lambda: ChatForm(Told())):
     source = Source(*pieces)
 
     async def work():
-        return b"".join([piece async for piece in translated(source, form)])
+        return b"".join([piece async for piece in translated(source, form, Turns(), "")])
 
     told = asyncio.run(work())
     assert source.is_closed
@@ -90,7 +93,7 @@ def test_a_reader_who_leaves_closes_the_stream():
     source = Source(chunk("a"), chunk("b"))
 
     async def work():
-        coming = translated(source, lambda: ChatForm(Told()))
+        coming = translated(source, lambda: ChatForm(Told()), Turns(), "")
         assert await anext(coming) == b"[a]"
         await coming.aclose()
 
@@ -135,3 +138,98 @@ def test_a_response_begins_once_and_says_nothing_of_its_own_where_the_model_does
     told = read(native, says("lo"), says("!"), form=form)
     assert (names(told)[-1], '"lo"' in told, "upstream_cut" in told) == ("response.failed", False, True)
     assert list(read_data(read(BROKEN, form=form).encode()))[-1]["response"]["status"] == "failed"
+
+
+def scored(text, each):
+    """A chunk with so many tokens, and rivals of each."""
+    rows = [{"token": text, "logprob": -1.0, "bytes": None, "top_logprobs": [{"token": "b"}] * 5}] * each
+    choice = {"index": 0, "delta": {"content": text * each}, "logprobs": {"content": rows}, "finish_reason": None}
+    return event({"id": "c", "model": "m", "choices": [choice]})
+
+
+class Endless(Source):
+    """Says something at each turn of the loop until it is told to stop."""
+
+    def __init__(self, piece):
+        super().__init__()
+        self.piece, self.is_over = piece, False
+
+    async def __anext__(self):
+        await asyncio.sleep(0)
+        if self.is_over:
+            raise StopAsyncIteration
+        return self.piece
+
+
+CALLED = {"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+# What says all that was said before once more: the end, a failure, what begins another item, and a model's own last event.
+ENDS = {
+    "end": (says(None, "stop"), DONE),
+    "failure": (BROKEN,),
+    "garbage": (event({"choices": [3]}),),
+    "another item": (event({"choices": [{"index": 0, "delta": CALLED}]}), DONE),
+}
+NATIVE = {"type": "response.completed", "response": {"output": [{"text": "word " * 20} for _ in range(8000)]}}
+
+
+class Noted(Source):
+    """Notes how many pieces were got, of all, whenever it is asked for the next of its own."""
+
+    def __init__(self, got, *pieces):
+        super().__init__(*pieces)
+        self._got, self.places = got, []
+
+    async def __anext__(self):
+        self.places.append(len(self._got))
+        return await super().__anext__()
+
+
+def slices_of(*pieces):
+    """Pieces that a response is told in, of each of its chunks and of its end, among those of another stream: whose, and bytes.
+
+    The other says something at each turn of the loop.
+    """
+    turns, other, got = Turns(), Endless(says("hi")), []
+    source = Noted(got, *pieces)
+
+    async def read_all(whose, stream, form):
+        async for piece in translated(stream, form, turns, whose):
+            got.append((whose, len(piece)))  # noqa: PERF401
+
+    async def work():
+        neighbour = asyncio.create_task(read_all("neighbour", other, lambda: MessageForm({"model": "m"})))
+        await read_all("long", source, lambda: ResponseForm({"model": "m", "input": "x"}))
+        source.places.append(len(got))
+        other.is_over = True
+        await neighbour
+
+    asyncio.run(work())
+    return [got[begin:end] for begin, end in itertools.pairwise(source.places)]
+
+
+def pieces_of(end, chunks):
+    if end == "native":
+        native = NATIVE if chunks > 1 else {"type": "response.completed"}
+        return [event({"responses": {"type": "response.created"}}), event({"responses": native}), DONE]
+    return [*(scored("a", 100 if chunks > 1 else 3) for _ in range(chunks)), *ENDS[end]]
+
+
+@pytest.mark.parametrize("end", [*ENDS, "native"])
+def test_what_says_all_of_a_long_response_once_more_is_made_in_slices_and_others_go_on_between(end):
+    """Each of its last events was made whole, and everybody waited."""
+    told = max(slices_of(*pieces_of(end, 40)), key=len)
+    own = [at for at, (whose, _) in enumerate(told) if whose == "long"]
+    assert len(own) > 5
+    # Something of the other is between each two.
+    assert all(behind - at > 1 for at, behind in itertools.pairwise(own))
+    sizes = [told[at][1] for at in own]
+    assert max(sizes) <= 3 * SLICE
+    assert sum(sizes) > 4 * SLICE
+
+
+@pytest.mark.parametrize("end", [*ENDS, "native"])
+def test_a_short_response_waits_for_no_turn_of_the_loop(end):
+    for told in slices_of(*pieces_of(end, 1)):
+        assert len([whose for whose, _ in told if whose == "long"]) <= 1
+        # Nor between its chunks, of which each comes at once.
+        assert len(told) <= 2

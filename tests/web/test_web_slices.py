@@ -6,7 +6,9 @@ import socket
 import pytest
 from aiohttp import web
 
-from anabranch.web.slices import SlowReaderError, Writing, send_json
+from anabranch.web.large_json import TOGETHER
+from anabranch.web.slices import SlowReaderError, Writing, send_json, told
+from anabranch.web.turns import Turns
 from paced_time import run_paced
 
 NUM_PARTS = 5
@@ -164,3 +166,42 @@ def test_what_waits_for_something_else_does_not_count():
         return reader.taken
 
     assert run_paced(main()) == b"000"
+
+
+def broken(*pieces):
+    """Pieces, behind which making one fails."""
+    yield from pieces
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    "pieces", [(), (b"a", b"b"), (b"a" * TOGETHER,), (b"a" * TOGETHER, b"b"), (b"a" * TOGETHER, b"b" * TOGETHER, b"c")]
+)
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_all_that_was_made_is_told_also_where_the_rest_cannot_be(pieces, is_broken):
+    got, ticks, turns = [], [], Turns()
+
+    async def tick():
+        while True:
+            ticks.append(len(got))
+            await asyncio.sleep(0)
+
+    async def work():
+        ticking = asyncio.create_task(tick())
+        await asyncio.sleep(0)
+        try:
+            async for one in told(turns, "a", broken(*pieces) if is_broken else iter(pieces)):
+                got.append(one)  # noqa: PERF401
+        finally:
+            ticking.cancel()
+
+    if is_broken:
+        with pytest.raises(ValueError, match="a bug"):
+            asyncio.run(work())
+    else:
+        asyncio.run(work())
+    assert b"".join(got) == b"".join(pieces)
+    # The loop had its turn behind each slice but the last, and none where all is short.
+    assert set(range(1, len(got))) <= set(ticks)
+    if sum(map(len, pieces)) < TOGETHER:
+        assert len(ticks) == 1

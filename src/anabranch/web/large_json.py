@@ -51,8 +51,8 @@ _VALUE = 1 << 6
 SLICE = 1 << 16
 _NUMBERS = (int, float)
 
-# Bytes of a thousand values that are as short as values are.
-_TOGETHER = 1 << 13
+# Bytes of a thousand values that are as short as values are: a slice of `together` that has fewer is the last.
+TOGETHER = 1 << 13
 
 # So that no sender can write what stands for a long text.
 _SALT = secrets.token_hex(16)
@@ -230,15 +230,23 @@ def json_slices(value: Any, dump: Callable[[Any], bytes] = to_json) -> Iterator[
 
 
 def together(slices: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in fewer slices: small ones together, as many as take no longer to make than one does."""
+    """The same bytes in fewer slices: small ones together, as many as take no longer to make than one does.
+
+    Raises what making one does, behind those that were made.
+    """
     held: list[bytes] = []
     size = 0
-    for piece in slices:
-        held.append(piece)
-        size += len(piece)
-        if size >= _TOGETHER:
+    try:
+        for piece in slices:
+            held.append(piece)
+            size += len(piece)
+            if size >= TOGETHER:
+                yield b"".join(held)
+                held, size = [], 0
+    except Exception:
+        if held:
             yield b"".join(held)
-            held, size = [], 0
+        raise
     if held:
         yield b"".join(held)
 

@@ -8,15 +8,17 @@ What it is made of is there until its end, so a reader has to keep up (`Writing`
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from functools import partial
 
 from aiohttp import web
 
 from anabranch.web.answers import JSON
+from anabranch.web.large_json import TOGETHER, together
 from anabranch.web.turns import Turns
 
-__all__ = ["SLOWEST", "SlowReaderError", "Writing", "send_json", "sliced"]
+__all__ = ["SLOWEST", "SlowReaderError", "Writing", "send_json", "sliced", "told"]
 
 # Bytes a second that a reader of a whole answer has to take; a phone on a bad line does.
 SLOWEST = 32 << 10
@@ -36,6 +38,29 @@ async def sliced(turns: Turns, whose: str, slices: Iterator[bytes]) -> AsyncGene
     """
     while (one := await turns.run(whose, partial(next, slices, None))) is not None:
         yield one
+
+
+async def told(turns: Turns, whose: str, pieces: Iterator[bytes]) -> AsyncGenerator[bytes]:
+    """`sliced` of what mostly is short: small pieces together, and the first of them at once.
+
+    Args:
+        turns, whose: as of `sliced`.
+        pieces: none of which takes long to make.
+
+    Raises what making one does, behind those that were made.
+    """
+    slices = together(pieces)
+    first = next(slices, None)
+    if first is None:
+        return
+    yield first
+    if len(first) < TOGETHER:
+        # Nothing more comes but what making it raised: no turn of the loop is waited for.
+        next(slices, None)
+        return
+    async with contextlib.aclosing(sliced(turns, whose, slices)) as rest:
+        async for one in rest:
+            yield one
 
 
 async def send_json(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from anabranch.web.json_text import to_json
-from anabranch.web.large_json import json_slices
+from anabranch.web.large_json import is_light, json_slices
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": waiting\n\n"
@@ -23,6 +23,9 @@ def event(data: Any, name: str | None = None) -> bytes:
 
 def event_slices(data: Any, name: str | None = None) -> Iterator[bytes]:
     """`event` in slices, none of which takes long to make (`json_slices`)."""
+    if is_light(data):
+        yield event(data, name)
+        return
     yield (b"event: " + name.encode() + b"\n" if name else b"") + b"data: "
     yield from json_slices(data, _dump)
     yield b"\n\n"

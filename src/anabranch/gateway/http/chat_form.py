@@ -1,13 +1,16 @@
 """A chat's stream in the form of another API: what all such forms share."""
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, Protocol
 
+from anabranch.web.slices import told
 from anabranch.web.sse import HEARTBEAT, read_data
+from anabranch.web.turns import Turns
 
 
 class Events(Protocol):
-    """What makes the events of a form (`anabranch.web.messages`, `anabranch.web.responses`)."""
+    """What makes the events of a form (`anabranch.web.messages`, `anabranch.web.responses`), in pieces none of which takes long to make."""
 
     def add(self, chunk: dict[str, Any], /) -> Iterable[bytes]:
         """The events that a chunk makes."""
@@ -53,10 +56,19 @@ class ChatForm:
         yield from self._made.fail(message, code)
 
 
-async def translated(stream: AsyncIterator[bytes], made: Callable[[], ChatForm]) -> AsyncIterator[bytes]:
+async def translated(
+    stream: AsyncIterator[bytes], made: Callable[[], ChatForm], turns: Turns, whose: str
+) -> AsyncIterator[bytes]:
     """A chat's stream as the events of the form that ``made()`` is. What the stream cannot go on from becomes the form's failure.
 
-    The stream is closed in any case.
+    What takes long to make, as the last events of a response do that say all of it once more, is made in slices, and other streams go on
+    between. The stream is closed in any case.
+
+    Args:
+        stream: of a chat.
+        made: makes the form.
+        turns: of the loop, the same for all streams.
+        whose: the sender it is for.
     """
     form = made()
     try:
@@ -66,14 +78,18 @@ async def translated(stream: AsyncIterator[bytes], made: Callable[[], ChatForm])
                     yield form.beat
                 continue
             for chunk in read_data(piece):
-                for one in form.take(chunk):
-                    yield one
+                async with contextlib.aclosing(told(turns, whose, form.take(chunk))) as events:
+                    async for one in events:
+                        yield one
                 if form.is_over:
                     return
-        for one in form.end():
-            yield one
+        async with contextlib.aclosing(told(turns, whose, form.end())) as events:
+            async for one in events:
+                yield one
     except (AttributeError, LookupError, TypeError, ValueError):
-        for one in form.fail("the upstream sent chunks that make no answer", "upstream_garbage"):
-            yield one
+        broken = form.fail("the upstream sent chunks that make no answer", "upstream_garbage")
+        async with contextlib.aclosing(told(turns, whose, broken)) as events:
+            async for one in events:
+                yield one
     finally:
         await stream.aclose()  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ from anabranch.web.body_beside import TAKEN
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 from anabranch.web.json_text import to_json
 from anabranch.web.large_json import LARGE, is_long_to_read, json_slices, load_large, parse_large
+from anabranch.web.turns import Turns
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class Exchange:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        # On the loop: what is told of long streams, slice by slice.
+        self._telling = Turns()
 
     async def key(self, request: web.BaseRequest) -> KnownKey:
         """Whose request it is. Raises ApiError."""
@@ -146,7 +149,7 @@ class Exchange:
         return await self._beside(key, work) if is_long else work()
 
     async def _beside(self, key: KnownKey, work: Callable[[], T]) -> T:
-        return await self._gateway.turns.run("" if key.record is None else key.record.id, work)
+        return await self._gateway.turns.run(_sender(key), work)
 
     async def ask(
         self,
@@ -188,7 +191,7 @@ class Exchange:
         """
         source = reply.stream
         if source is not None:
-            reply.stream = translated(source, form)
+            reply.stream = translated(source, form, self._telling, _sender(received.key))
         elif reply.body is not None:
             reply.body = await self.apart(
                 received.key, is_long_to_read([reply.body]), partial(_told, whole, reply.body)
@@ -236,6 +239,11 @@ class Exchange:
                 with contextlib.suppress(RuntimeError):
                     await stream.aclose()  # type: ignore[attr-defined]
         return response
+
+
+def _sender(key: KnownKey) -> str:
+    """Whose turn it is: each key's."""
+    return "" if key.record is None else key.record.id
 
 
 def _told(whole: Callable[[dict[str, Any]], dict[str, Any]], raw: bytes) -> bytes:

@@ -12,7 +12,7 @@ from anabranch.gateway.http.exchange import Exchange
 from anabranch.gateway.providers.provider import Native
 from anabranch.web.answers import Route, json_response
 from anabranch.web.responses import ResponseStream, to_chat, to_response
-from anabranch.web.sse import event
+from anabranch.web.sse import event_slices
 
 
 class ResponsesRoutes:
@@ -57,6 +57,25 @@ class ResponsesRoutes:
         return model is not None and any(getattr(one.provider, "responses", False) for one in model.deployments)
 
 
+class _InSlices:
+    """The events of a response in slices: the last of them say all of it once more, with all log probabilities."""
+
+    def __init__(self, events: ResponseStream) -> None:
+        self._events = events
+
+    def add(self, chunk: dict[str, Any]) -> Iterator[bytes]:
+        """See `Events`."""
+        return self._events.add(chunk, in_slices=True)
+
+    def end(self) -> Iterator[bytes]:
+        """See `Events`."""
+        return self._events.end(in_slices=True)
+
+    def fail(self, message: str, code: str | None) -> Iterator[bytes]:
+        """See `Events`."""
+        return self._events.fail(message, code, in_slices=True)
+
+
 class ResponseForm(ChatForm):
     """The events of a response: of a model that is at home in this form, as they came.
 
@@ -66,7 +85,7 @@ class ResponseForm(ChatForm):
 
     def __init__(self, body: dict[str, Any]) -> None:
         self._events = ResponseStream(body)
-        super().__init__(self._events)
+        super().__init__(_InSlices(self._events))
         self._has_begun = self._is_native = False
 
     def take(self, chunk: dict[str, Any]) -> Iterator[bytes]:
@@ -74,7 +93,7 @@ class ResponseForm(ChatForm):
         native = chunk.get("responses")
         if isinstance(native, dict):
             self._is_native = True
-            yield event(native, str(native.get("type")))
+            yield from event_slices(native, str(native.get("type")))
             return
         if self._is_native and not chunk.get("error"):
             if not chunk.get("choices"):

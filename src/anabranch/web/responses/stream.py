@@ -72,9 +72,9 @@ class ResponseStream:
         """After the last chunk; as of `add`."""
         return self._told(self._end(), in_slices=in_slices)
 
-    def fail(self, message: str, code: str | None) -> Iterator[bytes]:
-        """Instead of the end."""
-        return self._told(self._fail(message, code), in_slices=False)
+    def fail(self, message: str, code: str | None, *, in_slices: bool = False) -> Iterator[bytes]:
+        """Instead of the end; as of `add`."""
+        return self._told(self._fail(message, code), in_slices=in_slices)
 
     def _begin(self) -> Iterator[_Event]:
         yield self._event("response.created", response=self._made)
