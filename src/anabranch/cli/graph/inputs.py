@@ -174,10 +174,19 @@ def columns_of(text: str | None) -> dict[str, Any]:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) not in (2, 3) or not all(parts):
         raise InputError(f"--columns is {text!r}; write SOURCE,TARGET or SOURCE,TARGET,WEIGHT")
-    named = dict(
-        zip(("source", "target", "weight"), [int(part) if part.isdigit() else part for part in parts], strict=False)
-    )
+    named = dict(zip(("source", "target", "weight"), [_as_place(part) for part in parts], strict=False))
     return named if len(parts) == 3 else {**named, "weight": None}
+
+
+def _as_place(text: str) -> int | str:
+    """A column by its number, or by name."""
+    place = whole_number(text)
+    return text if place is None or place < 0 else place
+
+
+def whole_number(text: str) -> int | None:
+    """The number that text writes in figures of ASCII, at most 20; None for a name, as ² and ٣ are."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else None
 
 
 def nodes_of(graph: Graph, texts: list[str]) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.inputs import read_items
+from anabranch.cli.graph.inputs import read_items, whole_number
 from anabranch.cli.graph.options import Top, check_extra
 from anabranch.cli.options import FLAG, AsJson, Quiet
 from anabranch.cli.output import fact, print_json, table
@@ -153,9 +153,10 @@ def peer(
 
 def _address(option: str, text: str, least: int = 1) -> Address:
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not least <= int(port) < 65536:
+    number = whole_number(port)
+    if not host or number is None or not least <= number < 65536:
         raise InputError(f"{option} is {text!r}; write HOST:PORT, a port of {least} to 65535")
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), number
 
 
 def _click(text: str) -> tuple[str, str]:
@@ -169,10 +170,9 @@ def _id(node: Peer, text: str) -> int | str:
     """An item as the library calls it: by number where it does; without a library, by number where it is one."""
     if text in node.library:
         return text
-    is_number = text.lstrip("-").isdigit() and abs(int(text)) < 2**53
-    if node.library:
-        return int(text) if is_number and int(text) in node.library else text
-    return int(text) if is_number else text
+    number = whole_number(text)
+    is_known = number is not None and (number in node.library if node.library else abs(number) < 2**53)
+    return number if number is not None and is_known else text
 
 
 def _node(store: Path, name: str | None, key: Path | None, items: str | None, isolation: float, plain: bool) -> Peer:

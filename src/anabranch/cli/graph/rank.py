@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.inputs import read_items
+from anabranch.cli.graph.inputs import read_items, whole_number
 from anabranch.cli.graph.options import Top, check_extra
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
@@ -124,7 +124,8 @@ def _model(clicks: str, isolation: float, names: tuple[str, str, str], items: st
 
 def _user(model: GRank, text: str) -> Any:
     """A user as the log has it: by number where users are numbers."""
-    return int(text) if model.nodes_.dtype.kind in "iu" and text.lstrip("-").isdigit() else text
+    number = whole_number(text) if model.nodes_.dtype.kind in "iu" else None
+    return text if number is None else number
 
 
 def _write(model: GRank, found: dict[str, list[Any]], out: Path | None, save: Path | None) -> list[str]:

@@ -102,14 +102,16 @@ def _header_again(fields: Fields, header: tuple[tuple[str, bool], ...]) -> int |
     meant = [low, [low[1], low[0], *low[2:]]] if names_ends(names) else [names]
     is_same = np.ones(len(fields.line_R), bool)
     for field, (_, is_quoted) in enumerate(header):
-        lengths = [len(one[field].encode()) for one in meant]
-        begins = [ord(one[field][:1].encode()) for one in meant if one[field]]
-        begin_R = fields.text[np.minimum(fields.start_FR[field], len(fields.text) - 1)]
         # Doubled quotes within are rare in names of columns: such a row is an edge.
-        is_same &= (fields.quoted_FR[field] == is_quoted) & np.isin(
-            fields.end_FR[field] - fields.start_FR[field], lengths
-        )
-        is_same &= np.isin(begin_R | 32, [begin | 32 for begin in begins])
+        is_same &= fields.quoted_FR[field] == is_quoted
+        words = [one[field].encode() for one in meant]
+        if len(meant) > 1 and not all(map(bytes.isascii, words)):
+            # Of which another case may be of other bytes, and more of them.
+            continue
+        is_same &= np.isin(fields.end_FR[field] - fields.start_FR[field], list(map(len, words)))
+        if all(words):
+            begin_R = fields.text[np.minimum(fields.start_FR[field], len(fields.text) - 1)]
+            is_same &= np.isin(begin_R | 32, [word[0] | 32 for word in words])
     for row in np.flatnonzero(is_same).tolist():
         cells = [fields.value(field, row) for field in range(len(header))]
         if ([cell.lower() for cell in cells] if len(meant) > 1 else cells) in meant:

@@ -182,7 +182,7 @@ def layout_of(
         is_text = True
     else:
         is_text = not all(is_whole)
-        if is_text and all(is_number(text) and not _is_padded(text) and not quoted for text, quoted in inside):
+        if is_text and all(_is_plain_number(text) and not quoted for text, quoted in inside):
             # Of a data frame whose column had an empty cell once: 5.0 and 5 would be two nodes.
             text = next(text for text, _ in inside if not _is_whole(text))
             fail(
@@ -377,6 +377,11 @@ def _is_whole(text: str) -> bool:
 def _is_padded(text: str) -> bool:
     """Whether it is of figures behind a 0, as names may be."""
     return re.fullmatch(r"0[0-9]+", text) is not None
+
+
+def _is_plain_number(text: str) -> bool:
+    """Whether it is a number of figures of ASCII, and none that may be a name."""
+    return text.isascii() and is_number(text) and not _is_padded(text)
 
 
 def is_number(text: str) -> bool:

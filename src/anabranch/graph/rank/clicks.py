@@ -91,6 +91,8 @@ def _read_file(path: Path, columns: tuple[str, str, str]) -> Any:
             for name in {columns[0], columns[2]} & {*table.column_names}:
                 table = table.set_column(table.column_names.index(name), name, as_names(table[name]))
             return table
+    except UnicodeDecodeError:
+        raise DataError(f"{path} has names of columns that are not UTF-8") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read clicks from {path}: {first_line(error)}") from error
     raise DataError(f"cannot tell what {path} is; clicks come as .parquet, .csv or .tsv")
