@@ -19,6 +19,7 @@ TOLD = {
     ", or say which they are": "a,b,c\n0,1,1\n1,0,1\n1,1,0\n",
     "; or `delimiter` says which": "a b 0,5\nb c 0,5\n",
     "; or `header` says which": "_1,_2\nann,bob\nbob,cy\n",
+    "; or header=False says that it is a row": "0,1,2\n5,7,0.5\n7,9,2.0\n",
     "; `delimiter` says what else": "1:2\n2:3\n",
     " (give `format` if it is of another kind)": "1,2\n\0,3\n",
     " (give `format`)": "1" * ((1 << 20) + 1) + ",2\n1,2\n",
@@ -52,6 +53,10 @@ def test_what_commands_are_told_is_right(tmp_path):
     with pytest.raises(DataError, match="--ids text reads all of them as text"):
         open_graph(str(path), quiet=True)
     assert open_graph(str(path), ids="text", quiet=True).graph.num_nodes == 4
+    path.write_text(TOLD["; or header=False says that it is a row"])
+    with pytest.raises(DataError, match="--columns 0,1,2 says that it is a row"):
+        open_graph(str(path), quiet=True)
+    assert open_graph(str(path), columns="0,1,2", quiet=True).graph.num_edges == 3
 
 
 def test_tables_whose_ends_no_option_says_are_not_told_of_one(tmp_path):

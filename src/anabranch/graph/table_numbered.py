@@ -8,6 +8,8 @@ from anabranch.graph.table_columns import are_alike, is_index
 # Of columns that have no names, before their numbers: R, readr, Spark, polars, DuckDB, Arrow, pandas, spreadsheets.
 _OF_PROGRAMS = ("V", "X", "Var", "...", "_", "_c", "column_", "column", "Column", "f", "col", "field", "Field")
 _COUNTED = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
+# Weights, of which one is not whole by chance where all others are fractions.
+_MANY = 8
 
 
 def are_numbered(first: Sequence[str], below: Sequence[str]) -> bool:
@@ -29,14 +31,37 @@ def are_numbered(first: Sequence[str], below: Sequence[str]) -> bool:
     return bool(cells) and not any(cell.startswith(word) or re.search("[0-9]$", cell) for cell in cells)
 
 
-def are_positions(first: Sequence[str], below: Sequence[str]) -> bool:
+def are_counted(first: Sequence[str]) -> bool:
+    """Whether a line counts its cells from 0, and has three at least."""
+    return len(first) > 2 and [cell.strip() for cell in first] == [str(number) for number in range(len(first))]
+
+
+def are_positions(first: Sequence[str], rows: Sequence[Sequence[str]], *, at_blanks: bool) -> bool:
     """Whether a line is of the numbers of columns, as data frames call those that have no names: 0,1,2 above 5,7,0.5, or more of them.
 
-    Two may be an edge, and three one that has a weight, where others below are whole too.
+    Three may be an edge from 0 to 1 that weighs 2, and are one where rows are split at blanks, where another weight is written as a whole
+    number, or where 0 or 1 is an end once more and nothing speaks against it. Four are numbers of columns, but where rows are split at
+    blanks and 0 or 1 is an end once more.
+
+    Args:
+        first: cells of the line.
+        rows: of those below it that are looked at.
+        at_blanks: lines are split at blanks and tabs, as those of lists of edges are, and seldom those of data frames.
     """
-    bare = [cell.strip() for cell in first]
-    if len(bare) < 3 or bare != [str(number) for number in range(len(bare))]:
+    if not are_counted(first):
         return False
-    return len(bare) > 3 or any(
-        re.fullmatch(r"[+-]?[0-9]*\.[0-9]*([eE][+-]?[0-9]+)?", cell.strip()) for cell in below[2:]
-    )
+    ends = [(row[0].strip(), row[1].strip()) for row in rows if len(row) > 1]
+    is_known = any(end in ("0", "1") for pair in ends for end in pair)
+    if len(first) > 3 or at_blanks:
+        return len(first) > 3 and not (at_blanks and is_known)
+    weights = [row[2].strip() for row in rows if len(row) > 2]
+    if not weights or not all(map(_is_fraction, weights)):
+        return False
+    # A column of fractions has 2.0 for 2, all of many weights are seldom fractions but for one, and lists have each edge once.
+    is_other = len(weights) >= _MANY or ("0", "1") in ends or any(re.search(r"\.0*$", weight) for weight in weights)
+    return is_other or not is_known
+
+
+def _is_fraction(text: str) -> bool:
+    """Whether a number is written with a point or an exponent."""
+    return re.fullmatch(r"[+-]?([0-9]*\.[0-9]*|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?", text) is not None

@@ -14,6 +14,7 @@ OPTIONS = {
     ", or say which they are": ", or say which they are by --columns SOURCE,TARGET",
     "; or `delimiter` says which": "",
     "; or `header` says which": "",
+    "; or header=False says that it is a row": "; or --columns 0,1,2 says that it is a row",
     "; `delimiter` says what else": "; write it with commas or tabs",
     " (give `format` if it is of another kind)": "",
     " (give `format`)": "",

@@ -11,9 +11,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.graph.files import NAMES, Cells, read_cells
+from anabranch.cli.graph.files import NAMES, Cells, delimiter_of, read_cells
 from anabranch.cli.graph.hints import OF_KINDS, in_options
 from anabranch.cli.graph.inputs import are_numbers, names_of, nodes_of
 from anabranch.errors import DataError, InputError
@@ -33,13 +34,16 @@ from anabranch.graph.table_columns import (
 )
 from anabranch.graph.table_faults import check_one_file
 from anabranch.graph.table_look import EdgeTable, check_printed, look_at_edges
-from anabranch.graph.table_numbered import are_positions
+from anabranch.graph.table_numbered import are_counted, are_positions
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
     from anabranch.graph import Graph
+
+# Rows that are looked at, to tell whether the first line is one.
+_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,10 @@ def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Seque
         return True
     if graph is None:
         return len(lines) > 1 and not _is_float(first[0]) and _is_float(lines[1][0])
-    if form is EDGES and len(lines) > 1 and are_positions(first, lines[1]):
-        raise _either(path, form, first)
+    if form is EDGES and are_counted(first):
+        rows = [list(row.values()) for row in table.slice(1, _LOOKED_AT).to_pylist()]
+        if are_positions(first, rows, at_blanks=delimiter_of(Path(path)) == "\t"):
+            raise _either(path, form, first)
     if any(_is_node(graph, cell) or (are_numbers(graph) and _is_float(cell)) for cell in ends):
         return False
     # A node that was typed wrong is no name of a column.

@@ -12,7 +12,8 @@ import numpy as np
 from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.graph.formats.build import Rules
-from anabranch.graph.formats.lines import IN_DOUBT, WHITESPACE, RowError, Splitter, blocks, fail, first_bytes, numbers
+from anabranch.graph.formats.further_rows import check_no_bare_matrix, rows_below
+from anabranch.graph.formats.lines import IN_DOUBT, WHITESPACE, Splitter, blocks, fail, first_bytes
 from anabranch.graph.table_columns import (
     WEIGHTS,
     Column,
@@ -31,8 +32,8 @@ from anabranch.graph.table_columns import (
     says_ends,
 )
 from anabranch.graph.table_direction import is_direction
-from anabranch.graph.table_faults import bare_matrix, is_adjacency, other_mark, row_fault
-from anabranch.graph.table_numbered import are_numbered, are_positions
+from anabranch.graph.table_faults import other_mark, row_fault
+from anabranch.graph.table_numbered import are_counted, are_numbered, are_positions
 
 # `write_graph` leaves it.
 NOTE = re.compile(rb"^# anabranch graph: (\d+) nodes( by name)?, (directed|undirected)\r*$", re.MULTILINE)
@@ -259,39 +260,18 @@ def _names(
     is_counted = len(first) > 3 and first == [str(number) for number in range(len(first))]
     is_said = dialect.source is not None or dialect.target is not None
     if (has_header or is_counted) and not is_said and not says_ends(first) and not says_edges(first):
-        _check_no_bare_matrix(path, dialect, delimiter, first, line)
+        check_no_bare_matrix(path, delimiter, dialect.marks, first, line)
     if has_header:
         return True, first
     is_end_named = delimiter != WHITESPACE and is_end(first) and not are_alike(first, below)
-    if is_end_named or are_numbered(first, below) or (not is_said and are_positions(first, below)):
-        fail(
-            path,
-            line,
-            "a row, or names of columns? Begin the file with the line source,target; or `header` says which",
-        )
+    either = "a row, or names of columns? Begin the file with the line source,target; or"
+    if is_end_named or are_numbered(first, below):
+        fail(path, line, f"{either} `header` says which")
+    if not is_said and are_counted(first):
+        further = rows_below(path, start, line, delimiter, dialect.marks)
+        if are_positions(first, further, at_blanks=delimiter == WHITESPACE):
+            fail(path, line, f"{either} header=False says that it is a row")
     return False, _said(path, start, line, dialect, delimiter, len(first))
-
-
-def _check_no_bare_matrix(path: Path, dialect: Dialect, delimiter: int, names: list[str], header_line: int) -> None:
-    """Raises DataError for a matrix of numbers below names of its columns. Reads on until there are more rows than columns."""
-    places = [place for place, name in enumerate(names) if not is_index(name)]
-    if len(places) < 3:
-        return
-    splitter, parts, count = Splitter(path, delimiter, dialect.marks, tuple(places)), [], 0
-    for text, first_line in blocks(path, 1 << 16):
-        fields, problem = splitter.split(text, first_line)
-        if len(fields.line_R) and fields.line_R[0] == header_line:
-            fields.keep(slice(1, None))
-        count += len(fields.line_R)
-        if problem or count > len(places):
-            return
-        try:
-            parts.append(np.stack([numbers(fields, field, "cell") for field in range(len(places))], axis=1))
-        except RowError:
-            # No number, so no matrix.
-            return
-    if is_adjacency(np.concatenate(parts)):
-        raise bare_matrix(path)
 
 
 def _said(path: Path, start: bytes, first_line: int, dialect: Dialect, delimiter: int, count: int) -> list[str] | None:

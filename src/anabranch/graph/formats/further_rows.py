@@ -1,0 +1,41 @@
+"""What is looked at of a list of edges behind its first two rows, where these do not tell what it is."""
+
+from pathlib import Path
+
+import numpy as np
+
+from anabranch.graph.formats.lines import RowError, Splitter, blocks, numbers
+from anabranch.graph.table_columns import is_index
+from anabranch.graph.table_faults import bare_matrix, is_adjacency
+
+
+def rows_below(path: Path, start: bytes, line: int, delimiter: int, marks: str) -> list[list[str]]:
+    """The first three cells of the rows below a line, as far as the start of the file has any."""
+    text = start.removeprefix(b"\xef\xbb\xbf")
+    splitter = Splitter(path, delimiter, marks, (0, 1, 2))
+    # Of a row that is none who reads them all tells.
+    fields, _ = splitter.split(np.frombuffer(text, np.uint8), 1)
+    kept = [row for row, number in enumerate(fields.line_R.tolist()) if number > line]
+    return [[fields.value(field, row) for field in range(min(3, splitter.num_fields))] for row in kept]
+
+
+def check_no_bare_matrix(path: Path, delimiter: int, marks: str, names: list[str], header_line: int) -> None:
+    """Raises DataError for a matrix of numbers below names of its columns. Reads on until there are more rows than columns."""
+    places = [place for place, name in enumerate(names) if not is_index(name)]
+    if len(places) < 3:
+        return
+    splitter, parts, count = Splitter(path, delimiter, marks, tuple(places)), [], 0
+    for text, first_line in blocks(path, 1 << 16):
+        fields, problem = splitter.split(text, first_line)
+        if len(fields.line_R) and fields.line_R[0] == header_line:
+            fields.keep(slice(1, None))
+        count += len(fields.line_R)
+        if problem or count > len(places):
+            return
+        try:
+            parts.append(np.stack([numbers(fields, field, "cell") for field in range(len(places))], axis=1))
+        except RowError:
+            # No number, so no matrix.
+            return
+    if is_adjacency(np.concatenate(parts)):
+        raise bare_matrix(path)
