@@ -8,7 +8,7 @@ import pytest
 from anabranch.cli.graph.inputs import open_typed
 from anabranch.cli.graph.node_tables import pairs_of, read_edges
 from anabranch.errors import DataError
-from anabranch.graph import Graph, TypedGraph, read_graph
+from anabranch.graph import Graph, TypedGraph, read_graph, table_look
 from anabranch.graph.formats import from_table, parquet
 from anabranch.graph.spark import edges as spark_edges
 
@@ -199,7 +199,7 @@ def test_who_says_which_columns_are_ends_is_believed_by_spark():
 @pytest.mark.parametrize("words", ["friend", "Directed"])
 def test_a_column_type_of_parquet_is_read_in_parts(tmp_path, monkeypatch, words):
     """All of it was read, to look at its first cell: a text of each edge, beyond any memory_limit."""
-    monkeypatch.setattr(parquet, "_LOOKED_AT", 10)
+    monkeypatch.setattr(table_look, "_LOOKED_AT", 10)
     rows = 100
     frame = pd.DataFrame({"source": range(rows), "target": range(1, rows + 1), "type": [words] * rows})
     path = tmp_path / "t.parquet"
@@ -235,7 +235,7 @@ def test_few_texts_are_read_to_look_at_them(tmp_path):
 
 
 def test_a_row_behind_the_first_part_is_told_by_its_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "_LOOKED_AT", 10)
+    monkeypatch.setattr(table_look, "_LOOKED_AT", 10)
     path = tmp_path / "t.parquet"
     kinds = ["Directed"] * 57 + ["Undirected"] + ["Directed"] * 2
     pd.DataFrame({"source": range(60), "target": range(60), "type": kinds}).to_parquet(path, index=False)

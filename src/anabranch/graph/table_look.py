@@ -3,10 +3,10 @@
 `anabranch.graph.formats.layout` does the same for a text that is read in blocks, of the same parts.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from anabranch.errors import DataError
 from anabranch.graph.table_columns import called, check_no_bare_matrix, check_no_matrix, is_index, names_ends
@@ -15,6 +15,27 @@ from anabranch.graph.table_faults import is_python, row_fault
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+# Cells of a column that are read at once, to look at it: few, since they may be whole documents.
+_LOOKED_AT = 1 << 10
+
+
+def unpacked_type(kind: "pa.DataType") -> "pa.DataType":
+    """The type of cells, where a dictionary holds them too."""
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def unpacked(cells: "pa.Array | pa.ChunkedArray") -> Any:
+    """Cells as they are, where dictionaries hold them, of each part its own; what is missing in one is missing."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(cells.type):
+        return cells
+    if isinstance(cells, pa.ChunkedArray):
+        return pa.chunked_array([chunk.dictionary_decode() for chunk in cells.chunks], cells.type.value_type)
+    return cells.dictionary_decode()
 
 
 @dataclass(frozen=True)
@@ -25,7 +46,8 @@ class EdgeTable:
         path: for messages.
         schema: names and types of its columns.
         num_rows: how many rows it has; one that has more than columns may say any number above that.
-        first: by the name of a column, its first cells: one more than there are columns at least, where there are so many.
+        first: by the name of a column, its first cells: one more than there are columns at least, where there are so many; of no
+            dictionary, as in ``rest``.
         rest: cells behind these, in parts.
         is_ordered: whether the rest comes in the order of rows, so that a cell's number is its row's.
     """
@@ -40,7 +62,42 @@ class EdgeTable:
     @classmethod
     def of(cls, path: Path | str, table: "pa.Table") -> Self:
         """A table in memory."""
-        return cls(path, table.schema, table.num_rows, table.column)
+        size = max(_LOOKED_AT, table.num_columns + 1)
+        return cls(
+            path,
+            table.schema,
+            table.num_rows,
+            lambda name: unpacked(table.column(name).slice(0, size)),
+            lambda name: map(unpacked, table.column(name).slice(size).chunks),
+        )
+
+    @classmethod
+    def in_parts(
+        cls, path: Path | str, schema: "pa.Schema", num_rows: int, parts: "Callable[[str, int], Iterable[pa.Array]]"
+    ) -> Self:
+        """A table whose columns are read in parts of any lengths: ``parts`` of a column, by name, each of so many cells at most."""
+        import pyarrow as pa
+
+        size = max(_LOOKED_AT, len(schema.names) + 1)
+
+        def first(name: str) -> "pa.ChunkedArray":
+            found, count = [], 0
+            for part in parts(name, size):
+                found.append(unpacked(part[: size - count]))
+                count += len(part)
+                if count >= size:
+                    break
+            return pa.chunked_array(found, unpacked_type(schema.field(name).type))
+
+        def rest(name: str) -> "Iterator[pa.Array]":
+            count = 0
+            for part in parts(name, size):
+                behind = part[max(size - count, 0) :]
+                count += len(part)
+                if len(behind):
+                    yield unpacked(behind)
+
+        return cls(path, schema, num_rows, first, rest)
 
 
 def look_at_edges(
@@ -121,7 +178,7 @@ def _first_cells(table: EdgeTable, name: str) -> list[str]:
 def _is_text(kind: "pa.DataType") -> bool:
     import pyarrow as pa
 
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kind = unpacked_type(kind)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,10 @@ from anabranch.graph.table_columns import (
     names_ends,
     range_index,
 )
-from anabranch.graph.table_look import EdgeTable, look_at_edges
+from anabranch.graph.table_look import EdgeTable, look_at_edges, unpacked, unpacked_type
 
 # `write_graph` leaves it in the metadata: nodes, direction.
 NOTE = b"anabranch.graph"
-# Rows of a column that are read at once, to look at it: few, since cells may be whole documents.
-_LOOKED_AT = 1 << 10
 
 
 def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
@@ -60,19 +57,12 @@ def _opened(path: Path) -> Any:
 
 
 def _edge_table(path: Path, file: Any) -> EdgeTable:
-    """An open file of Parquet, whose columns are read in parts."""
-    import pyarrow as pa
+    """An open file of Parquet, whose columns are read in parts: of dictionaries a row group is one at least."""
 
-    schema = file.schema_arrow
-    size = max(_LOOKED_AT, len(schema.names) + 1)
-
-    def parts(name: str) -> Iterator[Any]:
+    def parts(name: str, size: int) -> Iterator[Any]:
         return (batch.column(0) for batch in file.iter_batches(size, columns=[name], use_threads=False))
 
-    def first(name: str) -> Any:
-        return next(parts(name), pa.array([], schema.field(name).type))
-
-    return EdgeTable(path, schema, file.metadata.num_rows, first, lambda name: islice(parts(name), 1, None))
+    return EdgeTable.in_parts(path, file.schema_arrow, file.metadata.num_rows, parts)
 
 
 def looked(table: EdgeTable, rules: Rules, dialect: Dialect) -> Rules:
@@ -112,13 +102,12 @@ def choose_columns(path: Path | str, schema: Any, dialect: Dialect) -> tuple[int
         chosen += (weight,)
     chosen = tuple(schema.names.index(names[column]) for column in chosen)
     for column in chosen[:2]:
-        kind = schema.field(column).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        kind = unpacked_type(schema.field(column).type)
         if not (pa.types.is_integer(kind) or _is_text(kind)):
             raise DataError(
                 f"{path}: the column {schema.names[column]!r} is of type {kind}; node ids are integers or text"
             )
-    kind = schema.field(chosen[-1]).type
+    kind = unpacked_type(schema.field(chosen[-1]).type)
     if len(chosen) > 2 and not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
         raise DataError(f"{path}: the column {schema.names[chosen[-1]]!r} is of type {kind}; weights are numbers")
     return chosen
@@ -136,10 +125,8 @@ def graph_of(
     path: Path | str, schema: Any, columns: tuple[int, ...], batches: Iterable[list[Any]], rules: Rules
 ) -> Graph:
     """The graph of batches, each the two or three columns of `choose_columns`."""
-    import pyarrow as pa
-
-    kinds = [schema.field(column).type for column in columns[:2]]
-    is_text = rules.ids == "text" or any(_is_text(k.value_type if pa.types.is_dictionary(k) else k) for k in kinds)
+    kinds = [unpacked_type(schema.field(column).type) for column in columns[:2]]
+    is_text = rules.ids == "text" or any(map(_is_text, kinds))
     note = ((schema.metadata or {}).get(NOTE) or b"").split()
     if len(note) in (2, 3) and note[0].isdigit():
         if note[2:] == [b"named"] and rules.ids == "auto" and rules.num_nodes is None:
@@ -183,11 +170,12 @@ def _full(array: Any, what: str) -> Any:
 
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
+    array = unpacked(array)
     if array.null_count:
         raise RowError(
             int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]), f"the {what} is missing (null)"
         )
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    return array
 
 
 def _id_column(array: Any, what: str, rules: Rules) -> np.ndarray:
