@@ -1,6 +1,7 @@
 """The contract of providers: ours keep it, and each way of breaking it is found."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -106,6 +107,15 @@ class Hasty(OpenAI):
         return self.redacted(Failure(kind="server", message="oops", status=status))
 
 
+class Misplacing(OpenAI):
+    def error(self, status, headers, body):
+        return replace(super().error(status, headers, body), status=200)
+
+
+class Boundless(OpenAI):
+    context = 0
+
+
 class Trusting(OpenAI):
     def parse(self, request, body):
         try:
@@ -123,6 +133,8 @@ class Trusting(OpenAI):
         (Splitting, "line break"),
         (Chatty, "shows the key|must be"),
         (Hasty, "must be 'auth'"),
+        (Misplacing, "has status 200; it must be that of the answer"),
+        (Boundless, "context is 0; it must be a whole number of tokens"),
         (Trusting, "taken for an answer"),
         (Obliging, "a request to completions, which is none of its endpoints, is built"),
     ],

@@ -176,6 +176,75 @@ def test_an_odd_failure_is_one_of_its_deployment_and_leaves_nothing_behind(tmp_p
         assert store.execute("SELECT count(*) FROM reservations").fetchone() == (0,)
 
 
+SAYS = {
+    "raises": lambda status: (_ for _ in ()).throw(ValueError("by the provider")),
+    "ends the process": lambda status: (_ for _ in ()).throw(SystemExit()),
+    "says nothing": lambda status: None,
+    "misspells": lambda status: Failure(kind="rate_limited", message="m", status=status),
+    "leaves the status out": lambda status: Failure(kind="request", message="m"),
+    "says it": lambda status: Failure(kind="request", message="m", status=status),
+}
+OTHERWISE = {
+    "took too long": lambda status: Failure(kind="timeout", message="m"),
+    "a proxy gave up": lambda status: Failure(kind="server", message="m", status=504),
+}
+
+
+class Refused(Mock, kind="refused_by_status"):
+    """Answers with a status, of which its provider says what a test has it say."""
+
+    status, says = 400, None
+
+    def error(self, status, headers, body):
+        return Refused.says(status)
+
+    def transport(self, http):
+        return _Refusing(super().transport(http))
+
+
+class _Refusing:
+    def __init__(self, inner):
+        self._inner = inner
+
+    async def open(self, call):
+        reply = await self._inner.open(call)
+        reply.status = Refused.status
+        return reply
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("status", "said", "is_billed"),
+    [
+        *((status, said, False) for status in (400, 401, 422, 429, 500, 503) for said in SAYS),
+        # Who waited for it may have given up, and the answer be made all the same.
+        *((status, said, True) for status in (408, 504, 524) for said in SAYS),
+        *((400, said, True) for said in OTHERWISE),
+    ],
+)
+def test_an_answer_whose_status_says_that_it_was_refused_costs_nothing_unless_its_provider_says_so(
+    tmp_path, monkeypatch, status, said, is_billed, is_stream
+):
+    """One that failed at reading a 400 was charged the most that the call may come to."""
+    monkeypatch.setattr(Refused, "status", status)
+    monkeypatch.setattr(Refused, "says", (SAYS | OTHERWISE)[said])
+    deployment = DeploymentConfig(provider=Refused.Config(model="m", tokens=40))
+    model = ModelConfig(name="m", max_tokens=50, price=Price.of_dollars(1, 1), deployments=(deployment,))
+    config = GatewayConfig(
+        models=(model,), require_key=False, retries=RetryConfig(attempts=1), store=str(tmp_path / "g.db")
+    )
+
+    async def main():
+        async with asyncio.timeout(60), Gateway(config) as gateway:
+            assert await asked(gateway, "m", is_stream) == "ApiError"
+            await gateway.settled()
+
+    asyncio.run(main())
+    with sqlite3.connect(config.store) as store:
+        [(cost_nano,)] = store.execute("SELECT cost_nano FROM ledger").fetchall()
+    assert (cost_nano > 0) == is_billed
+
+
 @pytest.mark.parametrize("name", ODD)
 def test_what_cannot_be_read_is_garbage_and_the_log_says_what(name, caplog):
     error = as_failure(ODD[name](), "m:d")

@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from anabranch.errors import ConfigError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
 from anabranch.gateway.dispatch.provider_fault import checked
 from anabranch.gateway.gateway import Gateway
@@ -177,3 +178,56 @@ def test_truths_of_any_kind_are_those_and_others_are_none(tmp_path, monkeypatch,
 def test_numbers_and_truths_of_a_failure_are_taken_likewise(fields, field, equal):
     found = getattr(checked(UpstreamError(Failure(message="m", **fields))).failure, field)
     assert (found, type(found)) == (equal, type(equal))
+
+
+class Sized(Mock, kind="sized"):
+    """Says how much context it has: at once, or once it has started."""
+
+    made, started, now = None, None, None
+
+    @property
+    def context(self):
+        if isinstance(Sized.now, type):
+            raise Sized.now("by the provider")
+        return Sized.now
+
+    def __init__(self, config):
+        super().__init__(config)
+        Sized.now = Sized.made
+
+    async def start(self):
+        Sized.now = Sized.started
+
+
+def context_of(tmp_path, monkeypatch, made, started):
+    """Of the model, once the gateway has started."""
+    monkeypatch.setattr(Sized, "made", made)
+    monkeypatch.setattr(Sized, "started", started)
+    deployment = DeploymentConfig(provider=Sized.Config(model="m"))
+    models = (ModelConfig(name="m", deployments=(deployment,)),)
+
+    async def main():
+        config = GatewayConfig(models=models, require_key=False, store=str(tmp_path / "g.db"))
+        async with asyncio.timeout(60), Gateway(config) as gateway:
+            return gateway.runtime.models["m"].context
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("value", TWELVES)
+def test_a_context_that_equals_an_integer_is_that(tmp_path, monkeypatch, value):
+    for made in (None, value):
+        found = context_of(tmp_path, monkeypatch, made, value)
+        assert (found, type(found)) == (12, int)
+    assert context_of(tmp_path, monkeypatch, value, None) is None
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, 0, 0.0, Raising(), ValueError, AttributeError, SystemExit])
+def test_a_context_that_is_no_number_of_tokens_is_told_when_its_provider_is_made_or_has_started(
+    tmp_path, monkeypatch, value
+):
+    """A text fell over its first request, and 0 refused each."""
+    said = r"deployment m: (context of )?its provider \(sized\) (is .*; it must be a whole number|cannot say its context: )"
+    for made, started in ((value, None), (None, value)):
+        with pytest.raises(ConfigError, match=said):
+            context_of(tmp_path, monkeypatch, made, started)

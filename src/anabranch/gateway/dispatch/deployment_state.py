@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from anabranch.bounds import LARGEST_INT
+from anabranch.errors import ConfigError
 from anabranch.gateway.dispatch.bill import bill, is_unpriced
 from anabranch.gateway.dispatch.breaker import Breaker, BreakerRules, Outcome, admit, record, would_admit
 from anabranch.gateway.dispatch.deployments import Deployment
@@ -14,8 +16,11 @@ from anabranch.gateway.dispatch.senders import OWN, Senders, is_own
 from anabranch.gateway.dispatch.shared_rooms import Full
 from anabranch.gateway.dispatch.window import SlidingSum
 from anabranch.gateway.in_flight import InFlight
+from anabranch.gateway.logged_error import raised
+from anabranch.gateway.plain_values import said, whole_of
 from anabranch.gateway.providers.provider import Failure, FailureKind, Provider, Transport, Usage
 from anabranch.routers.money import Price
+from anabranch.web.turns import plainly
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +78,8 @@ class Live:
         self.name = deployment.name
         self.price = price if deployment.price is None else deployment.price
         self.provider: Provider = deployment.provider.build()
+        # That of one that has to start is known then.
+        self.context()
         self.transport = plain_transport(self.provider.transport(http), http, deployment.name)
         self.breaker = Breaker()
         self.in_flight, self.waiting, self.failing, self.rests_until = 0, 0, 0.0, 0.0
@@ -91,6 +98,22 @@ class Live:
         self.is_doubted = False
         # The last of what its breaker counts; None after a success.
         self.failed_of: FailureKind | None = None
+
+    def context(self) -> int | None:
+        """Most prompt and completion tokens that its provider knows of. Raises ConfigError for what is no number of tokens."""
+        try:
+            given = plainly(lambda: self.provider.context)
+            found = plainly(lambda: whole_of(given))
+        except Exception as error:
+            raise ConfigError(
+                f"deployment {self.name}: its provider ({self.provider.kind}) cannot say its context: {raised(error)}"
+            ) from error
+        if given is not None and (found is None or not 1 <= found <= LARGEST_INT):
+            raise ConfigError(
+                f"deployment {self.name}: context of its provider ({self.provider.kind}) is {said(given)}; it must be a whole number of "
+                "tokens, at least 1, or None"
+            )
+        return found
 
     def bill(self, usage: Usage, asked: Usage | None = None) -> int:
         """Nano-dollars of a call of it; see `bill`."""

@@ -202,7 +202,7 @@ class Dispatcher:
                     await in_task(live.provider.start)
                 except AnabranchError as error:
                     raise ConfigError(f"deployment {live.name} cannot start: {words(error)}") from error
-            known = [live.provider.context for live in group.lives if live.provider.context is not None]
+            known = [context for live in group.lives if (context := live.context()) is not None]
             if known and group.group.context is None:
                 group.group = replace(group.group, context=min(known))
 

@@ -7,6 +7,7 @@ that is none of the vocabulary, or a time without end, would break that off in t
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any, TypeVar, get_args
 
@@ -17,7 +18,7 @@ from anabranch.gateway.providers.provider import Failure, FailureKind, Headers, 
 from anabranch.gateway.providers.vocabulary import Hint
 from anabranch.web.turns import plainly
 
-__all__ = ["STATUSES", "OddFailureError", "as_failure", "checked", "refusal"]
+__all__ = ["STATUSES", "OddFailureError", "UnreadRefusalError", "as_failure", "checked", "refusal"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ HINTS: tuple[Hint, ...] = get_args(Hint)
 # Some servers answer with one beyond 599.
 STATUSES = range(100, 1000)
 
+# Of an answer that may have been made, and billed, though none came.
+MAY_BE_MADE: tuple[FailureKind, ...] = ("timeout", "first_token", "cut", "deadline")
+
 # Of a message: ours quote one of an upstream, and say more.
 LETTERS = 4 * MESSAGE_LETTERS
 
@@ -37,9 +41,20 @@ class OddFailureError(ValueError):
     """What a provider gave is no `Failure`: which field, what stands there, and what may."""
 
 
+class UnreadRefusalError(ValueError):
+    """A provider fails, its cause, at saying what an answer means that is none; ``status`` is that of the answer."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"an answer of status {status} could not be read")
+        self.status = status
+
+
 def as_failure(error: Exception, name: str) -> UpstreamError:
     """What went wrong at deployment ``name``. An exception that a provider may not raise, or that says nothing which can be read, is a
     fault of the provider, not of the request."""
+    status = error.status if isinstance(error, UnreadRefusalError) else None
+    if isinstance(error, UnreadRefusalError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     if isinstance(error, UpstreamError):
         try:
             return checked(error)
@@ -48,14 +63,26 @@ def as_failure(error: Exception, name: str) -> UpstreamError:
     logger.error("the provider of deployment %s failed", name, exc_info=error)
     return UpstreamError(
         Failure(
-            kind="garbage", message=f"the provider of {name} failed ({type(plain(error)).__name__}); the log says how"
+            kind="garbage",
+            message=f"the provider of {name} failed ({type(plain(error)).__name__}); the log says how",
+            status=status,
         )
     )
 
 
 def refusal(provider: Provider, status: int, headers: Headers, body: bytes) -> UpstreamError:
-    """What ``provider`` makes of an answer that is none. Raises OddFailureError, or whatever it fails with."""
-    return plainly(lambda: UpstreamError(_failure(provider.error(status, headers, body))))
+    """What ``provider`` makes of an answer that is none. Raises UnreadRefusalError for whatever it fails with.
+
+    The answer has a status, whether its provider says so or not: by it is told that nothing was made, and is billed. One that says in other
+    words that something may have been keeps its silence.
+    """
+    try:
+        failure = plainly(lambda: _failure(provider.error(status, headers, body)))
+    except Exception as error:
+        raise UnreadRefusalError(status) from error
+    if failure.status is None and failure.kind not in MAY_BE_MADE:
+        failure = replace(failure, status=status)
+    return UpstreamError(failure)
 
 
 def checked(error: UpstreamError) -> UpstreamError:

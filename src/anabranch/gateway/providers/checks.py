@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
+from anabranch.bounds import is_whole
 from anabranch.config import from_dict, to_dict
 from anabranch.gateway.providers.provider import Endpoint, FailureKind, Provider, UpstreamError, UpstreamRequest
 
@@ -62,6 +63,10 @@ def check_provider(
     again = from_dict(type(config), json.loads(json.dumps(to_dict(config))))
     assert again == config, f"the config does not come back from JSON: {again} for {config}"
     assert not secret or secret not in repr(provider) + repr(config), "repr shows the key"
+    context = provider.context
+    assert context is None or (is_whole(context) and context > 0), (
+        f"context is {context!r}; it must be a whole number of tokens, at least 1, or None"
+    )
     assert provider.endpoints, "a provider serves at least one endpoint"
     for endpoint in _checked(provider):
         for stream in (False, True):
@@ -138,6 +143,10 @@ def _check_errors(provider: Provider, secret: str | None) -> None:
                 f"{where}: kind {failure.kind!r} is none of {get_args(FailureKind)}"
             )
             assert failure.message, f"{where} says nothing"
+            # By it is told whether the call may be billed.
+            assert failure.status in (None, status), (
+                f"{where} has status {failure.status!r}; it must be that of the answer"
+            )
             assert not secret or secret not in failure.message, f"{where}: the message shows the key"
             json.dumps(dataclasses.asdict(failure))
             wanted = WANTED.get(status)
