@@ -139,15 +139,15 @@ class LayerReader:
                     module.backend = "reference"
         state = frame.state_dict()
         tensors = {name: state[name] for name in added_names(frame)}
-        by_task = goes_by_task(frame)
+        tasks, needs = task_names(frame) if goes_by_task(frame) else (), needs_task(frame)
         return ServedLayers(
             layers,
-            version=_digest(frame.config, tensors),
+            version=_digest(frame.config, tensors, tasks, needs, _chosen_by(pool)),
             nbytes=sum(tensor.nbytes for tensor in tensors.values()),
             kind=kind,
             experts=experts,
-            tasks=task_names(frame) if by_task else (),
-            needs_task=needs_task(frame),
+            tasks=tasks,
+            needs_task=needs,
             pool=pool,
         )
 
@@ -186,9 +186,16 @@ def pool_of(experts: Mapping[str, Path], kind: PoolKind | None = None) -> Glider
     return pool
 
 
-def _digest(config: Decoder.Config, tensors: Mapping[str, Tensor]) -> str:
-    """Equal where layers and numbers are."""
-    digest = hashlib.sha256(repr(to_dict(config)["linears"]).encode())
+def _chosen_by(pool: GliderPool | None) -> tuple[object, ...]:
+    """What beside its numbers decides whom a pool chooses: how, and what requests are compared with, if they are."""
+    if pool is None:
+        return ()
+    return to_dict(pool.config), list(pool.matcher.texts.values()) if pool.config.instruction else None
+
+
+def _digest(config: Decoder.Config, tensors: Mapping[str, Tensor], *beside: object) -> str:
+    """Equal where layers and numbers are, and what is told ``beside``."""
+    digest = hashlib.sha256(repr((to_dict(config)["linears"], *beside)).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)

@@ -34,7 +34,8 @@ class ServedLayers:
 
     Attributes:
         parts: the layer of each part of a linear layer that it adds to, by our names (``blocks.3.attention.q``).
-        version: equal where all numbers are.
+        version: equal where all is that decides what requests get: numbers, tasks, and of a pool its kind and the instructions, if it
+            compares requests with them.
         nbytes: of them.
         kind: of pools ``glider``, ``phatgoose`` or ``arrow``, else of the layers.
         experts: the adapters that routers choose among, in the order of their numbers; none where a task says who is used.
