@@ -39,7 +39,6 @@ _HEAD = f"{PREFIX}lm_head{INNER}.weight"
 MOST_CONFIG, MOST_HEADER = 256 << 10, 1 << 20
 # Adapters of a pool, and entries of its folder that are looked at.
 MOST_EXPERTS, MOST_ENTRIES = 1000, 10_000
-_TABLES, _TENSORS = (CONFIG, OWN, CARD), (WEIGHTS, NUMBERS, GATES)
 _FILES = (CONFIG, WEIGHTS, PICKLE, OWN, NUMBERS, CARD, GATES)
 
 
@@ -67,6 +66,18 @@ class Folder:
         """Each folder whose files are read."""
         return tuple(self.experts.values()) or (self.path,)
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the tables that are read in each of its places, where they are there."""
+        return (OWN,) if self.is_own else (CONFIG, CARD) if self.experts else (CONFIG,)
+
+    def numbers_in(self, place: Path) -> tuple[str, ...]:
+        """Names of the files of numbers that are read in one of its places, where they are there; of what lies beside them nothing is."""
+        weights = NUMBERS if self.is_own else WEIGHTS
+        if not self.is_own and not (place / WEIGHTS).is_file() and (place / PICKLE).is_file():
+            weights = PICKLE
+        return (weights, GATES) if self.experts else (weights,)
+
 
 def folder_of(said: str, root: str | None) -> Folder:
     """What ``said`` is: a path, of a pool also with its kind in front (``arrow:adapters/all``).
@@ -90,7 +101,12 @@ def folder_of(said: str, root: str | None) -> Folder:
 
 def files_of(folders: Iterable[str]) -> list[Path]:
     """Each file that is read of these folders where it is there: of a pool those of all its adapters. Raises as `folder_of`."""
-    return [place / name for said in folders for place in folder_of(said, None).places for name in _FILES]
+    return [
+        place / name
+        for found in (folder_of(said, None) for said in folders)
+        for place in found.places
+        for name in (*found.tables, *found.numbers_in(place))
+    ]
 
 
 @contextmanager
@@ -168,8 +184,9 @@ def _experts_in(place: Path, root: str | None) -> dict[str, Path]:
 def check_small(folder: Folder) -> None:
     """Raise CheckpointError for a table or a header of tensors so large that to read it would hold all others up."""
     for place in folder.places:
-        sizes = [(place / name, _file_size(place / name), MOST_CONFIG, "it") for name in _TABLES]
-        sizes += [(place / name, _header_size(place / name), MOST_HEADER, "its header of tensors") for name in _TENSORS]
+        sizes = [(place / name, _file_size(place / name), MOST_CONFIG, "it") for name in folder.tables]
+        tensors = [name for name in folder.numbers_in(place) if name != PICKLE]
+        sizes += [(place / name, _header_size(place / name), MOST_HEADER, "its header of tensors") for name in tensors]
         for path, size, most, what in sizes:
             if size > most:
                 raise CheckpointError(
@@ -185,17 +202,18 @@ def size_of(folder: Folder, item_bytes: int = 4, head: tuple[int, int] | None = 
     and not kept. 0 where there is no file. Raises CheckpointError for a damaged one.
     """
     if folder.experts:
-        return _pool_size(folder.places)
-    return _size_of(folder.path, 4 if folder.is_own else item_bytes, None if folder.is_own else head)
+        return _pool_size(folder)
+    names = folder.numbers_in(folder.path)
+    return _size_of(folder.path, names, 4 if folder.is_own else item_bytes, None if folder.is_own else head)
 
 
-def _pool_size(places: Sequence[Path]) -> int:
+def _pool_size(folder: Folder) -> int:
     # Of each matrix: the greatest rank, its inputs and its outputs.
     rank, inputs, outputs = dict[str, int](), dict[str, int](), dict[str, int]()
     pickled = 0
-    for place in places:
+    for place in folder.places:
         if not (place / WEIGHTS).is_file():
-            pickled += _size_of(place, 4, None)
+            pickled += _size_of(place, folder.numbers_in(place), 4, None)
             continue
         for name, entry in read_header(place / WEIGHTS)[1].items():
             module, sign, matrix = name.removeprefix(PREFIX).rpartition(".lora_")
@@ -207,16 +225,15 @@ def _pool_size(places: Sequence[Path]) -> int:
     stacks = sum(most * (inputs.get(module, 0) + outputs.get(module, 0)) for module, most in rank.items())
     # A vector for each adapter, and whether it has a sign.
     vectors = sum(item * size + 1 for size in inputs.values())
-    return pickled + len(places) * (item * stacks + vectors)
+    return pickled + len(folder.places) * (item * stacks + vectors)
 
 
-def _size_of(place: Path, item_bytes: int, head: tuple[int, int] | None) -> int:
-    found = [place / name for name in _TENSORS if (place / name).is_file()]
+def _size_of(place: Path, names: Sequence[str], item_bytes: int, head: tuple[int, int] | None) -> int:
+    found = [place / name for name in names if name != PICKLE and (place / name).is_file()]
     shapes = [(name, tuple(entry["shape"])) for path in found for name, entry in read_header(path)[1].items()]
     numbers = sum(math.prod(shape) for name, shape in shapes if (name, shape) != (_HEAD, head))
     # As if all were of float64.
-    is_pickled = not (place / WEIGHTS).is_file() and not (place / NUMBERS).is_file()
-    return item_bytes * (numbers + (_file_size(place / PICKLE) // 8 if is_pickled else 0))
+    return item_bytes * (numbers + (_file_size(place / PICKLE) // 8 if PICKLE in names else 0))
 
 
 def _file_size(path: Path) -> int:
