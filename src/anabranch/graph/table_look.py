@@ -3,7 +3,7 @@
 `anabranch.graph.formats.layout` does the same for a text that is read in blocks, of the same parts.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,6 +12,7 @@ from anabranch.errors import DataError
 from anabranch.graph.table_columns import called, check_no_bare_matrix, check_no_matrix, is_index, names_ends
 from anabranch.graph.table_direction import MixedError, direction_of
 from anabranch.graph.table_faults import is_python, row_fault
+from anabranch.graph.table_numbered import nameless, nameless_fault
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -126,6 +127,8 @@ def look_at_edges(
     if len(set(names)) < len(names):
         # Of which who chooses columns tells.
         return directed
+    if not ends_are_said:
+        check_nameless(table, [name if name != relation else "relation" for name in names])
     check_no_matrix(table.path, table.schema, table.num_rows, table.first)
     if not ends_are_said:
         for some in {tuple(names): None, tuple(name for name in names if name != relation): None}:
@@ -143,6 +146,23 @@ def look_at_edges(
             "leave the column out if they are to be as its others"
         )
     return found
+
+
+def check_nameless(table: EdgeTable, names: Sequence[str]) -> None:
+    """Raises DataError for a third column or a later one that ``names``, in the order of the table's columns, do not name, and that has
+    a cell that is not empty."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for place in nameless(names) if len(names) > 2 else ():
+        name = table.schema.names[place]
+        for cells in (table.first(name), *table.rest(name)):
+            kept = cells.drop_null()
+            if pa.types.is_floating(kept.type):
+                kept = kept.filter(pc.invert(pc.is_nan(kept)))
+            found = next((cell for cell in kept.to_pylist() if str(cell).strip()), None)
+            if found is not None:
+                raise nameless_fault(str(table.path), place, found)
 
 
 def _check_rows(table: EdgeTable, names: list[str], ends_are_said: bool, is_meant: Callable[[int], bool]) -> None:

@@ -1,8 +1,9 @@
-"""Whether a first line calls columns by numbers, as programs do of themselves, or is a row."""
+"""Whether a first line calls columns by numbers, as programs do of themselves, or is a row; and columns that it does not name."""
 
 import re
 from collections.abc import Sequence
 
+from anabranch.errors import DataError
 from anabranch.graph.table_columns import are_alike, is_index
 
 # Of columns that have no names, before their numbers: R, readr, Spark, polars, DuckDB, Arrow, pandas, spreadsheets.
@@ -65,3 +66,16 @@ def are_positions(first: Sequence[str], rows: Sequence[Sequence[str]], *, at_bla
 def _is_fraction(text: str) -> bool:
     """Whether a number is written with a point or an exponent."""
     return re.fullmatch(r"[+-]?([0-9]*\.[0-9]*|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?", text) is not None
+
+
+def nameless(names: Sequence[str]) -> list[int]:
+    """Numbers of columns behind a first name that have none, or pandas' for a column of that number: no index, which stands in front."""
+    first = next((place for place, name in enumerate(names) if not is_index(name)), len(names))
+    return [place for place in range(first, len(names)) if names[place].strip() in ("", f"Unnamed: {place}")]
+
+
+def nameless_fault(where: str, place: int, cell: object) -> DataError:
+    """That a column without a name has cells, of which one is given: it may be meant for something."""
+    return DataError(
+        f"{where}: column {place} has no name, and {cell!r:.40} in it: is it a weight? Name it, leave it out, or say which they are"
+    )

@@ -33,7 +33,7 @@ from anabranch.graph.table_columns import (
     plain_name,
 )
 from anabranch.graph.table_faults import check_one_file
-from anabranch.graph.table_look import EdgeTable, check_printed, look_at_edges
+from anabranch.graph.table_look import EdgeTable, check_nameless, check_printed, look_at_edges
 from anabranch.graph.table_numbered import are_counted, are_positions
 
 if TYPE_CHECKING:
@@ -162,6 +162,7 @@ def _look(path: str, cells: Cells, of_graph: bool | None, is_meant: Callable[[in
     table = EdgeTable.of(path, cells.table.rename_columns(names))
     # Of pairs no direction counts.
     with in_options(OF_KINDS):
+        check_nameless(table, cells.names)
         look_at_edges(table, directed=False if of_graph is None else None, of_graph=of_graph, is_meant=is_meant)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from anabranch.graph.formats.lines import RowError, Splitter, blocks, numbers
 from anabranch.graph.table_columns import is_index
 from anabranch.graph.table_faults import bare_matrix, is_adjacency
+from anabranch.graph.table_numbered import nameless_fault
 
 
 def rows_below(path: Path, start: bytes, line: int, delimiter: int, marks: str) -> list[list[str]]:
@@ -39,3 +40,19 @@ def check_no_bare_matrix(path: Path, delimiter: int, marks: str, names: list[str
             return
     if is_adjacency(np.concatenate(parts)):
         raise bare_matrix(path)
+
+
+def check_empty(path: Path, delimiter: int, marks: str, places: tuple[int, ...], header_line: int) -> None:
+    """Raises DataError where one of these columns, which have no name, has a cell that is not empty. Reads all of the file."""
+    splitter = Splitter(path, delimiter, marks, places)
+    for text, first_line in blocks(path):
+        fields, problem = splitter.split(text, first_line)
+        if len(fields.line_R) and fields.line_R[0] == header_line:
+            fields.keep(slice(1, None))
+        filled = np.argwhere((fields.end_FR > fields.start_FR).T)
+        if len(filled):
+            row, field = filled[0].tolist()
+            raise nameless_fault(f"{path}, line {fields.line_R[row]}", places[field], fields.value(field, row))
+        if problem:
+            # Of which the reading of the edges tells.
+            return

@@ -1,6 +1,7 @@
 """How a list of edges is written: its delimiter, its line of names, which columns are ends and weights, and whether ids are text."""
 
 import io
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.graph.formats.build import Rules
-from anabranch.graph.formats.further_rows import check_no_bare_matrix, rows_below
+from anabranch.graph.formats.further_rows import check_empty, check_no_bare_matrix, rows_below
 from anabranch.graph.formats.lines import IN_DOUBT, WHITESPACE, Splitter, blocks, fail, first_bytes
 from anabranch.graph.table_columns import (
     WEIGHTS,
@@ -33,7 +34,9 @@ from anabranch.graph.table_columns import (
 )
 from anabranch.graph.table_direction import is_direction
 from anabranch.graph.table_faults import other_mark, row_fault
-from anabranch.graph.table_numbered import are_counted, are_numbered, are_positions
+from anabranch.graph.table_numbered import are_counted, are_numbered, are_positions, nameless
+
+_logger = logging.getLogger(__name__)
 
 # `write_graph` leaves it.
 NOTE = re.compile(rb"^# anabranch graph: (\d+) nodes( by name)?, (directed|undirected)\r*$", re.MULTILINE)
@@ -172,6 +175,9 @@ def layout_of(
         _check_rows(path, dialect, lines, texts, rows, delimiter)
     has_header, names = _names(path, dialect, start, lines[0], rows, delimiter, noted)
     columns = _columns(path, dialect, names, len(first), lines[0])
+    free = tuple(sorted({*nameless(names or ())} - {*columns}))
+    if free and dialect.source is None and dialect.target is None:
+        check_empty(path, delimiter, dialect.marks, free, lines[0] if has_header else 0)
     sample = rows[1] if has_header and len(rows) > 1 else rows[0]
     if has_header and len(rows) == 1:
         raise DataError(f"{path} holds no edges, only the header in line {lines[0]}")
@@ -207,6 +213,8 @@ def layout_of(
     direction = None if names is None else called(names, ("type",))
     if direction is not None and not (direction < len(sample) and is_direction(sample[direction][0])):
         direction = None
+    if names is None and dialect.weight == "auto":
+        _tell_of_rest(path, columns, len(first))
     return Layout(
         delimiter, lines[0] if has_header else 0, columns, is_text, has_quoted_words(rows[0]), header, direction
     )
@@ -348,6 +356,17 @@ def _columns(path: Path, dialect: Dialect, names: list[str] | None, count: int, 
     else:
         weight = next((column for column in range(count) if column not in (source, target)), None)
     return (source, target) if weight is None else (source, target, weight)
+
+
+def _tell_of_rest(path: Path, columns: tuple[int, ...], count: int) -> None:
+    """A warning where columns of a list without names are left out, as times behind weights are, and nobody says which are meant."""
+    rest = [str(column) for column in range(count) if column not in columns]
+    if rest:
+        _logger.warning(
+            "%s has %d columns and no line of names: column %d is the source, %d the target and %d the weight, and what is in %s is "
+            "left out; source, target and weight (--columns 0,1,2) say which are meant",
+            *(path, count, *columns, ", ".join(rest)),
+        )
 
 
 def _is_whole(text: str) -> bool:

@@ -99,7 +99,8 @@ def read_graph(
             undirected if it is symmetric; a list of edges by Gephi's column Type, Directed or Undirected in all rows), else False. False
             for a matrix demands that it is symmetric.
         source, target: columns of a list of edges, by name or number (from 0). Default: those with well-known names, else the first two.
-        weight: the column of weights. "auto": the one called weight, or without a header the third; None for none.
+        weight: the column of weights. "auto": the one called weight, or without a header the third, with a warning logged where there
+            are more; None for none.
         header: whether the first row of a text names its columns. Default: looked at (see `docs/systems/graph.md`).
         delimiter: one character or "whitespace". Default: tab, comma, semicolon or bar, whichever is in the first row, else whitespace.
         comment: characters that start a line to be left out. Default: # and %, but where nodes are text and columns have names, a line
