@@ -176,7 +176,7 @@ def test_what_was_read_for_nobody_does_not_stay():
     made = Reading(1000)
     made.shelf.register("p", "p")
     one = made.ask("a", "p")
-    read = made.shelf._read
+    read = made.shelf._source.read
 
     def gone(folder, root, check):
         held = read(folder, root, check)
@@ -184,7 +184,7 @@ def test_what_was_read_for_nobody_does_not_stay():
         made.shelf.remove("p")
         return held
 
-    made.shelf._read = gone
+    made.shelf._source.read = gone
     made.step()
     assert made.read == ["p"]
     assert made.shelf.stats().counters["adapter_loads"] == 0
@@ -196,14 +196,14 @@ def test_who_goes_while_its_first_is_read_has_the_others_not_read():
     for name in "pqr":
         made.shelf.register(name, name)
     one = made.ask("a", "p", "q", "r")
-    read = made.shelf._read
+    read = made.shelf._source.read
 
     def gone(folder, root, check):
         if folder == "p":
             made.shelf.release(one.id)
         return read(folder, root, check)
 
-    made.shelf._read = gone
+    made.shelf._source.read = gone
     made.settle()
     assert made.read == ["p"]
     assert all(facts["requests"] == 0 for facts in made.shelf.facts())
@@ -245,7 +245,7 @@ def test_what_takes_more_than_its_folder_tells_keeps_its_room_while_it_is_read_a
             meanwhile.pop()()
         return Numbers(held, folder)
 
-    made.shelf._read = told
+    made.shelf._source.read = told
     made.know("p", "c", "q")
     made.shelf.lease("p", (("p", 1.0),), "a")
     made.settle()
@@ -269,7 +269,7 @@ def test_one_whose_size_nobody_knew_waits_behind_who_has_the_right_of_way():
         check(sizes[folder])
         return Numbers(sizes[folder], folder)
 
-    made.shelf._read = told
+    made.shelf._source.read = told
     made.know("p", "q")
     made.shelf.register("u", "u")
     made.shelf.lease("p", (("p", 1.0),), "a")

@@ -267,7 +267,7 @@ def test_one_that_cannot_be_read_for_no_reason_that_is_known(shelf, folders, cap
     def broken(folder, root, check):
         raise OSError(5, "Input/output error", "/somewhere/x")
 
-    shelf._read = broken
+    shelf._source.read = broken
     shelf.register("a", "40/a")
     with pytest.raises(BusyError) as raised:
         begin(shelf, "1", "a")
@@ -322,7 +322,7 @@ def test_room_is_looked_for_again_where_the_size_was_told_too_small(shelf):
         check(1)
         return Fake(int(folder.partition("/")[0]), folder)
 
-    shelf._read = read
+    shelf._source.read = read
     for name in "abc":
         shelf.register(name, f"60/{name}")
     with pytest.raises(CapacityError, match="takes 60 bytes beside 60 of the others in its mixture"):
@@ -346,7 +346,7 @@ def test_an_error_keeps_nothing_of_what_was_read(shelf, folders):
                 raise CheckpointError("damaged")  # noqa: B904 - the context is what is tested
         return held
 
-    made, shelf._read = [], read
+    made, shelf._source.read = [], read
     gc.disable()
     try:
         for folder, error in (("large", CapacityError), ("bad", CheckpointError)):

@@ -260,13 +260,13 @@ def test_a_request_ends_with_the_adapter_that_it_began_with(folders):
 
 def test_a_load_holds_no_step_up(folders):
     runs = engine_of("compiled", folders, ())
-    shelf, gate, read = runs.engine.adapters.shelf, threading.Event(), runs.engine.adapters.shelf._read
+    shelf, gate, read = runs.engine.adapters.shelf, threading.Event(), runs.engine.adapters.shelf._source.read
 
     def slow(*where):
         assert gate.wait(60)
         return read(*where)
 
-    shelf._read = slow
+    shelf._source.read = slow
     runs.loop.put(Control(1, "load_adapter", {"adapter": "x", "folder": folders["a"]}))
     runs.loop.put(Control(2, "load_adapter", {"adapter": "y", "folder": "nowhere"}))
     assert len(runs([(None, PROMPTS[0])])[0].tokens) == 8

@@ -7,13 +7,12 @@ adapter may take the place of the one before: requests that began with that one 
 A request that finds no room (`anabranch.serving.core.adapter_room`) beside what others use waits in a line, in which keys take turns
 (`anabranch.serving.core.adapter_line`).
 
-Reading is for a thread of the shelf's own, one adapter after the other. There too keys take turns: the next is of the key for which one was
-read longest ago, and what operators load has turns as a key has. All methods may be called from any thread.
+Reading (`anabranch.serving.core.adapter_source`) is for a thread of the shelf's own, one adapter after the other. There too keys take
+turns: the next is of the key for which one was read longest ago, and what operators load has turns as a key has. All methods may be called
+from any thread.
 """
 
-import contextlib
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -21,20 +20,19 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from anabranch.errors import AnabranchError, CapacityError, CheckpointError, InputError
+from anabranch.errors import InputError
 from anabranch.serving.core.adapter_entry import Entry, H, Held, Read
 from anabranch.serving.core.adapter_line import AdapterLine
 from anabranch.serving.core.adapter_loads import AdapterLoads, Load
 from anabranch.serving.core.adapter_memory import AdapterMemory, NoRoomError
 from anabranch.serving.core.adapter_room import AdapterRoom, Waiter
+from anabranch.serving.core.adapter_source import AdapterSource, bare
 from anabranch.serving.core.client import BusyError, CalledOffError, EngineStats
 from anabranch.serving.core.mixture import Mixture, check_name
 from anabranch.serving.core.turns import Turns
 from anabranch.sharing import most_beside
 
 __all__ = ["AdapterShelf", "Held", "Read"]
-
-logger = logging.getLogger(__name__)
 
 # Seconds that a request waits for room at most, and requests that may.
 WAIT_S = 30.0
@@ -46,10 +44,6 @@ _KEY_SHARE = 0.5
 _ENDS = "the engine ends"
 
 R = TypeVar("R")
-
-
-class _MeasuredError(Exception):
-    """The size of an adapter is known, and no more was asked for."""
 
 
 class AdapterShelf(Generic[H]):
@@ -72,7 +66,7 @@ class AdapterShelf(Generic[H]):
         clock: Callable[[], float] = time.monotonic,
         wait_s: float = WAIT_S,
     ) -> None:
-        self._read, self.most_bytes, self._time = read, most_bytes, clock
+        self._source, self.most_bytes, self._time = AdapterSource[H](read), most_bytes, clock
         self._room = AdapterRoom[H](most_bytes)
         self._line = AdapterLine[H](wait_s, self._room)
         # Looks after those that have waited for as long as they may, while anybody waits.
@@ -133,7 +127,7 @@ class AdapterShelf(Generic[H]):
                 self._check_under_way(load)
                 self._memory.find_room(entry, before=self._entries.get(entry.name))
 
-        held = self._read(entry.folder, entry.root, check)
+        held = self._source.first(entry, check)
         with self._lock:
             self._check_under_way(load)
             self._memory.hold(entry, held, before=self._entries.get(entry.name))
@@ -360,7 +354,7 @@ class AdapterShelf(Generic[H]):
     def _submit(self, key: str | None, work: Callable[[], R]) -> "Future[R]":
         """Have something done in the turn of a key, or of operators; it is cancelled where the shelf is closed first."""
         try:
-            return self._reads.submit(key, _bare, work)
+            return self._reads.submit(key, bare, work)
         except BusyError:
             # However many may wait, so it is closed.
             cancelled = Future[R]()
@@ -387,7 +381,7 @@ class AdapterShelf(Generic[H]):
         if not _is_wanted(one):
             return
         try:
-            is_there = _bare(partial(self._read_missing, one))
+            is_there = bare(partial(self._read_missing, one))
         except NoRoomError:
             with self._lock:
                 # It may have gone meanwhile.
@@ -414,8 +408,12 @@ class AdapterShelf(Generic[H]):
             return True
         # First how large each of the others is: where they have no room together nothing leaves memory for any of them.
         unknown = next((entry for entry in missing[1:] if not entry.size), None)
-        if unknown is not None and self._measure(unknown):
-            return False
+        if unknown is not None:
+            nbytes = self._source.size_of(unknown)
+            with self._lock:
+                unknown.size = max(unknown.size, nbytes)
+            if unknown.size:
+                return False
         held = self._read_again(missing[0], one)
         with self._lock:
             # It is nobody's where all have gone meanwhile for whom it was read, and it is known no more.
@@ -437,37 +435,7 @@ class AdapterShelf(Generic[H]):
                         raise NoRoomError("others use the memory for its adapters, or are first")
 
         # An operator is told all, as where there was room at once.
-        return self._read(entry.folder, entry.root, check) if one.key == _OPERATOR else self._look_at(entry, check)
-
-    def _measure(self, entry: Entry[H]) -> bool:
-        """Learn what an adapter takes that was never in memory; whether its folder tells."""
-
-        def check(nbytes: int) -> None:
-            with self._lock:
-                entry.size = max(entry.size, nbytes)
-            raise _MeasuredError
-
-        with contextlib.suppress(_MeasuredError):
-            self._look_at(entry, check)
-        return entry.size > 0
-
-    def _look_at(self, entry: Entry[H], check: Callable[[int], None]) -> H:
-        try:
-            held = self._read(entry.folder, entry.root, check)
-            if entry.version and held.version != entry.version:
-                raise CheckpointError(
-                    f"{entry.folder} holds other numbers than when the adapter was loaded; load it once more to have these"
-                )
-            return held
-        except (BusyError, CapacityError, _MeasuredError):
-            raise
-        except Exception as error:
-            # What has become of the folder is no fault of who asks, nor theirs to know: it is told to who runs the server.
-            trace = None if isinstance(error, AnabranchError) else error
-            logger.error("adapter %s cannot be read again: %s", entry.name, error, exc_info=trace)
-        raise BusyError(
-            f"adapter {entry.name!r} is known and cannot be read now, which is no fault of the request; the server's log says why"
-        )
+        return (self._source.first if one.key == _OPERATOR else self._source.again)(entry, check)
 
     # With the lock
 
@@ -526,12 +494,3 @@ def _is_wanted(one: Waiter[Any]) -> bool:
 def _refuse(one: Waiter[Any], why: str) -> None:
     if _is_wanted(one):
         one.ready.set_exception(BusyError(why))
-
-
-def _bare(work: Callable[[], R]) -> R:
-    """What work gives; its error comes without the frames of the work, in which the numbers of a whole adapter would be kept."""
-    try:
-        return work()
-    except AnabranchError as error:
-        error.__cause__ = error.__context__ = None
-        raise error.with_traceback(None) from None
