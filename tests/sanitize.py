@@ -3,7 +3,7 @@
     python tests/sanitize.py [--examples 100] [--tiles] [arguments of pytest]
 
 With --tiles the kernels multiply bfloat16 by the tiles of matrix units (AMX), whose instructions are functions here (`tiles.h`): what
-such a processor computes is tested on one that has none.
+such a processor computes is tested on one that has none, but has vectors of the same width (AVX-512).
 
 Python itself is not sanitized, so the runtime is loaded before it, and its leaks are not counted. Ends with the tests' exit code; a fault
 ends the tests' process, and the sanitizer's report says where it was.
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from anabranch.native.compiler import Compiler
-from anabranch.native.isa import NATIVE
+from anabranch.native.isa import NATIVE, processor_features
 from anabranch.native.sources import SOURCES
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +73,9 @@ def main() -> int:
     command = shutil.which("g++")
     if command is None or not sys.platform.startswith("linux"):
         print("skipped: the sanitizers are those of g++ on Linux, which is not here")
+        return 0
+    if options.tiles and "avx512f" not in processor_features():
+        print("skipped: tiles are of 16 numbers, as vectors of AVX-512 are, which this processor has not")
         return 0
     runtime = [_file_of(command, name) for name in RUNTIME]
     with tempfile.TemporaryDirectory(prefix="sanitize-") as folder:
