@@ -220,10 +220,12 @@ def asked(runs, which=None, **more):
 def test_a_row_of_a_mixed_batch_is_as_alone(kind, folders):
     runs = shared(folders, kind)
     together = asked(runs, max_tokens=4)
+    # Rounded to 8 bits, an input whose last bit differs may be its neighbour: one such step moves a score by some hundredths.
+    off = 0.05 if kind == "int8" else 2e-4
     for number, output in enumerate(together):
         [alone] = asked(runs, [number], max_tokens=4)
         assert output.tokens == alone.tokens, MIXED[number]
-        assert scores(output) == pytest.approx(scores(alone), abs=2e-4)
+        assert scores(output) == pytest.approx(scores(alone), abs=off)
         assert output.finish is Finish.LENGTH
     assert len({output.tokens for output in together}) >= len(MIXED) - 2
     assert all(facts["requests"] == 0 for facts in runs.engine.adapters.shelf.facts())

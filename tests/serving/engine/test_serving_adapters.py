@@ -90,7 +90,7 @@ def test_it_is_the_model_with_the_adapter_put_on(kind, folders):
         wanted = model(torch.tensor([PROMPTS[2]])).logits_BLV.log_softmax(-1)[0]
         [output] = runs([(name, PROMPTS[2])], max_tokens=1)
         found = [told.logprob for told in output.prompt_logprobs]
-        assert found == pytest.approx([float(wanted[at, token]) for at, token in enumerate(PROMPTS[2][1:])], abs=2e-5)
+        assert found == pytest.approx([float(wanted[at, token]) for at, token in enumerate(PROMPTS[2][1:])], abs=5e-5)
         assert output.tokens == (int(wanted[-1].argmax()),)
     pool = load_pool({name: folders[name] for name in "abc"}, copy.deepcopy(model_of(kind)))
     row = {"a": 0.7, "c": -0.3}
@@ -99,7 +99,7 @@ def test_it_is_the_model_with_the_adapter_put_on(kind, folders):
     ]
     [output] = runs([(row, PROMPTS[3])], max_tokens=1)
     found = [told.logprob for told in output.prompt_logprobs]
-    assert found == pytest.approx([float(wanted[at, token]) for at, token in enumerate(PROMPTS[3][1:])], abs=2e-5)
+    assert found == pytest.approx([float(wanted[at, token]) for at, token in enumerate(PROMPTS[3][1:])], abs=5e-5)
 
 
 @pytest.mark.parametrize("kind", ["compiled", "modules"])
