@@ -1,15 +1,21 @@
 """What a strategy decided, or wants sent, is looked at before anything is paid."""
 
+import json
 import math
 from collections import UserList, deque
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.decision_checks import BypassError, check_decision, plain_messages
+from anabranch.gateway.decision_checks import BypassError, check_decision, plain_decision, plain_messages
 from anabranch.routers.contract.query import Candidate, Decision, Model, Pool
 
+POOL = Pool((Model(name="a"), Model(name="b")))
+PLAIN = {"candidates": [Candidate(model="a", score=1.0)], "strategy": "s", "reason": "why"}
 IMAGE = "data:image/png;base64," + "A" * 1000
 CAME = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}]}]
 
@@ -117,6 +123,39 @@ def test_decisions_on_models_that_there_are_pass():
         with pytest.raises(BypassError) as caught:
             check_decision(decision, pool)
         assert caught.value.why == why
+
+
+def decided(figure, chance):
+    first = Candidate(model="a", score=figure, quality=figure, cost=figure)
+    candidates = (first, Candidate(model="b", score=0.25))
+    return Decision(candidates=candidates, strategy="s", reason="why", confidence=figure, probability=chance)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.array, Decimal, Fraction])
+def test_figures_of_other_libraries_are_pythons_own(kind):
+    """As a network gives them: a strategy with a score of numpy's float32 was passed over for every request."""
+    found = plain_decision(decided(kind(0.5), kind(0.75)), POOL)
+    assert found == decided(0.5, 0.75)
+    first = found.candidates[0]
+    figures = (first.score, first.quality, first.cost, found.confidence, found.probability)
+    assert {type(one) for one in figures} == {float}
+    json.dumps(figures)
+    whole = plain_decision(decided(np.int64(3), None), POOL).candidates[0].score
+    assert (whole, type(whole)) == (3, int)
+
+
+def test_a_decision_of_pythons_figures_is_given_on_as_it_is():
+    for one in (decided(0.5, 0.75), decided(3, None), Decision(**PLAIN)):
+        assert plain_decision(one, POOL) is one
+
+
+@pytest.mark.parametrize("odd", ["1", b"1", [1], np.array([1.0]), 1j, object()])
+def test_figures_that_are_none_are_refused(odd):
+    with pytest.raises(BypassError, match="a figure is no number"):
+        plain_decision(decided(odd, 0.5), POOL)
+    for none in (None, "a", [decided(0.5, 0.5)]):
+        with pytest.raises(BypassError, match="it named no model"):
+            plain_decision(none, POOL)
 
 
 @pytest.mark.parametrize("chance", [0, 0.0, -0.5, 1.5, math.nan, math.inf, "1", [1]])

@@ -3,12 +3,15 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
+from anabranch.gateway.plain_values import number_of
 from anabranch.routers.contract.query import Candidate, Decision, Pool
 
 # Of a decision's figures.
 MOST_INTEGER = 10**300
+_OWN = (int, float, bool, type(None))
 
 
 class BypassError(Exception):
@@ -17,6 +20,31 @@ class BypassError(Exception):
     def __init__(self, why: str, message: str, lasts: bool = False) -> None:
         super().__init__(message)
         self.why, self.lasts = why, lasts
+
+
+def plain_decision(given: Any, pool: Pool) -> Decision:
+    """What a strategy decided, with figures of Python's own where they are of another library. Raises BypassError, as `check_decision`."""
+    decision = _with_own_figures(given) if isinstance(given, Decision) else given
+    check_decision(decision, pool)
+    return cast(Decision, decision)
+
+
+def _with_own_figures(decision: Decision) -> Decision:
+    """The very same where nothing is to be changed; what is no figure stays."""
+    changes: dict[str, Any] = _odd_figures(decision, ("confidence", "probability"))
+    candidates = decision.candidates
+    if isinstance(candidates, tuple | list) and all(isinstance(one, Candidate) for one in candidates):
+        odd = [_odd_figures(one, ("score", "quality", "cost")) for one in candidates]
+        if any(odd):
+            changes["candidates"] = tuple(
+                replace(one, **more) if more else one for one, more in zip(candidates, odd, strict=True)
+            )
+    return replace(decision, **changes) if changes else decision
+
+
+def _odd_figures(held: Decision | Candidate, names: Sequence[str]) -> dict[str, Any]:
+    found = {name: number_of(value) for name in names if type(value := getattr(held, name)) not in _OWN}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def check_decision(decision: Any, pool: Pool) -> None:

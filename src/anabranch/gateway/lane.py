@@ -19,7 +19,7 @@ import numpy as np
 from anabranch.config import to_dict
 from anabranch.errors import AnabranchError, BudgetError, InputError, LimitError, RateError
 from anabranch.gateway.config import StrategyConfig
-from anabranch.gateway.decision_checks import BypassError, check_decision, plain_messages
+from anabranch.gateway.decision_checks import BypassError, plain_decision, plain_messages
 from anabranch.gateway.dispatch.senders import own_sender
 from anabranch.gateway.logged_error import plain, raised, words
 from anabranch.gateway.made_vectors import MadeVectors
@@ -130,13 +130,12 @@ class Lane:
                 raise wrong("model", words(error)) from None
             raise BypassError("raised", words(error)) from None
         try:
-            plainly(lambda: check_decision(decision, pool))
+            return plainly(lambda: plain_decision(decision, pool)), query
         except BypassError:
             raise
         except Exception as error:
             # Of what looking at it runs.
             raise self._raised(error) from None
-        return decision, query
 
     async def _vector(self, embedder: Embedder, query: Query) -> np.ndarray:
         """Of the text. Raises BypassError, also for what is none: the strategy would learn from it, for all senders."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from anabranch.bounds import shown
 
-__all__ = ["said", "truth_of", "whole_of"]
+__all__ = ["number_of", "said", "truth_of", "whole_of"]
 
 
 def whole_of(value: Any) -> int | None:
@@ -26,6 +26,15 @@ def whole_of(value: Any) -> int | None:
         # NaN and infinity.
         return None
     return whole if whole == number else None
+
+
+def number_of(value: Any) -> int | float | None:
+    """The number that ``value`` equals, or is nearest to (of numpy's float32, a Decimal, a fraction); None for none. As `whole_of`."""
+    found = _scalar(value)
+    if isinstance(found, bool) or not isinstance(found, Real | Decimal):
+        return None
+    number: Any = found
+    return int(number) if isinstance(found, Integral) else float(number)
 
 
 def truth_of(value: Any) -> bool | None:
