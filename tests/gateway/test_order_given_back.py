@@ -1,6 +1,7 @@
 """Turns that are given back: text and calls go to a model in the order in which they came, wherever its form has one."""
 
 import json
+import sys
 
 import pytest
 from hypothesis import example, given
@@ -247,3 +248,109 @@ def test_messages_of_one_turn_are_joined_with_all_that_they_say():
     }
     assert [result, last] == given[2:]
     assert given[0]["tool_calls"] == [call]
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+LATER = {
+    "texts": {"content": "b" * 20},
+    "parts": {"content": [{"type": "text", "text": "b"}]},
+    "texts and parts": {"content": "b", "refusal": [{"type": "text"}]},
+    "calls": {"content": None, "tool_calls": [CALL]},
+    "thoughts": {"content": "", "reasoning_content": "b" * 20},
+    "details of thoughts": {"reasoning_details": [{"text": "b"}]},
+    "signatures": {"content": "b", "extra_content": {"google": {"parts": [{"n": 1}], "thought_signature": "s"}}},
+    "orders": {"content": "b", "extra_content": {"gateway": {"order": [{"text": 1}]}}},
+    "names of their own": {"content": "b"},
+}
+
+
+def size_of(value):
+    """How much a value holds: characters of its texts, and places of its lists and tables."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(1 + size_of(one) for one in value.values())
+    return sum(1 + size_of(one) for one in value) if isinstance(value, list | tuple) else 0
+
+
+def work_of(call):
+    """The sizes of all that the functions of the module give back while it runs, which is what they copy."""
+    sizes = []
+
+    def note(frame, event, value):
+        if event == "return" and frame.f_globals.get("__name__") == in_one_message.__module__:
+            sizes.append(size_of(value))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_a_turn_of_many_messages_is_joined_with_as_much_work_as_it_holds(kind):
+    """It was joined message by message, and all before copied for each: a legal request kept those of others waiting for 40 seconds."""
+
+    def work(count):
+        later = [{"role": "assistant", **LATER[kind]} for _ in range(count)]
+        if kind == "names of their own":
+            later = [{**one, f"field_{at}": "x" * 20} for at, one in enumerate(later)]
+        body = {"messages": [{"role": "assistant", "content": "a", "tool_calls": [CALL]}, *later]}
+        assert len(in_one_message(body)["messages"]) == 1
+        return work_of(lambda: in_one_message(body))
+
+    few, many = work(100), work(400)
+    assert many < 5 * few
+
+
+@given(
+    texts=st.lists(st.none() | st.text("ab", max_size=3) | st.lists(st.just({"type": "text", "text": "p"}), max_size=2))
+)
+def test_all_that_the_messages_of_a_turn_say_stands_in_one_in_its_order(texts):
+    later = [{"role": "assistant", "content": text} for text in texts]
+    [made] = in_one_message({"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}, *later]})[
+        "messages"
+    ]
+
+    def told(content):
+        return [part["text"] for part in content] if isinstance(content, list) else (content or "").split("\n\n")
+
+    assert [one for one in told(made["content"]) if one] == [one for text in texts for one in told(text) if one]
+    assert made["tool_calls"] == [CALL]
+
+
+def signed(signature, **more):
+    return {"google": {"thought_signature": signature, **more}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ([signed("s"), None], signed("s")),
+        ([None, signed("s")], signed("s")),
+        ([signed("s"), signed("t")], signed("s")),
+        ([signed("s"), {"anthropic": {"blocks": [1]}}], signed("s") | {"anthropic": {"blocks": [1]}}),
+        ([signed("s", parts=[1]), signed("t", parts=[2], other=3)], signed("s", parts=[1, 2], other=3)),
+        ([{"parts": [1]}, {"parts": [2]}], {"parts": [1, 2]}),
+        ([signed(None), signed("t")], signed("t")),
+        ([{"google": None}, signed("t")], signed("t")),
+        ([{"google": 3}, signed("t")], {"google": 3}),
+        ([{}, signed("s"), {}, signed("t"), {"x": 1}], signed("s") | {"x": 1}),
+        # An order is that of one message alone, and no model of this form is told it.
+        ([signed("s") | {"gateway": {"order": [{"text": 1}]}}, signed("t")], signed("s")),
+        ([{"gateway": {"order": [{"call": 0}]}}, {"gateway": {"order": [{"text": 1}]}}], None),
+    ],
+)
+def test_what_each_message_of_a_turn_has_beside_the_rest_stays_and_of_two_signatures_the_first(tables, expected):
+    """The last table took the place of the others: the first signature was lost."""
+    said = [
+        {"role": "assistant", "content": "x", **({} if table is None else {"extra_content": table})} for table in tables
+    ]
+    given = [{**said[0], "tool_calls": [CALL]}, *said[1:]]
+    kept = json.dumps(given)
+    [made] = in_one_message({"messages": given})["messages"]
+    assert made.get("extra_content") == expected
+    assert json.dumps(given) == kept
