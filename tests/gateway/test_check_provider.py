@@ -116,6 +116,16 @@ class Boundless(OpenAI):
     context = 0
 
 
+class Starting(OpenAI):
+    """Knows its context once it has started."""
+
+    info = None
+
+    @property
+    def context(self):
+        return self.info["context"]
+
+
 class Trusting(OpenAI):
     def parse(self, request, body):
         try:
@@ -144,6 +154,12 @@ def test_what_breaks_it_is_found(broken, said):
     object.__setattr__(config, "build", lambda: broken(config))
     with pytest.raises(AssertionError, match=said):
         check_provider(config, secret=SECRET, answer=ANSWER)
+
+
+def test_one_that_knows_its_context_once_it_has_started_keeps_it():
+    config = OpenAI.Config(model="m")
+    object.__setattr__(config, "build", lambda: Starting(config))
+    check_provider(config, secret=SECRET, answer=ANSWER)
 
 
 def test_what_an_answer_says_and_how_a_stream_ends():

@@ -222,12 +222,25 @@ def test_a_context_that_equals_an_integer_is_that(tmp_path, monkeypatch, value):
     assert context_of(tmp_path, monkeypatch, value, None) is None
 
 
-@pytest.mark.parametrize("value", [*NO_NUMBERS, 0, 0.0, Raising(), ValueError, AttributeError, SystemExit])
+FAILING = [Raising(), ValueError, AttributeError, SystemExit]
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, 0, 0.0])
 def test_a_context_that_is_no_number_of_tokens_is_told_when_its_provider_is_made_or_has_started(
     tmp_path, monkeypatch, value
 ):
     """A text fell over its first request, and 0 refused each."""
-    said = r"deployment m: (context of )?its provider \(sized\) (is .*; it must be a whole number|cannot say its context: )"
-    for made, started in ((value, None), (None, value)):
+    said = r"deployment m: context of its provider \(sized\) is .*; it must be a whole number"
+    for made, started in ((value, None), (None, value), (ValueError, value)):
         with pytest.raises(ConfigError, match=said):
             context_of(tmp_path, monkeypatch, made, started)
+
+
+@pytest.mark.parametrize("value", FAILING)
+def test_a_provider_need_not_know_its_context_until_it_has_started(tmp_path, monkeypatch, value):
+    """It was asked when it was made: one that reads it from what it starts kept the gateway from starting."""
+    assert context_of(tmp_path, monkeypatch, value, 12) == 12
+    assert context_of(tmp_path, monkeypatch, value, None) is None
+    for made in (None, 12, value):
+        with pytest.raises(ConfigError, match=r"deployment m: its provider \(sized\) cannot say its context: "):
+            context_of(tmp_path, monkeypatch, made, value)

@@ -105,7 +105,8 @@ class Provider(Part, family="provider"):
     # It answers within this process, which holds what that takes.
     is_inside: ClassVar[bool] = False
 
-    # Most prompt and completion tokens together, of one that knows it of itself; None where that is for the config to say.
+    # Most prompt and completion tokens together, of one that knows it of itself; None where that is for the config to say. It counts once
+    # the provider has started: until then it may be None, or a property that fails.
     context: int | None = None
 
     # Tokens of a text, of one that has the model's tokenizer; None where the config has to name it.
