@@ -175,15 +175,45 @@ def test_arms_that_are_down_are_passed_by_and_none_left_is_no_capacity():
         )
 
 
-@pytest.mark.parametrize("score", [math.nan, math.inf, -0.1, 1.1, None])
-def test_feedback_that_is_no_score_is_ignored_and_counted(score):
+def told(cache, id, way, value):
+    """Feedback of a way."""
+    return cache.prefer(id, "small", "large", value) if way == "outcome" else cache.feedback(id, **{way: value})
+
+
+@pytest.mark.parametrize("way", ["score", "thumb", "outcome"])
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, -1, 5, -0.1, 1.1, 1 + 2e-6, 10**400, "down", [1], np.array([0, 1]), None]
+)
+def test_feedback_that_is_no_score_is_ignored_and_counted(way, value):
+    """A thumb out of range was learned as the quality of the answer."""
     cache = make()
     teach(cache, "red")
     id = cache.route("paint red").id
     before = pickle.dumps(cache.state())
-    assert cache.feedback(id, score=score) is False
+    assert told(cache, id, way, value) is False
     assert cache.metrics.value("ic_cache_feedback_ignored_total", reason="no score from 0 to 1") == 1
     assert pickle.dumps(cache.state()) == before
+
+
+@pytest.mark.parametrize("way", ["score", "thumb", "outcome"])
+@pytest.mark.parametrize(
+    ("value", "learned"), [(True, 1), (0, 0), (np.float32(1.0000001), 1), (-1e-7, 0), (np.bool_(True), 1), (0.25, 0.25)]
+)
+def test_feedback_is_learned_as_what_it_says_rounded_as_it_may_be(monkeypatch, way, value, learned):
+    cache = make()
+    id = cache.route("paint red").id
+    seen = []
+    name = "prefer" if way == "outcome" else "rate"
+    learn = getattr(cache.router, name)
+
+    def note(*given, **more):
+        seen.append(given[-1])
+        return learn(*given, **more)
+
+    monkeypatch.setattr(cache.router, name, note)
+    assert told(cache, id, way, value)
+    assert seen == [learned]
+    assert type(seen[0]) is float
 
 
 def test_feedback_of_every_kind():

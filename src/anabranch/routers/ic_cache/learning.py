@@ -34,7 +34,7 @@ class Learning(Core):
 
         Args:
             id: of the decision.
-            thumb: up or down.
+            thumb: up or down, or how far up: 0 to 1.
             score: 0 to 1.
             preferred: the arm whose answer is better, then the other.
             tie: neither is.
@@ -44,7 +44,7 @@ class Learning(Core):
         """
         if preferred is not None:
             return self.prefer(id, *preferred, 0.5 if tie else 1.0)
-        quality = float(thumb) if thumb is not None else None if score is None else unit_score(score)
+        quality = _share(score if thumb is None else thumb)
         routed = self._pending.get(id)
         if quality is None or routed is None:
             return self._ignored("unknown id" if routed is None else "no score from 0 to 1")
@@ -75,13 +75,16 @@ class Learning(Core):
             self.threshold.record(selection.tau, quality - cost - self.config.example_weight * share)
 
     def prefer(self, id: str, winner: str, loser: str, outcome: float = 1.0) -> bool:
-        """Learn that one arm's answer was preferred to another's (1), or the other way round (0), or neither (1/2)."""
+        """Learn that one arm's answer was preferred to another's (1), or the other way round (0), or neither (1/2).
+
+        Returns: whether it counted; as of `feedback`.
+        """
         routed = self._pending.get(id)
         if routed is None or routed.x_I is None:
             return self._ignored("unknown id")
         if winner not in self.arms or loser not in self.arms or winner == loser:
             return self._ignored("unknown arm")
-        worth = unit_score(outcome)
+        worth = _share(outcome)
         if worth is None:
             return self._ignored("no score from 0 to 1")
         self.router.prefer(routed.x_I, winner, loser, worth, owner=(routed.query.tenant, routed.query.user))
@@ -105,3 +108,11 @@ class Learning(Core):
         self._new_lessons = 0
         self.metrics.count("ic_cache_refits_total")
         return True
+
+
+def _share(given: object) -> float | None:
+    """What somebody says, from 0 to 1; None for what is no number, and for one out of range."""
+    try:
+        return unit_score(float(given))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
