@@ -1,6 +1,7 @@
 """Judged answers as MT-Bench keeps them become outcomes."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -58,6 +59,19 @@ def test_grades_by_hand(bench):
     )
     np.testing.assert_allclose(data.score_NM, [[0.8, 0.4], [0.25, 1.0]])
     assert data.answers == ({"a": "Roses"}, {})
+
+
+@pytest.mark.parametrize("score", [-1, -0.1, 10.1, 20, 10**400, -(10**400), 1e308, math.nan, math.inf, -math.inf])
+def test_a_grade_that_is_none_is_passed_over(bench, score):
+    """A very long number was an OverflowError."""
+    write(
+        bench / "model_judgment/j.jsonl",
+        [grade(81, "a", 5), grade(81, "b", 6), grade(82, "a", score), grade(82, "b", 10 + 1e-8)],
+    )
+    data = load_outcomes(bench)
+    found = dict(zip(data.query, data.score_NM.tolist(), strict=True))
+    assert found["Write a poem."] == [0.5, 0.6]
+    assert np.isnan(found.get("What is 7 * 8?", [math.nan])[0])
 
 
 def test_pairs_by_hand(bench):

@@ -134,8 +134,8 @@ def _judged(row: dict[str, Any], path: Path, number: int) -> list[Judged]:
         model, score = row.get("model"), row["score"]
         if not isinstance(model, str) or isinstance(score, bool) or not isinstance(score, int | float):
             raise DataError(f"{path}, line {number} must have a model and a score that is a number")
-        # -1 where no grade was found in what the judge wrote.
-        worth = unit_score(score / MOST_GRADE)
+        # -1 where no grade was found in what the judge wrote. An integer may be too long to be divided.
+        worth = unit_score(score / MOST_GRADE) if -MOST_GRADE <= score <= 2 * MOST_GRADE else None
         return [] if worth is None else [(id, model, worth)]
     names = [row.get(name, row.get(other)) for name, other in (("model_1", "model_a"), ("model_2", "model_b"))]
     if not all(isinstance(name, str) for name in names) or names[0] == names[1]:
