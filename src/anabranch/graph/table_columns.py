@@ -257,13 +257,18 @@ def has_quoted_words(first: Sequence[tuple[str, bool]]) -> bool:
 
 def is_of_r(path: Path, delimiter: str) -> bool:
     """Whether all words of the first line of a text file (also .gz) are in quotes, as R writes them. Raises OSError."""
+    return has_quoted_words(next(iter(quoted_cells(path, delimiter)), []))
+
+
+def quoted_cells(path: Path, delimiter: str) -> list[list[tuple[str, bool]]]:
+    """Cells of the first two lines of a text file (also .gz), and whether each is in quotes. Raises OSError."""
     import pyarrow as pa
 
     with pa.input_stream(path) as opened:
         begin = opened.read(1 << 16).decode("utf-8", "replace").removeprefix("\ufeff").lstrip("\r\n")
     cell = rf'(?:^|{delimiter})(?:"((?:[^"]|"")*)"|([^{delimiter}]*))'
-    first = re.findall(cell, (begin.splitlines() or [""])[0])
-    return has_quoted_words([(quoted or bare, not bare) for quoted, bare in first])
+    lines = [line for line in begin.splitlines() if line][:2]
+    return [[(quoted or bare, not bare) for quoted, bare in re.findall(cell, line)] for line in lines]
 
 
 def _pandas_index(schema: "pa.Schema") -> list[Any]:

@@ -1,10 +1,14 @@
 """Whether a first line calls columns by numbers, as programs do of themselves, or is a row; and columns that it does not name."""
 
+import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from anabranch.errors import DataError
 from anabranch.graph.table_columns import are_alike, is_index
+
+_logger = logging.getLogger(__name__)
 
 # Of columns that have no names, before their numbers: R, readr, Spark, polars, DuckDB, Arrow, pandas, spreadsheets.
 _OF_PROGRAMS = ("V", "X", "Var", "...", "_", "_c", "column_", "column", "Column", "f", "col", "field", "Field")
@@ -37,6 +41,19 @@ def are_counted(first: Sequence[str]) -> bool:
     return len(first) > 2 and [cell.strip() for cell in first] == [str(number) for number in range(len(first))]
 
 
+def are_quoted(first: Sequence[tuple[str, bool]], second: Sequence[tuple[str, bool]]) -> bool:
+    """Whether a line is of numbers in quotes above numbers without: names, by who writes all text in quotes and no number.
+
+    Args:
+        first, second: cells of two lines, and whether each is in quotes.
+    """
+    cells = [(cell, place) for place, cell in enumerate(first) if not is_index(cell[0])]
+    if not cells or not all(is_quoted and _is_number(text) for (text, is_quoted), _ in cells):
+        return False
+    below = [second[place][1] for _, place in cells if place < len(second) and _is_number(second[place][0])]
+    return bool(below) and not any(below)
+
+
 def are_positions(first: Sequence[str], rows: Sequence[Sequence[str]], *, at_blanks: bool) -> bool:
     """Whether a line is of the numbers of columns, as data frames call those that have no names: 0,1,2 above 5,7,0.5, or more of them.
 
@@ -47,20 +64,55 @@ def are_positions(first: Sequence[str], rows: Sequence[Sequence[str]], *, at_bla
     Args:
         first: cells of the line.
         rows: of those below it that are looked at.
-        at_blanks: lines are split at blanks and tabs, as those of lists of edges are, and seldom those of data frames.
+        at_blanks: lines are split at blanks, and no tabs, as those of lists of edges are, and seldom those of data frames.
     """
     if not are_counted(first):
         return False
-    ends = [(row[0].strip(), row[1].strip()) for row in rows if len(row) > 1]
-    is_known = any(end in ("0", "1") for pair in ends for end in pair)
+    is_known = _is_known(rows)
     if len(first) > 3 or at_blanks:
         return len(first) > 3 and not (at_blanks and is_known)
-    weights = [row[2].strip() for row in rows if len(row) > 2]
-    if not weights or not all(map(_is_fraction, weights)):
+    if not _are_fractions(rows):
         return False
     # A column of fractions has 2.0 for 2, all of many weights are seldom fractions but for one, and lists have each edge once.
-    is_other = len(weights) >= _MANY or ("0", "1") in ends or any(re.search(r"\.0*$", weight) for weight in weights)
-    return is_other or not is_known
+    is_again = any([cell.strip() for cell in row[:2]] == ["0", "1"] for row in rows)
+    has_point = any(re.search(r"\.0*$", row[2].strip()) for row in rows if len(row) > 2)
+    return sum(len(row) > 2 for row in rows) >= _MANY or is_again or has_point or not is_known
+
+
+def tell_of_positions(path: Path | str, first: Sequence[str], rows: Sequence[Sequence[str]], how: str = "") -> None:
+    """A warning where a line that is read as an edge may be of the numbers of columns: above fractions alone, or without another edge of
+    0 or 1.
+
+    Args:
+        path: for the warning.
+        first, rows: as of `are_positions`.
+        how: what else says which it is, behind "; ".
+    """
+    if are_counted(first) and rows and (_are_fractions(rows) or not _is_known(rows)):
+        _logger.warning(
+            "%s: its first line, %s, is read as an edge, and may be of the numbers of columns, as data frames write them; write "
+            "source,target,weight in its place if it is, and above it if it is an edge%s",
+            *(path, ",".join(cell.strip() for cell in first), how),
+        )
+
+
+def _is_known(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether an end is called 0 or 1."""
+    return any(cell.strip() in ("0", "1") for row in rows for cell in row[:2])
+
+
+def _are_fractions(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether there are weights in third places, and all are fractions."""
+    weights = [row[2].strip() for row in rows if len(row) > 2]
+    return bool(weights) and all(map(_is_fraction, weights))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "_" not in text
 
 
 def _is_fraction(text: str) -> bool:

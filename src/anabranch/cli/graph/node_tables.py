@@ -31,10 +31,11 @@ from anabranch.graph.table_columns import (
     known_ends,
     named_index,
     plain_name,
+    quoted_cells,
 )
 from anabranch.graph.table_faults import check_one_file
 from anabranch.graph.table_look import EdgeTable, check_nameless, check_printed, look_at_edges
-from anabranch.graph.table_numbered import are_counted, are_positions
+from anabranch.graph.table_numbered import are_counted, are_positions, are_quoted, tell_of_positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,6 +178,12 @@ def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Seque
         if is_counted or (not numbers and (words or not _comes_again(first, table))):
             return True
         raise _either(path, form, first)
+    beginning = quoted_cells(Path(path), delimiter_of(Path(path)))
+    if len(beginning) > 1 and are_quoted(*beginning):
+        # Which tell of no weight.
+        if form is EDGES and are_counted(first):
+            raise _either(path, form, first)
+        return True
     ends = first[: len(form.nodes)]
     are_nodes = len(lines) > 1 and are_alike(ends, lines[1])
     if not are_nodes and all(called(first, form.roles[role].words) is not None for role in form.nodes):
@@ -189,11 +196,13 @@ def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Seque
         return True
     if graph is None:
         return len(lines) > 1 and not _is_float(first[0]) and _is_float(lines[1][0])
+    rows: list[list[str]] = []
     if form is EDGES and are_counted(first):
-        rows = [list(row.values()) for row in table.slice(1, _LOOKED_AT).to_pylist()]
-        if are_positions(first, rows, at_blanks=delimiter_of(Path(path)) == "\t"):
+        rows = [[cell or "" for cell in row.values()] for row in table.slice(1, _LOOKED_AT).to_pylist()]
+        if are_positions(first, rows, at_blanks=False):
             raise _either(path, form, first)
     if any(_is_node(graph, cell) or (are_numbers(graph) and _is_float(cell)) for cell in ends):
+        tell_of_positions(path, first, rows)
         return False
     # A node that was typed wrong is no name of a column.
     if are_numbers(graph) and not _comes_again(first, table):

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from anabranch.graph.formats.lines import RowError, Splitter, blocks, numbers
+from anabranch.graph.formats.lines import WHITESPACE, RowError, Splitter, blocks, fail, numbers
 from anabranch.graph.table_columns import is_index
 from anabranch.graph.table_faults import bare_matrix, is_adjacency
-from anabranch.graph.table_numbered import nameless_fault
+from anabranch.graph.table_numbered import are_positions, nameless_fault, tell_of_positions
 
 
 def rows_below(path: Path, start: bytes, line: int, delimiter: int, marks: str) -> list[list[str]]:
@@ -18,6 +18,20 @@ def rows_below(path: Path, start: bytes, line: int, delimiter: int, marks: str) 
     fields, _ = splitter.split(np.frombuffer(text, np.uint8), 1)
     kept = [row for row, number in enumerate(fields.line_R.tolist()) if number > line]
     return [[fields.value(field, row) for field in range(min(3, splitter.num_fields))] for row in kept]
+
+
+def check_positions(path: Path, start: bytes, line: int, first: list[str], delimiter: int, marks: str) -> None:
+    """Raises DataError where a first row is of the numbers of columns, and warns where it may be; see `are_positions`."""
+    below = rows_below(path, start, line, delimiter, marks)
+    text = start.split(b"\n")[line - 1].strip()
+    if are_positions(first, below, at_blanks=delimiter == WHITESPACE and b"\t" not in text):
+        fail(
+            path,
+            line,
+            "a row, or names of columns? Begin the file with the line source,target; or header=False says that it is a row",
+        )
+    how = "; header=True with weight=2 says that it names columns, header=False (--columns 0,1,2) that it is an edge"
+    tell_of_positions(path, first, below, how)
 
 
 def check_no_bare_matrix(path: Path, delimiter: int, marks: str, names: list[str], header_line: int) -> None:

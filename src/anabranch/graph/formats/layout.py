@@ -13,7 +13,7 @@ import numpy as np
 from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.graph.formats.build import Rules
-from anabranch.graph.formats.further_rows import check_empty, check_no_bare_matrix, rows_below
+from anabranch.graph.formats.further_rows import check_empty, check_no_bare_matrix, check_positions
 from anabranch.graph.formats.lines import IN_DOUBT, WHITESPACE, Splitter, blocks, fail, first_bytes
 from anabranch.graph.table_columns import (
     WEIGHTS,
@@ -34,7 +34,7 @@ from anabranch.graph.table_columns import (
 )
 from anabranch.graph.table_direction import is_direction
 from anabranch.graph.table_faults import other_mark, row_fault
-from anabranch.graph.table_numbered import are_counted, are_numbered, are_positions, nameless
+from anabranch.graph.table_numbered import are_counted, are_numbered, are_quoted, nameless
 
 _logger = logging.getLogger(__name__)
 
@@ -269,16 +269,21 @@ def _names(
     is_said = dialect.source is not None or dialect.target is not None
     if (has_header or is_counted) and not is_said and not says_ends(first) and not says_edges(first):
         check_no_bare_matrix(path, delimiter, dialect.marks, first, line)
+    bare = [name for name in first if not is_index(name)]
     if has_header:
+        if are_counted(bare) and not is_said and dialect.weight == "auto":
+            fail(
+                path,
+                line,
+                f"columns are called {','.join(bare):.40}, which tells of no weight: call them source,target,weight, or say which they are",
+            )
         return True, first
     is_end_named = delimiter != WHITESPACE and is_end(first) and not are_alike(first, below)
-    either = "a row, or names of columns? Begin the file with the line source,target; or"
     if is_end_named or are_numbered(first, below):
-        fail(path, line, f"{either} `header` says which")
+        either = "a row, or names of columns? Begin the file with the line source,target"
+        fail(path, line, f"{either}; or `header` says which")
     if not is_said and are_counted(first):
-        further = rows_below(path, start, line, delimiter, dialect.marks)
-        if are_positions(first, further, at_blanks=delimiter == WHITESPACE):
-            fail(path, line, f"{either} header=False says that it is a row")
+        check_positions(path, start, line, first, delimiter, dialect.marks)
     return False, _said(path, start, line, dialect, delimiter, len(first))
 
 
@@ -324,6 +329,8 @@ def _fields_of(path: Path, text: str, line: int, delimiter: int) -> list[tuple[s
 
 def _has_header(rows: list[list[tuple[str, bool]]], dialect: Dialect) -> bool:
     if any(isinstance(column, str) and column != "auto" for column in (dialect.source, dialect.target, dialect.weight)):
+        return True
+    if len(rows) > 1 and are_quoted(rows[0], rows[1]):
         return True
     first = [text for text, _ in rows[0]]
     # A data frame's index is no node, and what stands behind it are words.
