@@ -707,6 +707,10 @@ OURS_AWAITED = {
     "dispatch/dispatcher.py: lambda: exchanged(live.transport, call, attempt, reader, most_bytes(request))",
     # `plain_transport` stands between.
     "dispatch/stream.py: lambda: live.transport.open(call)",
+    # No request waits; and what is opened at the start is closed at the end in one task where the gateway's are, as groups of tasks want.
+    "dispatch/dispatcher.py: live.provider.start",
+    "dispatch/dispatcher.py: provider.close",
+    "runtime.py: provider.start",
     "gateway.py: lambda: self._taken(config)",
 }
 

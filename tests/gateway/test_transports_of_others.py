@@ -1,10 +1,13 @@
 """Transports, replies and translators of providers of others: whatever they raise is a failure of their deployment, and of nothing else."""
 
 import asyncio
+import contextvars
 import logging
 import sqlite3
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, RetryConfig
 from anabranch.gateway.dispatch.plain_transport import PlainTransport, plain_transport
@@ -285,6 +288,114 @@ def test_its_own_time_out_is_one():
         return caught.value.failure.kind
 
     assert asyncio.run(main()) == "timeout"
+
+
+@given(
+    pieces=st.lists(st.tuples(st.binary(min_size=1, max_size=3), st.integers(0, 4)), max_size=6),
+    cuts=st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=12),
+    swallows=st.booleans(),
+)
+def test_no_byte_is_lost_or_moved_where_reads_are_cancelled(pieces, cuts, swallows):
+    """As at heartbeats: whenever it is, and whatever a transport makes of a cancel; what has come may be asked for between."""
+
+    class Slow(Scripted):
+        def __init__(self):
+            super().__init__()
+            self.left, self.is_reading = list(pieces), False
+
+        def read_ready(self):
+            assert not self.is_reading
+            return b""
+
+        async def read_some(self):
+            assert not self.is_reading
+            self.is_reading = True
+            try:
+                data, ticks = self.left[0] if self.left else (b"", 1)
+                for _ in range(ticks):
+                    try:
+                        await asyncio.sleep(0)
+                    except asyncio.CancelledError:
+                        if not swallows:
+                            raise
+                del self.left[:1]
+                return data
+            finally:
+                self.is_reading = False
+
+    async def main():
+        reply, found = await opened(Slow()), b""
+        for ticks, asks in cuts:
+            reading = asyncio.ensure_future(reply.read_some())
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            reading.cancel()
+            await asyncio.wait({reading})
+            if not reading.cancelled():
+                found += reading.result()
+            if asks:
+                found += reply.read_ready()
+        while data := await reply.read_some():
+            found += data
+        reply.close()
+        return found
+
+    assert asyncio.run(main()) == b"".join(data for data, _ in pieces)
+
+
+def test_what_it_keeps_of_its_task_and_its_context_holds_from_open_to_close():
+    """As limiters and groups of tasks of anyio want it, and variables of a context."""
+    variable, tasks = contextvars.ContextVar("variable"), []
+
+    class Owned(Scripted):
+        async def open(self, call):
+            variable.set("mine")
+            tasks.append(asyncio.current_task())
+            return self
+
+        async def read_some(self):
+            assert variable.get() == "mine"
+            tasks.append(asyncio.current_task())
+            return b""
+
+        def close(self):
+            assert variable.get() == "mine"
+            tasks.append(asyncio.current_task())
+
+    async def main():
+        reply = await opened(Owned())
+        await asyncio.ensure_future(reply.read_some())
+        await reply.read_some()
+        reply.close()
+        while len(tasks) < 4:
+            await asyncio.sleep(0)
+        assert tasks == tasks[:1] * 4
+        # Of whoever waited it is none.
+        assert variable.get(None) is None
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_reply_that_comes_for_nobody_is_closed(goes_on):
+    reply = Scripted()
+
+    class Late(Scripted):
+        async def open(self, call):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if not goes_on:
+                    raise
+            return reply
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await opened(Late())
+
+    asyncio.run(main())
+    assert reply.is_closed == goes_on
 
 
 def test_whoever_waits_is_cancelled_as_ever():

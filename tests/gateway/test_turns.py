@@ -1,6 +1,7 @@
 """Turns: whose work is done next, and what becomes of work that fails or is given up. And that a key without room has no body read."""
 
 import asyncio
+import contextvars
 import gc
 import inspect
 import json
@@ -335,44 +336,27 @@ def test_what_leaves_its_task_cancelled_has_cancelled_nobody(left):
     asyncio.run(main())
 
 
-def test_what_comes_for_nobody_is_told(monkeypatch):
-    """Whenever it comes: while whoever is cancelled waits for the end of it, and after that."""
-    monkeypatch.setattr(turns_module, "GRACE_S", 0.01)
-    told, go = [], asyncio.Event()
+def test_variables_of_the_context_are_set_for_whoever_waits():
+    variable, other = contextvars.ContextVar("variable"), contextvars.ContextVar("other", default=0)
 
-    async def goes_on(result):
-        try:
-            await go.wait()
-        except asyncio.CancelledError:
-            if result == "late":
-                await go.wait()
-        return result
+    async def sets():
+        assert variable.get() == "before"
+        variable.set("within")
+
+    async def fails():
+        variable.set("failed")
+        raise ValueError("of its own")
 
     async def main():
-        with pytest.raises(TimeoutError):
-            await in_task(lambda: goes_on("soon"), 0.001, told.append)
-        with pytest.raises(TimeoutError):
-            await in_task(lambda: goes_on("late"), 0.001, told.append)
-        assert told == ["soon"]
-        go.set()
-        assert await in_task(lambda: goes_on("wanted"), None, told.append) == "wanted"
-        started.clear()
-        waiting = asyncio.ensure_future(in_task(lambda: asyncio.sleep(0, "at once"), None, told.append))
-        # It has come, and whoever waits has not seen that yet.
-        while not any(task.get_coro().__name__ == "plainly_awaited" and task.done() for task in started):
-            await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.wait([waiting])
-        assert waiting.cancelled()
-        async with asyncio.timeout(60):
-            while len(told) < 3:
-                await asyncio.sleep(0)
+        variable.set("before")
+        await in_task(sets)
+        assert variable.get() == "within"
+        with pytest.raises(ValueError, match="of its own"):
+            await in_task(fails)
+        assert (variable.get(), other.get()) == ("failed", 0)
+        assert other not in contextvars.copy_context()
 
-    started = []
-    made = asyncio.ensure_future
-    monkeypatch.setattr(turns_module.asyncio, "ensure_future", lambda work: started.append(made(work)) or started[-1])
     asyncio.run(main())
-    assert sorted(told) == ["at once", "late", "soon"]
 
 
 def test_an_error_after_a_cancel_that_was_taken_back_is_told_as_ever():

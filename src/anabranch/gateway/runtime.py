@@ -25,7 +25,7 @@ from anabranch.gateway.prompt_tokens import Counter
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder
-from anabranch.web.turns import in_task, plainly
+from anabranch.web.turns import plainly, plainly_awaited
 
 # Requests that began before a reload have this long to end.
 CLOSE_S = 600.0
@@ -148,7 +148,7 @@ async def loaded(config: GatewayConfig) -> AsyncIterator[None]:
             provider: Provider = one.build()
             begun.append(provider)
             try:
-                await in_task(provider.start)
+                await plainly_awaited(provider.start)
             except AnabranchError as error:
                 raise ConfigError(f"{field}: deployment {name} cannot start: {words(error)}") from error
         yield

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextvars
 import logging
 import threading
 from collections import deque
@@ -162,49 +163,55 @@ GRACE_S = 1.5
 _lingering: set["asyncio.Task[Any]"] = set()
 
 
-async def in_task(
-    work: Callable[[], Awaitable[T]], limit_s: float | None = None, unwanted: Callable[[T], object] | None = None
-) -> T:
+async def in_task(work: Callable[[], Awaitable[T]], limit_s: float | None = None) -> T:
     """As `plainly_awaited`, in a task of its own: whoever waits is neither cancelled by what is done there nor held up by it.
 
-    What does not end when it is cancelled, since its time is over or whoever waits is cancelled, is left behind after a moment.
+    What does not end when it is cancelled, since its time is over or whoever waits is cancelled, is left behind after a moment. What is
+    set there of variables of the context is set for whoever waited, as if it had been awaited.
 
     Args:
         work: gives what is awaited.
         limit_s: seconds that it has; None for as many as it takes.
-        unwanted: is given what came for nobody, as the time was over or whoever waited was cancelled.
 
     Raises TimeoutError after ``limit_s``.
     """
-    task = asyncio.ensure_future(plainly_awaited(work))
+    context = contextvars.copy_context()
+    task = asyncio.create_task(plainly_awaited(work), context=context)
     try:
         await asyncio.wait({task}, timeout=limit_s)
     except asyncio.CancelledError:
         # What others did in the task cannot have raised it here: it is for whoever waits.
-        await _end(task, unwanted)
+        await _end(task)
         raise
     if not task.done():
-        await _end(task, unwanted)
+        await _end(task)
         raise TimeoutError
+    _take_over(context)
     if task.cancelled():
         raise UnusualError("CancelledError was raised")
     return task.result()
 
 
-async def _end(task: "asyncio.Task[Any]", unwanted: Callable[[Any], object] | None) -> None:
+def _take_over(context: contextvars.Context) -> None:
+    here = contextvars.copy_context()
+    for variable, value in context.items():
+        if variable not in here or here[variable] is not value:
+            variable.set(value)
+
+
+async def _end(task: "asyncio.Task[Any]") -> None:
     _lingering.add(task)
-    task.add_done_callback(partial(_gone, unwanted))
+    task.add_done_callback(_gone)
     task.cancel()
     await asyncio.wait({task}, timeout=GRACE_S)
     if not task.done():
         logger.error("what was cancelled has not ended within %g s, and is left behind", GRACE_S)
 
 
-def _gone(unwanted: Callable[[Any], object] | None, task: "asyncio.Task[Any]") -> None:
+def _gone(task: "asyncio.Task[Any]") -> None:
     _lingering.discard(task)
     # Seen: nobody asks what it ended with.
-    if not task.cancelled() and task.exception() is None and unwanted is not None:
-        unwanted(task.result())
+    task.cancelled() or task.exception()
 
 
 def _do(work: Callable[[], Any], running: "asyncio.Future[Any]") -> None:

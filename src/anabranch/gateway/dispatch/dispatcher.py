@@ -39,7 +39,7 @@ from anabranch.gateway.providers.provider import (
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.money import Price
 from anabranch.web.answer_room import AnswerRoom
-from anabranch.web.turns import Turns, in_task, plainly_awaited
+from anabranch.web.turns import Turns, plainly_awaited
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class Dispatcher:
         for group in self.groups.values():
             for live in group.lives:
                 try:
-                    await in_task(live.provider.start)
+                    await plainly_awaited(live.provider.start)
                 except AnabranchError as error:
                     raise ConfigError(f"deployment {live.name} cannot start: {words(error)}") from error
             known = [context for live in group.lives if (context := live.context()) is not None]
@@ -318,6 +318,6 @@ async def close_providers(providers: Iterable[Provider]) -> None:
     """Have each give back what it got. One that fails keeps no other from it."""
     for provider in providers:
         try:
-            await in_task(provider.close)
+            await plainly_awaited(provider.close)
         except Exception as error:
             logger.error("%r could not be closed", provider, exc_info=error)

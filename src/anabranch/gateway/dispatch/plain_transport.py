@@ -1,9 +1,10 @@
 """The transport of a provider, whoever wrote it, as the dispatcher may trust it.
 
-What it raises is an UpstreamError, whatever it was; nothing of it ends the process, or cancels whoever waits:
-each call of it has a task of its own. To close it never fails.
+What it raises is an UpstreamError, whatever it was; nothing of it ends the process, or cancels whoever waits: each
+call has a task of its own, until it is closed. To close it never fails.
 """
 
+import asyncio
 import logging
 from itertools import islice
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from anabranch.gateway.dispatch.provider_fault import STATUSES, as_failure
 from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import Failure, Headers, HttpCall, Reply, Transport, UpstreamError, garbage
-from anabranch.web.turns import in_task, plainly
+from anabranch.web.own_task import OwnTask
+from anabranch.web.turns import plainly
 
 __all__ = ["PlainTransport", "plain_transport"]
 
@@ -39,45 +41,72 @@ class PlainTransport:
 
     async def open(self, call: HttpCall) -> Reply:
         """Send, and wait for status and headers. Raises UpstreamError."""
+        own = OwnTask()
+        opening = own.begin(lambda: self._inner.open(call))
         try:
-            # One that goes on all the same when it is cancelled brings it to nobody.
-            reply = await in_task(lambda: self._inner.open(call), unwanted=lambda reply: _close(reply, self._name))
+            await asyncio.wait({opening})
+            return _PlainReply(opening.result(), self._name, own)
+        except asyncio.CancelledError:
+            # One that goes on all the same when it is cancelled brings a reply to nobody.
+            await self._ended(own, opening)
+            raise
         except Exception as error:
+            await self._ended(own, opening)
             raise _failed(error, self._name) from None
-        try:
-            return _PlainReply(reply, self._name)
-        except Exception as error:
-            _close(reply, self._name)
-            raise _failed(error, self._name) from None
+
+    async def _ended(self, own: OwnTask, opening: "asyncio.Future[Reply]") -> None:
+        def drop() -> None:
+            if _has_come(opening):
+                _close(opening.result(), self._name)
+
+        own.end(drop)
+        await own.ended()
+
+
+def _has_come(future: "asyncio.Future[Any]") -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 class _PlainReply:
     """An answer under way, of others."""
 
-    __slots__ = ("_name", "_reply", "headers", "status")
+    __slots__ = ("_name", "_own", "_reading", "_reply", "headers", "status")
 
-    def __init__(self, reply: Reply, name: str) -> None:
-        self._reply, self._name = reply, name
+    def __init__(self, reply: Reply, name: str, own: OwnTask) -> None:
+        self._reply, self._name, self._own = reply, name, own
+        # Goes on where whoever waits for it is cancelled, as at each heartbeat: the next who asks has what it brings.
+        self._reading: asyncio.Future[bytes] | None = None
         self.status: int = plainly(lambda: _status(reply.status))
         self.headers: Headers = plainly(lambda: _headers(reply.headers))
 
     def read_ready(self) -> bytes:
         """What has come, without waiting. Raises UpstreamError."""
+        reading = self._reading
         try:
-            return _bytes(plainly(self._reply.read_ready))
+            if reading is None:
+                return _bytes(plainly(self._reply.read_ready))
+            if not (_has_come(reading) and (data := _bytes(reading.result()))):
+                # Its end, and what it fails with, are told to who waits.
+                return b""
         except Exception as error:
             raise _failed(error, self._name) from None
+        self._reading = None
+        return data
 
     async def read_some(self) -> bytes:
         """What comes next; empty at the end. Raises UpstreamError."""
+        if self._reading is None:
+            self._reading = self._own.begin(self._reply.read_some)
+        await asyncio.wait({self._reading})
+        reading, self._reading = self._reading, None
         try:
-            return _bytes(await in_task(self._reply.read_some))
+            return _bytes(reading.result())
         except Exception as error:
             raise _failed(error, self._name) from None
 
     def close(self) -> None:
         """Drop the connection if the end has not been reached."""
-        _close(self._reply, self._name)
+        self._own.end(lambda: _close(self._reply, self._name))
 
 
 def _failed(error: Exception, name: str) -> UpstreamError:

@@ -1,0 +1,125 @@
+"""A task in which what others wrote to be awaited runs, piece after piece, whoever waits for the pieces."""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from anabranch.web.turns import GRACE_S, UnusualError, plainly_awaited
+
+__all__ = ["OwnTask"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_Piece = tuple[Callable[[], Awaitable[Any]], "asyncio.Future[Any]"]
+
+# A loop holds its tasks weakly.
+_alive: set["asyncio.Task[None]"] = set()
+
+
+class OwnTask:
+    """Runs what is `begun` in one task and one context, so that what is kept by either (variables of a context, limiters and groups of
+    tasks) holds from piece to piece. That whoever waits for a piece is cancelled is nothing to it; nor does it cancel whoever waits,
+    whatever it leaves behind. `end` ends it. For one event loop, that runs.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: deque[_Piece] = deque()
+        self._is_running = self._is_over = False
+        self._last: Callable[[], object] | None = None
+        self._wake = asyncio.Event()
+        self._task = asyncio.ensure_future(self._run())
+        _alive.add(self._task)
+        self._task.add_done_callback(self._gone)
+
+    def begin(self, work: Callable[[], Awaitable[T]]) -> "asyncio.Future[T]":
+        """Of what ``work()`` gives and is awaited, once those before it have ended; what it raises is as of `plainly_awaited`.
+
+        Whoever waits for it waits by `asyncio.wait`, which does not cancel it. It is UnusualError where the end comes first.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        if self._is_over:
+            _fail(future)
+            return future
+        self._pieces.append((work, future))
+        self._wake.set()
+        return future
+
+    def end(self, last: Callable[[], object] | None = None) -> None:
+        """Cancel what runs, once, begin nothing more, and do ``last()``, which does not fail, in the task once that has ended."""
+        if self._task.done():
+            if last is not None:
+                last()
+            return
+        self._last, self._is_over = last, True
+        if self._is_running:
+            self._task.cancel()
+        self._wake.set()
+
+    async def ended(self) -> None:
+        """Wait for its end, a moment at most: what does not end when it is cancelled is left behind, and told in the log."""
+        await asyncio.wait({self._task}, timeout=GRACE_S)
+        if not self._task.done():
+            logger.error("what was cancelled has not ended within %g s, and is left behind", GRACE_S)
+
+    async def _run(self) -> None:
+        try:
+            while not self._is_over:
+                if not self._pieces:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                await self._do(*self._pieces.popleft())
+        finally:
+            self._is_over = True
+            self._at_end()
+
+    async def _do(self, work: Callable[[], Awaitable[Any]], future: "asyncio.Future[Any]") -> None:
+        self._is_running = True
+        try:
+            result = await plainly_awaited(work)
+        except asyncio.CancelledError:
+            # By `end`, by the end of the loop, or by its own doing, which cannot be told apart.
+            future.set_exception(UnusualError("CancelledError was raised"))
+            raise
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        finally:
+            self._is_running = False
+        # Seen, also where nobody asks.
+        future.exception()
+        if self._task.cancelling() and not self._is_over:
+            await self._taken_back()
+
+    async def _taken_back(self) -> None:
+        """What a piece that has ended left of cancels is for nobody."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        while self._task.cancelling():
+            self._task.uncancel()
+
+    def _at_end(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last()
+
+    def _gone(self, task: "asyncio.Task[None]") -> None:
+        _alive.discard(task)
+        self._is_over = True
+        for _, future in self._pieces:
+            _fail(future)
+        self._pieces.clear()
+        # Where it was cancelled before it began.
+        self._at_end()
+        task.cancelled() or task.exception()
+
+
+def _fail(future: "asyncio.Future[Any]") -> None:
+    future.set_exception(UnusualError("the task has ended"))
+    # Seen, also where nobody asks.
+    future.exception()
