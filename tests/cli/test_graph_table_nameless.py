@@ -57,16 +57,16 @@ def test_columns_behind_the_weight_of_a_list_without_names_are_told_of(tmp_path,
 # Names of columns, and two rows: refused, with the number of the column.
 FILLED = {
     "a weight": ("source,target,", ["3,5,0.5", "5,7,1.5"], 2),
-    "behind a weight": ("source,target,weight,", ["3,5,2,9", "5,7,4,9"], 3),
     "between": ("source,,target", ["3,9,5", "5,9,7"], 1),
-    "only in the second row": ("source,target, ", ["3,5,", "5,7,x"], 2),
+    "only in the second row": ("source,target, ", ["3,5,", "5,7,2e-3"], 2),
+    "behind a remark": ("source,target,,", ["3,5,,9", "5,7,see Bob,9"], 3),
     "as pandas reads it": ("source,target,Unnamed: 2", ["3,5,0.5", "5,7,1.5"], 2),
     "not called as ends": ("a,b,", ["3,5,0.5", "5,7,1.5"], 2),
 }
 
 
 @pytest.mark.parametrize("what", FILLED)
-def test_a_column_without_a_name_that_is_not_empty_is_asked_for(tmp_path, what):
+def test_a_column_of_numbers_without_a_name_is_asked_for_where_no_weight_is_known(tmp_path, what):
     """A weight was left out without a word."""
     names, rows, place = FILLED[what]
     path = tmp_path / "t.csv"
@@ -82,6 +82,8 @@ def test_a_column_without_a_name_that_is_not_empty_is_asked_for(tmp_path, what):
     meant = [(3, 5), (5, 7)]
     assert _edges(open_graph(str(path), directed=True, columns=f"{source},{target}", quiet=True).graph) == meant
     frame = pd.read_csv(path)
+    if len(set(names.split(","))) < len(frame.columns):
+        return
     frame.columns = names.split(",")
     with pytest.raises(DataError, match=says):
         from_table(frame)
@@ -92,6 +94,71 @@ def test_a_column_without_a_name_that_is_not_empty_is_asked_for(tmp_path, what):
     path.write_text("\n".join([f"{names},kind", *(f"{row},k" for row in rows)]) + "\n")
     with pytest.raises(DataError, match=f"{says}$"):
         open_typed(str(path), "kind", None, "edges", directed=True, columns=None, quiet=True)
+
+
+# Names of columns, and two rows: read, with a warning of the number of the column.
+REMARKS = {
+    "behind a weight": ("source,target,weight,", ["3,5,2,9", "5,7,4,9"], 3),
+    "a remark": ("source,target,", ["3,5,", "5,7,see Bob"], 2),
+    "a remark behind a weight": ("source,target,weight,,", ["3,5,2,,ok", "5,7,4,,"], 4),
+    "a day": ("source,target,", ["3,5,2019-01-01", "5,7,2019-01-02"], 2),
+    "a mark": ("source,target,", ["3,5,x", "5,7,"], 2),
+    "between": ("source,,target", ["3,x,5", "5,y,7"], 1),
+    "a truth value": ("source,target,", ["3,5,True", "5,7,False"], 2),
+    "as pandas reads it": ("source,target,Unnamed: 2", ["3,5,see Bob", "5,7,"], 2),
+}
+
+
+@pytest.mark.parametrize("what", REMARKS)
+def test_a_remark_in_a_column_without_a_name_is_told_of_once(tmp_path, caplog, what):
+    """Spreadsheets leave such beside a table: the whole file was refused."""
+    names, rows, place = REMARKS[what]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join([names, *rows]) + "\n")
+    frame = pd.read_csv(path)
+    if len(set(names.split(","))) == len(frame.columns):
+        frame.columns = names.split(",")
+    frame.to_parquet(tmp_path / "t.parquet", index=False)
+    ways = {
+        f"{path}, line ": lambda: _edges(read_graph(path, directed=True)),
+        f"{path}, line": lambda: _edges(open_graph(str(path), directed=True, quiet=True).graph),
+        f"{path}: ": lambda: list(zip(*read_edges(str(path), GRAPH)[:2], strict=True)),
+        "the table: ": lambda: _edges(from_table(frame, directed=True)),
+        f"{tmp_path / 't.parquet'}: ": lambda: _edges(read_graph(tmp_path / "t.parquet", directed=True)),
+    }
+    for where, read in ways.items():
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="anabranch.graph"):
+            assert [edge[:2] for edge in read()] == [(3, 5), (5, 7)]
+        (said,) = caplog.messages
+        assert said.startswith(where)
+        assert f"column {place} has no name, and " in said
+        assert said.endswith("it is left out")
+
+
+def test_a_column_of_numbers_without_a_name_is_left_out_where_a_weight_is_said(tmp_path, caplog):
+    path = tmp_path / "t.csv"
+    path.write_text("source,target,cost,\n3,5,2,9\n5,7,4,9\n")
+    with pytest.raises(DataError, match="is it a weight"):
+        read_graph(path)
+    frame = pd.read_csv(path)
+    with pytest.raises(DataError, match="is it a weight"):
+        from_table(frame, weight="auto")
+    with caplog.at_level(logging.WARNING, logger="anabranch.graph"):
+        for weight, meant in (("cost", [(3, 5, 2.0), (5, 7, 4.0)]), (None, [(3, 5), (5, 7)])):
+            assert _edges(read_graph(path, directed=True, weight=weight)) == meant
+            assert _edges(from_table(frame, directed=True, weight=weight)) == meant
+    assert len(caplog.messages) == 4
+
+
+def test_a_remark_far_behind_is_found(tmp_path, caplog):
+    path = tmp_path / "t.csv"
+    rows = [f"{number},{number + 1}," for number in range(5000)]
+    path.write_text("\n".join(["source,target,", *rows, "7,9,see Bob"]) + "\n")
+    with caplog.at_level(logging.WARNING, logger="anabranch.graph"):
+        assert read_graph(path).num_edges == 5001
+        assert len(read_edges(str(path), Graph.from_edges([0], [1], num_nodes=6000))[0]) == 5001
+    assert ["'see Bob'" in message for message in caplog.messages] == [True, True]
 
 
 # Of a delimiter at the end of each line, of an index in front, and of a matrix that was stacked.

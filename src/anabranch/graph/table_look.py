@@ -5,14 +5,15 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from anabranch.errors import DataError
-from anabranch.graph.table_columns import called, check_no_bare_matrix, check_no_matrix, is_index, names_ends
+from anabranch.graph.table_columns import WEIGHTS, called, check_no_bare_matrix, check_no_matrix, is_index, names_ends
 from anabranch.graph.table_direction import MixedError, direction_of
 from anabranch.graph.table_faults import is_python, row_fault
-from anabranch.graph.table_numbered import nameless, nameless_fault
+from anabranch.graph.table_numbered import nameless, tell_of_nameless
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -105,6 +106,7 @@ def look_at_edges(
     table: EdgeTable,
     *,
     ends_are_said: bool = False,
+    weight_is_said: bool = False,
     directed: bool | None = None,
     of_graph: bool | None = None,
     relation: str | None = None,
@@ -115,6 +117,7 @@ def look_at_edges(
     Args:
         table: what is looked at.
         ends_are_said: whoever asks says which columns are source and target.
+        weight_is_said: whoever asks says which column is the weight, or that none is.
         directed: what whoever asks says, so that Type is not looked at.
         of_graph: whether the graph that the edges go to is directed; None where they make one.
         relation: a column that says of what kind an edge is; it is none of a matrix, nor Gephi's.
@@ -128,7 +131,8 @@ def look_at_edges(
         # Of which who chooses columns tells.
         return directed
     if not ends_are_said:
-        check_nameless(table, [name if name != relation else "relation" for name in names])
+        named = [name if name != relation else "relation" for name in names]
+        check_nameless(table, named, has_weight=weight_is_said)
     check_no_matrix(table.path, table.schema, table.num_rows, table.first)
     if not ends_are_said:
         for some in {tuple(names): None, tuple(name for name in names if name != relation): None}:
@@ -148,21 +152,28 @@ def look_at_edges(
     return found
 
 
-def check_nameless(table: EdgeTable, names: Sequence[str]) -> None:
-    """Raises DataError for a third column or a later one that ``names``, in the order of the table's columns, do not name, and that has
-    a cell that is not empty."""
+def check_nameless(table: EdgeTable, names: Sequence[str], *, has_weight: bool = False) -> None:
+    """A warning of a third column or a later one that ``names``, in the order of the table's columns, do not name, and that has a cell
+    that is not empty. Raises DataError where that is a number, and no weight is named nor said (``has_weight``)."""
+    places = nameless(names) if len(names) > 2 else []
+    has_weight = has_weight or called(names, WEIGHTS) is not None
+    found = (("", place, _first_filled(table, table.schema.names[place])) for place in places)
+    tell_of_nameless(table.path, (one for one in found if one[2] is not None), has_weight=has_weight)
+
+
+def _first_filled(table: EdgeTable, name: str) -> Any:
+    """The first cell of a column that is not empty, or None."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    for place in nameless(names) if len(names) > 2 else ():
-        name = table.schema.names[place]
-        for cells in (table.first(name), *table.rest(name)):
-            kept = cells.drop_null()
-            if pa.types.is_floating(kept.type):
-                kept = kept.filter(pc.invert(pc.is_nan(kept)))
-            found = next((cell for cell in kept.to_pylist() if str(cell).strip()), None)
-            if found is not None:
-                raise nameless_fault(str(table.path), place, found)
+    for cells in chain([table.first(name)], table.rest(name)):
+        kept = cells.drop_null()
+        if pa.types.is_floating(kept.type):
+            kept = kept.filter(pc.invert(pc.is_nan(kept)))
+        found = next((cell for cell in kept.to_pylist() if str(cell).strip()), None)
+        if found is not None:
+            return found
+    return None
 
 
 def _check_rows(table: EdgeTable, names: list[str], ends_are_said: bool, is_meant: Callable[[int], bool]) -> None:

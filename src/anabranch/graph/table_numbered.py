@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from anabranch.errors import DataError
@@ -126,8 +126,19 @@ def nameless(names: Sequence[str]) -> list[int]:
     return [place for place in range(first, len(names)) if names[place].strip() in ("", f"Unnamed: {place}")]
 
 
-def nameless_fault(where: str, place: int, cell: object) -> DataError:
-    """That a column without a name has cells, of which one is given: it may be meant for something."""
-    return DataError(
-        f"{where}: column {place} has no name, and {cell!r:.40} in it: is it a weight? Name it, leave it out, or say which they are"
-    )
+def tell_of_nameless(path: Path | str, found: Iterable[tuple[str, int, object]], *, has_weight: bool) -> None:
+    """A warning of columns without names that are not empty, and so left out. Raises DataError for a number where no weight is known.
+
+    Args:
+        path: for messages.
+        found: of each column where its first cell stands, behind the path, its number, and what the cell is.
+        has_weight: a column of weights is named or said.
+    """
+    told = []
+    for where, place, cell in found:
+        what = f"column {place} has no name, and {cell!r:.40} in it"
+        if not has_weight and not isinstance(cell, bool) and _is_number(str(cell)):
+            raise DataError(f"{path}{where}: {what}: is it a weight? Name it, leave it out, or say which they are")
+        told.append(f"{path}{where}: {what}")
+    if told:
+        _logger.warning("%s; it is left out", "; ".join(told))

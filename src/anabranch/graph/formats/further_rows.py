@@ -1,5 +1,6 @@
 """What is looked at of a list of edges behind its first two rows, where these do not tell what it is."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from anabranch.graph.formats.lines import WHITESPACE, RowError, Splitter, blocks, fail, numbers
 from anabranch.graph.table_columns import is_index
 from anabranch.graph.table_faults import bare_matrix, is_adjacency
-from anabranch.graph.table_numbered import are_positions, nameless_fault, tell_of_positions
+from anabranch.graph.table_numbered import are_positions, tell_of_positions
 
 
 def rows_below(path: Path, start: bytes, line: int, delimiter: int, marks: str) -> list[list[str]]:
@@ -56,17 +57,21 @@ def check_no_bare_matrix(path: Path, delimiter: int, marks: str, names: list[str
         raise bare_matrix(path)
 
 
-def check_empty(path: Path, delimiter: int, marks: str, places: tuple[int, ...], header_line: int) -> None:
-    """Raises DataError where one of these columns, which have no name, has a cell that is not empty. Reads all of the file."""
-    splitter = Splitter(path, delimiter, marks, places)
+def first_filled(
+    path: Path, delimiter: int, marks: str, places: tuple[int, ...], header_line: int
+) -> Iterator[tuple[str, int, str]]:
+    """Of these columns the first cell that is not empty: where it stands, its column, and what it is. Reads on until all have one."""
+    splitter, left = Splitter(path, delimiter, marks, places), set(range(len(places)))
     for text, first_line in blocks(path):
         fields, problem = splitter.split(text, first_line)
         if len(fields.line_R) and fields.line_R[0] == header_line:
             fields.keep(slice(1, None))
-        filled = np.argwhere((fields.end_FR > fields.start_FR).T)
-        if len(filled):
-            row, field = filled[0].tolist()
-            raise nameless_fault(f"{path}, line {fields.line_R[row]}", places[field], fields.value(field, row))
-        if problem:
-            # Of which the reading of the edges tells.
+        for field in sorted(left):
+            filled_R = np.flatnonzero(fields.end_FR[field] > fields.start_FR[field])
+            if len(filled_R):
+                left.remove(field)
+                row = int(filled_R[0])
+                yield f", line {fields.line_R[row]}", places[field], fields.value(field, row)
+        if problem or not left:
+            # Of a problem the reading of the edges tells.
             return

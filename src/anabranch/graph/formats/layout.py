@@ -13,7 +13,7 @@ import numpy as np
 from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.graph.formats.build import Rules
-from anabranch.graph.formats.further_rows import check_empty, check_no_bare_matrix, check_positions
+from anabranch.graph.formats.further_rows import check_no_bare_matrix, check_positions, first_filled
 from anabranch.graph.formats.lines import IN_DOUBT, WHITESPACE, Splitter, blocks, fail, first_bytes
 from anabranch.graph.table_columns import (
     WEIGHTS,
@@ -34,7 +34,7 @@ from anabranch.graph.table_columns import (
 )
 from anabranch.graph.table_direction import is_direction
 from anabranch.graph.table_faults import other_mark, row_fault
-from anabranch.graph.table_numbered import are_counted, are_numbered, are_quoted, nameless
+from anabranch.graph.table_numbered import are_counted, are_numbered, are_quoted, nameless, tell_of_nameless
 
 _logger = logging.getLogger(__name__)
 
@@ -177,7 +177,8 @@ def layout_of(
     columns = _columns(path, dialect, names, len(first), lines[0])
     free = tuple(sorted({*nameless(names or ())} - {*columns}))
     if free and dialect.source is None and dialect.target is None:
-        check_empty(path, delimiter, dialect.marks, free, lines[0] if has_header else 0)
+        filled = first_filled(path, delimiter, dialect.marks, free, lines[0] if has_header else 0)
+        tell_of_nameless(path, filled, has_weight=len(columns) > 2 or dialect.weight != "auto")
     sample = rows[1] if has_header and len(rows) > 1 else rows[0]
     if has_header and len(rows) == 1:
         raise DataError(f"{path} holds no edges, only the header in line {lines[0]}")

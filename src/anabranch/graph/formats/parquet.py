@@ -71,7 +71,8 @@ def looked(table: EdgeTable, rules: Rules, dialect: Dialect) -> Rules:
         # It says itself what it is.
         return rules
     ends_are_said = dialect.source is not None or dialect.target is not None
-    directed = look_at_edges(table, ends_are_said=ends_are_said, directed=rules.directed)
+    weight_is_said = dialect.weight != "auto"
+    directed = look_at_edges(table, ends_are_said=ends_are_said, weight_is_said=weight_is_said, directed=rules.directed)
     return replace(rules, directed=directed)
 
 
@@ -168,9 +169,10 @@ def _full(array: Any, what: str) -> Any:
     """The array, dictionaries unpacked. Raises RowError for a null."""
     import pyarrow as pa
 
+    # Of dictionaries with short indices, as categories have them, not all can be put together.
+    array = unpacked(array)
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
-    array = unpacked(array)
     if array.null_count:
         raise RowError(
             int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]), f"the {what} is missing (null)"
