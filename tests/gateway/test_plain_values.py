@@ -14,7 +14,7 @@ from anabranch.errors import ConfigError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
 from anabranch.gateway.dispatch.provider_fault import checked
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.plain_values import said, truth_of, whole_of
+from anabranch.gateway.plain_values import number_of, said, truth_of, whole_of
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.provider import Failure, UpstreamError, Usage
 from anabranch.routers.money import Price
@@ -70,6 +70,63 @@ def test_what_equals_a_number_or_a_truth():
         "a float32",
         "an integer of about 5001 digits",
     ]
+
+
+# Which of them were made integers.
+made_integers = []
+
+
+class Noted(Decimal):
+    def __int__(self):
+        made_integers.append(self)
+        return super().__int__()
+
+
+class NotedFraction(Fraction):
+    def __int__(self):
+        made_integers.append(self)
+        return super().__trunc__()
+
+    __trunc__ = __int__
+
+
+LONG = [
+    *("1e200000", "-1e200000", "1e3000000", "1e999999999999999999", "12" + "0" * 400, "9.5e309", "nan", "inf", "-inf"),
+    "snan",
+]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [*map(Noted, LONG), NotedFraction(10**400), NotedFraction(10**100_000, 3), NotedFraction(-(10**400))],
+    ids=range(len(LONG) + 3),
+)
+def test_what_is_longer_than_any_float_is_no_number_and_not_made_an_integer(value):
+    """Of 1e200000, which is short to say, that took seconds, on the event loop."""
+    made_integers.clear()
+    assert whole_of(value) is None
+    assert truth_of(value) is None
+    assert number_of(value) is None or not math.isfinite(number_of(value))
+    assert made_integers == []
+
+
+@pytest.mark.parametrize(
+    ("value", "whole"),
+    [
+        (Decimal("0e3000000"), 0),
+        (Decimal("1e-3000000"), None),
+        (Decimal("1e308"), 10**308),
+        (Decimal("12." + "0" * 10_000), 12),
+        (Decimal("12." + "0" * 400 + "1"), None),
+        (Fraction(10**300), 10**300),
+        (Fraction(10**400 + 1, 10**400), None),
+        (10**5000, 10**5000),
+        ("1" * 10_000, None),
+    ],
+    ids=range(9),
+)
+def test_long_numbers_that_equal_an_integer_are_that(value, whole):
+    assert (whole_of(value), type(whole_of(value))) == (whole, type(whole))
 
 
 class Raising:

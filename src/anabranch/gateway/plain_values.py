@@ -1,5 +1,6 @@
 """Numbers and truths that code of others gives: taken where they equal one of Python's own, whichever library they are from."""
 
+import math
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
@@ -12,6 +13,7 @@ __all__ = ["number_of", "said", "truth_of", "whole_of"]
 def whole_of(value: Any) -> int | None:
     """The integer that ``value`` equals (12, 12.0, a scalar of numpy, a tensor of one number); None for none, and for a truth.
 
+    Nor is it what a Decimal or a fraction is beyond all floats, above 1.8e308, which would take long to be made an integer.
     What it asks of ``value`` is code of others: call it by `plainly`.
     """
     found = _scalar(value)
@@ -21,6 +23,9 @@ def whole_of(value: Any) -> int | None:
         return int(found)
     number: Any = found
     try:
+        # A few characters say a Decimal of millions of digits, which take minutes to be made an integer: none has more than a float may.
+        if not math.isfinite(float(number)):
+            return None
         whole = int(number)
     except (ValueError, OverflowError):
         # NaN and infinity.
@@ -34,7 +39,11 @@ def number_of(value: Any) -> int | float | None:
     if isinstance(found, bool) or not isinstance(found, Real | Decimal):
         return None
     number: Any = found
-    return int(number) if isinstance(found, Integral) else float(number)
+    try:
+        return int(number) if isinstance(found, Integral) else float(number)
+    except (ValueError, OverflowError):
+        # A fraction beyond all floats, and a Decimal that signals.
+        return None
 
 
 def truth_of(value: Any) -> bool | None:
