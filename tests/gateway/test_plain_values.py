@@ -1,6 +1,7 @@
 """Numbers and truths of code of others, of whatever kind: taken where they equal one, and refused clearly where they do not."""
 
 import asyncio
+import json
 import logging
 import math
 import sqlite3
@@ -14,7 +15,7 @@ from anabranch.errors import ConfigError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
 from anabranch.gateway.dispatch.provider_fault import checked
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.plain_values import number_of, said, truth_of, whole_of
+from anabranch.gateway.plain_values import number_of, plain_numbers, said, truth_of, whole_of
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.provider import Failure, UpstreamError, Usage
 from anabranch.routers.money import Price
@@ -165,6 +166,103 @@ def counting(tmp_path):
     deployment = DeploymentConfig(provider=Counting.Config(model="m", tokens=4))
     model = ModelConfig(name="m", max_tokens=50, price=Price.of_dollars(1, 1), deployments=(deployment,))
     return GatewayConfig(models=(model,), require_key=False, store=str(tmp_path / "g.db"))
+
+
+class Telling:
+    """Tells of a stream the counts that a test has it tell: at its end, or only as what was said so far."""
+
+    def __init__(self):
+        self.is_done, self.told = False, None
+
+    def feed(self, data):
+        if b"[DONE]" in data:
+            self.is_done = True
+            return []
+        chunk = json.loads(data)
+        count = Streaming.usage
+        if Streaming.says_so_far:
+            self.told = Usage(count, count, count)
+            chunk.pop("usage", None)
+        elif chunk.get("usage"):
+            details = {"cached_tokens": count, "other": None}
+            chunk["usage"] = {
+                "prompt_tokens": count,
+                "completion_tokens": count,
+                "total_tokens": count,
+                "prompt_tokens_details": details,
+                "completion_tokens_details": {"audio_tokens": count},
+            }
+        return [chunk]
+
+
+class Streaming(Mock, kind="streaming_counts"):
+    usage, says_so_far = 0, False
+    is_billed = True
+
+    def translator(self, request):
+        return Telling()
+
+
+def stream_of(tmp_path, monkeypatch, values, *, says_so_far=False):
+    """What streams that tell these counts tell their reader of them."""
+    monkeypatch.setattr(Streaming, "says_so_far", says_so_far)
+    deployment = DeploymentConfig(provider=Streaming.Config(model="m", tokens=4))
+    model = ModelConfig(name="m", max_tokens=50, price=Price.of_dollars(1, 1), deployments=(deployment,))
+    config = GatewayConfig(models=(model,), require_key=False, store=str(tmp_path / "g.db"))
+    asked = {**ASKED, "stream": True, "stream_options": {"include_usage": True}}
+
+    async def main():
+        told = []
+        async with asyncio.timeout(60), Gateway(config) as gateway:
+            for value in values:
+                monkeypatch.setattr(Streaming, "usage", value)
+                reply = await gateway.handle("chat", asked)
+                events = b"".join([piece async for piece in reply.stream]).split(b"\n\n")
+                chunks = [json.loads(one[6:]) for one in events if one.startswith(b"data: {")]
+                told.append([chunk["usage"] for chunk in chunks if chunk.get("usage")])
+                await gateway.settled()
+        return told
+
+    return asyncio.run(main())
+
+
+def test_counts_of_a_stream_are_taken_as_those_of_a_whole_answer(tmp_path, monkeypatch):
+    """Numpy's 12 was as if none had been told, and stood in quotes in what its reader was told."""
+    told = stream_of(tmp_path, monkeypatch, TWELVES)
+    assert {row[:2] for row in rows_of(tmp_path)} == {(12, 12)}
+    assert len(set(rows_of(tmp_path))) == 1
+    assert told == [told[0]] * len(TWELVES)
+    assert told[0][-1]["prompt_tokens_details"]["cached_tokens"] == 12
+    stream_of(tmp_path, monkeypatch, NO_NUMBERS)
+    refused = rows_of(tmp_path)[len(TWELVES) :]
+    assert len(refused) == len(NO_NUMBERS)
+    assert {row[:2] for row in refused}.isdisjoint({(12, 12)})
+    assert len({row[:2] for row in refused}) == 1
+
+
+def test_counts_that_are_told_so_far_are_taken_likewise(tmp_path, monkeypatch):
+    stream_of(tmp_path, monkeypatch, TWELVES, says_so_far=True)
+    taken = rows_of(tmp_path)
+    assert len(set(taken)) == 1
+    assert taken[0][0] == 12
+    stream_of(tmp_path, monkeypatch, [one for one in NO_NUMBERS if one is not True], says_so_far=True)
+    refused = rows_of(tmp_path)[len(taken) :]
+    assert len(refused) == len(NO_NUMBERS) - 1
+    assert 12 not in {row[0] for row in refused}
+
+
+def test_a_table_has_numbers_of_ours_for_those_of_others():
+    given = {
+        "a": np.int64(3),
+        "b": [np.float32(0.5), Decimal(2)],
+        "c": {"d": np.True_, "e": "x", "f": np.array([1, 2])},
+    }
+    made = plain_numbers(given)
+    assert made == {"a": 3, "b": [0.5, 2], "c": {"d": True, "e": "x", "f": given["c"]["f"]}}
+    assert [type(one) for one in (made["a"], *made["b"], made["c"]["d"])] == [int, float, int, bool]
+    circle = {}
+    circle["circle"] = circle
+    assert plain_numbers(circle)["circle"]["circle"]["circle"]["circle"] is circle
 
 
 def rows_of(tmp_path):

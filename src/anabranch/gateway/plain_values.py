@@ -7,7 +7,9 @@ from typing import Any
 
 from anabranch.bounds import shown
 
-__all__ = ["number_of", "said", "truth_of", "whole_of"]
+__all__ = ["number_of", "plain_numbers", "said", "truth_of", "whole_of"]
+
+_PLAIN = (int, float, bool, str, type(None))
 
 
 def whole_of(value: Any) -> int | None:
@@ -53,6 +55,27 @@ def truth_of(value: Any) -> bool | None:
         return found
     whole = whole_of(found)
     return bool(whole) if whole in (0, 1) else None
+
+
+def plain_numbers(value: Any, depth: int = 4) -> Any:
+    """A table, or a list, with numbers and truths of Python's in place of others that equal them; to be called as `whole_of`.
+
+    Args:
+        value: what is neither a table, a list, a number nor a truth stays.
+        depth: how many tables within one another are looked at.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, dict | list):
+        if depth == 0:
+            return value
+        if isinstance(value, list):
+            return [plain_numbers(one, depth - 1) for one in value]
+        return {name: plain_numbers(one, depth - 1) for name, one in value.items()}
+    scalar = _scalar(value)
+    whole = whole_of(scalar)
+    found = scalar if isinstance(scalar, bool) else number_of(scalar) if whole is None else whole
+    return value if found is None else found
 
 
 def said(value: Any) -> str:

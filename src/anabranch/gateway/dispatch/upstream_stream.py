@@ -9,6 +9,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from anabranch.gateway.dispatch.attempt_ends import OURS, stops
@@ -21,7 +22,9 @@ from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES
 from anabranch.gateway.dispatch.stream_made import Made
 from anabranch.gateway.dispatch.stream_tally import Tally
 from anabranch.gateway.logged_error import raised
+from anabranch.gateway.plain_values import plain_numbers
 from anabranch.gateway.prompt_tokens import num_shown
+from anabranch.gateway.providers.answer_shape import in_counts
 from anabranch.gateway.providers.chunks import as_chunks, ended, has_content
 from anabranch.gateway.providers.content_lists import flattened
 from anabranch.gateway.providers.native_events import NATIVE
@@ -194,13 +197,13 @@ class Opened:
         if self.tally.told is not None or self.translator is None:
             return self.tally.told
         try:
-            found = plainly(lambda: getattr(self.translator, "told", None))
+            found = plainly(lambda: _usage_of(getattr(self.translator, "told", None)))
         except Exception as error:
             logger.warning(
                 "the provider of deployment %s cannot tell the usage so far: %s", self.live.name, raised(error)
             )
             return None
-        return found if isinstance(found, Usage) else None
+        return found
 
     def _look_ahead(self) -> bool:
         """Count what has come and nobody has read. Returns whether there may be more of that."""
@@ -339,7 +342,7 @@ class Opened:
                 self.has_finished = self.has_finished or self._has_begun
                 break
             if (translator := self.translator) is not None:
-                chunks, is_over = plainly(lambda: (list(translator.feed(data)), bool(translator.is_done)))  # noqa: B023
+                chunks, is_over = plainly(partial(_fed, translator, data))
                 for chunk in chunks:
                     if self._is_passed(chunk):
                         kept.append(event(chunk))
@@ -408,6 +411,17 @@ class Opened:
         self.made.took(0, self.told, True)
 
 
+def _fed(translator: Translator, data: bytes) -> tuple[list[Json], bool]:
+    """The chunks of an event, and whether the stream is over."""
+    return [_in_own_numbers(chunk) for chunk in translator.feed(data)], bool(translator.is_done)
+
+
+def _in_own_numbers(chunk: Json) -> Json:
+    """A translator's chunk whose usage has numbers of Python's, which are counted, and told, as such."""
+    usage = chunk.get("usage")
+    return {**chunk, "usage": plain_numbers(usage)} if isinstance(usage, dict) else chunk
+
+
 def _is_plain(block: bytes) -> bool:
     """Whether a block holds nothing but chunks, by their shape, that need not be read."""
     num = block.count(b"\n\n")
@@ -420,6 +434,10 @@ def _is_plain(block: bytes) -> bool:
         and _LIST.search(block) is None
         and (block.isascii() or _is_utf8(block))
     )
+
+
+def _usage_of(told: object) -> Usage | None:
+    return in_counts(told) if isinstance(told, Usage) else None
 
 
 def _is_utf8(block: bytes) -> bool:

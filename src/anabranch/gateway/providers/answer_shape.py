@@ -29,10 +29,11 @@ def read_answer(provider: Provider, request: UpstreamRequest, body: bytes) -> An
         what = wrong_choices(answer.body.get("choices"), is_chat=request.endpoint == "chat", is_passed_on=True)
     if what:
         raise garbage(f"an answer whose {what}", body)
-    answer.usage = usage = plainly(lambda: _of_ints(answer.usage))
-    if not _can_be(usage):
-        answer.usage = estimated(request, answer.body)
-    elif not usage.prompt:
+    usage = plainly(lambda: in_counts(answer.usage))
+    answer.usage = estimated(request, answer.body) if usage is None else usage
+    if usage is None:
+        return answer
+    if not usage.prompt:
         answer.usage = estimated(request, answer.body, usage)
     elif request.endpoint in WRITES and not usage.is_estimated and not request.body.get("echo"):
         # An echo is of the prompt, which is told.
@@ -59,13 +60,11 @@ def _text_bytes(body: Mapping[str, Any]) -> int:
     return sum(num_bytes(text) for text in texts if isinstance(text, str))
 
 
-def _of_ints(usage: Usage) -> Usage:
-    """With integers of Python's for counts that equal one; what does not stays."""
+def in_counts(usage: Usage) -> Usage | None:
+    """With integers of Python's for counts that equal one; None where one equals none, or none that can be. To be called by `plainly`."""
     odd = {name: whole_of(count) for name in _COUNTS if type(count := getattr(usage, name)) is not int}
     known = {name: count for name, count in odd.items() if count is not None}
-    return replace(usage, **known) if known else usage  # type: ignore[arg-type]
-
-
-def _can_be(usage: Usage) -> bool:
-    counts = [getattr(usage, name) for name in _COUNTS]
-    return all(type(count) is int and 0 <= count <= TOKENS for count in counts) and usage.cached <= usage.prompt
+    found = replace(usage, **known) if known else usage  # type: ignore[arg-type]
+    counts = [getattr(found, name) for name in _COUNTS]
+    can_be = all(type(count) is int and 0 <= count <= TOKENS for count in counts) and found.cached <= found.prompt
+    return found if can_be else None

@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, TypeGuard
+from typing import Any
 
+from anabranch.gateway.plain_values import whole_of
 from anabranch.routers.money import MOST_NANO, NANO, Tokens
 
 # Most tokens of one call that are believed: as many as no model has room for.
@@ -110,15 +111,14 @@ class Usage:
         usage = body.get("usage") if isinstance(body, dict) else None
         if not isinstance(usage, dict):
             return None
-        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
         asked, made = _table(usage, "prompt_tokens_details"), _table(usage, "completion_tokens_details")
-        cached = asked.get("cached_tokens") or 0
-        if _is_count(prompt) and _is_count(completion) and _is_count(cached):
-            # Some say all of it, or the thoughts beside it, in the sum alone. What is more than the prompt cannot be a part of it.
-            beside = cached if cached > prompt else 0
-            completion = max(_count(usage, "total_tokens") - prompt - beside, completion)
-        if not (_is_count(prompt) and _is_count(completion) and _is_count(cached)):
+        prompt = _counted(usage.get("prompt_tokens"))
+        completion, cached = _counted(_told(usage, "completion_tokens")), _counted(_told(asked, "cached_tokens"))
+        if prompt is None or completion is None or cached is None:
             return None
+        # Some say all of it, or the thoughts beside it, in the sum alone. What is more than the prompt cannot be a part of it.
+        beside = cached if cached > prompt else 0
+        completion = max(_count(usage, "total_tokens") - prompt - beside, completion)
         for_hour = min(_count(asked, "cache_write_1h_tokens"), prompt)
         written = min(_count(asked, "cache_write_tokens"), prompt)
         return cls(
@@ -178,8 +178,8 @@ def is_untold(completion: int, text_bytes: int) -> bool:
 def searches_of(usage: Mapping[str, Any]) -> int | None:
     """Searches of the web that a ``usage`` tells: as Anthropic and OpenRouter, or as Perplexity; None for none told."""
     for table, name in ((_table(usage, "server_tool_use"), "web_search_requests"), (usage, "num_search_queries")):
-        value = table.get(name)
-        if _is_count(value):
+        value = _counted(table.get(name))
+        if value is not None:
             return value
     return None
 
@@ -226,9 +226,16 @@ def _table(usage: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _count(table: Mapping[str, Any], name: str) -> int:
     """0 where there is none that makes sense."""
+    return _counted(table.get(name)) or 0
+
+
+def _told(table: Mapping[str, Any], name: str) -> Any:
+    """0 for what says nothing."""
     value = table.get(name)
-    return value if _is_count(value) else 0
+    return 0 if value is None or (isinstance(value, str | list | dict | bool) and not value) else value
 
 
-def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value <= TOKENS
+def _counted(value: Any) -> int | None:
+    """The number of tokens that it equals; None for none that can be."""
+    found = whole_of(value)
+    return found if found is not None and 0 <= found <= TOKENS else None
