@@ -136,14 +136,24 @@ class _Tokens:
         self._text = b"".join(self._pieces)
         self.size = len(self._text)
 
+    # Each is made once, and looked up by halves: an answer may have many texts, and many tokens.
+
     @cached_property
     def _begins(self) -> list[int]:
         return [0, *accumulate(map(len, self._pieces))][:-1]
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self._pieces)))
+
+    @cached_property
+    def _starts(self) -> frozenset[int]:
+        return frozenset(self._begins)
+
     def between(self, begin: int, end: int) -> list[Any]:
         """Log probabilities of tokens that have something between these places; up to the end with those of no bytes there."""
-        told = zip(self._logprobs, self._begins, self._pieces, strict=True)
-        return [one for one, at, piece in told if at + len(piece) > begin and (at < end or end == self.size)]
+        stop = len(self._logprobs) if end == self.size else self.from_(end)
+        return self._logprobs[bisect_right(self._ends, begin) : stop]
 
     def at(self, place: int) -> int:
         """The number of the token that has the byte of a place."""
@@ -166,14 +176,14 @@ class _Tokens:
         told = text.rstrip(_REPLACEMENT).encode(errors="surrogatepass")
         if not told:
             return None
-        starts = set(self._begins)
         places = list(islice(self._places(told, begin, end, is_last=is_last), _MOST_PLACES))
         if places:
-            at = next((place for place in places if place in starts), places[0])
+            at = next((place for place in places if place in self._starts), places[0])
             return at, at + len(told)
         # White space between its parts may not have been told.
-        own = [(at, piece) for at, piece in zip(self._begins, self._pieces, strict=True) if begin <= at < end]
-        for at, piece in islice(reversed(own) if is_last else own, _MOST_PLACES):
+        own = range(self.from_(begin), self.from_(end))
+        for number in islice(reversed(own) if is_last else own, _MOST_PLACES):
+            at, piece = self._begins[number], self._pieces[number]
             # What a token begins with may not have been told either: most words do with a blank.
             blanks = len(piece) - len(piece.lstrip())
             for start in {at, at + blanks if blanks < len(piece) else at}:

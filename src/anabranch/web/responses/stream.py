@@ -108,13 +108,19 @@ class ResponseStream:
         """The log probabilities that the text of a delta is told with; those without one are held for the next."""
         content, is_call = delta.get("content"), bool(delta.get("tool_calls"))
         is_other = is_call or bool(thought_in(delta))
-        scores, self._scores = self._scores + own, []
+        held, self._scores = self._scores, []
         has_others, self._has_others = self._has_others or is_other, is_call
         if not isinstance(content, str) or not content:
             # Of what is no text the last alone: beside it may stand those of the text that comes next.
-            self._scores = own if is_other else [] if delta.get("refusal") else scores
+            if is_other:
+                self._scores = list(own)
+            elif not delta.get("refusal"):
+                # Those that are held are not copied for each piece without text.
+                held.extend(own)
+                self._scores = held
             self._has_others = has_others
             return []
+        scores = held + own
         is_first = self._item is None or self._item["type"] != "message"
         if is_first or has_others:
             # Whose those behind it are says what comes next: more text, a call, or the end.
