@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,11 +23,12 @@ from gymnasium.vector.utils import batch_space
 from anabranch.config import to_dict
 from anabranch.errors import DataError
 from anabranch.rl.environment import OUTCOME, Environment
+from anabranch.rl.world_worker import CLOSED, LAST
 
 __all__ = ["ParallelWorld"]
 
-# Seconds until a process that was told to end is ended.
-_PATIENCE_S = 5.0
+# Seconds until a process that was told to end is ended, and until its environments are closed: a simulator may have much to put away.
+_PATIENCE_S, _CLOSING_S = 5.0, 30.0
 
 
 class ParallelWorld(VectorEnv):
@@ -47,6 +50,7 @@ class ParallelWorld(VectorEnv):
         self.num_envs = num
         self._shares = [part for part in np.array_split(np.arange(num), min(workers, num)) if len(part)]
         self._workers: list[_Worker] = []
+        self._has_failed = False
         try:
             for part in self._shares:
                 self._workers.append(_Worker())
@@ -54,6 +58,7 @@ class ParallelWorld(VectorEnv):
                 self._workers[-1].ask("begin", given | {"first": first + int(part[0])})
             spaces = self._answers()
         except BaseException:
+            self._has_failed = True
             self.close_extras()
             raise
         self.single_observation_space, self.single_action_space = spaces[0]
@@ -62,9 +67,13 @@ class ParallelWorld(VectorEnv):
 
     def _all(self, name: str, given: Sequence[tuple[Any, ...]]) -> list[Any]:
         """What all processes answer, who work at the same time."""
-        for worker, arguments in zip(self._workers, given, strict=True):
-            worker.ask(name, arguments)
-        return self._answers()
+        try:
+            for worker, arguments in zip(self._workers, given, strict=True):
+                worker.ask(name, arguments)
+            return self._answers()
+        except BaseException:
+            self._has_failed = True
+            raise
 
     def _answers(self) -> list[Any]:
         """One of each; an error of any is raised once all have answered, so that nothing of it is taken for a later answer."""
@@ -117,10 +126,18 @@ class ParallelWorld(VectorEnv):
         return made
 
     def close_extras(self, **_: Any) -> None:
-        """End the processes."""
-        for worker in self._workers:
-            worker.close()
-        self._workers = []
+        """Close the environments, all of them, and end the processes. What the first to fail fails with is told, unless something has
+        failed before."""
+        workers, self._workers = self._workers, []
+        # All at the same time.
+        for worker in workers:
+            worker.ask_no_more()
+        end_s = time.monotonic() + _CLOSING_S
+        failed = [error for error in [worker.close(end_s) for worker in workers] if error is not None]
+        # Also where it fails: Python closes what is open once more as it ends, and would complain.
+        self.closed = True
+        if failed and not self._has_failed:
+            raise failed[0]
 
 
 class _Worker:
@@ -162,16 +179,49 @@ class _Worker:
             "task.environment.workers=1"
         )
 
-    def close(self) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                try:
-                    stream.close()
-                except OSError:
-                    # It is gone already, with what it was to be told.
-                    continue
+    def ask_no_more(self) -> None:
+        """Tell it to end."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+        except OSError:
+            # It is gone already, with what it was to be told.
+            return
+
+    def close(self, end_s: float) -> Exception | None:
+        """End it, once it has closed its environments or at this time; what that failed with."""
+        assert self._process.stdout is not None
+        told, waiting = bytearray(), select.poll()
+        with self._process.stdout as stdout:
+            waiting.register(stdout, select.POLLIN)
+            while not told.endswith(CLOSED):
+                ready = waiting.poll(1e3 * max(end_s - time.monotonic(), 0))
+                # Past what is kept of earlier answers, of which nobody reads any more.
+                more = os.read(stdout.fileno(), 1 << 16) if ready else b""
+                if not more:
+                    break
+                told += more
+        if not told.endswith(CLOSED):
+            failed: Exception | None = self._unclosed(end_s)
+        else:
+            size, _ = LAST.unpack(told[-LAST.size :])
+            failed = pickle.loads(told[-LAST.size - size : -LAST.size])
         try:
             self._process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        return failed
+
+    def _unclosed(self, end_s: float) -> DataError:
+        """It has not said that its environments are closed, by this time."""
+        try:
+            code = self._process.wait(max(end_s - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return DataError(
+                f"environments did not close within {_CLOSING_S:g} s, and their process was ended; mend their close"
+            )
+        return DataError(
+            f"a process that ran environments has ended (code {code}) before these were closed; what it said stands above"
+        )
