@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from anabranch.data import ByteTokenizer
 from anabranch.gateway.providers.assembling import assembled
 from anabranch.serving.chat import FORMATS, Dialect, Tools
+from anabranch.serving.chat.events import TextDelta, ToolCallStarted
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, Output, Request, Sampling, TokenLogprob
 from anabranch.serving.http import shape as shaped
@@ -244,6 +245,30 @@ def test_what_is_said_after_a_call_keeps_its_blanks_however_it_is_cut(format, sa
         made.append(message["content"] or "")
     assert made[0] == made[1] == made[2]
     assert made[0].lstrip() == (blanks + after).strip()
+
+
+class Blanks:
+    """Reads text as a call, and then as it comes."""
+
+    is_cut = False
+
+    def push(self, text):
+        return [ToolCallStarted("add")] if text == "call" else [TextDelta(text)]
+
+    def end(self):
+        return []
+
+
+def test_blanks_after_a_call_are_held_and_not_copied_for_each_that_comes():
+    deltas = MessageDeltas(Tools((tool("add"),)), Blanks())
+    deltas.push("call")
+    assert deltas.push("a\n") == [{"content": "a"}]
+    held = deltas._blanks
+    for _ in range(50):
+        assert deltas.push(" \n") == []
+        assert deltas._blanks is held
+    assert deltas.push("\nb ") == [{"content": "\n" + " \n" * 50 + "\nb"}]
+    assert deltas.push(" ") + deltas.end() == []
 
 
 def test_a_second_call_that_is_not_wanted_changes_nothing():

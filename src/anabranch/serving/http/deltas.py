@@ -30,7 +30,7 @@ class MessageDeltas:
         # Of calls, those that are one too many included.
         self._count = 0
         # After a call, at the end of the text so far: of no account where nothing or another call follows.
-        self._blanks = ""
+        self._blanks: list[str] = []
 
     @property
     def has_called(self) -> bool:
@@ -52,14 +52,18 @@ class MessageDeltas:
         deltas = []
         for event in events:
             if isinstance(event, ToolCallStarted | ArgumentsDelta):
-                self._blanks = ""
+                self._blanks = []
                 deltas += self._call(event)
                 continue
-            text = said = self._blanks + event.text
-            if self._count and isinstance(event, TextDelta):
-                said = text.rstrip()
-            self._blanks = text[len(said) :]
-            deltas += [{"content": said}] if said else []
+            may_end = self._count > 0 and isinstance(event, TextDelta)
+            said = event.text.rstrip() if may_end else event.text
+            behind = event.text[len(said) :]
+            if may_end and not said:
+                self._blanks.append(behind)
+                continue
+            if text := "".join((*self._blanks, said)):
+                deltas.append({"content": text})
+            self._blanks = [behind]
         return deltas
 
     def _call(self, event: ToolCallStarted | ArgumentsDelta) -> list[Delta]:
