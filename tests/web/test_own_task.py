@@ -216,3 +216,13 @@ def test_the_end_of_the_loop_ends_it(is_idle):
     asyncio.run(main())
     gc.collect()
     assert not own_task._alive
+
+
+def test_the_last_is_done_where_the_loop_ends_before_it_began():
+    done = []
+
+    async def main():
+        OwnTask().end(lambda: done.append("last"))
+
+    asyncio.run(main())
+    assert done == ["last"]
