@@ -158,7 +158,12 @@ class Provider(Part, family="provider"):
         return hidden(failure, None)
 
     def transport(self, http: Transport) -> Transport:
-        """What carries its calls: HTTP, unless it says otherwise."""
+        """What carries its calls: HTTP, unless it says otherwise.
+
+        Of another than ``http`` all that is done for one call, from `Transport.open` to `Reply.close`, runs in one task and one context,
+        which are not those of the request; only what has come (`Reply.read_ready`) and the head are looked at from there. The task is
+        cancelled once where nobody waits for the call any more.
+        """
         return http
 
     async def start(self) -> None:
