@@ -43,7 +43,7 @@ NOT_SERVED = {"fit", "join", "knobs", "with_knob", "play", "load_state", "told"}
 METHODS = sorted(name for name, what in vars(Strategy).items() if inspect.isroutine(what) and not name.startswith("_"))
 SERVED = sorted(set(METHODS) - NOT_SERVED)
 ASYNC = {"aroute", "aaccept", "errands"}
-ADDING = {"part", "hear", "joined", "published", "disown"}
+ADDING = {"vector_dim", "part", "hear", "joined", "published", "disown"}
 # There Ctrl-C cannot be told from what a strategy raises.
 ON_LOOP = {*ASYNC, "connect"}
 ERRORS = (ValueError, *UNUSUAL)
@@ -552,6 +552,7 @@ GUARDED = {
     "learning/joining.py:_with_model",
     "learning/joining.py:_carry_over",
     "core/program_run.py:_take_all",
+    "dispatch/upstream_stream.py:_fed",
     # At the start, or in the thread in which a reload makes all anew.
     "dispatch/deployment_state.py:__init__",
     "decide.py:_at",
