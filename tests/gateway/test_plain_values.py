@@ -381,14 +381,14 @@ FAILING = [Raising(), ValueError, AttributeError, SystemExit]
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, 0, 0.0])
-def test_a_context_that_is_no_number_of_tokens_is_told_when_its_provider_is_made_or_has_started(
-    tmp_path, monkeypatch, value
-):
-    """A text fell over its first request, and 0 refused each."""
+def test_a_context_that_is_no_number_of_tokens_is_told_once_its_provider_has_started(tmp_path, monkeypatch, value):
+    """A text fell over its first request, and 0 refused each. Before, it may stand for what is not known yet."""
     said = r"deployment m: context of its provider \(sized\) is .*; it must be a whole number"
-    for made, started in ((value, None), (None, value), (ValueError, value)):
+    for made in (value, None, ValueError):
         with pytest.raises(ConfigError, match=said):
-            context_of(tmp_path, monkeypatch, made, started)
+            context_of(tmp_path, monkeypatch, made, value)
+    assert context_of(tmp_path, monkeypatch, value, 12) == 12
+    assert context_of(tmp_path, monkeypatch, value, None) is None
 
 
 @pytest.mark.parametrize("value", FAILING)

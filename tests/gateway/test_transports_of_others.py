@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, RetryConfig
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, RetryConfig, StrategyConfig
 from anabranch.gateway.dispatch.plain_transport import PlainTransport, plain_transport
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock, MockTransport
 from anabranch.gateway.providers.provider import HttpCall, UpstreamError
+from anabranch.routers.contract.query import Candidate, Decision
+from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.money import Price
+from anabranch.web import own_task
 from odd_errors import LEFT_CANCELLED, UNUSUAL
 
 # Ctrl-C cannot be told on the event loop.
@@ -149,6 +152,7 @@ def test_whatever_a_transport_raises_is_a_failure_of_its_deployment(tmp_path, mo
             task = asyncio.current_task()
             assert task is not None
             assert not task.cancelling()
+        assert not own_task._alive
 
     asyncio.run(main())
     assert Hostile.count, "it was never called: the test would not see it fail"
@@ -199,9 +203,70 @@ def test_one_that_behaves_answers(tmp_path):
 
     async def main():
         async with asyncio.timeout(60), Gateway(settings(tmp_path)) as gateway:
-            return [await asked(gateway, "odd", is_stream) for is_stream in (False, True)]
+            answered = [await asked(gateway, "odd", is_stream) for is_stream in (False, True)]
+        assert not own_task._alive, "of each call that has ended a task stays"
+        return answered
 
     assert asyncio.run(main()) == [True, True]
+
+
+def test_a_reply_has_ended_before_its_provider_is_closed(tmp_path, monkeypatch):
+    """What it does about its end is not cut off by the end of the gateway."""
+    order, is_reading = [], asyncio.Event()
+
+    async def reads(self):
+        try:
+            is_reading.set()
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)
+            order.append("tidied up")
+
+    async def closes(self):
+        order.append("provider")
+
+    monkeypatch.setattr(_Reply, "read_some", reads)
+    monkeypatch.setattr(_Reply, "read_ready", lambda self: b"")
+    monkeypatch.setattr(_Reply, "close", lambda self: order.append("reply"))
+    monkeypatch.setattr(Hostile, "close", closes)
+
+    async def main():
+        async with asyncio.timeout(60), Gateway(settings(tmp_path)) as gateway:
+            asking = asyncio.ensure_future(asked(gateway, "odd", True))
+            await is_reading.wait()
+            asking.cancel()
+            await asyncio.wait([asking])
+        order.append("gateway")
+
+    asyncio.run(main())
+    assert order == ["tidied up", "reply", "provider", "gateway"]
+
+
+class Never(Strategy):
+    """Finds no answer good enough."""
+
+    reads_answers = True
+
+    def route(self, query, pool):
+        candidates = tuple(Candidate(model=name, score=0.0) for name in ("odd", "fine"))
+        return Decision(candidates=candidates, strategy="never", reason="so")
+
+    def accept(self, query, model, answer, details):
+        return model == "fine"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_answer_that_is_not_accepted_is_closed(tmp_path, is_stream):
+    config = settings(tmp_path).replace(strategies={"never": StrategyConfig(use="static")})
+
+    async def main():
+        async with asyncio.timeout(60), Gateway(config, strategies={"never": Never(None)}) as gateway:
+            assert await asked(gateway, "auto/never", is_stream)
+            await gateway.settled()
+            assert [live.in_flight for live in gateway.runtime.dispatcher.lives()] == [0, 0]
+        assert not own_task._alive
+
+    asyncio.run(main())
 
 
 def test_ours_is_not_wrapped():
@@ -341,6 +406,35 @@ def test_no_byte_is_lost_or_moved_where_reads_are_cancelled(pieces, cuts, swallo
         return found
 
     assert asyncio.run(main()) == b"".join(data for data, _ in pieces)
+
+
+def test_what_lies_behind_a_read_that_nobody_waited_for_has_come_too():
+    """As after a heartbeat: what is charged of who goes away is what was made."""
+
+    class Ahead(Scripted):
+        async def read_some(self):
+            data, self.data = self.data[:1], self.data[1:]
+            return data
+
+        def read_ready(self):
+            data, self.data = self.data, b""
+            return data
+
+    async def main(ticks):
+        reply = await opened(Ahead(data=b"abcdef"))
+        reading = asyncio.ensure_future(reply.read_some())
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait({reading})
+        found = b"" if reading.cancelled() else reading.result()
+        await asyncio.sleep(0)
+        found += reply.read_ready()
+        reply.close()
+        return found
+
+    for ticks in range(6):
+        assert asyncio.run(main(ticks)) == b"abcdef"
 
 
 def test_what_it_keeps_of_its_task_and_its_context_holds_from_open_to_close():

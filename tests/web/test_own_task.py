@@ -174,7 +174,8 @@ def test_the_last_is_done_once_and_nobody_waits_for_ever(when):
     assert done == (["told", "last"] if when in ("runs", "goes on", "queued") else ["last"])
 
 
-def test_what_does_not_end_is_left_behind_and_the_last_is_done_when_it_does(monkeypatch, caplog):
+def test_what_does_not_end_is_left_behind_and_the_last_is_done_beside_it(monkeypatch, caplog):
+    """Some end only when what they read from is closed."""
     monkeypatch.setattr(own_task, "GRACE_S", 0.01)
     done = []
 
@@ -188,18 +189,23 @@ def test_what_does_not_end_is_left_behind_and_the_last_is_done_when_it_does(monk
                 except asyncio.CancelledError:
                     continue
 
-        own.begin(stubborn)
+        def last():
+            done.append("last")
+            go.set()
+
+        reading = own.begin(stubborn)
         await asyncio.sleep(0)
-        own.end(lambda: done.append("last"))
-        await own.ended()
-        assert not done
-        go.set()
+        own.end(last)
         async with asyncio.timeout(60):
             while not done:
-                await asyncio.sleep(0)
+                await own_task.all_ended()
+        await waited(reading)
+        await own.ended()
+        await own_task.all_ended()
 
     asyncio.run(main())
     assert done == ["last"]
+    assert not own_task._ending
     assert "left behind" in caplog.text
 
 
@@ -226,3 +232,60 @@ def test_the_last_is_done_where_the_loop_ends_before_it_began():
 
     asyncio.run(main())
     assert done == ["last"]
+
+
+def test_what_was_told_to_end_is_waited_for():
+    done = []
+
+    async def tidies_up():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)
+            done.append("tidied up")
+
+    async def main():
+        idle, own = OwnTask(), OwnTask()
+        own.begin(tidies_up)
+        await asyncio.sleep(0)
+        own.end(lambda: done.append("last"))
+        await own_task.all_ended()
+        done.append("others")
+        idle.end()
+
+    asyncio.run(main())
+    assert done == ["tidied up", "last", "others"]
+
+
+def test_what_has_not_begun_is_withdrawn_and_nothing_else():
+    async def main():
+        own = OwnTask()
+        first, second = own.begin(lambda: asyncio.sleep(0, 1)), own.begin(lambda: asyncio.sleep(0, 2))
+        assert own.withdraw(first)
+        with pytest.raises(UnusualError):
+            await waited(first)
+        assert not own.withdraw(first)
+        assert await waited(second) == 2
+        assert not own.withdraw(second)
+        own.end()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("when", ["queued", "runs"])
+def test_no_error_is_told_to_nobody(when, caplog):
+    """As asyncio does of what nobody has asked for: each client that goes away would be one."""
+
+    async def main():
+        own = OwnTask()
+        own.begin(lambda: asyncio.Event().wait())
+        if when == "runs":
+            await asyncio.sleep(0)
+        own.end()
+        await own.ended()
+        own.begin(lambda: asyncio.Event().wait())
+        gc.collect()
+
+    asyncio.run(main())
+    gc.collect()
+    assert caplog.text == ""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from anabranch.web.turns import GRACE_S, UnusualError, plainly_awaited
 
-__all__ = ["OwnTask"]
+__all__ = ["OwnTask", "all_ended"]
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,16 @@ _Piece = tuple[Callable[[], Awaitable[Any]], "asyncio.Future[Any]"]
 
 # A loop holds its tasks weakly.
 _alive: set["asyncio.Task[None]"] = set()
+# Of these, what was told to end and has not ended.
+_ending: set["asyncio.Task[None]"] = set()
+
+
+async def all_ended() -> None:
+    """Wait for what was told to end in this loop, a moment at most: what it tidies up may need what is closed next."""
+    loop = asyncio.get_running_loop()
+    tasks = {task for task in _ending if task.get_loop() is loop}
+    if tasks:
+        await asyncio.wait(tasks, timeout=GRACE_S)
 
 
 class OwnTask:
@@ -30,6 +40,7 @@ class OwnTask:
         self._pieces: deque[_Piece] = deque()
         self._is_running = self._is_over = False
         self._last: Callable[[], object] | None = None
+        self._overdue: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._task = asyncio.ensure_future(self._run())
         _alive.add(self._task)
@@ -48,8 +59,20 @@ class OwnTask:
         self._wake.set()
         return future
 
+    def withdraw(self, future: "asyncio.Future[Any]") -> bool:
+        """Whether what was to `begin` has not begun; then it does not, and fails as where the end comes first."""
+        left = deque(piece for piece in self._pieces if piece[1] is not future)
+        is_found = len(left) < len(self._pieces)
+        self._pieces = left
+        if is_found:
+            _fail(future)
+        return is_found
+
     def end(self, last: Callable[[], object] | None = None) -> None:
-        """Cancel what runs, once, begin nothing more, and do ``last()``, which does not fail, in the task once that has ended."""
+        """Cancel what runs, once, begin nothing more, and do ``last()``, which does not fail, in the task once that has ended.
+
+        Where it does not end within a moment, ``last()`` is done all the same, beside it, and the log says so.
+        """
         if self._task.done():
             if last is not None:
                 last()
@@ -58,12 +81,17 @@ class OwnTask:
         if self._is_running:
             self._task.cancel()
         self._wake.set()
+        _ending.add(self._task)
+        if self._overdue is None:
+            self._overdue = self._task.get_loop().call_later(GRACE_S, self._left_behind)
 
     async def ended(self) -> None:
-        """Wait for its end, a moment at most: what does not end when it is cancelled is left behind, and told in the log."""
+        """Wait for its end, a moment at most."""
         await asyncio.wait({self._task}, timeout=GRACE_S)
-        if not self._task.done():
-            logger.error("what was cancelled has not ended within %g s, and is left behind", GRACE_S)
+
+    def _left_behind(self) -> None:
+        logger.error("what was cancelled has not ended within %g s, and is left behind", GRACE_S)
+        self._at_end()
 
     async def _run(self) -> None:
         try:
@@ -83,7 +111,7 @@ class OwnTask:
             result = await plainly_awaited(work)
         except asyncio.CancelledError:
             # By `end`, by the end of the loop, or by its own doing, which cannot be told apart.
-            future.set_exception(UnusualError("CancelledError was raised"))
+            _fail(future, "CancelledError was raised")
             raise
         except Exception as error:
             future.set_exception(error)
@@ -110,6 +138,9 @@ class OwnTask:
 
     def _gone(self, task: "asyncio.Task[None]") -> None:
         _alive.discard(task)
+        _ending.discard(task)
+        if self._overdue is not None:
+            self._overdue.cancel()
         self._is_over = True
         for _, future in self._pieces:
             _fail(future)
@@ -119,7 +150,7 @@ class OwnTask:
         task.cancelled() or task.exception()
 
 
-def _fail(future: "asyncio.Future[Any]") -> None:
-    future.set_exception(UnusualError("the task has ended"))
+def _fail(future: "asyncio.Future[Any]", why: str = "the task has ended") -> None:
+    future.set_exception(UnusualError(why))
     # Seen, also where nobody asks.
     future.exception()

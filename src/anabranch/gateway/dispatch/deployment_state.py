@@ -78,8 +78,6 @@ class Live:
         self.name = deployment.name
         self.price = price if deployment.price is None else deployment.price
         self.provider: Provider = deployment.provider.build()
-        # A wrong one is told before anything starts, which may take long.
-        self.context(is_started=False)
         self.transport = plain_transport(self.provider.transport(http), http, deployment.name)
         self.breaker = Breaker()
         self.in_flight, self.waiting, self.failing, self.rests_until = 0, 0, 0.0, 0.0
@@ -99,20 +97,15 @@ class Live:
         # The last of what its breaker counts; None after a success.
         self.failed_of: FailureKind | None = None
 
-    def context(self, *, is_started: bool = True) -> int | None:
-        """Most prompt and completion tokens that its provider knows of; None for none, or not yet.
+    def context(self) -> int | None:
+        """Most prompt and completion tokens that its provider, which has started, knows of; None for none.
 
-        Args:
-            is_started: its provider has started. One that has not may fail at saying what it learns only then.
-
-        Raises ConfigError for what is no number of tokens, and for a provider that has started and cannot say.
+        Raises ConfigError for what is no number of tokens, and where it cannot say.
         """
         try:
             given = plainly(lambda: self.provider.context)
             found = plainly(lambda: whole_of(given))
         except Exception as error:
-            if not is_started:
-                return None
             raise ConfigError(
                 f"deployment {self.name}: its provider ({self.provider.kind}) cannot say its context: {raised(error)}"
             ) from error

@@ -39,6 +39,7 @@ from anabranch.gateway.providers.provider import (
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.money import Price
 from anabranch.web.answer_room import AnswerRoom
+from anabranch.web.own_task import all_ended
 from anabranch.web.turns import Turns, plainly_awaited
 
 logger = logging.getLogger(__name__)
@@ -309,6 +310,8 @@ class Dispatcher:
         """End all connections. Answers that are read on are given up."""
         await self.late.close()
         await asyncio.gather(*self._lingering)
+        # What replies do about their ends comes before the ends of their providers.
+        await all_ended()
         await self.release()
         if self._owns_http:
             await self._http.close()  # type: ignore[attr-defined]

@@ -81,13 +81,13 @@ class _PlainReply:
 
     def read_ready(self) -> bytes:
         """What has come, without waiting. Raises UpstreamError."""
-        reading = self._reading
+        reading, data = self._reading, b""
         try:
-            if reading is None:
-                return _bytes(plainly(self._reply.read_ready))
-            if not (_has_come(reading) and (data := _bytes(reading.result()))):
-                # Its end, and what it fails with, are told to who waits.
-                return b""
+            if reading is not None and not self._own.withdraw(reading):
+                if not (_has_come(reading) and (data := _bytes(reading.result()))):
+                    # It reads; and its end, and what it fails with, are told to who waits.
+                    return b""
+            data += _bytes(plainly(self._reply.read_ready))
         except Exception as error:
             raise _failed(error, self._name) from None
         self._reading = None

@@ -96,32 +96,43 @@ class Stream:
 
     async def open(self) -> None:
         """Get to the first token; where the plan judges answers, to the end of one that is accepted. Raises UpstreamError."""
-        run, accept, rejected = self._run, self._run.plan.accept, None
+        rejected: list[tuple[Opened, Attempt]] = []
+        try:
+            self._take(await self._accepted(rejected))
+        finally:
+            for opened, _ in rejected:
+                if opened is not self._opened:
+                    self._run.dispatcher.linger(opened.reply)
+
+    async def _accepted(self, rejected: list[tuple[Opened, Attempt]]) -> Opened:
+        """As `open`. Those that are not accepted are put into ``rejected``, where the last is given if no other answer comes."""
+        run, accept = self._run, self._run.plan.accept
         while True:
             try:
                 opened, attempt = await run.obtain(self._request, self._opening)
                 if accept is None or run.is_last:
                     break
-                beside = 0 if rejected is None else len(rejected[0].first)
+                beside = len(rejected[-1][0].first) if rejected else 0
                 try:
                     await opened.read_whole(partial(self._has_room, beside))
                 except UpstreamError as error:
                     run.failed(error)
                     continue
             except UpstreamError:
-                if rejected is None:
+                if not rejected:
                     raise
                 # Better than none.
-                opened, attempt = rejected
+                opened, attempt = rejected[-1]
                 attempt.status, run.report.is_stopgap = "ok", True
                 run.report.model, run.report.deployment = attempt.model, attempt.deployment
                 break
             accepted = accept(attempt.model, _whole(_chunks([opened.first]), self._request, opened.counted()))
             if await accepted if inspect.isawaitable(accepted) else accepted:
                 break
-            attempt.status, rejected = "rejected", (opened, attempt)
+            attempt.status = "rejected"
+            rejected.append((opened, attempt))
             run.reject()
-        self._take(opened)
+        return opened
 
     def _has_room(self, beside: int, num_bytes: int) -> bool:
         """Whether so many bytes of a whole answer may be kept beside those of another."""
@@ -389,11 +400,13 @@ def _close(reply: Reply | None) -> None:
 
 
 async def linger(reply: Reply) -> None:
-    """Read to the end of the connection, which is a moment away, so that it can be used again."""
-    with contextlib.suppress(TimeoutError, UpstreamError):
-        async with asyncio.timeout(LINGER_S):
-            # A transport that always has more, and never waits, would let nobody else have a turn.
-            for _ in range(LINGER_PIECES):
-                if not await reply.read_some():
-                    return
-    reply.close()
+    """Read to the end of the connection, which is a moment away, so that it can be used again; and close it, whatever has come."""
+    try:
+        with contextlib.suppress(TimeoutError, UpstreamError):
+            async with asyncio.timeout(LINGER_S):
+                # A transport that always has more, and never waits, would let nobody else have a turn.
+                for _ in range(LINGER_PIECES):
+                    if not await reply.read_some():
+                        break
+    finally:
+        reply.close()
