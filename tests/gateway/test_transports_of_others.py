@@ -437,6 +437,74 @@ def test_what_lies_behind_a_read_that_nobody_waited_for_has_come_too():
         assert asyncio.run(main(ticks)) == b"abcdef"
 
 
+@pytest.mark.parametrize("ticks", range(6))
+def test_what_has_come_is_given_before_what_broke_behind_it(ticks):
+    """Whether what read has come, has not begun, or reads: nothing of either is lost, and the fault is the transport's own."""
+
+    class Breaks(Scripted):
+        is_broken = False
+
+        async def read_some(self):
+            await asyncio.sleep(0)
+            if self.is_broken:
+                raise ConnectionResetError
+            self.is_broken = True
+            return b"a"
+
+        def read_ready(self):
+            if self.is_broken:
+                raise ConnectionResetError
+            return b""
+
+    async def main():
+        reply, found = await opened(Breaks()), b""
+        reading = asyncio.ensure_future(reply.read_some())
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait({reading})
+        found += b"" if reading.cancelled() else reading.result()
+
+        async def rest():
+            nonlocal found
+            for _ in range(9):
+                found += reply.read_ready()
+                await asyncio.sleep(0)
+            while True:
+                found += await reply.read_some()
+
+        with pytest.raises(UpstreamError, match="ConnectionResetError"):
+            await rest()
+        assert found == b"a"
+        reply.close()
+
+    asyncio.run(main())
+
+
+def test_a_closed_reply_is_closed_once_and_has_nothing_more():
+    closed = []
+
+    class Closes(Scripted):
+        def close(self):
+            closed.append(self)
+
+        async def read_some(self):
+            assert not closed
+            return b"a"
+
+    async def main():
+        reply = await opened(Closes(data=b"b"))
+        assert await reply.read_some() == b"a"
+        for _ in range(2):
+            reply.close()
+            assert reply.read_ready() == b""
+            assert await reply.read_some() == b""
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert len(closed) == 1
+
+
 def test_what_it_keeps_of_its_task_and_its_context_holds_from_open_to_close():
     """As limiters and groups of tasks of anyio want it, and variables of a context."""
     variable, tasks = contextvars.ContextVar("variable"), []
@@ -470,8 +538,9 @@ def test_what_it_keeps_of_its_task_and_its_context_holds_from_open_to_close():
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_a_reply_that_comes_for_nobody_is_closed(goes_on):
+@pytest.mark.parametrize("goes_on", [False, True, "for long"])
+def test_a_reply_that_comes_for_nobody_is_closed(monkeypatch, goes_on):
+    monkeypatch.setattr(own_task, "GRACE_S", 0.01)
     reply = Scripted()
 
     class Late(Scripted):
@@ -481,15 +550,63 @@ def test_a_reply_that_comes_for_nobody_is_closed(goes_on):
             except asyncio.CancelledError:
                 if not goes_on:
                     raise
+            if goes_on == "for long":
+                await asyncio.sleep(0.1)
             return reply
 
     async def main():
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
                 await opened(Late())
+        assert reply.is_closed == (goes_on is True)
+        async with asyncio.timeout(60):
+            while own_task._alive:
+                await asyncio.sleep(0.01)
 
     asyncio.run(main())
-    assert reply.is_closed == goes_on
+    assert reply.is_closed == bool(goes_on)
+
+
+def test_of_answers_that_are_not_accepted_the_last_is_held_alone(tmp_path, monkeypatch):
+    """And none where whoever asked goes away while one is judged."""
+    judging, closed = asyncio.Event(), []
+    close = _Reply.close
+    monkeypatch.setattr(_Reply, "close", lambda self: closed.append(self) or close(self))
+
+    class Judge(Never):
+        is_async = True
+        num_judged = 0
+
+        async def aroute(self, query, pool, ask):
+            candidates = tuple(Candidate(model=name, score=0.0) for name in ("odd", "odd2", "odd3", "fine"))
+            return Decision(candidates=candidates, strategy="never", reason="so")
+
+        async def aaccept(self, query, model, answer, details, ask):
+            self.num_judged += 1
+            if self.num_judged == 3:
+                async with asyncio.timeout(60):
+                    while not closed:
+                        await asyncio.sleep(0)
+                judging.set()
+                await asyncio.Event().wait()
+            return False
+
+    config = settings(tmp_path).replace(strategies={"never": StrategyConfig(use="static")})
+    odd, fine = config.models
+    config = config.replace(models=(odd, odd.replace(name="odd2"), odd.replace(name="odd3"), fine))
+
+    async def main():
+        async with asyncio.timeout(60), Gateway(config, strategies={"never": Judge(None)}) as gateway:
+            asking = asyncio.ensure_future(asked(gateway, "auto/never", True))
+            await judging.wait()
+            assert len(closed) == 1
+            asking.cancel()
+            await asyncio.wait([asking])
+            await gateway.settled()
+        assert not own_task._alive
+
+    asyncio.run(main())
+    assert len(closed) == 3
 
 
 def test_whoever_waits_is_cancelled_as_ever():

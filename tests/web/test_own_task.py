@@ -289,3 +289,31 @@ def test_no_error_is_told_to_nobody(when, caplog):
     asyncio.run(main())
     gc.collect()
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_last_may_wait_for_what_does_not_end(monkeypatch, waits):
+    monkeypatch.setattr(own_task, "GRACE_S", 0.01)
+    done = []
+
+    async def main():
+        own, go = OwnTask(), asyncio.Event()
+
+        async def stubborn():
+            while not go.is_set():
+                try:
+                    await go.wait()
+                except asyncio.CancelledError:
+                    continue
+            done.append("ended")
+
+        own.begin(stubborn)
+        await asyncio.sleep(0)
+        own.end(lambda: done.append("last"), waits=waits)
+        await own.ended()
+        await asyncio.sleep(0.01)
+        go.set()
+        await own.ended()
+
+    asyncio.run(main())
+    assert done == (["ended", "last"] if waits else ["last", "ended"])

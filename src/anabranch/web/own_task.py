@@ -38,7 +38,7 @@ class OwnTask:
 
     def __init__(self) -> None:
         self._pieces: deque[_Piece] = deque()
-        self._is_running = self._is_over = False
+        self._is_running = self._is_over = self._waits = False
         self._last: Callable[[], object] | None = None
         self._overdue: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
@@ -68,16 +68,16 @@ class OwnTask:
             _fail(future)
         return is_found
 
-    def end(self, last: Callable[[], object] | None = None) -> None:
+    def end(self, last: Callable[[], object] | None = None, *, waits: bool = False) -> None:
         """Cancel what runs, once, begin nothing more, and do ``last()``, which does not fail, in the task once that has ended.
 
-        Where it does not end within a moment, ``last()`` is done all the same, beside it, and the log says so.
+        Where it does not end within a moment the log says so, and ``last()`` is done beside it at once, unless it ``waits``.
         """
         if self._task.done():
             if last is not None:
                 last()
             return
-        self._last, self._is_over = last, True
+        self._last, self._waits, self._is_over = last, waits, True
         if self._is_running:
             self._task.cancel()
         self._wake.set()
@@ -91,7 +91,8 @@ class OwnTask:
 
     def _left_behind(self) -> None:
         logger.error("what was cancelled has not ended within %g s, and is left behind", GRACE_S)
-        self._at_end()
+        if not self._waits:
+            self._at_end()
 
     async def _run(self) -> None:
         try:

@@ -59,7 +59,8 @@ class PlainTransport:
             if _has_come(opening):
                 _close(opening.result(), self._name)
 
-        own.end(drop)
+        # There may be nothing to drop before.
+        own.end(drop, waits=True)
         await own.ended()
 
 
@@ -70,31 +71,42 @@ def _has_come(future: "asyncio.Future[Any]") -> bool:
 class _PlainReply:
     """An answer under way, of others."""
 
-    __slots__ = ("_name", "_own", "_reading", "_reply", "headers", "status")
+    __slots__ = ("_broke", "_is_closed", "_name", "_own", "_reading", "_reply", "headers", "status")
 
     def __init__(self, reply: Reply, name: str, own: OwnTask) -> None:
         self._reply, self._name, self._own = reply, name, own
         # Goes on where whoever waits for it is cancelled, as at each heartbeat: the next who asks has what it brings.
         self._reading: asyncio.Future[bytes] | None = None
+        # What it failed with while something that had come was given.
+        self._broke: UpstreamError | None = None
+        self._is_closed = False
         self.status: int = plainly(lambda: _status(reply.status))
         self.headers: Headers = plainly(lambda: _headers(reply.headers))
 
     def read_ready(self) -> bytes:
         """What has come, without waiting. Raises UpstreamError."""
-        reading, data = self._reading, b""
-        try:
-            if reading is not None and not self._own.withdraw(reading):
-                if not (_has_come(reading) and (data := _bytes(reading.result()))):
-                    # It reads; and its end, and what it fails with, are told to who waits.
-                    return b""
-            data += _bytes(plainly(self._reply.read_ready))
-        except Exception as error:
-            raise _failed(error, self._name) from None
+        if self._is_closed:
+            return b""
+        self._raise_broken()
+        data = b""
+        if self._reading is not None and not self._own.withdraw(self._reading):
+            if not (_has_come(self._reading) and (data := _bytes(self._reading.result()))):
+                # It reads; and its end, and what it fails with, are told to who waits.
+                return b""
         self._reading = None
+        try:
+            return data + _bytes(plainly(self._reply.read_ready))
+        except Exception as error:
+            self._broke = _failed(error, self._name)
+        if not data:
+            self._raise_broken()
         return data
 
     async def read_some(self) -> bytes:
-        """What comes next; empty at the end. Raises UpstreamError."""
+        """What comes next; empty at the end, and once it is closed. Raises UpstreamError."""
+        if self._is_closed:
+            return b""
+        self._raise_broken()
         if self._reading is None:
             self._reading = self._own.begin(self._reply.read_some)
         await asyncio.wait({self._reading})
@@ -105,8 +117,15 @@ class _PlainReply:
             raise _failed(error, self._name) from None
 
     def close(self) -> None:
-        """Drop the connection if the end has not been reached."""
-        self._own.end(lambda: _close(self._reply, self._name))
+        """Drop the connection if the end has not been reached. A second call does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._own.end(lambda: _close(self._reply, self._name))
+
+    def _raise_broken(self) -> None:
+        broke, self._broke = self._broke, None
+        if broke is not None:
+            raise broke from None
 
 
 def _failed(error: Exception, name: str) -> UpstreamError:

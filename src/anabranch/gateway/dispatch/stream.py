@@ -96,43 +96,47 @@ class Stream:
 
     async def open(self) -> None:
         """Get to the first token; where the plan judges answers, to the end of one that is accepted. Raises UpstreamError."""
-        rejected: list[tuple[Opened, Attempt]] = []
+        # Whole answers that nobody has taken yet: the last that was rejected, and the one that is judged.
+        held: list[Opened] = []
         try:
-            self._take(await self._accepted(rejected))
+            self._take(await self._accepted(held))
         finally:
-            for opened, _ in rejected:
+            for opened in held:
                 if opened is not self._opened:
                     self._run.dispatcher.linger(opened.reply)
 
-    async def _accepted(self, rejected: list[tuple[Opened, Attempt]]) -> Opened:
-        """As `open`. Those that are not accepted are put into ``rejected``, where the last is given if no other answer comes."""
-        run, accept = self._run, self._run.plan.accept
+    async def _accepted(self, held: list[Opened]) -> Opened:
+        """As `open`; of those that are not accepted the last, if no other answer comes."""
+        run, accept, rejected = self._run, self._run.plan.accept, None
         while True:
             try:
                 opened, attempt = await run.obtain(self._request, self._opening)
                 if accept is None or run.is_last:
-                    break
-                beside = len(rejected[-1][0].first) if rejected else 0
+                    return opened
+                beside = 0 if rejected is None else len(rejected[0].first)
                 try:
                     await opened.read_whole(partial(self._has_room, beside))
                 except UpstreamError as error:
                     run.failed(error)
                     continue
             except UpstreamError:
-                if not rejected:
+                if rejected is None:
                     raise
                 # Better than none.
-                opened, attempt = rejected[-1]
+                opened, attempt = rejected
                 attempt.status, run.report.is_stopgap = "ok", True
                 run.report.model, run.report.deployment = attempt.model, attempt.deployment
-                break
+                return opened
+            held.append(opened)
             accepted = accept(attempt.model, _whole(_chunks([opened.first]), self._request, opened.counted()))
             if await accepted if inspect.isawaitable(accepted) else accepted:
-                break
+                return opened
             attempt.status = "rejected"
-            rejected.append((opened, attempt))
+            if rejected is not None:
+                held.remove(rejected[0])
+                run.dispatcher.linger(rejected[0].reply)
+            rejected = opened, attempt
             run.reject()
-        return opened
 
     def _has_room(self, beside: int, num_bytes: int) -> bool:
         """Whether so many bytes of a whole answer may be kept beside those of another."""
