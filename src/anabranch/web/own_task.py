@@ -31,9 +31,9 @@ async def all_ended() -> None:
 
 
 class OwnTask:
-    """Runs what is `begun` in one task and one context, so that what is kept by either (variables of a context, limiters and groups of
-    tasks) holds from piece to piece. That whoever waits for a piece is cancelled is nothing to it; nor does it cancel whoever waits,
-    whatever it leaves behind. `end` ends it. For one event loop, that runs.
+    """Runs what it is told to `begin` in one task and one context, so that what is kept by either (variables of a context, limiters and
+    groups of tasks) holds from piece to piece. That whoever waits for a piece is cancelled is nothing to it; nor does it cancel whoever
+    waits, whatever it leaves behind. `end` ends it. For one event loop, that runs.
     """
 
     def __init__(self) -> None:
