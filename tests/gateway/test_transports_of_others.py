@@ -481,6 +481,48 @@ def test_what_has_come_is_given_before_what_broke_behind_it(ticks):
     asyncio.run(main())
 
 
+def test_what_fails_once_where_nobody_waits_is_told_to_who_waits():
+    class Once(Scripted):
+        def read_ready(self):
+            raise ConnectionResetError
+
+        async def read_some(self):
+            await asyncio.Event().wait()
+
+    async def main():
+        reply = await opened(Once())
+        for _ in range(2):
+            with pytest.raises(UpstreamError, match="ConnectionResetError"):
+                reply.read_ready()
+        with pytest.raises(UpstreamError, match="ConnectionResetError"):
+            await reply.read_some()
+        reply.close()
+
+    asyncio.run(main())
+
+
+def test_what_was_read_for_nobody_and_cannot_be_taken_is_a_failure_of_the_transport():
+    class Released(Scripted):
+        async def read_some(self):
+            view = memoryview(b"ab")
+            view.release()
+            return view
+
+    async def main():
+        reply = await opened(Released())
+        reading = asyncio.ensure_future(reply.read_some())
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait({reading})
+        for _ in range(3):
+            await asyncio.sleep(0)
+        with pytest.raises(UpstreamError, match="ValueError"):
+            reply.read_ready()
+        reply.close()
+
+    asyncio.run(main())
+
+
 def test_a_closed_reply_is_closed_once_and_has_nothing_more():
     closed = []
 

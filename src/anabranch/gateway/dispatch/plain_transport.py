@@ -77,7 +77,7 @@ class _PlainReply:
         self._reply, self._name, self._own = reply, name, own
         # Goes on where whoever waits for it is cancelled, as at each heartbeat: the next who asks has what it brings.
         self._reading: asyncio.Future[bytes] | None = None
-        # What it failed with while something that had come was given.
+        # What it failed with where nobody waited: whoever waits next is told, as it may say so once alone.
         self._broke: UpstreamError | None = None
         self._is_closed = False
         self.status: int = plainly(lambda: _status(reply.status))
@@ -87,30 +87,31 @@ class _PlainReply:
         """What has come, without waiting. Raises UpstreamError."""
         if self._is_closed:
             return b""
-        self._raise_broken()
-        data = b""
-        if self._reading is not None and not self._own.withdraw(self._reading):
-            if not (_has_come(self._reading) and (data := _bytes(self._reading.result()))):
-                # It reads; and its end, and what it fails with, are told to who waits.
-                return b""
-        self._reading = None
+        if self._broke is not None:
+            raise self._broke
+        data, reading = b"", self._reading
         try:
+            if reading is not None and not self._own.withdraw(reading):
+                if not (_has_come(reading) and (data := _bytes(reading.result()))):
+                    # It reads; and its end, and what it fails with, are told to who waits.
+                    return b""
+            self._reading = None
             return data + _bytes(plainly(self._reply.read_ready))
         except Exception as error:
             self._broke = _failed(error, self._name)
         if not data:
-            self._raise_broken()
+            raise self._broke
         return data
 
     async def read_some(self) -> bytes:
         """What comes next; empty at the end, and once it is closed. Raises UpstreamError."""
         if self._is_closed:
             return b""
-        self._raise_broken()
-        if self._reading is None:
-            self._reading = self._own.begin(self._reply.read_some)
-        await asyncio.wait({self._reading})
-        reading, self._reading = self._reading, None
+        if self._broke is not None:
+            raise self._broke
+        reading = self._reading = self._reading or self._own.begin(self._reply.read_some)
+        await asyncio.wait({reading})
+        self._reading = None
         try:
             return _bytes(reading.result())
         except Exception as error:
@@ -121,11 +122,6 @@ class _PlainReply:
         if not self._is_closed:
             self._is_closed = True
             self._own.end(lambda: _close(self._reply, self._name))
-
-    def _raise_broken(self) -> None:
-        broke, self._broke = self._broke, None
-        if broke is not None:
-            raise broke from None
 
 
 def _failed(error: Exception, name: str) -> UpstreamError:
