@@ -93,7 +93,13 @@ def test_chats_and_streams_and_choices_too(server, model):
         wanted(model, text)[0] for text in ("hello", "hello", "x", "x")
     ]
     assert len(made["usage"]["rewiring"]) == 4
-    chat = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "rewire": True}
+    chat = {
+        "model": "small",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 5,
+        "rewire": True,
+        "ignore_eos": True,
+    }
     status, _, made = server.ask("/v1/chat/completions", chat)
     assert status == 200
     assert len(made["usage"]["rewiring"][0]) == 2
