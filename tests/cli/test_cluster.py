@@ -65,7 +65,12 @@ def test_ways_to_cut_attention_are_compared(here):
     code, out, err = here(*line)
     assert (code, err) == (0, "")
     assert [word in out for word in ("ring2", "token_ring", "all_gather", "ulysses")] == [True] * 4
-    assert "x as fast as ring, by simulation of one layer" in out
+    assert "x as fast as ring in a forward pass, by simulation of one layer" in out
+    assert "with forward" not in out
+    code, out, _ = here(*line, "--backward")
+    assert code == 0
+    assert "with forward" in out
+    assert "x as fast as ring in forward and backward together" in out
     code, out, _ = here(*line, "--cached", "65536", "--backward", "--network", "ring", "--json")
     told = json.loads(out)
     assert (code, told["choice"], told["ranks"]) == (0, "token_ring", 4)

@@ -1,9 +1,11 @@
 """Which scheme is quickest where."""
 
+import itertools
+
 import pytest
 import torch
 
-from anabranch.cluster.ring import SCHEMES, Topology, measure_topology, plan_attention
+from anabranch.cluster.ring import SCHEMES, Layout, RingOptions, Topology, measure_topology, plan_attention
 from anabranch.cluster.ring.schedule import RINGS
 from anabranch.errors import ConfigError, InputError
 
@@ -128,7 +130,76 @@ def test_the_choice_is_the_quickest_that_is_allowed(world, backward):
             found = plan(
                 group, schemes=None, world=world, length=40 * world, backward=backward, topology=Topology(kind)
             )
-            assert found.choice == min((c for c in found.costs if c.is_allowed), key=lambda c: c.time_s).scheme
+            allowed = [place for place, cost in enumerate(found.costs) if cost.is_allowed]
+            assert found.costs[min(allowed, key=lambda place: found.auto_s[place])].scheme == found.choice
+
+
+def test_what_is_compared_is_all_that_runs():
+    """A forward pass where no gradient is asked for, else both passes; the costs stay those of the pass that was asked of."""
+    ahead, back = (plan(4, schemes=None, backward=backward) for backward in (False, True))
+    assert ahead.auto_s == tuple(cost.time_s for cost in ahead.costs)
+    both = [one.time_s + other.time_s for one, other in zip(ahead.costs, back.costs, strict=True)]
+    assert list(back.auto_s) == both
+    assert "both (ms)" in back.explain()
+    assert "by the time of forward and backward together" in back.explain()
+    assert "both (ms)" not in ahead.explain()
+    assert "by the time of a forward pass" in ahead.explain()
+    # What has no room in one of the two passes is not run in training.
+    room = max(cost.memory_bytes for cost in ahead.costs if cost.scheme == "all_gather")
+    tight = [
+        plan(schemes=None, backward=backward, topology=Topology(bandwidth=1e9, gather_bytes=room))
+        for backward in (False, True)
+    ]
+    for found in tight:
+        gather = next(cost for cost in found.costs if cost.scheme == "all_gather")
+        assert gather.is_allowed == (gather.memory_bytes <= room)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["inference", "training"])
+def test_auto_runs_what_the_plan_names(backward, monkeypatch):
+    """Over a grid: what `auto` takes is `plan_attention`'s choice, and no other scheme is quicker in what is run."""
+    from anabranch.cluster.ring import attention, simulated_attention
+
+    ran = []
+    monkeypatch.setattr(
+        attention,
+        "choose",
+        lambda *given, choose=attention.choose, **told: ran.append(choose(*given, **told)) or ran[-1],
+    )
+    differs = 0
+    for world, groups, kind, speed in itertools.product((2, 4), (1, 2, 4, 8), ("mesh", "ring", "switch"), (1e8, 5e10)):
+        topology = Topology(kind, bandwidth=speed, gather_bytes=0)
+        told = {"causal": True, "layout": "zigzag", "topology": topology}
+        query, key = torch.zeros(1, 16, 8, 4, requires_grad=backward), torch.zeros(1, 16, groups, 4)
+        simulated_attention(query, key, key, world, **told)
+        asked = (16, world, 8, groups, 4, torch.float32)
+        found = {passes: plan_attention(*asked, **told, backward=passes) for passes in (False, True)}
+        assert ran[-1] == found[backward].choice
+        seconds = dict(zip((cost.scheme for cost in found[backward].costs), found[backward].auto_s, strict=True))
+        allowed = [cost.scheme for cost in found[backward].costs if cost.is_allowed]
+        assert seconds[ran[-1]] == min(seconds[name] for name in allowed)
+        differs += found[False].choice != found[True].choice
+    # Else the grid would not tell the two apart.
+    assert differs
+
+
+def test_without_gradients_auto_runs_the_choice_of_a_forward_pass():
+    """Of weights that ask for gradients, where none are recorded."""
+    from anabranch.cluster.ring import attention
+
+    queries = Layout("zigzag", 8, 32768).placement
+    topology = Topology("ring", bandwidth=5e10, gather_bytes=0)
+    parts = [torch.zeros(1, heads, 4096, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 4, 4)]
+    options = RingOptions(causal=True, topology=topology)
+    asked = (32768, 8, 8, 4, 64, torch.bfloat16)
+    names = [
+        plan_attention(*asked, layout="zigzag", topology=topology, backward=backward).choice
+        for backward in (False, True)
+    ]
+    assert names[0] != names[1]
+    assert attention._settings(parts, queries, queries, options).schedule.scheme == names[1]
+    with torch.no_grad():
+        assert attention._settings(parts, queries, queries, options).schedule.scheme == names[0]
 
 
 def test_a_plan_is_plain_values_and_a_table():
@@ -142,7 +213,7 @@ def test_a_plan_is_plain_values_and_a_table():
         "ulysses",
     ]
     lines = found.explain().splitlines()
-    assert len(lines) == 2 + len(SCHEMES)
+    assert len(lines) == 3 + len(SCHEMES)
     assert sum(line.startswith("*") for line in lines) == 1
     assert "8 query heads over 2 key heads (groups of 4)" in lines[-1]
 

@@ -44,7 +44,9 @@ def attention(
         Literal["contiguous", "zigzag", "stripe"],
         typer.Option(metavar="NAME", help="How positions are spread over ranks: contiguous, zigzag or stripe."),
     ] = "zigzag",
-    backward: Annotated[bool, typer.Option("--backward", metavar=FLAG, help="Simulate the backward pass.")] = False,
+    backward: Annotated[
+        bool, typer.Option("--backward", metavar=FLAG, help="Simulate the backward pass, and choose for training.")
+    ] = False,
     network: Annotated[
         Literal["mesh", "ring", "switch", "nodes"],
         typer.Option(
@@ -150,16 +152,17 @@ def _print(made: AttentionPlan) -> None:
         [
             cost.scheme,
             f"{cost.time_s * 1e3:,.3f}",
+            *([f"{auto_s * 1e3:,.3f}"] if made.backward else []),
             f"{cost.compute_s * 1e3:,.3f}",
             size(cost.size_bytes),
             size(cost.link_bytes),
             size(cost.memory_bytes) if cost.is_allowed else f"{size(cost.memory_bytes)}, too much",
         ]
-        for cost in made.costs
+        for cost, auto_s in zip(made.costs, made.auto_s, strict=True)
     ]
-    table(["scheme", "time\n(ms)", "computing\n(ms)", "sent", "by the\nbusiest link", "blocks\nof others"], rows)
+    both = ["with forward\n(ms)"] if made.backward else []
+    table(["scheme", "time\n(ms)", *both, "computing\n(ms)", "sent", "by the\nbusiest link", "blocks\nof others"], rows)
     print()
-    best = next(cost for cost in made.costs if cost.scheme == made.choice)
-    ring = next(cost for cost in made.costs if cost.scheme == "ring")
-    gain = ring.time_s / best.time_s if best.time_s else 1.0
-    fact("auto", f"{made.choice}: {gain:.2f} x as fast as ring, by simulation of one layer")
+    seconds = {cost.scheme: auto_s for cost, auto_s in zip(made.costs, made.auto_s, strict=True)}
+    gain = seconds["ring"] / seconds[made.choice] if seconds[made.choice] else 1.0
+    fact("auto", f"{made.choice}: {gain:.2f} x as fast as ring in {made.passes}, by simulation of one layer")

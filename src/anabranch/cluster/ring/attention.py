@@ -262,7 +262,8 @@ def _settings(parts: Sequence[Tensor], queries: Placement, keys: Placement, opti
     sizes = Sizes.of(query, key, home)
     scheme = options.scheme
     if scheme == "auto":
-        scheme = choose(queries, keys, options.mask, sizes, options.topology or Topology())
+        backward = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+        scheme = choose(queries, keys, options.mask, sizes, options.topology or Topology(), backward=backward)
     if scheme == ByHeads.scheme:
         head_shares(query.shape[1], key.shape[1], queries.world)
         schedule: Schedule | ByHeads | Hybrid = schedule_by_heads(queries, keys, options.mask)

@@ -1,4 +1,4 @@
-"""Which scheme is quickest where: `auto`, and `plan_attention`, which says why.
+"""Which scheme is quickest where: `auto`, and `plan_attention`, which says why. Both take the least of the same sums.
 
     print(plan_attention(length=32768, world=8, heads=32, kv_heads=8, head_dim=128, causal=True, layout="zigzag").explain())
 
@@ -21,7 +21,7 @@ against keys that stay (`kv_cached`).
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -52,11 +52,13 @@ class AttentionPlan:
     """The costs of all schemes.
 
     Attributes:
-        choice: the quickest of those that are allowed.
+        choice: the quickest of those that are allowed, which is what ``auto`` runs: of a forward pass where no gradient is asked for, of
+            forward and backward pass together in training.
         costs: in the order of `ORDER`; behind them, where the topology has nodes, that of ``hybrid``.
         topology: that was assumed.
         sizes: likewise.
-        backward: whether of a backward pass.
+        backward: whether ``costs`` are of the backward pass, and ``choice`` of training.
+        auto_s: seconds by which ``choice`` is the quickest, of each of the costs: of a forward pass, or of both passes.
     """
 
     choice: str
@@ -64,19 +66,23 @@ class AttentionPlan:
     topology: Topology
     sizes: Sizes
     backward: bool
+    auto_s: tuple[float, ...]
 
     def explain(self) -> str:
-        """The costs as a table, the quickest marked."""
+        """The costs as a table, the one that ``auto`` runs marked; of a backward pass with the time of both passes, by which it is."""
+        both = f"{'both (ms)':>12}" if self.backward else ""
         lines = [
-            f"{'':2}{'scheme':<12}{'time (ms)':>12}{'compute (ms)':>14}{'sent (MB)':>12}{'busiest link (MB)':>19}{'memory (MB)':>13}"
+            f"{'':2}{'scheme':<12}{'time (ms)':>12}{both}{'compute (ms)':>14}{'sent (MB)':>12}{'busiest link (MB)':>19}{'memory (MB)':>13}"
         ]
-        for cost in self.costs:
+        for cost, auto_s in zip(self.costs, self.auto_s, strict=True):
             mark = "*" if cost.scheme == self.choice else " "
+            both = f"{auto_s * 1e3:>12.3f}" if self.backward else ""
             beside = "" if cost.is_allowed else "  too much memory"
             lines.append(
-                f"{mark:2}{cost.scheme:<12}{cost.time_s * 1e3:>12.3f}{cost.compute_s * 1e3:>14.3f}{cost.size_bytes / 1e6:>12.3f}"
+                f"{mark:2}{cost.scheme:<12}{cost.time_s * 1e3:>12.3f}{both}{cost.compute_s * 1e3:>14.3f}{cost.size_bytes / 1e6:>12.3f}"
                 f"{cost.link_bytes / 1e6:>19.3f}{cost.memory_bytes / 1e6:>13.3f}{beside}"
             )
+        lines.append(f"auto runs {self.choice}, by the time of {self.passes}")
         group = self.sizes.heads // self.sizes.kv_heads
         lines.append(
             f"{self.sizes.heads} query heads over {self.sizes.kv_heads} key heads (groups of {group}): "
@@ -86,6 +92,11 @@ class AttentionPlan:
             f"{self.sizes.row_bytes('travel', moves_queries=False, backward=self.backward):,}"
         )
         return "\n".join(lines)
+
+    @property
+    def passes(self) -> str:
+        """What ``choice`` is the quickest of, in words."""
+        return "forward and backward together" if self.backward else "a forward pass"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -121,7 +132,7 @@ def plan_attention(
         batch: B.
         causal, window, layout, documents, out_dtype: as of `context_parallel_attention`.
         kv_cached: positions before those that ask, whose keys and values lie on the ranks already, a stretch on each.
-        backward: of the backward pass.
+        backward: costs of the backward pass, and the choice of training; without it both of a forward pass alone.
         topology: of the ranks; None for `Topology()`.
         schemes: that are compared; None for all that the heads allow.
 
@@ -141,28 +152,46 @@ def plan_attention(
     if kv_cached:
         keys = Layout("contiguous", world, kv_cached).placement.followed_by(queries)
     topology = topology or Topology()
-    costs = _costs(queries, keys, Mask(causal, window), sizes, topology, backward)
+    costs, auto_s = _compared(queries, keys, Mask(causal, window), sizes, topology, backward)
     if schemes is not None:
         known = (*SCHEMES, Hybrid.scheme)
         if unknown := [name for name in schemes if name not in known]:
             raise InputError(f"schemes has {unknown[0]!r}; use {', '.join(known)}")
-        costs = tuple(cost for cost in costs if cost.scheme in schemes)
+        kept = [place for place, cost in enumerate(costs) if cost.scheme in schemes]
+        costs, auto_s = tuple(costs[place] for place in kept), tuple(auto_s[place] for place in kept)
         if not any(cost.is_allowed for cost in costs):
             raise InputError(f"none of the schemes {', '.join(schemes)} can be used here; name another")
-    return AttentionPlan(_quickest(costs), costs, topology, sizes, backward)
+    return AttentionPlan(_quickest(costs, auto_s), costs, topology, sizes, backward, auto_s)
 
 
-def choose(queries: Placement, keys: Placement, mask: Mask, sizes: Sizes, topology: Topology) -> str:
-    """The quickest scheme of forward and backward together."""
-    costs = [_costs(queries, keys, mask, sizes, topology, backward) for backward in (False, True)]
-    return min(
-        (forward for forward in costs[0] if forward.is_allowed),
-        key=lambda cost: sum(pass_[costs[0].index(cost)].time_s for pass_ in costs),
-    ).scheme
+def choose(queries: Placement, keys: Placement, mask: Mask, sizes: Sizes, topology: Topology, *, backward: bool) -> str:
+    """The scheme that ``auto`` runs, and that `plan_attention` chooses: the quickest of a forward pass, or of both passes together.
+
+    ``backward`` says whether a gradient is asked for.
+    """
+    return _quickest(*_compared(queries, keys, mask, sizes, topology, backward))
 
 
-def _quickest(costs: Sequence[SchemeCost]) -> str:
-    return min((cost for cost in costs if cost.is_allowed), key=lambda cost: cost.time_s).scheme
+def _compared(
+    queries: Placement, keys: Placement, mask: Mask, sizes: Sizes, topology: Topology, backward: bool
+) -> tuple[tuple[SchemeCost, ...], tuple[float, ...]]:
+    """The costs of the schemes, of the backward pass if there is one, and the seconds of all passes by which they are compared."""
+    costs = _costs(queries, keys, mask, sizes, topology, False)
+    seconds = [cost.time_s for cost in costs]
+    if backward:
+        before, costs = costs, _costs(queries, keys, mask, sizes, topology, True)
+        # A scheme must have room in both.
+        costs = tuple(
+            replace(cost, is_allowed=cost.is_allowed and other.is_allowed)
+            for cost, other in zip(costs, before, strict=True)
+        )
+        seconds = [one + cost.time_s for one, cost in zip(seconds, costs, strict=True)]
+    return costs, tuple(seconds)
+
+
+def _quickest(costs: Sequence[SchemeCost], auto_s: Sequence[float]) -> str:
+    allowed = [place for place, cost in enumerate(costs) if cost.is_allowed]
+    return costs[min(allowed, key=lambda place: auto_s[place])].scheme
 
 
 @lru_cache(maxsize=256)
