@@ -288,10 +288,8 @@ def test_another_model_is_asked_where_this_one_says_in_words_that_it_cannot(tmp_
         for name in ("first", "second")
     )
 
-    rare = b"too long" in body  # a prompt that is too long says nothing of the next one
-
     async def work(gateway, post):
-        found = [await post(None, {**ask(), "model": "first"}) for _ in range(9 if rare else 60)]
+        found = [await post(None, {**ask(), "model": "first"}) for _ in range(60)]
         assert {(status, headers["x-route-model"]) for status, headers, _ in found} == {(200, "second")}
         assert {one["breaker"] for one in gateway.runtime.dispatcher.states()} == {"closed"}
 

@@ -22,7 +22,7 @@ from anabranch.gateway.dispatch.late import Reader
 from anabranch.gateway.dispatch.outgoing import Outgoing, outgoing
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.provider_fault import as_failure
-from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, LASTING, backoff
+from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, LASTING, OWN, backoff
 from anabranch.gateway.dispatch.shared_rooms import NoRoomError, SharedRooms, attempt_id
 from anabranch.gateway.observe.trace_context import new_span_id
 from anabranch.gateway.providers.provider import (
@@ -67,7 +67,7 @@ class Run:
         self.ends = AttemptEnds(dispatcher, plan, request, self.report, self.began)
         self._at, self._retry = 0, 0
         self._most = plan.most_attempts(self.rules.retries)
-        self._holds, self._has_failed = False, False
+        self._holds, self._owes = False, False
         self._last: UpstreamError | None = None
         self._causes: set[FailureKind] = set()
         # Deployments that have as many attempts under way as they may, elsewhere too.
@@ -109,8 +109,9 @@ class Run:
 
     def failed(self, error: UpstreamError) -> None:
         """Take note of a failure and decide what is next. Raises UpstreamError if that is nothing."""
-        self._last, self._has_failed = error, True
         cause = error.failure.cause
+        # What is the request's own is no outage, and its way to the next model costs none of the extra attempts.
+        self._last, self._owes = error, cause not in OWN
         self._causes.add(cause)
         action = ACTION[cause]
         if action == "give_up":
@@ -139,7 +140,7 @@ class Run:
 
     def reject(self) -> None:
         """The answer is not good enough: go on to the next candidate."""
-        self._has_failed = False
+        self._owes = False
         self._next_model()
 
     def close(self) -> None:
@@ -214,12 +215,12 @@ class Run:
         The price is asked for wherever it may differ from what was set aside for the request: after an attempt, and of any candidate
         but the first, also where that was passed over without an attempt.
         """
-        if self._has_failed:
+        if self._owes:
             holds, self._holds = self._holds, False
             if not self.dispatcher.budget.take(now, holds, self.plan.sender):
                 self.report.skipped.append((model, "the budget of extra attempts is used up"))
                 raise self.ended(self._last or self._nothing())
-            self._has_failed = False  # paid for
+            self._owes = False
             if self._retry:
                 wait_s = backoff(self._retry - 1, self.rules.backoff_s, self.rules.max_backoff_s, self.dispatcher.rng)
                 await asyncio.sleep(min(wait_s, max(self.left_s, 0.0)))
