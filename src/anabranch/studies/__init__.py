@@ -54,6 +54,7 @@ STUDIES = {
     "router_r1": "anabranch.studies.router_r1:make",
     "rmoe": "anabranch.studies.rmoe:make",
     "scale": "anabranch.studies.scale:make",
+    "tokenring": "anabranch.studies.tokenring:make",
     "ttspm": "anabranch.studies.ttspm:make",
     "versatile": "anabranch.studies.versatile:make",
 }
