@@ -103,6 +103,23 @@ def steps_of(rank, world, kind, items, options, steps=2):
     return {"losses": losses, "gradients": grads, "state": state, "log": log, "output": output, "is_read": is_read}
 
 
+KEYS = {"of no layer": "7.weight", "of no layer at all": "nothing", "of a layer": "0.nothing"}
+
+
+def told_of_keys(rank, world, runner="distributed"):
+    """What is said of keys too many, and of all that are not there."""
+    pipe = GPipe(mlp(), stages=2, runner=runner)
+    state = pipe.state_dict()
+
+    def told(state):
+        return error_of(lambda: pipe.load_state_dict(state))[0]
+
+    found = {what: told({**state, key: torch.zeros(1)}) for what, key in KEYS.items()}
+    found["missing"] = told({})
+    found["not strict"] = pipe.load_state_dict({**state, "7.weight": torch.zeros(1)}, strict=False).unexpected_keys
+    return found
+
+
 def all_steps_of(rank, world, cases):
     return [steps_of(rank, world, *case) for case in cases]
 

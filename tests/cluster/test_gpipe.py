@@ -195,6 +195,51 @@ def test_a_mean_that_is_not_over_items_is_weighed_by_what_it_is_over():
     assert all(torch.allclose(p.grad, wanted[name]) for name, p in pipe.named_parameters())
 
 
+OUTPUTS = {
+    "-inf": lambda x: x.masked_fill(torch.arange(8) > 5, -torch.inf),
+    "inf": lambda x: x.masked_fill(torch.arange(8) > 5, torch.inf),
+    "nan": lambda x: x.masked_fill(torch.arange(8) > 5, torch.nan),
+    "complex": lambda x: torch.complex(x, x),
+    "parts": lambda x: {
+        "x": x,
+        "x as float": x.float(),
+        "places": x.argmax(-1),
+        "is": x > 0,
+        "none": x[:, :0],
+        "said": "x",
+    },
+}
+
+
+class Output(nn.Module):
+    """Hands on what the loss is of, as layers of all kinds do."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        return OUTPUTS[self.kind](x)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zero-bubble"])
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_what_counts_nothing_adds_nothing_whatever_the_output_is(kind, schedule):
+    def loss_fn(output, target):
+        output = output["x"] if isinstance(output, dict) else output
+        return (output.abs()[:, :5] - target[:, :5])[target[:, 0] != 0].square().mean()
+
+    model = nn.Sequential(*pipes.mlp(2), Output(kind))
+    x, target = pipes.batch(6)
+    target[3:] = 0
+    expected, wanted = pipes.gradients(model, x, target, loss_fn)
+    model.zero_grad()
+    pipe = GPipe(model, stages=2, micro_batches=6, schedule=schedule)
+    loss = pipe.step(x, target, loss_fn, weights=lambda piece: float((piece[:, 0] != 0).sum()))
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    assert all(torch.allclose(p.grad, wanted[name]) for name, p in pipe.named_parameters())
+
+
 def test_deferred_batch_norm_tracks_what_one_pass_over_the_batch_does():
     torch.manual_seed(0)
     x, target = (torch.randn(10, 3, 4, 4) for _ in range(2))

@@ -52,6 +52,17 @@ def check_steps(kind, world, items, found):
         assert found[0]["log"].of_kind("skip") > 0
 
 
+def test_keys_of_no_layer_are_told_on_every_rank_and_those_of_a_layer_where_it_is():
+    local = pipes.told_of_keys(0, 1, "local")
+    found = run_ranks(pipes.told_of_keys, 2)
+    for rank, told in enumerate(found):
+        for what in ("of no layer", "of no layer at all", "not strict"):
+            assert told[what] == local[what]
+        assert told["of a layer"] == (None if rank else local["of a layer"])
+        assert told["missing"].startswith("RuntimeError: ")
+        assert ('"0.weight"' in told["missing"], '"4.weight"' in told["missing"]) == (not rank, bool(rank))
+
+
 def test_an_error_of_a_stage_reaches_every_rank_and_the_next_step_works():
     where = [("forward", 1), ("backward", 0), ("backward", 2), ("boundary", 0)]
     found = run_ranks(pipes.failing_steps, 3, where)

@@ -205,8 +205,10 @@ class Chunk:
         kept = self._kept[micro_batch]
         with torch.enable_grad(), self._watching(kept):
             if weight == 0:
-                # A mean over nothing is NaN, and NaN times 0 is too.
-                loss = sum((tensor * 0).sum() for tensor in tensors_of(kept.output) if tensor.is_floating_point())
+                # A mean over nothing is NaN; and the output may hold infinities, which times 0 are NaN too. A sum of none of its numbers
+                # gives each of them a gradient of 0.
+                nothing = (tensor.reshape(-1)[:0].sum().real for tensor in tensors_of(kept.output))
+                loss = sum(nothing, start=torch.zeros(()))
             elif self._loss_draws is False:
                 loss = loss_fn(kept.output, target)
             else:

@@ -236,17 +236,22 @@ def _described(value: Any) -> list[Any]:
     )
 
 
-def agree(failure: Failure | None, loss: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
-    """The loss of the last stage on every rank; or, if a stage failed, raise its error on every rank.
+def agree(
+    failure: Failure | None,
+    loss: Tensor,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    counts: Sequence[int] = (),
+) -> tuple[Tensor, list[int]]:
+    """(the loss of the last stage on every rank, the sums of ``counts`` over ranks); or, if a stage failed, raise its error on every rank.
 
     Raises StageError: of the failure with the smallest micro-batch and stage.
     """
-    told = torch.stack(
-        (loss.to(device, torch.float64), torch.tensor(float(failure is not None), dtype=torch.float64, device=device))
-    )
+    numbers = torch.tensor([float(failure is not None), *counts], dtype=torch.float64, device=device)
+    told = torch.cat((loss.to(device, torch.float64).reshape(1), numbers))
     dist.all_reduce(told, group=group)
     if told[1] == 0:
-        return told[0]
+        return told[0], [int(count) for count in told[2:].tolist()]
     texts: list[Any] = [None] * dist.get_world_size(group)
     text = None if failure is None else (failure.stage, failure.micro_batch, failure.kind, failure.why)
     dist.all_gather_object(texts, text, group=group)

@@ -10,7 +10,6 @@ are a function of (seed, step, layer, micro-batch) instead of a saved state, so 
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,8 +23,8 @@ from anabranch.cluster.gpipe.distributed import Messages, agree
 from anabranch.cluster.gpipe.local import run_local
 from anabranch.cluster.gpipe.micro_batches import join, num_items, sizes_of, split
 from anabranch.cluster.gpipe.skips import copy_before_changes, routes_of
-from anabranch.cluster.gpipe.stage import Batch, Stage
-from anabranch.cluster.gpipe.ties import Ties, own_copies, ties_of
+from anabranch.cluster.gpipe.stage import Batch, Failure, Stage
+from anabranch.cluster.gpipe.ties import StandIns, Ties, stand_ins, ties_of, unfit
 from anabranch.cluster.gradients import average_gradients
 from anabranch.cluster.messages import MessageLog
 from anabranch.cluster.partitions import Objective, Partition, check_balance, partition
@@ -263,6 +262,9 @@ class GPipe(nn.Module):
     ) -> Tensor:
         """One batch forward and backward; gradients are added to those that are there.
 
+        Hooks of a parameter are called for each micro-batch, with its gradient. Those of one that several stages have are called once a
+        step, with the sum over stages and micro-batches, under ``distributed`` on each rank that has it.
+
         Args:
             x: the batch: a tensor, or a nested tuple, list or dictionary; what is no tensor goes to every micro-batch. Under
                 ``distributed`` the first stage's counts, others may give None.
@@ -272,7 +274,8 @@ class GPipe(nn.Module):
             first_row: the number of the first item here in a batch that several pipelines share, by which `KeyedDropout` draws.
             first_micro_batch: likewise of the first micro-batch, by which all else draws.
             after_backward: called as (micro-batch here, layers) when the gradients of these layers have those of a micro-batch added, on
-                the thread of their stage; it may take them away.
+                the thread of their stage; it may take them away. What several stages have is there as a parameter of the stage's own,
+                with the gradient of this stage alone.
 
         Returns:
             The loss, the weighted mean over micro-batches: float, detached, the same on every rank.
@@ -332,24 +335,41 @@ class GPipe(nn.Module):
         return join([batch.outputs[number] for number in range(len(sizes))])
 
     def _run(self, table: Schedule, batch: Batch) -> Tensor:
+        is_training = batch.loss_fn is not None
         # What is tied within one stage is one parameter already.
         spread = [tie for tie in self._ties if len({self._stage_of[layer] for layer in tie.layers}) > 1]
-        if self._channel is None:
-            with own_copies(self, spread, self._stage_of) if batch.loss_fn is not None else nullcontext():
+        own = {stage.number for stage in self._own_stages}
+        with stand_ins(self, spread if is_training else (), self._stage_of, own) as shared:
+            if self._channel is None:
                 failure = run_local(
                     self._own_stages, table, batch, log=self.log, timeout_s=self.timeout_s, running=self._running
                 )
-            if failure is not None:
-                raise failure.error()
-            return _sum(batch)
-        self._channel.begin(table.num_micro_batches, is_training=batch.loss_fn is not None)
-        failure = self._own_stages[0].run(table, batch, self._channel)
-        self._channel.finish()
-        loss = agree(failure, _sum(batch), self._group, self._device)
-        if batch.loss_fn is not None:
-            self._sum_ties(spread)
-            if self._data_group is not None:
-                average_gradients(list(self.parameters()), self._data_group)
+            else:
+                self._channel.begin(table.num_micro_batches, is_training=is_training)
+                failure = self._own_stages[0].run(table, batch, self._channel)
+                self._channel.finish()
+        if failure is None:
+            failure = unfit(shared, self._own_stages[0].number, table.num_micro_batches)
+        if self._channel is not None:
+            return self._over_ranks(batch, failure, shared)
+        if failure is not None:
+            raise failure.error()
+        for each in shared:
+            each.deliver(each.gradient())
+        return _sum(batch)
+
+    def _over_ranks(self, batch: Batch, failure: Failure | None, shared: Sequence[StandIns]) -> Tensor:
+        """The loss, and what ranks do together at the end of a step. Raises on all of them where one has failed."""
+        counts = [count for each in shared for count in (each.gradient() is not None, each.learns)]
+        loss, found = agree(failure, _sum(batch), self._group, self._device, counts)
+        for each, learning in zip(shared, found[1::2], strict=True):
+            each.check(learning)
+        for each, giving in zip(shared, found[::2], strict=True):
+            # What has no part in a step keeps no gradient, as then no optimizer moves it.
+            if giving:
+                each.deliver(each.over_ranks(self._group))
+        if batch.loss_fn is not None and self._data_group is not None:
+            average_gradients(list(self.parameters()), self._data_group)
         return loss
 
     def _sizes(self, x: Any) -> list[int]:
@@ -385,32 +405,6 @@ class GPipe(nn.Module):
     def _owns(self, layer: int) -> bool:
         return self._stage_of[layer] in {stage.number for stage in self._own_stages}
 
-    def _sum_ties(self, ties: Sequence[Any]) -> None:
-        """Each stage that has a tied parameter gets the sum of all stages' gradients, added in the order of stages."""
-        for tie in ties:
-            here = dist.get_rank(self._group)
-            stages = sorted({self._stage_of[layer] for layer in tie.layers})
-            if here not in stages:
-                continue
-            name = next(
-                name for name, layer in zip(tie.names, tie.layers, strict=True) if self._stage_of[layer] == here
-            )
-            parameter = self.get_parameter(name)
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            grad = parameter.grad.contiguous()
-            if here == stages[0]:
-                other = torch.empty_like(grad)
-                for stage in stages[1:]:
-                    dist.recv(other, group=self._group, group_src=stage)
-                    grad += other
-                for stage in stages[1:]:
-                    dist.send(grad, group=self._group, group_dst=stage)
-            else:
-                dist.send(grad, group=self._group, group_dst=stages[0])
-                dist.recv(grad, group=self._group, group_src=stages[0])
-            parameter.grad = grad
-
     # State
 
     def state_dict(self, *args: Any, local: bool = False, **kwargs: Any) -> Any:
@@ -428,10 +422,13 @@ class GPipe(nn.Module):
         return {name: merged[name] for name in sorted(merged, key=lambda name: order[name.partition(".")[0]])}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Read the state dict of the whole model; under ``distributed`` each rank takes its part."""
+        """Read the state dict of the whole model; under ``distributed`` each rank takes its part.
+
+        Raises RuntimeError with ``strict`` where keys of the layers that are here are missing or too many, and for keys of no layer.
+        """
         if self.runner == "distributed":
-            own = {name for name, _ in self.named_children()}
-            state_dict = {name: value for name, value in state_dict.items() if name.partition(".")[0] in own}
+            others = set(self._names).difference(name for name, _ in self.named_children())
+            state_dict = {name: value for name, value in state_dict.items() if name.partition(".")[0] not in others}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def extra_repr(self) -> str:

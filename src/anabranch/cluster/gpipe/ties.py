@@ -1,17 +1,21 @@
 """Parameters that several layers have (an embedding that is the head too), in one stage or in several."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from anabranch.cluster.gpipe.stage import Failure
+from anabranch.cluster.schedules import BACKWARD
 from anabranch.errors import InputError
 
-__all__ = ["Tie", "Ties", "own_copies", "ties_of"]
+__all__ = ["StandIns", "Tie", "Ties", "stand_ins", "ties_of"]
 
 Ties = Sequence[Sequence[str]] | Literal["auto"]
 
@@ -65,45 +69,143 @@ def ties_of(model: nn.Sequential, declared: Ties) -> list[Tie]:
     return [Tie(group, tuple(layer_of[name] for name in group)) for group in found]
 
 
-@contextmanager
-def own_copies(model: nn.Module, ties: Sequence[Tie], stage_of: Sequence[int]) -> Iterator[None]:
-    """In the block each stage has a parameter of its own for what is tied, over the same memory; then gradients are added up.
+class StandIns:
+    """One tied parameter in one step: while the stages here work, each has a parameter of its own in its place, over the same memory.
 
-    Stages work at once, and the order in which they add to one gradient would be that of their threads. So each adds to its own, and those
-    are summed in the order of stages.
+    Stages of one process work at once, and the order in which they would add to one gradient is that of their threads; over ranks, what is
+    there from steps before must not be summed again. So each stage adds to its own, and the sum comes to the parameter at last, through
+    autograd: hooks see it whole and once.
+
+    Args:
+        model: with the layers of the stages that are here.
+        tie: the parameter.
+        stage_of: the stage of each layer.
+        here: the stages that are here.
     """
-    put: list[tuple[nn.Module, str, nn.Parameter]] = []
-    groups: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
-    for tie in ties:
-        original = _parameter(model, tie.names[0])
-        copies: dict[int, nn.Parameter] = {}
-        for name, layer in zip(tie.names, tie.layers, strict=True):
-            stage = stage_of[layer]
-            if stage == stage_of[tie.layers[0]]:
-                continue
-            if stage not in copies:
-                copies[stage] = nn.Parameter(original.detach(), requires_grad=original.requires_grad)
-            path, _, last = name.rpartition(".")
-            owner = model.get_submodule(path)
-            put.append((owner, last, original))
-            owner._parameters[last] = copies[stage]
-        if copies:
-            groups.append((original, [copies[stage] for stage in sorted(copies)]))
+
+    def __init__(self, model: nn.Module, tie: Tie, stage_of: Sequence[int], here: Collection[int]) -> None:
+        self.tie = tie
+        self.stages = sorted({stage_of[layer] for layer in tie.layers})
+        self._places = [
+            (*_place(model, name), stage_of[layer])
+            for name, layer in zip(tie.names, tie.layers, strict=True)
+            if stage_of[layer] in here
+        ]
+        self._parts: dict[int, nn.Parameter] = {}
+        # What came past the stand-ins, of a layer that keeps the parameter in another place too.
+        self._beside: Tensor | None = None
+        self._before: Tensor | None = None
+
+    @property
+    def original(self) -> nn.Parameter | None:
+        """The parameter; None where no stage has it here."""
+        return self._places[0][0]._parameters[self._places[0][1]] if self._places else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether it is here, and gradients are wanted."""
+        return self.original is not None and self.original.requires_grad
+
+    def put(self) -> None:
+        """Let stages have stand-ins. One that learns nothing stays as it is."""
+        original = self.original
+        if original is None or not original.requires_grad or isinstance(original, DTensor):
+            return
+        self._original = original
+        self._before, original.grad = original.grad, None
+        for owner, last, stage in self._places:
+            if stage not in self._parts:
+                self._parts[stage] = nn.Parameter(original.detach())
+                self._parts[stage].__dict__.update(original.__dict__)
+            # Not into `_parameters` alone: recurrent layers have a list of theirs beside it.
+            setattr(owner, last, self._parts[stage])
+
+    def take_back(self) -> None:
+        """Let stages have the parameter again, with the gradient that it had before."""
+        if self._parts:
+            for owner, last, _ in self._places:
+                setattr(owner, last, self._original)
+            self._beside, self._original.grad = self._original.grad, self._before
+
+    def problem(self) -> str | None:
+        """Why the sum cannot come to the parameter."""
+        names = " and ".join(self.tie.names)
+        if self.learns and isinstance(self.original, DTensor):
+            return f"{names} are one parameter of several stages, and it is in shards (FSDP2); leave its layers whole"
+        if self._beside is not None and (self._original._backward_hooks or self._original._post_accumulate_grad_hooks):
+            return (
+                f"{names} are one parameter of several stages with hooks, and a layer works with it by another way than its own attribute "
+                "(a closure, a list), where hooks would see parts of the gradient; let it read the attribute, or leave the hooks out"
+            )
+        return None
+
+    def check(self, learning: int) -> None:
+        """Raise InputError where ``learning`` ranks want gradients of it and others do not: their weights would part."""
+        if learning not in (0, len(self.stages)):
+            raise InputError(
+                f"{' and '.join(self.tie.names)} are one parameter of {len(self.stages)} stages, and requires_grad is set on {learning} of "
+                "them; freeze it on all ranks or on none"
+            )
+
+    def gradient(self) -> Tensor | None:
+        """The sum of what the stages here gave in this step, in their order; None for nothing."""
+        found = [self._parts[stage].grad for stage in sorted(self._parts)]
+        total: Tensor | None = None
+        for part in (*found, self._beside):
+            if part is not None:
+                total = part if total is None else total + part.to(total.device)
+        return total
+
+    def deliver(self, total: Tensor | None) -> None:
+        """Add the sum over all stages to the parameter's gradient, through its hooks."""
+        if total is not None and self.original is not None:
+            torch.autograd.backward([self.original], [total.to(self.original.device)])
+
+    def over_ranks(self, group: dist.ProcessGroup | None) -> Tensor | None:
+        """The sum over the ranks of all its stages, in their order, on each of them; None on ranks without it. They call it together."""
+        rank = dist.get_rank(group)
+        if self.original is None:
+            return None
+        found = self.gradient()
+        total = torch.zeros_like(self.original) if found is None else found.to_dense().contiguous()
+        first, *others = self.stages
+        if rank == first:
+            other = torch.empty_like(total)
+            for stage in others:
+                dist.recv(other, group=group, group_src=stage)
+                total = total + other
+            for stage in others:
+                dist.send(total, group=group, group_dst=stage)
+        else:
+            dist.send(total, group=group, group_dst=first)
+            dist.recv(total, group=group, group_src=first)
+        return total
+
+
+@contextmanager
+def stand_ins(
+    model: nn.Module, ties: Sequence[Tie], stage_of: Sequence[int], here: Collection[int]
+) -> Iterator[list[StandIns]]:
+    """In the block the stages that are here have stand-ins for what is tied; see `StandIns`, one for each of ``ties``."""
+    found = [StandIns(model, tie, stage_of, here) for tie in ties]
     try:
-        yield
+        for each in found:
+            each.put()
+        yield found
     finally:
-        for owner, last, original in put:
-            owner._parameters[last] = original
-        with torch.no_grad():
-            for original, others in groups:
-                for copy in others:
-                    if copy.grad is not None:
-                        grad = copy.grad.to(original.device)
-                        original.grad = grad if original.grad is None else original.grad.add_(grad)
+        for each in found:
+            each.take_back()
 
 
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+def unfit(shared: Sequence[StandIns], stage: int, micro_batches: int) -> Failure | None:
+    """That the sum of one of them cannot come to its parameter, as a failure of the last backward of ``stage``; None where all can."""
+    why = next((problem for each in shared if (problem := each.problem()) is not None), None)
+    if why is None:
+        return None
+    return Failure(stage, micro_batches - 1, BACKWARD, f"InputError: {why}", InputError(why))
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """(the module that has a parameter as its own, under which name)."""
     path, _, last = name.rpartition(".")
-    parameter = model.get_submodule(path)._parameters[last]
-    assert parameter is not None
-    return parameter
+    return model.get_submodule(path), last
