@@ -105,7 +105,9 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
     given = {**OPTIONS, **(options or {}), **(own or {}).get(rank, {})}
     dtype = given.pop("dtype", torch.float32)
     model = {name: given.pop(name) for name in ("dropout", "rate") if name in given}
-    layers = layers_of(given.pop("model_seed", 0), dtype=dtype, **model)
+    # Of another model: (its layers of a type, its batch of a step, a size and a type).
+    made_by, batch = given.pop("makes", (None, batch_of))
+    layers = made_by(dtype) if made_by else layers_of(given.pop("model_seed", 0), dtype=dtype, **model)
     place, left = (die or {}).get(rank, ("", 0))
     saves, unsaved = given.pop("saves", None), []
     damages_stream = given.pop("damage_stream", False)
@@ -164,7 +166,7 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
             step = trainer.steps
             if step == stuck[0]:
                 time.sleep(stuck[1])
-            losses[step] = trainer.step(batch_of(step, given["global_batch"], dtype))
+            losses[step] = trainer.step(batch(step, given["global_batch"], dtype))
             if trainer.steps == raises_after:
                 raise OSError("no more data")
             if trainer.steps == quits_after:

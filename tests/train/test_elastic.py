@@ -23,6 +23,7 @@ from anabranch.train import Constant, Trainer, checkpoints, read_metrics, read_r
 from anabranch.train import elastic as elastic_module
 from anabranch.train.config import DiLoCoConfig, ElasticConfig, Parallel
 from anabranch.train.elastic_layers import block_loss, elastic_layers
+from anabranch.train.optimizer import optimizer_tensors
 from anabranch.train.run import run_lock
 from waiting import until
 
@@ -162,6 +163,26 @@ def test_it_goes_on_from_a_plain_run_and_a_plain_run_from_it(make_run, tmp_path)
         assert go_on(6, "mixed", parallel=elastic).step == 6
     go_on(9, "mixed")
     check_same(tmp_path / "mixed", tmp_path / "plain")
+
+
+def test_parameters_that_have_not_made_the_same_steps_go_into_slices_and_come_back(make_run):
+    """Such as experts that nobody was sent to: a run of them was refused, and one that had no part yet had moments of 0."""
+    model = dense().replace(vocab_size=11).build(seed=0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(3):
+        for number, parameter in enumerate(model.parameters()):
+            # In one, two or all of them; some in none.
+            parameter.grad = torch.randn_like(parameter) if number % 5 and step <= number % 3 else None
+        optimizer.step()
+    before = optimizer_tensors(model, optimizer)
+    steps = {value.item() for name, value in before.items() if name.endswith("/step")}
+    assert steps == {1, 2, 3}
+    assert len(before) < 3 * len(list(model.parameters()))
+    made = elastic_module.Elastic(make_run(dense()), model, optimizer, None, SimpleNamespace(state_dict=dict))
+    made.holds_folder, made._trainer = True, SimpleNamespace(gathered=(3, made._loaded()))
+    after = made.moments(3)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_told_to_stop_it_waits_for_nobody(make_run, tmp_path):

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from anabranch.cluster.elastic import ElasticTrainer
 from anabranch.cluster.elastic.clocks import frequency_control
-from anabranch.cluster.elastic.state import PARAM, Groups, Slice, flat_of, learning
+from anabranch.cluster.elastic.state import PARAM, Slice, apart, learning, together
+from anabranch.cluster.elastic.updating import Groups
 from anabranch.cluster.pccl.handshake import run_secret
 from anabranch.config import to_dict
-from anabranch.errors import CheckpointError, ConfigError, PeerError
+from anabranch.errors import ConfigError, PeerError
 from anabranch.lm.decoder import Decoder, DecoderOutput
 from anabranch.routing.balance import LoadCounter
 from anabranch.sockets import is_local
@@ -232,16 +233,16 @@ class Elastic:
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         found: dict[str, Tensor] = {}
         for layer, whole in gathered[1].items():
-            place = 0
-            for parameter in learning(self._layers[layer]):
-                name, end = names[id(parameter)], place + parameter.numel()
+            parameters = learning(self._layers[layer])
+            parts = apart(whole, [parameter.numel() for parameter in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
+                name = names[id(parameter)]
                 found |= {
-                    f"{name}/{moment}": tensor[place:end].view(parameter.shape)
-                    for moment, tensor in whole.tensors.items()
+                    f"{name}/{moment}": tensor.view(parameter.shape)
+                    for moment, tensor in part.tensors.items()
                     if moment != PARAM
                 }
-                found |= {f"{name}/{moment}": value.clone() for moment, value in whole.scalars.items()}
-                place = end
+                found |= {f"{name}/{moment}": value.clone() for moment, value in part.scalars.items()}
         return found
 
     def wrote(self, where: Path) -> None:
@@ -356,33 +357,18 @@ class Elastic:
         return found
 
     def _loaded(self) -> dict[int, Slice]:
-        """Each layer with the optimizer's state. Raises CheckpointError where that is not one number of steps a layer."""
+        """Each layer with the optimizer's state, of each of its parameters by itself where they have not made the same steps."""
         found = {}
         for number, layer in enumerate(self._layers):
-            parameters = learning(layer)
-            if not parameters:
-                continue
-            states = [self._optimizer.state.get(parameter, {}) for parameter in parameters]
-            names = sorted({name for state in states for name, value in state.items() if value.ndim})
-            steps = {float(state["step"]) for state in states if "step" in state}
-            if len(steps) > 1:
-                raise CheckpointError(
-                    f"parameters of layer {number} have made {sorted(map(int, steps))} steps, and processes that share a layer count "
-                    "them together; resume without parallel.elastic"
-                )
-            tensors = {
-                # A parameter that never had a part in a step has moments of 0.
-                name: torch.cat(
-                    [
-                        state[name].reshape(-1) if name in state else torch.zeros(parameter.numel())
-                        for parameter, state in zip(parameters, states, strict=True)
-                    ]
-                )
-                for name in names
-            }
-            flat = flat_of(layer)
-            scalars = {"step": torch.tensor(next(iter(steps)))} if steps else {}
-            found[number] = Slice(0, len(flat), {PARAM: flat, **tensors}, scalars)
+            parts, place = [], 0
+            for parameter in learning(layer):
+                state, end = self._optimizer.state.get(parameter, {}), place + parameter.numel()
+                tensors = {name: value.reshape(-1) for name, value in state.items() if name != "step"}
+                scalars = {name: value for name, value in state.items() if name == "step"}
+                parts.append(Slice(place, end, {PARAM: parameter.detach().clone().reshape(-1), **tensors}, scalars))
+                place = end
+            if parts:
+                found[number] = together(0, place, parts)
         return found
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.cluster.elastic.cuts import bounds, piece_of, recut
+from anabranch.cluster.elastic.cuts import bounds, covers, piece_of, recut
 from anabranch.errors import InputError
 
 
@@ -57,3 +57,9 @@ def test_what_travels_is_everything_once(count, old, new, old_turn, new_turn):
 def test_what_is_no_cut_is_refused(call, said):
     with pytest.raises(InputError, match=said):
         call()
+
+
+@given(st.sets(st.integers(0, 12)), st.integers(0, 12), st.integers(1, 6))
+def test_ranges_hold_what_is_in_one_of_them(held, first, count):
+    ranges = [(one, one + 1) for one in held]
+    assert covers(ranges, first, first + count) == (set(range(first, first + count)) <= held)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import elastic_branches as branches
 from anabranch.cluster import KeyedDropout
 from anabranch.cluster.elastic.execution import StageStep, StepSettings, Work, check_batch, draws_of
 from anabranch.cluster.elastic.layout import Grid, Layout
@@ -41,7 +42,7 @@ def layers_of():
     return [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3)), Noise(), Joined()]
 
 
-def batch():
+def batch_of():
     generator = torch.Generator().manual_seed(1)
     return torch.randn(SAMPLES, WIDTH, generator=generator), torch.randint(3, (SAMPLES,), generator=generator)
 
@@ -75,7 +76,7 @@ def run(
     for rank in range(replicas):
         layers = layers_of()
         made = StageStep(Work(layout, rank, settings, "1f1b", [1.0] * 3), settings, layers, None, step)
-        made.run(tuple(part[:samples] for part in batch()), lambda state: None)
+        made.run(tuple(part[:samples] for part in batch_of()), lambda state: None)
         for own, all_of in [
             (made.losses, losses),
             *((tree, sums.setdefault(n, TreeSum(leaves))) for n, tree in made.sums.items()),
@@ -100,25 +101,26 @@ class Wires:
         wires = self
 
         class Links:
-            def send(self, target, tag, tensors):
+            def send(self, target, tag, tensors, **more):
                 with wires.arrived:
-                    wires.sent[rank, target, tag] = [tensor.clone() for tensor in tensors]
+                    wires.sent[rank, target, tag] = [tensor.clone() for tensor in tensors], more
                     wires.arrived.notify_all()
 
             def receive(self, source, tag):
                 with wires.arrived:
                     assert wires.arrived.wait_for(lambda: (source, rank, tag) in wires.sent, 60)
-                    return wires.sent.pop((source, rank, tag)), None
+                    return wires.sent.pop((source, rank, tag))
 
         return Links()
 
 
-def grid_of(stages, schedule, *, is_exact=True, micro_batches=2, layers_of=layers_of):
-    """(loss, gradients by layer, the most bytes that each rank kept) of stages that have so many ranks each."""
+def grid_of(stages, schedule, *, is_exact=True, micro_batches=2, layers_of=layers_of, depth=3, batch=None):
+    """(loss, gradients by layer, the most bytes that each rank kept, what each made) of stages that have so many ranks each."""
+    batch = batch or batch_of()
     ranks = iter(range(sum(stages)))
     grid = Grid(tuple(tuple(next(ranks) for _ in range(count)) for count in stages), max(stages))
-    layout = Layout(grid, tuple(range(1, len(stages))), 3)
-    settings = StepSettings(SAMPLES, micro_batches, 1, is_exact, F.cross_entropy, 7, (True,) * 3)
+    layout = Layout(grid, tuple(range(1, len(stages))), depth)
+    settings = StepSettings(SAMPLES, micro_batches, 1, is_exact, F.cross_entropy, 7, (True,) * depth)
     wires, found, errors = Wires(), {}, []
     # Before there are threads: they would draw from one generator.
     layers = {rank: layers_of() for rank in grid.ranks}
@@ -126,9 +128,9 @@ def grid_of(stages, schedule, *, is_exact=True, micro_batches=2, layers_of=layer
     def work(rank):
         try:
             made = StageStep(
-                Work(layout, rank, settings, schedule, [1.0] * 3), settings, layers[rank], wires.of(rank), 3
+                Work(layout, rank, settings, schedule, [1.0] * depth), settings, layers[rank], wires.of(rank), 3
             )
-            made.run(batch(), lambda state: None)
+            made.run(batch, lambda state: None)
             assert made.meter.now == 0
             found[rank] = made
         except BaseException as error:
@@ -149,7 +151,8 @@ def grid_of(stages, schedule, *, is_exact=True, micro_batches=2, layers_of=layer
             for layer, tree in found[rank].sums.items():
                 for node, value in tree.nodes():
                     sums.setdefault(layer, TreeSum(settings.leaves(len(stage)))).add_node(node, value)
-    return losses.root(), {n: tree.root() for n, tree in sums.items()}, [found[rank].meter.most for rank in grid.ranks]
+    made = [found[rank] for rank in grid.ranks]
+    return losses.root(), {n: tree.root() for n, tree in sums.items()}, [one.meter.most for one in made], made
 
 
 @pytest.mark.parametrize("schedule", ["zero-bubble", "decoupled"])
@@ -157,8 +160,8 @@ def grid_of(stages, schedule, *, is_exact=True, micro_batches=2, layers_of=layer
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_gradients_of_weights_that_come_later_are_the_same(schedule, stages, micro_batches, is_exact):
     options = {"is_exact": is_exact, "micro_batches": micro_batches, "layers_of": plain_of}
-    loss, gradients, kept = grid_of(stages, schedule, **options)
-    at_once, wanted, nothing = grid_of(stages, "1f1b", **options)
+    loss, gradients, kept, _ = grid_of(stages, schedule, **options)
+    at_once, wanted, nothing, _ = grid_of(stages, "1f1b", **options)
     assert loss == at_once
     assert gradients.keys() == wanted.keys()
     for layer, gradient in gradients.items():
@@ -166,6 +169,28 @@ def test_gradients_of_weights_that_come_later_are_the_same(schedule, stages, mic
         assert torch.equal(gradient, wanted[layer])
     assert min(kept) > 0
     assert not any(nothing), "a backward at once is not counted"
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero-bubble", "decoupled"])
+@pytest.mark.parametrize("stages", [(1,), (2, 1), (1, 2, 1)])
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_what_has_no_part_in_a_step_is_told_through_all_stages(schedule, stages, is_exact):
+    """Also where a layer behind makes nothing of what it is given: layers in front had gradients of 0 then."""
+    sizes = [len(list(layer.parameters())) for layer in branches.layers_of()]
+    for step, names in enumerate(branches.alone(8, SAMPLES)[2]):
+        wanted = {n: set() for n in range(len(sizes))}
+        for name in names:
+            layer, _, rest = name.partition(".")
+            wanted[int(layer)].add([own for own, _ in branches.layers_of()[int(layer)].named_parameters()].index(rest))
+        layers = {"layers_of": lambda: [layer.float() for layer in branches.layers_of()], "depth": len(sizes)}
+        *_, made = grid_of(
+            stages, schedule, is_exact=is_exact, batch=branches.batch_of(step, SAMPLES, torch.float32), **layers
+        )
+        found = {}
+        for one in made:
+            for layer, without in one.without.items():
+                found[layer] = found.get(layer, frozenset(range(sizes[layer]))) & without
+        assert found == wanted, step
 
 
 def plain_of():
@@ -236,7 +261,7 @@ def test_terms_are_means_over_all_samples(is_exact):
         return F.cross_entropy(output, target), {"z": float(target.float().mean())}
 
     *_, terms = run(3, is_exact=is_exact, loss=loss)
-    assert terms["z"].root() == pytest.approx(float(batch()[1].float().mean()))
+    assert terms["z"].root() == pytest.approx(float(batch_of()[1].float().mean()))
 
 
 def test_a_loss_that_is_no_number_is_refused():
@@ -245,8 +270,13 @@ def test_a_loss_that_is_no_number_is_refused():
 
 
 def test_a_batch_of_another_size_is_refused():
-    check_batch(batch(), SAMPLES)
-    for wrong in (batch()[0], (batch()[0][:3], batch()[1]), (batch()[0], None), (torch.tensor(1.0), batch()[1])):
+    check_batch(batch_of(), SAMPLES)
+    for wrong in (
+        batch_of()[0],
+        (batch_of()[0][:3], batch_of()[1]),
+        (batch_of()[0], None),
+        (torch.tensor(1.0), batch_of()[1]),
+    ):
         with pytest.raises(InputError):
             check_batch(wrong, SAMPLES)
 

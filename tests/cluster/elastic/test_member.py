@@ -14,8 +14,9 @@ from anabranch.cluster.elastic.layout import Grid, Layout, layout_to
 from anabranch.cluster.elastic.links import LinkPool
 from anabranch.cluster.elastic.member import Member
 from anabranch.cluster.elastic.snapshots import Snapshots
-from anabranch.cluster.elastic.state import Slice, State, Updater, flat_of, learning
+from anabranch.cluster.elastic.state import Slice, State, flat_of, learning
 from anabranch.cluster.elastic.streaming import Stream
+from anabranch.cluster.elastic.updating import Updater
 from anabranch.errors import PeerError
 from waiting import until
 

@@ -1,116 +1,18 @@
 """Slices with the optimizer's state, and snapshots of them."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from anabranch.cluster.elastic.cuts import bounds
-from anabranch.cluster.elastic.state import PARAM, Slice, State, Updater, check_layers, flat_of, install, snapshot_of
+from anabranch.cluster.elastic.state import Slice, State, check_layers, flat_of, install, snapshot_of
 from anabranch.errors import ConfigError, InputError
-
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
-}
 
 
 def flats(count, size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(size, generator=generator) for _ in range(count)]
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("owners", [1, 3])
-def test_slices_are_stepped_as_torch_steps_the_whole(name, owners):
-    value, *gradients = flats(5, 101)
-    parameter = nn.Parameter(value.clone())
-    optimizer = OPTIMIZERS[name]([parameter])
-    updater = Updater(OPTIMIZERS[name])
-    cut = bounds(101, owners)
-    slices = [{0: Slice(a, b, {"param": value[a:b]})} for a, b in pairwise(cut)]
-    for version, gradient in enumerate(gradients):
-        parameter.grad = gradient.clone()
-        optimizer.step()
-        before = [dict(one[0].tensors) for one in slices]
-        kept = [{key: tensor.clone() for key, tensor in one.items()} for one in before]
-        new = [updater.next_slices(one, {0: gradient[one[0].first : one[0].end]}, version) for one in slices]
-        # What was there is as it was: a step that is taken back is forgotten.
-        assert all(torch.equal(old[key], kept[n][key]) for n, old in enumerate(before) for key in old)
-        slices = new
-        # Cut in another way in the midst: state goes with its numbers.
-        whole = Slice.joined(0, 101, [one[0] for one in slices])
-        cut = bounds(101, owners, turn=version)
-        slices = [{0: whole.piece(a, b)} for a, b in pairwise(cut)]
-    assert torch.equal(Slice.joined(0, 101, [one[0] for one in slices]).tensors["param"], parameter.detach())
-
-
-@pytest.mark.parametrize("owners", [1, 2, 3])
-def test_runs_of_numbers_learn_as_groups_of_torch_do(owners):
-    """Numbers 0 to 4 decay, 4 to 10 do not, and 10 to 12 learn at half the rate, wherever the slices are cut."""
-    value, *gradients = flats(4, 12)
-    runs = [(0, 4, {"weight_decay": 0.5}), (4, 10, {"weight_decay": 0.0}), (10, 12, {"weight_decay": 0.5, "lr": 0.05})]
-
-    def factory(parameters):
-        return torch.optim.AdamW(parameters, lr=0.1)
-
-    parts = [nn.Parameter(value[a:b].clone()) for a, b, _ in runs]
-    optimizer = factory([{"params": [part], **options} for part, (_, _, options) in zip(parts, runs, strict=True)])
-    updater = Updater(factory, groups={7: runs})
-    slices = [{7: Slice(a, b, {"param": value[a:b]})} for a, b in pairwise(bounds(12, owners))]
-    for version, gradient in enumerate(gradients):
-        for part, (a, b, _) in zip(parts, runs, strict=True):
-            part.grad = gradient[a:b].clone()
-        optimizer.step()
-        slices = [updater.next_slices(one, {7: gradient[one[7].first : one[7].end]}, version) for one in slices]
-    joined = Slice.joined(0, 12, [one[7] for one in slices])
-    assert torch.equal(joined.tensors["param"], torch.cat([part.detach() for part in parts]))
-    assert joined.scalars["step"] == 3
-
-
-def test_the_learning_rate_is_a_function_of_the_step():
-    updater = Updater(lambda p: torch.optim.SGD(p, lr=1.0), lambda version: 0.5**version)
-    slices = {0: Slice(0, 2, {"param": torch.zeros(2)})}
-    for version in range(3):
-        slices = updater.next_slices(slices, {0: torch.ones(2)}, version)
-    assert slices[0].tensors["param"].tolist() == [-1.75, -1.75]
-    assert updater.next_slices({}, {}, 0) == {}
-
-
-class _Mean(torch.optim.SGD):
-    """An optimizer that looks at all numbers together."""
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.data -= parameter.grad.mean()
-
-
-class _Square(torch.optim.SGD):
-    """An optimizer with a matrix."""
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["matrix"] = torch.zeros(len(parameter), 2)
-
-
-@pytest.mark.parametrize(
-    ("factory", "said"),
-    [
-        (lambda p: _Mean(p, lr=1.0), "does not treat each number by itself"),
-        (lambda p: _Square(p, lr=1.0), "keeps 'matrix' of shape"),
-        (lambda p: torch.optim.AdamW(p, lr=-1.0), "Invalid learning rate"),
-    ],
-)
-def test_an_optimizer_of_the_whole_is_refused(factory, said):
-    with pytest.raises(ConfigError, match=said):
-        Updater(factory)
 
 
 def slices_of(seed=0):
@@ -193,14 +95,3 @@ def test_layers_that_cannot_move_by_themselves_are_refused():
     ]:
         with pytest.raises(ConfigError, match=said):
             check_layers(layers)
-
-
-def test_a_rate_that_is_a_tensor_stays_what_it_is():
-    """It was multiplied in place at each use: by itself, and by how often a step was made again."""
-    rate = torch.tensor(0.1)
-    made = Updater(lambda parameters: torch.optim.SGD(parameters, lr=rate), lambda version: 0.5)
-    plain = Updater(lambda parameters: torch.optim.SGD(parameters, lr=0.1), lambda version: 0.5)
-    slices, gradient = {0: Slice(0, 3, {PARAM: torch.ones(3)})}, {0: torch.ones(3)}
-    found, expected = (one.next_slices(slices, gradient, 3)[0].tensors[PARAM] for one in (made, plain))
-    assert torch.allclose(found, expected)
-    assert float(rate) == pytest.approx(0.1)

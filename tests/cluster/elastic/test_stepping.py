@@ -12,8 +12,9 @@ from anabranch.cluster.elastic.clocks import StageClock
 from anabranch.cluster.elastic.execution import StepSettings, Work
 from anabranch.cluster.elastic.layout import Grid, Layout
 from anabranch.cluster.elastic.links import CalledAwayError
-from anabranch.cluster.elastic.state import PARAM, Slice, State, Updater, flat_of, install, learning
+from anabranch.cluster.elastic.state import PARAM, Slice, State, flat_of, install, learning
 from anabranch.cluster.elastic.stepping import Stepping
+from anabranch.cluster.elastic.updating import Updater
 from anabranch.errors import PeerError
 
 

@@ -8,12 +8,12 @@ Two cuts into a and b parts overlap in at most a + b - 1 pieces, which is how ma
 """
 # Shapes: R owners
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from anabranch.errors import InputError
 
-__all__ = ["bounds", "piece_of", "recut"]
+__all__ = ["bounds", "covers", "piece_of", "recut"]
 
 
 def bounds(count: int, owners: int, turn: int = 0) -> tuple[int, ...]:
@@ -62,3 +62,8 @@ def recut(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, int, int, i
 def piece_of(cut: Sequence[int], owner: int) -> range:
     """What one owner has."""
     return range(cut[owner], cut[owner + 1])
+
+
+def covers(ranges: Iterable[Sequence[int]], first: int, end: int) -> bool:
+    """Whether (first, end) of ranges that do not overlap hold all of ``first`` to ``end``."""
+    return sum(max(min(high, end) - max(low, first), 0) for low, high in ranges) == end - first

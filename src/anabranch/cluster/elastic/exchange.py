@@ -17,8 +17,11 @@ __all__ = ["clipped", "gathered", "reduced", "whole_slices", "whole_weights"]
 
 def reduced(
     links: LinkPool, work: Work, settings: StepSettings, sizes: Sequence[int], run: StageStep
-) -> dict[int, Tensor]:
-    """The gradient of this rank's slices, of all samples: nodes of sums go to the owners, who add them up in the tree's order."""
+) -> tuple[dict[int, Tensor], dict[int, frozenset[int]]]:
+    """(the gradient of this rank's slices, of all samples; by layer, the parameters that have no part in the step, for nobody).
+
+    Nodes of sums go to the owners, who add them up in the tree's order.
+    """
     rank, stage = work.rank, work.layout.grid.stages[work.stage]
     owners = {layer: work.layout.slices(layer, sizes[layer]) for layer in work.layers}
     tag = f"r{run.step}"
@@ -32,18 +35,22 @@ def reduced(
                 if owner == other:
                     told += [[layer, *node] for node, _ in nodes[layer]]
                     parts += [value[first:end] for _, value in nodes[layer]]
-        links.send(other, tag, parts, nodes=told)
+        gone = [[layer, sorted(run.without[layer])] for layer in work.layers if run.without[layer]]
+        links.send(other, tag, parts, nodes=told, without=gone)
     mine = {layer: (first, end) for layer in work.layers for owner, first, end in owners[layer] if owner == rank}
     sums: dict[int, TreeSum[Tensor]] = {layer: TreeSum(settings.leaves(len(stage))) for layer in mine}
     for layer, (first, end) in mine.items():
         for node, value in nodes[layer]:
             sums[layer].add_node(node, value[first:end])
+    without = {layer: run.without[layer] for layer in mine}
     for other in stage:
         if other != rank:
             parts, header = links.receive(other, tag)
             for (layer, level, place), value in zip(header["nodes"], parts, strict=True):
                 sums[layer].add_node((level, place), value)
-    return {layer: tree.root() for layer, tree in sums.items()}
+            theirs = dict(header["without"])
+            without = {layer: missing.intersection(theirs.get(layer, ())) for layer, missing in without.items()}
+    return {layer: tree.root() for layer, tree in sums.items()}, without
 
 
 def clipped(

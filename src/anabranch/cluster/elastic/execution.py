@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.cluster.decoupled import Later, backward_of_inputs
-from anabranch.cluster.elastic.cuts import recut
+from anabranch.cluster.elastic.cuts import covers, recut
 from anabranch.cluster.elastic.layout import Layout
 from anabranch.cluster.elastic.links import LinkPool
 from anabranch.cluster.elastic.planner import cut_samples
@@ -122,6 +122,8 @@ class _Block:
     # What autograd keeps of it, and the gradients of weights, where these are work of their own.
     saved: "list[weakref.ref[SavedTensor]]" = field(default_factory=list)
     later: Later | None = None
+    # The floating parts of what came in on which nothing depends.
+    gaps: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -136,6 +138,7 @@ class StageStep:
 
     Attributes:
         sums: by layer of the stage, the tree of gradients as far as they are here; of a loss that is the mean of the whole batch.
+        without: by layer of the stage, the parameters, by their place, that have had no part in the step here.
         losses: likewise, of the last stage.
         terms: likewise, by name.
         seconds: by layer, forward of all its samples here.
@@ -148,6 +151,7 @@ class StageStep:
     links: LinkPool
     step: int
     sums: dict[int, TreeSum[Tensor]] = field(default_factory=dict)
+    without: dict[int, frozenset[int]] = field(default_factory=dict)
     losses: TreeSum[float] = field(init=False)
     terms: dict[str, TreeSum[float]] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
@@ -165,8 +169,9 @@ class StageStep:
         self.losses = TreeSum(leaves)
         self.meter = SavedBytes(parameter for layer in work.layers for parameter in self.layers[layer].parameters())
         for layer in work.layers:
-            # What a step that was taken back has left.
+            # What a step that was taken back has left goes; nothing has a part yet.
             gradient_of(self.layers[layer])
+            _, self.without[layer] = gradient_of(self.layers[layer])
         for kind, column in work.order:
             probe(kind)
             if kind == FORWARD:
@@ -177,7 +182,7 @@ class StageStep:
                 self._weights(column)
         if not settings.is_exact:
             for layer in work.layers:
-                self.sums[layer].add(work.place, gradient_of(self.layers[layer]))
+                self._take(layer, work.place)
             for name, value in self._told.items():
                 self._sum_of(name).add(work.place, value)
 
@@ -287,29 +292,47 @@ class StageStep:
         mine = work.samples(column)
         blocks = self._blocks.pop(column)
         received: list[Tensor] = []
+        # (part, first, end) of samples of which nothing depends on a part.
+        gaps: list[tuple[int, int, int]] = []
         if not work.is_last:
-            parts = [self.links.receive(rank, f"b{self.step}.{column}")[0] for rank, _, _ in work.behind(column)]
-            received = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+            found = [self.links.receive(rank, f"b{self.step}.{column}") for rank, _, _ in work.behind(column)]
+            received = [torch.cat(pieces) for pieces in zip(*(parts for parts, _ in found), strict=True)]
+            gaps = [tuple(gap) for _, header in found for gap in header.get("gaps", ())]
         back: list[list[Tensor]] = []
         for block in blocks:
-            gradients = [part[block.first - mine.start : block.end - mine.start] for part in received]
-            back.append(self._backward_of(block, gradients))
+            at = slice(block.first - mine.start, block.end - mine.start)
+            back.append(self._backward_of(block, [part[at] for part in received], gaps))
         if work.puts_off:
             self._blocks[column] = blocks
         if not work.is_first:
             whole = [torch.cat(pieces) for pieces in zip(*back, strict=True)]
+            own = [(number, block.first, block.end) for block in blocks for number in block.gaps]
             for rank, first, end in work.before(column):
+                told = [(n, max(low, first), min(high, end)) for n, low, high in own if low < end and first < high]
                 self.links.send(
-                    rank, f"b{self.step}.{column}", [part[first - mine.start : end - mine.start] for part in whole]
+                    rank,
+                    f"b{self.step}.{column}",
+                    [part[first - mine.start : end - mine.start] for part in whole],
+                    **({"gaps": told} if told else {}),
                 )
 
-    def _backward_of(self, block: _Block, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Of the floating parts of what came in; those of weights are added to theirs, or put off."""
+    def _backward_of(
+        self, block: _Block, gradients: Sequence[Tensor], gaps: Sequence[tuple[int, int, int]]
+    ) -> list[Tensor]:
+        """Of the floating parts of what came in; those of weights are added to theirs, or put off.
+
+        Where nothing depends on a part its gradient is 0 for who sent it, and it is one of the block's ``gaps``: a layer in front that
+        nothing else depends on has no part in the step.
+        """
         pairs: list[tuple[Tensor, Tensor | None]] = [(block.output[0], None)]
         if not self.work.is_last:
             # Gradients come of floating parts alone, in order.
             outputs = [part for part in block.output if part.is_floating_point()]
-            pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
+            pairs = [
+                (out, gradient)
+                for number, (out, gradient) in enumerate(zip(outputs, gradients, strict=True))
+                if out.requires_grad and not covers([g[1:] for g in gaps if g[0] == number], block.first, block.end)
+            ]
         roots, given = [root for root, _ in pairs], [gradient for _, gradient in pairs]
         entry = [part for part in block.entry if part.is_floating_point()]
         if self.work.puts_off:
@@ -320,6 +343,7 @@ class StageStep:
                 torch.autograd.backward(roots, given)
             found = [part.grad for part in entry]
             self._add(block)
+        block.gaps = [number for number, gradient in enumerate(found) if gradient is None]
         return [
             torch.zeros_like(part) if gradient is None else gradient
             for part, gradient in zip(entry, found, strict=True)
@@ -335,7 +359,13 @@ class StageStep:
         """What a block's backward gave is a leaf of the tree."""
         if self.settings.is_exact:
             for layer in self.work.layers:
-                self.sums[layer].add(block.first // self.settings.block, gradient_of(self.layers[layer]))
+                self._take(layer, block.first // self.settings.block)
+
+    def _take(self, layer: int, leaf: int) -> None:
+        """A layer's gradients are a leaf of its tree."""
+        gradient, without = gradient_of(self.layers[layer])
+        self.sums[layer].add(leaf, gradient)
+        self.without[layer] &= without
 
     def _count(self, first: int, name: str, value: float) -> None:
         if self.settings.is_exact:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from anabranch.cluster.elastic.links import pack
-from anabranch.cluster.elastic.state import Groups, OptimizerFactory
+from anabranch.cluster.elastic.updating import Groups, OptimizerFactory
 
 __all__ = ["batch_word", "told"]
 

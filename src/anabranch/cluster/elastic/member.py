@@ -14,8 +14,9 @@ from anabranch.cluster.elastic.layout import Layout, layout_from
 from anabranch.cluster.elastic.links import CalledAwayError, LinkPool
 from anabranch.cluster.elastic.moving import Moved, moved_state
 from anabranch.cluster.elastic.snapshots import Snapshots
-from anabranch.cluster.elastic.state import PARAM, Slice, State, Updater, flat_of, install
+from anabranch.cluster.elastic.state import PARAM, Slice, State, flat_of, install
 from anabranch.cluster.elastic.streaming import Stream
+from anabranch.cluster.elastic.updating import Updater
 from anabranch.cluster.elastic.wire import Header
 from anabranch.errors import PeerError
 

@@ -1,12 +1,13 @@
 """What a rank has of a model: flat weights of its stage's layers, its slice of each with the optimizer's state, snapshots of neighbours.
 
-A step never changes what is there: it makes the next version beside it (`Updater.next_slices`), so taking a step back is forgetting it.
+A step never changes what is there: it makes the next version beside it (`anabranch.cluster.elastic.updating`), so taking a step back is
+forgetting it.
 """
 # Shapes: N numbers of a layer's parameters
 
 import hashlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,24 +19,22 @@ from anabranch.cluster.elastic.wire import Body
 from anabranch.errors import ConfigError, InputError
 
 __all__ = [
-    "OptimizerFactory",
     "Slice",
     "Snapshot",
     "State",
-    "Updater",
+    "apart",
     "check_layers",
     "digest_of",
     "flat_of",
     "install",
     "snapshot_of",
+    "together",
     "weights_digest",
 ]
 
-# Of parameters; or, where runs of numbers learn otherwise, of groups of them, as torch's optimizers take both.
-OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
-# By layer, (first, end, options of the optimizer's group) of runs of its numbers that learn alike.
-Groups = Mapping[int, Sequence[tuple[int, int, dict[str, Any]]]]
 PARAM = "param"
+# Among the scalars: which parameters of a layer the optimizer keeps anything of, where it does of some.
+HAS_STATE = "has state"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,9 @@ class Slice:
 
     Attributes:
         tensors: ``param`` and the optimizer's state of each number, all ``[end - first]``.
-        scalars: what the optimizer keeps once, such as its count of steps.
+        scalars: what the optimizer keeps once, such as its count of steps. One number each while the layer's parameters have all had a part
+            in the same steps; else one for each of them, ``[P]``, also for those of which no number is here, with `HAS_STATE` where the
+            optimizer has not met all.
     """
 
     first: int
@@ -171,129 +172,58 @@ def digest_of(slices: Mapping[int, Slice], version: int) -> str:
     return found.hexdigest()
 
 
-class Updater:
-    """Steps an optimizer on slices, without changing them.
+def apart(own: Slice, sizes: Sequence[int]) -> list[Slice]:
+    """What a slice has of each parameter of its layer, of those without a number here an empty slice with the optimizer's scalars.
 
     Args:
-        factory: makes the optimizer of a list of flat parameters, or of groups of them where there are ``groups``. It must treat each
-            number by itself (SGD, Adam, AdamW, RMSprop, ... do), or slices would not be the whole.
-        learning_rate: factor of the factory's learning rate, by committed steps; default 1.
-        groups: runs of numbers with options of their own, such as a weight decay; a layer that is not there has none.
+        sizes: numbers of each of the layer's parameters.
 
-    Raises ConfigError for an optimizer that gives slices other results than the whole.
+    Raises InputError for a slice that is of other parameters.
     """
-
-    def __init__(
-        self,
-        factory: OptimizerFactory,
-        learning_rate: Callable[[int], float] | None = None,
-        groups: Groups | None = None,
-    ) -> None:
-        self._factory, self._learning_rate = factory, learning_rate
-        self._groups: Groups = {}
-        self._check()
-        self._groups = groups or {}
-
-    def next_slices(
-        self,
-        slices: Mapping[int, Slice],
-        gradients: Mapping[int, Tensor],
-        version: int,
-        *,
-        layers: Mapping[int, int] | None = None,
-    ) -> dict[int, Slice]:
-        """The slices after one more step.
-
-        Args:
-            slices: by layer; or by any number, where ``layers`` says of what layer each is.
-            gradients: likewise, of each slice.
-            version: committed steps.
-        """
-        if not slices:
-            return {}
-        runs = {key: self._runs(key if layers is None else layers[key], own) for key, own in sorted(slices.items())}
-        parameters: dict[int, list[nn.Parameter]] = {}
-        made: list[dict[str, Any]] = []
-        for key, cut in runs.items():
-            own = slices[key]
-            parts = [own.piece(first, end) for first, end, _ in cut]
-            parameters[key] = [nn.Parameter(part.tensors[PARAM].clone()) for part in parts]
-            made += [{"params": [one], **options} for one, (_, _, options) in zip(parameters[key], cut, strict=True)]
-        # Where nothing learns otherwise they are parameters, as a plain function takes them.
-        plain = [one for group in made for one in group["params"]]
-        optimizer = self._factory(made if self._groups else plain)
-        for key, cut in runs.items():
-            own = slices[key]
-            for parameter, (first, end, _) in zip(parameters[key], cut, strict=True):
-                part = own.piece(first, end)
-                state = {
-                    name: value.clone() for name, value in {**part.tensors, **own.scalars}.items() if name != PARAM
-                }
-                if state:
-                    optimizer.state[parameter] = state
-                parameter.grad = gradients[key][first - own.first : end - own.first].to(parameter.dtype)
-        if self._learning_rate is not None:
-            for group in optimizer.param_groups:
-                # Not in place: a rate may be a tensor, which the factory gives each time.
-                group["lr"] = group["lr"] * self._learning_rate(version)
-        optimizer.step()
-        return {
-            key: Slice.joined(
-                own.first,
-                own.end,
-                [
-                    self._after(first, end, parameter, optimizer)
-                    for parameter, (first, end, _) in zip(parameters[key], runs[key], strict=True)
-                ],
-            )
-            for key, own in sorted(slices.items())
-        }
-
-    def _runs(self, layer: int, own: Slice) -> list[tuple[int, int, dict[str, Any]]]:
-        """A slice's numbers that learn alike."""
-        groups = self._groups.get(layer, ((0, own.end, {}),))
-        cut = ((max(first, own.first), min(end, own.end), options) for first, end, options in groups)
-        # An empty slice is one run.
-        return [run for run in cut if run[0] < run[1]] or [(own.first, own.end, {})]
-
-    def _after(self, first: int, end: int, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Slice:
-        tensors, scalars = {PARAM: parameter.detach()}, {}
-        for name, value in optimizer.state[parameter].items():
-            kept = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-            if kept.shape == parameter.shape and kept.ndim == 1:
-                tensors[name] = kept
-            elif kept.ndim == 0:
-                scalars[name] = kept
-            elif value is not None:
-                raise ConfigError(
-                    f"{type(optimizer).__name__} keeps {name!r} of shape {list(kept.shape)} for {list(parameter.shape)} numbers; "
-                    "an optimizer of slices must treat each number by itself"
-                )
-        return Slice(first, end, tensors, scalars)
-
-    def _check(self) -> None:
-        """Two steps on seven numbers, whole and in two slices."""
-        generator = torch.Generator().manual_seed(0)
-        value, *gradients = (torch.randn(7, generator=generator) for _ in range(3))
-        whole, cut = (
-            {0: Slice(0, 7, {PARAM: value})},
-            {0: Slice(0, 3, {PARAM: value[:3]}), 1: Slice(3, 7, {PARAM: value[3:]})},
+    kept = [value for value in own.scalars.values() if value.ndim]
+    if own.end > sum(sizes) or any(len(value) != len(sizes) for value in kept):
+        raise InputError(
+            f"a slice to the number {own.end} with state of {[len(value) for value in kept]} parameters is none of a layer "
+            f"with {len(sizes)} of {sum(sizes)} numbers"
         )
-        try:
-            for gradient in gradients:
-                whole = self.next_slices(whole, {0: gradient}, 0)
-                cut = self.next_slices(cut, {0: gradient[:3], 1: gradient[3:]}, 0)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"optimizer_factory does not make an optimizer of a flat slice: {type(error).__name__}: {error}"
-            ) from error
-        joined = torch.cat([cut[0].tensors[PARAM], cut[1].tensors[PARAM]])
-        if not torch.equal(whole[0].tensors[PARAM], joined):
-            raise ConfigError(
-                "optimizer_factory makes an optimizer that does not treat each number by itself, so slices are not the whole"
-            )
+    parts, place = [], 0
+    for number, size in enumerate(sizes):
+        low, high = max(place, own.first), min(place + size, own.end)
+        # One that lies elsewhere is empty, and where it is.
+        first, end = (low, high) if low < high else (place, place)
+        at = slice(low - own.first, high - own.first) if low < high else slice(0, 0)
+        has_state = bool(own.scalars[HAS_STATE][number]) if HAS_STATE in own.scalars else True
+        tensors = {name: tensor[at] for name, tensor in own.tensors.items() if has_state or name == PARAM}
+        scalars = {
+            name: value[number] if value.ndim else value
+            for name, value in own.scalars.items()
+            if has_state and name != HAS_STATE
+        }
+        parts.append(Slice(first, end, tensors, scalars))
+        place += size
+    return parts
+
+
+def together(first: int, end: int, parts: Sequence[Slice]) -> Slice:
+    """The slice of which `apart` makes these parts; its scalars are one number each where all parts have the same."""
+    names = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    kinds = {name: value for part in parts for name, value in part.scalars.items()}
+    have = [len(part.tensors) > 1 or bool(part.scalars) for part in parts]
+    tensors = {
+        # What is not there yet is never looked at.
+        name: torch.cat([part.tensors.get(name, like.new_zeros(part.end - part.first)) for part in parts])
+        for name, like in names.items()
+    }
+    scalars = {
+        name: torch.stack([part.scalars.get(name, torch.zeros_like(like)) for part in parts])
+        for name, like in kinds.items()
+    }
+    if all(have) or not any(have):
+        if all(torch.equal(value, value[:1].expand_as(value)) for value in scalars.values()):
+            scalars = {name: value[0].clone() for name, value in scalars.items()}
+    else:
+        scalars[HAS_STATE] = torch.tensor(have)
+    return Slice(first, end, tensors, scalars)
 
 
 # Layers as flat tensors
@@ -318,15 +248,16 @@ def install(layer: nn.Module, flat: Tensor) -> None:
         place += parameter.numel()
 
 
-def gradient_of(layer: nn.Module) -> Tensor:
-    """``[N]``, with 0 where nothing came; the layer's own gradients are cleared."""
+def gradient_of(layer: nn.Module) -> tuple[Tensor, frozenset[int]]:
+    """(``[N]``, with 0 where nothing came; the parameters, by their place, to which nothing did). The layer's own gradients are cleared."""
     parameters = learning(layer)
     if not parameters:
-        return torch.empty(0)
+        return torch.empty(0), frozenset()
+    without = frozenset(number for number, p in enumerate(parameters) if p.grad is None)
     parts = [torch.zeros(p.numel(), dtype=p.dtype) if p.grad is None else p.grad.reshape(-1) for p in parameters]
     for parameter in parameters:
         parameter.grad = None
-    return torch.cat(parts)
+    return torch.cat(parts), without
 
 
 def check_layers(layers: Sequence[nn.Module]) -> None:

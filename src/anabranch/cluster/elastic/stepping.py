@@ -93,7 +93,8 @@ class Stepping:
         run = StageStep(work, member.settings, self._layers, links, version)
         run.run(self.batches[version], self._probe)
         self._probe("reduce")
-        gradients: dict[int, Tensor] | None = reduced(links, work, member.settings, member.sizes, run)
+        gradients: dict[int, Tensor] | None
+        gradients, without = reduced(links, work, member.settings, member.sizes, run)
         norm = None
         if self._clip is not None or self._skips_infinite:
             assert gradients is not None
@@ -102,10 +103,10 @@ class Stepping:
                 gradients = None
         self._probe("update")
         if stream is not None:
-            stream.send_gradients(links, before.slices, gradients, version)
+            stream.send_gradients(links, before.slices, gradients, version, without)
         shadow = before
         if gradients is not None:
-            slices = member.updater.next_slices(before.slices, gradients, version)
+            slices = member.updater.next_slices(before.slices, gradients, version, without=without)
             shadow = State(gathered(links, work, member.sizes, slices, version), slices)
         if stream is not None:
             stream.take(links, version)

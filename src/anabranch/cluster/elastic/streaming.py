@@ -7,12 +7,14 @@ and nobody stopped for the rest. Which chunk goes in which step is a function of
 # Shapes: N numbers of a layer
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
 from anabranch.cluster.elastic.layout import Layout, Move, moves, steps_of
 from anabranch.cluster.elastic.links import LinkPool
-from anabranch.cluster.elastic.state import Slice, Updater
+from anabranch.cluster.elastic.state import Slice
+from anabranch.cluster.elastic.updating import Updater
 
 __all__ = ["Stream"]
 
@@ -52,9 +54,19 @@ class Stream:
                 self.sent_bytes += links.send(move.target, f"c{version}.{number}", tensors, told=told)
 
     def send_gradients(
-        self, links: LinkPool, slices: Mapping[int, Slice], gradients: Mapping[int, Tensor] | None, version: int
+        self,
+        links: LinkPool,
+        slices: Mapping[int, Slice],
+        gradients: Mapping[int, Tensor] | None,
+        version: int,
+        without: Mapping[int, AbstractSet[int]] | None = None,
     ) -> None:
-        """The gradients of a step, of all that was sent until now; ``gradients`` are of this rank's slices, None for a step without."""
+        """The gradients of a step, of all that was sent until now.
+
+        Args:
+            gradients: of this rank's slices; None for a step that changes nothing.
+            without: by layer, which of its parameters have no part in the step; default: none.
+        """
         for number, move in enumerate(self.moves):
             reach = self._due(move, version)[1]
             if move.source == self._rank and gradients is None:
@@ -62,11 +74,14 @@ class Stream:
             elif move.source == self._rank and gradients is not None:
                 own = slices[move.layer]
                 piece = gradients[move.layer][move.first - own.first : reach - own.first]
-                self.sent_bytes += links.send(move.target, f"g{version}.{number}", [piece])
+                self.sent_bytes += links.send(
+                    move.target, f"g{version}.{number}", [piece], without=sorted((without or {}).get(move.layer, ()))
+                )
 
     def take(self, links: LinkPool, version: int) -> None:
         """What is sent to this rank for a version: chunks, and gradients, with which the next version is made."""
         gradients: dict[int, Tensor] = {}
+        without: dict[int, frozenset[int]] = {}
         for number, move in enumerate(self.moves):
             if move.target != self._rank:
                 continue
@@ -75,13 +90,14 @@ class Stream:
                 tensors, header = links.receive(move.source, f"c{version}.{number}")
                 piece, have = Slice.heard(header["told"], tensors), self._shadows.get(number)
                 self._shadows[number] = piece if have is None else Slice.joined(move.first, end, [have, piece])
-            received, _ = links.receive(move.source, f"g{version}.{number}")
+            received, header = links.receive(move.source, f"g{version}.{number}")
             if received:
                 gradients[number] = received[0]
+                without[move.layer] = frozenset(header["without"])
         # All have one, or nobody has: then the step changed nothing.
         if gradients:
             layers = {number: self.moves[number].layer for number in self._shadows}
-            self._shadows = self._updater.next_slices(self._shadows, gradients, version, layers=layers)
+            self._shadows = self._updater.next_slices(self._shadows, gradients, version, layers=layers, without=without)
 
     def piece(self, move: Move, version: int) -> Slice | None:
         """What came for a move of this rank, where it is all there at this version."""

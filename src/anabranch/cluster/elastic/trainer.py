@@ -34,10 +34,7 @@ from anabranch.cluster.elastic.saving import read_slices, remove_others, write_m
 from anabranch.cluster.elastic.snapshots import Snapshots
 from anabranch.cluster.elastic.state import (
     PARAM,
-    Groups,
-    OptimizerFactory,
     Slice,
-    Updater,
     check_layers,
     digest_of,
     install,
@@ -45,6 +42,7 @@ from anabranch.cluster.elastic.state import (
     weights_digest,
 )
 from anabranch.cluster.elastic.stepping import Step, Stepping
+from anabranch.cluster.elastic.updating import Groups, OptimizerFactory, Updater
 from anabranch.errors import AnabranchError, CheckpointError, ConfigError
 
 __all__ = ["ElasticTrainer"]
@@ -147,8 +145,9 @@ class ElasticTrainer:
         draw = tuple(draws_of(layer) if draws is None else draws for layer in layers)
         # Where nobody says into how many micro-batches, the coordinator does.
         self._settings = StepSettings(global_batch, micro_batches or 0, block if exact else 1, exact, loss, seed, draw)
-        updater = Updater(optimizer_factory, learning_rate, groups)
-        sizes = [sum(parameter.numel() for parameter in learning(layer)) for layer in self._layers]
+        numbers = [[parameter.numel() for parameter in learning(layer)] for layer in self._layers]
+        updater = Updater(optimizer_factory, learning_rate, groups, dict(enumerate(numbers)))
+        sizes = [sum(of) for of in numbers]
         version, loaded = self._resumed(resume, sizes)
         self._probe = probe or (lambda state: None)
         key = secret.encode()
