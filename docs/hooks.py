@@ -441,28 +441,61 @@ OUTCOMES = {
 }
 
 
+TESTS_ONLY = "tests only"
+# What outcome stands for claims of which no single one was named beforehand: the first of these that any of them has.
+SEVEREST = ("does not hold", "void", "not run", "not resolved", "holds")
+
+
 def headline(name: str) -> dict[str, Any] | None:
-    """The primary claim of a study and what came out of it; None for a study that has no frozen plan."""
+    """The claim that stands for a study and what came out of it; None for a study that has no frozen plan.
+
+    That is its primary claim. Where that is exact, it is a test: see `_beside_tests`.
+    """
     place = ROOT / "studies" / "results" / name / "frozen.json"
     if not place.exists():
         return None
     plan = json.loads(place.read_text(encoding="utf-8"))["plan"]
     planned = [claim for claim, _ in plan["claims"]]
-    claim, paper = plan["claims"][planned.index(plan["primary"])]
+    number = planned.index(plan["primary"])
+    claim, paper = plan["claims"][number]
     found = {"study": name, "claim": claim, "paper": paper, "outcome": OUTCOMES["not run"]}
     record = place.parents[1] / f"{name}.json"
     if not record.exists():
         return found
     recorded = json.loads(record.read_text(encoding="utf-8"))
     # Its words may name what was found, such as the baseline that came out best; its place does not change.
-    judged = recorded["claims"][planned.index(plan["primary"])]
+    judged = recorded["claims"][number]
+    outcome = OUTCOMES[judged["verdict"]]
+    if judged.get("exact"):
+        other = _beside_tests(plan["claims"], recorded["claims"], number)
+        if other is not None:
+            judged, paper = recorded["claims"][other], plan["claims"][other][1]
+        outcome = TESTS_ONLY if other is None else OUTCOMES[judged["verdict"]]
     count = judged["count"] or max((len(of) for group in recorded["runs"] for of in group["runs"].values()), default=0)
     told = {
         "claim": judged["claim"],
         "ours": _ours_told(judged),
-        "count": count if judged["ours"] is not None else None,
+        "count": count if judged["ours"] is not None and outcome != TESTS_ONLY else None,
     }
-    return found | told | {"outcome": OUTCOMES[judged["verdict"]]}
+    return found | told | {"paper": paper, "outcome": outcome}
+
+
+def _beside_tests(planned: list[list[str]], judged: list[dict[str, Any]], primary: int) -> int | None:
+    """Number of the claim that stands for a study whose primary claim is a test; None where all that the paper says are tests.
+
+    The next in the plan that is neither a test nor "not in the paper" begins. Nobody named it beforehand, so the kindest of an
+    experiment is not picked: of those that have its experiment ("E2: ...") the one with the severest outcome stands.
+    """
+    of_paper = [
+        number
+        for number, ((_, paper), claim) in enumerate(zip(planned, judged, strict=True))
+        if number > primary and not claim.get("exact") and not re.match("not in the paper|not claimed|-?$", paper)
+    ]
+    if not of_paper:
+        return None
+    experiments = [claim.partition(":")[0] if ":" in claim else claim for claim, _ in planned]
+    alike = [number for number in of_paper if experiments[number] == experiments[of_paper[0]]]
+    return min(alike, key=lambda number: SEVEREST.index(judged[number]["verdict"]))
 
 
 def _ours_told(claim: dict[str, Any]) -> str | None:
@@ -477,10 +510,10 @@ def _ours_told(claim: dict[str, Any]) -> str | None:
 
 
 def headlines(up: str = "") -> str:
-    """A row for each study: what came out of its primary claim."""
+    """A row for each study: what came out of the claim that stands for it."""
     frozen = sorted((ROOT / "studies" / "results").glob("*/frozen.json"))
     rows = [found for path in frozen if (found := headline(path.parent.name)) is not None]
-    order = list(OUTCOMES.values())
+    order = [*OUTCOMES.values(), TESTS_ONLY]
     rows.sort(key=lambda row: order.index(row["outcome"]))
     columns = {
         "Study": "page",
@@ -495,7 +528,12 @@ def headlines(up: str = "") -> str:
     made = _table(
         columns, [row | {"page": _linked(row["study"], up), "scale": _scale(sizes, row["study"])} for row in rows]
     )
-    counts = ", ".join(f"{sum(row['outcome'] == name for row in rows)} {name}" for name in order)
+    counts = ", ".join(
+        f"{count} {name}"
+        for name in order
+        # Of this kind there may be none at all.
+        if (count := sum(row["outcome"] == name for row in rows)) or name != TESTS_ONLY
+    )
     return f"{made}\n{len(rows)} studies: {counts}.\n"
 
 

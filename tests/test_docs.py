@@ -560,6 +560,66 @@ def test_headlines_by_hand(tmp_path, monkeypatch):
     assert hooks.headline("nothing") is None
 
 
+@pytest.mark.parametrize(
+    ("verdicts", "exact", "shown"),
+    [
+        # Its primary claim, as long as that is no test.
+        ("holds, does not hold", "", ("reproduced", "A: one")),
+        ("not resolved, holds", "", ("undecided", "A: one")),
+        # Then the next of the paper's, by the severest of its experiment.
+        ("holds, holds", "A", ("reproduced", "B: three")),
+        ("holds, does not hold", "A", ("contradicted", "B: four")),
+        ("does not hold, holds", "A", ("reproduced", "B: three")),
+        ("holds, not resolved", "A", ("undecided", "B: four")),
+        ("holds, void", "A", ("void", "B: four")),
+        ("holds, not run", "A", ("not run", "B: four")),
+        # What is not in the paper stands for nothing of it.
+        ("holds, holds", "AB", ("tests only", "A: one")),
+        ("does not hold, holds", "AB", ("tests only", "A: one")),
+    ],
+)
+def test_no_test_is_the_headline_of_a_study(verdicts, exact, shown, tmp_path, monkeypatch):
+    folder = tmp_path / "studies" / "results" / "s"
+    folder.mkdir(parents=True)
+    first, last = verdicts.split(", ")
+    planned = [("A: one", "x"), ("A: two", "x"), ("C: ours", "not in the paper"), ("B: three", "x"), ("B: four", "x")]
+    verdict = {"A: one": first, "A: two": first, "B: four": last}
+    claims = [
+        {
+            "claim": claim,
+            "baseline": None,
+            "ours": 1.0,
+            "limit": 1.0,
+            "interval": None,
+            "difference": 0.0,
+            "verdict": verdict.get(claim, "holds"),
+            "count": 7,
+            "exact": claim[0] in exact,
+        }
+        for claim, _ in planned
+    ]
+    (folder / "frozen.json").write_text(json.dumps({"plan": {"claims": planned, "primary": "A: one"}}))
+    folder.with_suffix(".json").write_text(json.dumps({"claims": claims, "runs": [{"runs": {"x": [0]}}]}))
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    found = hooks.headline("s")
+    assert (found["outcome"], found["claim"]) == shown
+    assert found["count"] == (None if shown[0] == "tests only" else 7)
+
+
+def test_what_is_exact_reproduces_nothing():
+    frozen = sorted((ROOT / "studies" / "results").glob("*/frozen.json"))
+    assert frozen
+    for path in frozen:
+        found, record = hooks.headline(path.parent.name), path.parents[1] / f"{path.parent.name}.json"
+        if record.exists() and found["outcome"] != "tests only":
+            (claim,) = [
+                claim
+                for claim in json.loads(record.read_text(encoding="utf-8"))["claims"]
+                if claim["claim"] == found["claim"]
+            ]
+            assert not claim["exact"], path.parent.name
+
+
 def test_the_size_of_every_study_is_told():
     from anabranch.studies import STUDIES
 

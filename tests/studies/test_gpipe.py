@@ -59,6 +59,14 @@ def test_learning_is_compared_seed_by_seed():
     assert (claim.verdict, claim.ours) == ("holds", pytest.approx(5e-5))
 
 
+def test_equal_up_to_rounding_is_a_test():
+    study = make(full=True)
+    marked = {claim.claim for claim in study.judged(Results({})) if claim.exact}
+    assert study.plan()["primary"] in marked
+    assert len(marked) == 4
+    assert all(claim.startswith("E1: ") for claim in marked)
+
+
 def test_sizes_and_configs():
     smoke, full = make(), make(full=True)
     assert (smoke.seeds, full.seeds) == ((0,), (0, 1, 2, 3, 4))

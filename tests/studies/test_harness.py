@@ -125,6 +125,20 @@ def test_repetitions_other_than_seeds_count_and_what_is_exact_needs_none():
     assert verdict("holds", seeds=5, count=2) == "not resolved"
 
 
+def test_a_claim_that_is_marked_exact_is_judged_as_any_other():
+    def judge(results):
+        return [Claim.against(1.0, words, "b", 2.0, "holds") for words in ("a", "c")]
+
+    for seeds, verdict in ((2, "not resolved"), (5, "holds")):
+        results = Results({"x": {seed: {} for seed in range(seeds)}})
+        found = make(judge=judge, exact=("c",)).judged(results)
+        assert [(claim.exact, claim.verdict) for claim in found] == [(False, verdict), (True, verdict)]
+    marked, plain = make(judge=judge, exact=("c",)), make(judge=judge)
+    assert marked.plan() == plain.plan()
+    with pytest.raises(ConfigError, match="marks 'd' as exact, and has no such claim"):
+        make(judge=judge, exact=("c", "d")).judged(Results({}))
+
+
 def test_every_run_is_one_file_and_is_not_run_again(tmp_path):
     runs = []
 

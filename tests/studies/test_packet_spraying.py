@@ -45,6 +45,13 @@ def test_the_theorem_is_exact_and_not_counted_among_what_is_tested():
     assert [claim.verdict for claim in settled(judge(Results({"theorem": five})), 5)[:2]] == ["not resolved"] * 2
 
 
+def test_what_is_equal_in_theory_is_a_test_as_well():
+    found = make(full=True).judged(Results({}))
+    assert {claim.claim for claim in found if claim.exact} == {
+        claim.claim for claim in found if claim.paper == "equal in theory"
+    }
+
+
 @pytest.mark.parametrize(
     ("ours", "verdict"),
     [

@@ -219,6 +219,8 @@ class Study:
             and are named in the result.
         primary: the words of the claim that stands for the paper's headline; None: the first.
         brackets: arms at several learning rates, of which it is told where the best is an end.
+        exact: words of claims that are exact, where the frozen rule does not mark them. They are judged as the others are and marked
+            afterwards: the mark says that they are tests and no evidence for the paper, and frees them of nothing.
     """
 
     name: str
@@ -237,10 +239,18 @@ class Study:
     noted_only: bool = False
     primary: str | None = None
     brackets: Sequence[Bracket] = ()
+    exact: Collection[str] = ()
 
     def judged(self, results: Results) -> list[Claim]:
-        """What ``judge`` says, as far as it stands up to what is asked of all studies: see `anabranch.studies.corrected`."""
-        return settled(self.judge(results), max(map(len, results.runs.values()), default=0))
+        """What ``judge`` says, as far as it stands up to what is asked of all studies: see `anabranch.studies.corrected`.
+
+        Raises ConfigError for words in ``exact`` that no claim has.
+        """
+        claims = settled(self.judge(results), max(map(len, results.runs.values()), default=0))
+        unknown = [words for words in self.exact if words not in {claim.claim for claim in claims}]
+        if unknown:
+            raise ConfigError(f"study {self.name!r} marks {unknown[0]!r} as exact, and has no such claim")
+        return [replace(claim, exact=True) if claim.claim in self.exact else claim for claim in claims]
 
     def plan(self) -> dict[str, Any]:
         """What is frozen of it; see `anabranch.studies.frozen`."""
