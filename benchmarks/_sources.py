@@ -25,7 +25,8 @@ LAYERS = ("nn", "routing")
 MODEL = (*LAYERS, "lm/cache.py", "lm/decoder.py", "lm/layers.py")
 ENGINE = (*MODEL, "serving/core", "serving/engine", "serving/fast", "serving/sampling")
 SERVER = (*ENGINE, "serving/http", "web")
-GATEWAY = ("gateway", "web")
+# Strategies decide in it.
+GATEWAY = ("gateway", "web", "routers")
 
 # Folders and files of the package, of each benchmark.
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -95,7 +96,7 @@ class Age(NamedTuple):
 
     Attributes:
         changed: files below src/anabranch that are others than those measured, one of them at least in its code; None where git
-            cannot say.
+            cannot say, as for a commit that is not in the history of the code of today.
         last: day and commit of the last change to them.
     """
 
@@ -105,7 +106,7 @@ class Age(NamedTuple):
     def told(self) -> str | None:
         """In a sentence; None for a record of the code of today."""
         if self.changed is None:
-            return "Whether the code has changed since is not known here, where there is no history of it"
+            return "Its age is not known: the commit is not in the history that lies here. Take it for stale"
         if not self.changed:
             return None
         count = len(self.changed)
@@ -124,10 +125,10 @@ def _age(measured: str, sources: tuple[str, ...], root: Path) -> Age:
     paths = [f"{PACKAGE}/{name}" for name in sources]
     # A word of git's own would be no commit.
     is_commit = re.fullmatch("[0-9a-f]{7,40}", measured) is not None
+    # One of a branch that was dropped may lie here, and in no other copy of the history.
+    is_known = paths and is_commit and _git(root, "merge-base", "--is-ancestor", measured, "HEAD") is not None
     differing = (
-        _git(root, "diff", "--raw", "--no-renames", "--no-abbrev", measured, "HEAD", "--", *paths)
-        if paths and is_commit
-        else None
+        _git(root, "diff", "--raw", "--no-renames", "--no-abbrev", measured, "HEAD", "--", *paths) if is_known else None
     )
     if differing is None:
         return Age(None)

@@ -33,6 +33,8 @@ TABLES = re.compile(r"<!-- results: (headlines|bars) -->")
 COMMAND_LINE = "command-line.md"
 # Beside a difference; beside verdicts.
 MARGIN, NOT_BY_INTERVAL, NOT_BY_HOLM = "\\*", "\u2020", "\u2021"
+# Beside benchmarks, whose table has none of those.
+STALE, OF_UNKNOWN_AGE = MARGIN, NOT_BY_INTERVAL
 FENCE_WORDS = re.compile(
     r"^( *```\w+)[ ]+[\w-]+[ ]*$", re.MULTILINE
 )  # ```python no-run: for our tests, no language of any renderer's
@@ -558,16 +560,19 @@ def page_of(study: str) -> str | None:
 def bars(up: str = "") -> str:
     """A row for each bar: its worst case, missed ones first, and those of which nothing is recorded."""
     found: dict[tuple[str, Bar], list[dict[str, Any]]] = {}
-    stale: set[str] = set()
+    marks: dict[str, str] = {}
     for path in _records("benchmarks"):
         recorded = json.loads(path.read_text(encoding="utf-8"))
-        if age(recorded).changed:
-            stale.add(recorded["name"])
+        changed = age(recorded).changed
+        if changed is None:
+            marks.setdefault(recorded["name"], OF_UNKNOWN_AGE)
+        elif changed:
+            marks[recorded["name"]] = STALE
         for row in recorded["rows"]:
             bar = asked_of(recorded["name"], row)
             if bar is not None and not row.get("withdrawn"):
                 found.setdefault((recorded["name"], bar), []).append(row | {"bar": bar.ratio})
-    rows = [_bar_row(name, of, name in stale) for (name, _), of in found.items()]
+    rows = [_bar_row(name, of, marks.get(name, "")) for (name, _), of in found.items()]
     rows.sort(key=lambda row: (row["is_met"], row["figure"] / row["bar"]))
     columns = {
         "Benchmark": "name",
@@ -582,18 +587,18 @@ def bars(up: str = "") -> str:
     return (
         _table(columns, rows)
         + f"\n{met} of {len(rows)} bars are met in all of their cases. A figure is a ratio: above 1, ours is better. "
-        f"{MARGIN} The record is stale.\n"
+        f"{STALE} The record is stale. {OF_UNKNOWN_AGE} Its age is not known: the commit that it names is not in the history.\n"
         + (f"\nAsked, and not recorded yet: {', '.join(missing)}.\n" if missing else "")
     )
 
 
-def _bar_row(name: str, rows: list[dict[str, Any]], is_stale: bool) -> dict[str, Any]:
-    """Of rows with one bar."""
+def _bar_row(name: str, rows: list[dict[str, Any]], mark: str = "") -> dict[str, Any]:
+    """Of rows with one bar; ``mark`` of their record."""
     met = sum(map(is_met, rows))
     # One that ours failed has no ratio.
     worst = min(rows, key=lambda row: (is_met(row), row["ratio"] or 0.0))
     return {
-        "name": _marked(name, MARGIN if is_stale else ""),
+        "name": _marked(name, mark),
         "case": worst["case"],
         "peer_name": worst["peer_name"],
         "bar": worst["bar"],

@@ -433,7 +433,8 @@ def test_benchmark_table_by_hand():
         "| none | theirs | 1 | 1.4 | withdrawn | - | - |\n"
         "\nMeasured on a laptop, 2026-11-24, at commit abc. Ratio above 1: ours is better. "
         "Repeat it with `python benchmarks/moe_layer.py --json FILE`.\n"
-        "\nWithdrawn: unequal. Older. Whether the code has changed since is not known here, where there is no history of it.\n"
+        "\nWithdrawn: unequal. Older. Its age is not known: "
+        "the commit is not in the history that lies here. Take it for stale.\n"
     )
 
 
@@ -644,6 +645,10 @@ def test_bars_by_hand(tmp_path, monkeypatch):
     (tmp_path / "benchmarks" / "results" / "moe_layer.json").write_text(json.dumps(record))
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     monkeypatch.setattr(hooks, "AWAITED", {"ring": frozenset({1}), "hnsw": frozenset()})
+    # No commit of this history: not taken for fresh.
+    assert "| moe_layer \u2020 | T=2048" in hooks.bars()
+    assert "\u2020 Its age is not known" in hooks.bars()
+    monkeypatch.setattr(hooks, "age", lambda record: Age(()))
     table = hooks.bars()
     assert table.splitlines()[2:5] == [
         "| moe_layer | T=2048 E=64 K=8 training | OLMoE | 1.3 | 0 | no, 0 of 1 |",
