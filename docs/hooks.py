@@ -11,6 +11,7 @@
 import ast
 import html
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -23,7 +24,7 @@ from typing import Any, Literal, get_args, get_origin
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from _bars import AWAITED, Bar, asked_of, is_met  # noqa: E402
+from _bars import AIMS, AWAITED, BARS, Bar, asked_of, is_met, parts  # noqa: E402
 from _sources import age  # noqa: E402
 
 PACKAGE = ROOT / "src" / "anabranch"
@@ -378,17 +379,25 @@ def benchmark_table(recorded: dict[str, Any]) -> str:
         "Bar": "bar",
         "Spread": "spread",
     }
+    # Of those whose rows keep several bars each.
+    if any("holds" in row for row in recorded["rows"]):
+        columns |= {
+            "Attempts a request": "attempts_per_request",
+            "99th percentile, s": "p99_s",
+            "In use again after, s": "recovered_s",
+            "Of at most, s": "most_s",
+        }
     # Of benchmarks that say what each vector, or whatever it is, takes.
     if any("bytes_ours" in row for row in recorded["rows"]):
         columns |= {"Bytes each, ours": "bytes_ours", "Peer's": "bytes_peer"}
     rows = [
         row | {"ratio": "withdrawn", "bar": None} if row.get("withdrawn") else row | {"bar": _bar_told(row)}
-        for row in recorded["rows"]
+        for row in (_with_limits(row, recorded) for row in recorded["rows"])
     ]
     withdrawn = sorted({f"Withdrawn: {row['withdrawn']}." for row in rows if row.get("withdrawn")})
     said = age(recorded).told()
     told = " ".join(
-        [*withdrawn, *([recorded["note"]] if recorded.get("note") else []), *([f"{said}."] if said else [])]
+        [*withdrawn, *_limits_told(recorded), *([recorded["note"]] if recorded.get("note") else []), *([f"{said}."] if said else [])]
     )
     again = f"Repeat it with `python benchmarks/{recorded['name']}.py --json FILE`."
     return (
@@ -398,7 +407,23 @@ def benchmark_table(recorded: dict[str, Any]) -> str:
     )
 
 
+def _with_limits(row: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """A row that keeps several bars, with the one that depends on itself."""
+    return row | {"most_s": recorded["bars"]["periods"] * row["period_s"]} if "holds" in row else row
+
+
+def _limits_told(recorded: dict[str, Any]) -> list[str]:
+    """The bars of a record whose rows keep all of them, in words."""
+    if not any("holds" in row for row in recorded["rows"]):
+        return []
+    words = ", ".join(dict.fromkeys(row["peer_name"] for row in parts(recorded)))
+    return [f"Asked of every row: {words}."]
+
+
 def _bar_told(row: dict[str, Any]) -> str | None:
+    if "holds" in row:
+        missed = [name for name, is_held in row["holds"].items() if not is_held]
+        return f"missed: {', '.join(missed)}" if missed else "met"
     if row.get("bar") is None:
         return None
     why = f" ({row['missed']})" if row.get("missed") else ""
@@ -559,7 +584,7 @@ def page_of(study: str) -> str | None:
 
 def bars(up: str = "") -> str:
     """A row for each bar: its worst case, missed ones first, and those of which nothing is recorded."""
-    found: dict[tuple[str, Bar], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, Bar, bool], list[dict[str, Any]]] = {}
     marks: dict[str, str] = {}
     for path in _records("benchmarks"):
         recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -568,17 +593,21 @@ def bars(up: str = "") -> str:
             marks.setdefault(recorded["name"], OF_UNKNOWN_AGE)
         elif changed:
             marks[recorded["name"]] = STALE
-        for row in recorded["rows"]:
-            bar = asked_of(recorded["name"], row)
+        for row, asked in itertools.product(parts(recorded), (BARS, AIMS)):
+            bar = asked_of(recorded["name"], row, asked)
             if bar is not None and not row.get("withdrawn"):
-                found.setdefault((recorded["name"], bar), []).append(row | {"bar": bar.ratio})
-    rows = [_bar_row(name, of, marks.get(name, "")) for (name, _), of in found.items()]
+                key = (recorded["name"], bar, asked is AIMS)
+                found.setdefault(key, []).append(row | {"bar": bar.ratio})
+    rows = [
+        _bar_row(name, of, marks.get(name, "")) | {"asked": f"{bar.ratio:g} (aim)" if is_aim else bar.ratio}
+        for (name, bar, is_aim), of in found.items()
+    ]
     rows.sort(key=lambda row: (row["is_met"], row["figure"] / row["bar"]))
     columns = {
         "Benchmark": "name",
         "Worst case": "case",
         "Against": "peer_name",
-        "Asked": "bar",
+        "Asked": "asked",
         "Figure": "figure",
         "Met": "met",
     }
@@ -586,7 +615,7 @@ def bars(up: str = "") -> str:
     met = sum(row["is_met"] for row in rows)
     return (
         _table(columns, rows)
-        + f"\n{met} of {len(rows)} bars are met in all of their cases. A figure is a ratio: above 1, ours is better. "
+        + f"\n{met} of {len(rows)} bars and aims are met in all of their cases. A figure is a ratio: above 1, ours is better. "
         f"{STALE} The record is stale. {OF_UNKNOWN_AGE} Its age is not known: the commit that it names is not in the history.\n"
         + (f"\nAsked, and not recorded yet: {', '.join(missing)}.\n" if missing else "")
     )

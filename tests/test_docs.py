@@ -655,7 +655,7 @@ def test_bars_by_hand(tmp_path, monkeypatch):
         "| moe_layer | T=16 E=8 training | OLMoE | 3 | 2.9 | no, 1 of 2 |",
         "| moe_layer | T=1 E=8 forward | OLMoE | 1.2 | 1.25 | yes, 2 of 2 |",
     ]
-    assert "\n1 of 3 bars are met in all of their cases." in table
+    assert "\n1 of 3 bars and aims are met in all of their cases." in table
     assert "\nAsked, and not recorded yet: ring.\n" in table
     monkeypatch.setattr(hooks, "age", lambda record: Age(("nn/moe.py",)))
     assert "| moe_layer \\* |" in hooks.bars()
