@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from _machine import here, processor
-from _records import write_record
+from _records import of_rounds, write_record
 from anabranch import native
 from anabranch.native import NATIVE
 from anabranch.nn.kernels.memory import release
@@ -99,6 +99,7 @@ def compare(
         "spread": round(high - low, 3),
         "unit": "ms",
         "peer_name": best,
+        "per_round": of_rounds(times["ours"], times[best]),
         "memory_ours_mb": round(memory["ours"], 1),
         "memory_peer_mb": round(memory[best], 1),
     }
@@ -209,8 +210,17 @@ def version_of(package: str) -> str:
         return str(getattr(importlib.import_module(package), "__version__", "not known"))
 
 
-def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespace, packages: Sequence[str]) -> None:
+def finish(
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    options: argparse.Namespace,
+    packages: Sequence[str],
+    peers: Mapping[str, str] | None = None,
+) -> None:
     """Write the result where ``--json`` says; a row of a case is what `compare` returns.
+
+    ``packages`` are those of this process whose versions are told, beside peers', which are found (`_records`); ``peers`` has the versions
+    of those that ran in an environment of their own (`version_in`), by package.
 
     Records in ``benchmarks/results`` that depend on the processor's instructions have them in their name: ``moe_layer.avx512_bf16.json``.
     """
@@ -226,7 +236,11 @@ def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespac
         **device,
         "kernels": kernels(),
         "rows": rows,
-        "versions": {"python": platform.python_version(), **{package: version_of(package) for package in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version_of(package) for package in packages},
+            **(peers or {}),
+        },
     }
     if options.json:
         write_record(options.json, result)

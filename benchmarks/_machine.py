@@ -36,6 +36,16 @@ def told(words: Sequence[str]) -> str:
     return " ".join(re.sub(r"(^|=)[/~]\S*/", r"\1", word) for word in words)
 
 
+def version_in(python: str, package: str) -> str:
+    """Of a package of another environment, by its interpreter; "not known" where that cannot say."""
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    except OSError:
+        return "not known"
+    return done.stdout.strip() if done.returncode == 0 else "not known"
+
+
 def processor() -> tuple[str, str]:
     """Its name, and the best of `INSTRUCTIONS` that it has; empty where the system does not say. `SWITCHES` may have ruled them out."""
     name, features = platform.processor() or platform.machine(), set()

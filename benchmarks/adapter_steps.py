@@ -245,6 +245,7 @@ def rewiring_row(*, guard: bool, rounds: int) -> dict[str, Any]:
     return {
         **row,
         "peer": round(FORWARDS * row["peer"], 4),
+        "per_round": {**row["per_round"], "peer": [FORWARDS * each for each in row["per_round"]["peer"]]},
         "ratio": round(FORWARDS * row["ratio"], 3),
         "spread": round(FORWARDS * row["spread"], 3),
         "peer_name": f"{STEPS} x {FORWARDS} forward passes",

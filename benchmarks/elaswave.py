@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 
 from _harness import arguments, finish, start
+from _machine import version_in
+from _records import of_rounds
 from anabranch.cluster.elastic import Coordinator, compare
 from anabranch.cluster.elastic.links import LinkPool
 from anabranch.cluster.ranks import run_ranks
@@ -254,8 +256,9 @@ def row(case: str, ours: list[float], theirs: list[float], peer: str) -> dict[st
         "spread": round(high - low, 3),
         "unit": "ms",
         "peer_name": peer,
+        "per_round": of_rounds(ours, theirs),
     }
-    print(found, flush=True)
+    print({name: value for name, value in found.items() if name != "per_round"}, flush=True)
     return found
 
 
@@ -267,7 +270,8 @@ def main() -> None:
     if not options.peer:
         print("without --peer there are no rows of recovery", flush=True)
     rows = [*simulated(options), *edited(options), *recoveries(options)]
-    finish("elaswave", rows, options, ["torch"])
+    peers = {"torchft": version_in(options.peer, "torchft")} if options.peer else {}
+    finish("elaswave", rows, options, ["torch"], peers)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _gateway import Contestant, Link, free_port, machine, running, upstream_command
+from _machine import version_in
 from _records import write_record
 from gateway_overhead import litellm, ours
 
@@ -141,6 +142,8 @@ def main() -> None:
         if options.litellm:
             rows.append(run(litellm(options.litellm, folder, port, stack), count // 10))
     result = {"name": "gateway_memory", "rows": table(rows), "measured": rows, **machine()}
+    if options.litellm:
+        result["versions"] = {"litellm": version_in(str(Path(options.litellm).parent / "python"), "litellm")}
     for row in result["rows"]:
         print(
             f"{row['case']}: {row['ours']} {row['unit']}"

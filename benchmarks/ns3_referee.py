@@ -20,7 +20,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
-from _machine import here
+from _machine import here, version_in
 from _records import write_record
 from anabranch.cluster.fabric import PacketConfig, Plan, Topology, collective_flows, plan, simulate_packets
 
@@ -112,7 +112,8 @@ def main() -> None:
         said = "within" if off <= 0.15 else "beyond"
         print(f"{scheme:<10} {card:<6} mean {statistics.fmean(ratios):.3f}, at most {off:.1%} off: {said} 15%")
     if options.json:
-        write_record(options.json, {"name": "ns3_referee", **here(1), "rows": rows})
+        versions = {"ns3": version_in(options.ns3, "ns3")}
+        write_record(options.json, {"name": "ns3_referee", **here(1), "rows": rows, "versions": versions})
 
 
 if __name__ == "__main__":

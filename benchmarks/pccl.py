@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from _harness import arguments, finish, start
+from _machine import version_in
+from _records import of_rounds
 from anabranch.cluster.pccl import Master
 
 WORKER = Path(__file__).with_name("_pccl_worker.py")
@@ -132,9 +134,10 @@ def rows_of(case: str, taken: dict[str, list[float]]) -> list[dict[str, Any]]:
                 "spread": round(high - low, 3),
                 "unit": "ms",
                 "peer_name": {"raw": "send and receive"}.get(peer, peer),
+                "per_round": of_rounds(taken["ours"], taken[peer]),
             }
         )
-        print(rows[-1], flush=True)
+        print({name: value for name, value in rows[-1].items() if name != "per_round"}, flush=True)
     return rows
 
 
@@ -178,7 +181,8 @@ def main() -> None:
     for world in WORLDS[: 1 if options.quick else None]:
         rows += all_reduces(world, options, kinds)
     rows += recoveries(options, kinds)
-    finish("pccl", rows, options, ["torch"])
+    peers = {"pypccl": version_in(options.peer, "pypccl")} if options.peer else {}
+    finish("pccl", rows, options, ["torch"], peers)
 
 
 if __name__ == "__main__":

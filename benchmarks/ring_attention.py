@@ -27,6 +27,7 @@ import torch.multiprocessing as mp
 
 from _harness import arguments, finish, start
 from _paced_links import PacedLink
+from _records import of_rounds
 from anabranch.cluster.ring import SCHEMES, Layout, Placement, Topology, Traffic, plan_attention
 from anabranch.cluster.ring.by_heads import ByHeads
 from anabranch.cluster.ring.pieces import Mask
@@ -118,6 +119,7 @@ def compared(case: Case, name: str, ours: str, peers: list[str], rounds: int, ba
         "spread": round(high - low, 3),
         "unit": "ms",
         "peer_name": best if len(peers) == 1 else f"quickest of all, {best}",
+        "per_round": of_rounds(times[ours], times[best]),
         "scheme": ours,
         "sent_bytes": sizes,
         "link_bytes_per_s": round(bandwidth),

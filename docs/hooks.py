@@ -397,7 +397,12 @@ def benchmark_table(recorded: dict[str, Any]) -> str:
     withdrawn = sorted({f"Withdrawn: {row['withdrawn']}." for row in rows if row.get("withdrawn")})
     said = age(recorded).told()
     told = " ".join(
-        [*withdrawn, *_limits_told(recorded), *([recorded["note"]] if recorded.get("note") else []), *([f"{said}."] if said else [])]
+        [
+            *withdrawn,
+            *_limits_told(recorded),
+            *([recorded["note"]] if recorded.get("note") else []),
+            *([f"{said}."] if said else []),
+        ]
     )
     again = f"Repeat it with `python benchmarks/{recorded['name']}.py --json FILE`."
     return (

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import importlib
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -17,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "anabranch"
+ROW = {"case": "a", "ours": 1.0, "peer": 2, "peer_name": "p", "ratio": 2.0, "spread": [1.9, 2.1], "unit": ""}
+GOOD = {"name": "x", "device": "d", "commit": "c", "date": "2026-11-29", "command": "python x.py", "rows": [ROW]}
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
@@ -120,6 +123,8 @@ def test_memory_does_not_depend_on_who_came_first(benchmark):
     row = harness.compare("a step", step, {"the same": step}, rounds=1)
     assert row["memory_ours_mb"] == pytest.approx(row["memory_peer_mb"], rel=0.2)
     assert row["spread"] == 0
+    assert [len(each) for each in row["per_round"].values()] == [1, 1]
+    assert benchmark("_records").wrong({**GOOD, "rows": [row]}) == []
 
 
 def test_a_command_is_told_without_folders_of_ones_own(benchmark):
@@ -244,7 +249,11 @@ def test_a_row_that_keeps_several_bars_is_one_for_each(benchmark):
         "period_s": 5.0,
         "holds": {"answered": False, "attempts": False, "p99": True, "recovered": True},
     }
-    record = {"name": "gateway_game_day", "bars": day.BARS, "rows": [row, {**row, "recovered_s": None}, {"case": "other"}]}
+    record = {
+        "name": "gateway_game_day",
+        "bars": day.BARS,
+        "rows": [row, {**row, "recovered_s": None}, {"case": "other"}],
+    }
     found = bars.parts(record)
     assert [(part["peer_name"], part["ratio"]) for part in found[:4]] == [
         ("at least 99.5% answered", pytest.approx(99 / 99.5)),
@@ -327,8 +336,7 @@ def test_what_was_measured_is_in_the_history():
 
 def test_what_is_wrong_with_a_record_is_told(benchmark, tmp_path):
     records = benchmark("_records")
-    row = {"case": "a", "ours": 1.0, "peer": 2, "peer_name": "p", "ratio": 2.0, "spread": [1.9, 2.1], "unit": ""}
-    good = {"name": "x", "device": "d", "commit": "c", "date": "2026-11-29", "command": "python x.py", "rows": [row]}
+    row, good = ROW, GOOD
     assert records.wrong(good) == []
     assert records.wrong({**good, "rows": [{"case": "a", "ours": None, "failed": "ours: killed"}]}) == []
     for change, told in (
@@ -341,8 +349,19 @@ def test_what_is_wrong_with_a_record_is_told(benchmark, tmp_path):
         ({"rows": [{**row, "spread": [1.0]}]}, "row 0: spread is [1.0], neither a number nor [low, high]"),
         ({"rows": [{**row, "peer_name": None}]}, "row 0: it has a ratio and no peer_name"),
         ({"rows": [{**row, "withdrawn": 1}]}, "row 0: withdrawn is 1, no text"),
+        # Of its rounds the ratio can be made again.
+        ({"rows": [{**row, "per_round": {"ours": [1.0, 2.0], "peer": [2.0, 4.0]}}]}, None),
+        ({"rows": [{**row, "per_round": {"ours": [1.0], "peer": [3.0]}}]}, "row 0: ratio is 2.0, and its rounds say 3"),
+        (
+            {"rows": [{**row, "per_round": {"ours": [1.0], "peer": []}}]},
+            "row 0: per_round has 1 of ours and 0 of the peer",
+        ),
+        # Versions of peers are asked for since there is a day for it.
+        ({"rows": [{**row, "peer_name": "peft Arrow, compiled"}]}, None),
+        ({"rows": [{**row, "peer_name": "peft Arrow"}], "date": "2026-12-02"}, "versions has nothing of peft"),
+        ({"rows": [{**row, "peer_name": "TorchFT"}], "date": "2026-12-02"}, None),
     ):
-        assert records.wrong({**good, **change}) == [told]
+        assert records.wrong({**good, **change}) == ([] if told is None else [told])
     # What was measured is kept all the same.
     path = tmp_path / "new" / "x.json"
     with pytest.raises(SystemExit, match=r"x\.json is no record: commit is None"):
@@ -351,6 +370,30 @@ def test_what_is_wrong_with_a_record_is_told(benchmark, tmp_path):
     records.write_record(path, {**good, "name": "moe_layer", "rows": [{**row, "case": "T=16 E=8 training"}]})
     assert json.loads(path.read_text())["rows"][0]["bar"] == 3.0
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+def test_versions_of_peers_are_kept(benchmark, tmp_path):
+    records, harness, machine = benchmark("_records"), benchmark("_harness"), benchmark("_machine")
+    names = ("scipy block of 16", "faiss SQ8 + refine", "pypccl", "TorchFT", "the bar", "ours", None)
+    rows = [{**ROW, "peer_name": name, "ratio": None} for name in names]
+    assert records.peers_of(rows) == ["faiss-cpu", "pypccl", "scipy"]
+    # Of what was left out nothing ran.
+    assert records.peers_of([{**ROW, "peer": None, "peer_name": "pypccl"}]) == []
+    path = tmp_path / "x.json"
+    records.write_record(path, {**GOOD, "date": "2026-12-02", "rows": rows, "versions": {"pypccl": "1.2.3"}})
+    versions = json.loads(path.read_text())["versions"]
+    assert versions["pypccl"] == "1.2.3"
+    assert versions["scipy"] == importlib.metadata.version("scipy")
+    assert versions.keys() == {"faiss-cpu", "pypccl", "scipy"}
+    # Of an environment of its own.
+    assert machine.version_in(sys.executable, "torch") == importlib.metadata.version("torch")
+    assert machine.version_in(sys.executable, "no-such-thing") == "not known"
+    assert machine.version_in(str(tmp_path / "python"), "torch") == "not known"
+    options = harness.arguments("").parse_args(["--json", str(path), "--threads", "1"])
+    harness.finish("x", rows, options, ["torch"], {"pypccl": machine.version_in(sys.executable, "torch")})
+    versions = json.loads(path.read_text())["versions"]
+    assert {"python", "torch", "pypccl", "scipy", "faiss-cpu"} == versions.keys()
+    assert versions["pypccl"] == versions["torch"]
 
 
 # What a benchmark uses and does not measure: where its text, models and tables come from.
