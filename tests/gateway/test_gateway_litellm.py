@@ -12,6 +12,7 @@ from anabranch.gateway.config.price_table import list_price
 from anabranch.gateway.config.prices import deployment_price
 from anabranch.gateway.providers import Provider
 from anabranch.routers.money import Price
+from gateway_litellm import clear
 
 THEIRS = """\
 model_list:
@@ -47,9 +48,9 @@ model_list:
     litellm_params: {model: "openai/*"}
   - model_name: nowhere
     litellm_params: {model: hosted_vllm/llama}
-  - model_name: pictures
-    litellm_params: {model: openai/dall-e-3}
-    model_info: {mode: image_generation}
+  - model_name: films
+    litellm_params: {model: openai/sora-2}
+    model_info: {mode: video_generation}
   - litellm_params: {model: openai/x}
 router_settings:
   routing_strategy: least-busy
@@ -82,6 +83,7 @@ class Anthropic(Provider, kind="anthropic"):
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
+    clear(monkeypatch)
     monkeypatch.setitem(registry.BUILTIN["provider"], "anthropic", f"{__name__}:Anthropic")
     registry.resolve.cache_clear()
     yield
@@ -105,7 +107,7 @@ def test_what_is_taken_over(moved):
     assert mini.price == Price(input=150_000_000, output=600_000_000, cached_input=75_000_000)
     assert (mini.context, mini.max_tokens, mini.aliases) == (144_384, 16_384, ("gpt-4",))
     east, own = mini.deployments
-    assert (east.rpm, east.tpm, east.weight, east.timeout_s) == (500, 90_000, 2.0, None)
+    assert (east.rpm, east.tpm, east.weight, east.timeout_s) == (500, 90_000, 2.0, 60.0)
     assert to_dict(east.provider)["kind"] == "openai"
     assert (east.provider.model, east.provider.key_env) == ("gpt-4o-mini", "OPENAI_KEY_EAST")
     assert east.provider.base_url == "https://api.openai.com/v1"
@@ -114,7 +116,7 @@ def test_what_is_taken_over(moved):
     assert to_dict(claude.deployments[0].provider)["kind"] == "anthropic"
     assert claude.deployments[0].provider.key_env == "ANTHROPIC_API_KEY"
     assert (local.deployments[0].provider.model, local.deployments[0].provider.key_env) == ("qwen", None)
-    assert (config.balance, config.retries.attempts, config.deadline_s) == ("least_in_flight", 3, 60.0)
+    assert (config.balance, config.retries.attempts, config.deadline_s) == ("least_in_flight", 3, 360.0)
     assert config.fallbacks == {"gpt-4o-mini": ("claude",)}
     assert config.admin.key == "env:LITELLM_MASTER_KEY"
     assert config.shared.url == "redis://localhost:6379/0"
@@ -133,9 +135,9 @@ def test_what_is_not_is_said(moved, tmp_path):
         "model_list.7.model_info.mode",
         "model_list.8",
         "litellm_settings.drop_params",
+        "router_settings.model_group_alias.gpt-5",
         "router_settings.fallbacks.0.gpt-4o-mini",
         "router_settings.fallbacks.1.gone",
-        "router_settings.model_group_alias.gpt-5",
         "general_settings.master_key",
         "general_settings.database_url",
         "environment_variables.REDIS_PASSWORD",
@@ -417,7 +419,8 @@ def test_settings_that_are_null_are_not_given(moved):
     sections = ("litellm_settings", "router_settings", "general_settings")
     names = ("routing_strategy", "fallbacks", "callbacks", "master_key", "database_url", "max_request_size_mb")
     text = "".join(f"{section}: {{{', '.join(f'{name}: null' for name in names)}}}\n" for section in sections)
-    assert moved(AZURE + text) == moved(AZURE)
+    without, done = moved(AZURE), moved(AZURE + text)
+    assert (done.config, done.left, len(done.notes)) == (without.config, (), len(without.notes))
 
 
 @pytest.mark.parametrize(

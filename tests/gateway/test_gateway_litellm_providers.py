@@ -7,23 +7,14 @@ from anabranch.config import to_dict
 from anabranch.errors import ConfigError
 from anabranch.gateway.config import import_litellm
 from anabranch.routers.money import Price
+from gateway_litellm import clear
 
 AZURE = {"model": "azure/chat-eu", "api_base": "https://acme.openai.azure.com", "api_key": "os.environ/EU_KEY"}
-VARIABLES = (
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AZURE_API_BASE",
-    "AZURE_API_VERSION",
-    "VERTEXAI_PROJECT",
-    "GOOGLE_CLOUD_PROJECT",
-    "OWN",
-)
 
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+    clear(monkeypatch)
 
 
 @pytest.fixture
@@ -183,7 +174,7 @@ def test_what_the_environment_says_is_read_for_the_import(moved, monkeypatch):
     )
     assert done.left == ()
     azure, bedrock, vertex = (model.deployments[0].provider for model in done.config.models)
-    assert (azure.base_url, bedrock.region, vertex.project) == ("https://own.example.com", None, "acme-1")
+    assert (azure.base_url, bedrock.region, vertex.project) == ("https://own.example.com", "eu-west-3", "acme-1")
 
 
 @pytest.mark.parametrize(
@@ -272,8 +263,9 @@ def test_settings_that_have_a_counterpart(moved):
     config = done.config
     assert done.left == ()
     assert (config.breaker.failures, config.breaker.window_s, config.breaker.open_s) == (3, 60.0, 30.0)
-    assert (config.retries.attempts, config.deadline_s) == (1, 45.0)
+    assert (config.retries.attempts, config.deadline_s) == (1, 120.0)
     one, two = (model.deployments[0] for model in config.models)
+    assert one.timeout_s == two.timeout_s == 45.0
     assert (one.first_token_timeout_s, one.max_in_flight) == (7.0, 9)
     assert (two.first_token_timeout_s, two.max_in_flight) == (3.0, 2)
     assert (config.limits.in_flight, config.limits.body_bytes) == (77, 2 << 20)

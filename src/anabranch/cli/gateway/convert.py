@@ -42,9 +42,11 @@ def convert(
     if imported.left and not partial:
         if as_json:
             names = [model.name for model in imported.config.models]
-            print_json({"out": None, "models": names, "left": list(imported.left)})
+            print_json({"out": None, "models": names, "left": list(imported.left), "notes": list(imported.notes)})
         for line in imported.left:
             say(f"left out  {line}")
+        for line in imported.notes:
+            say(f"note      {line}")
         num = len(imported.left)
         what = "1 setting is" if num == 1 else f"{num} settings are"
         raise ConfigError(f"{what} left out, so {out} was not written; give --partial to write the rest")
@@ -59,6 +61,7 @@ def convert(
                 "out": str(out),
                 "models": names,
                 "left": list(imported.left),
+                "notes": list(imported.notes),
                 "unpriced": list(imported.unpriced),
                 "install": lacking(imported.config),
             }
@@ -66,6 +69,8 @@ def convert(
         return
     for line in imported.left:
         say(f"left out  {line}")
+    for line in imported.notes:
+        say(f"note      {line}")
     for line in imported.unpriced:
         say(f"no price  {line}")
     for line in lacking(imported.config):

@@ -16,32 +16,32 @@ from anabranch.config import from_dict, to_dict
 from anabranch.errors import ConfigError, DataError
 from anabranch.gateway.config.gateway import GatewayConfig
 from anabranch.gateway.config.lines import Lines, parse
+from anabranch.gateway.config.litellm_costs import COSTS, MOST_PRICE, NANO_MILLION, completed, hoist_price
+from anabranch.gateway.config.litellm_entry import Entry
+from anabranch.gateway.config.litellm_numbers import LARGEST, number_of
 from anabranch.gateway.config.litellm_providers import FIELDS, based_price, kind_of, provider_of
-from anabranch.gateway.config.litellm_settings import LARGEST, Settings, number_of
+from anabranch.gateway.config.litellm_report import Environment, Report
+from anabranch.gateway.config.litellm_settings import Settings
 from anabranch.gateway.config.prices import listed_price, unpriced
 from anabranch.gateway.output_speeds import speed_at
+from anabranch.gateway.providers.media import PATHS as MEDIA
 from anabranch.gateway.providers.provider import Provider
-from anabranch.routers.money import MOST_NANO, NANO, Price
+from anabranch.routers.money import Price
 
 Table = dict[str, Any]
 
-# Dollars a token -> nano-dollars a million tokens.
-NANO_MILLION = 10**15
-
-# Dollars a token: what a price in a file of ours may be.
-MOST_PRICE = Decimal(MOST_NANO // NANO) / 10**6
-
-# Prices, by what they are called there: dollars a token.
-COSTS = {
-    "input_cost_per_token": "input",
-    "output_cost_per_token": "output",
-    "cache_read_input_token_cost": "cached_input",
-    "cache_creation_input_token_cost": "cache_write",
-    "cache_creation_input_token_cost_above_1hr": "cache_write_1h",
-    "input_cost_per_audio_token": "audio_input",
-    "output_cost_per_audio_token": "audio_output",
-    "input_cost_per_image_token": "image_input",
-    "output_cost_per_image_token": "image_output",
+# What LiteLLM calls what a model is asked, and the endpoint here.
+_MODES = {
+    "chat": "chat",
+    "completion": "completions",
+    "embedding": "embeddings",
+    "responses": "chat",
+    "image_generation": "images",
+    "image_edit": "image_edits",
+    "audio_speech": "speech",
+    "audio_transcription": "transcriptions",
+    "moderation": "moderations",
+    "rerank": "rerank",
 }
 _PARAMS = frozenset(
     {
@@ -56,6 +56,9 @@ _PARAMS = frozenset(
         "stream_timeout",
         "max_parallel_requests",
         "custom_llm_provider",
+        "request_timeout",
+        "headers",
+        "extra_headers",
         "max_tokens",
         "base_model",
         *COSTS,
@@ -81,10 +84,12 @@ class Imported:
     Attributes:
         config: ours.
         left: what was not taken over, one sentence each, with file, line and field.
+        notes: what was taken over and is to be known all the same, likewise: what is open, or came from the environment.
     """
 
     config: GatewayConfig
     left: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def unpriced(self) -> tuple[str, ...]:
@@ -116,22 +121,26 @@ def import_litellm(path: str | Path) -> Imported:
 
 class _Import:
     def __init__(self, path: Path, lines: Lines) -> None:
-        self.path, self.lines, self.left = path, lines, list[str]()
+        self.path, self._report = path, Report(path, lines)
+        self._leave = self._report.leave
         # Deployments with an id, and where that stands.
         self.named: list[tuple[Table, str]] = []
         # Deployments whose base_model has a price.
         self.based: list[tuple[Table, Table]] = []
+        # Models that write, once for each deployment.
+        self.writing: list[str] = []
 
     def run(self, data: Table) -> Imported:
         models: dict[str, Table] = {}
+        self._environment = Environment(data.get("environment_variables"))
         for at, entry in enumerate(self._list(data.get("model_list"), "model_list")):
             self._entry(entry, f"model_list.{at}", models)
         if not models:
             raise ConfigError(
-                f"{self.path}: no entry of model_list can be taken over; {'; '.join(self.left) or 'it is empty'}"
+                f"{self.path}: no entry of model_list can be taken over; {'; '.join(self._report.left) or 'it is empty'}"
             )
         for model in models.values():
-            _hoist_price(model)
+            hoist_price(model)
         for deployment, price in self.based:
             # Of that deployment alone: others of its model have their own in the list.
             deployment["price"] = price
@@ -146,16 +155,19 @@ class _Import:
                 "environment_variables",
             ):
                 self._leave(name, "is not known here")
-        Settings(config, models, self._leave).take(data)
+        Settings(config, models, self._report, self._environment).take(data)
         for name in self._table(data.get("environment_variables"), "environment_variables"):
             self._leave(f"environment_variables.{name}", "is not set by a config here; set it before starting")
-        return Imported(config=from_dict(GatewayConfig, config), left=tuple(self.left))
-
-    def _leave(self, field: str, why: str) -> None:
-        known = field
-        while known and known not in self.lines:
-            known = known.rpartition(".")[0]
-        self.left.append(f"{self.path}:{self.lines.get(known, 1)}: {field} {why}")
+        made, report = from_dict(GatewayConfig, config), self._report
+        unbounded = [name for name in dict.fromkeys(self.writing) if "max_tokens" not in models[name]]
+        if unbounded:
+            named = ", ".join(unbounded[:3]) + (f" and {len(unbounded) - 3} more" if len(unbounded) > 3 else "")
+            why = f"has no limit of answers for {named}: where a request names none either, they end at limits.max_tokens = "
+            report.note(
+                "model_list",
+                f"{why}{made.limits.max_tokens:,} tokens, thoughts included, and LiteLLM sends no limit; set max_tokens",
+            )
+        return Imported(config=made, left=tuple(report.left), notes=tuple(report.notes))
 
     def _list(self, value: Any, field: str) -> list[Any]:
         if value is not None and not isinstance(value, list):
@@ -185,8 +197,7 @@ class _Import:
         # What a model can do is said there for clients, and changes nothing.
         says = [name for name in info if name.startswith("supports_")]
         self._unknown(info, (*_INFO, *says), f"{field}.model_info")
-        if info.get("mode") not in (None, "chat", "completion", "embedding"):
-            self._leave(f"{field}.model_info.mode", f"is {info['mode']!r}, which the gateway does not serve")
+        if not self._serves(info.get("mode"), provider, field):
             return
         deployment = self._deployment(params, f"{field}.litellm_params") | {"provider": provider}
         if (speed := speed_at(str(provider.get("base_url", "")))) is not None:
@@ -197,11 +208,11 @@ class _Import:
             deployment["price"] = own
         elif (based := self._based(params, info, provider, field)) is not None:
             if own:
-                deployment["price"] = _completed(own, based)
+                deployment["price"] = completed(own, based)
             else:
                 self.based.append((deployment, to_dict(based)))
         elif own and (listed := listed_price(from_dict(Provider.Config, provider))) is not None:
-            deployment["price"] = _completed(own, listed)
+            deployment["price"] = completed(own, listed)
         elif "input" in own and info.get("mode") == "embedding":
             # Of a model that answers with vectors nothing else is billed.
             deployment["price"] = {**own, "output": 0}
@@ -210,6 +221,8 @@ class _Import:
         if (given := info.get("id")) is not None:
             deployment["name"] = str(given)
             self.named.append((deployment, f"{field}.model_info.id"))
+        if info.get("mode") in (None, "chat", "completion", "responses"):
+            self.writing.append(name)
         if name not in models:
             models[name] = {"name": name, **facts, "deployments": [deployment]}
             return
@@ -217,6 +230,26 @@ class _Import:
         for fact, value in facts.items():
             if models[name].setdefault(fact, value) != value:
                 self._leave(field, f"gives {name!r} another {fact} than the entry before; the first counts")
+
+    def _serves(self, mode: Any, provider: Table, field: str) -> bool:
+        """Whether an entry can be asked what its mode says. What is asked by the Responses API there is told."""
+        if provider.get("responses") or (mode == "responses" and provider["kind"] in ("openai", "azure")):
+            provider["responses"] = True
+            if provider["kind"] == "azure":
+                # Of the older API the address is another.
+                provider["api_version"] = "v1"
+            self._leave(
+                f"{field}.litellm_params.model",
+                "is asked by the Responses API there, chats too; here what comes to /v1/responses is, and a chat goes to /chat/completions",
+            )
+            return True
+        endpoint = _MODES.get(mode or "chat") if isinstance(mode, str | None) else None
+        served = from_dict(Provider.Config, provider).owner.endpoints
+        if endpoint is None or (endpoint in MEDIA and endpoint not in served):
+            whose = "the gateway" if endpoint is None else f"a provider of kind {provider['kind']}"
+            self._leave(f"{field}.model_info.mode", f"is {shown(mode)}, which {whose} does not serve")
+            return False
+        return True
 
     def _based(self, params: Table, info: Table, provider: Table, field: str) -> Price | None:
         """The price of what a deployment is said to run, which its own name, as on Azure, does not tell."""
@@ -258,7 +291,7 @@ class _Import:
             name, _, why = str(error).partition(" ")
             self._leave(f"{field}.{name}", why)
             return None
-        made = provider_of(params, kind, model, field, self._leave)
+        made = provider_of(Entry(params, kind, field, self._report, self._environment), model)
         if made is None:
             return None
         self._unknown(params, (*_PARAMS, *FIELDS.get(kind, ())), field)
@@ -279,6 +312,8 @@ class _Import:
             ("timeout", "timeout_s", float),
             ("stream_timeout", "first_token_timeout_s", float),
         ):
+            if theirs == "timeout" and params.get(theirs) is None:
+                theirs = "request_timeout"
             value = self._number(params.get(theirs), f"{field}.{theirs}", is_whole=kind is int)
             if value is not None:
                 made[ours] = kind(value)
@@ -332,31 +367,3 @@ class _Import:
         if prompt is not None:
             made["context"] = int(prompt + (answer or 0))
         return made
-
-
-def _completed(own: Table, known: Price) -> Table:
-    """A price as an entry gives it; what it does not say of prompts and answers is as known."""
-    return {"input": known.input, "output": known.output, **own}
-
-
-def _hoist_price(model: Table) -> None:
-    """The first price is the model's, and deployments keep what differs from it.
-
-    A deployment that has none is given the dearest of the others, unless the list that ships knows its own, or nothing is billed there.
-    """
-    given = [one["price"] for one in model["deployments"] if "price" in one]
-    without = [one for one in model["deployments"] if "price" not in one]
-    if not given or any(_is_known(one) for one in without):
-        return
-    price = max(given, key=lambda one: from_dict(Price, one).cost(1000, 500)) if without else given[0]
-    if without and from_dict(Price, price).is_free:
-        return
-    model["price"] = price
-    for one in model["deployments"]:
-        if one.get("price") == price:
-            del one["price"]
-
-
-def _is_known(deployment: Table) -> bool:
-    """Whether the list that ships knows what it costs."""
-    return listed_price(from_dict(Provider.Config, deployment["provider"])) is not None

@@ -1,72 +1,33 @@
 """Moving in from LiteLLM: which provider of ours an entry of ``model_list`` becomes, with its address, region, project and credentials."""
 
-import os
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
-from anabranch.errors import ConfigError
+from anabranch.gateway.config.litellm_addresses import KNOWN, LOCATIONS, OPENAI_FORM, PROJECTS, REGIONS, VERSIONS
+from anabranch.gateway.config.litellm_entry import Entry, MissingError
+from anabranch.gateway.config.litellm_report import variable_of
 from anabranch.gateway.config.price_table import list_price
-from anabranch.gateway.config.prices import PLACES, listed_price
-from anabranch.gateway.config.secret import VARIABLE
-from anabranch.gateway.providers.openai import check_url
+from anabranch.gateway.config.prices import listed_price
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.money import Price
 
 Table = dict[str, Any]
-Leave = Callable[[str, str], None]
 
-# What speaks OpenAI's API, and where it is when the config does not say.
-_ENDPOINTS: dict[str, str | None] = {
-    "openai": "https://api.openai.com/v1",
-    "text-completion-openai": "https://api.openai.com/v1",
-    "deepseek": "https://api.deepseek.com/v1",
-    "groq": "https://api.groq.com/openai/v1",
-    "cerebras": "https://api.cerebras.ai/v1",
-    "mistral": "https://api.mistral.ai/v1",
-    "together_ai": "https://api.together.xyz/v1",
-    "fireworks_ai": "https://api.fireworks.ai/inference/v1",
-    "xai": "https://api.x.ai/v1",
-    "perplexity": "https://api.perplexity.ai",
-    "hosted_vllm": None,
-    "openai_like": None,
-    "custom_openai": None,
-    "lm_studio": None,
-    "llamafile": None,
-    "litellm_proxy": None,
-}
-# Of the others, for the price list.
-_ADDRESSES = {
-    "anthropic": "https://api.anthropic.com",
-    "azure": "https://any.openai.azure.com",
-    "bedrock": PLACES["bedrock"],
-    "gemini": "https://generativelanguage.googleapis.com",
-    "openrouter": "https://openrouter.ai/api/v1",
-    "vertex_ai": PLACES["vertex"],
-}
-# Variables that LiteLLM reads where an entry names no key.
-_KEYS = {
-    "openai": "OPENAI_API_KEY",
-    "text-completion-openai": "OPENAI_API_KEY",
-    "anthropic": "ANTHROPIC_API_KEY",
-    "azure": "AZURE_API_KEY",
-    "cerebras": "CEREBRAS_API_KEY",
-    "deepseek": "DEEPSEEK_API_KEY",
-    "fireworks_ai": "FIREWORKS_API_KEY",
-    "gemini": "GEMINI_API_KEY",
-    "groq": "GROQ_API_KEY",
-    "mistral": "MISTRAL_API_KEY",
-    "openrouter": "OPENROUTER_API_KEY",
-    "perplexity": "PERPLEXITYAI_API_KEY",
-    "together_ai": "TOGETHERAI_API_KEY",
-    "xai": "XAI_API_KEY",
-}
 # Names of LiteLLM's that are one provider here.
-_SAME = {"ollama_chat": "ollama", "vertex_ai_beta": "vertex_ai"}
+_SAME = {
+    "ollama_chat": "ollama",
+    "vertex_ai_beta": "vertex_ai",
+    "azure_text": "azure",
+    "bedrock_converse": "bedrock",
+    "text-completion-codestral": "codestral",
+}
 _AWS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 
 # What an entry may say of its provider, by LiteLLM's name for that.
 FIELDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(OPENAI_FORM, ("organization",)),
     "azure": ("api_version", "azure_ad_token"),
     "bedrock": (
         *_AWS,
@@ -82,12 +43,13 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 _BODY = {"provider": "routing", "models": "models", "reasoning": "reasoning"}
 
+# Hosts of Azure's resources.
+_RESOURCES = (".services.ai.azure.com", ".openai.azure.com", ".cognitiveservices.azure.com")
+# APIs of Bedrock's that are not Converse.
+_OTHER_APIS = re.compile(r"(agent|agentcore|async_invoke|claude_platform|mantle|openai)/")
+
 # Of Google's own; what other publishers make has another form.
 _GOOGLES = re.compile(r"gemini-|gemini/|gemma-|text-embedding-|text-multilingual-embedding-|endpoints/|\d+$")
-
-
-class _MissingError(Exception):
-    """The entry cannot be taken over; what is missing has been said."""
 
 
 def kind_of(params: Table, upstream: str) -> tuple[str, str]:
@@ -107,7 +69,7 @@ def kind_of(params: Table, upstream: str) -> tuple[str, str]:
 
 
 def _is_known(kind: str) -> bool:
-    return kind in _ENDPOINTS or _SAME.get(kind, kind) in _MADE
+    return _SAME.get(kind, kind) in KNOWN
 
 
 def based_price(base: str, provider: Provider.Config) -> Price | None:
@@ -122,136 +84,135 @@ def based_price(base: str, provider: Provider.Config) -> Price | None:
     # A region may stand between: azure/eu/gpt-4o.
     names = dict.fromkeys((model, model.rpartition("/")[2]))
     for name in names:
-        address = _ENDPOINTS.get(kind) or _ADDRESSES.get(kind)
+        address = KNOWN[kind].address
         found = listed_price(provider.replace(model=name)) or (list_price(address, name) if address else None)
         if found is not None:
             return found
     return None
 
 
-def provider_of(params: Table, kind: str, model: str, field: str, leave: Leave) -> Table | None:
-    """The provider of an entry; None if it cannot be taken over, which is said by ``leave``.
+def provider_of(entry: Entry, model: str) -> Table | None:
+    """The provider of an entry; None if it cannot be taken over, which has been said.
 
     Args:
-        params: ``litellm_params``.
-        kind, model: as `kind_of` gives them.
-        field: where ``params`` are, for what is said.
+        entry: its parameters, and its kind as `kind_of` gives it.
+        model: likewise.
     """
-    entry = _Entry(params, kind, field, leave)
     try:
-        return _MADE.get(kind, _openai)(entry, model)
-    except _MissingError:
+        made = _MADE.get(entry.kind, _openai)(entry, model)
+        headers = entry.headers()
+        if entry.kind in OPENAI_FORM and (organization := entry.value("organization")):
+            headers["OpenAI-Organization"] = organization
+    except MissingError:
         return None
+    return made | ({"headers": headers} if headers else {})
 
 
-class _Entry:
-    """Reads one entry's parameters."""
-
-    def __init__(self, params: Table, kind: str, field: str, leave: Leave) -> None:
-        self.params, self.kind, self._field, self._leave = params, kind, field, leave
-
-    def leave(self, name: str, why: str) -> None:
-        """Say what is not taken over."""
-        self._leave(f"{self._field}.{name}", why)
-
-    def missing(self, name: str, why: str) -> _MissingError:
-        """What makes an entry one that cannot be taken over."""
-        self.leave(name, why)
-        return _MissingError()
-
-    def value(self, name: str) -> str | None:
-        """A text; one that is read from the environment there is read now, and written into the config. Raises _MissingError."""
-        given = self.params.get(name)
-        if given is None:
-            return None
-        if not isinstance(given, str):
-            raise self.missing(name, "is no text")
-        variable = variable_of(given)
-        if variable is None and not given.startswith("os.environ/"):
-            return given
-        found = os.environ.get(variable or "", "").strip()
-        if not found:
-            raise self.missing(
-                name, f"is read from the environment there, where {variable} is not set now; set it for the import"
-            )
-        return found
-
-    def base(self) -> str | None:
-        """The address that the entry names, checked. Raises _MissingError."""
-        name = "api_base" if self.params.get("api_base") is not None else "base_url"
-        found = self.value(name)
-        if found is not None:
-            try:
-                check_url(name, found)
-            except ConfigError as error:
-                raise self.missing(name, f"cannot be taken over: {error}") from None
-        return found
-
-    def key(self, default: str | None, name: str = "api_key") -> str | None:
-        """The variable that holds a key; ``default`` where the entry names none. A key that is written down is not taken over."""
-        given = self.params.get(name)
-        if given is None:
-            return default
-        variable = variable_of(given)
-        if variable is None:
-            self.leave(name, "is a key written into the file (not shown); put it into the environment and set key_env")
-        return variable
-
-
-def _openai(entry: _Entry, model: str) -> Table:
+def _openai(entry: Entry, model: str) -> Table:
     base = entry.base()
-    given = base is not None
-    base = base or _ENDPOINTS[entry.kind]
+    address = _as_asked(entry, base) or entry.place.address
+    if address is None:
+        named = " or ".join(entry.place.bases)
+        also = f", and {named} is not set now" if named else ""
+        raise entry.missing("api_base", f"is missing{also}, and {entry.kind} is nowhere by default")
+    made: Table = {"kind": "openai", "model": model, "base_url": address, "key_env": entry.key(base)}
+    # As LiteLLM writes it: which of OpenAI's APIs is asked.
+    if model.startswith("responses/"):
+        made |= {"model": model.removeprefix("responses/"), "responses": True}
+    return made
+
+
+def _as_asked(entry: Entry, base: str | None) -> str | None:
+    """An address as LiteLLM asks it, which adds to some of them."""
     if base is None:
-        raise entry.missing("api_base", f"is missing, and {entry.kind} is nowhere by default")
-    # What is elsewhere than its provider is somebody's own, and not to be sent the provider's key.
-    return {
-        "kind": "openai",
-        "model": model,
-        "base_url": base,
-        "key_env": entry.key(None if given else _KEYS.get(entry.kind)),
-    }
+        return None
+    bare = base.rstrip("/")
+    if entry.kind in ("mistral", "huggingface") and not bare.endswith("/v1"):
+        return f"{bare}/v1"
+    if entry.kind == "databricks" and not urlsplit(bare).path:
+        return f"{bare}/serving-endpoints"
+    return base
 
 
-def _anthropic(entry: _Entry, model: str) -> Table:
+def _anthropic(entry: Entry, model: str) -> Table:
     base = entry.base()
-    made: Table = {"kind": "anthropic", "model": model}
+    made: Table = {"kind": "anthropic", "model": model, "key_env": entry.key(base)}
     if base is not None:
-        made["base_url"] = base
-    return made | {"key_env": entry.key(None if base else _KEYS["anthropic"])}
+        made["base_url"] = re.sub(r"/v1/messages/?$", "", base)
+    return made
 
 
-def _azure(entry: _Entry, model: str) -> Table:
-    base = entry.base() or os.environ.get("AZURE_API_BASE")
+def _azure(entry: Entry, model: str) -> Table:
+    base = entry.base()
     if not base:
         raise entry.missing("api_base", "is missing, and AZURE_API_BASE is not set now; set it for the import")
     made: Table = {"kind": "azure", "model": model, "base_url": base}
-    version = entry.value("api_version") or os.environ.get("AZURE_API_VERSION")
-    if version:
+    if version := entry.value("api_version", VERSIONS):
         made["api_version"] = version
-    if entry.params.get("azure_ad_token") is not None:
-        return made | {"auth": "token", "key_env": entry.key(None, "azure_ad_token")}
-    return made | {"key_env": entry.key(_KEYS["azure"])}
+    # As LiteLLM writes it: what a deployment runs, of which its own name says nothing.
+    if (prefix := re.match(r"(o_series|gpt5_series)/(.+)", model)) is not None:
+        made |= {"model": prefix[2], "reasons": True}
+    if model.startswith("responses/"):
+        made |= {"model": model.removeprefix("responses/"), "responses": True}
+    token = entry.params.get("azure_ad_token") is not None
+    if token or (
+        entry.params.get("api_key") is None and not entry.first(entry.place.keys) and entry.is_set("AZURE_AD_TOKEN")
+    ):
+        return made | {"auth": "token", "key_env": entry.reference("azure_ad_token") if token else "AZURE_AD_TOKEN"}
+    return made | {"key_env": entry.key(None)}
 
 
-def _bedrock(entry: _Entry, model: str) -> Table:
+def _azure_ai(entry: Entry, model: str) -> Table:
+    """A model of Azure's that is none of OpenAI's: of a resource by its newer API, elsewhere as an endpoint of OpenAI's form."""
+    if model.startswith("claude"):
+        raise entry.missing(
+            "model", f"is {model!r} on Azure, which is asked in Anthropic's form; only OpenAI's is served"
+        )
+    name = "api_base" if entry.params.get("api_base") is not None else "base_url"
+    # A whole URL, with its query, is usual there.
+    base = (entry.value(name, entry.place.bases) or "").partition("?")[0]
+    base = entry.checked(name, re.sub(r"/chat/completions/?$", "", base) or None) or ""
+    if not base:
+        raise entry.missing("api_base", "is missing, and AZURE_AI_API_BASE is not set now; set it for the import")
+    parts = urlsplit(base)
+    if not (parts.hostname or "").endswith(_RESOURCES):
+        return {"kind": "openai", "model": model, "base_url": base, "key_env": entry.key(base)}
+    root = f"{parts.scheme}://{parts.netloc}"
+    entry.note(
+        name, f"is asked at {root}/openai/v1 here, which serves every model of the resource by its deployment's name"
+    )
+    made: Table = {"kind": "azure", "model": model, "base_url": root, "api_version": "v1"}
+    return made | {"key_env": entry.key(base)}
+
+
+def _bedrock(entry: Entry, model: str) -> Table:
     region = entry.value("aws_region_name")
-    # As LiteLLM writes it: which of Bedrock's APIs, and a region before the model.
-    model = re.sub(r"^(converse|invoke|converse_like)/", "", model)
+    if (other := _OTHER_APIS.match(model)) is not None:
+        raise entry.missing(
+            "model", f"is {model!r}: Bedrock is asked by Converse here, and {other[1]!r} is another API of it"
+        )
+    # As LiteLLM writes it: which of Bedrock's APIs, a region, and what an ARN stands for, before the model.
+    model = re.sub(r"^(converse|invoke|converse_like|chat_completions)/", "", model)
     prefix = re.match(r"([a-z]{2}(?:-[a-z]+)+-\d)/(.+)", model)
     if prefix is not None:
         region, model = region or prefix[1], prefix[2]
-    made: Table = {"kind": "bedrock", "model": entry.value("model_id") or model}
-    if region is None and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
-        raise entry.missing("aws_region_name", "is missing, and AWS_REGION is not set now; set it for the import")
-    made |= {"region": region} if region else {}
-    base = entry.value("aws_bedrock_runtime_endpoint") or entry.base()
+    model = entry.value("model_id") or re.sub(r"^[a-z0-9_-]+/(?=arn:)", "", model)
+    arn = re.match(r"arn:[a-z-]+:bedrock:([a-z0-9-]+):", model)
+    region = region or (arn[1] if arn else None) or entry.value("aws_region_name", REGIONS)
+    if region is None:
+        raise entry.missing(
+            "aws_region_name",
+            "is missing, and neither AWS_REGION_NAME nor AWS_REGION is set now; set it for the import",
+        )
+    made: Table = {"kind": "bedrock", "model": model, "region": region}
+    own = entry.value("aws_bedrock_runtime_endpoint") if not entry.names_base else None
+    base = own or entry.base()
     made |= {"base_url": base} if base else {}
-    if profile := entry.value("aws_profile_name"):
+    if profile := entry.value("aws_profile_name", ("AWS_PROFILE_NAME",)):
         made["profile"] = profile
     if entry.params.get("api_key") is not None:
-        made["key_env"] = entry.key(None)
-    names = [entry.key(None, name) for name in _AWS]
+        made["key_env"] = entry.reference("api_key")
+    names = [entry.reference(name) for name in _AWS]
     if names[0] and names[1]:
         made |= {"access_key_env": names[0], "secret_key_env": names[1]}
         made |= {"session_token_env": names[2]} if names[2] else {}
@@ -263,7 +224,7 @@ def _bedrock(entry: _Entry, model: str) -> Table:
     return made
 
 
-def _vertex(entry: _Entry, model: str) -> Table:
+def _vertex(entry: Entry, model: str) -> Table:
     if not _GOOGLES.match(model):
         raise entry.missing(
             "model", f"is {model!r} on Vertex, which is none of Google's own models; only those are served"
@@ -272,12 +233,18 @@ def _vertex(entry: _Entry, model: str) -> Table:
         # A model of one's own, by the number of its endpoint.
         model = f"endpoints/{model.removeprefix('gemini/')}"
     made: Table = {"kind": "vertex", "model": model}
-    for theirs, ours in (("vertex_project", "project"), ("vertex_location", "location")):
-        if found := entry.value(theirs):
+    for theirs, ours, variables in (
+        ("vertex_project", "project", PROJECTS),
+        ("vertex_location", "location", LOCATIONS),
+    ):
+        if found := entry.value(theirs, variables):
             made[ours] = found
-    project = os.environ.get("VERTEXAI_PROJECT")
-    made |= {"project": project} if project and "project" not in made else {}
-    made |= {"base_url": base} if (base := entry.base()) else {}
+    if base := entry.base():
+        bare, version = _version(base)
+        if urlsplit(bare).path.strip("/"):
+            why = "has a path, to which LiteLLM adds nothing but the method; here project and model follow it"
+            raise entry.missing("api_base", f"cannot be taken over: it {why}")
+        made |= {"base_url": bare} | ({"version": version} if version else {})
     given = entry.params.get("vertex_credentials")
     if variable := variable_of(given):
         made["credentials_env"] = variable
@@ -287,22 +254,34 @@ def _vertex(entry: _Entry, model: str) -> Table:
         entry.leave(
             "vertex_credentials", "are written into the file (not shown); put them into a file and set credentials_file"
         )
+    elif entry.is_set("VERTEXAI_CREDENTIALS"):
+        made["credentials_env"] = "VERTEXAI_CREDENTIALS"
     if "project" not in made and "credentials_env" not in made and "credentials_file" not in made:
         raise entry.missing("vertex_project", "is missing, and VERTEXAI_PROJECT is not set now; set it for the import")
     return made
 
 
-def _gemini(entry: _Entry, model: str) -> Table:
-    made: Table = {"kind": "gemini", "model": model}
-    made |= {"base_url": base} if (base := entry.base()) else {}
-    return made | {"key_env": entry.key(_KEYS["gemini"])}
+def _version(base: str) -> tuple[str, str | None]:
+    """An address of Google's, and the version of the API behind it, which LiteLLM wants to be there."""
+    match = re.fullmatch(r"(.+?)/(v1|v1beta|v1beta1)/?", base)
+    return (match[1], match[2]) if match else (base.rstrip("/"), None)
 
 
-def _ollama(entry: _Entry, model: str) -> Table:
+def _gemini(entry: Entry, model: str) -> Table:
+    base = entry.base()
+    made: Table = {"kind": "gemini", "model": model, "key_env": entry.key(base)}
+    if base:
+        bare, version = _version(base)
+        made |= {"base_url": bare} | ({"version": version} if version else {})
+    return made
+
+
+def _ollama(entry: Entry, model: str) -> Table:
     made: Table = {"kind": "ollama", "model": model}
-    if base := entry.base():
+    base = entry.base()
+    if base:
         made["base_url"] = base
-    if (key := entry.key(None)) is not None:
+    if (key := entry.key(base)) is not None:
         made["key_env"] = key
     alive, size = entry.params.get("keep_alive"), entry.params.get("num_ctx")
     if isinstance(alive, str | int) and not isinstance(alive, bool):
@@ -316,9 +295,10 @@ def _ollama(entry: _Entry, model: str) -> Table:
     return made
 
 
-def _openrouter(entry: _Entry, model: str) -> Table:
-    made: Table = {"kind": "openrouter", "model": model}
-    made |= {"base_url": base} if (base := entry.base()) else {}
+def _openrouter(entry: Entry, model: str) -> Table:
+    base = entry.base()
+    made: Table = {"kind": "openrouter", "model": model, "key_env": entry.key(base)}
+    made |= {"base_url": base} if base else {}
     body = entry.params.get("extra_body")
     if body is not None and not isinstance(body, dict):
         entry.leave("extra_body", "is no table")
@@ -329,21 +309,16 @@ def _openrouter(entry: _Entry, model: str) -> Table:
             made[_BODY[name]] = value
         elif name != "usage":
             entry.leave(f"extra_body.{name}", "has no counterpart here")
-    return made | {"key_env": entry.key(_KEYS["openrouter"])}
+    return made
 
 
-_MADE: dict[str, Callable[[_Entry, str], Table]] = {
+_MADE: dict[str, Callable[[Entry, str], Table]] = {
     "anthropic": _anthropic,
     "azure": _azure,
+    "azure_ai": _azure_ai,
     "bedrock": _bedrock,
     "gemini": _gemini,
     "ollama": _ollama,
     "openrouter": _openrouter,
     "vertex_ai": _vertex,
 }
-
-
-def variable_of(value: Any) -> str | None:
-    """NAME of ``os.environ/NAME``; None of anything else."""
-    match = re.fullmatch(r"os\.environ/(.+)", value) if isinstance(value, str) else None
-    return match[1] if match and VARIABLE.fullmatch(match[1]) else None

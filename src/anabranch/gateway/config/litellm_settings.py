@@ -1,30 +1,32 @@
 """Moving in from LiteLLM: what its ``litellm_settings``, ``router_settings`` and ``general_settings`` are here.
 
-retries, deadline_s, balance, breaker     num_retries, timeout, routing_strategy, allowed_fails, cooldown_time
-fallbacks                                 fallbacks, default_fallbacks
-context_fallbacks, filter_fallbacks       context_window_fallbacks, content_policy_fallbacks
+retries, balance, breaker                 num_retries, routing_strategy, allowed_fails, cooldown_time
+fallbacks of all three kinds              as in `litellm_fallbacks`
+timeouts of deployments, deadline_s       as in `litellm_timeouts`
 aliases of models                         model_group_alias
-first_token_timeout_s, max_in_flight      stream_timeout, default_max_parallel_requests: of deployments that say none themselves
-admin.key                                 master_key
-require_key                               whether there is a master_key: without one, LiteLLM lets everybody in
+max_in_flight                             default_max_parallel_requests: of deployments that say none themselves
+admin.key                                 master_key, or LITELLM_MASTER_KEY of the environment
+require_key                               whether there is either: without one, LiteLLM lets everybody in
 shared                                    redis_url, redis_host and redis_port of router_settings
 limits, log                               global_max_parallel_requests, max_request_size_mb; store_prompts_in_spend_logs and its days
 """
 
 import re
-from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
-from anabranch.bounds import LARGEST_INT, shown
+from anabranch.bounds import shown
 from anabranch.errors import ConfigError
-from anabranch.gateway.config.litellm_providers import variable_of
+from anabranch.gateway.config.litellm_fallbacks import NAMES as FALLBACKS
+from anabranch.gateway.config.litellm_fallbacks import Fallbacks
+from anabranch.gateway.config.litellm_numbers import LARGEST, number_of
+from anabranch.gateway.config.litellm_report import Environment, Report, variable_of
+from anabranch.gateway.config.litellm_timeouts import NAMES as TIMEOUTS
+from anabranch.gateway.config.litellm_timeouts import take_timeouts
 from anabranch.gateway.config.shared import check_redis_url
 
 Table = dict[str, Any]
-Leave = Callable[[str, str], None]
 
-LARGEST = Decimal(LARGEST_INT)
 _BALANCE = {
     "simple-shuffle": "weighted",
     "least-busy": "least_in_flight",
@@ -32,12 +34,6 @@ _BALANCE = {
     "cost-based-routing": "price",
     "usage-based-routing": "tpm",
     "usage-based-routing-v2": "tpm",
-}
-_FALLBACKS = {
-    "fallbacks": "fallbacks",
-    "default_fallbacks": "fallbacks",
-    "context_window_fallbacks": "context_fallbacks",
-    "content_policy_fallbacks": "filter_fallbacks",
 }
 _KNOWN_NOT = {
     "database_url": "is LiteLLM's own database; keys and spending there are not taken over",
@@ -52,8 +48,13 @@ _KNOWN_NOT = {
     "turn_off_message_logging": "is the default here: texts are kept only with log.prompts = true",
     "cache_params": "are not taken over; see cache.ttl_s, cache.max_bytes and cache.semantic",
 }
+_RETRIES = 19
 # Of router_settings, what leads to Redis.
 _REDIS = ("redis_url", "redis_host", "redis_port", "redis_password", "redis_username", "redis_db", "redis_ssl")
+# Where the file has no master_key, LiteLLM takes that of the environment.
+_MASTER = "LITELLM_MASTER_KEY"
+# What lets nobody in unknown there, with or without a master key.
+_GUARDS = ("custom_auth", "enable_jwt_auth", "enable_oauth2_auth", "enable_oauth2_proxy_auth")
 _CALLBACKS = ("callbacks", "success_callback", "failure_callback", "service_callback")
 _HOST = re.compile(r"[A-Za-z0-9_.-]+:\d{1,5}")
 # A URL that says where Redis is, and nothing else: all of what may hold a password (a user, most options, what was not escaped) is none.
@@ -63,23 +64,6 @@ _PLAIN = re.compile(
 )
 _PERIOD = re.compile(r"(\d{1,6})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-
-
-def number_of(
-    value: Any, field: str, leave: Leave, *, least: float = 0, most: Decimal = LARGEST, first: float | None = None
-) -> Decimal | None:
-    """A number above ``least``, or from ``first`` on where that is given; None for none, or, which is said, for anything else."""
-    if value is None:
-        return None
-    try:
-        number = Decimal(str(value)) if not isinstance(value, bool) else Decimal("nan")
-    except (InvalidOperation, ValueError):
-        number = Decimal("nan")
-    if not number.is_finite() or number > most or (number <= least if first is None else number < first):
-        bound = f"above {least:g}" if first is None else f"from {first:g} on"
-        leave(field, f"is {shown(value)}, which is no number {bound} and up to {most:,}")
-        return None
-    return number
 
 
 def _plain_redis(given: Table) -> str | None:
@@ -108,26 +92,32 @@ class Settings:
     Args:
         config: of ours, as a table; changed.
         models: of it, by name; changed.
-        leave: told what is not taken over, and why.
+        report: told what is not taken over, and why.
+        environment: what LiteLLM would read where the file says nothing.
     """
 
-    def __init__(self, config: Table, models: dict[str, Table], leave: Leave) -> None:
-        self._config, self._models, self._leave = config, models, leave
+    def __init__(self, config: Table, models: dict[str, Table], report: Report, environment: Environment) -> None:
+        self._config, self._models, self._report, self._environment = config, models, report, environment
+        self._leave = report.leave
 
     def take(self, data: Table) -> None:
         """What a whole file of LiteLLM's says."""
+        sections = {name: self._table(data.get(name), name) for name in ("router_settings", "litellm_settings")}
         # The latter wins, as it does there.
-        for section in ("litellm_settings", "router_settings"):
-            for name, value in self._table(data.get(section), section).items():
-                if value is not None and (section != "router_settings" or name not in _REDIS):
+        for section in reversed(sections):
+            for name, value in sections[section].items():
+                is_apart = name in FALLBACKS or name in TIMEOUTS or (section == "router_settings" and name in _REDIS)
+                if value is not None and not is_apart:
                     self._setting(name, value, f"{section}.{name}")
-        self._redis(self._table(data.get("router_settings"), "router_settings"))
+        self._config |= Fallbacks(self._models, self._report).take(sections)
+        take_timeouts(self._config, self._models, sections, self._report, self._environment)
+        self._redis(sections["router_settings"])
         general = self._table(data.get("general_settings"), "general_settings")
         for name, value in general.items():
             if value is not None:
                 self._general(name, value, f"general_settings.{name}")
         if general.get("master_key") is None:
-            self._config["require_key"] = False
+            self._without_master(general)
 
     def _table(self, value: Any, field: str) -> Table:
         if value is not None and not isinstance(value, dict):
@@ -144,19 +134,14 @@ class Settings:
 
     def _setting(self, name: str, value: Any, here: str) -> None:
         if name == "routing_strategy":
-            if value in _BALANCE:
+            if isinstance(value, str) and value in _BALANCE:
                 self._config["balance"] = _BALANCE[value]
             else:
                 self._leave(here, f"is {value!r}; there is balance: {', '.join(sorted(set(_BALANCE.values())))}")
-        elif name in ("num_retries", "timeout", "request_timeout", "allowed_fails", "cooldown_time"):
+        elif name in ("num_retries", "allowed_fails", "cooldown_time"):
             self._limit(name, value, here)
-        elif name in _FALLBACKS:
-            self._fallbacks(value, here, _FALLBACKS[name], is_default=name == "default_fallbacks")
         elif name == "model_group_alias":
             self._aliases(value, here)
-        elif name == "stream_timeout":
-            number = self._number(value, here)
-            self._of_all("first_token_timeout_s", None if number is None else float(number))
         elif name == "default_max_parallel_requests":
             number = self._number(value, here, first=1)
             self._of_all("max_in_flight", None if number is None else int(number))
@@ -200,43 +185,29 @@ class Settings:
         if number is None:
             return
         if name == "num_retries":
-            self._config["retries"] = {"attempts": min(int(number) + 1, 20)}
+            if number > _RETRIES:
+                self._leave(here, f"is {shown(value)}; here it is {_RETRIES}, the most there can be")
+            self._config["retries"] = {"attempts": min(int(number), _RETRIES) + 1}
         elif name == "allowed_fails":
             # Of a minute, there; whatever share of the calls they are.
             self._config.setdefault("breaker", {}).update(failures=int(number) + 1, window_s=60.0)
-        elif name == "cooldown_time":
+        else:
             seconds = float(number)
             self._config.setdefault("breaker", {}).update(open_s=seconds, max_open_s=max(seconds, 300.0))
-        else:
-            self._config["deadline_s"] = float(number)
 
     def _of_all(self, field: str, value: Any) -> None:
         for model in self._models.values() if value is not None else ():
             for deployment in model["deployments"]:
                 deployment.setdefault(field, value)
 
-    def _fallbacks(self, value: Any, field: str, ours: str, *, is_default: bool) -> None:
-        table = self._config.setdefault(ours, {})
-        if is_default:
-            value = [{name: value} for name in self._models]
-        for at, entry in enumerate(self._list(value, field)):
-            here = f"{field}.{at}"
-            for name, others in self._table(entry, here).items():
-                found = [other for other in self._list(others, f"{here}.{name}") if isinstance(other, str)]
-                for other in [name, *found]:
-                    if other not in self._models:
-                        self._leave(f"{here}.{name}", f"names {other!r}, which is no model that was taken over")
-                if name in self._models:
-                    known = table.setdefault(name, [])
-                    known += [
-                        other for other in dict.fromkeys(found) if other in self._models and other not in (name, *known)
-                    ]
-
     def _aliases(self, value: Any, field: str) -> None:
         for alias, target in self._table(value, field).items():
             target = target.get("model") if isinstance(target, dict) else target
-            if isinstance(target, str) and target in self._models and alias not in self._models:
-                self._models[target].setdefault("aliases", []).append(alias)
+            known = [name for model in self._models.values() for name in model.get("aliases", ())]
+            is_name = isinstance(alias, str) and alias and alias not in self._models
+            if isinstance(target, str) and target in self._models and is_name:
+                if alias not in known:
+                    self._models[target].setdefault("aliases", []).append(alias)
             else:
                 self._leave(
                     f"{field}.{alias}",
@@ -271,6 +242,19 @@ class Settings:
             "opens the admin interface alone here: clients that send it with requests get 401; "
             "make a key for each, with anabranch gateway keys create",
         )
+
+    def _without_master(self, general: Table) -> None:
+        """What lets clients in where the file has no master_key."""
+        here, guards = "general_settings.master_key", [name for name in _GUARDS if general.get(name)]
+        if self._environment.get(_MASTER) is not None:
+            self._master(f"os.environ/{_MASTER}", here)
+        elif not guards:
+            self._config["require_key"] = False
+            self._report.note(
+                here,
+                f"is not given, and {_MASTER} is not set now: require_key is false, so that everybody who reaches the gateway is answered; "
+                f"if LiteLLM was closed, set {_MASTER} for the import, or require_key to true",
+            )
 
     def _keep(self, value: Any, here: str) -> None:
         match = _PERIOD.fullmatch(value) if isinstance(value, str) else None

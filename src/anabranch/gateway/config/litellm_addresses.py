@@ -1,0 +1,172 @@
+"""Moving in from LiteLLM: where it asks each provider, and with which key, when an entry does not say so.
+
+Addresses, variables and their order are those that LiteLLM's code reads.
+"""
+
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from anabranch.gateway.config.prices import PLACES
+
+
+class Place(NamedTuple):
+    """Where a provider is.
+
+    Attributes:
+        address: of the provider itself; None for what is nowhere by default, as a server of one's own.
+        bases: variables that name another; the first that is set counts.
+        keys: variables that may hold the key, likewise.
+        key: the one that is meant where none of them is set; empty for the first.
+        others: hosts that are the provider's too.
+    """
+
+    address: str | None = None
+    bases: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    key: str = ""
+    others: tuple[str, ...] = ()
+
+    @property
+    def usual_key(self) -> str | None:
+        """The variable of the key where none is set; None for what wants none."""
+        return self.key or (self.keys[0] if self.keys else None)
+
+    def is_at(self, url: str) -> bool:
+        """Whether an address is the provider's own, and so may be sent its key."""
+        parts = urlsplit(url)
+        own = [urlsplit(self.address).hostname or ""] if self.address else []
+        host = parts.hostname or ""
+        return parts.scheme == "https" and any(host == one or host.endswith(f".{one}") for one in (*own, *self.others))
+
+
+def _usual(address: str | None, name: str) -> Place:
+    """Of a provider whose variables are called after it."""
+    return Place(address, (f"{name}_API_BASE",), (f"{name}_API_KEY",))
+
+
+_OPENAI = Place("https://api.openai.com/v1", ("OPENAI_BASE_URL", "OPENAI_API_BASE"), ("OPENAI_API_KEY",))
+_FEATHERLESS = ("FEATHERLESS_AI_API_BASE", "FEATHERLESS_API_BASE"), ("FEATHERLESS_AI_API_KEY", "FEATHERLESS_API_KEY")
+_TOGETHER = ("TOGETHER_API_KEY", "TOGETHER_AI_API_KEY", "TOGETHERAI_API_KEY", "TOGETHER_AI_TOKEN")
+_FIREWORKS = ("FIREWORKS_API_KEY", "FIREWORKS_AI_API_KEY", "FIREWORKSAI_API_KEY", "FIREWORKS_AI_TOKEN")
+
+# Azure's own hosts for models; others of its hosts are anybody's.
+_AZURES = (
+    *("services.ai.azure.com", "models.ai.azure.com", "inference.ml.azure.com"),
+    *("openai.azure.com", "cognitiveservices.azure.com"),
+)
+
+# What speaks OpenAI's API.
+OPENAI_FORM: dict[str, Place] = {
+    "openai": _OPENAI,
+    "text-completion-openai": _OPENAI,
+    "custom_openai": _OPENAI,
+    "aiml": _usual("https://api.aimlapi.com/v1", "AIML"),
+    "anyscale": _usual("https://api.endpoints.anyscale.com/v1", "ANYSCALE"),
+    "cerebras": _usual("https://api.cerebras.ai/v1", "CEREBRAS"),
+    "codestral": _usual("https://codestral.mistral.ai/v1", "CODESTRAL"),
+    "dashscope": _usual("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE"),
+    "databricks": _usual(None, "DATABRICKS")._replace(others=("databricks.com", "azuredatabricks.net")),
+    "deepinfra": _usual("https://api.deepinfra.com/v1/openai", "DEEPINFRA"),
+    "deepseek": _usual("https://api.deepseek.com/v1", "DEEPSEEK"),
+    "featherless_ai": Place("https://api.featherless.ai/v1", *_FEATHERLESS),
+    "fireworks_ai": Place("https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_BASE",), _FIREWORKS),
+    "friendliai": Place(
+        "https://api.friendli.ai/serverless/v1", ("FRIENDLI_API_BASE",), ("FRIENDLIAI_API_KEY", "FRIENDLI_TOKEN")
+    ),
+    "github": _usual("https://models.inference.ai.azure.com", "GITHUB"),
+    "groq": _usual("https://api.groq.com/openai/v1", "GROQ"),
+    "hosted_vllm": _usual(None, "HOSTED_VLLM"),
+    "huggingface": Place(
+        None,
+        ("HF_API_BASE", "HUGGINGFACE_API_BASE"),
+        ("HUGGINGFACE_API_KEY",),
+        others=("huggingface.co", "huggingface.cloud"),
+    ),
+    "hyperbolic": _usual("https://api.hyperbolic.xyz/v1", "HYPERBOLIC"),
+    "lambda_ai": _usual("https://api.lambda.ai/v1", "LAMBDA"),
+    "litellm_proxy": _usual(None, "LITELLM_PROXY"),
+    "llamafile": _usual(None, "LLAMAFILE"),
+    "lm_studio": _usual(None, "LM_STUDIO"),
+    "meta_llama": _usual("https://api.llama.com/compat/v1", "LLAMA"),
+    "mistral": Place(
+        "https://api.mistral.ai/v1",
+        ("MISTRAL_AZURE_API_BASE", "MISTRAL_API_BASE"),
+        ("MISTRAL_AZURE_API_KEY", "MISTRAL_API_KEY"),
+        "MISTRAL_API_KEY",
+    ),
+    "modelscope": _usual("https://api-inference.modelscope.cn/v1", "MODELSCOPE"),
+    "moonshot": _usual("https://api.moonshot.ai/v1", "MOONSHOT"),
+    "morph": _usual("https://api.morphllm.com/v1", "MORPH"),
+    "nebius": _usual("https://api.studio.nebius.ai/v1", "NEBIUS"),
+    "novita": _usual("https://api.novita.ai/v3/openai", "NOVITA"),
+    "nscale": _usual("https://inference.api.nscale.com/v1", "NSCALE"),
+    "nvidia_nim": _usual("https://integrate.api.nvidia.com/v1", "NVIDIA_NIM"),
+    "openai_like": _usual(None, "OPENAI_LIKE"),
+    "perplexity": Place(
+        "https://api.perplexity.ai", ("PERPLEXITY_API_BASE",), ("PERPLEXITYAI_API_KEY", "PERPLEXITY_API_KEY")
+    ),
+    "sambanova": _usual("https://api.sambanova.ai/v1", "SAMBANOVA"),
+    "together_ai": Place(
+        "https://api.together.xyz/v1", ("TOGETHER_AI_API_BASE",), _TOGETHER, "TOGETHERAI_API_KEY", ("api.together.ai",)
+    ),
+    "v0": _usual("https://api.v0.dev/v1", "V0"),
+    "vercel_ai_gateway": _usual("https://ai-gateway.vercel.sh/v1", "VERCEL_AI_GATEWAY"),
+    "volcengine": _usual("https://ark.cn-beijing.volces.com/api/v3", "VOLCENGINE"),
+    "wandb": _usual("https://api.inference.wandb.ai/v1", "WANDB"),
+    "xai": _usual("https://api.x.ai/v1", "XAI"),
+    "xinference": _usual(None, "XINFERENCE"),
+    "zai": _usual("https://api.z.ai/api/paas/v4", "ZAI"),
+    # Of the form too, and asked where an entry says they are.
+    **{
+        name: Place()
+        for name in (
+            *("aiohttp_openai", "baseten", "chutes", "clarifai", "cometapi", "docker_model_runner", "empower"),
+            *("galadriel", "helicone", "inception", "lemonade", "nano-gpt", "ovhcloud", "parasail", "poe"),
+            *("publicai", "scaleway", "synthetic", "veniceai"),
+        )
+    },
+}
+# Of the others; the address of a cloud's is for the price list, since theirs is the resource's or the region's.
+OTHERS: dict[str, Place] = {
+    "anthropic": Place(
+        "https://api.anthropic.com", ("ANTHROPIC_API_BASE", "ANTHROPIC_BASE_URL"), ("ANTHROPIC_API_KEY",)
+    ),
+    "azure": Place(
+        "https://any.openai.azure.com",
+        ("AZURE_API_BASE",),
+        ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
+        "AZURE_API_KEY",
+    ),
+    "azure_ai": _usual(None, "AZURE_AI")._replace(others=_AZURES),
+    "bedrock": Place(PLACES["bedrock"], ("AWS_BEDROCK_RUNTIME_ENDPOINT",)),
+    "gemini": Place(
+        "https://generativelanguage.googleapis.com",
+        ("GEMINI_API_BASE",),
+        ("GOOGLE_API_KEY", "GEMINI_API_KEY"),
+        "GEMINI_API_KEY",
+    ),
+    "ollama": _usual(None, "OLLAMA"),
+    "openrouter": Place("https://openrouter.ai/api/v1", ("OPENROUTER_API_BASE",), ("OPENROUTER_API_KEY", "OR_API_KEY")),
+    "vertex_ai": Place(PLACES["vertex"], ("VERTEXAI_API_BASE", "VERTEX_API_BASE")),
+}
+# The same by every name.
+KNOWN = {**OPENAI_FORM, **OTHERS}
+# Regions and the like, by the variables that LiteLLM reads, the first that is set.
+REGIONS = ("AWS_REGION_NAME", "AWS_REGION", "AWS_DEFAULT_REGION")
+PROJECTS = ("VERTEXAI_PROJECT",)
+LOCATIONS = ("VERTEXAI_LOCATION", "VERTEX_LOCATION")
+VERSIONS = ("AZURE_API_VERSION",)
+# What people write where a server wants no key and a client insists on one.
+NO_KEYS = frozenset(
+    {
+        *("", "-", "x", "xx", "xxx", "xxxx", "none", "null", "no", "na", "n/a", "empty", "anything", "any", "local"),
+        *("dummy", "dummy-key", "dummy_key", "fake", "fake-key", "fake_key", "fake-api-key", "sk-fake", "sk-dummy"),
+        *("no-key", "no-key-needed", "no-key-required", "sk-no-key-required", "not-needed", "not-required", "unused"),
+        *("ignored", "placeholder", "test", "ollama", "vllm", "lm-studio", "lmstudio", "lemonade", "llamafile", "noop"),
+    }
+)
+
+
+def is_no_key(value: str) -> bool:
+    """Whether what stands for a key is none."""
+    return value.strip().lower() in NO_KEYS
