@@ -407,6 +407,7 @@ def benchmark_table(recorded: dict[str, Any]) -> str:
     again = f"Repeat it with `python benchmarks/{recorded['name']}.py --json FILE`."
     return (
         _table(columns, rows)
+        + _missed_told(recorded)
         + f"\nMeasured on {_measured(recorded)}. Ratio above 1: ours is better. {again}\n"
         + (f"\n{told}\n" if told else "")
     )
@@ -423,6 +424,25 @@ def _limits_told(recorded: dict[str, Any]) -> list[str]:
         return []
     words = ", ".join(dict.fromkeys(row["peer_name"] for row in parts(recorded)))
     return [f"Asked of every row: {words}."]
+
+
+def _missed_told(recorded: dict[str, Any]) -> str:
+    """Missed bars of a record in words, so that no page is silent on them; empty where all are met."""
+    asked = []
+    for row in parts(recorded):
+        bar = asked_of(recorded["name"], row)
+        # Records have their bars themselves; parts of rows have not.
+        ratio = row.get("bar") if bar is None else bar.ratio
+        if ratio is not None and not row.get("withdrawn"):
+            asked.append(row | {"bar": ratio})
+    missed = [row for row in asked if not is_met(row)]
+    if not missed:
+        return ""
+    worst = min(missed, key=lambda row: (row["ratio"] or 0.0) / row["bar"])
+    figure = "has no figure" if worst["ratio"] is None else f"is {_cell(float(worst['ratio']))}"
+    name = f"{worst['case']} ({worst['peer_name']})"
+    of = f", of which the farthest, {name}," if len(missed) > 1 else f": {name}"
+    return f"\n**Missed: {len(missed)} of {len(asked)} bars**{of} {figure} where {_cell(worst['bar'])} was asked.\n"
 
 
 def _bar_told(row: dict[str, Any]) -> str | None:

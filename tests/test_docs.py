@@ -431,11 +431,23 @@ def test_benchmark_table_by_hand():
         "| 64 experts | theirs | 1 | 1.5 | 1.5 | 1.5, met | - |\n"
         "| 8 experts | theirs | 1 | 1.4 | 1.4 | 1.5, missed | - |\n"
         "| none | theirs | 1 | 1.4 | withdrawn | - | - |\n"
+        "\n**Missed: 1 of 2 bars**: 8 experts (theirs) is 1.4 where 1.5 was asked.\n"
         "\nMeasured on a laptop, 2026-11-24, at commit abc. Ratio above 1: ours is better. "
         "Repeat it with `python benchmarks/moe_layer.py --json FILE`.\n"
         "\nWithdrawn: unequal. Older. Its age is not known: "
         "the commit is not in the history that lies here. Take it for stale.\n"
     )
+
+
+def test_every_missed_bar_is_told_in_words():
+    told = 0
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        shown = hooks.benchmark_table(recorded)
+        # A row of an outage keeps four bars, of which one is missed.
+        assert ("**Missed: " in shown) == (", missed" in shown or "| missed: " in shown), path.stem
+        told += "**Missed: " in shown
+    assert told > 10
 
 
 def test_results_of_every_record_can_be_shown():
