@@ -228,6 +228,53 @@ IN_WORDS = [
 ]
 
 
+# Prompts that are too long, as providers say it who have no `code` for it, each with its status.
+TOO_LONG = [
+    (400, {"error": {"message": "Your input exceeds the context window of this model.", "param": "input"}}),
+    (400, {"object": "error", "message": "This model's maximum context length is 8192 tokens.", "code": 400}),
+    (400, {"error": {"code": 400, "message": "the request exceeds the available context size, try increasing it"}}),
+    (400, {"object": "error", "message": "The input (9000 tokens) is longer than the model's context length (8192)."}),
+    (400, {"message": "Prompt contains 40000 tokens, too large for model with 32768 maximum context length"}),
+    (
+        400,
+        {"error": {"object": "error", "message": "The prompt is too long: 9000, model maximum context length: 8191"}},
+    ),
+    (
+        400,
+        {"error": "when context the overflows. However, the model is loaded with context length of only 4096 tokens"},
+    ),
+    (400, {"error": {"code": 400, "message": "The input token count (9000) exceeds the maximum number of tokens"}}),
+    (
+        400,
+        {
+            "code": "Client specified an invalid argument",
+            "error": "This model's maximum prompt length is 131072 but the request contains 300000 tokens.",
+        },
+    ),
+    (
+        422,
+        {
+            "error": {
+                "message": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8193. Given: 9000 `inputs` tokens"
+                " and 512 `max_new_tokens`",
+                "type": "invalid_request_error",
+                "param": "max_tokens",
+                "code": None,
+            }
+        },
+    ),
+    (422, {"error": "Input validation error: `inputs` must have less than 8192 tokens. Given: 9000"}),
+    (400, {"error_code": "BAD_REQUEST", "message": "Bad request: prompt token count (9000) cannot exceed 8192."}),
+]
+
+
+@pytest.mark.parametrize(("status", "body"), TOO_LONG)
+def test_a_prompt_that_is_too_long_is_known_by_the_words_of_each_provider(status, body):
+    failure = classify(status, {}, json.dumps(body).encode())
+    assert (failure.kind, failure.cause) == ("request", "context")
+    assert ACTION[failure.cause] == "fall_back"
+
+
 @pytest.mark.parametrize(("body", "hint"), IN_WORDS)
 def test_words_decide_where_the_request_goes_and_say_nothing_of_the_deployment(body, hint):
     failure = classify(400, {}, json.dumps(body).encode())
@@ -237,7 +284,15 @@ def test_words_decide_where_the_request_goes_and_say_nothing_of_the_deployment(b
 
 
 @pytest.mark.parametrize(
-    "message", ["Invalid schema for function 'f'", "temperature must be below 2", "", "x" * 500 + " prompt is too long"]
+    "message",
+    [
+        "Invalid schema for function 'f'",
+        "temperature must be below 2",
+        "",
+        "`inputs` must be text",
+        "the prompt token count is odd",
+        "x" * 500 + " prompt is too long",
+    ],
 )
 def test_other_words_decide_nothing(message):
     assert hint_of(400, message) is None

@@ -70,14 +70,17 @@ _STATUS_OF_TYPE = {
     "overloaded_error": 529,
 }
 
-# How messages begin, or what they hold, where nothing else says it. Anthropic, vLLM and what calls itself compatible.
+# How messages begin, or what they hold, where nothing else says it. Anthropic, vLLM, xAI, Together, Databricks and
+# what else calls itself compatible.
 Hint = Literal["context", "credit"]
 _HINTS: tuple[tuple[Hint, re.Pattern[str]], ...] = (
     (
         "context",
         re.compile(
             r"prompt is too long|input is too long|maximum context length|context (?:window|length)|too many (?:input )?tokens"
-            r"|exceeds? the (?:available|model'?s?) context|input length and `?max_tokens`? exceed|input token count .{0,40}exceeds",
+            r"|exceeds? the (?:available|model'?s?) context|input length and `?max_tokens`? exceed"
+            r"|(?:input|prompt) token count .{0,40}(?:exceeds|cannot exceed)|maximum prompt length"
+            r"|`inputs` (?:tokens \+ `max_new_tokens` must be <=|must have less than)",
             re.I,
         ),
     ),
