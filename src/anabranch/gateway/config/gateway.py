@@ -10,6 +10,7 @@ from anabranch.gateway.config.ab import ABConfig
 from anabranch.gateway.config.access import AdminConfig, KeysConfig
 from anabranch.gateway.config.attempts import BreakerConfig, HedgeConfig, LostConfig, RetryConfig
 from anabranch.gateway.config.cache import CacheConfig
+from anabranch.gateway.config.default_models import KINDS
 from anabranch.gateway.config.limits import LimitsConfig
 from anabranch.gateway.config.models import Balance, ModelConfig
 from anabranch.gateway.config.observe import LogConfig, MetricsConfig, OtelConfig, WebhookConfig
@@ -48,6 +49,8 @@ class GatewayConfig(Config):
         fallbacks: models to try, in order, when one that was asked for by name cannot answer.
         context_fallbacks, filter_fallbacks: likewise, before those, and only where the prompt is too long for it, or was refused by a
             provider's content filter.
+        default_models: by ``moderations`` and ``images``, the model of such requests that name none; without it, the only one that is
+            called as models of that kind are.
         embedder: of queries, for strategies and caches that need vectors; None if nothing does.
         deadline_s: seconds a request may take in all, retries and fallbacks included.
         retries, breaker: what happens on failures.
@@ -77,6 +80,7 @@ class GatewayConfig(Config):
     fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     context_fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     filter_fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    default_models: dict[str, str] = Field(default_factory=dict)
     embedder: Embedder.Config | None = None
     deadline_s: float = Field(default=120.0, gt=0)
     retries: RetryConfig = RetryConfig()
@@ -107,6 +111,7 @@ class GatewayConfig(Config):
         _check_strategies(self)
         _check_tests(self)
         _check_fallbacks(self)
+        _check_default_models(self)
         for place, origin in enumerate(self.cors_origins):
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ConfigError(
@@ -285,6 +290,13 @@ def _check_fallbacks(config: GatewayConfig) -> None:
                     raise ConfigError(
                         f"{field}.{name}.{place} is {other!r}, which was tried before; name each model once"
                     )
+
+
+def _check_default_models(config: GatewayConfig) -> None:
+    for kind, name in config.default_models.items():
+        if kind not in KINDS:
+            raise ConfigError(f"default_models has {kind!r}; it may have {' and '.join(KINDS)}")
+        _check_model(config, f"default_models.{kind}", name)
 
 
 def _check_model(config: GatewayConfig, field: str, name: str) -> None:

@@ -9,6 +9,7 @@ from anabranch.errors import CapacityError, InputError, RateError, UnknownModelE
 from anabranch.gateway.ab.assignment import arm_of, counted_user
 from anabranch.gateway.asked import asked_of
 from anabranch.gateway.config import Target, find_target
+from anabranch.gateway.config.default_models import KIND_OF, default_model
 from anabranch.gateway.core.admission import limits_of
 from anabranch.gateway.core.bounds import Bounds
 from anabranch.gateway.core.model_calls import ModelCalls
@@ -98,9 +99,19 @@ def _check(state: RequestState) -> None:
     elif state.endpoint == "completions":
         check_completion(body, most_tokens)
     elif is_media(state.endpoint):
+        if state.endpoint in KIND_OF and body.get("model") is None:
+            body = state.body = {**body, "model": _default_model(state)}
         check_media(state.endpoint, body)
     else:
         check_embeddings(body)
+
+
+def _default_model(state: RequestState) -> str:
+    """Of a request that names none. Raises ApiError."""
+    try:
+        return default_model(state.runtime.config, state.endpoint, state.allows)
+    except InputError as error:
+        raise wrong("model", words(error)) from None
 
 
 def label_of(target: Target) -> str:

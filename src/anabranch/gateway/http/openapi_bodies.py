@@ -38,6 +38,12 @@ _MODEL = {
     "description": "a model, an alias, or auto/STRATEGY?knob=value",
 }
 
+_OR_NONE = {
+    **_MODEL,
+    "type": ["string", "null"],
+    "description": "a model; left out, the default or the only one for it",
+}
+
 
 def _number(low: float, high: float) -> dict[str, Any]:
     return {"type": ["number", "null"], "minimum": low, "maximum": high}
@@ -79,7 +85,7 @@ def _media() -> dict[str, dict[str, Any]]:
     file = {"type": "string", "format": "binary"}
     user = {"type": ["string", "null"]}
     pictures = {
-        "model": _MODEL,
+        "model": _OR_NONE,
         "prompt": _TEXT,
         "n": {"type": ["integer", "null"], "minimum": 1, "maximum": 64},
         "user": user,
@@ -90,10 +96,10 @@ def _media() -> dict[str, dict[str, Any]]:
         "properties": {"model": _MODEL, "file": file, "response_format": _TEXT},
     }
     return {
-        "Images": {"type": "object", "required": ["model", "prompt"], "properties": pictures},
+        "Images": {"type": "object", "required": ["prompt"], "properties": pictures},
         "ImageEdits": {
             "type": "object",
-            "required": ["model", "prompt", "image"],
+            "required": ["prompt", "image"],
             "properties": {
                 **pictures,
                 "image": {"oneOf": [file, {"type": "array", "minItems": 1, "items": file}]},
@@ -116,8 +122,8 @@ def _media() -> dict[str, dict[str, Any]]:
         "Translations": heard,
         "Moderations": {
             "type": "object",
-            "required": ["model", "input"],
-            "properties": {"model": _MODEL, "input": {"type": ["string", "array"]}},
+            "required": ["input"],
+            "properties": {"model": _OR_NONE, "input": {"type": ["string", "array"]}},
         },
         "Rerank": {
             "type": "object",
