@@ -23,6 +23,7 @@ from anabranch.gateway.http.messages import MessagesRoutes, messages_error
 from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.http.openapi import describe
 from anabranch.gateway.http.page import PageRoutes
+from anabranch.gateway.http.paths import plain
 from anabranch.gateway.http.peers import Peers
 from anabranch.gateway.http.responses import ResponsesRoutes
 from anabranch.gateway.logged_error import words
@@ -107,7 +108,7 @@ class App:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
         observers = self.gateway.observers
-        if not observers.has_access_log or request.path in UNLOGGED:
+        if not observers.has_access_log or self._known(request.path) in UNLOGGED:
             return await self._for_pages(request)
         began, time_s = time.perf_counter(), time.time()
         response = await self._for_pages(request)
@@ -138,12 +139,13 @@ class App:
 
     def _is_public(self, path: str) -> bool:
         """It is for clients, and not for operators."""
-        return self._public and (self._known(path) in self._clients or path.startswith(MODEL))
+        found = self._known(path)
+        return self._public and (found in self._clients or found.startswith(MODEL))
 
     def _check_sender(self, request: web.BaseRequest) -> None:
         """Raises ApiError (403) for a page that would use what needs no key. Operators' routes look for themselves (`access`)."""
         config = self.gateway.config
-        if config.require_key or request.path in PROBES or not self._is_public(request.path):
+        if config.require_key or self._known(request.path) in PROBES or not self._is_public(request.path):
             return
         if self._gate is None or self._gate[0] is not config:
             self._gate = config, Gate(self._host, config.hosts, config.cors_origins)
@@ -157,7 +159,7 @@ class App:
 
     def _check_place(self, request: web.BaseRequest) -> None:
         """Raises ApiError (503) on a connection that there was no place for, for all but the question whether this process lives."""
-        if request.path == ALIVE:
+        if self._known(request.path) == ALIVE:
             return
         try:
             check_place(request)
@@ -206,8 +208,8 @@ class App:
             return refused(ApiError(500, "internal_error", "the gateway failed; its log says how"))
 
     def _known(self, path: str) -> str:
-        """A path as the table has it: without a slash at the end, and with the ``/v1`` that a client may leave out of its base URL."""
-        found = path.rstrip("/") or path
+        """A path as the table has it: `plain`, without a slash at the end, with the ``/v1`` that a client may leave out of its base URL."""
+        found = plain(path.rstrip("/") or path)
         return found if found in self._table or not self._public or f"/v1{found}" not in self._table else f"/v1{found}"
 
     def refuse(self, status: int, message: str) -> web.Response:
@@ -221,11 +223,11 @@ class App:
 
     async def _longer(self, request: web.BaseRequest) -> web.StreamResponse:
         """Paths with a name in them."""
-        path = request.path
+        path = plain(request.path)
         if self._public and path.startswith(MODEL):
             if request.method not in ("GET", "HEAD"):
                 raise wrong_method(request, {"GET": None})
-            return await self._openai.model(request, unquote(request.rel_url.raw_path[len(MODEL) :]))
+            return await self._openai.model(request, unquote(plain(request.rel_url.raw_path)[len(MODEL) :]))
         if self._public and path.startswith(RESPONSE):
             message = (
                 "no response is kept here, so that none can be asked for again; send all of a conversation in input"
@@ -234,7 +236,7 @@ class App:
         if self._admin is not None and path.startswith("/admin/"):
             return await self._admin.answer(request)
         self.gateway.metrics.refuse("not_found")
-        raise ApiError(404, "not_found", f"there is no {path!r:.80}; GET /openapi.json lists what there is")
+        raise ApiError(404, "not_found", f"there is no {request.path!r:.80}; GET /openapi.json lists what there is")
 
     async def _health(self, request: web.BaseRequest) -> web.StreamResponse:
         return json_response({"status": "ok"})

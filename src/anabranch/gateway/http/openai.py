@@ -4,6 +4,7 @@ from aiohttp import web
 
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.exchange import Exchange
+from anabranch.gateway.http.paths import deployment_of
 from anabranch.gateway.media_requests import FORMS
 from anabranch.gateway.providers.media import PATHS as MEDIA
 from anabranch.web.answers import Route, json_response
@@ -36,6 +37,9 @@ class OpenAIRoutes:
     def _endpoint(self, endpoint: str) -> Route:
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
             async with self._exchange.read(request, takes_forms=endpoint in FORMS) as received:
+                if (named := deployment_of(request.rel_url.raw_path)) is not None:
+                    # Azure's path says whose the request is, whatever its body says.
+                    received.body["model"] = named
                 reply = await self._exchange.ask(request, received, endpoint, received.body)
                 return await self._exchange.send(request, reply, reply.stream)
 
