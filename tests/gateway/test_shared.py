@@ -82,6 +82,29 @@ def test_tokens_are_counted_together_and_corrected(server, prefix):
     asyncio.run(main())
 
 
+def test_what_is_left_is_what_all_processes_have_left(server, prefix):
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = admissions(shared)
+            limits = Limits(6, 6000, None)
+            for at in range(4):
+                await one.enter("k", f"r{at}", 100, limits)
+            assert one.left("k", limits)["requests"].remaining == 2
+            # It has not been told yet, and learns of it with the next request.
+            assert two.left("k", limits)["requests"].remaining == 6
+            await two.enter("k", "s", 100, limits)
+            left = two.left("k", limits)
+            assert left["requests"].remaining == 1
+            assert 5500 <= left["tokens"].remaining <= 5600
+            two.correct("k", 1000, 6000, is_shared=True)
+            assert 4500 <= two.left("k", limits)["tokens"].remaining <= 4600
+            await one.enter("k", "t", 0, limits)
+            assert await told(two.enter("k", "u", 0, limits)) == "rpm"
+            assert two.left("k", limits)["requests"].remaining == 0
+
+    asyncio.run(main())
+
+
 def test_what_was_not_taken_is_not_given_back(server, prefix):
     """A key had its tokens twice after Redis was away: what it never took was given back to it."""
 

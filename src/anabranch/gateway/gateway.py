@@ -26,7 +26,7 @@ from anabranch.gateway.caches import Caches
 from anabranch.gateway.collect.shadow import Shadow
 from anabranch.gateway.config import GatewayConfig, StrategyConfig, default_config, load_config
 from anabranch.gateway.config.source import told_where
-from anabranch.gateway.core.admission import Admission
+from anabranch.gateway.core.admission import Admission, Left
 from anabranch.gateway.core.decision_log import Collecting, keeps_texts
 from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.core.incoming import Incoming, Key, KnownKey
@@ -381,6 +381,10 @@ class Gateway(SyncGateway):
     async def authenticate(self, secret: str | None) -> KeyRecord | None:
         """The key a request came with; None where none is needed and none that is known was sent. Raises ApiError (401, 503)."""
         return await self._keys.authenticate(secret)
+
+    def rates_left(self, record: KeyRecord | None) -> dict[str, Left]:
+        """What is left of a key's requests and tokens a minute; of those of them that it has a limit of."""
+        return self._keys.left(record)
 
     async def achat(
         self,

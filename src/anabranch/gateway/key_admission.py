@@ -7,7 +7,7 @@ from typing import Any
 
 from anabranch.errors import CapacityError, RateError
 from anabranch.gateway.config import GatewayConfig
-from anabranch.gateway.core.admission import Admission, Limits, limits_of
+from anabranch.gateway.core.admission import Admission, Left, Limits, limits_of
 from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.refusals import limited, unavailable
 from anabranch.gateway.store import KeyRecord, Store
@@ -58,6 +58,10 @@ class KeyAdmission:
 
     def _limits(self, record: KeyRecord | None) -> tuple[str, Limits]:
         return ("" if record is None else record.id), limits_of(record, self._config().limits)
+
+    def left(self, record: KeyRecord | None) -> dict[str, Left]:
+        """What is left of the limits of a key; nothing is told to who comes without one, and shares them with others."""
+        return {} if record is None else self._admission.left(*self._limits(record))
 
     async def admit(self, record: KeyRecord | None) -> None:
         """Count what is answered here alone as a request of its key. Raises ApiError (429)."""

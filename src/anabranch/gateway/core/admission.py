@@ -1,5 +1,6 @@
 """`Admission`: whether a sender has room for one more request: in the counts of this process, and in those that processes share."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from anabranch.gateway.config.limits import LimitsConfig
 from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.store import KeyRecord, RateLimits
+from anabranch.gateway.store.limits import SLACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,21 @@ def limits_of(record: KeyRecord | None, limits: LimitsConfig) -> Limits:
     return Limits(record.rpm or limits.rpm, record.tpm or limits.tpm, record.max_in_flight or limits.max_in_flight)
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Of one of a sender's limits.
+
+    Attributes:
+        limit: a minute.
+        remaining: that may be taken now.
+        reset_s: seconds until all of it may, if nothing is.
+    """
+
+    limit: int
+    remaining: int
+    reset_s: float
+
+
 class SharedCounts(Protocol):
     """What several processes count together. Where that cannot be asked, it says yes: each process still has its own counts."""
 
@@ -49,6 +66,9 @@ class SharedCounts(Protocol):
 
     async def look(self, whose: str, limits: Limits) -> None:
         """Whether `admit` could let any request through now; nothing is taken. Raises RateError."""
+
+    def level(self, whose: str, limit: str, per_minute: int) -> float | None:
+        """What may be taken now of a limit, ``rpm`` or ``tpm``, as far as this process has been told; None if it has not been."""
 
     def leave(self, whose: str, id: str) -> None:
         """A request is under way no more."""
@@ -134,6 +154,19 @@ class Admission:
         self._rates.look(whose, rpm=limits.rpm, tpm=limits.tpm)
         if self._shared is not None and limits.has_any:
             await self._shared.look(whose, limits)
+
+    def left(self, whose: str, limits: Limits) -> dict[str, Left]:
+        """What is left of a sender's limits, by ``requests`` and ``tokens``; of those that it has."""
+        found = {}
+        for name, limit, per_minute in (("requests", "rpm", limits.rpm), ("tokens", "tpm", limits.tpm)):
+            if per_minute is None:
+                continue
+            level = self._rates.level(whose, limit, per_minute)
+            shared = None if self._shared is None else self._shared.level(whose, limit, per_minute)
+            level = level if shared is None else min(level, shared)
+            reset_s = (per_minute - level) * 60 / per_minute
+            found[name] = Left(per_minute, max(0, math.floor(level + SLACK)), reset_s)
+        return found
 
     def leave(self, whose: str, id: str) -> None:
         """A request that entered has ended."""

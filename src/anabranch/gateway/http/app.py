@@ -25,6 +25,7 @@ from anabranch.gateway.http.openapi import describe
 from anabranch.gateway.http.page import PageRoutes
 from anabranch.gateway.http.paths import plain
 from anabranch.gateway.http.peers import Peers
+from anabranch.gateway.http.rate_headers import rate_headers
 from anabranch.gateway.http.responses import ResponsesRoutes
 from anabranch.gateway.logged_error import words
 from anabranch.gateway.metrics_text import labelled
@@ -169,6 +170,8 @@ class App:
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         response = await self._of_route(request)
+        if not response.prepared:
+            response.headers.update(rate_headers(self.gateway, request))
         if request.get(TAKEN) or is_beyond(request):
             response.force_close()
         return response

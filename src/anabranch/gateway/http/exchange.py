@@ -20,6 +20,7 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.access import KEY_ID
 from anabranch.gateway.http.chat_form import ChatForm, translated
 from anabranch.gateway.http.cors import for_origin
+from anabranch.gateway.http.rate_headers import RECORD, rate_headers
 from anabranch.gateway.providers.provider import Native
 from anabranch.web.answers import SAFE, bearer, read_parts
 from anabranch.web.api_error import ApiError
@@ -73,7 +74,7 @@ class Exchange:
         """Whose request it is. Raises ApiError."""
         record = await self._gateway.authenticate(bearer(request))
         if record is not None:
-            request[KEY_ID] = record.id
+            request[KEY_ID], request[RECORD] = record.id, record
         return KnownKey(record)
 
     @contextlib.asynccontextmanager
@@ -205,6 +206,7 @@ class Exchange:
         """Reply as HTTP. A stream is written as fast as it is read on the other side, and ``source``, what it is made of, is closed when
         that goes away, breaks, or does not read on until `STALL_S` after the deadline.
         """
+        reply.headers |= rate_headers(self._gateway, request)
         reply.headers |= {**SAFE, **for_origin(self._gateway.config.cors_origins, request, (*SAFE, *reply.headers))}
         if reply.stream is None or source is None:
             whole = web.Response(

@@ -4,14 +4,17 @@ One script decides on a request, in one step that nothing comes between: the sam
 the clock of Redis, and the requests under way as leases.
 """
 
+import time
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from anabranch.errors import RateError
 from anabranch.gateway.core.admission import Limits
 from anabranch.gateway.in_flight import refusal_of_many
 from anabranch.gateway.shared import leases
-from anabranch.gateway.shared.link import AwayError, Script
-from anabranch.gateway.store.limits import rate_refusal
+from anabranch.gateway.shared.link import AwayError, Link, Script
+from anabranch.gateway.store.limits import REMEMBERED, Bucket, rate_refusal, refill
 
 # Who has no key.
 NOBODY = "-"
@@ -34,7 +37,7 @@ end
 
 # KEYS: buckets of requests and of tokens, requests under way. ARGV: rpm, tpm, most at a time (0 for no limit), tokens, the name of the
 # request, milliseconds of its lease, 1 to take or 0 to look. Gives the limit that is in the way and the milliseconds to wait (-1 for
-# ever, 0 until one ends); nothing if none is.
+# ever, 0 until one ends); if none is, "" and what the buckets hold after it, each "" where it has no limit; nothing where it only looked.
 ADMIT = Script(
     f"""
 {leases.ENDED}{REFILL}
@@ -72,6 +75,7 @@ if takes then
     redis.call('ZADD', KEYS[3], now + ARGV[6], ARGV[5])
     redis.call('PEXPIRE', KEYS[3], ARGV[6])
   end
+  return {'', levels[1] and string.format('%.17g', levels[1]) or '', levels[2] and string.format('%.17g', levels[2]) or ''}
 end
 return {}
 """
@@ -97,6 +101,11 @@ return 1
 
 class RedisCounts(leases.Leases):
     """See `anabranch.gateway.core.admission.SharedCounts`; for arguments, `Leases`."""
+
+    def __init__(self, link: Link, wake: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(link, wake, clock)
+        # As Redis told of them last; of those seen last.
+        self._levels: OrderedDict[tuple[str, str], Bucket] = OrderedDict()
 
     def _keys(self, whose: str) -> tuple[str, str, str]:
         # In braces what must lie together in a cluster.
@@ -133,32 +142,64 @@ class RedisCounts(leases.Leases):
         lease_ms = int(leases.LEASE_S * 1e3)
         keys, values = self._keys(whose), (*asked, self._name(id), lease_ms, int(takes))
         try:
-            refused = await self._link.script(ADMIT, keys, values, lambda found: _refused(found, limits))
+            refused, levels = await self._link.script(
+                ADMIT, keys, values, lambda found: _decided(found, limits, tokens)
+            )
         except AwayError:
             # The counts of this process have let it through.
             return False
+        for limit, level in levels.items():
+            self._levels[whose, limit] = Bucket(level, self._clock())
+            self._levels.move_to_end((whose, limit))
+        while len(self._levels) > REMEMBERED:
+            self._levels.popitem(last=False)
         if refused is not None:
             raise _refusal(*refused, tokens, limits)
         return takes and limits.tpm is not None
 
+    def level(self, whose: str, limit: str, per_minute: int) -> float | None:
+        """See there."""
+        told = self._levels.get((whose, limit))
+        return None if told is None else refill(told, per_minute, self._clock()).level
+
     def correct(self, whose: str, tokens: int, tpm: int) -> None:
         """See there."""
         if tokens:
+            known = self._levels.get((whose, "tpm"))
+            if known is not None:
+                now = refill(known, tpm, self._clock())
+                self._levels[whose, "tpm"] = Bucket(min(float(tpm), now.level - tokens), now.at_s)
             self._tell("correct", whose, str(tpm), str(tokens))
 
     def _write(self, pipe: Any, kind: str, whose: str, values: list[str]) -> None:
         pipe.eval(CORRECT.text, 2, self._keys(whose)[1], self._told_key(whose), *values)
 
 
-def _refused(found: Any, limits: Limits) -> tuple[str, int] | None:
-    """The limit that is in the way and the milliseconds to wait, as `ADMIT` gives them; None if none is. Raises ValueError for all else."""
+def _decided(found: Any, limits: Limits, tokens: int) -> tuple[tuple[str, int] | None, dict[str, float]]:
+    """What `ADMIT` gives: the limit that is in the way and the milliseconds to wait, None if none is; and what buckets hold, by limit.
+
+    Raises ValueError for all else.
+    """
     asked = {b"rpm": limits.rpm, b"tpm": limits.tpm, b"max_in_flight": limits.most}
     if found == []:
-        return None
+        return None, {}
+    if isinstance(found, list) and len(found) == 3 and found[0] == b"":
+        levels = dict(zip(("rpm", "tpm"), map(_number, found[1:]), strict=True))
+        return None, {limit: level for limit, level in levels.items() if level is not None}
     is_one = isinstance(found, list) and len(found) == 2 and isinstance(found[0], bytes) and type(found[1]) is int
-    if not is_one or asked.get(found[0]) is None:
+    if not is_one or (per_minute := asked.get(found[0])) is None:
         raise ValueError("its answer on a limit is none of the program's")
-    return found[0].decode(), found[1]
+    limit, wait_ms = found[0].decode(), found[1]
+    amount = 1 if limit == "rpm" else tokens
+    is_told = limit != "max_in_flight" and wait_ms >= 0
+    return (limit, wait_ms), {limit: amount - wait_ms * per_minute / 60_000} if is_told else {}
+
+
+def _number(told: Any) -> float | None:
+    """What a bucket holds; None where there is none."""
+    if not isinstance(told, bytes):
+        raise ValueError("what it says that a bucket holds is no text")
+    return float(told) if told else None
 
 
 def _refusal(limit: str, wait_ms: int, tokens: int, limits: Limits) -> RateError:

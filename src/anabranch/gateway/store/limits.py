@@ -84,6 +84,10 @@ class RateLimits:
             taken.append(((whose, limit), bucket))
         return taken
 
+    def level(self, whose: str, limit: str, per_minute: int) -> float:
+        """What may be taken now of a limit, ``rpm`` or ``tpm``."""
+        return refill(self._buckets.get((whose, limit)), per_minute, self._clock()).level
+
     def correct(self, whose: str, tokens: int, *, tpm: int | None) -> None:
         """``tokens`` more were used than `admit` was told; negative if fewer."""
         if tpm is not None:
