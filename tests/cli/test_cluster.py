@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+import torch
+
 from anabranch import presets
+from anabranch.cluster.saved_bytes import SavedBytes
 from anabranch.lm import save_model
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.layers import layer_costs, uncut_groups
@@ -35,10 +39,42 @@ def test_a_plan_is_told_in_words(here, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_stages_have_room_in_the_hardware_s_memory(here):
+    """Every rank's parameters with what belongs to them, and its activations, which are shown."""
+    line = ["cluster", "plan", "moe", "--ranks", "3", "--micro-batches", "4"]
+    code, out, _ = here(*line)
+    assert code == 0
+    assert "activa-" in out
+    code, out, _ = here(*line, "--json", "--hardware", "compute=20T,bandwidth=200G,memory=1G")
+    ranks = json.loads(out)["ranks"]
+    assert all(rank["activation_bytes"] > 0 and rank["state_bytes"] == 16 * rank["parameters"] for rank in ranks)
+    taken = [rank["state_bytes"] + rank["activation_bytes"] for rank in ranks]
+    # As much as the fullest one has suffices, and with less the stages are others, or none.
+    enough = f"compute=20T,bandwidth=200G,memory={int(max(taken)) + 1}"
+    code, again, _ = here(*line, "--json", "--hardware", enough)
+    assert (code, json.loads(again)["ranks"]) == (0, ranks)
+    code, out, err = here(*line, "--json", "--hardware", "compute=20T,bandwidth=200G,memory=1k")
+    assert (code, out) == (2, "")
+    assert "3 ranks of 1 kB do not hold them; use more ranks, or ranks with more memory" in err
+
+
+@pytest.mark.parametrize("name", ["dense", "moe", "moe-shared", "rmoe"])
+def test_what_layers_are_said_to_keep_is_about_what_they_keep(name):
+    """An estimate: within a factor of 2 of what autograd keeps, of the whole model with its loss."""
+    config = presets.find(name)("tiny").model
+    model, length = config.build(seed=0), 64
+    tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    with SavedBytes(ignored=[*model.parameters(), *model.buffers()]) as meter:
+        # Held, or nothing is kept.
+        output = model(tokens, tokens)
+        kept = meter.now
+    assert output.loss.requires_grad
+    costs = layer_costs(config, tokens=2 * length, sequence_length=length, dtype=torch.float32)
+    assert kept / 2 < sum(cost.saved_bytes for cost in costs) < 2 * kept
+
+
 def test_layers_sum_to_the_model():
     config = presets.find("moe")("tiny").model
-    import torch
-
     costs = layer_costs(config, tokens=7, sequence_length=64, dtype=torch.float32)
     count = config.count(64)
     assert sum(cost.flops for cost in costs) == 7 * count.flops

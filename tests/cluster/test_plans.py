@@ -1,5 +1,9 @@
 """Plans: layers with costs on ranks."""
 
+import itertools
+import random
+from dataclasses import replace
+
 import pytest
 
 from anabranch.cluster import LayerCost, plan
@@ -38,13 +42,100 @@ def test_groups_links_and_memory_count():
     assert paid.timeline.step_s == pytest.approx(free.timeline.step_s + 2 * 2e-3)
     with pytest.raises(InputError, match="do not hold them"):
         plan(LAYERS, ranks=2, flops_s=1e12, cap_bytes=3 * 1600)
-    twice = plan(LAYERS, ranks=2, micro_batches=4, flops_s=1e12, schedule_name="interleaved")
+    twice = plan(LAYERS, ranks=2, micro_batches=4, flops_s=1e12, schedule_name="interleaved", checkpoint="never")
     assert twice.chunks_of(1) == [range(2, 4), range(6, 8)]
+
+
+def uneven(seed: int, count: int) -> list[LayerCost]:
+    """A model whose embedding costs no operations, and whose head is another one than its blocks."""
+    draw = random.Random(seed)
+    blocks = [
+        LayerCost(
+            name=f"block {n}",
+            flops=draw.choice([1e9, 1e9, 2e9, 3e9]),
+            parameters=draw.choice([10, 20, 90]),
+            output_bytes=1e6,
+        )
+        for n in range(count - 2)
+    ]
+    first = LayerCost(name="embedding", flops=0.0, parameters=200, output_bytes=1e6)
+    return [first, *blocks, LayerCost(name="head", flops=draw.choice([1e8, 5e9]), parameters=200, output_bytes=1.0)]
+
+
+@pytest.mark.parametrize("checkpoint", ["always", "except_last", "never"])
+@pytest.mark.parametrize("bytes_s", [None, 1e10, 1e9, 1e8], ids=["free", "fast", "slow", "bound by links"])
+@pytest.mark.parametrize(("name", "visits"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1)])
+def test_no_contiguous_stages_take_a_shorter_step(name, visits, bytes_s, checkpoint):
+    """Against every balance that there is."""
+    layers, ranks = uneven(len(name), 7), 4 // visits
+    told = {"ranks": ranks, "schedule_name": name, "micro_batches": 6, "flops_s": 1e12, "bytes_s": bytes_s}
+    told |= {"checkpoint": checkpoint, "latency_s": 1e-5}
+    made = plan(layers, **told)
+    balances = [found for found in itertools.product(range(1, 5), repeat=4) if sum(found) == 7]
+    steps = {found: plan(layers, balance=found, **told).timeline.step_s for found in balances}
+    assert made.timeline.step_s == pytest.approx(min(steps.values()), rel=1e-9)
+    assert steps[made.partition.balance] == made.timeline.step_s
+    # The rules of `partition` are still to be had, and are no better.
+    for objective in ("minimax", "variance"):
+        assert plan(layers, objective=objective, **told).timeline.step_s >= made.timeline.step_s * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved"])
+def test_of_many_partitions_none_is_worse_than_those_of_a_rule(name):
+    layers = uneven(3, 40)
+    told = {"ranks": 8, "schedule_name": name, "micro_batches": 16, "flops_s": 1e12, "bytes_s": 1e9}
+    made = plan(layers, **told)
+    assert sum(made.partition.balance) == 40
+    for objective in ("minimax", "variance"):
+        assert made.timeline.step_s <= plan(layers, objective=objective, **told).timeline.step_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("cap", [640, 800, 1100, 2000])
+@pytest.mark.parametrize(("name", "visits"), [("gpipe", 1), ("interleaved", 2)])
+def test_memory_bounds_what_all_chunks_of_a_rank_take(name, visits, cap):
+    """A plan is found exactly where a balance keeps to the memory, and then it is the quickest of these."""
+    layers = [
+        replace(layer, parameters=parameters, saved_bytes=5.0)
+        for layer, parameters in zip(LAYERS, (30, 10, 10, 30, 5, 5, 5, 5), strict=True)
+    ]
+    told = {"ranks": 4 // visits, "schedule_name": name, "micro_batches": 4, "flops_s": 1e12, "checkpoint": "never"}
+    balances = [found for found in itertools.product(range(1, 6), repeat=4) if sum(found) == 8]
+    made = [plan(layers, balance=found, **told) for found in balances]
+    held = [
+        [state + kept for state, kept in zip(one.state_bytes_K, one.activation_bytes_K, strict=True)] for one in made
+    ]
+    assert {sum(one.state_bytes_K) for one in made} == {1600}
+    steps = [one.timeline.step_s for one, taken in zip(made, held, strict=True) if max(taken) <= cap]
+    if not steps:
+        with pytest.raises(InputError, match=r"no stages were found that fit|do not hold them|layer 0 takes"):
+            plan(layers, cap_bytes=cap, **told)
+        return
+    found = plan(layers, cap_bytes=cap, **told)
+    assert found.timeline.step_s == pytest.approx(min(steps), rel=1e-9)
+    assert max(map(sum, zip(found.state_bytes_K, found.activation_bytes_K, strict=True))) <= cap
+
+
+def test_two_chunks_of_a_rank_share_its_memory():
+    """Chunks of 30, 10, 10 and 30: a rank has 40 of them, though a chunk has more than half of that."""
+    layers = [LayerCost(name=str(n), flops=1e9, parameters=count) for n, count in enumerate((30, 10, 10, 30))]
+    told = {"ranks": 2, "schedule_name": "interleaved", "visits": 2, "flops_s": 1e12}
+    assert plan(layers, cap_bytes=640, **told).state_bytes_K == (640, 640)
+    assert plan(layers, cap_bytes=640, objective="minimax", **told).partition.balance == (1, 1, 1, 1)
+    for objective in ("step", "minimax"):
+        with pytest.raises(InputError, match="do not hold them"):
+            plan(layers, cap_bytes=639, objective=objective, **told)
+    # A layer of rank 0 is twice as large: all would fit in the middle, and no rank's do.
+    layers = [LayerCost(name=str(n), flops=1e9, parameters=count) for n, count in enumerate((60, 10, 20, 10))]
+    with pytest.raises(InputError, match=r"no stages were found that fit: .* rank 0 takes 1.28 kB"):
+        plan(layers, cap_bytes=1000, **told)
+    with pytest.raises(InputError, match="no stages were found that fit"):
+        plan(layers, cap_bytes=1000, balance=[1, 1, 1, 1], **told)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"ranks": 2, "objective": "best"}, "objective is 'best'; use step, minimax or variance"),
         ({"ranks": 9}, "8 layers cannot be 9 chunks"),
         ({"ranks": 8, "schedule_name": "interleaved"}, "16 chunks"),
         ({"ranks": 2, "flops_s": 0.0}, "flops_s is 0.0"),

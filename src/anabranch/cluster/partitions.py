@@ -17,7 +17,7 @@ import numpy as np
 
 from anabranch.errors import InputError
 
-__all__ = ["Objective", "Partition", "check_balance", "partition"]
+__all__ = ["Objective", "Partition", "check_balance", "partition", "partition_at", "partition_ends"]
 
 Objective = Literal["minimax", "variance"]
 
@@ -116,6 +116,18 @@ def partition(
         float(costs_L[start:end].sum() + boundary[end - 1]) for start, end in zip(starts, bounds, strict=True)
     )
     return Partition(tuple(bounds[:-1]), costs, length)
+
+
+def partition_at(bounds: Sequence[int], cost_L: Sequence[float]) -> Partition:
+    """The partition with these bounds, which are in order and inside of the layers; its costs are those of the layers alone."""
+    ends = (*bounds, len(cost_L))
+    costs = tuple(float(sum(cost_L[start:end])) for start, end in zip((0, *bounds), ends, strict=True))
+    return Partition(tuple(bounds), costs, len(cost_L))
+
+
+def partition_ends(length: int, uncut: Sequence[range] = ()) -> list[int]:
+    """Where a part of L layers may begin, beside 0. Raises InputError for groups that are not of the layers."""
+    return [int(layer) + 1 for layer in np.flatnonzero(_ends(length, uncut)[:-1])]
 
 
 def _options(

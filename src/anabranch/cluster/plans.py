@@ -4,16 +4,20 @@
     made.timeline.step_s, made.timeline.idle
 
 Nothing runs: layers are what they say they cost, and the step is simulated. A plan is for one micro-batch size; activations and sends are
-those of that many items.
+those of that many items. Which layers go where is chosen by that simulation: of all partitions the one whose step is shortest, or, where
+they are too many to simulate, the best that moves of boundaries lead to.
 """
 # Shapes: L layers, C chunks, K ranks
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
-from anabranch.cluster.partitions import Objective, Partition, check_balance, partition
-from anabranch.cluster.schedules import BACKWARD, FORWARD, WEIGHT, Schedule, schedule
+from anabranch.cluster.boundaries import Bounds, quickest
+from anabranch.cluster.partitions import Objective, Partition, check_balance, partition, partition_at, partition_ends
+from anabranch.cluster.schedules import BACKWARD, FORWARD, WEIGHT, Schedule, Slot, schedule
 from anabranch.cluster.simulation import Durations, Timeline, is_recomputed, simulate
 from anabranch.errors import InputError
 
@@ -21,6 +25,8 @@ __all__ = ["BACKWARD_WORK", "LayerCost", "Plan", "plan"]
 
 # Floating-point operations of a backward over those of its forward: a matrix product has two of the same size.
 BACKWARD_WORK = 2.0
+# Slots and messages that are simulated while partitions are compared: a second or two.
+_MOST_SIMULATED = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,7 @@ class Plan:
         checkpoint: for which micro-batches activations are recomputed.
         one_rank_s: what one rank alone would take, without recomputation.
         activation_bytes_K: the most that each rank holds for backward passes: what is saved, or inputs and one chunk's recomputation.
+        state_bytes_K: of the parameters of each rank, with gradients and optimizer state.
     """
 
     layers: tuple[LayerCost, ...]
@@ -61,6 +68,7 @@ class Plan:
     checkpoint: str
     one_rank_s: float
     activation_bytes_K: tuple[float, ...]
+    state_bytes_K: tuple[float, ...]
 
     @property
     def schedule(self) -> Schedule:
@@ -93,6 +101,7 @@ class Plan:
                     "parameters": sum(
                         self.layers[number].parameters for part in self.chunks_of(rank) for number in part
                     ),
+                    "state_bytes": self.state_bytes_K[rank],
                     "activation_bytes": self.activation_bytes_K[rank] if self.knows_activations else None,
                     "busy_s": self.timeline.busy_K[rank],
                 }
@@ -120,11 +129,11 @@ def plan(
     latency_s: float = 0.0,
     balance: Sequence[int] | None = None,
     uncut: Sequence[range] = (),
-    objective: Objective = "minimax",
+    objective: Objective | Literal["step"] = "step",
     cap_bytes: float | None = None,
     bytes_per_parameter: float = 16.0,
 ) -> Plan:
-    """The best contiguous partition of the layers, and the schedule's step with it.
+    """The contiguous partition of the layers whose step is shortest, and the schedule's step with it.
 
     Args:
         layers: of the model, in order, each for one micro-batch.
@@ -138,76 +147,195 @@ def plan(
         latency_s: of each message.
         balance: layers of each chunk, instead of the best partition.
         uncut: layers that stay on one rank, see `partition`.
-        objective: of the partition.
-        cap_bytes: memory of a rank for its parameters; None for no limit.
+        objective: what is best: the shortest step by simulation (``step``), or one of `partition`'s, of the forward with one send. The
+            shortest is that of all partitions where these are few, else of those that moving boundaries leads to, as far as a hundred
+            thousand simulated slots and messages go.
+        cap_bytes: memory of a rank for its parameters and for activations, as far as layers say what they keep; of all chunks that it has.
+            None for no limit.
         bytes_per_parameter: with gradient and optimizer state (16: float32 under Adam).
 
-    Raises InputError for what `partition`, `schedule` and `simulate` refuse, and a speed that is not above 0.
+    Raises InputError for what `partition`, `schedule` and `simulate` refuse, a speed that is not above 0, and where no partition that was
+    looked at keeps to ``cap_bytes``.
     """
     for name, speed in (("flops_s", flops_s), ("bytes_s", 1.0 if bytes_s is None else bytes_s)):
         if not speed > 0:
             raise InputError(f"{name} is {speed}; it must be above 0")
     if checkpoint not in ("always", "except_last", "never"):
         raise InputError(f"checkpoint is {checkpoint!r}; use always, except_last or never")
+    if objective not in ("step", "minimax", "variance"):
+        raise InputError(f"objective is {objective!r}; use step, minimax or variance")
     if not layers:
         raise InputError("there are no layers to plan for")
     table = schedule(
         schedule_name, stages=ranks, micro_batches=4 * ranks if micro_batches is None else micro_batches, visits=visits
     )
-    second_L = [layer.flops / flops_s for layer in layers]
-    send_L = [0.0 if bytes_s is None else layer.output_bytes / bytes_s for layer in layers]
+    if balance is not None and len(balance) != table.num_chunks:
+        raise InputError(f"balance has {len(balance)} entries, and the schedule has {table.num_chunks} chunks")
+    if balance is None and table.num_chunks > len(layers):
+        raise InputError(
+            f"{len(layers)} layers cannot be {table.num_chunks} chunks ({ranks} ranks, {table.num_visits} each); "
+            f"use at most {len(layers)}"
+        )
+    cutting = _Cutting(
+        layers=tuple(layers),
+        table=table,
+        checkpoint=checkpoint,
+        second_L=tuple(layer.flops / flops_s for layer in layers),
+        send_L=tuple(0.0 if bytes_s is None else layer.output_bytes / bytes_s for layer in layers),
+        latency_s=latency_s,
+        state_L=tuple(layer.parameters * bytes_per_parameter for layer in layers),
+        cap_bytes=math.inf if cap_bytes is None else cap_bytes,
+    )
+    cutting.check_sum()
     if balance is not None:
         cut = check_balance(balance, len(layers))
-        if len(balance) != table.num_chunks:
-            raise InputError(f"balance has {len(balance)} entries, and the schedule has {table.num_chunks} chunks")
+    elif objective == "step":
+        cut = cutting.quickest(uncut)
     else:
-        if table.num_chunks > len(layers):
-            raise InputError(
-                f"{len(layers)} layers cannot be {table.num_chunks} chunks ({ranks} ranks, {table.num_visits} each); "
-                f"use at most {len(layers)}"
-            )
-        cut = partition(
-            second_L,
-            table.num_chunks,
-            boundary_L=send_L,
-            memory_L=[layer.parameters * bytes_per_parameter for layer in layers],
-            # A rank with several chunks holds them all.
-            cap=float("inf") if cap_bytes is None else cap_bytes / table.num_visits,
+        cut = cutting.by(objective, uncut)
+        if cutting.excess_bytes(cut):
+            # Then no chunk may take more than its share of what its rank has.
+            cut = cutting.by(objective, uncut, cap_share=1 / table.num_visits)
+    cutting.check_room(cut)
+    return Plan(
+        tuple(layers),
+        cut,
+        cutting.timeline(cut),
+        checkpoint,
+        sum(cutting.second_L) * (1 + BACKWARD_WORK) * table.num_micro_batches,
+        tuple(cutting.activation_bytes(cut, rank) for rank in range(ranks)),
+        tuple(cutting.state_bytes(cut, rank) for rank in range(ranks)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cutting:
+    """All but the partition."""
+
+    layers: tuple[LayerCost, ...]
+    table: Schedule
+    checkpoint: str
+    second_L: tuple[float, ...]
+    send_L: tuple[float, ...]
+    latency_s: float
+    state_L: tuple[float, ...]
+    cap_bytes: float
+
+    def timeline(self, cut: Partition) -> Timeline:
+        """A step with that partition."""
+        forward_C = tuple(sum(self.second_L[number] for number in part) for part in cut.parts)
+        durations = Durations(
+            forward_C=forward_C,
+            backward_C=tuple(BACKWARD_WORK * taken for taken in forward_C),
+            send_C=tuple(self.send_L[part[-1]] for part in cut.parts),
+            latency_s=self.latency_s,
+            recomputes=self.checkpoint,
+        )
+        return simulate(self.table, durations)
+
+    def by(
+        self, objective: Objective, uncut: Sequence[range], *, send_share: float = 1.0, cap_share: float = 1.0
+    ) -> Partition:
+        """The best partition of forwards, with a share of one send, as `partition` finds it."""
+        return partition(
+            self.second_L,
+            self.table.num_chunks,
+            boundary_L=[send_share * taken for taken in self.send_L],
+            memory_L=self.state_L,
+            # Of a rank with several chunks each is bounded by what all may have; whether they fit together is looked at behind this.
+            cap=self.cap_bytes * cap_share,
             uncut=uncut,
             objective=objective,
         )
-    forward_C = tuple(sum(second_L[number] for number in part) for part in cut.parts)
-    durations = Durations(
-        forward_C=forward_C,
-        backward_C=tuple(BACKWARD_WORK * taken for taken in forward_C),
-        send_C=tuple(send_L[part[-1]] for part in cut.parts),
-        latency_s=latency_s,
-        recomputes=checkpoint,
-    )
-    timeline = simulate(table, durations)
-    alone = sum(second_L) * (1 + BACKWARD_WORK) * table.num_micro_batches
-    held = tuple(_activation_bytes(layers, cut, table, checkpoint, rank) for rank in range(ranks))
-    return Plan(tuple(layers), cut, timeline, checkpoint, alone, held)
+
+    def quickest(self, uncut: Sequence[range]) -> Partition:
+        """The partition of the shortest step among those that memory has room for."""
+        # With the sends of a forward, without any, by squares; and with the smallest memory, in case none of these has room.
+        starts = [self.by("minimax", uncut), self.by("minimax", uncut, send_share=0.0), self.by("variance", uncut)]
+        starts.append(partition(self.state_L, self.table.num_chunks, uncut=uncut))
+        ends = partition_ends(len(self.layers), uncut)
+
+        def cost(bounds: Bounds) -> tuple[float, float, float]:
+            cut = partition_at(bounds, self.second_L)
+            # Sums in another order are no shorter steps: of equal ones the more even partition is taken.
+            step_s = float(f"{self.timeline(cut).step_s:.12g}")
+            return self.excess_bytes(cut), step_s, sum(taken**2 for taken in cut.costs)
+
+        # A slot is its work and about as many messages.
+        most = max(1, _MOST_SIMULATED // (2 * len(self.table.slots)))
+        found = quickest(self.table.num_chunks, ends, cost, [cut.bounds for cut in starts], most)
+        return partition_at(found, self.second_L)
+
+    def check_sum(self) -> None:
+        """Raise InputError where all ranks together lack memory for parameters."""
+        if (whole := sum(self.state_L)) > self.cap_bytes * self.table.num_stages:
+            raise InputError(
+                f"parameters with what belongs to them take {_size(whole)}, and {self.table.num_stages} ranks of {_size(self.cap_bytes)} "
+                "do not hold them; use more ranks, or ranks with more memory"
+            )
+
+    def state_bytes(self, cut: Partition, rank: int) -> float:
+        """Of the parameters of a rank."""
+        mine = cut.parts[rank :: self.table.num_stages]
+        return sum(self.state_L[number] for part in mine for number in part)
+
+    @cached_property
+    def slots_K(self) -> list[list[Slot]]:
+        """What each rank does, in order."""
+        slots_K: list[list[Slot]] = [[] for _ in range(self.table.num_stages)]
+        for slot in self.table.slots:
+            slots_K[slot.stage].append(slot)
+        return slots_K
+
+    def activation_bytes(self, cut: Partition, rank: int) -> float:
+        """The most that a rank holds between forward and backward, over its slots in their order; 0 where layers do not say."""
+        last = WEIGHT if self.table.has_weight_slots else BACKWARD
+        whole_C = [sum(self.layers[number].saved_bytes for number in part) for part in cut.parts]
+        entry_C = [self.layers[part.start - 1].output_bytes if part.start else 0.0 for part in cut.parts]
+        held, most = 0.0, 0.0
+        for slot in self.slots_K[rank] if any(whole_C) else ():
+            chunk = self.table.chunk_of(slot)
+            again = is_recomputed(self.checkpoint, slot.micro_batch, self.table.num_micro_batches)
+            kept = entry_C[chunk] if again else whole_C[chunk]
+            if slot.kind == FORWARD:
+                held += kept
+                most = max(most, held)
+            elif slot.kind == BACKWARD:
+                # What was recomputed stands beside the inputs of the others.
+                most = max(most, held - kept + whole_C[chunk])
+            if slot.kind == last:
+                held -= kept
+        return most
+
+    def excess_bytes(self, cut: Partition) -> float:
+        """What ranks lack of memory, all together."""
+        if self.cap_bytes == math.inf:
+            return 0.0
+        ranks = range(self.table.num_stages)
+        return sum(
+            max(0.0, self.state_bytes(cut, rank) + self.activation_bytes(cut, rank) - self.cap_bytes) for rank in ranks
+        )
+
+    def check_room(self, cut: Partition) -> None:
+        """Raise InputError where a rank lacks memory."""
+        if not self.excess_bytes(cut):
+            return
+        taken = [
+            (self.state_bytes(cut, rank) + self.activation_bytes(cut, rank), rank)
+            for rank in range(self.table.num_stages)
+        ]
+        most, rank = max(taken)
+        raise InputError(
+            f"no stages were found that fit: in the nearest, of {', '.join(map(str, cut.balance))} layers, rank {rank} takes {_size(most)} "
+            f"({_size(self.state_bytes(cut, rank))} of parameters with what belongs to them, "
+            f"{_size(self.activation_bytes(cut, rank))} of activations), and a rank holds {_size(self.cap_bytes)}; use more ranks, "
+            "smaller micro-batches, recomputation, or ranks with more memory"
+        )
 
 
-def _activation_bytes(
-    layers: Sequence[LayerCost], cut: Partition, table: Schedule, checkpoint: str, rank: int
-) -> float:
-    """The most bytes that a rank holds between forward and backward, over its slots in their order."""
-    last = WEIGHT if table.has_weight_slots else BACKWARD
-    held, most = 0.0, 0.0
-    for slot in table.of_stage(rank):
-        part = cut.parts[table.chunk_of(slot)]
-        whole = sum(layers[number].saved_bytes for number in part)
-        entry = layers[part.start - 1].output_bytes if part.start else 0.0
-        again = is_recomputed(checkpoint, slot.micro_batch, table.num_micro_batches)
-        kept = entry if again else whole
-        if slot.kind == FORWARD:
-            held += kept
-            most = max(most, held)
-        elif slot.kind == BACKWARD:
-            # What was recomputed stands beside the inputs of the others.
-            most = max(most, held - kept + whole)
-        if slot.kind == last:
-            held -= kept
-    return most
+def _size(taken: float) -> str:
+    """Bytes for a message."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if taken >= 10**power:
+            return f"{taken / 10**power:.3g} {unit}" if taken < 1000 * 10**power else f"{taken / 10**power:,.0f} {unit}"
+    return f"{taken:.0f} bytes"

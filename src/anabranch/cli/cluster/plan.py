@@ -68,7 +68,7 @@ class Timed(OptionSet):
         typer.Option(
             metavar="NAME",
             help="Hardware of one rank: a100, h100, ...; cpu or cuda measures this machine; or "
-            "compute=312T,bandwidth=2T,memory=80G.",
+            "compute=312T,bandwidth=2T,memory=80G. Its memory bounds the stages.",
         ),
     ] = "a100"
     efficiency: Annotated[
@@ -103,9 +103,10 @@ def plan(
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the step: .svg or .png.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Plan the pipeline of a model: the best contiguous stages, the schedule, and a simulated step.
+    """Plan the pipeline of a model: the quickest contiguous stages that fit in memory, the schedule, and a simulated step.
 
-    Nothing runs: the time of a step is calculated from the operations of the layers and the speeds of hardware and links.
+    Nothing runs: the time of a step is calculated from the operations of the layers and the speeds of hardware and links. A rank's memory
+    has to hold its parameters with gradients and Adam's moments (16 bytes each), and estimated activations.
     """
     require("lm", *(["plots"] if picture is not None else []), by="anabranch cluster plan")
     if picture is not None:
@@ -130,6 +131,7 @@ def plan(
         flops_s=device.compute * timed.efficiency,
         bytes_s=device.network_bandwidth or None,
         uncut=uncut_groups(config),
+        cap_bytes=device.memory_bytes,
     )
     if picture is not None:
         title = f"{model}: {scheduled.schedule}, {ranks} ranks, {made.schedule.num_micro_batches} micro-batches"
@@ -190,6 +192,8 @@ def _print(made: Plan, model: str, on: str) -> None:
                 str(rank),
                 " and ".join(_span([made.layers[number].name for number in part]) for part in parts),
                 f"{sum(layer.parameters for layer in names) / 1e6:,.2f}",
+                size(made.state_bytes_K[rank]),
+                size(made.activation_bytes_K[rank]),
                 f"{sum(layer.flops for layer in names) / 1e9:,.2f}",
                 f"{made.timeline.busy_K[rank] * 1e3:,.3f}",
                 f"{1 - made.timeline.busy_K[rank] / made.timeline.step_s:.1%}" if made.timeline.step_s else "0.0%",
@@ -200,6 +204,8 @@ def _print(made: Plan, model: str, on: str) -> None:
         "rank",
         "layers",
         "parameters\n(M)",
+        "with\nAdam",
+        "activa-\ntions",
         "forward\n(GFLOP)",
         "busy\n(ms)",
         "idle",

@@ -1,0 +1,65 @@
+"""Bounds of least cost, whatever the cost is."""
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.cluster.boundaries import quickest
+
+
+@given(
+    st.integers(1, 4),
+    st.lists(st.integers(1, 12), min_size=4, max_size=8, unique=True),
+    st.randoms(use_true_random=False),
+)
+def test_of_few_it_is_the_least_of_all(parts, ends, draw):
+    ends = sorted(ends)
+    costs = {bounds: draw.randrange(6) for bounds in combinations(ends, parts - 1)}
+    found = quickest(parts, ends, costs.__getitem__, [], most=len(costs))
+    # Of equal ones the first.
+    assert found == min(costs, key=lambda bounds: (costs[bounds], bounds))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 7])
+def test_of_many_moves_lead_to_even_parts(parts):
+    """From a start with all layers in the last part, by what the largest part costs and then by squares."""
+    length, asked = 6 * parts, []
+
+    def cost(bounds):
+        asked.append(bounds)
+        sizes = [end - start for start, end in zip((0, *bounds), (*bounds, length), strict=True)]
+        return max(sizes), sum(size**2 for size in sizes)
+
+    ends, start = list(range(1, length)), tuple(range(1, parts))
+    # Fewer than there are in all, so that they are not simply all asked.
+    assert quickest(parts, ends, cost, [start], most=0) == start
+    assert len(asked) == 1
+    most = {2: 10, 4: 1500, 7: 30_000}[parts]
+    found = quickest(parts, ends, cost, [start], most=most)
+    assert found == tuple(range(6, length, 6))
+    # None is asked for twice.
+    assert len(set(asked)) >= len(asked) - 1
+
+
+def test_the_best_of_several_starts_counts():
+    """Two valleys: one start is in each, and calls are bounded."""
+    ends, asked = list(range(1, 100)), []
+
+    def cost(bounds):
+        asked.append(bounds)
+        return min(abs(bounds[0] - 10) + 5, abs(bounds[0] - 80))
+
+    assert quickest(2, ends, cost, [(12,), (84,)], most=30) == (80,)
+    assert len(asked) <= 30
+    assert quickest(2, ends, cost, [(12,)], most=30) == (10,)
+
+
+def test_layers_that_stay_together_stay():
+    """Bounds are of the ends that are allowed."""
+    ends = [2, 3, 7]
+    for most in (0, 100):
+        found = quickest(3, ends, lambda bounds: -bounds[0], [(2, 3)], most=most)
+        assert set(found) <= set(ends)
+    assert found == (3, 7)
