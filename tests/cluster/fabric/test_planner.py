@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anabranch.cli.cluster.fabric_picture import _busiest_s
 from anabranch.cluster.fabric import (
     SCHEMES,
     SPREAD,
@@ -24,6 +25,7 @@ from anabranch.cluster.fabric import (
     plan,
     plan_trace,
     routes,
+    simulate,
 )
 from anabranch.cluster.fabric.schemes import num_pieces, num_wrapped
 from anabranch.errors import InputError
@@ -185,6 +187,10 @@ def test_every_plan_keeps_every_byte(network, scheme, scope, seed):
     # No path with a failed link carries anything.
     assert not loads(made)[~topology.is_up_L].any()
     assert busiest(made) >= lower_bound(flows, topology) * (1 - 1e-12)
+    # What the sum is of: the busiest link of each step. No link works for longer than that in all steps.
+    seconds = [8 * loads(made, step) / topology.capacity_L for step in range(flows.num_steps)]
+    assert busiest(made) == pytest.approx(sum(taken.max(initial=0.0) for taken in seconds), rel=1e-9)
+    assert np.sum(seconds, axis=0).max(initial=0.0) <= busiest(made) * (1 + 1e-9)
     np.testing.assert_allclose(loads(made), np.array([float(x) for x in exact_loads(made)]), rtol=1e-12)
 
 
@@ -417,3 +423,17 @@ def test_nothing_to_send(scheme):
 def test_packets_of_a_spread_flow_are_on_no_path():
     made = plan(Flows.of([(0, 2, 100)]), Topology.leaf_spine(2, 2, 2), "spray")
     assert [piece.path for piece in made] == [SPREAD]
+
+
+@pytest.mark.parametrize("scheme", ["ecmp", "wrap", "spray"])
+@pytest.mark.parametrize("traffic", ["all-reduce:ring", "all-reduce:halving-doubling", "all-gather:doubling"])
+@pytest.mark.parametrize("slow", [{}, {"leaf0-spine1": 40.0}], ids=["even", "one slow cable"])
+def test_nothing_ends_before_the_busiest_link_of_all_steps(traffic, scheme, slow):
+    """Which is where the picture draws its line; the sum over steps may be longer than what ranks take that go on by themselves."""
+    topology = Topology.leaf_spine(4, 4, 4).with_capacity(slow)
+    kind, algo = traffic.split(":")
+    made = plan(collective_flows(kind, 16, 6_400_000, algo), topology, scheme)
+    line = _busiest_s(made)
+    assert line == pytest.approx((8 * loads(made) / topology.capacity_L).max(), rel=1e-12)
+    assert 0 < line <= simulate(made).completion_s * (1 + 1e-9)
+    assert line <= busiest(made) * (1 + 1e-9)

@@ -178,10 +178,12 @@ def _show(told: dict[str, Any], picture: Path | None, out: Path | None) -> None:
         "traffic",
         f"{traffic['about']}   {quantity(traffic['flows'])} flows in {traffic['steps']} steps, {size(traffic['bytes'])}",
     )
-    steps = ", step by step" if traffic["steps"] > 1 else ""
-    fact("bound", f"{1e3 * bound:.4g} ms: the busiest link works that long, whatever the paths{steps}")
+    is_sum = traffic["steps"] > 1
+    what = "the busiest links of the steps work that long, added up" if is_sum else "the busiest link works that long"
+    fact("bound", f"{1e3 * bound:.4g} ms: {what}, whatever the paths")
     best = min(row["completion_s"] for row in told["schemes"])
-    headers = ["scheme", "pieces\na host", "busiest\nlink, ms", "over the\nbound", "completion,\nms", "over the\nbest"]
+    busiest = "busiest links,\nstep by step, ms" if is_sum else "busiest\nlink, ms"
+    headers = ["scheme", "pieces\na host", busiest, "over the\nbound", "completion,\nms", "over the\nbest"]
     moves = told["schemes"][0]["packets"] is not None
     if moves:
         headers += ["packets,\nms", "sent\nagain", "time-\nouts", "lost"]

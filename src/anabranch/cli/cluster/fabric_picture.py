@@ -21,8 +21,8 @@ MOST_POINTS = 400
 def draw_fabric(plans: Sequence[Plan], rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Write the picture, all or nothing, in the form that the name ends in.
 
-    Left, the time for which each link between switches works, the busiest first; right, when the last flow ends, and where its
-    busiest link is through.
+    Left, the time for which each link between switches works in all steps, the busiest first; right, when the last flow ends, and for how
+    long the busiest link works in all steps, cables of hosts among them, before which nothing ends.
     """
     from anabranch.cluster.fabric import loads
 
@@ -56,13 +56,21 @@ def draw_fabric(plans: Sequence[Plan], rows: Sequence[dict[str, Any]], title: st
             color=[SERIES[n % len(SERIES)] for n in place],
             height=0.6,
         )
-        right.plot([row["busiest_s"] * factor for row in rows], place, "|", color=INK, markersize=14)
+        right.plot([_busiest_s(plan) * factor for plan in plans], place, "|", color=INK, markersize=14)
         right.set_yticks(place, [row["scheme"] for row in rows])
         right.invert_yaxis()
         right.set_xlabel(f"completion, {unit} (line: how long the busiest link works)")
         content = to_svg(made).encode() if path.suffix == ".svg" else to_png(made)
     with atomic_file(path, clears=True) as temporary:
         temporary.write_bytes(content)
+
+
+def _busiest_s(plan: Plan) -> float:
+    """Seconds for which the busiest link works, over all steps."""
+    from anabranch.cluster.fabric import loads
+
+    up_L = plan.topology.is_up_L
+    return float((8 * loads(plan)[up_L] / plan.topology.capacity_L[up_L]).max(initial=0.0))
 
 
 def _unit(seconds: float) -> tuple[str, float]:

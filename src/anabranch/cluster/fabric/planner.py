@@ -337,10 +337,11 @@ def exact_loads(made: Plan) -> list[Fraction]:
 
 
 def busiest(made: Plan) -> float:
-    """Seconds for which the busiest link works, which no transport can end before.
+    """Seconds for which the busiest link of a step works, added up over the steps.
 
-    With several steps the sum over them: what it takes at least if everybody waits for the end of a step. Ranks that go on by themselves
-    may take less, since links are busiest at other times.
+    No transport ends before where there is one step, or where everybody waits for the end of a step. Ranks that go on by themselves may
+    end before, since another link is busiest in another step; no transport ends before ``(8 * loads(made) / capacity_L).max()``, the time
+    for which a link works in all steps.
     """
     num_links, num_steps = made.topology.num_links, made.flows.num_steps
     start, link_E, weight_E = routes(made)
@@ -350,10 +351,10 @@ def busiest(made: Plan) -> float:
 
 
 def lower_bound(flows: Flows, topology: Topology) -> float:
-    """Seconds that the busiest link works at least, whatever the paths: what crosses the edges of a host or a group over their capacity.
+    """What `busiest` is at least, whatever the paths, in seconds: what crosses the edges of a host or a group over their capacity.
 
-    The sum over steps, as of `busiest`. Groups are those of the topology: racks, and pods of a fat-tree. Infinite
-    where nothing of an edge is left. Raises InputError for a host that the network does not have.
+    The sum over steps, which ranks that do not wait for the end of a step may end before. Groups are those of the topology: racks, and
+    pods of a fat-tree. Infinite where nothing of an edge is left. Raises InputError for a host that the network does not have.
     """
     check_fits(flows, topology)
     capacity_L = np.where(topology.is_up_L, topology.capacity_L, 0).astype(float)
