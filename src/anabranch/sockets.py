@@ -1,6 +1,7 @@
 """Where a server listens: a bound socket, or a clear word why not; what it is called here, and which names mean this machine."""
 
 import contextlib
+import errno
 import ipaddress
 import re
 import socket
@@ -41,7 +42,11 @@ def listening(host: str, port: int, *, shared: bool = False) -> Iterator[socket.
             listener.bind(address)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise InputError(f"cannot listen at {host}, port {port}: {reason}; choose another port") from None
+            # No port helps where the address is another machine's.
+            other = "choose another port"
+            if error.errno == errno.EADDRNOTAVAIL:
+                other = "use an address of this machine, or 0.0.0.0 for all of them"
+            raise InputError(f"cannot listen at {host}, port {port}: {reason}; {other}") from None
         yield listener
 
 
