@@ -3,10 +3,11 @@
 #
 #   deploy/two-hosts.sh PROCESSES-PER-HOST MBIT COMMAND...
 #   deploy/two-hosts.sh 2 200 train demo --out runs/two-hosts --steps 20 --set parallel.pipeline=2
+#   sudo PYTHON="$(command -v python)" deploy/two-hosts.sh ...     # PYTHON: where anabranch is installed; sudo's own is another one
 #
 # Ranks 0 ... P - 1 are on the first host, P ... 2 P - 1 on the second, as torchrun numbers them. A folder that is named is one that both see.
 set -euo pipefail
-[ $# -ge 3 ] || { sed -n '2,7p' "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,8p' "$0"; exit 2; }
 processes=$1 mbit=$2
 shift 2
 python=${PYTHON:-python3}

@@ -383,6 +383,8 @@ def shared():
         (lambda: GPipe(TWO), InputError, "nothing says how many stages"),
         (lambda: GPipe(TWO, 3), InputError, "the model has 2 layers, too few for 3 stages"),
         (lambda: GPipe(TWO, 0), InputError, "stages is 0"),
+        (lambda: GPipe(TWO, True), InputError, "stages is True; use a whole number of at least 1"),
+        (lambda: GPipe(TWO, 1.0), InputError, "stages is 1.0"),
         (lambda: GPipe(TWO, balance=[1, 2]), InputError, r"balance is \[1, 2\], which sums to 3, and the model has 2"),
         (lambda: GPipe(TWO, balance=[2, 0]), InputError, "has the entry 0"),
         (lambda: GPipe(TWO, 3, balance=[1, 1]), InputError, "they must agree"),

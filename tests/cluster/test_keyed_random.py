@@ -182,3 +182,17 @@ def test_a_dropout_that_stands_in_two_layers_drops_apart_in_each():
     model = nn.Sequential(nn.Linear(8, 64), drop, nn.Linear(64, 64), drop, nn.Linear(64, 8))
     GPipe(model, stages=1, checkpoint="never").step(torch.randn(4, 8), torch.randn(4, 8), nn.functional.mse_loss)
     assert not torch.equal(*seen)
+
+
+def test_of_rows_the_low_32_bits_count():
+    """As the docstring says: they are not checked."""
+    told = {"seed": 0, "step": 0, "layer": 0}
+    rows = torch.tensor([5, 2**32 + 5, 5 - 2**32, -1, 2**32 - 1, 6])
+    drawn = keyed_uniform((6, 4), rows=rows, **told)
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[3], drawn[4])
+    assert not torch.equal(drawn[0], drawn[5])
+    for wrong in ({"step": 2**32}, {"step": -1}, {"micro_batch": 2**32}, {"seed": 2**63}, {"layer": 2**63}):
+        with pytest.raises(InputError, match=r"use 0 to 4294967295|not of whole numbers of 64 bits"):
+            keyed_uniform((1,), **{**told, **wrong})

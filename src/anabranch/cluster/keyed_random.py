@@ -84,11 +84,13 @@ def keyed_uniform(
     Args:
         shape: ``[N, ...]``.
         seed, step, layer, micro_batch: of the key; step and micro-batch below 2^32.
-        rows: int64 ``[N]`` below 2^32, the numbers of the rows. Default: 0 to N - 1. With those of the whole batch, and micro-batch 0, the
-            numbers are the same however the batch is cut.
+        rows: int64 ``[N]``, the numbers of the rows. Default: 0 to N - 1. With those of the whole batch, and micro-batch 0, the
+            numbers are the same however the batch is cut. Of each the low 32 bits count, and they are not checked, which would wait
+            for a device: rows whose numbers are 2^32 apart have the same random numbers.
         device: of the result.
 
-    Raises InputError for a key or rows that are out of range.
+    Raises InputError for a step or a micro-batch that is out of range, a seed or a layer that does not fit 64 bits, and for rows of another
+    shape.
     """
     if not shape:
         raise InputError("shape is empty; random numbers are drawn for rows, give at least [N]")

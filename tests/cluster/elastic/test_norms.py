@@ -41,6 +41,18 @@ def test_more_than_is_worked_on_at_a_time():
     assert Squares.sum(parts).root() == Squares.of(x).root()
 
 
+@pytest.mark.parametrize("count", [1, 2**20])
+def test_the_smallest_and_the_largest_numbers_beside_each_other(count):
+    """The most bits that a sum has."""
+    least, most = 2.0**-149, float(torch.finfo(torch.float32).max)
+    one = Squares.of(torch.tensor([least, most]))
+    assert one.total * Fraction(2) ** one.exponent == Fraction(least) ** 2 + Fraction(most) ** 2
+    many = Squares.sum([one] * count)
+    assert many.total.bit_length() < 700
+    assert many.root() == pytest.approx(most * math.sqrt(count), rel=1e-15)
+    assert Squares.of(torch.tensor([least])).root() == least
+
+
 @pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_is_told(wrong):
     one = Squares.of(torch.tensor([1.0, wrong]))

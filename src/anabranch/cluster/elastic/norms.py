@@ -81,10 +81,8 @@ class Squares:
         """The norm; infinite where a number was not finite."""
         if not self.is_finite:
             return math.inf
-        # Cut to what a double surely holds: the rest does not reach its last bit but for a tie.
-        spare = max(self.total.bit_length() - 960, 0)
-        spare += spare % 2
-        return math.ldexp(math.sqrt(self.total >> spare), (self.exponent + spare) // 2)
+        # Squares of float32 lie between 2^-298 and 2^256, so a sum has some 650 bits at most, which a double holds.
+        return math.ldexp(math.sqrt(self.total), self.exponent // 2)
 
     def told(self) -> list[int | bool]:
         """JSON-ready."""

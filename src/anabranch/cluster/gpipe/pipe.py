@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from anabranch.bounds import is_whole
 from anabranch.cluster.gpipe.chunk import Chunk, StepKey
 from anabranch.cluster.gpipe.costs import By, layer_costs
 from anabranch.cluster.gpipe.distributed import Messages, agree
@@ -208,8 +209,8 @@ class GPipe(nn.Module):
         wanted = stages if stages is not None else (None if by_balance is None else by_balance // visits) or available
         if wanted is None:
             raise InputError("nothing says how many stages there are; give stages=, balance= or devices=")
-        if not isinstance(wanted, int) or wanted < 1:
-            raise InputError(f"stages is {wanted!r}; use at least 1")
+        if not is_whole(wanted) or wanted < 1:
+            raise InputError(f"stages is {wanted!r}; use a whole number of at least 1")
         if by_balance is not None and by_balance != wanted * visits:
             raise InputError(
                 f"balance has {by_balance} entries, and stages is {wanted} with {visits} visits; they must agree"
