@@ -80,15 +80,51 @@ def says(call: Any) -> str:
     return "nothing"
 
 
-def differing(rank: int, world: int) -> list[str]:
-    """What is said where ranks are given different lengths, schemes and masks, and where one is given what cannot be."""
+# By name: what rank 0 and what the others are given beside the tensors. None of them may begin to wait for messages of attention.
+DIFFERING = {
+    "schemes": ({"scheme": "ring"}, {"scheme": "token_ring"}),
+    "causal": ({"causal": True}, {"causal": False}),
+    "windows": ({"causal": True, "window": 2}, {"causal": True}),
+    "layouts": ({"layout": "zigzag"}, {"layout": "stripe"}),
+    "a window below 1": ({"causal": True}, {"causal": True, "window": -1}),
+    "a layout that is none": ({"layout": "zigzag"}, {"layout": "zig"}),
+    "a length": ({"length": 7}, {}),
+    "a length that is none": ({"length": 7}, {"length": "a"}),
+    "documents": ({"documents": (0, 3, 8)}, {"documents": (0, 4, 8)}),
+    "documents that cannot be read": ({}, {"documents": ("a",)}),
+    "documents that are no list": ({}, {"documents": 3}),
+    "scales": ({"softmax_scale": 0.5}, {"softmax_scale": 0.25}),
+    "a scale that is none": ({"softmax_scale": 0.5}, {"softmax_scale": "a"}),
+    "a scale that is not a number": ({"softmax_scale": 0.5}, {"softmax_scale": float("nan")}),
+    "an option that is none": ({}, {"scal": 1.0}),
+    "a scheme that is none": ({}, {"scheme": "star"}),
+    "types of results": ({"out_dtype": torch.float32}, {}),
+    "a type that is none": ({}, {"out_dtype": "float32"}),
+    "links": ({"topology": Topology("ring")}, {"topology": Topology()}),
+    "links that are none": ({}, {"topology": "ring"}),
+    "a time that is none": ({}, {"timeout_s": "soon"}),
+    "a counter that is none": ({}, {"traffic": 1}),
+}
+
+
+def differing(rank: int, world: int) -> dict[str, str]:
+    """What is said where ranks are given different things, and where one is given what cannot be."""
     q = torch.zeros(1, 4, 2, 8)
-    return [
-        says(lambda: ring_attention(torch.zeros(1, 4 + 2 * rank, 2, 8), q, q)),
-        says(lambda: context_parallel_attention(q, q, q, scheme=SCHEMES[rank % 2])),
-        says(lambda: ring_attention(q, q, q, causal=rank == 0)),
-        says(lambda: ring_attention(q if rank else q[0], q, q)),
-    ]
+    asks = q.clone().requires_grad_()
+    return {
+        "lengths of ranks": says(lambda: ring_attention(torch.zeros(1, 4 + 2 * rank, 2, 8), q, q)),
+        "a shape": says(lambda: ring_attention(q if rank else q[0], q, q)),
+        "no tensor": says(lambda: ring_attention(q if rank else 3, q, q)),
+        "types": says(lambda: ring_attention(*[q.double() if rank else q] * 3)),
+        "gradients": says(lambda: context_parallel_attention(q if rank else asks, q, q)),
+        "a function and a scheme": says(lambda: token_ring_attention(q, q, q, **({"scheme": "ring"} if rank else {}))),
+        **{
+            name: says(lambda told=told: context_parallel_attention(q, q, q, **told[min(rank, 1)]))
+            for name, told in DIFFERING.items()
+        },
+        # They understand each other afterwards.
+        "nothing": says(lambda: ring_attention(q, q, q)),
+    }
 
 
 def measured(rank: int, world: int) -> tuple[Any, str]:
@@ -128,6 +164,20 @@ def grid(rank: int, world: int) -> dict[str, Any]:
         says(lambda: ring_attention(odd, odd, odd, mesh)),
         says(lambda: ring_attention(q[:, :, :1], q[:, :, :1], q[:, :, :1], mesh)),
     ]
+    # The last rank alone is given another thing, or what cannot be.
+    others: tuple[dict[str, Any], ...] = (
+        {"causal": True},
+        {"documents": ("a",)},
+        {"scal": 1.0},
+        {"layout": "zig"},
+        {"length": 7},
+    )
+    for told in others:
+        found["said"].append(
+            says(lambda told=told: context_parallel_attention(q, q, q, mesh, **(told if rank == 3 else {})))
+        )
+    longer = torch.zeros(1, 6, 4, 8) if rank == 3 else q
+    found["said"].append(says(lambda: ring_attention(longer, longer, longer, mesh)))
     return found
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from anabranch.cluster.ring import (
     SCHEMES,
+    ContextParallel,
     Layout,
     Placement,
     RingOptions,
@@ -346,7 +348,18 @@ def test_ranks_that_all_wait_are_told_of():
         ({"layout": "zigzag", "length": 5}, "each rank has 4 positions, and zigzag of 5 over 1 ranks has 6"),
         ({"out_dtype": torch.bfloat16}, "out_dtype is torch.bfloat16; use torch.float32"),
         ({"documents": (0, 3)}, r"documents are \[0, 3\]"),
+        ({"documents": ("a",)}, r"documents is \('a',\); give the positions where documents begin"),
+        ({"documents": torch.tensor([0.5, 4.0])}, r"documents is \[0.5, 4.0\]; give the positions"),
         ({"window": 2}, "window is 2 and causal False"),
+        ({"window": 1.5, "causal": True}, "window is 1.5; use a whole number"),
+        ({"causal": "yes"}, "causal is 'yes'; use True or False"),
+        ({"length": 4.0}, "length is 4.0; use a whole number of positions"),
+        ({"softmax_scale": "a"}, "softmax_scale is 'a'; use a finite number"),
+        ({"softmax_scale": float("inf")}, "softmax_scale is inf; use a finite number"),
+        ({"softmax_scal": 0.5}, "has no option 'softmax_scal'; did you mean 'softmax_scale'"),
+        ({"timeout_s": 0}, "timeout_s is 0; use a finite number above 0"),
+        ({"topology": "ring"}, "topology is 'ring'; use a Topology"),
+        ({"q": [[0.0]]}, "must be tensors, and one of them is of type list"),
     ],
 )
 def test_what_cannot_be_is_said(change, said):
@@ -355,3 +368,29 @@ def test_what_cannot_be_is_said(change, said):
     given = {"q": torch.zeros(1, 4, 4, 8), "k": torch.zeros(1, 4, 2, 8), "v": torch.zeros(1, 4, 2, 8), **change}
     with pytest.raises(InputError, match=said):
         context_parallel_attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"scheme": "ring2"}, "scheme is 'ring2', and ring_attention is by ring; call context_parallel_attention"),
+        ({"scal": 1.0}, "has no option 'scal'"),
+        ({"softmax_scale": "a"}, "softmax_scale is 'a'"),
+    ],
+)
+def test_every_door_says_what_options_there_are(options, said):
+    """By all functions that take them, in words, and before a type is found out to be wrong."""
+    part = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(InputError, match=said):
+        ring_attention(part, part, part, **options)
+    assert ring_attention(part, part, part, scheme="ring", softmax_scale=torch.tensor(0.5)).shape == part.shape
+    if "scheme" in options:
+        return
+    placement = Layout("contiguous", 1, 4).placement
+    for call in (
+        lambda: placed_attention(part, part, part, placement, placement, **options),
+        lambda: simulated_attention(part, part, part, 2, **options),
+        lambda: ContextParallel(nn.Identity(), **options),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()

@@ -41,17 +41,55 @@ def test_what_is_late_does_not_change_a_bit(ran):
         assert difference < 1e-6
 
 
+# What all ranks say, as rank 0 and the others were given it; or what the rank that was given it says, where it cannot be worked on.
+SAID = {
+    "lengths of ranks": "ranks were given different positions of a rank: 4 on rank 0, 6 on rank 1",
+    "types": "ranks were given different types: torch.float32 on rank 0, torch.float64 on rank",
+    "gradients": "ranks were given different requests for gradients: True on rank 0, False on rank",
+    "schemes": "ranks were given different schemes: 'ring' on rank 0, 'token_ring' on rank",
+    "causal": "ranks were given different causal: True on rank 0, False on rank",
+    "windows": "ranks were given different windows: 2 on rank 0, None on rank",
+    "layouts": "ranks were given different layout: 'zigzag' on rank 0, 'stripe' on rank",
+    "a layout that is none": "ranks were given different layout: 'zigzag' on rank 0, 'zig' on rank",
+    "a length": "ranks were given different length: 7 on rank 0, None on rank",
+    "documents": "ranks were given different documents: (0, 3, 8) on rank 0, (0, 4, 8) on rank",
+    "scales": "ranks were given different scales: 0.5 on rank 0, 0.25 on rank",
+    "types of results": "ranks were given different types of partial results: torch.float32 on rank 0, None on rank",
+    "links": "ranks were given different topologies: Topology(kind='ring'",
+}
+OWN = {
+    "a shape": "the shapes are query [4, 2, 8]",
+    "no tensor": "queries, keys and values must be tensors, and one of them is of type int",
+    "a function and a scheme": "scheme is 'ring', and token_ring_attention is by token_ring; call context_parallel_attention",
+    "a window below 1": "window is -1 and causal True; a window is at least 1",
+    "a length that is none": "length is 'a'; use a whole number",
+    "documents that cannot be read": "documents is ('a',); give the positions",
+    "documents that are no list": "documents is 3; give the positions",
+    "a scale that is none": "softmax_scale is 'a'; use a finite number, or None",
+    "a scale that is not a number": "softmax_scale is nan; use a finite number",
+    "an option that is none": "attention over ranks has no option 'scal'",
+    "a scheme that is none": "scheme is 'star'; use auto, token_ring",
+    "a type that is none": "out_dtype is 'float32'; use a dtype, or None",
+    "links that are none": "topology is 'ring'; use a Topology, or None",
+    "a time that is none": "timeout_s is 'soon'; use a finite number above 0, or None",
+    "a counter that is none": "traffic is 1; use a Traffic, or None",
+}
+
+
 def test_ranks_that_differ_are_told_so_on_all_ranks(ran):
+    """Whatever they differ in, and whoever is given what cannot be: nobody waits for a message, and all can go on."""
     for number, rank in enumerate(ran):
         said = rank["differing"]
-        assert said[0].startswith("InputError: ranks were given different positions of a rank: [4, 6")
-        assert said[1].startswith("InputError: ranks were given different schemes")
-        assert said[2].startswith("InputError: ranks were given different causal: [1, 0")
-        assert said[3].startswith(
-            "InputError: rank 0 was given what it cannot work on"
-            if number
-            else "InputError: the shapes are query [4, 2, 8]"
-        )
+        assert said.pop("nothing") == "nothing"
+        assert said.keys() == SAID.keys() | OWN.keys()
+        for case, words in SAID.items():
+            assert said[case].startswith(f"InputError: {words}"), case
+        for case, words in OWN.items():
+            # Rank 0 alone is given a wrong tensor, the others are given wrong options.
+            is_mine = (number == 0) == (case in ("a shape", "no tensor"))
+            wrong = 0 if case in ("a shape", "no tensor") else 1
+            told = words if is_mine else f"rank {wrong} was given what it cannot work on"
+            assert said[case].startswith(f"InputError: {told}"), case
 
 
 def test_measured_links_are_the_same_on_all_ranks(ran):
@@ -75,6 +113,9 @@ def test_rings_of_ranks_that_cut_heads_between_them():
             assert max(errors[1:]) <= 1e-11, case
         assert said[0].startswith("InputError: ")
         assert said[1].startswith("InputError: 1 query heads over 1 key heads cannot be cut over 2 ranks")
+        # Differences along a row or from row to row, and what one rank cannot work on, are told on all.
+        assert len(said) == 8
+        assert all(line.startswith("InputError: ") for line in said[2:]), said
     assert found[0].keys() == found[3].keys()
 
 

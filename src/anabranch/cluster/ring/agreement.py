@@ -1,6 +1,8 @@
 """Whether all processes were given the same: asked once in a call, so that a difference is one message and not a wait without an end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
 
 import torch
 
@@ -9,27 +11,63 @@ from anabranch.errors import InputError
 
 __all__ = ["check_agreement"]
 
+# Columns of the message, so that ranks which ask for different things understand each other; and bytes of a value that is told in words.
+_COLUMNS, _MOST_TOLD = 32, 160
+_MOST_RANKS = 8
 
-def check_agreement(values: Mapping[str, int], link: GroupLink, problem: str | None = None) -> None:
+
+def check_agreement(values: Mapping[str, Any], link: GroupLink, problem: str | None = None) -> None:
     """Raise InputError on all ranks if one has another value than the others, or a ``problem`` of its own.
 
     Args:
-        values: by name; every rank gives the same names.
+        values: by name, at most 30; they are compared as ``repr`` writes them, and a difference is told in these words.
         link: to the others, which call this too. What it sends for this is not counted.
         problem: what is wrong here already; the others learn that something is.
 
     Raises PeerError for a rank that does not answer in the link's time.
     """
-    names = list(values)
-    mine_F = torch.tensor([*values.values(), int(problem is not None)], dtype=torch.int64, device=link.device)
+    texts = {name: repr(value) for name, value in values.items()}
+    assert len(texts) <= _COLUMNS - 2, "the message has a column for each value"
+    told = [_digest(repr(list(texts))), int(problem is not None), *map(_digest, texts.values())]
+    mine_F = torch.tensor([*told, *[0] * (_COLUMNS - len(told))], dtype=torch.int64, device=link.device)
     asking = GroupLink(link.group, timeout_s=link.timeout_s)
     table = [parts[0].tolist() for parts in drive(everyone(asking, "agree", [mine_F]), Traffic())]
     if problem is not None:
         raise InputError(problem)
-    wrong = [rank for rank, row in enumerate(table) if row[-1]]
-    if wrong:
+    if wrong := [rank for rank, row in enumerate(table) if row[1]]:
         raise InputError(f"rank {wrong[0]} was given what it cannot work on; see its own message")
-    for column, name in enumerate(names):
-        found = [row[column] for row in table]
-        if len(set(found)) > 1:
+    if len({row[0] for row in table}) > 1:
+        raise InputError("ranks called different functions of attention; all must call the same")
+    for column, (name, text) in enumerate(texts.items(), start=2):
+        # The table is the same on all, so all ask each other for this value next.
+        if len({row[column] for row in table}) > 1:
+            found = _in_words([row[column] for row in table], _texts(text, asking))
             raise InputError(f"ranks were given different {name}: {found}; it must be the same on all")
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _texts(text: str, link: GroupLink) -> list[str]:
+    """What each rank says, cut to what a message holds."""
+    raw = text.encode()
+    raw = raw if len(raw) <= _MOST_TOLD else raw[: _MOST_TOLD - 3] + b"..."
+    mine_F = torch.tensor([*raw, *[0] * (_MOST_TOLD - len(raw))], dtype=torch.uint8, device=link.device)
+    came = drive(everyone(link, "agree", [mine_F]), Traffic())
+    return [bytes(parts[0].tolist()).rstrip(b"\0").decode(errors="replace") for parts in came]
+
+
+def _in_words(digests: Sequence[int], texts: Sequence[str]) -> str:
+    """Which value has which ranks: "'ring' on rank 0, 'token_ring' on ranks 1 and 2"."""
+    ranks: dict[int, list[int]] = {}
+    for rank, digest in enumerate(digests):
+        ranks.setdefault(digest, []).append(rank)
+    said = []
+    for members in ranks.values():
+        names = [str(rank) for rank in members[:_MOST_RANKS]]
+        if len(members) > _MOST_RANKS:
+            names[-1] = f"{len(members) - _MOST_RANKS + 1} others"
+        several = "" if len(names) == 1 else f"{', '.join(names[:-1])} and "
+        said.append(f"{texts[members[0]]} on rank{'s' * (len(members) > 1)} {several}{names[-1]}")
+    return ", ".join(said)

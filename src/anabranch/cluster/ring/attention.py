@@ -8,26 +8,32 @@ result is that of one process to rounding, whatever the scheme, the layout and t
 """
 # Shapes: B sequences, L positions of a rank, S of all, H query heads, G key heads, D head width, N ranks
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
-from zlib import crc32
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from anabranch.bounds import is_whole, shown
 from anabranch.cluster.ring.agreement import check_agreement
 from anabranch.cluster.ring.by_heads import ByHeads, head_shares, schedule_by_heads
 from anabranch.cluster.ring.choice import choose
-from anabranch.cluster.ring.costs import SCHEMES, Sizes, Topology
+from anabranch.cluster.ring.costs import Sizes, Topology
 from anabranch.cluster.ring.grid import attend_on_grid
 from anabranch.cluster.ring.hybrid import Hybrid, hybrid_of
 from anabranch.cluster.ring.kernel import fine_dtype
-from anabranch.cluster.ring.layout import KINDS, Layout, Placement
-from anabranch.cluster.ring.link import GroupLink, SimulatedLinks, Traffic
-from anabranch.cluster.ring.pieces import Mask
+from anabranch.cluster.ring.layout import Layout, Placement
+from anabranch.cluster.ring.link import GroupLink, SimulatedLinks
+from anabranch.cluster.ring.options import (
+    LayoutKind,
+    RingOptions,
+    asks_gradients,
+    described,
+    read_documents,
+    read_options,
+)
 from anabranch.cluster.ring.schedule import Schedule, schedule_of
 from anabranch.cluster.ring.team import Group, GroupTeam, Settings, SimulatedTeam, over_ranks, process_group
 from anabranch.errors import InputError
@@ -43,40 +49,7 @@ __all__ = [
     "token_ring_attention",
 ]
 
-LayoutKind = Literal["contiguous", "zigzag", "stripe"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RingOptions:
-    """What attention over ranks is told beside tensors.
-
-    Attributes:
-        scheme: ``auto``, one of `SCHEMES`, or ``hybrid`` (TokenRing inside nodes, a ring of keys between them), which ``auto`` looks at too
-            where ``topology`` says which ranks are of a node.
-        causal: queries see nothing behind themselves.
-        window: positions that a causal query sees, its own among them; None for all.
-        softmax_scale: factor on scores; None for 1 / sqrt(D).
-        out_dtype: of partial results that travel: None for float32 (float64 of float64), or the type of the inputs.
-        topology: what ``auto`` assumes of links, and the nodes of ``hybrid``; None for `Topology()`.
-        timeout_s: how long a message may take; None for as long as the group says.
-        traffic: counts what is sent and how long it is waited for; None for not at all.
-        check: ask first whether all ranks were given the same, which costs one small exchange; without it, ranks that were not wait.
-    """
-
-    scheme: str = "auto"
-    causal: bool = False
-    window: int | None = None
-    softmax_scale: float | None = None
-    out_dtype: torch.dtype | None = None
-    topology: Topology | None = None
-    timeout_s: float | None = None
-    traffic: Traffic | None = None
-    check: bool = True
-
-    @property
-    def mask(self) -> Mask:
-        """What queries see."""
-        return Mask(self.causal, self.window)
+Tensors = tuple[Tensor, Tensor, Tensor]
 
 
 def context_parallel_attention(
@@ -110,53 +83,22 @@ def context_parallel_attention(
 
     Raises InputError for what cannot be, on every rank; PeerError if a rank is gone or late, with its number.
     """
-    given = RingOptions(causal=causal, **options)
-    documents = None if documents is None else tuple(int(place) for place in documents)
-    is_grid = isinstance(group, DeviceMesh) and group.ndim == 2
-    team = None if is_grid else _team(group, given)
-    world = _size_of(group) if team is None else team.world
-
-    def make(rows: int) -> tuple[Placement, Placement]:
-        whole = rows * world if length is None else length
-        made = Layout(layout, world, whole, documents, least_rows=rows)
-        if made.rows != rows:
-            raise InputError(
-                f"each rank has {rows} positions, and {layout} of {whole} over {world} ranks has {made.rows}; "
-                "pad to that, and pass length="
-            )
-        return made.placement, made.placement
-
-    told = {
-        "length": -1 if length is None else length,
-        "layout": _number(KINDS, layout),
-        "documents": _digest(documents),
-    }
-    rows = query_BLHD.shape[1] if query_BLHD.dim() == 4 else -1
-    if team is None:
-        made = make(max(rows, 0))
-        return placed_attention(query_BLHD, key_BLGD, value_BLGD, *made, group, return_lse=return_lse, **vars(given))
-    return _attend(
-        (query_BLHD, key_BLGD, value_BLGD),
-        lambda: make(rows),
-        team,
-        given,
-        {**told, "positions of a rank": rows},
-        return_lse,
-    )
+    cut = _Cut(layout, length, documents, return_lse)
+    return _cut_attention((query_BLHD, key_BLGD, value_BLGD), group, cut, {"causal": causal, **options})
 
 
 def token_ring_attention(
     query_BLHD: Tensor, key_BLGD: Tensor, value_BLGD: Tensor, group: Group = None, causal: bool = False, **options: Any
 ) -> Any:
     """`context_parallel_attention` by TokenRing: queries travel one way, partial results return the other."""
-    return context_parallel_attention(query_BLHD, key_BLGD, value_BLGD, group, causal, scheme="token_ring", **options)
+    return _by_one_scheme("token_ring", (query_BLHD, key_BLGD, value_BLGD), group, causal, options)
 
 
 def ring_attention(
     query_BLHD: Tensor, key_BLGD: Tensor, value_BLGD: Tensor, group: Group = None, causal: bool = False, **options: Any
 ) -> Any:
     """`context_parallel_attention` by ring attention: keys and values travel from rank to rank (arXiv 2310.01889)."""
-    return context_parallel_attention(query_BLHD, key_BLGD, value_BLGD, group, causal, scheme="ring", **options)
+    return _by_one_scheme("ring", (query_BLHD, key_BLGD, value_BLGD), group, causal, options)
 
 
 def placed_attention(
@@ -175,22 +117,9 @@ def placed_attention(
     ``queries`` and ``keys`` say of every rank which positions its rows are, and are the same on all. Other arguments as of
     `context_parallel_attention`.
     """
-    given = RingOptions(**options)
-    tensors = (query_BLHD, key_BSGD, value_BSGD)
-    if isinstance(group, DeviceMesh) and group.ndim == 2:
-        rank = group.get_local_rank(0) * group.size(1) + group.get_local_rank(1)
-
-        def attend(*parts: Any) -> Any:
-            return placed_attention(*parts, return_lse=True, **vars(given))
-
-        made = attend_on_grid(
-            tensors, queries, keys, group, attend, _misplaced(tensors, queries, keys, group.size(), rank), given
-        )
-        return made if return_lse else made[0]
-    team = _team(group, given)
-    told = {"placement": crc32(repr((queries, keys)).encode())}
-    problem = _misplaced(tensors, queries, keys, team.world, team.ranks[0])
-    return _attend(tensors, lambda: (queries, keys), team, given, told, return_lse, problem)
+    given, problem = read_options(options)
+    told = {"placements": (queries, keys)}
+    return _placed((query_BLHD, key_BSGD, value_BSGD), queries, keys, group, given, told, return_lse, problem)
 
 
 def simulated_attention(
@@ -210,10 +139,10 @@ def simulated_attention(
     ``seed`` draws the order in which ranks take turns, and how late messages are; the result does not depend on it. Other arguments as of
     `context_parallel_attention`; S need not be a multiple of anything.
     """
-    given = RingOptions(causal=causal, **options)
-    places = None if documents is None else tuple(int(place) for place in documents)
+    given, wrong = read_options({"causal": causal, **options})
+    places, unread = read_documents(documents)
     tensors = (query_BSHD, key_BSGD, value_BSGD)
-    if problem := _problem(*tensors):
+    if problem := _problem(*tensors) or wrong or unread:
         raise InputError(problem)
     made = Layout(layout, world, query_BSHD.shape[1], places)
     parts = [tuple(made.shard(part, rank) for part in tensors) for rank in range(world)]
@@ -240,9 +169,87 @@ def simulated_placed_attention(
     return [out.transpose(1, 2) for out in found[::2]]
 
 
-def _size_of(group: Group) -> int:
-    assert isinstance(group, DeviceMesh), "a grid is a mesh"
-    return int(group.size())
+@dataclass(frozen=True)
+class _Cut:
+    """How a sequence is cut, as it was given: see `context_parallel_attention`."""
+
+    layout: Any = "contiguous"
+    length: Any = None
+    documents: Any = None
+    return_lse: bool = False
+
+
+def _by_one_scheme(scheme: str, tensors: Tensors, group: Group, causal: bool, options: Mapping[str, Any]) -> Any:
+    """Attention of a function that is named after its scheme."""
+    own = {field.name for field in fields(_Cut)}
+    cut = _Cut(**{name: value for name, value in options.items() if name in own})
+    others = {name: value for name, value in options.items() if name not in own}
+    problem = None
+    if (named := others.pop("scheme", scheme)) != scheme:
+        problem = f"scheme is {shown(named)}, and {scheme}_attention is by {scheme}; call context_parallel_attention for another one"
+    return _cut_attention(tensors, group, cut, {"causal": causal, **others, "scheme": scheme}, problem)
+
+
+def _cut_attention(
+    tensors: Tensors, group: Group, cut: _Cut, options: Mapping[str, Any], problem: str | None = None
+) -> Any:
+    """`context_parallel_attention`; whatever is wrong on this rank the others learn of, before they wait for it."""
+    given, wrong = read_options(options)
+    documents, unread = read_documents(cut.documents)
+    length = cut.length
+    if length is not None and not is_whole(length):
+        unread = f"length is {shown(length)}; use a whole number of positions, or None for those of all ranks"
+    problem = problem or wrong or unread
+    told = {"length": length, "layout": cut.layout, "documents": documents}
+    query = tensors[0]
+    rows = query.shape[1] if isinstance(query, Tensor) and query.dim() == 4 else -1
+
+    def make(world: int) -> tuple[Placement, Placement]:
+        whole = rows * world if length is None else length
+        made = Layout(cut.layout, world, whole, documents, least_rows=rows)
+        if made.rows != rows:
+            raise InputError(
+                f"each rank has {rows} positions, and {cut.layout} of {whole} over {world} ranks has {made.rows}; "
+                "pad to that, and pass length="
+            )
+        return made.placement, made.placement
+
+    told["positions of a rank"] = rows
+    if isinstance(group, DeviceMesh) and group.ndim == 2:
+        placed = (Placement((), ()), Placement((), ()))
+        try:
+            placed = make(group.size()) if problem is None and rows >= 0 else placed
+        except InputError as error:
+            problem = str(error)
+        return _placed(tensors, *placed, group, given, told, cut.return_lse, problem)
+    team = _team(group, given)
+    return _attend(tensors, lambda: make(team.world), team, given, told, cut.return_lse, problem)
+
+
+def _placed(
+    tensors: Tensors,
+    queries: Placement,
+    keys: Placement,
+    group: Group,
+    given: RingOptions,
+    told: dict[str, Any],
+    return_lse: bool,
+    problem: str | None,
+) -> Any:
+    """`placed_attention`, with what is wrong on this rank already."""
+    if isinstance(group, DeviceMesh) and group.ndim == 2:
+        rank = group.get_local_rank(0) * group.size(1) + group.get_local_rank(1)
+
+        def attend(*parts: Any) -> Any:
+            return placed_attention(*parts, return_lse=True, **vars(given))
+
+        problem = problem or _misplaced(tensors, queries, keys, group.size(), rank)
+        agreed = {**told, **described(tensors, given)}
+        made = attend_on_grid(tensors, queries, keys, group, attend, problem, given, agreed)
+        return made if return_lse else made[0]
+    team = _team(group, given)
+    problem = problem or _misplaced(tensors, queries, keys, team.world, team.ranks[0])
+    return _attend(tensors, lambda: (queries, keys), team, given, told, return_lse, problem)
 
 
 def _team(group: Group, options: RingOptions) -> Any:
@@ -262,8 +269,9 @@ def _settings(parts: Sequence[Tensor], queries: Placement, keys: Placement, opti
     sizes = Sizes.of(query, key, home)
     scheme = options.scheme
     if scheme == "auto":
-        backward = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-        scheme = choose(queries, keys, options.mask, sizes, options.topology or Topology(), backward=backward)
+        scheme = choose(
+            queries, keys, options.mask, sizes, options.topology or Topology(), backward=asks_gradients(parts)
+        )
     if scheme == ByHeads.scheme:
         head_shares(query.shape[1], key.shape[1], queries.world)
         schedule: Schedule | ByHeads | Hybrid = schedule_by_heads(queries, keys, options.mask)
@@ -285,22 +293,20 @@ def _node_size(options: RingOptions) -> int:
 
 
 def _attend(
-    tensors: tuple[Tensor, Tensor, Tensor],
+    tensors: Tensors,
     place: Callable[[], tuple[Placement, Placement]],
     team: Any,
     options: RingOptions,
-    told: dict[str, int],
+    told: dict[str, Any],
     return_lse: bool,
-    problem: str | None = None,
+    problem: str | None,
 ) -> Any:
     problem = _problem(*tensors) or problem
-    if options.scheme not in ("auto", *SCHEMES, Hybrid.scheme):
-        problem = f"scheme is {options.scheme!r}; use auto, {', '.join((*SCHEMES, Hybrid.scheme))}"
-    if team.group is not None and tensors[0].device.type != team.link.device.type:
+    if problem is None and team.group is not None and tensors[0].device.type != team.link.device.type:
         moved = team.link.device.type
         problem = f"the tensors are on {tensors[0].device}, and this group moves those of {moved}; use a group of nccl for CUDA"
     if team.group is not None and options.check:
-        check_agreement({**told, **_described(tensors, options)}, team.link, problem)
+        check_agreement({**told, **described(tensors, options)}, team.link, problem)
     if problem is not None:
         raise InputError(problem)
     queries, keys = place()
@@ -327,6 +333,8 @@ def _misplaced(tensors: tuple[Tensor, ...], queries: Placement, keys: Placement,
 
 def _problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """What is wrong with the tensors of one rank."""
+    if kinds := [type(part).__name__ for part in (query, key, value) if not isinstance(part, Tensor)]:
+        return f"queries, keys and values must be tensors, and one of them is of type {kinds[0]}"
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if any(part.dim() != 4 for part in (query, key, value)):
         return f"the shapes are {shapes}; they must be [B, L, H, D], [B, L, G, D] and the same"
@@ -339,28 +347,3 @@ def _problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if len({part.dtype for part in (query, key, value)}) > 1 or not query.dtype.is_floating_point:
         return f"the types are {query.dtype}, {key.dtype} and {value.dtype}; use one floating type"
     return None
-
-
-def _described(tensors: tuple[Tensor, ...], options: RingOptions) -> dict[str, int]:
-    """What must be the same on all ranks, as numbers."""
-    query, key = tensors[:2]
-    is_fit = query.dim() == key.dim() == 4
-    names = ("sequences", "query heads", "head widths", "key heads")
-    sizes = (query.shape[0], query.shape[2], query.shape[3], key.shape[2]) if is_fit else (0, 0, 0, 0)
-    scale = options.softmax_scale
-    return {
-        **dict(zip(names, sizes, strict=True)),
-        "types": crc32(f"{query.dtype} {options.out_dtype}".encode()),
-        "schemes": crc32(f"{options.scheme} {options.topology}".encode()),
-        "causal": int(options.causal),
-        "windows": -1 if options.window is None else options.window,
-        "scales": -1 if scale is None else crc32(repr(float(scale)).encode()),
-    }
-
-
-def _number(names: Sequence[str], name: str) -> int:
-    return names.index(name) if name in names else -1
-
-
-def _digest(documents: tuple[int, ...] | None) -> int:
-    return -1 if documents is None else crc32(repr(documents).encode())

@@ -8,7 +8,7 @@ part in the ring of its column. More ranks can share a sequence than there are h
 """
 # Shapes: B sequences, L rows of a rank, H query heads, G key heads, D head width
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from anabranch.cluster.ring.link import GroupLink, Traffic, drive
 from anabranch.errors import InputError
 
 if TYPE_CHECKING:
-    from anabranch.cluster.ring.attention import RingOptions
+    from anabranch.cluster.ring.options import RingOptions
 
 __all__ = ["attend_on_grid"]
 
@@ -39,6 +39,7 @@ def attend_on_grid(
     attend: Callable[..., tuple[Tensor, Tensor]],
     problem: str | None,
     options: "RingOptions",
+    told: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """(out_BLHD, lse_BLH) of this rank's rows.
 
@@ -49,13 +50,14 @@ def attend_on_grid(
         attend: attention over a ring, ``attend(query, key, value, queries, keys, group)``.
         problem: what is wrong with the tensors of this rank; then all ranks raise.
         options: of attention.
+        told: what all ranks must be given alike, by name.
 
-    Raises InputError where heads do not divide, or ranks of a row were given different shapes.
+    Raises InputError where heads do not divide, or ranks were given different things.
     """
     query, key, value = tensors
     link = GroupLink(mesh.get_group(1), timeout_s=options.timeout_s)
     if options.check:
-        _check(tensors, mesh, link, problem, options.timeout_s)
+        _check(told, mesh, link, problem, options.timeout_s)
     elif problem is not None:
         raise InputError(problem)
     shares = head_shares(query.shape[2], key.shape[2], link.world)
@@ -76,19 +78,14 @@ def attend_on_grid(
 
 
 def _check(
-    tensors: tuple[Tensor, ...], mesh: DeviceMesh, link: GroupLink, problem: str | None, timeout_s: float | None
+    told: Mapping[str, Any], mesh: DeviceMesh, link: GroupLink, problem: str | None, timeout_s: float | None
 ) -> None:
     """Raise InputError on all ranks of the mesh if something is wrong on one: first along rows, then from row to row."""
-    sizes = dict.fromkeys(("sequences", "query heads", "key heads", "head widths", "bytes of a number"), 0)
-    if problem is None:
-        query, key = tensors[:2]
-        found = (query.shape[0], query.shape[2], key.shape[2], query.shape[3], query.dtype.itemsize)
-        sizes = dict(zip(sizes, found, strict=True))
     try:
-        check_agreement(sizes, link, problem)
+        check_agreement(told, link, problem)
     except InputError as error:
         problem = str(error)
-    check_agreement({}, GroupLink(mesh.get_group(0), timeout_s=timeout_s), problem)
+    check_agreement(told, GroupLink(mesh.get_group(0), timeout_s=timeout_s), problem)
 
 
 def _swap(link: GroupLink, parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:

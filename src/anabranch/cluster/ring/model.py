@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from anabranch.cluster.gradients import average_gradients as mean_over_ranks
-from anabranch.cluster.ring.attention import RingOptions, placed_attention
+from anabranch.cluster.ring.attention import placed_attention
 from anabranch.cluster.ring.layout import KINDS, Layout
+from anabranch.cluster.ring.options import RingOptions, read_options
 from anabranch.cluster.ring.scored import options_of, with_sinks
 from anabranch.cluster.ring.sharded_cache import ShardedCache
 from anabranch.cluster.ring.team import Group, process_group
@@ -123,7 +124,9 @@ class ContextParallel(nn.Module):
         self.model = model
         self.layout_kind: Any = layout
         self.group = process_group(group)
-        self.options = RingOptions(**options)
+        self.options, problem = read_options(options)
+        if problem is not None:
+            raise InputError(problem)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.world = 1 if self.group is None else dist.get_world_size(self.group)
         if hasattr(model, "set_attn_implementation"):
