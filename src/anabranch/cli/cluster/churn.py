@@ -68,11 +68,11 @@ def churn(
             }
         )
     else:
-        done = f"{found.steps} steps   {found.tries} reductions of peers, {found.lost} of them ended by a loss and tried again"
-        fact("done", done)
+        done = f"{found.steps} steps   {found.completed} of {found.begun} steps of survivors completed"
+        fact("done", f"{done}; of {found.interrupted} that a loss interrupted {found.recovered}")
         fact(
             "events",
-            f"{found.kills} kills, {found.hangs} hangs, {found.starts} starts, {found.master_kills} of the master",
+            f"{found.kills} kills, {found.hangs} hangs ({found.woken} woken), {found.starts} starts, {found.master_kills} of the master",
         )
         fact("gap", f"{found.longest_gap_s:.2f} s between two steps, at most")
         fact("bits", "equal at every step" if not found.differing else f"differ at steps {list(found.differing)[:10]}")
