@@ -21,7 +21,7 @@ from anabranch.cluster.pccl.tours import best_tour, tour_cost
 from anabranch.config import Config, configclass
 from anabranch.data import DataConfig
 from anabranch.data.config import Data
-from anabranch.errors import PeerError
+from anabranch.errors import ConfigError, PeerError
 from anabranch.studies.gpipe_runs import token_loss
 from anabranch.studies.harness import Metrics, Progress
 
@@ -86,6 +86,8 @@ class Learn(Config):
     layers: int = 2
     batch: int = 8
     length: int = 64
+    # Of churned: rounds that the others do by themselves after the one in which a worker died.
+    absent: int = 0
 
 
 def run(config: Any, seed: int, progress: Progress) -> Metrics:
@@ -100,8 +102,9 @@ def run(config: Any, seed: int, progress: Progress) -> Metrics:
 
 
 def run_churn(config: Churn, seed: int, progress: Progress) -> Metrics:
-    """``completed``: share of survivors' reductions that no loss ended; ``sound``: 1 where all had equal bits and nobody failed;
-    ``gap_s``: the longest between two steps.
+    """``completed``: share of survivors' steps that were done in time, if need be again with those who were left, ``recovered`` the same of
+    those that a loss interrupted (None where there was none); ``uninterrupted``: share of tries that no loss ended; ``sound``: 1 where all
+    had equal bits, nobody failed and all who hung heard that they were out; ``gap_s``: the longest between two steps of the group.
     """
     found = churn(
         seconds=config.seconds,
@@ -113,11 +116,17 @@ def run_churn(config: Churn, seed: int, progress: Progress) -> Metrics:
         on_event=progress,
     )
     return {
-        "completed": 1 - found.lost / max(found.tries, 1),
+        "completed": found.completed / max(found.begun, 1),
+        "recovered": found.recovered / found.interrupted if found.interrupted else None,
+        "uninterrupted": 1 - found.lost / max(found.tries, 1),
         "sound": float(found.is_sound),
         "gap_s": found.longest_gap_s,
         "steps": found.steps,
-        "kills": found.kills + found.hangs,
+        "begun": found.begun,
+        "interrupted": found.interrupted,
+        "kills": found.kills,
+        "hangs": found.hangs,
+        "woken": found.woken,
         "starts": found.starts,
         "master_kills": found.master_kills,
     }
@@ -201,12 +210,19 @@ def run_hidden(config: Hidden) -> Metrics:
 
 def run_learn(config: Learn, seed: int, progress: Progress) -> Metrics:
     """``validation``: nats per token after training; ``bytes``: that a worker sent, on average; ``spread``: the largest difference of a
-    weight between two workers, which is 0.
-    """
-    data = DataConfig(sequence_length=config.length).build()
-    gone = threading.Event()
+    weight between two workers, which is 0; ``least_world``: workers in the smallest of all reductions.
 
-    def work(number: int, peers: Communicator) -> tuple[nn.Module, int]:
+    Raises ConfigError for a death after which nobody is absent, PeerError where the death was not one in the midst of a reduction.
+    """
+    is_churned = config.way == "churned"
+    if is_churned and not 1 <= config.absent <= config.steps // config.every - config.steps // 2 // config.every - 1:
+        raise ConfigError(
+            f"absent is {config.absent}; of churned the others do 1 round or more without the one that died, and one more with a newcomer"
+        )
+    data = DataConfig(sequence_length=config.length).build()
+    death = _Death(config.workers - 1, config.workers) if is_churned else None
+
+    def work(number: int, peers: Communicator) -> tuple[nn.Module, int, int]:
         model = _model(config, data.tokenizer.vocab_size, seed)
         stream = data.train(seed=seed, rank=number, world_size=config.workers + 1)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -217,36 +233,44 @@ def run_learn(config: Learn, seed: int, progress: Progress) -> Metrics:
             token_loss(model(batch.token_BL), batch.target_BL).backward()
 
         if config.way == "ddp":
-            _learn_each_step(config, model, optimizer, gradient, peers)
+            least = _learn_each_step(config, model, optimizer, gradient, peers)
         else:
-            _learn_in_rounds(config, model, optimizer, gradient, peers, number, gone)
+            least = _learn_in_rounds(config, model, optimizer, gradient, peers, number, death)
         progress(f"{config.way}: worker {number} is done")
-        return model, peers.sent_bytes
+        return model, peers.sent_bytes, least
 
-    late = [config.workers] if config.way == "churned" else []
-    ended = _together(config.workers, work, late=late, gone=gone)
-    models = [model for model, _ in ended]
+    ended = _together(config.workers, work, death=death)
+    models = [model for model, _, _ in ended]
+    least_world = min(least for _, _, least in ended)
+    if least_world != config.workers - is_churned or len(models) != config.workers:
+        raise PeerError(
+            f"the smallest reduction had {least_world} workers, and {len(models)} have ended: of {config.workers} "
+            f"{'one was to die in the midst of a reduction, and another to come' if is_churned else 'none was to be lost'}"
+        )
     weights = [torch.cat([value.detach().reshape(-1) for value in model.parameters()]) for model in models]
     return {
         "validation": _validation(config, models[0], data),
-        "bytes": statistics.fmean(sent for _, sent in ended),
+        "bytes": statistics.fmean(sent for _, sent, _ in ended),
         "spread": max(float((weight - weights[0]).abs().max()) for weight in weights),
         "workers": len(models),
+        "least_world": least_world,
     }
 
 
 def _learn_each_step(
     config: Learn, model: nn.Module, optimizer: torch.optim.Optimizer, gradient: Callable[[], None], peers: Communicator
-) -> None:
-    """Synchronous data parallelism."""
+) -> int:
+    """Synchronous data parallelism. Returns how many workers were in the smallest reduction, at most all."""
+    least = config.workers
     for _ in range(config.steps):
         gradient()
         gradients = [value.grad for value in model.parameters() if value.grad is not None]
         flat = torch.cat([one.reshape(-1) for one in gradients])
-        peers.all_reduce(flat, op="avg")
+        least = min(least, peers.all_reduce(flat, op="avg").world)
         for one, part in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
             one.copy_(part.reshape(one.shape))
         optimizer.step()
+    return least
 
 
 def _learn_in_rounds(
@@ -256,9 +280,11 @@ def _learn_in_rounds(
     gradient: Callable[[], None],
     peers: Communicator,
     number: int,
-    gone: threading.Event,
-) -> None:
-    """DiLoCo; of ``churned`` the last worker dies half-way, and the others go on once a newcomer has taken its place."""
+    death: "_Death | None",
+) -> int:
+    """DiLoCo; of ``churned`` the last worker dies in the reduction of the round that ends half-way. The others reduce that round again, do
+    the next ones by themselves, and then wait until a newcomer is there. Returns how many were in the smallest reduction, at most all.
+    """
     outer = DiLoCo(
         model,
         peers,
@@ -266,29 +292,46 @@ def _learn_in_rounds(
         quantise="min_max" if config.way == "quantised" else None,
         asynchronous=config.way == "asynchronous",
     )
-    churn = config.way == "churned" and number < config.workers
+    half = config.steps // 2 // config.every * config.every
+    # Of who was there from the beginning.
+    again = half + config.absent * config.every if death is not None and number < config.workers else -1
+    least = config.workers
     while outer.steps < config.steps:
-        # Between rounds: in the midst of one the newcomer would meet nobody.
-        if churn and outer.steps >= config.steps // 2 and outer.steps % config.every == 0:
-            if number == config.workers - 1:
-                raise _Gone
-            gone.wait(_BOUND_S)
-            # It hears here that one left: until then it takes the dead one for there.
-            peers.update_topology()
+        if death is not None and number == death.number and outer.steps == half - 1:
+            death.is_due.set()
+        if outer.steps == again:
             peers.wait_for(config.workers)
-            churn = False
-        outer.begin_step()
+        is_met = outer.begin_step()
+        if death is not None and is_met and outer.steps == again - config.every:
+            # Those who wait were let in already: it comes to the next.
+            death.is_over.set()
         if outer.steps >= config.steps:
             break
         gradient()
         optimizer.step()
-        outer.end_step()
-    outer.finish()
+        if (told := outer.end_step()) is not None and told.peers:
+            least = min(least, told.peers)
+    if (told := outer.finish()) is not None:
+        least = min(least, told.peers)
     outer.close()
+    return least
 
 
-class _Gone(Exception):  # noqa: N818  # a worker's end, not an error
-    pass
+class _Gone(BaseException):
+    """A worker's end, as by kill -9."""
+
+
+class _Death:
+    """Of worker ``number``, in the midst of its next reduction once it ``is_due``; worker ``late`` comes once it ``is_over``."""
+
+    def __init__(self, number: int, late: int) -> None:
+        self.number, self.late = number, late
+        self.is_due, self.is_over = threading.Event(), threading.Event()
+
+    def __call__(self, moment: str) -> None:
+        """Before what a peer is about to do: in the ring its neighbours wait for it."""
+        if moment == "ring" and self.is_due.is_set():
+            raise _Gone
 
 
 def _model(config: Learn, vocabulary: int, seed: int) -> nn.Sequential:
@@ -337,10 +380,9 @@ def _together(
     delay_s: float = 0.0,
     window: int = 1 << 20,
     rate: float | None = None,
-    late: list[int] | None = None,
-    gone: threading.Event | None = None,
+    death: _Death | None = None,
 ) -> list[Any]:
-    """What ``work`` gave in each of ``count`` peers, threads of this process; those in ``late`` come once ``gone`` is set.
+    """What ``work`` gave in each of ``count`` peers, threads of this process; with a ``death`` one of them dies, and one more comes.
 
     With a delay or a rate each is reached through a relay alone.
     """
@@ -356,24 +398,26 @@ def _together(
                 port = _free_port()
                 relay = stack.enter_context(Relay(("127.0.0.1", port), delay_s=delay_s, window=window, rate=rate))
                 settings |= {"listen": f"127.0.0.1:{port}", "advertise": f"127.0.0.1:{relay.port}"}
+            if death is not None and number == death.number:
+                settings["before"] = death
             communicator = Communicator(master.address, **settings)
             try:
-                if number in (late or []) and gone is not None:
-                    gone.wait(_BOUND_S)
-                with communicator as peers:
-                    if number not in (late or []):
-                        peers.wait_for(count)
-                    found[number] = work(number, peers)
+                if death is not None and number == death.late:
+                    death.is_over.wait(_BOUND_S)
+                    communicator.connect()
+                else:
+                    communicator.connect().wait_for(count)
+                found[number] = work(number, communicator)
             except _Gone:
-                communicator.close()
-                if gone is not None:
-                    gone.set()
+                # Its sockets are cut, and it says no word of leaving.
+                communicator._die()
             except (PeerError, PeerLost) as error:
                 errors.append(error)
+            finally:
+                communicator.close()
 
-        threads = [
-            threading.Thread(target=peer, args=(number,), daemon=True) for number in (*range(count), *(late or []))
-        ]
+        late = [] if death is None else [death.late]
+        threads = [threading.Thread(target=peer, args=(number,), daemon=True) for number in (*range(count), *late)]
         for thread in threads:
             thread.start()
         for thread in threads:
