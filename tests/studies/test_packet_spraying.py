@@ -11,7 +11,20 @@ from anabranch.config import from_dict, to_dict
 from anabranch.studies import packet_spraying_kernel as kernel
 from anabranch.studies.corrected import settled
 from anabranch.studies.harness import Results
-from anabranch.studies.packet_spraying import SCHEMES, SMOKE, Size, arms, draw, judge, late, make, networks, run
+from anabranch.studies.packet_spraying import (
+    SCHEMES,
+    SMOKE,
+    Size,
+    arms,
+    draw,
+    judge,
+    late,
+    make,
+    networks,
+    over_bound,
+    run,
+    uniform,
+)
 from claims import run_only
 
 judged = run_only(judge)
@@ -103,14 +116,17 @@ def test_packets_are_held_against_spraying(arm, share, claim):
 def test_real_paths_and_dispatch_have_limits():
     made = {
         "kernel": {seed: {"pinned_share": 0.95, "hashed_share": 0.6} for seed in range(2)},
-        "dispatch": {seed: {"wrap_over_bound": 1.0005, "hashed_over_bound": 1.2} for seed in range(2)},
+        "dispatch": {seed: {"wrap_over_bound": 1.0005, "hashed_4to1": 1.4, "hashed_1to1": 1.2} for seed in range(2)},
     }
     assert verdicts(made) == {
         "5: pinned flows reach 0.9 of four real paths": "holds",
         "5: the kernel's hash reaches 0.75 or less": "holds",
-        "6: dispatch: wrap is within 0.1%": "holds",
-        "6: dispatch: hashing takes 1.3 times the least": "does not hold",
+        "6: dispatch, at 4:1 and 1:1: wrap is within 0.1%": "holds",
+        "6: dispatch at 4:1: hashing takes 1.3 times the least": "holds",
+        "6: dispatch at 1:1, the paper's network: hashing takes 1.3 times the least": "does not hold",
     }
+    exact = {claim.claim for claim in judge(Results(made)) if claim.exact}
+    assert {claim for claim in exact if claim.startswith("6")} == {"6: dispatch, at 4:1 and 1:1: wrap is within 0.1%"}
     # A machine without namespaces leaves the claims open.
     made["kernel"] = {seed: {"pinned_share": None, "hashed_share": None, "why": "x"} for seed in range(2)}
     assert not [claim for claim in verdicts(made) if claim.startswith("5")]
@@ -169,7 +185,28 @@ def test_dispatch_of_a_trained_model():
     learner = config.learner.replace(train=config.learner.train.replace(steps=4, batch_size=2))
     found = run(config.replace(learner=learner, tokens=4096), 0, lambda text: None)
     assert found["wrap_over_bound"] == pytest.approx(1.0, abs=5e-3)
-    assert found["hashed_over_bound"] > found["wrap_over_bound"]
+    assert found["hashed_4to1"] > found["wrap_over_bound"]
+    assert found.keys() >= {"hashed_1to1", "uniform_4to1", "uniform_1to1"}
+
+
+def test_each_layer_has_a_hash_of_its_own_and_wrap_meets_the_bound_for_each():
+    """Layers of a seed shared every path, so that their mean was one draw."""
+    index_NK = uniform(4096, 2, 32, seed=[0, 0])
+    assert sorted(np.unique(index_NK)) == list(range(32))
+    assert (index_NK[:, 0] != index_NK[:, 1]).all()
+    topology = Topology.leaf_spine(4, 4, 4, cap_up=100, cap_host=400)
+    for seed in range(3):
+        found = [over_bound(index_NK, 32, 16, topology, seed, layer) for layer in range(4)]
+        assert len({hashed for _, hashed in found}) > 1
+        assert all(wrap == pytest.approx(1.0, abs=1e-3) for wrap, _ in found)
+
+
+def test_no_claim_rests_on_the_seeds_of_other_arms():
+    """Where others had run five times, the mean of two decided."""
+    few = {seed: {"hashed_4to1": 1.5 + seed / 100, "pinned_share": 0.95} for seed in range(2)}
+    five = {seed: {"gap": 0.0} for seed in range(5)}
+    found = settled(judged(Results({"dispatch": few, "kernel": few, "theorem": five})), 5)
+    assert [claim.verdict for claim in found] == ["holds", "not resolved", "not resolved"]
 
 
 def test_without_the_tools_the_kernel_arm_says_so(monkeypatch):
