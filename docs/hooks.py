@@ -321,10 +321,19 @@ def _frozen_told(recorded: dict[str, Any]) -> list[str]:
     if history:
         first, last = history[0], history[-1]
         told.append(f"Plan and rule frozen on {first['date']} ({last['hash']}), {first['why'].partition('. ')[0]}.")
-    if any(claim["verdict"] == "void" for claim in recorded["claims"]):
-        reasons = [entry["why"].partition(". ")[2] or entry["why"] for entry in history if entry["voids"]]
-        told += [f"Void until the arms have run again. {reason}." for reason in reasons]
+    told += [f"Frozen anew on {entry['date']}. {entry['why']}." for entry in history[1:] if _is_told(entry)]
+    void = [claim for claim in recorded["claims"] if claim["verdict"] == "void"]
+    # What the study itself calls void stays so, whatever runs.
+    told += [f"Void: {why}." for why in dict.fromkeys(claim.get("why_void") for claim in void) if why]
+    if any(not claim.get("why_void") for claim in void):
+        reasons = [entry["why"].partition(". ")[2] or entry["why"] for entry in history[:1] if entry["voids"]]
+        told.append(" ".join(["Void until the arms have run again.", *(f"{reason}." for reason in reasons)]))
     return told
+
+
+def _is_told(entry: dict[str, Any]) -> bool:
+    """Whether a plan that was frozen anew says something else, and not only the same in another form."""
+    return bool(entry["voids"]) or any(what.startswith("primary was ") for what in entry.get("changed", []))
 
 
 def is_judged_otherwise(claim: dict[str, Any]) -> bool:
@@ -491,6 +500,9 @@ OUTCOMES = {
     "void": "void",
     "not run": "not run",
 }
+# Of a primary claim that is none of the paper's, which its cell for the paper says at the start: nothing is reproduced by it.
+OURS = "ours"
+OUTCOMES_OF_OURS = {"holds": "holds, a claim of ours", "does not hold": "does not hold, a claim of ours"}
 
 
 TESTS_ONLY = "tests only"
@@ -529,6 +541,8 @@ def headline(name: str) -> dict[str, Any] | None:
         "ours": _ours_told(judged),
         "count": count if judged["ours"] is not None and outcome != TESTS_ONLY else None,
     }
+    if paper.startswith(OURS):
+        outcome = OUTCOMES_OF_OURS.get(judged["verdict"], outcome)
     return found | told | {"paper": paper, "outcome": outcome}
 
 
@@ -565,7 +579,7 @@ def headlines(up: str = "") -> str:
     """A row for each study: what came out of the claim that stands for it."""
     frozen = sorted((ROOT / "studies" / "results").glob("*/frozen.json"))
     rows = [found for path in frozen if (found := headline(path.parent.name)) is not None]
-    order = [*OUTCOMES.values(), TESTS_ONLY]
+    order = [*OUTCOMES.values(), TESTS_ONLY, *OUTCOMES_OF_OURS.values()]
     rows.sort(key=lambda row: order.index(row["outcome"]))
     columns = {
         "Study": "page",
@@ -583,8 +597,8 @@ def headlines(up: str = "") -> str:
     counts = ", ".join(
         f"{count} {name}"
         for name in order
-        # Of this kind there may be none at all.
-        if (count := sum(row["outcome"] == name for row in rows)) or name != TESTS_ONLY
+        # Of the other kinds there may be none at all.
+        if (count := sum(row["outcome"] == name for row in rows)) or name in OUTCOMES.values()
     )
     return f"{made}\n{len(rows)} studies: {counts}.\n"
 

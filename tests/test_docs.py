@@ -371,6 +371,13 @@ def test_study_table_by_hand():
     assert "| holds, exact |" in shown
     assert "\nPlan and rule frozen on 2026-11-30 (ab), after its runs.\n" in shown
     assert "\nVoid until the arms have run again. The grid was cut.\n" in shown
+    # What was frozen anew says so though nothing is void; what a study calls void itself is not made good by runs.
+    history = [*history, {"date": "2026-12-01", "hash": "cd", "why": "a claim more", "voids": ["all"]}]
+    own = {**claim, "verdict": "void", "why_void": "chosen on the same questions"}
+    shown = hooks.study_table({**recorded, "claims": [claim, own], "frozen": {"hash": "cd", "history": history}})
+    assert "\nFrozen anew on 2026-12-01. a claim more.\n" in shown
+    assert "\nVoid: chosen on the same questions.\n" in shown
+    assert "Void until" not in shown
 
 
 def test_every_verdict_over_zero_is_marked():
@@ -631,6 +638,19 @@ def test_what_is_exact_reproduces_nothing():
                 if claim["claim"] == found["claim"]
             ]
             assert not claim["exact"], path.parent.name
+
+
+@pytest.mark.parametrize(("verdict", "told"), [("holds", "holds, a claim of ours"), ("not resolved", "undecided")])
+def test_a_claim_of_ours_is_not_said_to_be_reproduced(verdict, told, tmp_path, monkeypatch):
+    recorded_study(tmp_path, "own", verdict=verdict)
+    place = tmp_path / "studies" / "results" / "own" / "frozen.json"
+    place.write_text(place.read_text().replace("at least 2", "ours; the paper has no figures"))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "scales.toml").write_text("")
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    assert hooks.headline("own")["outcome"] == told
+    assert f"0 reproduced, 0 contradicted, {int(told == 'undecided')} undecided" in hooks.headlines()
+    assert ("1 holds, a claim of ours" in hooks.headlines()) is (verdict == "holds")
 
 
 def test_the_size_of_every_study_is_told():

@@ -17,7 +17,7 @@ def llmrouter():
 @needs_data("llm_routing")
 def test_llmrouter_is_merged_without_its_copies(llmrouter):
     data = llmrouter.data
-    assert (len(data), len(data.models), len(set(data.task))) == (5540, 9, 13)
+    assert (len(data), len(data.models), len(set(data.task))) == (5541, 9, 13)
     assert len(np.unique(groups(data))) == len(data)
     assert np.isfinite(data.score_NM).all()
     assert data.score_NM.max(1).mean() > data.score_NM.mean(0).max() > data.score_NM.mean()
@@ -45,7 +45,7 @@ def test_mmlu_of_two_models():
     found = SETS["routellm_mmlu"]()
     weak, strong = found.data.score_NM.mean(0)
     assert (weak, strong) == (pytest.approx(0.681, abs=0.002), pytest.approx(0.806, abs=0.002))
-    assert len(found.data) == len(deduplicated(found.data)) == 13928
+    assert len(found.data) == len(deduplicated(found.data)) == 13937
     train, test = split(found.data, seed=0)
     check_disjoint(train, test)
     assert found.data.cost_NM[0, 1] / found.data.cost_NM[0, 0] == pytest.approx(24.7 / 0.24)

@@ -53,8 +53,19 @@ def test_two_steps_need_half_a_point_over_ten_splits():
     ("score", "active", "verdict"), [(0.66, 30.0, "holds"), (0.64, 30.0, "does not hold"), (0.7, 34.0, "does not hold")]
 )
 def test_budgeted_maps_must_keep_active_parameters_too(score, active, verdict):
-    found = verdicts(**{"two_step_0.0005": runs(score=score, active=active), "best_single": runs(score=0.64)})
-    assert found == {f"two-step-0.0005, {active} billion active of at most 33 (at least best-single + 0.015)": verdict}
+    found = verdicts(two_step_auto=runs(score=score, active=active), best_single=runs(score=0.64))
+    assert found == {f"two-step-auto, {active} billion active of at most 33 (at least best-single + 0.015)": verdict}
+
+
+@pytest.mark.parametrize("arm", ["two-step-0.0005", "two-step-0.002"])
+@pytest.mark.parametrize("score", [0.7, 0.5])
+def test_what_was_chosen_on_the_same_questions_is_void_whatever_came_out(arm, score):
+    results = Results({arm: runs(score=score, active=10.0), "best-single": runs(score=0.64)})
+    (claim,) = make(full=True).judged(results)[2:4][["two-step-0.0005", "two-step-0.002"].index(arm) :][:1]
+    assert claim.claim.startswith(arm)
+    assert claim.verdict == "void"
+    assert "chosen while looking" in claim.why_void
+    assert claim.ours == score
 
 
 def test_the_worst_budget_decides():

@@ -1,6 +1,7 @@
 """What every study keeps: all its claims stand in its result, whether their arms have run or not."""
 
 import bisect
+import dataclasses
 import itertools
 import json
 import statistics
@@ -11,7 +12,7 @@ import pytest
 from anabranch import studies
 from anabranch.errors import ConfigError
 from anabranch.studies.frozen import read
-from anabranch.studies.harness import Claim, Results, _read, void
+from anabranch.studies.harness import Claim, Results, _read, run_study, standing
 from anabranch.studies.paired import SEEDS_NEEDED
 
 RECORDED = Path(__file__).parents[2] / "studies" / "results"
@@ -24,6 +25,7 @@ NOT_RUN = {
     "dynmole",
     "ftp",
     "glider",
+    "graphrouter",
     "lora_mixer",
     "mhr",
     "pccl",
@@ -32,6 +34,7 @@ NOT_RUN = {
     "rewiring",
     "rexmoe_grown",
     "router_r1",
+    "routing_survey",
     "scale",
     "tokenring",
     "ttspm",
@@ -55,7 +58,7 @@ def test_nothing_that_is_planned_vanishes(name, full):
 def summarized(study):
     """Claims as the harness judges the recorded runs, and writes nothing."""
     results, _, origins = _read(study, RECORDED)
-    return void(study.judged(results), read(RECORDED, study.name).voided(origin.frozen for origin in origins))
+    return standing(study, results, read(RECORDED, study.name), origins)
 
 
 @pytest.mark.parametrize("name", RAN)
@@ -152,3 +155,26 @@ def test_no_verdict_stands_on_fewer_than_five_repetitions(name):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_full_size_has_seeds_enough_for_a_verdict(name):
     assert len(set(studies.find(name)(full=True).seeds)) >= SEEDS_NEEDED
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_run_of_every_study_says_where_it_ran_on_what_and_how_long(name, tmp_path):
+    """Whatever the study: its runs are the harness's to write."""
+    study = studies.find(name)(full=True)
+    arm = study.arms[0]
+    made = dataclasses.replace(
+        study,
+        run=lambda config, seed, progress: {},
+        inputs=lambda config: "what it read",
+        judge=lambda _: [],
+        draw=None,
+    )
+    run_study(made, tmp_path, arms=[arm.name], seeds=[0])
+    record = json.loads((tmp_path / study.name / f"{arm.name}-seed0.json").read_text())
+    assert record["where"].keys() >= {"commit", "cpu", "isa", "threads"}
+    assert record["where"]["cpu"]
+    assert str(record["where"]["threads"]) >= "1"
+    assert record["versions"].keys() >= {"python", "machine", "numpy", "torch"}
+    assert record["seconds"] >= 0
+    assert record["cpu_seconds"] >= 0
+    assert record["inputs"] == "what it read"

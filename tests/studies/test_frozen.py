@@ -204,6 +204,30 @@ def test_what_is_frozen_anew_is_void_until_it_has_run_again(folder):
     assert verdicts(run_study(changed, folder)) == ["holds"]
 
 
+def two(results):
+    """The claim of before, and one of other arms."""
+    return [
+        *judge(results),
+        results.claim("loss", ours="best", baseline="other", claim="best is best", paper="-", verdict=verdict_of),
+    ]
+
+
+def test_only_what_rests_on_older_runs_is_void(tmp_path):
+    """What was frozen anew voids every claim, until the runs that it rests on are of the new plan; others need not run again for that."""
+    arms = [*make().arms, *(Arm(name, "", {"kind": kind}) for name, kind in (("other", "plain"), ("best", "better")))]
+    run_study(make(arms=arms, judge=two), tmp_path, freezes=True)
+    changed = make(arms=[*arms, Arm("more", "", {"kind": "plain"})], judge=two)
+    refreeze(changed, tmp_path, "one more")
+    assert verdicts(summarize(changed, tmp_path)) == ["void", "void"]
+    for path in (tmp_path / "made_up").glob("be*-seed*.json"):
+        path.unlink()
+    run_study(changed, tmp_path, arms=["better", "best"])
+    assert verdicts(summarize(changed, tmp_path)) == ["void", "void"]
+    for path in (tmp_path / "made_up").glob("plain-seed*.json"):
+        path.unlink()
+    assert verdicts(run_study(changed, tmp_path, arms=["plain"])) == ["holds", "void"]
+
+
 def test_another_primary_claim_voids_nothing_and_is_told(folder):
     """Which claim stands for the rest says nothing about what came out of any; that it was changed afterwards stands in the record."""
     other = make(primary="another")

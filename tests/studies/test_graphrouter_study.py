@@ -5,7 +5,7 @@ import pytest
 
 from anabranch.config import from_dict, to_dict
 from anabranch.studies import find, names
-from anabranch.studies.graphrouter import Case, draw, judge, make
+from anabranch.studies.graphrouter import Case, draw, judge, make, run
 from anabranch.studies.graphrouter_runs import (
     UNIT,
     area,
@@ -64,15 +64,23 @@ def test_two_points_over_the_best_single_model(gain, verdict):
     assert claim.interval[0] < claim.difference < claim.interval[1]
 
 
-def test_plus_is_held_against_the_better_of_the_two():
-    claims = verdicts(knn=rewards(0.1), kmeans=rewards(0.12), plus=rewards(0.11))
-    assert (
-        found(claims, "plus is at least as good as the better of k-NN and k-means (kmeans), Performance").verdict
-        == "does not hold"
-    )
-    claims = verdicts(knn=rewards(0.1), kmeans=rewards(0.12), plus=rewards(0.14))
-    assert found(claims, "plus is at least as good").verdict == "holds"
-    assert found(claims, "plus is better than kmeans by a point").verdict == "holds"
+@pytest.mark.parametrize("scenario", ["Performance First", "Balance", "Cost First"])
+@pytest.mark.parametrize("best", ["single", "task-told", "knn", "kmeans", "ridge"])
+def test_plus_is_held_against_the_best_baseline_that_is_told_no_task(scenario, best):
+    """In each scenario, whichever it is; what is told the task, and the oracle, are none."""
+    others = {arm: rewards(0.1) for arm in ("single", "task-told", "knn", "kmeans", "ridge")}
+    told = {"task": rewards(0.3), "oracle": rewards(0.4)}
+    for gain, verdict in ((0.11, "does not hold"), (0.14, "holds")):
+        claims = verdicts(**told, **{**others, best: rewards(0.12)}, plus=rewards(gain))
+        assert claims[f"plus is at least as good as the best baseline ({best}), {scenario}"].verdict == verdict
+        assert claims[f"plus is better than the best baseline ({best}) by a point, {scenario}"].verdict == verdict
+
+
+def test_the_primary_claim_is_the_papers_margin():
+    study = make(full=True)
+    claim = next(claim for claim in study.judge(Results({})) if claim.claim == study.primary)
+    assert claim.claim.startswith("12.3% above the best baseline")
+    assert claim.paper.startswith("at least 12.3%")
 
 
 def test_the_papers_margin_is_relative_to_the_best_baseline():
@@ -110,11 +118,14 @@ def test_areas_and_streams():
     arms = {
         "plus": {seed: {"aiq": 0.7} for seed in range(3)},
         "reference": {seed: {"aiq": 0.6 + 0.001 * seed} for seed in range(3)},
+        "kmeans": {seed: {"aiq": 0.71 + 0.001 * seed} for seed in range(3)},
         "online": {seed: {"reward": 0.65 + 0.001 * seed, "frozen": 0.66} for seed in range(3)},
         "linucb": {seed: {"reward": 0.64} for seed in range(3)},
     }
     claims = verdicts(**arms)
-    assert found(claims, "one plus").verdict == "holds"
+    area = "one plus for the three trade-offs: area at least that of"
+    assert claims[f"{area} three reference models"].verdict == "holds"
+    assert claims[f"{area} k-means"].verdict == "does not hold"
     assert found(claims, "learning from its own").verdict == "holds"
     assert found(claims, "learning on").verdict == "does not hold"
 
@@ -154,6 +165,18 @@ def test_the_area_of_one_choice_is_its_effect_from_its_cost_on():
     assert area(part, [best]) == pytest.approx(
         (1 - slope / 2) * part.test.score_NM.max(1).mean() + slope / 2 * effect[0]
     )
+
+
+def test_areas_are_of_the_three_scenarios_for_every_arm_alike():
+    """What `plus` reaches at more trade-offs stands beside it, and is held against nobody."""
+    configs = {arm.name: arm.config for arm in make().arms}
+    part = parts("made", 0)
+    for name in ("single", "task-told", "knn", "kmeans", "ridge"):
+        choices = [baseline(name, part, scenario, 0) for scenario in ("performance", "balance", "cost")]
+        assert run(configs[name], 0, print)["aiq"] == area(part, choices)
+    plus = run(configs["plus"], 0, print)
+    assert plus["aiq"] <= plus["aiq_all"]
+    assert "aiq_all" not in run(configs["mean"], 0, print)
 
 
 def test_small_runs(tmp_path):

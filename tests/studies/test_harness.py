@@ -98,6 +98,7 @@ def test_result_file_has_exactly_the_promised_form(tmp_path):
             "limit": None,
             "exact": False,
             "count": 2,
+            "why_void": None,
         }
     ]
 
@@ -201,6 +202,23 @@ def test_what_a_run_reads_beside_its_config_is_part_of_its_key(tmp_path, noted_o
     )
     assert any("read other text: the files have changed since" in text for text in told)
     assert len(list((tmp_path / "made_up" / "earlier").glob("*.json"))) == (4 if noted_only else 2)
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_an_older_record_of_what_reads_nothing_counts_where_notes_are_asked_for(tmp_path, is_here):
+    """Whether what the other arm reads is on this machine or not."""
+
+    def inputs(config):
+        if config["kind"] == "plain":
+            return None
+        if not is_here:
+            raise DataError("not here")
+        return "text"
+
+    run_study(make(seeds=(0,)), tmp_path)
+    results, outdated = read_records(make(seeds=(0,), inputs=inputs, noted_only=True), tmp_path)
+    assert list(results.runs) == ["plain"]
+    assert [(arm, "did not note what text it read" in reason) for arm, _, reason in outdated] == [("better", True)]
 
 
 def edit(path, **changes):

@@ -6,9 +6,11 @@ import pytest
 from anabranch.config import from_dict, to_dict
 from anabranch.routers import strategies
 from anabranch.routers.data import pool_of
+from anabranch.routers.strategies.bandit import Bandit
 from anabranch.studies import find, names
 from anabranch.studies.harness import Results, run_study
 from anabranch.studies.routing_survey import (
+    BANDITS,
     BASELINES,
     Case,
     _packed,
@@ -114,13 +116,39 @@ def test_apgr_of_the_best_arm(apgr, verdict):
 
 
 @pytest.mark.parametrize(
-    ("after", "verdict"), [([0.66, 0.67], "holds"), ([0.66, 0.6], "not resolved"), ([0.5, 0.5], "does not hold")]
+    ("after", "verdict"), [([0.66, 0.67], "holds"), ([0.66, 0.6], "does not hold"), ([0.5, 0.5], "does not hold")]
 )
-def test_bandits_are_held_against_ridge(after, verdict):
+def test_each_bandit_is_held_against_ridge_by_itself_in_every_split(after, verdict):
     arms = {"ridge": runs([0.68, 0.70]), "linucb": runs([0.6, 0.6], llmrouter_online=after)}
-    claim = verdicts(arms)["bandits reach 95% of ridge regression that saw all outcomes"]
+    arms |= {"thompson": runs([0.6, 0.6], llmrouter_online=[0.69, 0.69])}
+    found = verdicts(arms)
+    claim = found["linucb reaches 95% of ridge regression that saw all outcomes, in every split"]
     assert claim.verdict == verdict
     assert claim.ours == pytest.approx(min(after[0] / 0.68, after[1] / 0.70))
+    assert found["thompson reaches 95% of ridge regression that saw all outcomes, in every split"].verdict == "holds"
+
+
+def test_every_bandit_has_its_claim():
+    assert {name for name in learners() if isinstance(strategies.make(name), Bandit)} == set(BANDITS)
+
+
+def test_two_points_are_tested_against_two_points():
+    """All gain more than nothing for sure, and 2.5 points on average: that they gain more than 2 is not sure."""
+    rows = [np.arange(400), np.arange(200, 600)]
+    arms = {f"near{number}": runs([0.6, 0.6], [127 * (np.arange(400) % 40 == number)] * 2) for number in range(4)}
+    results = Results({"best-single": reference(rows), **arms})
+    for beyond, is_sure in ((0.0, True), (0.02, False)):
+        for gain, p, _ in gains(results, list(arms), "llmrouter", beyond).values():
+            assert gain == pytest.approx(0.025)
+            assert (p < 0.05) is is_sure
+    claim = next(one for name, one in verdicts(results.runs).items() if name.startswith("at least 4"))
+    assert (claim.ours, claim.verdict) == (0, "does not hold")
+
+
+def test_no_claim_is_said_to_be_of_the_survey():
+    study = make(full=True)
+    claims = {claim.claim: claim.paper for claim in study.judge(Results({}))}
+    assert claims[study.primary].startswith("ours")
 
 
 def test_speed_is_that_of_the_slowest_and_time_of_all():

@@ -4,7 +4,7 @@
 MT-Bench with 54 billion; labels of the single best expert are noise that a router cannot learn, a category is not. Their companion
 (arXiv 2405.07518) serves 150 experts from three tiers of memory. Their models and judge are not ours; the claims are about relations.
 
-Data: LLMRouter's recorded scores of 9 open models (7 to 70 billion) on 5,540 questions of 13 tasks, MiniLM vectors, 80/20 by task, ten
+Data: LLMRouter's recorded scores of 9 open models (7 to 70 billion) on 5,541 questions of 13 tasks, MiniLM vectors, 80/20 by task, ten
 splits of the same questions, so intervals are over splits and not over new data. GPQA is not in our copy; figures measured before
 with it (two-step .650, best single .618) are of another mix. Nine in ten questions have several models tied at the top, so what the paper
 says of jittery labels cannot be tested here; it stays the paper's. Routing arms (score; average active parameters):
@@ -23,20 +23,24 @@ says of jittery labels cannot be tested here; it stays the paper's. Routing arms
     serve-reload, -lru, -lfu, -rate, -prefetch, -short  twelve tiny language models on disk, room for four, 2,000 requests, Zipf and
                                          bursty (`expert_serving`; the first two seeds)
 
-Rules, fixed before the recorded runs; a claim over splits needs ten of them (else not resolved) and speaks of the mean paired
-difference. (1) two-step at least direct-fair + .005; two-step-0.0005, if at most 33 billion active, at least best-single + .015;
-two-step-0.002, if at most 12 billion, at least best-single - .01; two-step at least k-means - .007; host-chosen, at every budget, at
-least host-plain - .003, host-aware - .003 and host-single - .003. (2) abstention: held-out score at least forced + .01, score on other
-tasks at least forced - .005; within .005 of always general on held-out tasks. (3) the integer program equals enumeration in every case, and
-solves 40 categories by 30 experts within 2 processor seconds. (4) in every seed (of at least two) and on both traces: 95% of first tokens
-of -prefetch come within half the time of -reload, and no later than with -lru; it moves at most half the bytes of -reload, and at most
-those of -lru. Values of lambda were first chosen while looking at splits of the same questions; -auto is the honest automatic one. Trial
-runs of serving settled that guesses are made only where they are sure and are taken back, and added -short.
+Rules, fixed before the recorded runs; a claim over splits needs ten of them (else not resolved) and speaks of the mean paired difference.
+(1) two-step at least direct-fair + .005; two-step-auto, if at most 33 billion active, at least best-single + .015, as is asked of
+two-step-0.0005; two-step-0.002, if at most 12 billion, at least best-single - .01; two-step at least k-means - .007; host-chosen, at
+every budget, at least host-plain - .003, host-aware - .003 and host-single - .003. (2) abstention: held-out score at least forced + .01,
+score on other tasks at least forced - .005; within .005 of always general on held-out tasks. (3) the integer program equals enumeration
+in every case, and solves 40 categories by 30 experts within 2 processor seconds. (4) in every seed (of at least two) and on both traces:
+95% of first tokens of -prefetch come within half the time of -reload, and no later than with -lru; it moves at most half the bytes of
+-reload, and at most those of -lru. The two fixed values of lambda were first chosen while looking at splits of the same questions: what
+they come to is shown, and void whatever it is; -auto, whose lambda is chosen on train, is the honest one, and its claim was added on
+2026-12-01, after results were seen. Which questions are the same is judged otherwise since then (signs tell them apart), so that of
+before only what reads no questions counts. Trial runs of serving settled that guesses are made only where they are sure and are taken
+back, and added -short.
 """
 # Shapes: N rows, M models, D dimensions, C categories
 
 import operator
 import time
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -56,8 +60,10 @@ from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.data import SETS, pool_of, split
 from anabranch.routers.embed import embed_cached
 from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.embed.minilm import SHA256
 from anabranch.studies import expert_serving
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
+from anabranch.studies.outcomes import digest_of
 from anabranch.studies.paired import Verdict, every_seed
 from anabranch.studies.routing_survey import made_up
 
@@ -130,6 +136,9 @@ def make(full: bool = False) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=draw,
+        # Serving reads no questions.
+        inputs=lambda case: None if case.policy == "serve" else read_by(case.data),
+        noted_only=True,
     )
 
 
@@ -379,6 +388,16 @@ def _drawn_table(generator: np.random.Generator, num_categories: int, num_expert
 
 
 @cache
+def read_by(name: str) -> str:
+    """Digest of what is read of a set of outcomes."""
+    if name == "made":
+        found = made_up()
+        return digest_of(found.data, found.pool)
+    found = SETS[name]()
+    return digest_of(found.data, found.pool, embedder=SHA256)
+
+
+@cache
 def outcomes(name: str, seed: int) -> tuple[Recorded, Recorded, Pool]:
     """Train and test with vectors, and the models with their sizes."""
     if name == "made":
@@ -401,8 +420,9 @@ def judge(results: Results) -> list[Claim]:
         at_least(
             results, "score", "two-step", "direct-fair", 0.005, "two steps beat the fair direct label", "direction only"
         ),
-        _within(results, "two-step-0.0005", 33.0, 0.015, "31 B average active"),
-        _within(results, "two-step-0.002", 12.0, -0.01, "no number"),
+        _within(results, "two-step-auto", 33.0, 0.015, "31 B average active"),
+        _seen_before(_within(results, "two-step-0.0005", 33.0, 0.015, "31 B average active")),
+        _seen_before(_within(results, "two-step-0.002", 12.0, -0.01, "no number")),
         at_least(results, "score", "two-step", "k-means", -0.007, "categories do as well as clusters", "not compared"),
         *(_every_budget(results, other) for other in ("host-plain", "host-aware", "host-single")),
         at_least(
@@ -459,6 +479,12 @@ def _within(results: Results, arm: str, most: float, margin: float, paper: str) 
     measured = f"{active:.1f} billion active of" if np.isfinite(active) else "billions active:"
     told = f"{arm}, {measured} at most {most:g}"
     return at_least(results, "score", arm, "best-single", margin, told, paper, also=active <= most)
+
+
+def _seen_before(claim: Claim) -> Claim:
+    """Void whatever came out: the arm's lambda was chosen while looking at the questions that it is judged on."""
+    told = "lambda was chosen while looking at splits of the same questions"
+    return claim if claim.verdict == "not run" else replace(claim, verdict="void", why_void=told)
 
 
 def _every_budget(results: Results, other: str) -> Claim:

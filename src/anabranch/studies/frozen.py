@@ -55,6 +55,15 @@ class Frozen:
         """Of the plan."""
         return sign(self.plan)
 
+    def voiding(self) -> list[tuple[list[str], Callable[[str | None], bool]]]:
+        """For each time it was frozen, which claims that voids, and whether a run is older, by the hash that it notes."""
+        hashes = [entry["hash"] for entry in self.history]
+
+        def older(at: int) -> Callable[[str | None], bool]:
+            return lambda own: (hashes.index(own) if own in hashes else -1) < at
+
+        return [(list(entry["voids"]), older(at)) for at, entry in enumerate(self.history)]
+
     def voided(self, ran_under: Iterable[str | None]) -> list[str]:
         """Claims that are void, by their words, or `ALL`: those of entries that came after one of the runs. ``ran_under``: the hash that
         each run notes, None for one that notes none, as those do that are older than plans."""

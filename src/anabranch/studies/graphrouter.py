@@ -2,7 +2,7 @@
 
 "GraphRouter: A Graph-based Router for LLM Selections", Feng, Shen and You, ICLR 2025, arXiv 2410.03834: on four tasks and ten models it
 earns at least 12.3% more than the best baseline (abstract; .539 against .517 where quality counts alone), and takes in new models from a
-few shots in 3 s where training takes 30 s (.207 against .219). What is scaled down, or rather other: LLMRouter's recorded outcomes, 5,540
+few shots in 3 s where training takes 30 s (.207 against .219). What is scaled down, or rather other: LLMRouter's recorded outcomes, 5,541
 questions of 13 tasks and 9 models; MiniLM vectors; costs estimated from lengths of prompts, 512 tokens of answer and list prices, scaled
 to [0, 1] task by task. Rewards are the paper's: effect (Performance First), .5 effect - .5 cost (Balance), .2 effect - .8 cost (Cost
 First). Each seed is a split of 80% to learn from (an eighth of it validates) and 20% to judge on, within tasks.
@@ -15,11 +15,16 @@ task, which only it and the `-given` arms are told), `task-told` (of the task to
 queries of which everything is known, then 4,000 of which only the chosen model's score is told; LinUCB has the best of four alphas, in
 hindsight.
 
-Rules, fixed before the recorded runs; what was tuned was tuned on other splits. Rewards are compared by a paired bootstrap over questions
-(2,000 draws; a question counts with all splits it was tested in): a claim "by x" holds if the 95% interval of the difference less x lies
-above 0, does not hold if it lies below. Newcomers, streams and areas under the curve: the same with the t-interval over seeds. "At least
-as good as the better of k-NN and k-means": as the one that earns more over all splits. "A third of the way": new models' gain over the
-old pool at 400 shots less a third of full training's gain is not below 0.
+Rules; what was tuned was tuned on other splits. Rewards are compared by a paired bootstrap over questions (2,000 draws; a question counts
+with all splits it was tested in): a claim "by x" holds if the 95% interval of the difference less x lies above 0, does not hold if it
+lies below. Newcomers, streams and areas under the curve: the same with the t-interval over seeds. The primary claim is the paper's
+margin. "The best baseline" is the one of `single`, `task-told`, `knn`, `kmeans` and `ridge`, none of which is told the task, that earns
+most over all splits. Areas are those of the choices in the three scenarios, of every arm alike. "A third of the way": new models' gain
+over the old pool at 400 shots less a third of full training's gain is not below 0.
+
+These rules are of 2026-12-01, made stricter after results of other splits were seen: until then the better of k-NN and k-means stood for
+the baselines, Cost First had no claim, the first claim was the primary one, and `plus` was given fourteen trade-offs for its area where
+its peer had three. Which questions are the same is judged otherwise since (signs tell them apart), so that no run of before counts.
 """
 # Shapes: Q questions
 
@@ -36,20 +41,33 @@ from anabranch.report.style import GRID, INK, MUTED, SERIES, figure, to_png, to_
 from anabranch.routers.graphrouter import GraphRouter
 from anabranch.routers.graphrouter.settings import Episodes, PlusConfig, Training
 from anabranch.routers.referee import bootstrap
-from anabranch.studies.graphrouter_runs import SHOTS, UNIT, run_baseline, run_graph, run_newcomers, run_online, unpacked
+from anabranch.studies.graphrouter_runs import (
+    SHOTS,
+    UNIT,
+    read_by,
+    run_baseline,
+    run_graph,
+    run_newcomers,
+    run_online,
+    unpacked,
+)
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, estimate
 
 BASELINES = ("random", "single", "task", "task-told", "knn", "kmeans", "ridge", "oracle")
+# Told no task, so that a router may be held against them.
+UNTOLD = ("single", "task-told", "knn", "kmeans", "ridge")
 SCENARIOS = {"performance": "Performance First", "balance": "Balance", "cost": "Cost First"}
 LEAST, NEAR, POINT, SHOT_GAIN, HARM, THIRD, PAPER = 0.02, 0.005, 0.01, 0.008, 0.003, 1 / 3, 0.123
 EXACT = 10**9
+MARGIN = "12.3% above the best baseline, Performance First"
 
 COLUMNS = (
     Column("performance", "Performance\nFirst", ".4f"),
     Column("balance", "Balance", ".4f"),
     Column("cost", "Cost\nFirst", ".4f"),
-    Column("aiq", "AIQ", ".4f"),
+    Column("aiq", "AIQ of\nthree", ".4f"),
+    Column("aiq_all", "AIQ\nof all", ".4f"),
     Column("fit_cpu_s", "fit\nCPU s", ".1f"),
     Column("old", "old\npool", ".4f"),
     Column("ours_30", "30\nshots", ".4f"),
@@ -109,6 +127,10 @@ def make(full: bool = False) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=draw,
+        revision=2,
+        inputs=lambda case: read_by(case.data),
+        noted_only=True,
+        primary=MARGIN,
     )
 
 
@@ -203,21 +225,14 @@ def judge(results: Results) -> list[Claim]:
             "not compared",
         ),
     ]
-    for scenario in ("performance", "balance"):
-        name, better = SCENARIOS[scenario], _better(results, scenario)
-        what = f"plus is at least as good as the better of k-NN and k-means ({better}), {name}"
-        claims.append(_reward(results, scenario, "plus", better, 0.0, what, "no number"))
-        claims.append(
-            _reward(
-                results,
-                scenario,
-                "plus",
-                better,
-                POINT,
-                f"plus is better than {better} by a point, {name}",
-                "no number",
-            )
-        )
+    for scenario, name in SCENARIOS.items():
+        best = _best(results, scenario)
+        told = f" ({best})" if best else ""
+        for by, what in (
+            (0.0, f"plus is at least as good as the best baseline{told}, {name}"),
+            (POINT, f"plus is better than the best baseline{told} by a point, {name}"),
+        ):
+            claims.append(_reward(results, scenario, "plus", best, by, what, "no number"))
     claims.append(_paper(results))
     claims += [
         _within(
@@ -245,13 +260,21 @@ def judge(results: Results) -> list[Claim]:
         _within(
             results, "newcomers", "ours_400", "ours_30", 0.0, "more shots are better (400 against 30)", "no number"
         ),
-        _seeds(
-            results,
-            "aiq",
-            "plus",
-            "reference",
-            "one plus for all trade-offs: area at least three reference models'",
-            "no number",
+        *(
+            _seeds(
+                results,
+                "aiq",
+                "plus",
+                other,
+                f"one plus for the three trade-offs: area at least that of {told}",
+                "no number",
+            )
+            for other, told in (
+                ("reference", "three reference models"),
+                ("knn", "k-NN"),
+                ("kmeans", "k-means"),
+                ("task-told", "the best model of the task told"),
+            )
         ),
         _seeds(results, "reward", "online", "linucb", "learning from its own choices: at least LinUCB", "no number"),
         _within(results, "online", "reward", "frozen", 0.0, "learning on is better than not", "no number"),
@@ -287,19 +310,20 @@ def _verdict(low: float, high: float) -> Verdict:
     return "holds" if low >= 0 else "does not hold" if high < 0 else "not resolved"
 
 
-def _better(results: Results, scenario: str) -> str:
-    return max(("knn", "kmeans"), key=lambda arm: np.nan_to_num(results.mean(arm, scenario).mean, nan=-np.inf))
+def _best(results: Results, scenario: str) -> str:
+    """The baseline that earns most of those that are told no task; empty where none has run."""
+    known = [arm for arm in UNTOLD if results.values(arm, scenario)]
+    return max(known, key=lambda arm: results.mean(arm, scenario).mean, default="")
 
 
 def _paper(results: Results) -> Claim:
     """The abstract's margin, in Performance First: plus against the best baseline that is not told the task."""
-    known = [arm for arm in ("single", "task-told", "knn", "kmeans", "ridge") if results.values(arm, "performance")]
-    if not known:
-        return Claim.not_run("12.3% above the best baseline, Performance First", "at least 12.3%; .539 against .517")
-    best = max(known, key=lambda arm: results.mean(arm, "performance").mean)
+    best, paper = _best(results, "performance"), "at least 12.3%; .539 against .517"
+    if not best:
+        return Claim.not_run(MARGIN, paper)
     by = PAPER * results.mean(best, "performance").mean
     what = f"12.3% above the best baseline ({best}), Performance First"
-    return _reward(results, "performance", "plus", best, by, what, "at least 12.3%; .539 against .517")
+    return _reward(results, "performance", "plus", best, by, what, paper)
 
 
 def _seeds(results: Results, metric: str, ours: str, baseline: str, claim: str, paper: str) -> Claim:

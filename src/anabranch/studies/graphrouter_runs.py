@@ -16,10 +16,12 @@ from anabranch.routers.contract.predictor import Ranked
 from anabranch.routers.contract.query import Model, Outcome, Pool, Query
 from anabranch.routers.data import SETS, split
 from anabranch.routers.embed import embed_cached
+from anabranch.routers.embed.minilm import SHA256
 from anabranch.routers.graphrouter import GraphRouter
 from anabranch.routers.graphrouter.graph import WEIGHTS, CostScale
 from anabranch.routers.graphrouter.nodes import Tasks
 from anabranch.routers.referee import aiq
+from anabranch.studies.outcomes import digest_of
 
 TRADE_OFFS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
 SCENARIO_TRADE_OFF = {name: cost / effect for name, (effect, cost) in WEIGHTS.items()}
@@ -39,6 +41,15 @@ def table(name: str) -> Recorded:
         return made()
     data = SETS[name]().data
     return data.with_vectors(embed_cached(minilm(), data.query))
+
+
+@cache
+def read_by(name: str) -> str:
+    """Digest of what is read of a set of outcomes."""
+    if name == "made":
+        return digest_of(made())
+    found = SETS[name]()
+    return digest_of(found.data, found.pool, embedder=SHA256)
 
 
 @cache
@@ -157,11 +168,15 @@ def area(part: Parts, choices: list[np.ndarray]) -> float:
 def run_baseline(method: str, name: str, seed: int) -> dict[str, Any]:
     """A baseline in the three scenarios."""
     part = parts(name, seed)
-    return earned(part, {scenario: baseline(method, part, scenario, seed) for scenario in WEIGHTS})
+    choices = {scenario: baseline(method, part, scenario, seed) for scenario in WEIGHTS}
+    return earned(part, choices) | {"aiq": area(part, list(choices.values()))}
 
 
 def run_graph(config: GraphRouter.Config, name: str, seed: int) -> dict[str, Any]:
-    """GraphRouter in the three scenarios: one model for all in mode ``plus``, one each in the others."""
+    """GraphRouter in the three scenarios: one model for all in mode ``plus``, one each in the others.
+
+    ``aiq``: area of the choices of the three scenarios, as of every arm; ``aiq_all``: of all `TRADE_OFFS`, which ``plus`` alone serves.
+    """
     part, started = parts(name, seed), time.process_time()
     vectors = model_vectors(name)
     if config.mode == "plus":
@@ -169,7 +184,8 @@ def run_graph(config: GraphRouter.Config, name: str, seed: int) -> dict[str, Any
         spent = time.process_time() - started
         choice = {trade_off: router.utilities(part.test, trade_off).argmax(1) for trade_off in TRADE_OFFS}
         chosen = {scenario: choice[trade_off] for scenario, trade_off in SCENARIO_TRADE_OFF.items()}
-        return earned(part, chosen) | {"aiq": area(part, list(choice.values())), "fit_cpu_s": spent}
+        areas = {"aiq": area(part, list(chosen.values())), "aiq_all": area(part, list(choice.values()))}
+        return earned(part, chosen) | areas | {"fit_cpu_s": spent}
     choices = {}
     for scenario in WEIGHTS:
         router = config.replace(scenario=scenario).build().fit(part.train, seed=seed, model_vectors=vectors)

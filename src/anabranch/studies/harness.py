@@ -77,6 +77,7 @@ class Claim:
             it); None where any difference decides.
         exact: whether chance has no part in it: a theorem, equal bits. It is a test, needs no seeds, and is no claim of the paper's.
         count: repetitions that the verdict rests on, such as seeds, splits or questions; None: the seeds of the study.
+        why_void: why the study itself calls the claim void, whatever came out; None where it does not.
 
     Raises ConfigError where a claim that has run has neither baseline nor limit, or a difference that is not what it should be.
     """
@@ -92,6 +93,7 @@ class Claim:
     limit: float | tuple[float, float] | None = None
     exact: bool = False
     count: int | None = None
+    why_void: str | None = None
 
     def __post_init__(self) -> None:
         if self.ours is None or self.margin is not None:
@@ -158,6 +160,15 @@ class Results:
         found = {seed: metrics.get(metric) for seed, metrics in self.runs.get(arm, {}).items()}
         return {seed: float(value) for seed, value in found.items() if value is not None}
 
+    def without(self, runs: Collection[tuple[str, int]]) -> "Results":
+        """These, less some runs, each an arm and a seed."""
+        return Results(
+            {
+                arm: {seed: metrics for seed, metrics in seeds.items() if (arm, seed) not in runs}
+                for arm, seeds in self.runs.items()
+            }
+        )
+
     def mean(self, arm: str, metric: str) -> Estimate:
         """Mean over the seeds of an arm."""
         return estimate(list(self.values(arm, metric).values()))
@@ -215,8 +226,8 @@ class Study:
         fit: what ``--fit`` shows, one row of numbers per law that is fitted; None for a study of no law.
         inputs: config of an arm -> digest of what its run reads beside the config (text, say), by content; None: what the parts of
             the config say they read, see `anabranch.studies.provenance`. A run counts for the same digest only.
-        noted_only: whether records do not count that say nothing of what they read, as those of older versions. Otherwise they count,
-            and are named in the result.
+        noted_only: whether records of arms that read something do not count where they say nothing of it, as those of older versions.
+            Otherwise they count, and are named in the result.
         primary: the words of the claim that stands for the paper's headline; None: the first.
         brackets: arms at several learning rates, of which it is told where the best is an end.
         exact: words of claims that are exact, where the frozen rule does not mark them. They are judged as the others are and marked
@@ -357,9 +368,7 @@ def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, 
         told = "".join(f"; that of {arm} seed {seed} {reason}" for arm, seed, reason in outdated[:1])
         raise DataError(f"no finished run of study {study.name!r} in {folder / study.name}; run it first{told}")
     path = folder / f"{study.name}.json"
-    claims = study.judged(results)
-    if frozen is not None:
-        claims = void(claims, frozen.voided(origin.frozen for origin in origins))
+    claims = standing(study, results, frozen, origins)
     outcome = Outcome(study, results, claims, path, list(missing), outdated, origins, frozen)
     atomic_write_json(folder / study.name / "summary.json", summary_rows(study, results))
     if study.draw is not None:
@@ -383,6 +392,24 @@ def refreeze(study: Study, folder: str | Path, why: str) -> Frozen:
     if before is not None and not changed:
         raise ConfigError(f"study {study.name!r} is what was frozen ({before.hash}); there is nothing to freeze anew")
     return freeze(folder, plan, why, changed=changed, voids=[] if is_told_otherwise else [ALL])
+
+
+def standing(study: Study, results: Results, frozen: Frozen | None, origins: Sequence[Origin]) -> list[Claim]:
+    """The claims as judged, void where the plan was frozen anew since runs that they rest on.
+
+    A claim rests on these runs if it comes out otherwise, in any figure, without them.
+    """
+    claims = study.judged(results)
+    if frozen is None:
+        return claims
+    for words, is_older in frozen.voiding():
+        older = {(origin.arm, origin.seed) for origin in origins if is_older(origin.frozen)}
+        if older and words:
+            pairs = zip(study.judge(results), study.judge(results.without(older)), strict=True)
+            rests = [before != after for before, after in pairs]
+            voided = void(claims, words)
+            claims = [late if on else early for on, early, late in zip(rests, claims, voided, strict=True)]
+    return claims
 
 
 def void(claims: Sequence[Claim], words: Collection[str]) -> list[Claim]:
@@ -433,9 +460,11 @@ def _read(study: Study, folder: Path) -> tuple[Results, list[tuple[str, int, str
     outdated, origins = [], []
     digests = Digests(study.inputs)
     for arm in study.arms:
-        is_reader = study.inputs is not None or bool(readers(arm.config))
+        is_reader: bool | None = None
         for seed in recorded_seeds(folder / study.name, arm.name):
-            place, unchecked = _place(study, arm, seed, folder, None), None
+            if is_reader is None:
+                is_reader = _reads(study, arm)
+            place, unchecked = _place(study, arm, seed, folder, None, reads=is_reader), None
             if place.origin()["inputs"] is not None:
                 try:
                     place = _place(study, arm, seed, folder, digests.of(arm.config))
@@ -451,7 +480,20 @@ def _read(study: Study, folder: Path) -> tuple[Results, list[tuple[str, int, str
     return Results(runs), outdated, origins
 
 
-def _place(study: Study, arm: Arm, seed: int, folder: Path, inputs: str | None) -> RunRecord:
+def _reads(study: Study, arm: Arm) -> bool:
+    """Whether runs of an arm read anything that is noted; nothing is read to tell, but where the study itself says it."""
+    if study.inputs is None:
+        return bool(readers(arm.config))
+    try:
+        return study.inputs(arm.config) is not None
+    # What it reads is not on this machine.
+    except DataError:
+        return True
+
+
+def _place(
+    study: Study, arm: Arm, seed: int, folder: Path, inputs: str | None, *, reads: bool | None = None
+) -> RunRecord:
     return RunRecord(
         folder=folder / study.name,
         study=study.name,
@@ -461,7 +503,7 @@ def _place(study: Study, arm: Arm, seed: int, folder: Path, inputs: str | None) 
         config=arm.config,
         inputs=inputs,
         device=device_kind(arm.config),
-        noted_only=study.noted_only,
+        noted_only=study.noted_only and (inputs is not None if reads is None else reads),
     )
 
 

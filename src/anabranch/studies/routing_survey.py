@@ -5,26 +5,31 @@ Varangot-Reille et al., arXiv 2502.00409, orders the field and has no figures of
 from recorded outcomes, each with its defaults, and what they must be held against: random choice, the best single model and the best
 model of the true task (chosen on what is learned from), and the oracle.
 
-    llmrouter       5,540 questions, 9 open models, costs estimated; MiniLM vectors; 80/20 by task, ten splits
-    routellm_mmlu   13,928 questions, Mixtral and GPT-4; hashed TF-IDF of 1,024 buckets; the first three splits
+    llmrouter       5,541 questions, 9 open models, costs estimated; MiniLM vectors; 80/20 by task, ten splits
+    routellm_mmlu   13,937 questions, Mixtral and GPT-4; hashed TF-IDF of 1,024 buckets; the first three splits
     made            topics with words of their own and models good at some of them: small, for a quick look and for tests
 
 LLMRouter's published test repeats 69 questions of its train; both are merged, and a question is on one side only. Learned in-domain,
 the figures on MMLU are not those of routers that learned from arena votes (RouteLLM). GPQA is not in our copy of LLMRouter, so the
 survey's measured floors (.618 for the best single model, .645 to .652 for simple routers) are of another mix of questions.
 
-Rules, fixed before the recorded runs. "Beats the best single model by 2 points": gain over all splits of at least 0.02 with p < 0.05, by
-the bootstrap over questions (2,000 draws; a question counts with all splits it was tested in) and Holm's correction over all strategies;
-the claim asks for four of them, of those that are not told the task. "No strategy is below chance", in every split: mean score below
-random choice, or APGR below 0.5 on MMLU. "APGR on MMLU": the mean over splits of the best arm that is not told the subject is at least
-.68; it holds if so in every split, too. "Bandits": from 4,000 rounds in which only the chosen model's score is seen, each bandit reaches
-95% of the test score of ridge regression that saw all outcomes, in every split. "Quick": 99 of 100 decisions within 1 ms given a vector,
-mean over splits, on LLMRouter. "Twenty minutes": one split of all sets takes at most 2,400 processor seconds over all arms (20 minutes of
-two cores), vectors being there. The survey's claim on routing after an answer (a cascade on GSM8K) is not judged: those answers are not
-among the public sets we have. One rule was made stricter after the first runs: `task`, told the subject of a question, was at first among
-the arms whose best counts for APGR, and would have been that arm. Another was judged otherwise than it reads: until November 2026 scores
-were held against chance on the main set alone, and `hybrid`, which on MMLU is below random choice in every split, went unseen. The 1,024
-buckets were chosen after trials on the first split of MMLU.
+Rules. All claims are ours: no figure of the survey is tested, and the primary one, that several simple ways beat the best single model,
+is of our own asking. "Beats the best single model by 2 points": gain over all splits of more than 0.02 with p < 0.05 against a gain of
+0.02, by the bootstrap over questions (2,000 draws; a question counts with all splits it was tested in) and Holm's correction over all
+strategies; the claim asks for four of them, of those that are not told the task. "No strategy is below chance", in every split: mean
+score below random choice, or APGR below 0.5 on MMLU. "APGR on MMLU": the mean over splits of the best arm that is not told the subject is
+at least .68; it holds if so in every split, too. "Bandits", one claim each: from 4,000 rounds in which only the chosen model's score is
+seen, it reaches 95% of the test score of ridge regression that saw all outcomes, in every split; one split in which it does not is enough
+for "does not hold". "Quick": 99 of 100 decisions within 1 ms of the clock given a vector, mean over splits, on LLMRouter. "Twenty
+minutes": one split of all sets takes at most 2,400 processor seconds over all arms that ran (20 minutes of two cores), vectors being
+there. The survey's claim on routing after an answer (a cascade on GSM8K) is not judged: those answers are not among the public sets we
+have.
+
+What was changed after results were seen, each time to be stricter: `task`, told the subject of a question, was at first among the arms
+whose best counts for APGR, and would have been that arm. Until November 2026 scores were held against chance on the main set alone, and
+`hybrid` went unseen. Until December 2026 the p of "by 2 points" was against no gain at all, and the three bandits were one claim, which
+one that fails in every split could not decide. The 1,024 buckets were chosen after trials on the first split of MMLU. Which questions are
+the same is judged otherwise since (signs tell them apart), so that no run of before counts.
 """
 # Shapes: N questions of a test, Q of a set, M models, S strategies
 
@@ -47,10 +52,12 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.data import SETS, RoutingSet, pool_of, split
 from anabranch.routers.embed import Embedder, embed_cached
 from anabranch.routers.embed.hashed import Hashed
+from anabranch.routers.embed.minilm import SHA256
 from anabranch.routers.referee import aiq, bootstrap, holm, try_out, with_cheapest
 from anabranch.routers.referee import baselines as rules
 from anabranch.routers.strategies.bandit import Bandit
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
+from anabranch.studies.outcomes import digest_of
 from anabranch.studies.paired import Verdict, every_seed
 
 BASELINES = ("random", "best-single", "true-task", "oracle")
@@ -58,9 +65,16 @@ BASELINES = ("random", "best-single", "true-task", "oracle")
 # Knows the true task, as the baseline does.
 TOLD = ("task",)
 
+BANDITS = ("eps_greedy", "thompson", "linucb")
+
+# In place of a paper's number.
+OURS = "ours; the survey has no figures"
+
 # Learn nothing, or everything.
 PLAIN = ("static", "random", "round_robin", "least_latency", "cheapest", "oracle")
 GAIN, ALPHA, WINNERS, APGR, SHARE, FAST_MS, BUDGET_S = 0.02, 0.05, 4, 0.68, 0.95, 1.0, 2400.0
+
+WINNING = f"at least {WINNERS} strategies beat the best single model by {100 * GAIN:g} points"
 
 # A gain of 1, as one byte.
 CODE = 127
@@ -113,6 +127,9 @@ def make(full: bool = False) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=draw,
+        inputs=lambda case: read_by(case.sets),
+        noted_only=True,
+        primary=WINNING,
     )
 
 
@@ -242,6 +259,13 @@ def part(name: str, seed: int, buckets: int, share: float) -> tuple[Recorded, Re
 
 
 @cache
+def read_by(sets: tuple[str, ...]) -> str:
+    """Digest of what is read of these sets of outcomes."""
+    embedders = {"llmrouter": SHA256}
+    return " ".join(digest_of(_set(one).data, _set(one).pool, embedder=embedders.get(one, "")) for one in sets)
+
+
+@cache
 def _set(name: str) -> RoutingSet:
     return made_up() if name == "made" else SETS[name]()
 
@@ -274,11 +298,15 @@ def judge(results: Results) -> list[Claim]:
         (name for name in ("llmrouter", "made") if any(results.values(arm, f"{name}_score") for arm in arms)), ""
     )
     claims = [_winners(results, arms, main), _above_chance(results, arms), _best_apgr(results, arms)]
-    return [*claims, _bandits(results, arms, main), _quick(results, arms, main), _in_time(results)]
+    bandits = [_bandit(results, arm, main) for arm in BANDITS]
+    return [*claims, *bandits, _quick(results, arms, main), _in_time(results)]
 
 
-def gains(results: Results, arms: Sequence[str], name: str) -> dict[str, tuple[float, float, float]]:
-    """Gain of each arm on the best single model over all splits, its p and its p by Holm; empty until the reference arm has run."""
+def gains(
+    results: Results, arms: Sequence[str], name: str, beyond: float = 0.0
+) -> dict[str, tuple[float, float, float]]:
+    """Gain of each arm on the best single model over all splits, its p against a gain of ``beyond``, and that p by Holm; empty until the
+    reference arm has run."""
     reference = results.runs.get("best-single", {})
     seeds = [seed for seed, metrics in reference.items() if f"{name}_rows" in metrics]
     ready = [arm for arm in arms if seeds and all(f"{name}_gains" in results.runs[arm].get(seed, {}) for seed in seeds)]
@@ -292,26 +320,24 @@ def gains(results: Results, arms: Sequence[str], name: str) -> dict[str, tuple[f
         for column, arm in enumerate(ready):
             sum_QS[rows, column] += _unpacked(results.runs[arm][seed][f"{name}_gains"], "i1") / CODE
     seen = count_Q > 0
-    found = bootstrap(sum_QS[seen], count_N=count_Q[seen])
+    found = bootstrap(sum_QS[seen] - beyond * count_Q[seen, None], count_N=count_Q[seen])
     corrected = holm([one.p for one in found])
-    return {arm: (one.mean, one.p, p) for arm, one, p in zip(ready, found, corrected, strict=True)}
+    return {arm: (one.mean + beyond, one.p, p) for arm, one, p in zip(ready, found, corrected, strict=True)}
 
 
 def _winners(results: Results, arms: Sequence[str], name: str) -> Claim:
-    found = gains(results, arms, name)
+    found = gains(results, arms, name, GAIN)
     winners = sorted(
-        (arm for arm, (gain, _, p) in found.items() if arm not in TOLD and gain >= GAIN and p < ALPHA),
+        (arm for arm, (gain, _, p) in found.items() if arm not in TOLD and gain > GAIN and p < ALPHA),
         key=lambda arm: -found[arm][0],
     )
     verdict: Verdict = "holds" if len(winners) >= WINNERS else "does not hold"
     if len(results.values("best-single", f"{name}_score")) < 2:
         verdict = "not resolved"
-    told = f"at least {WINNERS} strategies beat the best single model by {GAIN:.0%} of the score"
-    paper = "top routers tie, gains are small (LLMRouterBench)"
     if not found:
-        return Claim.not_run(told, paper)
-    told, ours = f"{told} ({', '.join(winners) or 'none'})", float(len(winners))
-    return Claim.against(WINNERS, told, paper, ours, verdict)
+        return Claim.not_run(WINNING, OURS)
+    told, ours = f"{WINNING} ({', '.join(winners) or 'none'})", float(len(winners))
+    return Claim.against(WINNERS, told, OURS, ours, verdict)
 
 
 def _above_chance(results: Results, arms: Sequence[str]) -> Claim:
@@ -332,11 +358,11 @@ def _above_chance(results: Results, arms: Sequence[str]) -> Claim:
             ours, chance = np.mean(pairs, axis=0).tolist()
             apart[name] = (ours - chance, ours, chance)
     if not seen:
-        return Claim.not_run(told, "must hold")
+        return Claim.not_run(told, OURS)
     seen += [value > 0.5 for arm in arms for value in results.values(arm, "routellm_mmlu_apgr").values()]
     verdict: Verdict = every_seed(seen) if all(seen) else "does not hold"
     difference, ours, chance = min(apart.values())
-    return Claim(told, "must hold", chance, ours, difference, None, verdict)
+    return Claim(told, OURS, chance, ours, difference, None, verdict)
 
 
 def _best_apgr(results: Results, arms: Sequence[str]) -> Claim:
@@ -357,20 +383,16 @@ def _best_apgr(results: Results, arms: Sequence[str]) -> Claim:
     return Claim.against(APGR, told, paper, mean, verdict)
 
 
-def _bandits(results: Results, arms: Sequence[str], name: str) -> Claim:
-    told = f"bandits reach {SHARE:.0%} of ridge regression that saw all outcomes"
-    full = results.values("ridge", f"{name}_score")
-    shares = [
-        value / full[seed]
-        for arm in arms
-        for seed, value in results.values(arm, f"{name}_online").items()
-        if seed in full
-    ]
+def _bandit(results: Results, arm: str, name: str) -> Claim:
+    """In every split: one in which it does not reach the share is enough. The least share stands in the table."""
+    told = f"{arm} reaches {SHARE:.0%} of ridge regression that saw all outcomes, in every split"
+    full, ours = results.values("ridge", f"{name}_score"), results.values(arm, f"{name}_online")
+    shares = [ours[seed] / full[seed] for seed in sorted(ours.keys() & full.keys())]
     if not shares:
-        return Claim.not_run(told, "must hold")
-    least = float(min(shares))
-    verdict = every_seed([share >= SHARE for share in shares])
-    return Claim.against(SHARE, f"{told} (the least share)", "must hold", least, verdict)
+        return Claim.not_run(told, OURS)
+    seen = [share >= SHARE for share in shares]
+    verdict: Verdict = every_seed(seen) if all(seen) else "does not hold"
+    return Claim.against(SHARE, told, OURS, min(shares), verdict, count=len(shares))
 
 
 def _quick(results: Results, arms: Sequence[str], name: str) -> Claim:
@@ -378,9 +400,9 @@ def _quick(results: Results, arms: Sequence[str], name: str) -> Claim:
     slowest = max(means, key=means.__getitem__, default="")
     told = f"99 of 100 decisions within {FAST_MS:g} ms, given a vector" + f" (slowest: {slowest})" * bool(means)
     if not means:
-        return Claim.not_run(told, "must hold")
+        return Claim.not_run(told, OURS)
     verdict: Verdict = "holds" if means[slowest] <= FAST_MS else "does not hold"
-    return Claim.against(FAST_MS, told, "must hold", means[slowest], verdict)
+    return Claim.against(FAST_MS, told, OURS, means[slowest], verdict)
 
 
 def _in_time(results: Results) -> Claim:

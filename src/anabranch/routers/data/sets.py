@@ -32,7 +32,7 @@ class RoutingSet:
 
 
 def llmrouter() -> RoutingSet:
-    """Questions of 13 benchmarks on 9 open models of 7 to 70 billion parameters (ulab-uiuc/LLMRouter, MIT): 5,540 different ones.
+    """Questions of 13 benchmarks on 9 open models of 7 to 70 billion parameters (ulab-uiuc/LLMRouter, MIT): 5,541 different ones.
 
     The published train and test files are merged, since 69 test questions are train questions too. Costs are GraphRouter's: the
     prompt (estimated from its bytes) and 512 tokens of answer, at the list prices of the set.
