@@ -162,13 +162,8 @@ def test_a_run_of_every_study_says_where_it_ran_on_what_and_how_long(name, tmp_p
     """Whatever the study: its runs are the harness's to write."""
     study = studies.find(name)(full=True)
     arm = study.arms[0]
-    made = dataclasses.replace(
-        study,
-        run=lambda config, seed, progress: {},
-        inputs=lambda config: "what it read",
-        judge=lambda _: [],
-        draw=None,
-    )
+    stub = {"run": lambda config, seed, progress: {}, "judge": lambda results: [], "draw": None, "exact": ()}
+    made = dataclasses.replace(study, inputs=lambda config: "what it read", **stub)
     run_study(made, tmp_path, arms=[arm.name], seeds=[0])
     record = json.loads((tmp_path / study.name / f"{arm.name}-seed0.json").read_text())
     assert record["where"].keys() >= {"commit", "cpu", "isa", "threads"}
