@@ -10,7 +10,7 @@ READ = sorted(
         *(name for place in KNOWN.values() for name in (*place.bases, *place.keys)),
         *(*REGIONS, *PROJECTS, *LOCATIONS, *VERSIONS),
         *("LITELLM_MASTER_KEY", "REQUEST_TIMEOUT", "AZURE_AD_TOKEN", "AWS_PROFILE_NAME", "VERTEXAI_CREDENTIALS"),
-        *("GOOGLE_CLOUD_PROJECT", "OWN"),
+        *("GOOGLE_CLOUD_PROJECT", "ANTHROPIC_AUTH_TOKEN", "AWS_ROLE_NAME", "OWN"),
     }
 )
 

@@ -174,6 +174,11 @@ def test_of_several_the_first_counts_as_there(move, monkeypatch, kind):
         ),
         ({"model": "mistral/x", "api_base": "https://a.b"}, {}, {"base_url": "https://a.b/v1"}),
         ({"model": "huggingface/x", "api_base": "https://a.b/"}, {}, {"base_url": "https://a.b/v1"}),
+        (
+            {"model": "docker_model_runner/x", "api_base": "http://a/engines/llama.cpp"},
+            {},
+            {"base_url": "http://a/engines/llama.cpp/v1"},
+        ),
         ({"model": "databricks/x", "api_base": "https://a.b"}, {}, {"base_url": "https://a.b/serving-endpoints"}),
     ],
 )
@@ -309,6 +314,27 @@ def test_a_token_of_azures_of_the_environment(move, monkeypatch):
     assert (provider(move(entry)).auth, provider(move(entry)).key_env) == ("token", "AZURE_AD_TOKEN")
     monkeypatch.setenv("AZURE_API_KEY", "key")
     assert (provider(move(entry)).auth, provider(move(entry)).key_env) == ("key", "AZURE_API_KEY")
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        ({"model": "anthropic/x"}, "ANTHROPIC_AUTH_TOKEN"),
+        ({"model": "bedrock/x", "aws_region_name": "eu-west-3"}, "AWS_ROLE_NAME"),
+    ],
+)
+def test_as_whom_litellm_signs_in_and_the_gateway_does_not_is_told(move, monkeypatch, entry, name):
+    assert not any(name in line for line in move(entry).notes)
+    monkeypatch.setenv(name, "hush")
+    done = move(entry)
+    assert any(name in line for line in done.notes)
+    assert "hush" not in f"{done.notes}{to_dict(done.config)}"
+
+
+@pytest.mark.parametrize("kind", OPENAI_FORM)
+def test_each_has_a_key_by_its_name(kind):
+    """Of one without, nothing would say that LiteLLM sends a key of the environment."""
+    assert KNOWN[kind].keys
 
 
 @pytest.mark.parametrize("word", sorted(NO_KEYS))

@@ -61,20 +61,30 @@ OPENAI_FORM: dict[str, Place] = {
     "text-completion-openai": _OPENAI,
     "custom_openai": _OPENAI,
     "aiml": _usual("https://api.aimlapi.com/v1", "AIML"),
+    "aiohttp_openai": _OPENAI,
     "anyscale": _usual("https://api.endpoints.anyscale.com/v1", "ANYSCALE"),
+    # Elsewhere for each model, so that an entry has to say where.
+    "baseten": Place(None, (), ("BASETEN_API_KEY",), others=("baseten.co",)),
     "cerebras": _usual("https://api.cerebras.ai/v1", "CEREBRAS"),
+    "chutes": Place("https://llm.chutes.ai/v1", (), ("CHUTES_API_KEY",)),
+    "clarifai": Place("https://api.clarifai.com/v2/ext/openai/v1", (), ("CLARIFAI_API_KEY",)),
     "codestral": _usual("https://codestral.mistral.ai/v1", "CODESTRAL"),
+    "cometapi": Place("https://api.cometapi.com/v1", ("COMETAPI_API_BASE",), ("COMETAPI_KEY",)),
     "dashscope": _usual("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE"),
     "databricks": _usual(None, "DATABRICKS")._replace(others=("databricks.com", "azuredatabricks.net")),
     "deepinfra": _usual("https://api.deepinfra.com/v1/openai", "DEEPINFRA"),
     "deepseek": _usual("https://api.deepseek.com/v1", "DEEPSEEK"),
+    "docker_model_runner": _usual(None, "DOCKER_MODEL_RUNNER"),
+    "empower": _usual("https://app.empower.dev/api/v1", "EMPOWER"),
     "featherless_ai": Place("https://api.featherless.ai/v1", *_FEATHERLESS),
     "fireworks_ai": Place("https://api.fireworks.ai/inference/v1", ("FIREWORKS_API_BASE",), _FIREWORKS),
     "friendliai": Place(
         "https://api.friendli.ai/serverless/v1", ("FRIENDLI_API_BASE",), ("FRIENDLIAI_API_KEY", "FRIENDLI_TOKEN")
     ),
+    "galadriel": _usual("https://api.galadriel.com/v1", "GALADRIEL"),
     "github": _usual("https://models.inference.ai.azure.com", "GITHUB"),
     "groq": _usual("https://api.groq.com/openai/v1", "GROQ"),
+    "helicone": Place("https://ai-gateway.helicone.ai", (), ("HELICONE_API_KEY",)),
     "hosted_vllm": _usual(None, "HOSTED_VLLM"),
     "huggingface": Place(
         None,
@@ -83,11 +93,14 @@ OPENAI_FORM: dict[str, Place] = {
         others=("huggingface.co", "huggingface.cloud"),
     ),
     "hyperbolic": _usual("https://api.hyperbolic.xyz/v1", "HYPERBOLIC"),
+    "inception": _usual("https://api.inceptionlabs.ai/v1", "INCEPTION"),
     "lambda_ai": _usual("https://api.lambda.ai/v1", "LAMBDA"),
+    "lemonade": _usual(None, "LEMONADE"),
     "litellm_proxy": _usual(None, "LITELLM_PROXY"),
     "llamafile": _usual(None, "LLAMAFILE"),
     "lm_studio": _usual(None, "LM_STUDIO"),
     "meta_llama": _usual("https://api.llama.com/compat/v1", "LLAMA"),
+    # The second is documented; what asks chats reads the first.
     "mistral": Place(
         "https://api.mistral.ai/v1",
         ("MISTRAL_AZURE_API_BASE", "MISTRAL_API_BASE"),
@@ -97,34 +110,33 @@ OPENAI_FORM: dict[str, Place] = {
     "modelscope": _usual("https://api-inference.modelscope.cn/v1", "MODELSCOPE"),
     "moonshot": _usual("https://api.moonshot.ai/v1", "MOONSHOT"),
     "morph": _usual("https://api.morphllm.com/v1", "MORPH"),
+    "nano-gpt": Place("https://nano-gpt.com/api/v1", (), ("NANOGPT_API_KEY",)),
     "nebius": _usual("https://api.studio.nebius.ai/v1", "NEBIUS"),
     "novita": _usual("https://api.novita.ai/v3/openai", "NOVITA"),
     "nscale": _usual("https://inference.api.nscale.com/v1", "NSCALE"),
     "nvidia_nim": _usual("https://integrate.api.nvidia.com/v1", "NVIDIA_NIM"),
     "openai_like": _usual(None, "OPENAI_LIKE"),
+    "ovhcloud": _usual("https://oai.endpoints.kepler.ai.cloud.ovh.net/v1", "OVHCLOUD"),
+    "parasail": _usual("https://api.parasail.io/v1", "PARASAIL"),
     "perplexity": Place(
         "https://api.perplexity.ai", ("PERPLEXITY_API_BASE",), ("PERPLEXITYAI_API_KEY", "PERPLEXITY_API_KEY")
     ),
+    "poe": Place("https://api.poe.com/v1", (), ("POE_API_KEY",)),
+    "publicai": _usual("https://api.publicai.co/v1", "PUBLICAI"),
     "sambanova": _usual("https://api.sambanova.ai/v1", "SAMBANOVA"),
+    "scaleway": Place("https://api.scaleway.ai/v1", (), ("SCW_SECRET_KEY",)),
+    "synthetic": Place("https://api.synthetic.new/openai/v1", (), ("SYNTHETIC_API_KEY",)),
     "together_ai": Place(
         "https://api.together.xyz/v1", ("TOGETHER_AI_API_BASE",), _TOGETHER, "TOGETHERAI_API_KEY", ("api.together.ai",)
     ),
     "v0": _usual("https://api.v0.dev/v1", "V0"),
+    "veniceai": Place("https://api.venice.ai/api/v1", (), ("VENICE_AI_API_KEY",)),
     "vercel_ai_gateway": _usual("https://ai-gateway.vercel.sh/v1", "VERCEL_AI_GATEWAY"),
     "volcengine": _usual("https://ark.cn-beijing.volces.com/api/v3", "VOLCENGINE"),
     "wandb": _usual("https://api.inference.wandb.ai/v1", "WANDB"),
     "xai": _usual("https://api.x.ai/v1", "XAI"),
     "xinference": _usual(None, "XINFERENCE"),
     "zai": _usual("https://api.z.ai/api/paas/v4", "ZAI"),
-    # Of the form too, and asked where an entry says they are.
-    **{
-        name: Place()
-        for name in (
-            *("aiohttp_openai", "baseten", "chutes", "clarifai", "cometapi", "docker_model_runner", "empower"),
-            *("galadriel", "helicone", "inception", "lemonade", "nano-gpt", "ovhcloud", "parasail", "poe"),
-            *("publicai", "scaleway", "synthetic", "veniceai"),
-        )
-    },
 }
 # Of the others; the address of a cloud's is for the price list, since theirs is the resource's or the region's.
 OTHERS: dict[str, Place] = {

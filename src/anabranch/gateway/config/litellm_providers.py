@@ -127,7 +127,7 @@ def _as_asked(entry: Entry, base: str | None) -> str | None:
     if base is None:
         return None
     bare = base.rstrip("/")
-    if entry.kind in ("mistral", "huggingface") and not bare.endswith("/v1"):
+    if entry.kind in ("mistral", "huggingface", "docker_model_runner") and not bare.endswith("/v1"):
         return f"{bare}/v1"
     if entry.kind == "databricks" and not urlsplit(bare).path:
         return f"{bare}/serving-endpoints"
@@ -137,6 +137,14 @@ def _as_asked(entry: Entry, base: str | None) -> str | None:
 def _anthropic(entry: Entry, model: str) -> Table:
     base = entry.base()
     made: Table = {"kind": "anthropic", "model": model, "key_env": entry.key(base)}
+    if (
+        entry.params.get("api_key") is None
+        and not entry.first(entry.place.keys)
+        and entry.is_set("ANTHROPIC_AUTH_TOKEN")
+    ):
+        entry.note(
+            "api_key", "is not given, and LiteLLM signs in with ANTHROPIC_AUTH_TOKEN; here a key is needed, in key_env"
+        )
     if base is not None:
         made["base_url"] = re.sub(r"/v1/messages/?$", "", base)
     return made
@@ -208,6 +216,9 @@ def _bedrock(entry: Entry, model: str) -> Table:
     own = entry.value("aws_bedrock_runtime_endpoint") if not entry.names_base else None
     base = own or entry.base()
     made |= {"base_url": base} if base else {}
+    if entry.params.get("aws_role_name") is None and entry.is_set("AWS_ROLE_NAME"):
+        why = "is not given, and LiteLLM takes on the role of AWS_ROLE_NAME; here a role is that of a profile or of the machine"
+        entry.note("aws_role_name", why)
     if profile := entry.value("aws_profile_name", ("AWS_PROFILE_NAME",)):
         made["profile"] = profile
     if entry.params.get("api_key") is not None:
