@@ -6,6 +6,7 @@ import pytest
 
 from anabranch.errors import BudgetError, CapacityError, InputError
 from anabranch.gateway.core.failures import refusal_of
+from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.providers.provider import Failure, UpstreamError
 from anabranch.web.api_error import ApiError
 
@@ -42,3 +43,30 @@ def test_money_and_the_store_are_refusals_and_faults_of_ours_are_not():
     assert refusal_of(own) is own
     for fault in (InputError("x"), KeyError("x"), asyncio.CancelledError()):
         assert refusal_of(fault) is None
+
+
+def attempt(model, status, http_status=None):
+    return Attempt(model=model, deployment=model, start_s=0.0, status=status, http_status=http_status)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "skipped", "told"),
+    [
+        ([], [("a", "no deployment takes requests")], "so it is"),
+        ([attempt("a", "server", 500)], [], "so it is"),
+        (
+            [attempt("a", "server", 500), attempt("a", "connect"), attempt("b", "context", 400)],
+            [],
+            "so it is (asked: a (server 500, connect), b (context 400))",
+        ),
+        ([attempt("a", "server", 500)], [("b", "why")], "so it is (asked: a (server 500); not asked: b (why))"),
+        (
+            [attempt(f"m{at}", "server", 500) for at in range(7)],
+            [],
+            "so it is (asked: " + ", ".join(f"m{at} (server 500)" for at in range(5)) + " and 2 more)",
+        ),
+    ],
+)
+def test_who_else_was_asked_is_told(attempts, skipped, told):
+    report = Report(attempts=attempts, skipped=skipped)
+    assert str(refusal_of(UpstreamError(Failure(kind="server", message="so it is"), report))) == told
