@@ -121,6 +121,30 @@ def test_a_picture(here, work, ending):
     assert (work / f"fabric.{ending}").read_bytes()[:4] == {"png": b"\x89PNG", "svg": b"<svg"}[ending]
 
 
+def test_the_line_of_a_picture_is_where_its_own_busiest_link_is_through(here, work, monkeypatch):
+    """In all steps; the sum over steps is another number, and may lie beyond the end."""
+    from anabranch.cli.cluster import fabric_picture
+    from anabranch.cluster.fabric import Topology, collective_flows, loads, plan
+
+    drawn = []
+    monkeypatch.setattr(
+        fabric_picture,
+        "to_png",
+        lambda made: drawn.append([line.get_xdata().tolist() for line in made.axes[1].lines]) or b"\x89PNG",
+    )
+    traffic = ("all-reduce:halving-doubling", *SMALL, "--scheme", "ecmp", "--scheme", "wrap", "--picture", "fabric.png")
+    code, out, _ = here("cluster", "fabric", *traffic)
+    assert code == 0
+    assert "step by step, ms" in out
+    flows, topology = collective_flows("all-reduce", 16, 4_000_000, "halving-doubling"), Topology.leaf_spine(4, 4, 4)
+    made = [plan(flows, topology, scheme, seed=0) for scheme in ("ecmp", "wrap")]
+    seconds = [float((8 * loads(one) / topology.capacity_L).max()) for one in made]
+    [[marks]] = drawn
+    # In a unit that the picture chooses.
+    assert marks[0] / marks[1] == pytest.approx(seconds[0] / seconds[1])
+    assert seconds[0] > 1.1 * seconds[1]
+
+
 def test_a_picture_of_one_switch(here):
     code, _, err = here("cluster", "fabric", "--network", "leaf-spine:1x1x4", "--bytes", "1MB", "--picture", "one.svg")
     assert (code, err) == (0, "")

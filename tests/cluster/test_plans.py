@@ -124,6 +124,14 @@ def test_two_chunks_of_a_rank_share_its_memory():
     for objective in ("step", "minimax"):
         with pytest.raises(InputError, match="do not hold them"):
             plan(layers, cap_bytes=639, objective=objective, **told)
+    # The most even chunks give a rank 60 of these and the other one 10; with less than half of a rank's memory each they fit.
+    flops, counts = (1e9, 1e9, 3e9, 3e9, 3e9), (20, 10, 10, 20, 10)
+    odd = [
+        LayerCost(name=str(n), flops=of, parameters=count)
+        for n, (of, count) in enumerate(zip(flops, counts, strict=True))
+    ]
+    assert max(plan(odd, objective="minimax", **told).state_bytes_K) > 640
+    assert max(plan(odd, objective="minimax", cap_bytes=640, **told).state_bytes_K) <= 640
     # A layer of rank 0 is twice as large: all would fit in the middle, and no rank's do.
     layers = [LayerCost(name=str(n), flops=1e9, parameters=count) for n, count in enumerate((60, 10, 20, 10))]
     with pytest.raises(InputError, match=r"no stages were found that fit: .* rank 0 takes 1.28 kB"):

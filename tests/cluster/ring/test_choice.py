@@ -144,15 +144,14 @@ def test_what_is_compared_is_all_that_runs():
     assert "by the time of forward and backward together" in back.explain()
     assert "both (ms)" not in ahead.explain()
     assert "by the time of a forward pass" in ahead.explain()
-    # What has no room in one of the two passes is not run in training.
-    room = max(cost.memory_bytes for cost in ahead.costs if cost.scheme == "all_gather")
-    tight = [
-        plan(schemes=None, backward=backward, topology=Topology(bandwidth=1e9, gather_bytes=room))
-        for backward in (False, True)
-    ]
-    for found in tight:
-        gather = next(cost for cost in found.costs if cost.scheme == "all_gather")
-        assert gather.is_allowed == (gather.memory_bytes <= room)
+    # Room for the blocks of others is asked for once, since both passes say the same.
+    room = next(cost.memory_bytes for cost in ahead.costs if cost.scheme == "all_gather")
+    for size, is_allowed in ((room, True), (room - 1, False)):
+        topology = Topology(bandwidth=1e9, gather_bytes=size)
+        for backward in (False, True):
+            found = plan(4, schemes=None, backward=backward, topology=topology)
+            assert {cost.scheme: cost.is_allowed for cost in found.costs}["all_gather"] == is_allowed
+            assert (found.choice == "all_gather") <= is_allowed
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["inference", "training"])

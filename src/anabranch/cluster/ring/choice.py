@@ -21,7 +21,7 @@ against keys that stay (`kv_cached`).
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -179,12 +179,8 @@ def _compared(
     costs = _costs(queries, keys, mask, sizes, topology, False)
     seconds = [cost.time_s for cost in costs]
     if backward:
-        before, costs = costs, _costs(queries, keys, mask, sizes, topology, True)
-        # A scheme must have room in both.
-        costs = tuple(
-            replace(cost, is_allowed=cost.is_allowed and other.is_allowed)
-            for cost, other in zip(costs, before, strict=True)
-        )
+        # Whether there is room for the blocks of all_gather, which are as many in both, either pass says.
+        costs = _costs(queries, keys, mask, sizes, topology, True)
         seconds = [one + cost.time_s for one, cost in zip(seconds, costs, strict=True)]
     return costs, tuple(seconds)
 
