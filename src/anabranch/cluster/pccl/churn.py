@@ -8,8 +8,8 @@ who are left lets in who waits, shares a state and reduces a gradient, and each 
 
 A stopped peer is the master's to find: it stands still for three times as long as the master hears nothing of a peer before it drops it.
 Then it is killed, or goes on (SIGCONT), and must hear that it is out. One hangs at a time, and the master is not ended before that one is
-due to be dropped, as each has a bound of its own: a master that was started again waits longer (`Times.absence_s`) for those that do not
-come back.
+due to be dropped, nor within a second of a death, as each has a bound of its own: a master that was started again waits longer
+(`Times.absence_s`) for those that were lost together with the one before.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ _DEAD_S = 2.0
 STEP_S = _DEAD_S + 2.0
 # For which a stopped peer stands still, and after which it is due to be dropped.
 _STOPPED_S, _DROPPED_S = 3 * _DEAD_S, _DEAD_S + 1.0
+# Before and after the end of a master, in which nobody dies: the one hears of who died before, and peers come back to the other.
+_CALM_S = 1.0
 # In which one that goes on must hear that it is out.
 _TOLD_S = 10.0
 # Seconds in which peers have to end once they are told to.
@@ -210,10 +212,12 @@ class _Storm:
                 while time.monotonic() < end:
                     time.sleep(self.generator.uniform(*every))
                     self._go_on_with_stopped(ranks)
-                    self._strike(ranks, arguments)
                     if time.monotonic() >= next_master and not self._is_hanging():
+                        time.sleep(_CALM_S)
                         self._restart_master()
                         next_master = time.monotonic() + (master_every or 0)
+                        time.sleep(_CALM_S)
+                    self._strike(ranks, arguments)
                 while self.stopped:
                     time.sleep(0.05)
                     self._go_on_with_stopped(ranks)
