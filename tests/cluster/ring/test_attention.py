@@ -120,6 +120,14 @@ def test_the_scale_and_large_scores():
     check(case, 3, True, layout="zigzag", scheme="token_ring", softmax_scale=0.7, told={"scale": 0.7}, backward=1e-7)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.6])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scales_that_are_not_above_0(scheme, scale):
+    """0 is the mean over what is seen."""
+    case = drawn(1, 12, 4, 2, 4)
+    check(case, 2, True, layout="zigzag", scheme=scheme, softmax_scale=scale, told={"scale": scale})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_lose_no_more_than_one_shot_attention(dtype):
     """Partial results of float32 do not; those of the inputs' type are allowed, and lose more."""
@@ -350,6 +358,8 @@ def test_ranks_that_all_wait_are_told_of():
         ({"documents": (0, 3)}, r"documents are \[0, 3\]"),
         ({"documents": ("a",)}, r"documents is \('a',\); give the positions where documents begin"),
         ({"documents": torch.tensor([0.5, 4.0])}, r"documents is \[0.5, 4.0\]; give the positions"),
+        ({"softmax_scale": float("nan")}, "softmax_scale is nan; use a finite number"),
+        ({"softmax_scale": float("-inf"), "scheme": "ulysses"}, "softmax_scale is -inf; use a finite number"),
         ({"window": 2}, "window is 2 and causal False"),
         ({"window": 1.5, "causal": True}, "window is 1.5; use a whole number"),
         ({"causal": "yes"}, "causal is 'yes'; use True or False"),
