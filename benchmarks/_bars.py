@@ -78,7 +78,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(8, "requests a second.*, streamed", "litellm"),
         Bar(6, "requests a second.*", "litellm"),
     ),
-    # At most 1.05 times as long, and 0.75 of the bytes.
+    # At most 1.05 times as long, and, where both recompute, 0.75 of the bytes.
     "gpipe": (Bar(0.95, "step, .*"), Bar(1.5, "speed-up, .*"), Bar(1.33, "saved, .*"), Bar(1.0, "local, .*")),
     "graphrouter": (Bar(1.0, peer="bar"), Bar(100, peer="llmrouter-lib")),
     "graphvite": (Bar(2, peer=r"PecanPy \+ gensim"), Bar(1.6, "two threads.*")),
