@@ -335,7 +335,7 @@ def test_links_of_a_newcomer_are_opened_at_once(monkeypatch):
     suspects, together = [], threading.Barrier(4)
 
     def connect(host, port, *given, **more):
-        together.wait(30)
+        together.wait(60)
         return wire.connect(host, port, *given, **more)
 
     monkeypatch.setattr("anabranch.cluster.elastic.links.connect", connect)
