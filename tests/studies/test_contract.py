@@ -28,7 +28,6 @@ NOT_RUN = {
     "dynmole",
     "ftp",
     "glider",
-    "graphrouter",
     "lora_mixer",
     "mhr",
     "pccl",
