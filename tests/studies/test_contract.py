@@ -36,7 +36,6 @@ NOT_RUN = {
     "rewiring",
     "rexmoe_grown",
     "router_r1",
-    "routing_survey",
     "scale",
     "tokenring",
     "ttspm",
