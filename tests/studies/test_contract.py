@@ -28,7 +28,6 @@ NOT_RUN = {
     "graphrouter",
     "lora_mixer",
     "mhr",
-    "pccl",
     "peft_survey",
     "pvchat",
     "rewiring",
