@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, RetryConfig
+from anabranch.gateway.dispatch.own_fallbacks import FURTHER
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery, open_store
@@ -93,7 +94,7 @@ STEPS = st.sampled_from(["context", "filter", "500", "ok"])
 @settings(max_examples=25, deadline=None)
 @given(st.tuples(*[STEPS] * len(NAMES)), st.sampled_from([0.0, 1.0]))
 def test_each_model_of_a_chain_is_asked_once_and_only_outages_are_charged(tmp_path_factory, steps, budget):
-    """Without a budget the chain ends at the first outage; whatever else is met, no model has a second turn."""
+    """Without a budget the chain ends at the first outage, or `FURTHER` models on; whatever is met, no model has a second turn."""
     models = tuple(
         ModelConfig(
             name=name, deployments=(DeploymentConfig(provider=Mock.Config(model=name, script=(step,), loops=True)),)
@@ -121,9 +122,11 @@ def test_each_model_of_a_chain_is_asked_once_and_only_outages_are_charged(tmp_pa
             return *ended, dispatcher.budget.state(dispatcher.now())
 
     answered, attempts, state = asyncio.run(main())
-    ends = [at for at, step in enumerate(steps) if step == "ok" or (step == "500" and not budget)]
+    # Behind each model that failed: whether the next one is paid for, of the extra attempts.
+    own = [step in ("context", "filter") for step in steps]
+    paid = [not own[at] or sum(own[:at]) >= FURTHER for at in range(len(NAMES))]
+    ends = [at for at, step in enumerate(steps) if step == "ok" or (paid[at] and not budget)]
     last = ends[0] if ends else len(NAMES) - 1
     assert attempts == last + 1
     assert answered == (NAMES[last] if steps[last] == "ok" else "")
-    # One is charged for each outage that another was asked after.
-    assert (state["extra"], state["held"]) == (steps[:last].count("500"), 0)
+    assert (state["extra"], state["held"]) == (sum(paid[:last]), 0)
