@@ -24,6 +24,7 @@ UPSTREAM = {
     "long": whole({"error": TOO_LONG}, 400),
     # As some say it in words alone.
     "words": whole({"error": {"message": "prompt is too long: 9000 tokens > 8192 maximum"}}, 400),
+    "wordy": whole({"error": {"message": "prompt is too long: 9000 tokens > 8192 maximum"}}, 400),
     "strict": whole({"error": {"message": "filtered", "code": "content_filter"}}, 400),
     "deep": (200, "application/json", b'{"choices":' + b"[" * 5000 + b"]" * 5000 + b"}"),
     "claude": whole({"error": {"message": "nothing is sent to it"}}, 500),
@@ -39,12 +40,12 @@ PRICE = {"input_usd": 1000, "output_usd": 2000}
 
 
 def front(folder, url, **retries):
-    """A gateway before such an upstream; `big` is the fallback of all that have one, but for `longer`."""
+    """A gateway before such an upstream; `big` is the fallback of all that have one, but for `longer` and `wordy`."""
     kinds = {name: "anthropic" if name == "claude" else "openai" for name in UPSTREAM}
     models = [{**model(name, kind, url, key_env=""), "price": PRICE} for name, kind in kinds.items()]
     chains = {
         "fallbacks": {name: ["big"] for name in ("claude", "deep", "down", "dead")},
-        "context_fallbacks": {"long": ["big"], "words": ["big"], "longer": ["long"]},
+        "context_fallbacks": {"long": ["big"], "words": ["big"], "longer": ["long"], "wordy": ["words", "big"]},
         "filter_fallbacks": {"strict": ["big"]},
     }
     return fronted(folder, models, {}, retries={"attempts": 1, **retries}, cache={"exact": False}, **chains)
@@ -70,6 +71,10 @@ def test_what_is_the_request_s_own_is_asked_of_the_next_model_without_any_budget
         status, told, headers = ask(running.url, model="longer")
         assert (status, told["error"]["code"], headers["x-route-attempts"]) == (400, "context_length_exceeded", "2")
         assert told["error"]["message"] == f"{TOO_LONG['message']} (asked: longer (context 400), long (context 400))"
+        # What is known by its words is called what it was taken for, and one further model is asked.
+        status, told, headers = ask(running.url, model="wordy")
+        assert (status, told["error"]["code"], headers["x-route-attempts"]) == (400, "context_length_exceeded", "2")
+        assert "(asked: wordy (context 400), words (context 400); not asked: big (" in told["error"]["message"]
         assert ask(running.url, model="alone")[1]["error"]["message"] == TOO_LONG["message"]
     told = Counter((row.requested, row.status, row.model, row.attempts) for row in asyncio.run(rows(running.store)))
     assert {name: told[name, "ok", "big", 2] for name in OWN} == dict.fromkeys(OWN, SOME)
