@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -27,6 +27,7 @@ from anabranch.cluster.ring import (
     simulated_placed_attention,
     token_ring_attention,
 )
+from anabranch.cluster.ring.agreement import told_apart
 from anabranch.cluster.ring.link import SimulatedLinks
 from anabranch.cluster.ring.options import read_documents, read_layout, read_length, read_options
 from anabranch.cluster.ring.schedule import RINGS
@@ -483,3 +484,25 @@ def test_no_flag_is_off():
     *leaves, _ = drawn(1, 8, 2, 2, 4)
     for off in OFF:
         assert torch.equal(context_parallel_attention(*leaves, causal=off), context_parallel_attention(*leaves))
+
+
+# One differs early, the others behind what is told from there.
+@example([(0, "b"), (400, "a"), (400, "b"), (400, "ab")], "")
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 50, 79, 80, 159, 160, 161, 400]), st.text("ab", max_size=3)),
+        min_size=2,
+        max_size=4,
+    ),
+    st.sampled_from(["", "c" * 300]),
+)
+def test_what_differs_is_told_in_words_that_differ(drawn_texts, behind):
+    """Wherever it differs, by whatever letters, and where another text differs before it."""
+    texts = ["é" * (count // 2) + letters + behind for count, letters in drawn_texts]
+    digests = [hash(text) for text in texts]
+    told = told_apart([text.encode() for text in texts], digests)
+    assert len(set(told)) == len(set(texts))
+    assert max(map(len, told)) <= 160 + len(" (digest 0123456789abcdef)")
+    if max(len(text.encode()) for text in texts) <= 160:
+        assert told == texts
