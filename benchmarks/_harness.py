@@ -216,8 +216,9 @@ def finish(
     options: argparse.Namespace,
     packages: Sequence[str],
     peers: Mapping[str, str] | None = None,
+    note: str | None = None,
 ) -> None:
-    """Write the result where ``--json`` says; a row of a case is what `compare` returns.
+    """Write the result where ``--json`` says; a row of a case is what `compare` returns, and ``note`` is told below the table.
 
     ``packages`` are those of this process whose versions are told, beside peers', which are found (`_records`); ``peers`` has the versions
     of those that ran in an environment of their own (`version_in`), by package.
@@ -235,6 +236,7 @@ def finish(
         **now,
         **device,
         "kernels": kernels(),
+        **({"note": note} if note else {}),
         "rows": rows,
         "versions": {
             "python": platform.python_version(),

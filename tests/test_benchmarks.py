@@ -1036,3 +1036,57 @@ def test_a_billion_edges_on_paper(benchmark):
     assert (
         benchmark("graph_spark").on_paper(2_000_000, 30.0, 500_000, 40.0, 8e9)["core_hours"] == 0.0
     )  # nothing is learned
+
+
+# What torch's pipelining refuses
+
+
+REFUSED = {"uneven micro-batches", "shapes that change"}
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="docs/systems/gpipe.md says it of torch 2.13")
+@pytest.mark.parametrize(
+    "case",
+    [
+        "uneven micro-batches",
+        "fewer micro-batches than stages",
+        "shapes that change",
+        "skips across stages",
+        "recomputation",
+    ],
+)
+def test_what_torchs_pipelining_refuses_is_as_the_page_says(benchmark, case):
+    """It was said of all five, and asked in none."""
+    made = benchmark("gpipe")
+    assert (made.refusal(case) is not None) == (case in REFUSED)
+
+
+def test_refused_is_what_torch_was_asked_for_and_refused(benchmark, monkeypatch, capsys):
+    made = benchmark("gpipe")
+    asked = []
+
+    def run_ranks(function, world, case, side):
+        asked.append((case, side))
+        if side == "theirs" and case == made.CASES[0]:
+            raise made.RankError(1, "RuntimeError: no\nmore")
+        return [0.0, 1e-3 if side == "theirs" and case == made.CASES[3] else 1e-16]
+
+    monkeypatch.setattr(made, "run_ranks", run_ranks)
+    told = made.refusals("")
+    assert asked == [(case, side) for case in made.CASES for side in ("ours", "theirs")]
+    assert told.endswith("refuses 2: uneven micro-batches, skips across stages.")
+    assert "torch refuses it: RuntimeError: no\n" in capsys.readouterr().out
+    assert made.refusals("step") is None
+    assert made.refusals("recomputation").endswith("refuses 0.")
+
+
+def test_both_sides_of_a_pipelines_bytes_recompute(benchmark):
+    """Ours did, and torch's kept everything."""
+    made = benchmark("gpipe")
+    size = (16, 2, 16, 4)
+    plain, spared = (made.run_ranks(made.contest, 2, size, 1, recomputes) for recomputes in (False, True))
+    for rank in range(2):
+        assert spared[rank]["differ"] < 1e-5
+        assert all(spared[rank]["saved"][side] < plain[rank]["saved"][side] / 2 for side in ("ours", "theirs"))
+        # Inputs of all micro-batches, and one of them recomputed.
+        assert spared[rank]["saved"]["theirs"] > plain[rank]["saved"]["theirs"] / made.MICRO_BATCHES

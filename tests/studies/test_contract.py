@@ -1,5 +1,6 @@
 """What every study keeps: all its claims stand in its result, whether their arms have run or not."""
 
+import ast
 import bisect
 import dataclasses
 import itertools
@@ -14,8 +15,10 @@ from anabranch.errors import ConfigError
 from anabranch.studies.frozen import read
 from anabranch.studies.harness import Claim, Results, _read, run_study, standing
 from anabranch.studies.paired import SEEDS_NEEDED
+from anabranch.studies.provenance import readers
 
 RECORDED = Path(__file__).parents[2] / "studies" / "results"
+HARNESS = "anabranch.studies.harness"
 BUILT_IN = sorted(studies.STUDIES)
 # Frozen and not run; their pages say so.
 NOT_RUN = {
@@ -25,7 +28,6 @@ NOT_RUN = {
     "dynmole",
     "ftp",
     "glider",
-    "graphrouter",
     "lora_mixer",
     "mhr",
     "peft_survey",
@@ -33,7 +35,6 @@ NOT_RUN = {
     "rewiring",
     "rexmoe_grown",
     "router_r1",
-    "routing_survey",
     "scale",
     "tokenring",
     "ttspm",
@@ -154,6 +155,68 @@ def test_no_verdict_stands_on_fewer_than_five_repetitions(name):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_full_size_has_seeds_enough_for_a_verdict(name):
     assert len(set(studies.find(name)(full=True).seeds)) >= SEEDS_NEEDED
+
+
+# By which a module of a study reads files; None: by any name of it.
+READERS = {
+    "anabranch.places": {"data_file", "data_folder"},
+    "anabranch.graph.datasets": None,
+    "anabranch.routers.data": {"SETS"},
+    "anabranch.routers.data.sets": None,
+    "anabranch.data": {"DataConfig"},
+    "anabranch.train": {"RunConfig"},
+}
+SOURCE = Path(studies.__file__).parents[2]
+
+
+def file_of(module):
+    return SOURCE / f"{module.replace('.', '/')}.py"
+
+
+def imported(module):
+    """Pairs of a module and a name that another takes from it, wherever in its code."""
+    nodes = ast.walk(ast.parse(file_of(module).read_text(encoding="utf-8")))
+    return [(node.module or "", part.name) for node in nodes if isinstance(node, ast.ImportFrom) for part in node.names]
+
+
+def reads_by(module, seen):
+    """By what a module of studies reads files, itself or by another module of studies."""
+    seen.add(module)
+    found = []
+    for origin, name in imported(module):
+        if origin in READERS and (READERS[origin] is None or name in READERS[origin]):
+            found.append(f"{module}: {origin}.{name}")
+        for inner in (origin, f"{origin}.{name}"):
+            if inner.startswith("anabranch.studies.") and inner not in seen and file_of(inner).exists():
+                found += reads_by(inner, seen)
+    return found
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("full", [True, False])
+def test_every_study_that_reads_says_what_it_read(name, full):
+    """By content, so that runs of other text, graphs or questions are never paired: `Study.inputs`, or a part of a config says it."""
+    study, module = studies.find(name)(full=full), studies.STUDIES[name].partition(":")[0]
+    found = reads_by(module, {HARNESS})
+    says = study.inputs is not None or any(readers(arm.config) for arm in study.arms)
+    assert says or not found, found
+
+
+def test_what_reads_is_found_whichever_way_it_reads():
+    """The test above would hold of studies whose reading it does not see."""
+    found = {name for name in BUILT_IN if reads_by(studies.STUDIES[name].partition(":")[0], {HARNESS})}
+    assert found >= {
+        "chain",
+        "elaswave",
+        "fastrp",
+        "graphrouter",
+        "ic_cache",
+        "nanoflow",
+        "routing_survey",
+        "ttspm",
+        "tokenring",
+    }
+    assert found.isdisjoint({"carl", "g_rank", "scale"})
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

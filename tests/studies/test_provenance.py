@@ -71,9 +71,10 @@ def test_every_learning_study_notes_what_its_runs_read_and_where_they_run(name, 
 
 
 def test_which_studies_learn_is_not_forgotten():
-    """A study that comes later and trains on text belongs to the list above. Others read drawings or traces, and choose no device."""
+    """A study that comes later and trains on text belongs to the list above. Others read drawings, traces, or text in one of their arms,
+    and choose no device."""
     found = {name for name in studies.STUDIES if any(readers(arm.config) for arm in studies.find(name)().arms)}
-    assert found == {*LEARNING, "packet_spraying", "pvchat"}
+    assert found == {*LEARNING, "elaswave", "gpipe", "packet_spraying", "pccl", "pvchat", "tokenring"}
 
 
 def test_the_digest_of_a_run_is_that_of_its_text(tmp_path, monkeypatch):

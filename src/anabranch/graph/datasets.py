@@ -60,6 +60,15 @@ def load_dataset(name: str) -> Dataset:
     return _READERS[name](name)
 
 
+def files_of(name: str) -> tuple[Path, ...]:
+    """Where the graph of this name lies; empty for one that no file holds, and for a name that is none.
+
+    Raises DataError if ``ANABRANCH_DATA`` is not set, or a file is not there.
+    """
+    reader = _READERS.get(name)
+    return () if reader is None else tuple(data_file(f"graphs/{name}.{ending}") for ending in _ENDINGS.get(reader, ()))
+
+
 @contextmanager
 def _reading(path: Path, *also: type[Exception]) -> Iterator[None]:
     """Say which file it is that cannot be read or holds something else."""
@@ -155,4 +164,12 @@ _READERS: dict[str, Callable[[str], Dataset]] = {
     "cora": _cora,
     "karate": _networkx,
     "lesmis": _networkx,
+}
+
+# Of the files of each kind.
+_ENDINGS: dict[Callable[[str], Dataset], tuple[str, ...]] = {
+    _mat: ("mat",),
+    _edge_list: ("edgelist.gz", "labels.gz"),
+    _weighted: ("npz",),
+    _cora: ("npz",),
 }

@@ -37,6 +37,7 @@ from anabranch.serving.core.request import Output, Request, Sampling
 from anabranch.studies.elasticmoe_ways import WAYS, PeakMemory, Server, load_closed
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, every_seed, paired_difference, verdict_below
+from anabranch.studies.reading import TRACE, of_files
 
 CHANGES = ((1, 2), (2, 3), (2, 4), (4, 2))
 STATIC = ("static-1", "static-2", "static-3")
@@ -114,6 +115,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         columns=COLUMNS,
         draw=draw,
         revision=2,
+        inputs=read_by,
     )
 
 
@@ -369,11 +371,25 @@ def _replay(server: Server, arrivals: list[tuple[float, int, int]], take: Callab
         server.submit(_request(number, prompt, new), take)
 
 
+def read_by(case: Case) -> str | None:
+    """Digest of the trace that is replayed, which may be one made up."""
+    if case.kind != "slo":
+        return None
+    path = _trace_file()
+    return "made up" if path is None else of_files([path])
+
+
+def _trace_file() -> Path | None:
+    """Of the recorded trace; None where it is not here."""
+    folder = data_folder()
+    path = folder / TRACE if folder else None
+    return path if path is not None and path.is_file() else None
+
+
 def trace(case: Case, seed: int) -> list[tuple[float, int, int]]:
     """(seconds, prompt tokens, new tokens): a piece of the Azure trace of conversations, squeezed and shrunk; made up where it is not."""
-    folder = data_folder()
-    path = folder / "traces" / "azure_llm_2023_conv.csv.gz" if folder else None
-    if path is not None and path.is_file():
+    path = _trace_file()
+    if path is not None:
         return _recorded(case, seed, path)
     made: list[tuple[float, int, int]] = []
     draw, at = random.Random(seed), 0.0

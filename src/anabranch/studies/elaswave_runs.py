@@ -47,6 +47,10 @@ class Consistent(Config):
     batch: int = 8
     length: int = 64
 
+    def content_digest(self) -> str:
+        """Of the text that is learned."""
+        return DataConfig(sequence_length=self.length).content_digest()
+
 
 @configclass
 class Lost(Config):

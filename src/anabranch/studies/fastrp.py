@@ -40,6 +40,7 @@ from anabranch.graph.store import Graph
 from anabranch.report.style import GRID, INK, MUTED, SERIES, figure, to_png, to_svg
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, every_seed, verdict_below
+from anabranch.studies.reading import of_graphs
 
 # Published for BlogCatalog.
 WEIGHTS, BETA = (0.0, 0.0, 1.0, 6.67), -0.64
@@ -98,6 +99,8 @@ def make(full: bool = False, **changes: Any) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=draw,
+        # Graphs that grow are drawn.
+        inputs=lambda case: None if case.method == "scaling" else of_graphs(case),
     )
 
 

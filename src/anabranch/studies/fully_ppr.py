@@ -51,6 +51,7 @@ from anabranch.graph.ppr import PageRank
 from anabranch.report.style import INK, MARKERS, SERIES, figure, horizontal_grid, to_png, to_svg
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import every_seed
+from anabranch.studies.reading import of_graphs
 
 ALPHA = 0.15
 TIMES, MANY_TIMES, OVERLAP = 20.0, 100.0, 0.87
@@ -161,6 +162,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         judge=partial(judge, planned=tuple(arms(size))),
         columns=COLUMNS,
         draw=draw,
+        inputs=of_graphs,
     )
 
 

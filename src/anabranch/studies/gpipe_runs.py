@@ -77,6 +77,10 @@ class Transparency(Config):
     length: int = 64
     micro_batches: int = 4
 
+    def content_digest(self) -> str:
+        """Of the text that is learned."""
+        return DataConfig(sequence_length=self.length).content_digest()
+
 
 Part = Exact | Bubble | Speed | Memory | Transparency
 

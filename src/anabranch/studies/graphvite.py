@@ -39,6 +39,7 @@ from anabranch.graph.graphvite import GraphVite
 from anabranch.report.style import GRID, INK, SERIES, figure, horizontal_grid, to_png, to_svg
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, every_seed, verdict_below
+from anabranch.studies.reading import of_graphs
 
 # DeepWalk on BlogCatalog, 10% labelled.
 MICRO, MACRO = 0.3643, 0.2134
@@ -111,6 +112,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=partial(draw, graphs={name: arm.config.dataset for name, arm in found.items()}),
+        inputs=of_graphs,
     )
 
 

@@ -37,6 +37,7 @@ import numpy as np
 
 from anabranch.config import Config, Field, configclass, to_dict
 from anabranch.files import atomic_file, atomic_write_text
+from anabranch.places import data_file
 from anabranch.report.style import GRID, INK, MUTED, SERIES, figure, to_png, to_svg
 from anabranch.routers.contract.query import Query
 from anabranch.routers.ic_cache.baselines import RandomExamples, TopSimilar
@@ -58,8 +59,9 @@ from anabranch.studies.ic_cache_work import (
     prompt,
     shard_of,
 )
-from anabranch.studies.nl2bash import Pair, clean, measure, reversals
-from anabranch.studies.small_model import Reply, SmallModel
+from anabranch.studies.nl2bash import PAIRS, PAIRS_SOURCE, Pair, clean, measure, reversals
+from anabranch.studies.reading import TRACE, of_files
+from anabranch.studies.small_model import SHA256, Reply, SmallModel
 
 # Held-out requests that are answered, of 400 held out.
 ASKED = 160
@@ -129,9 +131,16 @@ def make(full: bool = False, **changes: Any) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=draw,
+        inputs=read_by,
         # Of the paper's own selection, two-stage by predicted use; neighbours alone are what it is an answer to.
         primary="predicted use selects better than similarity",
     )
+
+
+def read_by(case: Case) -> str:
+    """Digest of requests and commands, of the trace where requests arrive by it, and of the model's weights."""
+    files = [data_file(PAIRS, PAIRS_SOURCE), *([data_file(TRACE)] if case.part == "load" else [])]
+    return f"{of_files(files)} {SHA256[:16]}"
 
 
 SMOKE = ("none", "similar1", "nearest", "nearest-flip", "keep-knapsack", "keep-random", "drift-decay", "drift-none")

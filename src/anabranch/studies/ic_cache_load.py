@@ -18,6 +18,7 @@ from anabranch.places import data_file
 from anabranch.routers.ic_cache.baselines import StaticThreshold
 from anabranch.routers.ic_cache.critic import Critic
 from anabranch.routers.ic_cache.router import Router
+from anabranch.studies.reading import TRACE
 
 SERVERS, LARGE_SERVERS = 16, 12
 ARMS = ("small", "large")
@@ -47,7 +48,7 @@ class Measured:
 
 def arrivals(limit: int | None = None) -> np.ndarray:
     """Seconds since the first of 19,366 conversation requests (Azure LLM inference trace, 2023)."""
-    with gzip.open(data_file("traces/azure_llm_2023_conv.csv.gz"), "rt") as file:
+    with gzip.open(data_file(TRACE), "rt") as file:
         stamps = [row["TIMESTAMP"][:26] for row in csv.DictReader(file)]
     times = np.array([datetime.fromisoformat(stamp).timestamp() for stamp in stamps[:limit]])
     return np.sort(times) - times.min()

@@ -34,6 +34,7 @@ from anabranch.report.style import INK, MUTED, SERIES, figure, to_png, to_svg
 from anabranch.studies.harness import Arm, Claim, Column, Results, Study
 from anabranch.studies.nanoflow_runs import Async, Model, Nano, Overlap, Search, run
 from anabranch.studies.paired import Verdict
+from anabranch.studies.reading import of_trace
 
 LARGE, SMALL = "search-llama-2-70b", "search-llama-3-8b"
 COLUMNS = (
@@ -82,6 +83,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=draw,
+        inputs=lambda config: of_trace() if isinstance(config, Async) else None,
         seeds=(0, 1, 2, 3, 4) if full else (0, 1),
     )
 

@@ -34,6 +34,7 @@ from anabranch.serving.planning.search import search
 from anabranch.serving.planning.shape import find_shape
 from anabranch.serving.planning.simulate import Schedule
 from anabranch.studies.harness import Metrics, Progress
+from anabranch.studies.reading import TRACE
 
 
 @configclass
@@ -191,7 +192,7 @@ class Gaps:
 
 def lengths(count: int, max_prompt: int, max_output: int, seed: int) -> list[tuple[int, int]]:
     """(prompt, output) tokens of requests that follow each other in the trace, cut to the limits."""
-    with gzip.open(data_file("traces/azure_llm_2023_conv.csv.gz"), "rt") as file:
+    with gzip.open(data_file(TRACE), "rt") as file:
         rows = [line.rstrip("\n").split(",") for line in file][1:]
     start = int(np.random.default_rng(seed).integers(0, len(rows) - count))
     return [

@@ -16,6 +16,7 @@ from anabranch.places import data_file
 from anabranch.routers.ic_cache.example import literals
 from anabranch.routers.wording import letters_and_digits
 
+PAIRS, PAIRS_SOURCE = "qa/nl2bash.jsonl.gz", "TellinaTool/nl2bash, all.nl and all.cm"
 TOKEN = re.compile(r"[^\s|;&()<>'\"`{}=,]+|[|;&<>]")
 FENCE = re.compile(r"```(?:\w+\n|\n)?(.*?)(?:```|$)", re.S)
 
@@ -30,9 +31,7 @@ class Pair:
 
 def load_pairs(path: Path | None = None) -> list[Pair]:
     """All pairs, in the file's order, each request once (as `letters_and_digits` has it)."""
-    with gzip.open(
-        path or data_file("qa/nl2bash.jsonl.gz", "TellinaTool/nl2bash, all.nl and all.cm"), "rt", encoding="utf-8"
-    ) as file:
+    with gzip.open(path or data_file(PAIRS, PAIRS_SOURCE), "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     found: dict[str, Pair] = {}
     for row in rows:

@@ -89,6 +89,10 @@ class Learn(Config):
     # Of churned: rounds that the others do by themselves after the one in which a worker died.
     absent: int = 0
 
+    def content_digest(self) -> str:
+        """Of the text that is learned."""
+        return DataConfig(sequence_length=self.length).content_digest()
+
 
 def run(config: Any, seed: int, progress: Progress) -> Metrics:
     """One arm, one seed."""

@@ -38,6 +38,7 @@ from anabranch.graph.powerwalk import PowerWalk
 from anabranch.graph.ppr import PageRank
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Verdict
+from anabranch.studies.reading import of_graphs
 
 ALPHA = 0.15
 FEWER, BELOW, BATCHED = 0.25, 0.4, 1.5
@@ -117,6 +118,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         judge=partial(judge, graphs=size.graphs),
         columns=COLUMNS,
         draw=draw,
+        inputs=of_graphs,
         seeds=(0, 1, 2, 3, 4) if full else (0, 1),
     )
 

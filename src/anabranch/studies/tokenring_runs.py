@@ -99,6 +99,10 @@ class Curve(Config):
     length: int = 128
     batch: int = 8
 
+    def content_digest(self) -> str:
+        """Of the text that is learned."""
+        return DataConfig(sequence_length=self.length).content_digest()
+
 
 Part = Exact | LinkBound | Crossover | PassQ | Curve
 

@@ -118,7 +118,15 @@ def make(full: bool = False) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=draw,
+        inputs=read_by,
     )
+
+
+def read_by(case: Case) -> str | None:
+    """Digest of the questions and weights of an arm; None for what reads neither."""
+    from anabranch.studies.ttspm_real import pinned
+
+    return pinned(case.kind)
 
 
 def run(case: Case, seed: int, progress: Progress) -> Metrics:

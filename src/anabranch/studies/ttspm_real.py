@@ -178,6 +178,16 @@ def told(right_QM: np.ndarray) -> Metrics:
     }
 
 
+def pinned(kind: str) -> str | None:
+    """Names the questions and the weights of an arm, both of which a run takes only as they are pinned; None for what reads neither."""
+    found = {
+        "smollm2": (SMOLLM2.sha256,),
+        "humaneval": (HUMANEVAL[2], CODER.sha256),
+        "gsm8k": (GSM8K[2], CODER.sha256),
+    }.get(kind)
+    return " ".join(one[:16] for one in found) if found else None
+
+
 @cache
 def _rows(name: str, source: str, sha256: str) -> list[dict[str, str]]:
     path: Path = data_file(name, source)

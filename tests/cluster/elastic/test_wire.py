@@ -330,6 +330,31 @@ def test_links_that_the_other_end_closes_meanwhile_are_edited_too():
     made.close()
 
 
+def test_links_of_a_newcomer_are_opened_at_once(monkeypatch):
+    """One after another each waited for the round trips of those before, or for ten seconds where one did not answer."""
+    suspects, together = [], threading.Barrier(4)
+
+    def connect(host, port, *given, **more):
+        together.wait(60)
+        return wire.connect(host, port, *given, **more)
+
+    monkeypatch.setattr("anabranch.cluster.elastic.links.connect", connect)
+    gone = socket.create_server(("127.0.0.1", 0))
+    pools = [pool(suspect=suspects.append, timeout_s=60.0) for _ in range(4)]
+    for rank, one in enumerate(pools):
+        one.rank = rank if rank < 3 else 4
+    # Rank 3 is not there any more when it is its turn, which costs nobody else a link.
+    at = {one.rank: ("127.0.0.1", one.port) for one in pools} | {3: gone.getsockname()}
+    gone.close()
+    pools[-1]._interrupted = lambda: len(suspects) == 1 and pools[-1].count == 3
+    with pytest.raises(CalledAwayError):
+        pools[-1].edit(1, at)
+    assert suspects == [3]
+    assert sorted(pools[-1]._channels) == [0, 1, 2]
+    for one in pools:
+        one.close()
+
+
 def test_links_are_edited_in_place():
     suspects = []
     pools = [pool(suspect=suspects.append, timeout_s=60.0) for _ in range(3)]

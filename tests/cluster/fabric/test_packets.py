@@ -19,6 +19,7 @@ from anabranch.cluster.fabric import (
     packet_state,
     packets,
     plan,
+    simulate,
     simulate_packets,
 )
 from anabranch.errors import CapacityError, ConfigError, InputError
@@ -247,6 +248,28 @@ def test_a_host_that_nothing_reaches_is_given_up():
     found = run([(0, 2, 3000)], line(hosts=2), PLAIN.replace(rto_us=100), events=[LinkEvent("host2-leaf1"), repair])
     assert 0.3 < found.completion_s < 0.301
     assert found.timeouts == 3000
+
+
+CARDS = [{}, {"receiver": "go-back-n"}, {"card": "fifo"}, {"ack_bytes": 54}]
+
+
+@pytest.mark.parametrize("options", CARDS, ids=str)
+@pytest.mark.parametrize("scheme", ["ecmp", "spray", "reps", "ethereal"])
+@pytest.mark.parametrize(("speed", "num_bytes"), [(1e-6, 4000), (1e-6, 400_000), (1e-3, 400_000), (0.1, 4_000_000)])
+def test_cables_of_any_speed_are_waited_for(speed, num_bytes, scheme, options):
+    """A packet takes up to a minute there, and a time-out of a millisecond would send it thousands of times."""
+    topology = Topology.leaf_spine(2, 1, 2, cap_up=speed)
+    made = plan(collective_flows("all-to-all", 4, num_bytes), topology, scheme)
+    found, least_s = simulate_packets(made, PacketConfig(**options)), simulate(made).completion_s
+    assert least_s * (1 - 1e-9) < found.completion_s < 1.5 * least_s
+    assert found.resent < 20 * found.packets
+
+
+def test_a_cable_that_fails_behind_a_slow_one_is_told_in_the_end():
+    topology = Topology.leaf_spine(2, 1, 2, cap_up=1e-3)
+    made = plan(collective_flows("all-to-all", 4, 40_000), topology, "ecmp")
+    with pytest.raises(InputError, match=r"of 12 pieces were not through after .* does a path to it work"):
+        simulate_packets(made, events=[LinkEvent("host2-leaf1")])
 
 
 def test_recycled_paths_avoid_what_failed():

@@ -79,6 +79,31 @@ def seen_of(pieces) -> torch.Tensor:
     return seen
 
 
+def check_parts(kind, heads, groups, scale):
+    pieces, seen = PIECES[kind], seen_of(PIECES[kind])
+    generator = torch.Generator().manual_seed(2)
+    q, dout = (torch.randn(2, heads, 9, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(2, groups, 7, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    leaves = [part.clone().requires_grad_() for part in (q, k, v)]
+    wide = [part.repeat_interleave(heads // groups, 1) for part in leaves[1:]]
+    some = seen.any(-1)
+    score = (leaves[0] @ wide[0].mT * scale).masked_fill(~seen & some[:, None], -torch.inf)
+    expected = (score.softmax(-1) * seen) @ wide[1]
+    lse = score.logsumexp(-1).masked_fill(~some, -torch.inf)
+
+    out, found = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
+    attend(q, k, v, pieces, out, found, scale=scale)
+    torch.testing.assert_close(out, expected.detach(), atol=1e-13, rtol=0)
+    torch.testing.assert_close(found, lse.detach(), atol=1e-13, rtol=0)
+
+    (expected * dout).sum().backward()
+    into = tuple(torch.zeros_like(part) for part in (q, k, v))
+    delta = (dout * out).sum(-1)
+    gradients(q, k, v, dout, found, delta, pieces, into, scale=scale)
+    for part, leaf in zip(into, leaves, strict=True):
+        torch.testing.assert_close(part, leaf.grad, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("tile", [None, 40])
 @pytest.mark.parametrize("flash", [True, False])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
@@ -89,28 +114,17 @@ def test_parts_and_their_gradients_are_those_of_a_softmax(kind, heads, groups, f
         monkeypatch.setattr(kernel, "_FLASH", None)
     if tile is not None:
         monkeypatch.setattr(kernel, "TILE", tile)
-    pieces, seen = PIECES[kind], seen_of(PIECES[kind])
-    generator = torch.Generator().manual_seed(2)
-    q, dout = (torch.randn(2, heads, 9, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    k, v = (torch.randn(2, groups, 7, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    leaves = [part.clone().requires_grad_() for part in (q, k, v)]
-    wide = [part.repeat_interleave(heads // groups, 1) for part in leaves[1:]]
-    some = seen.any(-1)
-    score = (leaves[0] @ wide[0].mT * 0.3).masked_fill(~seen & some[:, None], -torch.inf)
-    expected = (score.softmax(-1) * seen) @ wide[1]
-    lse = score.logsumexp(-1).masked_fill(~some, -torch.inf)
+    check_parts(kind, heads, groups, 0.3)
 
-    out, found = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
-    attend(q, k, v, pieces, out, found, scale=0.3)
-    torch.testing.assert_close(out, expected.detach(), atol=1e-13, rtol=0)
-    torch.testing.assert_close(found, lse.detach(), atol=1e-13, rtol=0)
 
-    (expected * dout).sum().backward()
-    into = tuple(torch.zeros_like(part) for part in (q, k, v))
-    delta = (dout * out).sum(-1)
-    gradients(q, k, v, dout, found, delta, pieces, into, scale=0.3)
-    for part, leaf in zip(into, leaves, strict=True):
-        torch.testing.assert_close(part, leaf.grad, atol=1e-12, rtol=0)
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.4, -3.0, 1e-9])
+@pytest.mark.parametrize("kind", PIECES)
+def test_scales_of_any_sign(kind, scale, flash, monkeypatch):
+    """What is masked stays so, though a kernel scales it too."""
+    if not flash:
+        monkeypatch.setattr(kernel, "_FLASH", None)
+    check_parts(kind, 4, 2, scale)
 
 
 def test_rows_and_keys_are_counted_from_where_blocks_begin():

@@ -23,7 +23,7 @@ from anabranch.cluster.elastic.cuts import covers, recut
 from anabranch.cluster.elastic.layout import Layout
 from anabranch.cluster.elastic.links import LinkPool
 from anabranch.cluster.elastic.planner import cut_samples
-from anabranch.cluster.elastic.state import gradient_of
+from anabranch.cluster.elastic.state import gradient_of, learning
 from anabranch.cluster.elastic.timing import simulate_ranks
 from anabranch.cluster.elastic.tree import TreeSum
 from anabranch.cluster.keyed_random import KeyedDropout, drawing, place_of, random_key
@@ -171,7 +171,7 @@ class StageStep:
         for layer in work.layers:
             # What a step that was taken back has left goes; nothing has a part yet.
             gradient_of(self.layers[layer])
-            _, self.without[layer] = gradient_of(self.layers[layer])
+            self.without[layer] = frozenset(range(len(learning(self.layers[layer]))))
         for kind, column in work.order:
             probe(kind)
             if kind == FORWARD:

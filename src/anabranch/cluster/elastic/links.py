@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 # For so long who leaves waits until others have taken what it sent.
 _PARTING_S = 5.0
+# Links that are opened at once, a thread for each.
+_AT_ONCE = 64
 # (list of [dtype, shape], bytes)
 Packed = tuple[list[Any], bytes]
 _NAMES = {
@@ -133,9 +136,7 @@ class LinkPool:
             missing = [rank for rank in members if rank not in self._channels and rank != self.rank]
         for channel in gone:
             channel.close("its rank is gone")
-        for rank in missing:
-            if rank < self.rank:
-                self._open(rank, *members[rank])
+        self._open_all({rank: members[rank] for rank in missing if rank < self.rank})
         self._wait_for(
             lambda: all(rank in self._channels for rank in missing),
             lambda: [rank for rank in missing if rank not in self._channels],
@@ -187,6 +188,17 @@ class LinkPool:
                 if left <= 0:
                     raise PeerError(f"{told()} in {self._timeout_s:g} s")
                 self.changed.wait(min(left, 1.0))
+
+    def _open_all(self, ranks: Mapping[int, tuple[str, int]]) -> None:
+        """Open links at once: a newcomer waits as long as for one, and one that does not answer holds up no other."""
+        if len(ranks) < 2:
+            for rank, at in ranks.items():
+                self._open(rank, *at)
+            return
+        with ThreadPoolExecutor(min(len(ranks), _AT_ONCE)) as pool:
+            made = [pool.submit(self._open, rank, *at) for rank, at in ranks.items()]
+        for one in made:
+            one.result()
 
     def _open(self, rank: int, host: str, port: int) -> None:
         try:

@@ -433,14 +433,31 @@ def move(state: Any, c: Any, place: int, now: int) -> None:
 
 
 @kernel
+def patience_ps(state: Any, c: Any, place: int) -> int:
+    """After how long a piece that hears nothing gives up what flies: no sooner than an answer can come where nothing waits."""
+    piece = state.pieces[place]
+    if piece.path < 0:
+        return max(c.rto_ps, piece.round_trip)
+    path = c.depth * (piece.first_row + piece.path)
+    count = state.rows[path]
+    length = c.header + c.ack_bytes + (c.payload if piece.num_packets > 1 else piece.last_bytes)
+    total = 2 * c.latency_ps * (count + 2)
+    total += sending_ps(state.links[piece.host_up], length) + sending_ps(state.links[piece.host_down], length)
+    for hop in range(count):
+        total += sending_ps(state.links[state.rows[path + 1 + hop]], length)
+    return max(c.rto_ps, total)
+
+
+@kernel
 def time_out(state: Any, c: Any, place: int, now: int) -> None:
     """A piece looks at the clock: if it has heard nothing for too long, all that flies counts as lost, and the window is one packet."""
     piece = state.pieces[place]
     if piece.active != 1:
         return
-    if flying(c, piece) == 0 or now - piece.progress < c.rto_ps:
-        due = piece.progress + c.rto_ps
-        at(state, due if due > now else now + c.rto_ps, TIMER, place)
+    rto_ps = patience_ps(state, c, place)
+    if flying(c, piece) == 0 or now - piece.progress < rto_ps:
+        due = piece.progress + rto_ps
+        at(state, due if due > now else now + rto_ps, TIMER, place)
         return
     state.clock[TIMEOUTS] += 1
     state.clock[RESENT] += flying(c, piece)
@@ -451,7 +468,8 @@ def time_out(state: Any, c: Any, place: int, now: int) -> None:
     piece.progress = now
     if c.mode == PINNED and piece.path >= 0:
         move(state, c, place, now)
-    at(state, now + c.rto_ps, TIMER, place)
+    # Perhaps by another path.
+    at(state, now + patience_ps(state, c, place), TIMER, place)
     wake(state, c, place, now)
 
 
@@ -460,7 +478,7 @@ def start(state: Any, c: Any, place: int, now: int) -> None:
     """A piece begins."""
     piece = state.pieces[place]
     piece.active, piece.progress = 1, now
-    at(state, now + c.rto_ps, TIMER, place)
+    at(state, now + patience_ps(state, c, place), TIMER, place)
     wake(state, c, place, now)
 
 

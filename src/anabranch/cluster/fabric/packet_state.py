@@ -56,6 +56,8 @@ class Constants(NamedTuple):
 # What is known of each piece, link, host and packet in flight. Records keep together what is used together; a name may not be one
 # of numpy's own methods.
 _PLACE = "src dst step host_up host_down leaf first_row num_rows path delay"
+# How long a packet and its acknowledgement take where nothing waits, over the best path, of a spread piece.
+_ROUND = "round_trip"
 # Of its packets: next to send, acknowledged, in flight, received in order or at all, what a receiver asked for last.
 _SENT = "num_packets last_bytes first_bit following acked flying got nacked"
 # 0 not started, 1 sends, 2 over; when it last heard something; when the last byte came.
@@ -67,7 +69,7 @@ _LINE = "behind waits"
 # Congestion window, packets up to which it doubles, mean share of marks.
 _CONTROL = "window slow alpha"
 PIECE = np.dtype(
-    [(name, np.int64) for part in (_PLACE, _SENT, _LIFE, _HEARD, _LINE) for name in part.split()]
+    [(name, np.int64) for part in (_PLACE, _ROUND, _SENT, _LIFE, _HEARD, _LINE) for name in part.split()]
     + [(name, np.float64) for name in _CONTROL.split()]
 )
 LINK = np.dtype(
@@ -165,9 +167,31 @@ def _pieces(made: Plan, constants: Constants, steps: Chain) -> tuple[np.ndarray,
     pieces.last_bytes = made.size_Q - (pieces.num_packets - 1) * constants.payload
     pieces.first_bit = np.cumsum(pieces.num_packets) - pieces.num_packets
     pieces.nacked = pieces.finish = pieces.behind = -1
+    pieces.round_trip = _rounds(made, constants, rows, pieces)
     pieces.window = pieces.slow = constants.window
     pieces.alpha = 1.0
     return rows.row_WD, pieces
+
+
+def _rounds(made: Plan, constants: Constants, rows: "_Rows", pieces: Any) -> np.ndarray:
+    """Picoseconds that the first packet of each spread piece and its acknowledgement take over the best of its paths; 0 of pinned ones."""
+    slowness_L = 8.0 * PS_PER_S / made.topology.capacity_L
+    count_W, link_WD = rows.row_WD[:, 0], rows.row_WD[:, 1:]
+    is_hop = np.arange(link_WD.shape[1]) < count_W[:, None]
+    byte_W = np.where(is_hop, slowness_L[link_WD], 0.0).sum(1)
+    is_spread = (rows.path_Q < 0) & (rows.num_rows_Q > 0)
+    if not is_spread.any():
+        return np.zeros(len(made), np.int64)
+    # Rows of a pair of leaves stand one after the other.
+    begin = np.unique(rows.first_row_Q[rows.num_rows_Q > 0])
+    pair_Q = np.minimum(np.searchsorted(begin, rows.first_row_Q), len(begin) - 1)
+    byte_Q, count_Q = (np.minimum.reduceat(each_W, begin)[pair_Q] for each_W in (byte_W, count_W))
+    byte_Q = byte_Q + slowness_L[pieces.host_up] + slowness_L[pieces.host_down]
+    wire_Q = (
+        constants.header + constants.ack_bytes + np.where(pieces.num_packets > 1, constants.payload, pieces.last_bytes)
+    )
+    round_Q = 2 * constants.latency_ps * (count_Q + 2) + wire_Q * byte_Q
+    return np.where(is_spread, round_Q, 0).astype(np.int64)
 
 
 def plain(state: State) -> State:

@@ -16,7 +16,7 @@ import numpy as np
 from anabranch.bounds import MOST_SEED, finite, whole
 from anabranch.cluster.fabric import packet_state as ps
 from anabranch.cluster.fabric.kernels import fitting
-from anabranch.cluster.fabric.packet_kernels import DONE, FULL, at, begin, run
+from anabranch.cluster.fabric.packet_kernels import DONE, FULL, at, begin, patience_ps, run
 from anabranch.cluster.fabric.planner import Plan
 from anabranch.cluster.fabric.schemes import mix
 from anabranch.config import Config, Field, configclass
@@ -42,7 +42,8 @@ class PacketConfig(Config):
         header: bytes, all layers together.
         buffer_mb: shared buffer of a switch, 10^6 bytes (authors' code: 64).
         ecn_kb: a packet is marked where more than so many 10^3 bytes wait before it.
-        rto_us: microseconds without an acknowledgement after which all that flies counts as lost (authors' code: 1 ms).
+        rto_us: microseconds without an acknowledgement after which all that flies counts as lost (authors' code: 1 ms); more where a
+            packet and its acknowledgement take more over a path in which nothing waits.
         hold_us: for which a pinned flow's path is left alone then (authors' code: 100 ms).
         window: packets that a piece may have in flight at first. None: as many as fill its path, and one.
         gain: of DCTCP's mean share of marks.
@@ -185,6 +186,10 @@ def _finished(
             return state
         silent_ps = int(state.clock[ps.NOW]) - max(int(state.clock[ps.HEARD]), last_ps)
         is_lost = silent_ps > MOST_SILENT * constants.rto_ps
+        if is_lost:
+            # Over slow cables a time-out takes as long as an answer does.
+            waits = np.flatnonzero(ps.column(state.pieces, "finish") < 0).tolist()
+            is_lost = silent_ps > MOST_SILENT * max(patience_ps(state, constants, place) for place in waits)
         if status == DONE or is_lost or (most_s is not None and now_s > most_s):
             piece = list(made)[int((ps.column(state.pieces, "finish") < 0).argmax())]
             raise InputError(

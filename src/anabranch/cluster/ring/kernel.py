@@ -119,6 +119,9 @@ def _part(query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float)
         return _by_head(out, heads), _by_head(lse.to(fine), heads)
     shared = heads // groups
     key, value = (part if shared == 1 else part.repeat_interleave(shared, 1) for part in (key, value))
+    if scale <= 0:
+        # The kernel scales what is masked too: minus infinity times 0 is NaN, and times less it is seen best of all.
+        query, scale = query * scale, 1.0
     out, lse = _FLASH(query, key, value, is_causal=True, scale=scale)
     return out, lse.to(fine)
 
