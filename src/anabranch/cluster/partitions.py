@@ -100,7 +100,8 @@ def partition(
     for parts in range(1, num_parts + 1):
         for first in range(length):
             options = _options(first, best[parts - 1], costs_L, boundary, memory, cap, may_end, objective)
-            if fits is not None:
+            # Not where too few layers are left, or too few came before.
+            if fits is not None and first >= num_parts - parts and np.isfinite(options).any():
                 options = np.where(fits(num_parts - parts, first), options, np.inf)
             best[parts, first] = options.min(initial=np.inf)
     whole = best[num_parts, 0]

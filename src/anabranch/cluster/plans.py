@@ -20,14 +20,15 @@ from anabranch.cluster.boundaries import Bounds, quickest
 from anabranch.cluster.partitions import Objective, Partition, check_balance, partition, partition_at, partition_ends
 from anabranch.cluster.rooms import Rooms
 from anabranch.cluster.schedules import Schedule, schedule
-from anabranch.cluster.simulation import Durations, Timeline, simulate
+from anabranch.cluster.simulation import Durations, Timeline, is_recomputed, simulate
 from anabranch.errors import InputError
 
 __all__ = ["BACKWARD_WORK", "LayerCost", "Plan", "plan"]
 
 # Floating-point operations of a backward over those of its forward: a matrix product has two of the same size.
 BACKWARD_WORK = 2.0
-# Slots and messages that are simulated while partitions are compared: a second or two.
+# Slots and messages of the partitions that are compared, of which many need no simulation: a second or two where all do, and more where
+# one step alone has more.
 _MOST_SIMULATED = 100_000
 # Partitions whose memory alone is looked up: half a second.
 _MOST_MEASURED = 5_000
@@ -240,6 +241,21 @@ class _Cutting:
         )
         return simulate(self.table, durations)
 
+    def least_s(self, cut: Partition) -> float:
+        """What a step takes at least: a rank waits for its first forward, works, and from its last backward on others have theirs."""
+        table, micro_batches = self.table, self.table.num_micro_batches
+        again = sum(is_recomputed(self.checkpoint, number, micro_batches) for number in range(micro_batches))
+        # Gradients of weights may come last; without slots of their own they are in all backwards.
+        behind = 0.0 if table.has_weight_slots else BACKWARD_WORK
+        least, around = 0.0, 0.0
+        for rank in range(table.num_stages):
+            own = sum(cut.costs[rank :: table.num_stages])
+            least = max(least, around + own * (micro_batches * (1 + BACKWARD_WORK) + again))
+            send = self.send_L[cut.parts[rank][-1]] + self.latency_s
+            around += cut.costs[rank] * (1 + behind) + send * (2 if behind else 1)
+        # Sums in another order differ by rounding.
+        return least * (1 - 1e-9)
+
     def by(
         self, objective: Objective, uncut: Sequence[range], *, send_share: float = 1.0, cap_share: float = 1.0
     ) -> Partition:
@@ -320,9 +336,13 @@ class _Cutting:
             step_s = math.inf if excess else float(f"{self.timeline(cut).step_s:.12g}")
             return excess, step_s, sum(taken**2 for taken in cut.costs)
 
+        def least(bounds: Bounds) -> tuple[float, float, float]:
+            cut = partition_at(bounds, self.second_L)
+            return self.excess_bytes(cut), self.least_s(cut), 0.0
+
         # A slot is its work and about as many messages.
         most = max(1, _MOST_SIMULATED // (2 * len(self.table.slots)))
-        found = quickest(self.table.num_chunks, ends, cost, [cut.bounds for cut in starts], most)
+        found = quickest(self.table.num_chunks, ends, cost, [cut.bounds for cut in starts], most, least)
         return partition_at(found, self.second_L)
 
     def check_sum(self) -> None:

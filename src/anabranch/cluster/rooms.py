@@ -73,7 +73,8 @@ class Rooms:
         rest[ranks, length] = 0.0
         last = np.zeros((ranks, length), int)
         for rank in range(ranks - 1, -1, -1):
-            for first in range(length):
+            # Each rank before and behind has a layer at least.
+            for first in range(rank, length - (ranks - rank) + 1):
                 fullest = np.maximum(self.taken_from(rank, first), rest[rank + 1, first + 1 :])
                 fullest[~may_end[first:]] = np.inf
                 last[rank, first] = first + 1 + int(fullest.argmin())
