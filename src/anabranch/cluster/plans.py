@@ -30,8 +30,8 @@ BACKWARD_WORK = 2.0
 # Slots and messages of the partitions that are compared, of which many need no simulation: a second or two where all do, and more where
 # one step alone has more.
 _MOST_SIMULATED = 100_000
-# Partitions whose memory alone is looked up: half a second.
-_MOST_MEASURED = 5_000
+# Ranks whose memory alone is looked up where no other stages have room: a few seconds.
+_MOST_MEASURED = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +274,9 @@ class _Cutting:
 
     def ruled(self, objective: Objective, uncut: Sequence[range]) -> Partition:
         """The best partition of forwards with one send that has room, as far as chunks of one rank can be bounded each for itself."""
-        nearest = self.nearest(uncut)
+        if self.is_exact:
+            # What is refused is told of the nearest.
+            self.nearest(uncut)
         cut = self.by(objective, uncut)
         if self.excess_bytes(cut):
             # Then no chunk may take more than its share of what its rank has.
@@ -282,8 +284,8 @@ class _Cutting:
                 cut = self.by(objective, uncut, cap_share=1 / self.table.num_visits)
             except InputError:
                 # One must, and another chunk of its rank takes less.
-                return nearest
-        return nearest if self.excess_bytes(cut) else cut
+                return self.nearest(uncut)
+        return self.nearest(uncut) if self.excess_bytes(cut) else cut
 
     @property
     def is_exact(self) -> bool:
@@ -315,18 +317,22 @@ class _Cutting:
         if self.cap_bytes == math.inf:
             return start
 
+        most = _MOST_MEASURED // self.table.num_stages
+
         def cost(bounds: Bounds) -> list[float]:
             # The fullest counts, of equally full ones the next: otherwise boundaries elsewhere would not move.
             cut = partition_at(bounds, self.second_L)
             return sorted((self.rooms.taken(cut, rank) for rank in range(self.table.num_stages)), reverse=True)
 
-        return partition_at(quickest(self.table.num_chunks, ends, cost, [start.bounds], _MOST_MEASURED), self.second_L)
+        return partition_at(quickest(self.table.num_chunks, ends, cost, [start.bounds], most), self.second_L)
 
     def quickest(self, uncut: Sequence[range]) -> Partition:
         """The partition of the shortest step among those that memory has room for."""
         # With the smallest memory, in case none of the others has room; with the sends of a forward, without any, by squares.
-        starts = [self.nearest(uncut)]
+        starts = [self.nearest(uncut)] if self.is_exact else []
         starts += [self.by("minimax", uncut), self.by("minimax", uncut, send_share=0.0), self.by("variance", uncut)]
+        if all(map(self.excess_bytes, starts)):
+            starts.append(self.nearest(uncut))
         ends = partition_ends(len(self.layers), uncut)
 
         def cost(bounds: Bounds) -> tuple[float, float, float]:
