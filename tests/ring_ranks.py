@@ -91,6 +91,8 @@ DIFFERING = {
     "a length": ({"length": 7}, {}),
     "a length that is none": ({"length": 7}, {"length": "a"}),
     "documents": ({"documents": (0, 3, 8)}, {"documents": (0, 4, 8)}),
+    "long documents": ({"documents": range(400)}, {"documents": (*range(399), 400)}),
+    "documents longer than is sent": ({"documents": range(40_000)}, {"documents": (*range(39_999), 40_000)}),
     "documents that cannot be read": ({}, {"documents": ("a",)}),
     "documents that are no list": ({}, {"documents": 3}),
     "scales": ({"softmax_scale": 0.5}, {"softmax_scale": 0.25}),

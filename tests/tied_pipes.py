@@ -191,6 +191,22 @@ def sparse():
     return model
 
 
+def half_sparse():
+    """An embedding of sparse gradients that is the head too, where they are dense."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, WIDTH, sparse=True), nn.Linear(WIDTH, 5, bias=False))
+    model[1].weight = model[0].weight
+    return model
+
+
+def half_dense():
+    """The same the other way round: the dense one stands first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), Looked(nn.Embedding(WIDTH, WIDTH, sparse=True)))
+    model[1].table.weight = model[0].weight
+    return model
+
+
 class Looked(nn.Module):
     def __init__(self, table):
         super().__init__()
@@ -203,6 +219,8 @@ class Looked(nn.Module):
 KINDS = {
     "recurrent": (recurrent, ("0.weight_hh_l0", "1.weight_hh_l0"), lambda: torch.ones(3, 2, WIDTH)),
     "sparse": (sparse, ("0.weight", "1.table.weight"), lambda: torch.tensor([[0, 1], [1, 2]])),
+    "sparse, then dense": (half_sparse, ("0.weight", "1.weight"), lambda: torch.tensor([[0, 1], [1, 2]])),
+    "dense, then sparse": (half_dense, ("0.weight", "1.table.weight"), lambda: torch.ones(3, WIDTH)),
     "elsewhere": (lambda: read_elsewhere(False), ("0.weight", "1.weight"), lambda: torch.ones(3, WIDTH)),
 }
 

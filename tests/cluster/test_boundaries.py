@@ -1,6 +1,6 @@
 """Bounds of least cost, whatever the cost is."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -35,7 +35,7 @@ def test_of_many_moves_lead_to_even_parts(parts):
     ends, start = list(range(1, length)), tuple(range(1, parts))
     # Fewer than there are in all, so that they are not simply all asked.
     assert quickest(parts, ends, cost, [start], most=0) == start
-    assert len(asked) == 1
+    assert len(asked) <= 1
     most = {2: 10, 4: 1500, 7: 30_000}[parts]
     found = quickest(parts, ends, cost, [start], most=most)
     assert found == tuple(range(6, length, 6))
@@ -64,3 +64,27 @@ def test_layers_that_stay_together_stay():
         found = quickest(3, ends, lambda bounds: -bounds[0], [(2, 3)], most=most)
         assert set(found) <= set(ends)
     assert found == (3, 7)
+
+
+@given(st.integers(2, 4), st.integers(0, 40), st.randoms(use_true_random=False))
+def test_a_bound_from_below_saves_calls_and_changes_nothing(parts, most, draw):
+    """Of drawn costs and bounds below them, from several starts."""
+    ends = list(range(1, 9))
+    costs = {bounds: draw.randrange(20) for bounds in combinations(ends, parts - 1)}
+    bounds_of = {bounds: draw.randint(0, cost) for bounds, cost in costs.items()}
+    starts, asked = draw.sample(sorted(costs), 3), []
+
+    def cost(bounds):
+        asked.append(bounds)
+        return costs[bounds]
+
+    plain = quickest(parts, ends, cost, starts, most)
+    before = len(asked)
+    assert quickest(parts, ends, cost, starts, most, bounds_of.__getitem__) == plain
+    assert len(asked) - before <= before
+    # Where they say all, no cost is asked for that is above the least of what was known.
+    asked.clear()
+    assert quickest(parts, ends, cost, starts, 10**6, costs.__getitem__) == min(
+        costs, key=lambda one: (costs[one], one)
+    )
+    assert all(costs[there] <= costs[here] for here, there in pairwise(asked))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from anabranch.cluster import LayerCost, plan
+from anabranch.cluster import LayerCost, plan, plans
 from anabranch.errors import InputError
 
 LAYERS = [LayerCost(name=f"layer {n}", flops=1e9, parameters=100, output_bytes=1e6, saved_bytes=8e6) for n in range(8)]
@@ -113,6 +113,50 @@ def test_memory_bounds_what_all_chunks_of_a_rank_take(name, visits, cap):
     found = plan(layers, cap_bytes=cap, **told)
     assert found.timeline.step_s == pytest.approx(min(steps), rel=1e-9)
     assert max(map(sum, zip(found.state_bytes_K, found.activation_bytes_K, strict=True))) <= cap
+
+
+def taken(made):
+    """Bytes of each rank."""
+    return [state + kept for state, kept in zip(made.state_bytes_K, made.activation_bytes_K, strict=True)]
+
+
+@pytest.mark.parametrize("checkpoint", ["always", "except_last", "never"])
+@pytest.mark.parametrize(("name", "visits"), [("gpipe", 1), ("1f1b", 1), ("zero-bubble", 1), ("interleaved", 2)])
+def test_stages_are_refused_only_where_no_balance_has_room(name, visits, checkpoint, monkeypatch):
+    """At the least memory that any balance has room in, and just below it; also where partitions are too many to simulate them all."""
+    for seed in range(3):
+        draw = random.Random(f"{name} {seed}")
+        layers = [
+            replace(
+                layer, parameters=draw.randint(1, 9), saved_bytes=draw.randint(1, 60), output_bytes=draw.randint(1, 9)
+            )
+            for layer in uneven(seed, 9)
+        ]
+        told = {"ranks": 4 // visits, "schedule_name": name, "micro_batches": 6, "flops_s": 1e12, "bytes_s": 1e6}
+        told["checkpoint"] = checkpoint
+        balances = [found for found in itertools.product(range(1, 7), repeat=4) if sum(found) == 9]
+        least = min(max(taken(plan(layers, balance=found, **told))) for found in balances)
+        for most in (100_000, 1):
+            monkeypatch.setattr(plans, "_MOST_SIMULATED", most)
+            for objective in ("step", "minimax", "variance"):
+                assert max(taken(plan(layers, cap_bytes=least, objective=objective, **told))) <= least
+                with pytest.raises(InputError, match=r"no stages were found that fit|do not hold them|takes"):
+                    plan(layers, cap_bytes=least - 1, objective=objective, **told)
+
+
+@pytest.mark.parametrize("objective", ["step", "minimax", "variance"])
+def test_more_micro_batches_on_early_ranks_leave_them_fewer_layers(objective):
+    """34 equal layers: no even stages have room, and those that have are far from the even ones."""
+    layers = [
+        LayerCost(name=str(n), flops=1e12, parameters=200_000_000, output_bytes=1e8, saved_bytes=2.4e9)
+        for n in range(34)
+    ]
+    told = {"ranks": 8, "schedule_name": "1f1b", "micro_batches": 32, "checkpoint": "never", "flops_s": 4e14}
+    fullest = max(taken(plan(layers, balance=[2, 2, 3, 3, 4, 5, 6, 9], **told)))
+    made = plan(layers, objective=objective, cap_bytes=fullest, **told)
+    assert max(taken(made)) <= fullest
+    with pytest.raises(InputError, match="no stages were found that fit"):
+        plan(layers, objective=objective, cap_bytes=fullest * 0.999, **told)
 
 
 def test_two_chunks_of_a_rank_share_its_memory():

@@ -8,8 +8,10 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
 from anabranch.gateway.config.default_models import KINDS, default_model
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.runtime import Runtime
 from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
 from gateway_process import call
@@ -65,6 +67,27 @@ def test_a_default_that_leads_nowhere_is_an_error_of_the_config():
     with pytest.raises(ConfigError, match="default_models has 'speech'; it may have moderations and images"):
         GatewayConfig(models=(CHAT,), default_models={"speech": "chat"})
     assert KINDS == ("moderations", "images")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("provider", [Mock.Config(model="x"), Anthropic.Config(model="x", key_env=None)])
+def test_a_default_that_its_provider_cannot_be_asked_for_is_an_error_of_the_config(kind, provider):
+    small = ModelConfig(name="small", deployments=(DeploymentConfig(provider=provider),))
+    with pytest.raises(
+        ConfigError, match=rf"default_models\.{kind} is 'small', and {kind} cannot be asked of \w+; name a model"
+    ):
+        Runtime(GatewayConfig(models=(small,), default_models={kind: "small"}))
+    mixed = small.replace(deployments=(*small.deployments, *CHAT.deployments))
+    assert Runtime(GatewayConfig(models=(mixed,), default_models={kind: "small"})).models
+
+
+@pytest.mark.parametrize(
+    ("allowed", "meant"), [(("painter",), "painter"), (("painter", "dear"), "dear"), (("chat",), "dear")]
+)
+def test_a_key_that_may_not_use_the_default_means_the_only_one_that_it_may(allowed, meant):
+    painter = made("painter", "flux")
+    config = GatewayConfig(models=(CHAT, painter, made("dear", "gpt-image-1")), default_models={"images": "dear"})
+    assert default_model(config, "images", lambda name: name in allowed) == meant
 
 
 def test_the_body_of_who_asks_is_left_as_it_is(tmp_path):

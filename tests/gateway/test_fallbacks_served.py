@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, RetryConfig
+from anabranch.gateway.dispatch.own_fallbacks import FURTHER
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery, open_store
@@ -23,6 +24,7 @@ UPSTREAM = {
     "long": whole({"error": TOO_LONG}, 400),
     # As some say it in words alone.
     "words": whole({"error": {"message": "prompt is too long: 9000 tokens > 8192 maximum"}}, 400),
+    "wordy": whole({"error": {"message": "prompt is too long: 9000 tokens > 8192 maximum"}}, 400),
     "strict": whole({"error": {"message": "filtered", "code": "content_filter"}}, 400),
     "deep": (200, "application/json", b'{"choices":' + b"[" * 5000 + b"]" * 5000 + b"}"),
     "claude": whole({"error": {"message": "nothing is sent to it"}}, 500),
@@ -38,12 +40,12 @@ PRICE = {"input_usd": 1000, "output_usd": 2000}
 
 
 def front(folder, url, **retries):
-    """A gateway before such an upstream; `big` is the fallback of all that have one, but for `longer`."""
+    """A gateway before such an upstream; `big` is the fallback of all that have one, but for `longer` and `wordy`."""
     kinds = {name: "anthropic" if name == "claude" else "openai" for name in UPSTREAM}
     models = [{**model(name, kind, url, key_env=""), "price": PRICE} for name, kind in kinds.items()]
     chains = {
         "fallbacks": {name: ["big"] for name in ("claude", "deep", "down", "dead")},
-        "context_fallbacks": {"long": ["big"], "words": ["big"], "longer": ["long"]},
+        "context_fallbacks": {"long": ["big"], "words": ["big"], "longer": ["long"], "wordy": ["words", "big"]},
         "filter_fallbacks": {"strict": ["big"]},
     }
     return fronted(folder, models, {}, retries={"attempts": 1, **retries}, cache={"exact": False}, **chains)
@@ -69,6 +71,10 @@ def test_what_is_the_request_s_own_is_asked_of_the_next_model_without_any_budget
         status, told, headers = ask(running.url, model="longer")
         assert (status, told["error"]["code"], headers["x-route-attempts"]) == (400, "context_length_exceeded", "2")
         assert told["error"]["message"] == f"{TOO_LONG['message']} (asked: longer (context 400), long (context 400))"
+        # What is known by its words is called what it was taken for, and one further model is asked.
+        status, told, headers = ask(running.url, model="wordy")
+        assert (status, told["error"]["code"], headers["x-route-attempts"]) == (400, "context_length_exceeded", "2")
+        assert "(asked: wordy (context 400), words (context 400); not asked: big (" in told["error"]["message"]
         assert ask(running.url, model="alone")[1]["error"]["message"] == TOO_LONG["message"]
     told = Counter((row.requested, row.status, row.model, row.attempts) for row in asyncio.run(rows(running.store)))
     assert {name: told[name, "ok", "big", 2] for name in OWN} == dict.fromkeys(OWN, SOME)
@@ -93,7 +99,7 @@ STEPS = st.sampled_from(["context", "filter", "500", "ok"])
 @settings(max_examples=25, deadline=None)
 @given(st.tuples(*[STEPS] * len(NAMES)), st.sampled_from([0.0, 1.0]))
 def test_each_model_of_a_chain_is_asked_once_and_only_outages_are_charged(tmp_path_factory, steps, budget):
-    """Without a budget the chain ends at the first outage; whatever else is met, no model has a second turn."""
+    """Without a budget the chain ends at the first outage, or `FURTHER` models on; whatever is met, no model has a second turn."""
     models = tuple(
         ModelConfig(
             name=name, deployments=(DeploymentConfig(provider=Mock.Config(model=name, script=(step,), loops=True)),)
@@ -121,9 +127,11 @@ def test_each_model_of_a_chain_is_asked_once_and_only_outages_are_charged(tmp_pa
             return *ended, dispatcher.budget.state(dispatcher.now())
 
     answered, attempts, state = asyncio.run(main())
-    ends = [at for at, step in enumerate(steps) if step == "ok" or (step == "500" and not budget)]
+    # Behind each model that failed: whether the next one is paid for, of the extra attempts.
+    own = [step in ("context", "filter") for step in steps]
+    paid = [not own[at] or sum(own[:at]) >= FURTHER for at in range(len(NAMES))]
+    ends = [at for at, step in enumerate(steps) if step == "ok" or (paid[at] and not budget)]
     last = ends[0] if ends else len(NAMES) - 1
     assert attempts == last + 1
     assert answered == (NAMES[last] if steps[last] == "ok" else "")
-    # One is charged for each outage that another was asked after.
-    assert (state["extra"], state["held"]) == (steps[:last].count("500"), 0)
+    assert (state["extra"], state["held"]) == (sum(paid[:last]), 0)

@@ -87,8 +87,28 @@ def test_a_body_without_a_model_will_do_and_a_key_is_needed_as_elsewhere(server,
         assert call(running.url, "POST", path, {"messages": HELLO}, headers={"api-key": "sk-wrong"})[0] == 401
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/openai/deployments/eu/chat/completions",
+        "/openai/deployments/eu/chat%2Fcompletions",
+        "/%6fpenai/deployments/eu/chat/completions",
+        "/openai%2Fdeployments%2F%65u%2fchat/completions",
+        "/openai/deployments/eu/chat/completions%2F",
+        "/openai/deployments/eu/chat/completions/",
+    ],
+)
+def test_the_path_says_which_model_is_asked_however_it_is_written(server, path):
+    status, _, headers = call(server.url, "POST", path, {"model": "gpt-4o", "messages": HELLO})
+    assert (status, headers["x-route-model"]) == (200, "eu")
+
+
 def test_probes_of_other_proxies_charts(server):
-    for path, same in (("/health/liveliness", "/health"), ("/health/readiness", "/ready")):
+    for path, same in (
+        ("/health/liveliness", "/health"),
+        ("/health/liveness", "/health"),
+        ("/health/readiness", "/ready"),
+    ):
         told = call(server.url, "GET", path, headers={"host": "pod-7.cluster"})
         assert told[:2] == call(server.url, "GET", same)[:2]
         assert told[0] == 200
@@ -101,12 +121,13 @@ def test_probes_of_other_proxies_charts(server):
         ("/v1/models", "/v1/models", None),
         ("/openai/v1/models", "/v1/models", None),
         ("/openai/models/a", "/v1/models/a", None),
-        ("/openai/deployments/a%2Fb/chat/completions", "/v1/chat/completions", "a/b"),
+        ("/openai/deployments/a/b/chat/completions", "/v1/chat/completions", "a/b"),
         ("/openai/deployments/auto/x/completions", "/v1/completions", "auto/x"),
         ("/openai/deployments/a/audio/speech", "/v1/audio/speech", "a"),
         ("/openai/deployments/a/admin/keys", "/openai/deployments/a/admin/keys", None),
         ("/openaix/v1/models", "/openaix/v1/models", None),
         ("/health/liveliness", "/health", None),
+        ("/health/liveness", "/health", None),
     ],
 )
 def test_what_a_path_stands_for(path, found, name):

@@ -95,8 +95,9 @@ def test_a_crowd_at_one_address_keeps_nobody_else_out(tmp_path):
             assert (headers["retry-after"], headers["connection"]) == ("1", "close")
             assert send(port, CROWD, "/ready")[0] == 503
             # That it lives is told to all, and others are answered.
-            status, headers, _ = send(port, CROWD, "/health")
-            assert (status, headers["connection"]) == (200, "close")
+            for alive in ("/health", "/health/liveliness", "/health/liveness"):
+                status, headers, _ = send(port, CROWD, alive)
+                assert (status, headers["connection"]) == (200, "close")
             assert send(port, OTHER, "/v1/chat/completions", HELLO)[0] == 200
             assert send(port, "127.0.0.3", "/v1/models")[0] == 200
             assert refused(port) >= 2

@@ -113,7 +113,8 @@ def test_an_address_of_the_environment_is_read(move, monkeypatch, kind, name):
     # It is told, since the next import may read another.
     assert any(name in line for line in done.notes)
     # What an entry says comes first, and what a file sets comes before what is set.
-    assert host(move(entry_of(kind, api_base="https://entry.example.com"))) == "entry.example.com"
+    own = {"vertex_credentials": "/keys/a.json"} if kind == "vertex_ai" else {"api_key": "os.environ/K"}
+    assert host(move(entry_of(kind, api_base="https://entry.example.com", **own))) == "entry.example.com"
     done = move(entry_of(kind), environment_variables={name: "https://file.example.com"})
     assert host(done) == "file.example.com"
 
@@ -168,7 +169,11 @@ def test_of_several_the_first_counts_as_there(move, monkeypatch, kind):
         ),
         ({"model": "gemini/x", "api_base": "https://a.b/v1beta"}, {}, {"base_url": "https://a.b", "version": "v1beta"}),
         (
-            {"model": "vertex_ai/gemini-2.5-flash", "vertex_project": "p-1", "api_base": "https://a.b/v1beta1/"},
+            {
+                "model": "vertex_ai/gemini-2.5-flash",
+                "vertex_credentials": "/k.json",
+                "api_base": "https://a.b/v1beta1/",
+            },
             {},
             {"base_url": "https://a.b", "version": "v1beta1"},
         ),
@@ -292,11 +297,11 @@ def test_at_the_providers_own_address_its_key_is_kept(move, monkeypatch, kind, p
 def test_an_address_and_a_key_of_one_environment_belong_together(move, monkeypatch, kind, name):
     place = KNOWN[kind]
     monkeypatch.setenv(name, "https://own.example.com")
-    if kind != "azure":
-        assert getattr(provider(move(entry_of(kind))), "key_env", None) is None
+    entries = [entry_of(kind), entry_of(kind, api_base=f"os.environ/{name}")]
+    assert [getattr(provider(move(entry)), "key_env", None) for entry in entries] == [None, None]
     for key in place.keys[:1]:
         monkeypatch.setenv(key, "a-key")
-        assert provider(move(entry_of(kind))).key_env == key
+        assert [provider(move(entry)).key_env for entry in entries] == [key, key]
 
 
 @pytest.mark.parametrize("kind", ["hosted_vllm", "lm_studio", "llamafile", "litellm_proxy", "ollama"])
@@ -310,7 +315,10 @@ def test_a_server_of_ones_own_is_sent_the_key_that_is_named_for_it(move, monkeyp
 
 def test_a_token_of_azures_of_the_environment(move, monkeypatch):
     monkeypatch.setenv("AZURE_AD_TOKEN", "token")
-    entry = {"model": "azure/x", "api_base": "https://a.b"}
+    entry = {"model": "azure/x", "api_base": "https://a.openai.azure.com"}
+    # It is Azure's alone.
+    elsewhere = move(entry | {"api_base": "https://a.b"})
+    assert (provider(elsewhere).auth, provider(elsewhere).key_env) == ("key", None)
     assert (provider(move(entry)).auth, provider(move(entry)).key_env) == ("token", "AZURE_AD_TOKEN")
     monkeypatch.setenv("AZURE_API_KEY", "key")
     assert (provider(move(entry)).auth, provider(move(entry)).key_env) == ("key", "AZURE_API_KEY")

@@ -58,8 +58,8 @@ NEEDED = {"azure": {"base_url": "https://x"}}
             {"kind": "azure", "model": "c", "base_url": "https://x.y", "key_env": "TOKEN", "auth": "token"},
         ),
         (
-            {"model": "azure/c", "api_base": "https://x.y"},
-            {"kind": "azure", "model": "c", "base_url": "https://x.y", "key_env": "AZURE_API_KEY"},
+            {"model": "azure/c", "api_base": "https://x.openai.azure.com"},
+            {"kind": "azure", "model": "c", "base_url": "https://x.openai.azure.com", "key_env": "AZURE_API_KEY"},
         ),
         (
             {

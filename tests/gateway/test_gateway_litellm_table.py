@@ -47,6 +47,8 @@ TAKEN = [
     ("general_settings", "store_prompts_in_spend_logs", True, "log.prompts", True),
     ("general_settings", "maximum_spend_logs_retention_period", "30d", "log.keep_days", 30),
     ("general_settings", "enable_jwt_auth", True, "require_key", True),
+    ("general_settings", "key_management_system", "aws_kms", "require_key", True),
+    ("general_settings", "allowed_ips", ["10.0.0.1"], "require_key", True),
     ("litellm_params", "api_key", "os.environ/K", "models.0.deployments.0.provider.key_env", "K"),
     ("litellm_params", "api_base", "http://a/v1", "models.0.deployments.0.provider.base_url", "http://a/v1"),
     ("litellm_params", "base_url", "http://a/v1", "models.0.deployments.0.provider.base_url", "http://a/v1"),
@@ -150,7 +152,7 @@ def test_what_is_taken(move, section, name, value, path, ours):
     done = made(move, section, name, value)
     found = at(to_dict(done.config), path)
     assert (list(found) if isinstance(found, tuple) else found) == ours
-    if name != "enable_jwt_auth":
+    if ours is not True or path != "require_key":
         assert done.left == ()
 
 

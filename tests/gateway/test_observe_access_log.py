@@ -105,7 +105,8 @@ def test_over_http_each_request_has_one_line_and_hup_goes_on_in_a_new_file(tmp_p
     log = tmp_path / "access.log"
     path = mock_config(tmp_path / "g.toml", top=f'[admin]\nkey = "env:TEST_ADMIN_KEY"\n[log]\naccess = "{log}"')
     with served("--config", path, environment={"TEST_ADMIN_KEY": "k"}) as running:
-        assert call(running.url, "GET", "/health")[0] == 200
+        for probe in ("/health", "/health/", "/ready", "/health/liveliness", "/health/liveness", "/health/readiness"):
+            assert call(running.url, "GET", probe)[0] == 200
         made = call(running.url, "POST", "/admin/keys", {"name": "ci"}, key="k")[1]
         secret = made["secret"]
         assert ask(running.url, key=secret)[0] == 200

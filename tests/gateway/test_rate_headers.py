@@ -14,7 +14,9 @@ from anabranch.gateway.http.app import App
 from anabranch.gateway.http.rate_headers import duration, headers_of
 from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.providers.mock import Mock
+from anabranch.gateway.shared.counts import RedisCounts
 from anabranch.gateway.store import RateLimits
+from anabranch.gateway.store.limits import Bucket
 
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 PAGE = "https://app.example"
@@ -160,3 +162,14 @@ def test_what_is_left_fills_up_evenly_and_never_falls_below_nothing():
 
     asyncio.run(main())
     assert headers_of({}) == {}
+
+
+def test_what_redis_told_last_fills_up_again_meanwhile():
+    now = [0.0]
+    counts = RedisCounts(None, lambda: None, clock=lambda: now[0])
+    counts._levels["k", "rpm"] = Bucket(10.0, 0.0)
+    found = []
+    for now[0] in (0.0, 15.0, 30.0, 3600.0):
+        found.append(counts.level("k", "rpm", 60))
+    assert found == [10.0, 25.0, 40.0, 60.0]
+    assert counts.level("k", "tpm", 60) is None

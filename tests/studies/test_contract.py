@@ -30,7 +30,6 @@ NOT_RUN = {
     "glider",
     "lora_mixer",
     "mhr",
-    "pccl",
     "peft_survey",
     "pvchat",
     "rewiring",

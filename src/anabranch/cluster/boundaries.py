@@ -9,7 +9,8 @@ partition: of all of them where they are few, else of those that are better, bou
 # Shapes: L layers, K parts
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -19,7 +20,12 @@ Bounds = tuple[int, ...]
 
 
 def quickest(
-    num_parts: int, ends: Sequence[int], cost: Callable[[Bounds], Any], starts: Sequence[Bounds], most: int
+    num_parts: int,
+    ends: Sequence[int],
+    cost: Callable[[Bounds], Any],
+    starts: Sequence[Bounds],
+    most: int,
+    least: Callable[[Bounds], Any] | None = None,
 ) -> Bounds:
     """The bounds of least cost: of all, or of those that moves of boundaries lead to.
 
@@ -28,7 +34,9 @@ def quickest(
         ends: where a part may begin, in order; bounds are K - 1 of them.
         cost: of bounds; anything that can be compared. Equal ones go by the bounds themselves.
         starts: bounds to begin at where there are more than ``most`` in all; at least one.
-        most: calls of ``cost``; each start has one in any case.
+        most: calls of ``cost``; each start has one in any case, unless all calls go to starts and ``least`` says that it is no better.
+        least: of bounds, quickly: no more than their cost. Where that is above the cost of others already, the cost is not asked for; it
+            counts as a call all the same, so that what is found does not depend on it. None where nothing is known.
     """
     known: dict[Bounds, tuple[Any, Bounds]] = {}
 
@@ -37,25 +45,37 @@ def quickest(
             known[bounds] = (cost(bounds), bounds)
         return known[bounds]
 
+    def is_better(there: Bounds, here: Bounds) -> bool:
+        if there not in known and least is not None and least(there) > rank(here)[0]:
+            return False
+        return rank(there) < rank(here)
+
+    def best_of(some: Iterable[Bounds]) -> Bounds:
+        return reduce(lambda here, there: there if is_better(there, here) else here, some)
+
     if math.comb(len(ends), num_parts - 1) <= most:
-        return min(combinations(ends, num_parts - 1), key=rank)
+        return best_of(combinations(ends, num_parts - 1))
+    begins = sorted(set(starts))
+    if len(begins) >= most:
+        return best_of(begins if least is None else sorted(begins, key=least))
     # The best start has the first turn; what it leaves of the calls is the next one's.
-    best = [_descend(start, ends, rank, known, most) for start in sorted(set(starts), key=rank)]
-    return min(best, key=rank)
+    asked = set(begins)
+    return min([_descend(start, ends, is_better, asked, most) for start in sorted(begins, key=rank)], key=rank)
 
 
 def _descend(
-    start: Bounds, ends: Sequence[int], rank: Callable[[Bounds], Any], known: dict[Bounds, Any], most: int
+    start: Bounds, ends: Sequence[int], is_better: Callable[[Bounds, Bounds], bool], asked: set[Bounds], most: int
 ) -> Bounds:
     """From one partition to a better one, until none is better or calls are used up."""
-    here, is_better = start, True
-    while is_better:
-        is_better = False
+    here, has_moved = start, True
+    while has_moved:
+        has_moved = False
         for there in _moves(here, ends):
-            if there not in known and len(known) >= most:
+            if there not in asked and len(asked) >= most:
                 return here
-            if rank(there) < rank(here):
-                here, is_better = there, True
+            asked.add(there)
+            if is_better(there, here):
+                here, has_moved = there, True
                 break
     return here
 

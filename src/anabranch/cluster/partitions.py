@@ -9,7 +9,7 @@ the one with the smallest list of bounds, so the result does not depend on how i
 # Shapes: L layers, K parts
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +64,7 @@ def partition(
     boundary_L: Sequence[float] | None = None,
     memory_L: Sequence[float] | None = None,
     cap: float = math.inf,
+    fits: Callable[[int, int], np.ndarray] | None = None,
     uncut: Sequence[range] = (),
     objective: Objective = "minimax",
 ) -> Partition:
@@ -76,6 +77,8 @@ def partition(
             layer's does not count.
         memory_L: of each layer, in any unit.
         cap: the most memory of a part.
+        fits: of a part's number and the layer that it begins at: whether it may end behind that layer, the next one, ... the last one, as
+            bool [L - first]. For room that depends on the place of a part; in addition to ``cap``. None for no such bound.
         uncut: layers that stay together, such as those that share a pool of experts.
         objective: ``minimax`` (the largest part is smallest) or ``variance`` (the sum of squares is).
 
@@ -97,15 +100,20 @@ def partition(
     for parts in range(1, num_parts + 1):
         for first in range(length):
             options = _options(first, best[parts - 1], costs_L, boundary, memory, cap, may_end, objective)
+            # Not where too few layers are left, or too few came before.
+            if fits is not None and first >= num_parts - parts and np.isfinite(options).any():
+                options = np.where(fits(num_parts - parts, first), options, np.inf)
             best[parts, first] = options.min(initial=np.inf)
     whole = best[num_parts, 0]
     if not math.isfinite(whole):
-        raise InputError(_why_not(length, num_parts, memory, cap, may_end))
+        raise InputError(_why_not(length, num_parts, memory, cap, may_end, fits is not None))
     # A later part may be anything that is no worse than the whole: of minimax, below its largest part.
     bounds: list[int] = []
     first, limit = 0, whole
     for parts in range(num_parts, 0, -1):
         options = _options(first, best[parts - 1], costs_L, boundary, memory, cap, may_end, objective)
+        if fits is not None:
+            options = np.where(fits(num_parts - parts, first), options, np.inf)
         end = first + 1 + int(np.flatnonzero(options <= limit)[0])
         if objective == "variance":
             limit = best[parts - 1, end]
@@ -170,10 +178,12 @@ def _check_room(memory: np.ndarray, cap: float, uncut: Sequence[range]) -> None:
             )
 
 
-def _why_not(length: int, num_parts: int, memory: np.ndarray, cap: float, may_end: np.ndarray) -> str:
+def _why_not(length: int, num_parts: int, memory: np.ndarray, cap: float, may_end: np.ndarray, has_fits: bool) -> str:
     most = int(may_end.sum())
     if most < num_parts:
         return f"{length} layers, of which some stay together, cannot be {num_parts} parts; use at most {most}, or let groups be cut"
+    if has_fits:
+        return f"no {num_parts} parts of {length} layers fit where each of them is; use more parts or raise cap"
     return f"layers take {memory.sum():g} in all, and {num_parts} parts of at most {cap:g} do not hold them; use more parts or raise cap"
 
 

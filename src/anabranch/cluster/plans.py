@@ -12,12 +12,14 @@ they are too many to simulate, the best that moves of boundaries lead to.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
+
+import numpy as np
 
 from anabranch.cluster.boundaries import Bounds, quickest
 from anabranch.cluster.partitions import Objective, Partition, check_balance, partition, partition_at, partition_ends
-from anabranch.cluster.schedules import BACKWARD, FORWARD, WEIGHT, Schedule, Slot, schedule
+from anabranch.cluster.rooms import Rooms
+from anabranch.cluster.schedules import Schedule, schedule
 from anabranch.cluster.simulation import Durations, Timeline, is_recomputed, simulate
 from anabranch.errors import InputError
 
@@ -25,8 +27,11 @@ __all__ = ["BACKWARD_WORK", "LayerCost", "Plan", "plan"]
 
 # Floating-point operations of a backward over those of its forward: a matrix product has two of the same size.
 BACKWARD_WORK = 2.0
-# Slots and messages that are simulated while partitions are compared: a second or two.
+# Slots and messages of the partitions that are compared, of which many need no simulation: a second or two where all do, and more where
+# one step alone has more.
 _MOST_SIMULATED = 100_000
+# Ranks whose memory alone is looked up where no other stages have room: a few seconds.
+_MOST_MEASURED = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +159,8 @@ def plan(
             None for no limit.
         bytes_per_parameter: with gradient and optimizer state (16: float32 under Adam).
 
-    Raises InputError for what `partition`, `schedule` and `simulate` refuse, a speed that is not above 0, and where no partition that was
-    looked at keeps to ``cap_bytes``.
+    Raises InputError for what `partition`, `schedule` and `simulate` refuse, a speed that is not above 0, and where no partition keeps to
+    ``cap_bytes``: where a rank has one chunk or partitions are few, none at all, else none that moves of boundaries lead to.
     """
     for name, speed in (("flops_s", flops_s), ("bytes_s", 1.0 if bytes_s is None else bytes_s)):
         if not speed > 0:
@@ -183,7 +188,13 @@ def plan(
         second_L=tuple(layer.flops / flops_s for layer in layers),
         send_L=tuple(0.0 if bytes_s is None else layer.output_bytes / bytes_s for layer in layers),
         latency_s=latency_s,
-        state_L=tuple(layer.parameters * bytes_per_parameter for layer in layers),
+        rooms=Rooms(
+            table=table,
+            checkpoint=checkpoint,
+            state_L=tuple(layer.parameters * bytes_per_parameter for layer in layers),
+            saved_L=tuple(layer.saved_bytes for layer in layers),
+            output_L=tuple(layer.output_bytes for layer in layers),
+        ),
         cap_bytes=math.inf if cap_bytes is None else cap_bytes,
     )
     cutting.check_sum()
@@ -192,10 +203,7 @@ def plan(
     elif objective == "step":
         cut = cutting.quickest(uncut)
     else:
-        cut = cutting.by(objective, uncut)
-        if cutting.excess_bytes(cut):
-            # Then no chunk may take more than its share of what its rank has.
-            cut = cutting.by(objective, uncut, cap_share=1 / table.num_visits)
+        cut = cutting.ruled(objective, uncut)
     cutting.check_room(cut)
     return Plan(
         tuple(layers),
@@ -203,8 +211,8 @@ def plan(
         cutting.timeline(cut),
         checkpoint,
         sum(cutting.second_L) * (1 + BACKWARD_WORK) * table.num_micro_batches,
-        tuple(cutting.activation_bytes(cut, rank) for rank in range(ranks)),
-        tuple(cutting.state_bytes(cut, rank) for rank in range(ranks)),
+        tuple(cutting.rooms.activation_bytes(cut, rank) for rank in range(ranks)),
+        tuple(cutting.rooms.state_bytes(cut, rank) for rank in range(ranks)),
     )
 
 
@@ -218,7 +226,7 @@ class _Cutting:
     second_L: tuple[float, ...]
     send_L: tuple[float, ...]
     latency_s: float
-    state_L: tuple[float, ...]
+    rooms: Rooms
     cap_bytes: float
 
     def timeline(self, cut: Partition) -> Timeline:
@@ -233,6 +241,21 @@ class _Cutting:
         )
         return simulate(self.table, durations)
 
+    def least_s(self, cut: Partition) -> float:
+        """What a step takes at least: a rank waits for its first forward, works, and from its last backward on others have theirs."""
+        table, micro_batches = self.table, self.table.num_micro_batches
+        again = sum(is_recomputed(self.checkpoint, number, micro_batches) for number in range(micro_batches))
+        # Gradients of weights may come last; without slots of their own they are in all backwards.
+        behind = 0.0 if table.has_weight_slots else BACKWARD_WORK
+        least, around = 0.0, 0.0
+        for rank in range(table.num_stages):
+            own = sum(cut.costs[rank :: table.num_stages])
+            least = max(least, around + own * (micro_batches * (1 + BACKWARD_WORK) + again))
+            send = self.send_L[cut.parts[rank][-1]] + self.latency_s
+            around += cut.costs[rank] * (1 + behind) + send * (2 if behind else 1)
+        # Sums in another order differ by rounding.
+        return least * (1 - 1e-9)
+
     def by(
         self, objective: Objective, uncut: Sequence[range], *, send_share: float = 1.0, cap_share: float = 1.0
     ) -> Partition:
@@ -241,94 +264,116 @@ class _Cutting:
             self.second_L,
             self.table.num_chunks,
             boundary_L=[send_share * taken for taken in self.send_L],
-            memory_L=self.state_L,
+            memory_L=self.rooms.state_L,
             # Of a rank with several chunks each is bounded by what all may have; whether they fit together is looked at behind this.
             cap=self.cap_bytes * cap_share,
+            fits=self.fits if self.is_exact else None,
             uncut=uncut,
             objective=objective,
         )
 
+    def ruled(self, objective: Objective, uncut: Sequence[range]) -> Partition:
+        """The best partition of forwards with one send that has room, as far as chunks of one rank can be bounded each for itself."""
+        if self.is_exact:
+            # What is refused is told of the nearest.
+            self.nearest(uncut)
+        cut = self.by(objective, uncut)
+        if self.excess_bytes(cut):
+            # Then no chunk may take more than its share of what its rank has.
+            try:
+                cut = self.by(objective, uncut, cap_share=1 / self.table.num_visits)
+            except InputError:
+                # One must, and another chunk of its rank takes less.
+                return self.nearest(uncut)
+        return self.nearest(uncut) if self.excess_bytes(cut) else cut
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether memory is bounded, and that of a rank depends on one chunk alone, so that what fits is found exactly."""
+        return self.table.num_visits == 1 and self.cap_bytes < math.inf
+
+    def fits(self, rank: int, first: int) -> np.ndarray:
+        """For each end of a rank's only chunk, which begins at layer ``first``: whether there is room for it."""
+        return self.rooms.taken_from(rank, first) <= self.cap_bytes
+
+    def nearest(self, uncut: Sequence[range]) -> Partition:
+        """Stages whose fullest rank takes least: the least there is with one chunk of each rank, else what moves of boundaries lead to.
+
+        Raises InputError where each rank has one chunk, and these stages have no room: then none have.
+        """
+        # Names the layer or the group whose parameters alone are too much.
+        start = partition(
+            self.rooms.state_L,
+            self.table.num_chunks,
+            memory_L=self.rooms.state_L,
+            cap=self.cap_bytes,
+            uncut=uncut,
+        )
+        ends = partition_ends(len(self.layers), uncut)
+        if self.is_exact:
+            found = self.rooms.least_full(ends)
+            self.check_room(found)
+            return found
+        if self.cap_bytes == math.inf:
+            return start
+
+        most = _MOST_MEASURED // self.table.num_stages
+
+        def cost(bounds: Bounds) -> list[float]:
+            # The fullest counts, of equally full ones the next: otherwise boundaries elsewhere would not move.
+            cut = partition_at(bounds, self.second_L)
+            return sorted((self.rooms.taken(cut, rank) for rank in range(self.table.num_stages)), reverse=True)
+
+        return partition_at(quickest(self.table.num_chunks, ends, cost, [start.bounds], most), self.second_L)
+
     def quickest(self, uncut: Sequence[range]) -> Partition:
         """The partition of the shortest step among those that memory has room for."""
-        # With the sends of a forward, without any, by squares; and with the smallest memory, in case none of these has room.
-        starts = [self.by("minimax", uncut), self.by("minimax", uncut, send_share=0.0), self.by("variance", uncut)]
-        starts.append(partition(self.state_L, self.table.num_chunks, uncut=uncut))
+        # With the smallest memory, in case none of the others has room; with the sends of a forward, without any, by squares.
+        starts = [self.nearest(uncut)] if self.is_exact else []
+        starts += [self.by("minimax", uncut), self.by("minimax", uncut, send_share=0.0), self.by("variance", uncut)]
+        if all(map(self.excess_bytes, starts)):
+            starts.append(self.nearest(uncut))
         ends = partition_ends(len(self.layers), uncut)
 
         def cost(bounds: Bounds) -> tuple[float, float, float]:
             cut = partition_at(bounds, self.second_L)
-            # Sums in another order are no shorter steps: of equal ones the more even partition is taken.
-            step_s = float(f"{self.timeline(cut).step_s:.12g}")
-            return self.excess_bytes(cut), step_s, sum(taken**2 for taken in cut.costs)
+            excess = self.excess_bytes(cut)
+            # What has no room is not simulated. Sums in another order are no shorter steps: of equal ones the more even partition is taken.
+            step_s = math.inf if excess else float(f"{self.timeline(cut).step_s:.12g}")
+            return excess, step_s, sum(taken**2 for taken in cut.costs)
+
+        def least(bounds: Bounds) -> tuple[float, float, float]:
+            cut = partition_at(bounds, self.second_L)
+            return self.excess_bytes(cut), self.least_s(cut), 0.0
 
         # A slot is its work and about as many messages.
         most = max(1, _MOST_SIMULATED // (2 * len(self.table.slots)))
-        found = quickest(self.table.num_chunks, ends, cost, [cut.bounds for cut in starts], most)
+        found = quickest(self.table.num_chunks, ends, cost, [cut.bounds for cut in starts], most, least)
         return partition_at(found, self.second_L)
 
     def check_sum(self) -> None:
         """Raise InputError where all ranks together lack memory for parameters."""
-        if (whole := sum(self.state_L)) > self.cap_bytes * self.table.num_stages:
+        if (whole := sum(self.rooms.state_L)) > self.cap_bytes * self.table.num_stages:
             raise InputError(
                 f"parameters with what belongs to them take {_size(whole)}, and {self.table.num_stages} ranks of {_size(self.cap_bytes)} "
                 "do not hold them; use more ranks, or ranks with more memory"
             )
 
-    def state_bytes(self, cut: Partition, rank: int) -> float:
-        """Of the parameters of a rank."""
-        mine = cut.parts[rank :: self.table.num_stages]
-        return sum(self.state_L[number] for part in mine for number in part)
-
-    @cached_property
-    def slots_K(self) -> list[list[Slot]]:
-        """What each rank does, in order."""
-        slots_K: list[list[Slot]] = [[] for _ in range(self.table.num_stages)]
-        for slot in self.table.slots:
-            slots_K[slot.stage].append(slot)
-        return slots_K
-
-    def activation_bytes(self, cut: Partition, rank: int) -> float:
-        """The most that a rank holds between forward and backward, over its slots in their order; 0 where layers do not say."""
-        last = WEIGHT if self.table.has_weight_slots else BACKWARD
-        whole_C = [sum(self.layers[number].saved_bytes for number in part) for part in cut.parts]
-        entry_C = [self.layers[part.start - 1].output_bytes if part.start else 0.0 for part in cut.parts]
-        held, most = 0.0, 0.0
-        for slot in self.slots_K[rank] if any(whole_C) else ():
-            chunk = self.table.chunk_of(slot)
-            again = is_recomputed(self.checkpoint, slot.micro_batch, self.table.num_micro_batches)
-            kept = entry_C[chunk] if again else whole_C[chunk]
-            if slot.kind == FORWARD:
-                held += kept
-                most = max(most, held)
-            elif slot.kind == BACKWARD:
-                # What was recomputed stands beside the inputs of the others.
-                most = max(most, held - kept + whole_C[chunk])
-            if slot.kind == last:
-                held -= kept
-        return most
-
     def excess_bytes(self, cut: Partition) -> float:
         """What ranks lack of memory, all together."""
         if self.cap_bytes == math.inf:
             return 0.0
-        ranks = range(self.table.num_stages)
-        return sum(
-            max(0.0, self.state_bytes(cut, rank) + self.activation_bytes(cut, rank) - self.cap_bytes) for rank in ranks
-        )
+        return sum(max(0.0, self.rooms.taken(cut, rank) - self.cap_bytes) for rank in range(self.table.num_stages))
 
     def check_room(self, cut: Partition) -> None:
         """Raise InputError where a rank lacks memory."""
         if not self.excess_bytes(cut):
             return
-        taken = [
-            (self.state_bytes(cut, rank) + self.activation_bytes(cut, rank), rank)
-            for rank in range(self.table.num_stages)
-        ]
-        most, rank = max(taken)
+        most, rank = max((self.rooms.taken(cut, rank), rank) for rank in range(self.table.num_stages))
         raise InputError(
             f"no stages were found that fit: in the nearest, of {', '.join(map(str, cut.balance))} layers, rank {rank} takes {_size(most)} "
-            f"({_size(self.state_bytes(cut, rank))} of parameters with what belongs to them, "
-            f"{_size(self.activation_bytes(cut, rank))} of activations), and a rank holds {_size(self.cap_bytes)}; use more ranks, "
+            f"({_size(self.rooms.state_bytes(cut, rank))} of parameters with what belongs to them, "
+            f"{_size(self.rooms.activation_bytes(cut, rank))} of activations), and a rank holds {_size(self.cap_bytes)}; use more ranks, "
             "smaller micro-batches, recomputation, or ranks with more memory"
         )
 

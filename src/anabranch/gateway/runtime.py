@@ -78,6 +78,7 @@ class Runtime:
         }
         self.decider = Decider(config, self.embedder, on_bypass, strategies, metrics)
         self.dispatcher: Dispatcher = _dispatcher(config, None if previous is None else previous.dispatcher)
+        _check_default_models(config, self.dispatcher)
         for line in unpriced(config.models):
             logger.warning("%s", line)
         self.users, self.mark, self.is_loaded = 0, b"", False
@@ -154,6 +155,17 @@ async def loaded(config: GatewayConfig) -> AsyncIterator[None]:
         yield
     finally:
         await close_providers(begun)
+
+
+def _check_default_models(config: GatewayConfig, dispatcher: Dispatcher) -> None:
+    """Raises ConfigError for a default that no provider of it can be asked for."""
+    for kind, name in config.default_models.items():
+        providers = [live.provider for live in dispatcher.groups[name].lives]
+        if not any(kind in one.endpoints for one in providers):
+            kinds = ", ".join(sorted({str(one.kind) for one in providers}))
+            raise ConfigError(
+                f"default_models.{kind} is {name!r}, and {kind} cannot be asked of {kinds}; name a model of a kind that can, such as openai"
+            )
 
 
 def _dispatcher(config: GatewayConfig, previous: Dispatcher | None) -> Dispatcher:

@@ -216,18 +216,24 @@ def _ratio(results: Results, metric: str, ours: str, baseline: str, limit: float
 
 
 def draw(results: Results, path: Path) -> None:
-    """Losses and bytes of the ways to learn."""
+    """Losses of the ways to learn over synchronous training's, a mark for each seed, and their bytes."""
+    synchronous = results.values("learn-ddp", "validation")
     with figure(8, 3.2, ncols=2) as (made, (left, right)):
         for number, way in enumerate(WAYS):
-            losses, sent = (list(results.values(f"learn-{way}", metric).values()) for metric in ("validation", "bytes"))
-            if losses:
-                left.plot([number] * len(losses), losses, "o", color=SERIES[number % len(SERIES)])
+            losses, sent = (results.values(f"learn-{way}", metric) for metric in ("validation", "bytes"))
+            ratios = [losses[seed] / synchronous[seed] for seed in sorted(losses.keys() & synchronous.keys())]
+            left.plot([number] * len(ratios), ratios, "o", color=SERIES[number % len(SERIES)], markersize=4)
             if sent:
-                right.bar(number, sum(sent) / len(sent) / 2**20, color=SERIES[number % len(SERIES)])
-        for axes, title, unit in ((left, "Validation", "nats/token"), (right, "Sent by a worker", "MiB")):
+                right.bar(number, sum(sent.values()) / len(sent) / 2**20, color=SERIES[number % len(SERIES)])
+        left.axhline(1.02, color=INK, linewidth=0.8, linestyle=":", label="2 % above")
+        left.legend()
+        for axes, title, unit, base in (
+            (left, "Validation loss", "over synchronous (ddp)", 1),
+            (right, "Sent by a worker", "MiB", 0),
+        ):
             axes.set(title=title, ylabel=unit)
             axes.set_xticks(range(len(WAYS)), WAYS, rotation=30)
-            axes.axhline(0, color=INK, linewidth=0.8)
+            axes.axhline(base, color=INK, linewidth=0.8)
         png, svg = to_png(made), to_svg(made)
     with atomic_file(path.with_name(f"{path.name}.png")) as temporary:
         temporary.write_bytes(png)

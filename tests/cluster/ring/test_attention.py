@@ -1,10 +1,12 @@
 """Attention over ranks equals attention in one process: simulated ranks, message by message."""
 
+from fractions import Fraction
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,6 +19,7 @@ from anabranch.cluster.ring import (
     Run,
     Topology,
     Traffic,
+    context_parallel_attention,
     placed_attention,
     plan_attention,
     ring_attention,
@@ -24,7 +27,9 @@ from anabranch.cluster.ring import (
     simulated_placed_attention,
     token_ring_attention,
 )
+from anabranch.cluster.ring.agreement import told_apart
 from anabranch.cluster.ring.link import SimulatedLinks
+from anabranch.cluster.ring.options import read_documents, read_layout, read_length, read_options
 from anabranch.cluster.ring.schedule import RINGS
 from anabranch.errors import InputError, PeerError
 from anabranch.testing import DEVICES
@@ -363,7 +368,12 @@ def test_ranks_that_all_wait_are_told_of():
         ({"window": 2}, "window is 2 and causal False"),
         ({"window": 1.5, "causal": True}, "window is 1.5; use a whole number"),
         ({"causal": "yes"}, "causal is 'yes'; use True or False"),
-        ({"length": 4.0}, "length is 4.0; use a whole number of positions"),
+        ({"length": 4.5}, "length is 4.5; use a whole number of positions"),
+        ({"length": torch.tensor([4, 4])}, r"length is tensor\(\[4, 4\]\); use a whole number of positions"),
+        ({"window": float("nan"), "causal": True}, "window is nan; use a whole number"),
+        ({"causal": torch.tensor(2)}, r"causal is tensor\(2\); use True or False"),
+        ({"causal": [True]}, r"causal is \[True\]; use True or False"),
+        ({"documents": [torch.tensor([0, 4])]}, r"documents is \[tensor\(\[0, 4\]\)\]; give the positions"),
         ({"softmax_scale": "a"}, "softmax_scale is 'a'; use a finite number"),
         ({"softmax_scale": float("inf")}, "softmax_scale is inf; use a finite number"),
         ({"softmax_scal": 0.5}, "has no option 'softmax_scal'; did you mean 'softmax_scale'"),
@@ -373,8 +383,6 @@ def test_ranks_that_all_wait_are_told_of():
     ],
 )
 def test_what_cannot_be_is_said(change, said):
-    from anabranch.cluster.ring import context_parallel_attention
-
     given = {"q": torch.zeros(1, 4, 4, 8), "k": torch.zeros(1, 4, 2, 8), "v": torch.zeros(1, 4, 2, 8), **change}
     with pytest.raises(InputError, match=said):
         context_parallel_attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
@@ -404,3 +412,97 @@ def test_every_door_says_what_options_there_are(options, said):
     ):
         with pytest.raises(InputError, match=said):
             call()
+
+
+def whole_as(number):
+    """One number by all types that have it."""
+    return [
+        number,
+        float(number),
+        np.int32(number),
+        np.uint8(number),
+        np.float32(number),
+        np.array(number),
+        torch.tensor(number),
+        torch.tensor([number]),
+        torch.tensor(number, dtype=torch.int32),
+        torch.tensor(float(number)),
+        torch.ones(number).sum().long(),
+    ]
+
+
+def documents_as(places):
+    """One list of positions by all types that have it, with a function that makes it, as some can be read only once."""
+    of = torch.tensor(places)
+    return [
+        lambda: places,
+        lambda: list(places),
+        lambda: of,
+        lambda: of.int(),
+        lambda: of.double(),
+        lambda: of.numpy(),
+        lambda: list(of),
+        lambda: list(of.numpy()),
+        lambda: [float(place) for place in places],
+        lambda: iter(places),
+        lambda: range(places[0], places[-1] + 1, places[1] - places[0]),
+    ]
+
+
+ON = [True, 1, 1.0, np.bool_(True), np.int64(1), np.array(True), torch.tensor(True), torch.tensor([1])]
+OFF = [False, 0, 0.0, None, np.bool_(False), torch.tensor(False), torch.tensor(0)]
+KINDS_OF = {
+    "window": [lambda value=value: value for value in whole_as(3)],
+    "length": [lambda value=value: value for value in whole_as(7)],
+    "documents": documents_as((0, 4, 8)),
+    "causal": [lambda value=value: value for value in ON],
+    "check": [lambda value=value: value for value in OFF],
+    "softmax_scale": [
+        lambda value=value: value
+        for value in (0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor([0.5]), Fraction(1, 2))
+    ],
+    "scheme": [lambda: "ring", lambda: np.str_("ring")],
+    "layout": [lambda: "zigzag", lambda: np.str_("zigzag")],
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF)
+def test_a_value_may_be_of_any_type_that_has_it(name):
+    """With the same result, and in the same words to other ranks, which may have it by another type."""
+    *leaves, _ = drawn(1, 8, 2, 2, 4)
+    read = {"documents": read_documents, "length": read_length, "layout": read_layout}.get(
+        name, lambda value: read_options({"causal": True, name: value})
+    )
+    first, *others = KINDS_OF[name]
+    expected = context_parallel_attention(*leaves, **{"causal": True, name: first()})
+    for made in others:
+        assert torch.equal(context_parallel_attention(*leaves, **{"causal": True, name: made()}), expected), made()
+        assert repr(read(made())) == repr(read(first())), made()
+
+
+def test_no_flag_is_off():
+    *leaves, _ = drawn(1, 8, 2, 2, 4)
+    for off in OFF:
+        assert torch.equal(context_parallel_attention(*leaves, causal=off), context_parallel_attention(*leaves))
+
+
+# One differs early, the others behind what is told from there.
+@example([(0, "b"), (400, "a"), (400, "b"), (400, "ab")], "")
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 50, 79, 80, 159, 160, 161, 400]), st.text("ab", max_size=3)),
+        min_size=2,
+        max_size=4,
+    ),
+    st.sampled_from(["", "c" * 300]),
+)
+def test_what_differs_is_told_in_words_that_differ(drawn_texts, behind):
+    """Wherever it differs, by whatever letters, and where another text differs before it."""
+    texts = ["é" * (count // 2) + letters + behind for count, letters in drawn_texts]
+    digests = [hash(text) for text in texts]
+    told = told_apart([text.encode() for text in texts], digests)
+    assert len(set(told)) == len(set(texts))
+    assert max(map(len, told)) <= 160 + len(" (digest 0123456789abcdef)")
+    if max(len(text.encode()) for text in texts) <= 160:
+        assert told == texts

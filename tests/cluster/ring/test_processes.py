@@ -53,6 +53,8 @@ SAID = {
     "a layout that is none": "ranks were given different layout: 'zigzag' on rank 0, 'zig' on rank",
     "a length": "ranks were given different length: 7 on rank 0, None on rank",
     "documents": "ranks were given different documents: (0, 3, 8) on rank 0, (0, 4, 8) on rank",
+    "long documents": "ranks were given different documents: ...391, 392, 393, 394, 395, 396, 397, 398, 399) on rank 0, ...391,",
+    "documents longer than is sent": "ranks were given different documents: ...",
     "scales": "ranks were given different scales: 0.5 on rank 0, 0.25 on rank",
     "types of results": "ranks were given different types of partial results: torch.float32 on rank 0, None on rank",
     "links": "ranks were given different topologies: Topology(kind='ring'",
@@ -84,6 +86,8 @@ def test_ranks_that_differ_are_told_so_on_all_ranks(ran):
         assert said.keys() == SAID.keys() | OWN.keys()
         for case, words in SAID.items():
             assert said[case].startswith(f"InputError: {words}"), case
+            first, others = said[case].split(f"{words.split(':')[0]}: ")[1].split(" on rank 0, ")
+            assert first != others.partition(" on rank")[0], case
         for case, words in OWN.items():
             # Rank 0 alone is given a wrong tensor, the others are given wrong options.
             is_mine = (number == 0) == (case in ("a shape", "no tensor"))

@@ -153,7 +153,7 @@ class StandIns:
         total: Tensor | None = None
         for part in (*found, self._beside):
             if part is not None:
-                total = part if total is None else total + part.to(total.device)
+                total = part if total is None else _sum(total, part.to(total.device))
         return total
 
     def deliver(self, total: Tensor | None) -> None:
@@ -203,6 +203,13 @@ def unfit(shared: Sequence[StandIns], stage: int, micro_batches: int) -> Failure
     if why is None:
         return None
     return Failure(stage, micro_batches - 1, BACKWARD, f"InputError: {why}", InputError(why))
+
+
+def _sum(one: Tensor, other: Tensor) -> Tensor:
+    """Of two gradients; it is sparse where both are, since torch adds a sparse one to others and not the other way round."""
+    if one.layout != other.layout:
+        return one.to_dense() + other.to_dense()
+    return one + other
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

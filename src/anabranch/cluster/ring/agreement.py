@@ -9,10 +9,11 @@ import torch
 from anabranch.cluster.ring.link import GroupLink, Traffic, drive, everyone
 from anabranch.errors import InputError
 
-__all__ = ["check_agreement"]
+__all__ = ["check_agreement", "told_apart"]
 
-# Columns of the message, so that ranks which ask for different things understand each other; and bytes of a value that is told in words.
-_COLUMNS, _MOST_TOLD = 32, 160
+# Columns of the message, so that ranks which ask for different things understand each other; bytes of a value that is told in words, and
+# of one in which the place is looked for where ranks differ.
+_COLUMNS, _MOST_TOLD, _MOST_SENT = 32, 160, 1 << 16
 _MOST_RANKS = 8
 
 
@@ -41,7 +42,8 @@ def check_agreement(values: Mapping[str, Any], link: GroupLink, problem: str | N
     for column, (name, text) in enumerate(texts.items(), start=2):
         # The table is the same on all, so all ask each other for this value next.
         if len({row[column] for row in table}) > 1:
-            found = _in_words([row[column] for row in table], _texts(text, asking))
+            digests = [row[column] for row in table]
+            found = _in_words(digests, told_apart(_texts(text, asking), digests))
             raise InputError(f"ranks were given different {name}: {found}; it must be the same on all")
 
 
@@ -49,13 +51,34 @@ def _digest(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _texts(text: str, link: GroupLink) -> list[str]:
-    """What each rank says, cut to what a message holds."""
+def _texts(text: str, link: GroupLink) -> list[bytes]:
+    """What each rank says, as far as a message of this is sent."""
     raw = text.encode()
-    raw = raw if len(raw) <= _MOST_TOLD else raw[: _MOST_TOLD - 3] + b"..."
-    mine_F = torch.tensor([*raw, *[0] * (_MOST_TOLD - len(raw))], dtype=torch.uint8, device=link.device)
+    mine_1 = torch.tensor([len(raw)], dtype=torch.int64, device=link.device)
+    sizes = [int(parts[0]) for parts in drive(everyone(link, "agree", [mine_1]), Traffic())]
+    most = min(max(sizes), _MOST_SENT)
+    mine_F = torch.tensor(list(raw[:most].ljust(most, b"\0")), dtype=torch.uint8, device=link.device)
     came = drive(everyone(link, "agree", [mine_F]), Traffic())
-    return [bytes(parts[0].tolist()).rstrip(b"\0").decode(errors="replace") for parts in came]
+    return [bytes(parts[0].tolist())[:size] for parts, size in zip(came, sizes, strict=True)]
+
+
+def told_apart(texts: Sequence[bytes], digests: Sequence[int]) -> list[str]:
+    """Of each text what is short enough to be told: from its beginning, or from before the first place where they are not all the same.
+
+    Two that are alike in what is told, and are not by their ``digests``, have these behind them.
+    """
+    letters = enumerate(zip(*texts, strict=False))
+    differ = next((place for place, found in letters if len(set(found)) > 1), min(map(len, texts)))
+    fits = max(map(len, texts)) <= _MOST_TOLD
+    start = 0 if fits or differ < _MOST_TOLD // 2 else differ - _MOST_TOLD // 4
+    front = b"..." if start else b""
+    told = []
+    for text in texts:
+        part, most = front + text[start:], _MOST_TOLD
+        told.append((part if len(part) <= most else part[: most - 3] + b"...").decode(errors="replace"))
+    if len(set(told)) < len(set(digests)):
+        told = [f"{said} (digest {digest % (1 << 64):016x})" for said, digest in zip(told, digests, strict=True)]
+    return told
 
 
 def _in_words(digests: Sequence[int], texts: Sequence[str]) -> str:

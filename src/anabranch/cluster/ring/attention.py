@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from anabranch.bounds import is_whole, shown
+from anabranch.bounds import shown
 from anabranch.cluster.ring.agreement import check_agreement
 from anabranch.cluster.ring.by_heads import ByHeads, head_shares, schedule_by_heads
 from anabranch.cluster.ring.choice import choose
@@ -32,6 +32,8 @@ from anabranch.cluster.ring.options import (
     asks_gradients,
     described,
     read_documents,
+    read_layout,
+    read_length,
     read_options,
 )
 from anabranch.cluster.ring.schedule import Schedule, schedule_of
@@ -196,20 +198,19 @@ def _cut_attention(
     """`context_parallel_attention`; whatever is wrong on this rank the others learn of, before they wait for it."""
     given, wrong = read_options(options)
     documents, unread = read_documents(cut.documents)
-    length = cut.length
-    if length is not None and not is_whole(length):
-        unread = f"length is {shown(length)}; use a whole number of positions, or None for those of all ranks"
-    problem = problem or wrong or unread
-    told = {"length": length, "layout": cut.layout, "documents": documents}
+    length, unknown = read_length(cut.length)
+    layout = read_layout(cut.layout)
+    problem = problem or wrong or unknown or unread
+    told = {"length": length, "layout": layout, "documents": documents}
     query = tensors[0]
     rows = query.shape[1] if isinstance(query, Tensor) and query.dim() == 4 else -1
 
     def make(world: int) -> tuple[Placement, Placement]:
         whole = rows * world if length is None else length
-        made = Layout(cut.layout, world, whole, documents, least_rows=rows)
+        made = Layout(layout, world, whole, documents, least_rows=rows)
         if made.rows != rows:
             raise InputError(
-                f"each rank has {rows} positions, and {cut.layout} of {whole} over {world} ranks has {made.rows}; "
+                f"each rank has {rows} positions, and {layout} of {whole} over {world} ranks has {made.rows}; "
                 "pad to that, and pass length="
             )
         return made.placement, made.placement

@@ -2,6 +2,7 @@
 # Shapes: S positions of a sequence
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -10,14 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.bounds import is_whole, near_name, shown
+from anabranch.bounds import near_name, shown
 from anabranch.cluster.ring.costs import SCHEMES, Topology
 from anabranch.cluster.ring.hybrid import Hybrid
+from anabranch.cluster.ring.layout import KINDS
 from anabranch.cluster.ring.link import Traffic
 from anabranch.cluster.ring.pieces import Mask
 from anabranch.errors import InputError
 
-__all__ = ["LayoutKind", "RingOptions", "asks_gradients", "described", "read_documents", "read_options"]
+__all__ = [
+    "LayoutKind",
+    "RingOptions",
+    "asks_gradients",
+    "described",
+    "read_documents",
+    "read_layout",
+    "read_length",
+    "read_options",
+]
 
 LayoutKind = Literal["contiguous", "zigzag", "stripe"]
 
@@ -85,20 +96,21 @@ def _read(name: str, value: Any) -> Any:
     """The value of an option, as what it is compared and used as. Raises InputError for what it cannot be."""
     kinds = {"out_dtype": torch.dtype, "topology": Topology, "traffic": Traffic}
     if name in ("causal", "check"):
-        if not isinstance(value, bool | np.bool_) and not (is_whole(value) and value in (0, 1)):
+        found = 0 if value is None else _whole(value)
+        if found not in (0, 1):
             raise InputError(f"{name} is {shown(value)}; use True or False")
-        return bool(value)
+        return bool(found)
     if name == "scheme":
         known = ("auto", *SCHEMES, Hybrid.scheme)
         if not isinstance(value, str) or value not in known:
             raise InputError(f"scheme is {shown(value)}; use {', '.join(known)}")
-        return value
+        return known[known.index(value)]
     if value is None:
         return None
     if name == "window":
-        if not is_whole(value):
+        if (found := _whole(value)) is None:
             raise InputError(f"window is {shown(value)}; use a whole number of at least 1, or None")
-        return int(value)
+        return found
     if name in ("softmax_scale", "timeout_s"):
         return _number(name, value)
     if not isinstance(value, kinds[name]):
@@ -119,20 +131,51 @@ def _number(name: str, value: Any) -> float:
     return found
 
 
-def read_documents(documents: Sequence[int] | Tensor | None) -> tuple[tuple[int, ...] | None, str | None]:
+def _whole(value: Any) -> int | None:
+    """The whole number that a value is, of Python, of numpy or a tensor of one element, also where its type is that of others (4.0, True).
+
+    None for all else. Ranks compare and use what is found, so that a number is the same whatever its type was.
+    """
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        if math.prod(value.shape) != 1 or (isinstance(value, Tensor) and value.is_meta):
+            return None
+        value = value.item()
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def read_length(length: Any) -> tuple[int | None, str | None]:
+    """How many positions there are, None for those of all ranks; and what is wrong with what was given instead."""
+    found = None if length is None else _whole(length)
+    if length is not None and found is None:
+        return None, f"length is {shown(length)}; use a whole number of positions, or None for those of all ranks"
+    return found, None
+
+
+def read_layout(layout: Any) -> Any:
+    """The layout by its name, also of a string of another type; what is none is given back, for `Layout` to refuse."""
+    return KINDS[KINDS.index(layout)] if isinstance(layout, str) and layout in KINDS else layout
+
+
+def read_documents(documents: Any) -> tuple[tuple[int, ...] | None, str | None]:
     """Where documents begin and the last one ends; and what is wrong with what was given instead."""
     if documents is None:
         return None, None
-    found = documents.tolist() if isinstance(documents, Tensor) else documents
+    found = documents.tolist() if isinstance(documents, Tensor | np.ndarray) else documents
     try:
-        places = list(found)
+        given = list(found)
     except TypeError:
-        places = [None]
-    if not all(is_whole(place) for place in places):
+        given = [None]
+    places = [place for place in map(_whole, given) if place is not None]
+    if len(places) < len(given):
         return None, (
             f"documents is {shown(found)}; give the positions where documents begin and the last one ends, (0, ..., S)"
         )
-    return tuple(int(place) for place in places), None
+    return tuple(places), None
 
 
 def asks_gradients(tensors: Sequence[Any]) -> bool:

@@ -24,7 +24,7 @@ _CALLED = {
 
 
 def default_model(config: "GatewayConfig", endpoint: str, allows: Callable[[str], bool] = lambda model: True) -> str:
-    """The model of a request to an endpoint that names none.
+    """The model of a request to an endpoint that names none: the default, or for whom that is closed the only one of its kind.
 
     Args:
         config: of the gateway.
@@ -34,11 +34,15 @@ def default_model(config: "GatewayConfig", endpoint: str, allows: Callable[[str]
     Raises InputError where the config has no default for the endpoint, and not exactly one model of its kind.
     """
     kind = KIND_OF[endpoint]
-    if (named := config.default_models.get(kind)) is not None:
+    named = config.default_models.get(kind)
+    if named is not None and allows(named):
         return named
     found = [model.name for model in config.models if allows(model.name) and _is_of(kind, model)]
     if len(found) == 1:
         return found[0]
+    if named is not None:
+        # Its key is told what it may use.
+        return named
     several = f"several of that kind ({', '.join(found[:5])})" if found else "none that is known to be of that kind"
     raise InputError(f"model is missing, and of the models here {several}; name one, or set default_models.{kind}")
 

@@ -17,6 +17,7 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.gateway.config.gateway import GatewayConfig
 from anabranch.gateway.config.lines import Lines, parse
 from anabranch.gateway.config.litellm_costs import COSTS, MOST_PRICE, NANO_MILLION, completed, hoist_price
+from anabranch.gateway.config.litellm_elsewhere import Elsewhere
 from anabranch.gateway.config.litellm_entry import Entry
 from anabranch.gateway.config.litellm_numbers import LARGEST, number_of
 from anabranch.gateway.config.litellm_providers import FIELDS, based_price, kind_of, provider_of
@@ -133,6 +134,7 @@ class _Import:
     def run(self, data: Table) -> Imported:
         models: dict[str, Table] = {}
         self._environment = Environment(data.get("environment_variables"))
+        self._elsewhere = Elsewhere(data, self._report, self._environment)
         for at, entry in enumerate(self._list(data.get("model_list"), "model_list")):
             self._entry(entry, f"model_list.{at}", models)
         if not models:
@@ -153,9 +155,10 @@ class _Import:
                 "litellm_settings",
                 "general_settings",
                 "environment_variables",
+                "credential_list",
             ):
                 self._leave(name, "is not known here")
-        Settings(config, models, self._report, self._environment).take(data)
+        Settings(config, models, self._report, self._environment).take(data, self._elsewhere.unread)
         for name in self._table(data.get("environment_variables"), "environment_variables"):
             self._leave(f"environment_variables.{name}", "is not set by a config here; set it before starting")
         made, report = from_dict(GatewayConfig, config), self._report
@@ -189,7 +192,8 @@ class _Import:
         if "*" in name or "*" in upstream:
             self._leave(f"{field}.model_name", f"is {name!r}: wildcards are not taken over; name each model")
             return
-        provider = self._provider(params, upstream, f"{field}.litellm_params")
+        merged = self._elsewhere.merged(params, f"{field}.litellm_params")
+        provider = None if merged is None else self._provider(merged, upstream, f"{field}.litellm_params")
         if provider is None:
             return
         info = self._table(entry.get("model_info"), f"{field}.model_info")
@@ -290,6 +294,8 @@ class _Import:
         except ValueError as error:
             name, _, why = str(error).partition(" ")
             self._leave(f"{field}.{name}", why)
+            return None
+        if not self._elsewhere.is_placed(params, kind, field):
             return None
         made = provider_of(Entry(params, kind, field, self._report, self._environment), model)
         if made is None:

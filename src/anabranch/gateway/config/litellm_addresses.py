@@ -3,10 +3,14 @@
 Addresses, variables and their order are those that LiteLLM's code reads.
 """
 
+import re
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from anabranch.gateway.config.prices import PLACES
+
+# What of an entry says where its provider is.
+BASES = ("api_base", "base_url", "aws_bedrock_runtime_endpoint")
 
 
 class Place(NamedTuple):
@@ -17,7 +21,8 @@ class Place(NamedTuple):
         bases: variables that name another; the first that is set counts.
         keys: variables that may hold the key, likewise.
         key: the one that is meant where none of them is set; empty for the first.
-        others: hosts that are the provider's too.
+        others: hosts that are the provider's too, with all below them.
+        form: of hosts that are the provider's too, where others below the same name are anybody's.
     """
 
     address: str | None = None
@@ -25,6 +30,12 @@ class Place(NamedTuple):
     keys: tuple[str, ...] = ()
     key: str = ""
     others: tuple[str, ...] = ()
+    form: str = ""
+
+    @property
+    def is_anywhere(self) -> bool:
+        """Whether it is no provider, but what people run themselves."""
+        return self.address is None and not self.others
 
     @property
     def usual_key(self) -> str | None:
@@ -36,7 +47,8 @@ class Place(NamedTuple):
         parts = urlsplit(url)
         own = [urlsplit(self.address).hostname or ""] if self.address else []
         host = parts.hostname or ""
-        return parts.scheme == "https" and any(host == one or host.endswith(f".{one}") for one in (*own, *self.others))
+        is_below = any(host == one or host.endswith(f".{one}") for one in (*own, *self.others))
+        return parts.scheme == "https" and (is_below or (self.form != "" and re.fullmatch(self.form, host) is not None))
 
 
 def _usual(address: str | None, name: str) -> Place:
@@ -52,7 +64,18 @@ _FIREWORKS = ("FIREWORKS_API_KEY", "FIREWORKS_AI_API_KEY", "FIREWORKSAI_API_KEY"
 # Azure's own hosts for models; others of its hosts are anybody's.
 _AZURES = (
     *("services.ai.azure.com", "models.ai.azure.com", "inference.ml.azure.com"),
-    *("openai.azure.com", "cognitiveservices.azure.com"),
+    *("openai.azure.com", "cognitiveservices.azure.com", "api.cognitive.microsoft.com"),
+    # Of governments, and of China.
+    *("openai.azure.us", "cognitiveservices.azure.us", "api.cognitive.microsoft.us"),
+    *("openai.azure.cn", "cognitiveservices.azure.cn", "api.cognitive.azure.cn"),
+)
+# Others of Amazon's hosts are anybody's.
+_BEDROCKS = r"(vpce-[a-z0-9-]+\.)?bedrock-runtime(-fips)?\.[a-z0-9-]+\.(vpce\.)?(amazonaws\.com(\.cn)?|api\.aws)"
+# One host for each region, and one for each workspace.
+_DASHSCOPES = ("dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com", "maas.aliyuncs.com")
+_NEBIUS = (
+    *("api.studio.nebius.com", "api.tokenfactory.nebius.com"),
+    *("api.tokenfactory.eu-west1.nebius.com", "api.tokenfactory.us-central1.nebius.com"),
 )
 
 # What speaks OpenAI's API.
@@ -70,7 +93,7 @@ OPENAI_FORM: dict[str, Place] = {
     "clarifai": Place("https://api.clarifai.com/v2/ext/openai/v1", (), ("CLARIFAI_API_KEY",)),
     "codestral": _usual("https://codestral.mistral.ai/v1", "CODESTRAL"),
     "cometapi": Place("https://api.cometapi.com/v1", ("COMETAPI_API_BASE",), ("COMETAPI_KEY",)),
-    "dashscope": _usual("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE"),
+    "dashscope": _usual("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE")._replace(others=_DASHSCOPES),
     "databricks": _usual(None, "DATABRICKS")._replace(others=("databricks.com", "azuredatabricks.net")),
     "deepinfra": _usual("https://api.deepinfra.com/v1/openai", "DEEPINFRA"),
     "deepseek": _usual("https://api.deepseek.com/v1", "DEEPSEEK"),
@@ -82,7 +105,7 @@ OPENAI_FORM: dict[str, Place] = {
         "https://api.friendli.ai/serverless/v1", ("FRIENDLI_API_BASE",), ("FRIENDLIAI_API_KEY", "FRIENDLI_TOKEN")
     ),
     "galadriel": _usual("https://api.galadriel.com/v1", "GALADRIEL"),
-    "github": _usual("https://models.inference.ai.azure.com", "GITHUB"),
+    "github": _usual("https://models.inference.ai.azure.com", "GITHUB")._replace(others=("models.github.ai",)),
     "groq": _usual("https://api.groq.com/openai/v1", "GROQ"),
     "helicone": Place("https://ai-gateway.helicone.ai", (), ("HELICONE_API_KEY",)),
     "hosted_vllm": _usual(None, "HOSTED_VLLM"),
@@ -108,13 +131,13 @@ OPENAI_FORM: dict[str, Place] = {
         "MISTRAL_API_KEY",
     ),
     "modelscope": _usual("https://api-inference.modelscope.cn/v1", "MODELSCOPE"),
-    "moonshot": _usual("https://api.moonshot.ai/v1", "MOONSHOT"),
+    "moonshot": _usual("https://api.moonshot.ai/v1", "MOONSHOT")._replace(others=("api.moonshot.cn",)),
     "morph": _usual("https://api.morphllm.com/v1", "MORPH"),
     "nano-gpt": Place("https://nano-gpt.com/api/v1", (), ("NANOGPT_API_KEY",)),
-    "nebius": _usual("https://api.studio.nebius.ai/v1", "NEBIUS"),
+    "nebius": _usual("https://api.studio.nebius.ai/v1", "NEBIUS")._replace(others=_NEBIUS),
     "novita": _usual("https://api.novita.ai/v3/openai", "NOVITA"),
     "nscale": _usual("https://inference.api.nscale.com/v1", "NSCALE"),
-    "nvidia_nim": _usual("https://integrate.api.nvidia.com/v1", "NVIDIA_NIM"),
+    "nvidia_nim": _usual("https://integrate.api.nvidia.com/v1", "NVIDIA_NIM")._replace(others=("ai.api.nvidia.com",)),
     "openai_like": _usual(None, "OPENAI_LIKE"),
     "ovhcloud": _usual("https://oai.endpoints.kepler.ai.cloud.ovh.net/v1", "OVHCLOUD"),
     "parasail": _usual("https://api.parasail.io/v1", "PARASAIL"),
@@ -132,11 +155,13 @@ OPENAI_FORM: dict[str, Place] = {
     "v0": _usual("https://api.v0.dev/v1", "V0"),
     "veniceai": Place("https://api.venice.ai/api/v1", (), ("VENICE_AI_API_KEY",)),
     "vercel_ai_gateway": _usual("https://ai-gateway.vercel.sh/v1", "VERCEL_AI_GATEWAY"),
-    "volcengine": _usual("https://ark.cn-beijing.volces.com/api/v3", "VOLCENGINE"),
+    "volcengine": _usual("https://ark.cn-beijing.volces.com/api/v3", "VOLCENGINE")._replace(
+        others=("ark.ap-southeast.bytepluses.com", "ark.eu-west.bytepluses.com")
+    ),
     "wandb": _usual("https://api.inference.wandb.ai/v1", "WANDB"),
     "xai": _usual("https://api.x.ai/v1", "XAI"),
     "xinference": _usual(None, "XINFERENCE"),
-    "zai": _usual("https://api.z.ai/api/paas/v4", "ZAI"),
+    "zai": _usual("https://api.z.ai/api/paas/v4", "ZAI")._replace(others=("open.bigmodel.cn",)),
 }
 # Of the others; the address of a cloud's is for the price list, since theirs is the resource's or the region's.
 OTHERS: dict[str, Place] = {
@@ -148,9 +173,10 @@ OTHERS: dict[str, Place] = {
         ("AZURE_API_BASE",),
         ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"),
         "AZURE_API_KEY",
+        _AZURES,
     ),
     "azure_ai": _usual(None, "AZURE_AI")._replace(others=_AZURES),
-    "bedrock": Place(PLACES["bedrock"], ("AWS_BEDROCK_RUNTIME_ENDPOINT",)),
+    "bedrock": Place(PLACES["bedrock"], ("AWS_BEDROCK_RUNTIME_ENDPOINT",), form=_BEDROCKS),
     "gemini": Place(
         "https://generativelanguage.googleapis.com",
         ("GEMINI_API_BASE",),
@@ -159,7 +185,11 @@ OTHERS: dict[str, Place] = {
     ),
     "ollama": _usual(None, "OLLAMA"),
     "openrouter": Place("https://openrouter.ai/api/v1", ("OPENROUTER_API_BASE",), ("OPENROUTER_API_KEY", "OR_API_KEY")),
-    "vertex_ai": Place(PLACES["vertex"], ("VERTEXAI_API_BASE", "VERTEX_API_BASE")),
+    "vertex_ai": Place(
+        PLACES["vertex"],
+        ("VERTEXAI_API_BASE", "VERTEX_API_BASE"),
+        others=("googleapis.com", "prediction.vertexai.goog"),
+    ),
 }
 # The same by every name.
 KNOWN = {**OPENAI_FORM, **OTHERS}

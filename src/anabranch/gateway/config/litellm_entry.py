@@ -6,7 +6,7 @@ from typing import Any
 
 from anabranch.bounds import shown
 from anabranch.errors import ConfigError
-from anabranch.gateway.config.litellm_addresses import KNOWN, Place, is_no_key
+from anabranch.gateway.config.litellm_addresses import BASES, KNOWN, Place, is_no_key
 from anabranch.gateway.config.litellm_report import Environment, Report, variable_of
 from anabranch.gateway.providers.openai import check_header, check_url
 
@@ -71,6 +71,10 @@ class Entry:
         return found
 
     def _ambient(self, name: str, variables: Sequence[str]) -> str | None:
+        if unknown := [name for name in variables if name in self._environment.unknown]:
+            raise self.missing(
+                name, f"is that of {unknown[0]}, which environment_variables sets to what is not set now"
+            )
         variable = self._environment.first(variables)
         if variable is None:
             return None
@@ -111,13 +115,18 @@ class Entry:
         found = self._environment.first(place.keys)
         if self._is_providers(base):
             return found or place.usual_key
-        # The environment names it and the address, or it is that of a server of one's own.
-        if not self.names_base or place.address is None:
+        # It is that of a server of one's own.
+        if self.trusts(base) or place.is_anywhere:
             return found
         if place.keys:
             why = f"is not given, and LiteLLM sends {found or place.usual_key} to that address, which is not the provider's"
             self.note("api_key", f"{why}; here it is sent no key: set key_env if it wants one")
         return None
+
+    def trusts(self, base: str | None) -> bool:
+        """Whether what the environment holds may be sent there: to the provider, or where the environment itself says that it is."""
+        given = [self.params[name] for name in BASES if self.params.get(name) is not None]
+        return self._is_providers(base) or all(variable_of(one) in self.place.bases for one in given)
 
     def _is_providers(self, base: str | None) -> bool:
         return self.place.address is not None if base is None else self.place.is_at(base)

@@ -162,12 +162,12 @@ def _azure(entry: Entry, model: str) -> Table:
         made |= {"model": prefix[2], "reasons": True}
     if model.startswith("responses/"):
         made |= {"model": model.removeprefix("responses/"), "responses": True}
-    token = entry.params.get("azure_ad_token") is not None
-    if token or (
-        entry.params.get("api_key") is None and not entry.first(entry.place.keys) and entry.is_set("AZURE_AD_TOKEN")
-    ):
-        return made | {"auth": "token", "key_env": entry.reference("azure_ad_token") if token else "AZURE_AD_TOKEN"}
-    return made | {"key_env": entry.key(None)}
+    if entry.params.get("azure_ad_token") is not None:
+        return made | {"auth": "token", "key_env": entry.reference("azure_ad_token")}
+    has_key = entry.params.get("api_key") is not None or entry.first(entry.place.keys)
+    if not has_key and entry.is_set("AZURE_AD_TOKEN") and entry.trusts(base):
+        return made | {"auth": "token", "key_env": "AZURE_AD_TOKEN"}
+    return made | {"key_env": entry.key(base)}
 
 
 def _azure_ai(entry: Entry, model: str) -> Table:
@@ -227,12 +227,21 @@ def _bedrock(entry: Entry, model: str) -> Table:
     if names[0] and names[1]:
         made |= {"access_key_env": names[0], "secret_key_env": names[1]}
         made |= {"session_token_env": names[2]} if names[2] else {}
+    if not (made.get("key_env") or made.get("access_key_env") or entry.params.get("aws_profile_name")):
+        _check_signed(entry, base, "AWS's", "api_key, aws_access_key_id or aws_profile_name")
     guardrail = entry.params.get("guardrailConfig")
     if isinstance(guardrail, dict) and all(isinstance(value, str) for value in guardrail.values()):
         made["guardrail"] = guardrail
     elif guardrail is not None:
         entry.leave("guardrailConfig", "is no table of texts")
     return made
+
+
+def _check_signed(entry: Entry, base: str | None, whose: str, names: str) -> None:
+    """Of what always signs in: as whom the environment or the machine says, at the provider's alone. Raises MissingError."""
+    if base is not None and not entry.trusts(base):
+        why = f"is not {whose}, and LiteLLM signs in there with what the environment or the machine has; here the entry has to say"
+        raise entry.missing("api_base", f"{why} {names}")
 
 
 def _vertex(entry: Entry, model: str) -> Table:
@@ -265,7 +274,9 @@ def _vertex(entry: Entry, model: str) -> Table:
         entry.leave(
             "vertex_credentials", "are written into the file (not shown); put them into a file and set credentials_file"
         )
-    elif entry.is_set("VERTEXAI_CREDENTIALS"):
+    if not made.keys() & {"credentials_env", "credentials_file"}:
+        _check_signed(entry, base, "Google's", "vertex_credentials")
+    if given is None and entry.is_set("VERTEXAI_CREDENTIALS"):
         made["credentials_env"] = "VERTEXAI_CREDENTIALS"
     if "project" not in made and "credentials_env" not in made and "credentials_file" not in made:
         raise entry.missing("vertex_project", "is missing, and VERTEXAI_PROJECT is not set now; set it for the import")

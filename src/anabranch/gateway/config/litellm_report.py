@@ -45,15 +45,21 @@ class Environment:
 
     Args:
         given: ``environment_variables`` of the file.
+
+    Attributes:
+        unknown: what its file sets to what is not known now.
     """
 
     def __init__(self, given: Any) -> None:
         self._values: dict[str, str] = dict(os.environ)
+        self.unknown: set[str] = set()
         for name, value in given.items() if isinstance(given, Mapping) else ():
             variable = variable_of(value)
             found = os.environ.get(variable) if variable else value
             if found is not None and not isinstance(found, dict | list):
                 self._values[str(name)] = str(found)
+            elif value is not None:
+                self.unknown.add(str(name))
 
     def get(self, name: str) -> str | None:
         """The value, without blanks around it; None where it is not set, or empty."""

@@ -6,7 +6,7 @@ timeouts of deployments, deadline_s       as in `litellm_timeouts`
 aliases of models                         model_group_alias
 max_in_flight                             default_max_parallel_requests: of deployments that say none themselves
 admin.key                                 master_key, or LITELLM_MASTER_KEY of the environment
-require_key                               whether there is either: without one, LiteLLM lets everybody in
+require_key                               whether there is either, or what may keep others out: without, LiteLLM lets everybody in
 shared                                    redis_url, redis_host and redis_port of router_settings
 limits, log                               global_max_parallel_requests, max_request_size_mb; store_prompts_in_spend_logs and its days
 """
@@ -46,6 +46,7 @@ _KNOWN_NOT = {
     "set_verbose": "is log.level here",
     "json_logs": "is log.access here, whose lines are JSON",
     "turn_off_message_logging": "is the default here: texts are kept only with log.prompts = true",
+    "default_litellm_params": "are taken over for keys and addresses alone, which each entry is given",
     "cache_params": "are not taken over; see cache.ttl_s, cache.max_bytes and cache.semantic",
 }
 _RETRIES = 19
@@ -53,8 +54,13 @@ _RETRIES = 19
 _REDIS = ("redis_url", "redis_host", "redis_port", "redis_password", "redis_username", "redis_db", "redis_ssl")
 # Where the file has no master_key, LiteLLM takes that of the environment.
 _MASTER = "LITELLM_MASTER_KEY"
-# What lets nobody in unknown there, with or without a master key.
-_GUARDS = ("custom_auth", "enable_jwt_auth", "enable_oauth2_auth", "enable_oauth2_proxy_auth")
+# Of general_settings, what is taken over. That, and what is known, keeps nobody out.
+_TAKEN = (
+    "global_max_parallel_requests",
+    "max_request_size_mb",
+    "store_prompts_in_spend_logs",
+    "maximum_spend_logs_retention_period",
+)
 _CALLBACKS = ("callbacks", "success_callback", "failure_callback", "service_callback")
 _HOST = re.compile(r"[A-Za-z0-9_.-]+:\d{1,5}")
 # A URL that says where Redis is, and nothing else: all of what may hold a password (a user, most options, what was not escaped) is none.
@@ -100,8 +106,8 @@ class Settings:
         self._config, self._models, self._report, self._environment = config, models, report, environment
         self._leave = report.leave
 
-    def take(self, data: Table) -> None:
-        """What a whole file of LiteLLM's says."""
+    def take(self, data: Table, unread: str | None) -> None:
+        """What a whole file of LiteLLM's says, but for ``unread``, which may hold a key."""
         sections = {name: self._table(data.get(name), name) for name in ("router_settings", "litellm_settings")}
         # The latter wins, as it does there.
         for section in reversed(sections):
@@ -117,7 +123,7 @@ class Settings:
             if value is not None:
                 self._general(name, value, f"general_settings.{name}")
         if general.get("master_key") is None:
-            self._without_master(general)
+            self._without_master(general, unread)
 
     def _table(self, value: Any, field: str) -> Table:
         if value is not None and not isinstance(value, dict):
@@ -243,12 +249,22 @@ class Settings:
             "make a key for each, with anabranch gateway keys create",
         )
 
-    def _without_master(self, general: Table) -> None:
-        """What lets clients in where the file has no master_key."""
-        here, guards = "general_settings.master_key", [name for name in _GUARDS if general.get(name)]
+    def _without_master(self, general: Table, unread: str | None) -> None:
+        """What lets clients in where the file has no master_key: whatever is not taken over may keep them out there."""
+        here = "general_settings.master_key"
+        guards = [
+            f"general_settings.{name}"
+            for name, value in general.items()
+            if value and name not in (*_TAKEN, *_KNOWN_NOT)
+        ]
+        guards += [one for one in (unread,) if one is not None]
+        guards += [f"environment_variables.{_MASTER}"] if _MASTER in self._environment.unknown else []
         if self._environment.get(_MASTER) is not None:
             self._master(f"os.environ/{_MASTER}", here)
-        elif not guards:
+        elif guards:
+            why = f"is not given, but LiteLLM may be closed by {guards[0]}, which is not read here"
+            self._leave(here, f"{why}: require_key stays true; set it to false if everybody is to be answered")
+        else:
             self._config["require_key"] = False
             self._report.note(
                 here,

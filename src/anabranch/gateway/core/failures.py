@@ -50,7 +50,7 @@ def _tried(report: Report | None) -> str:
         return ""
     found = []
     for model, attempts in groupby(report.attempts, lambda one: one.model):
-        ends = (one.status + (f" {one.http_status}" if one.http_status else "") for one in attempts)
+        ends = ((one.cause or one.status) + (f" {one.http_status}" if one.http_status else "") for one in attempts)
         found.append(f"{model} ({', '.join(ends)})")
     asked = f"asked: {_some(found)}"
     passed = _some([f"{model} ({why})" for model, why in report.skipped])

@@ -107,7 +107,7 @@ class AttemptEnds:
             attempt.status = "cancelled"
             self._end(live, attempt, "ignored", now)
             return
-        attempt.status, attempt.message = failure.kind, failure.message
+        attempt.status, attempt.cause, attempt.message = failure.kind, failure.cause, failure.message
         attempt.http_status = failure.status or attempt.http_status
         self.avoid.add(live.name)
         if failure.cause in DOUBTED and live.senders.doubted(self.plan.sender, now):

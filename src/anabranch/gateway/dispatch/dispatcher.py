@@ -18,6 +18,7 @@ from anabranch.gateway.dispatch.hedge import HedgeDelay
 from anabranch.gateway.dispatch.kept_stream import room_for_streams
 from anabranch.gateway.dispatch.large_answers import LargeAnswers
 from anabranch.gateway.dispatch.late import Exchange, Late, answer_of, exchanged
+from anabranch.gateway.dispatch.own_fallbacks import AllOwnFallbacks
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
 from anabranch.gateway.dispatch.run import Run
@@ -126,6 +127,7 @@ class Dispatcher:
         self._wall = time.time if clock is time.monotonic else clock
         self.rng = random.Random(seed)
         self.budget = RetryBudget(self.rules.extra, self.rules.min_extra, self.rules.window_s)
+        self.own_fallbacks: AllOwnFallbacks = AllOwnFallbacks() if previous is None else previous.own_fallbacks
         self.changes: deque[dict[str, Any]] = deque(maxlen=CHANGES)
         # Told of each change of a breaker that this process found itself.
         self.on_change: Callable[[Live], None] = lambda live: None

@@ -70,6 +70,7 @@ class Attempt:
         deployment: that was asked.
         start_s: seconds after the request began.
         status: ``open`` while under way, then ``ok``, ``rejected`` (its answer was not accepted), ``cancelled``, or the kind of failure.
+        cause: of a failure, what it was taken for where the request went on from it; "" before that.
         http_status: of the upstream.
         message: of the failure.
         first_token_s: seconds from the attempt's start.
@@ -97,6 +98,7 @@ class Attempt:
     deployment: str
     start_s: float
     status: str = "open"
+    cause: str = ""
     http_status: int | None = None
     message: str = ""
     first_token_s: float | None = None

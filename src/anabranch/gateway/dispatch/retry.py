@@ -50,10 +50,6 @@ LASTING: frozenset[FailureKind] = frozenset(
     {"excess", "context", "filter", "unsupported", "auth", "forbidden", "missing", "not_found"}
 )
 
-# Of the request itself, whichever deployment of the model had it: the next model is asked beside the budget of extra attempts. That is for
-# outages, which would multiply load; a request of these kinds is asked of each model of its chain once, however many others there are.
-OWN: frozenset[FailureKind] = frozenset({"excess", "context", "filter", "unsupported"})
-
 OUTCOME: dict[FailureKind, Outcome] = {
     "connect": "failure",
     "timeout": "failure",

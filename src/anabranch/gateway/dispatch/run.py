@@ -20,9 +20,10 @@ from anabranch.gateway.dispatch.balance import pick
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.late import Reader
 from anabranch.gateway.dispatch.outgoing import Outgoing, outgoing
+from anabranch.gateway.dispatch.own_fallbacks import OwnFallbacks, is_free
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.provider_fault import as_failure
-from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, LASTING, OWN, backoff
+from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, LASTING, backoff
 from anabranch.gateway.dispatch.shared_rooms import NoRoomError, SharedRooms, attempt_id
 from anabranch.gateway.observe.trace_context import new_span_id
 from anabranch.gateway.providers.provider import (
@@ -68,6 +69,9 @@ class Run:
         self._at, self._retry = 0, 0
         self._most = plan.most_attempts(self.rules.retries)
         self._holds, self._owes = False, False
+        # For what is the request's own: whether the next attempt is one, how many there were, and where they are counted.
+        self._is_further, self._further = False, 0
+        self._own: OwnFallbacks | None = None
         self._last: UpstreamError | None = None
         self._causes: set[FailureKind] = set()
         # Deployments that have as many attempts under way as they may, elsewhere too.
@@ -100,6 +104,7 @@ class Run:
                 found, attempt = await self._ask(sent, request, opening)
                 # Of several beside each other another model may have been the first.
                 self.report.is_stopgap |= attempt.model != self.plan.candidates[self._at]
+                self._leave_own(is_answered=True)
                 return found, attempt
             except NoRoomError:
                 # No attempt was made.
@@ -110,8 +115,9 @@ class Run:
     def failed(self, error: UpstreamError) -> None:
         """Take note of a failure and decide what is next. Raises UpstreamError if that is nothing."""
         cause = error.failure.cause
-        # What is the request's own is no outage, and its way to the next model costs none of the extra attempts.
-        self._last, self._owes = error, cause not in OWN
+        self._last, self._owes = error, not is_free(error.failure, self._further)
+        # Where it is not supported nothing was sent.
+        self._is_further = not self._owes and cause != "unsupported"
         self._causes.add(cause)
         action = ACTION[cause]
         if action == "give_up":
@@ -140,7 +146,7 @@ class Run:
 
     def reject(self) -> None:
         """The answer is not good enough: go on to the next candidate."""
-        self._owes = False
+        self._owes = self._is_further = False
         self._next_model()
 
     def close(self) -> None:
@@ -148,6 +154,12 @@ class Run:
         if self._holds:
             self._holds = False
             self.dispatcher.budget.release(self.plan.sender)
+        self._leave_own(is_answered=False)
+
+    def _leave_own(self, is_answered: bool) -> None:
+        own, self._own = self._own, None
+        if own is not None:
+            own.leave(self.dispatcher.now(), is_answered)
 
     def ended(self, error: UpstreamError) -> UpstreamError:
         """The error for whoever asked."""
@@ -224,6 +236,8 @@ class Run:
             if self._retry:
                 wait_s = backoff(self._retry - 1, self.rules.backoff_s, self.rules.max_backoff_s, self.dispatcher.rng)
                 await asyncio.sleep(min(wait_s, max(self.left_s, 0.0)))
+        if self._is_further:
+            await self._go_further(model)
         is_new = bool(self.report.attempts) or model != self.plan.candidates[0]
         if is_new and self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
             failure = Failure(kind="refused", message=f"no budget is left for {model}")
@@ -231,6 +245,23 @@ class Run:
             self._skip(model, "its price is not allowed")
             return False
         return True
+
+    async def _go_further(self, model: str) -> None:
+        """Count a fallback for what is the request's own. Raises UpstreamError where such ones of its sender come to nothing."""
+        if self._own is None:
+            own = self.dispatcher.own_fallbacks.of(self.plan.sender)
+            try:
+                async with asyncio.timeout(max(self.left_s, 0.0)):
+                    may_go = await own.enter(self.dispatcher.now)
+            except TimeoutError:
+                raise self._too_late() from None
+            if not may_go:
+                self.report.skipped.append(
+                    (model, "too many such requests of this sender came to nothing at other models")
+                )
+                raise self.ended(self._last or self._nothing())
+            self._own = own
+        self._is_further, self._further = False, self._further + 1
 
     def _pick(self, group: "LiveGroup") -> Live | None:
         """One of the group, or None and on to the next candidate."""

@@ -37,8 +37,8 @@ class OpenAIRoutes:
     def _endpoint(self, endpoint: str) -> Route:
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
             async with self._exchange.read(request, takes_forms=endpoint in FORMS) as received:
-                if (named := deployment_of(request.rel_url.raw_path)) is not None:
-                    # Azure's path says whose the request is, whatever its body says.
+                if (named := deployment_of(request.path)) is not None:
+                    # Azure's path says whose the request is, whatever its body says. It is read as the routes read it.
                     received.body["model"] = named
                 reply = await self._exchange.ask(request, received, endpoint, received.body)
                 return await self._exchange.send(request, reply, reply.stream)

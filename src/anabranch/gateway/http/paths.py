@@ -2,15 +2,13 @@
 
 /openai/deployments/NAME/chat/completions    Azure's client; ``?api-version=`` is not looked at
 /openai/v1/X, /openai/X                      its newer paths, and what belongs to no deployment
-/health/liveliness, /health/readiness        probes of charts that were written for LiteLLM's proxy
+/health/liveliness, /liveness, /readiness    probes of charts that were written for LiteLLM's proxy
 """
-
-from urllib.parse import unquote
 
 from anabranch.gateway.providers.media import PATHS as MEDIA
 
 _AZURE, _DEPLOYMENTS = "/openai", "/openai/deployments/"
-_PROBES = {"/health/liveliness": "/health", "/health/readiness": "/ready"}
+_PROBES = {"/health/liveliness": "/health", "/health/liveness": "/health", "/health/readiness": "/ready"}
 
 # What is asked of a deployment; of two that a path ends in, the longer one is meant.
 _ASKED = sorted(("/chat/completions", "/completions", "/embeddings", *MEDIA.values()), key=len, reverse=True)
@@ -27,14 +25,14 @@ def plain(path: str) -> str:
     return _PROBES.get(path, path)
 
 
-def deployment_of(raw_path: str) -> str | None:
+def deployment_of(path: str) -> str | None:
     """The model that a path names; None if none is.
 
     Args:
-        raw_path: as it came, with its escapes.
+        path: without escapes, as `plain` is given it.
     """
-    found = _of_deployment(raw_path.rstrip("/"))
-    return None if found is None else unquote(found[0])
+    found = _of_deployment(path.rstrip("/"))
+    return None if found is None else found[0]
 
 
 def _of_deployment(path: str) -> tuple[str, str] | None:

@@ -70,17 +70,22 @@ _STATUS_OF_TYPE = {
     "overloaded_error": 529,
 }
 
-# How messages begin, or what they hold, where nothing else says it. Anthropic, vLLM, xAI, Together, Databricks and
-# what else calls itself compatible.
+# How messages begin, or what they hold, where nothing else says it: Anthropic, vLLM, llama.cpp, xAI, Together, Databricks and what else
+# calls itself compatible. Errors quote prompts, and those may be about prompts: it takes the numbers, or the whole phrase, of a provider.
 Hint = Literal["context", "credit"]
 _HINTS: tuple[tuple[Hint, re.Pattern[str]], ...] = (
     (
         "context",
         re.compile(
-            r"prompt is too long|input is too long|maximum context length|context (?:window|length)|too many (?:input )?tokens"
-            r"|exceeds? the (?:available|model'?s?) context|input length and `?max_tokens`? exceed"
-            r"|(?:input|prompt) token count .{0,40}(?:exceeds|cannot exceed)|maximum prompt length"
-            r"|`inputs` (?:tokens \+ `max_new_tokens` must be <=|must have less than)",
+            r"\A(?:the )?prompt is too long|prompt is too long: \d|input is too long for requested model"
+            r"|maximum context length(?: is| of|:) \d|\d maximum context length|too many (?:input )?tokens[.:]\D{0,40}\d"
+            r"|input exceeds the context window of this model|context length of only \d"
+            r"|request (?:\(\d+ tokens\) )?exceeds the available context size"
+            r"|(?:exceed(?:s|ed)?|longer than|too (?:large|long) for) .{0,40}context (?:window|length|size|limit)\D{0,10}\d"
+            r"|input length and `?max_tokens`? exceed context limit: \d"
+            r"|(?:input|prompt) token count (?:of )?\(?\d+\)? (?:exceeds|cannot exceed)|maximum prompt length is \d"
+            r"|`inputs` (?:tokens \+ `max_new_tokens` must be <= \d|must have less than \d+ tokens)"
+            r"|request exceeded model token limit: \d|range of input length should be \[\d",
             re.I,
         ),
     ),

@@ -1,0 +1,164 @@
+"""Moving in from LiteLLM: what was closed stays closed, and nothing is asked elsewhere, whatever of a file is not read."""
+
+import functools
+
+import pytest
+import yaml
+
+from anabranch.cli.main import main
+from anabranch.config import to_dict
+from anabranch.errors import ConfigError
+from gateway_litellm import clear, fields, moved
+
+HERE = "http://10.0.0.5:8000/v1"
+ASIDE = {"model": "openai/aside", "api_base": "http://aside/v1", "timeout": 60, "max_tokens": 100}
+CREDENTIALS = [
+    {"credential_name": "mine", "credential_values": {"api_base": HERE, "api_key": "os.environ/MINE"}},
+    {"credential_name": "mine", "credential_values": {"api_base": "http://second/v1"}},
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    clear(monkeypatch)
+
+
+@pytest.fixture
+def move(tmp_path):
+    return functools.partial(moved, tmp_path)
+
+
+def provider(done):
+    return done.config.models[0].deployments[0].provider
+
+
+# Who is let in
+
+# What may hold a key that is not read, or keep others out.
+CLOSED = [
+    ({"include": ["general.yaml"]}, "include"),
+    ({"general_settings": ["master_key"]}, "general_settings"),
+    ({"environment_variables": ["LITELLM_MASTER_KEY"]}, "environment_variables"),
+    ({"environment_variables": {"LITELLM_MASTER_KEY": "os.environ/OWN"}}, "environment_variables.LITELLM_MASTER_KEY"),
+    *(
+        ({"general_settings": {name: "x"}}, f"general_settings.{name}")
+        for name in (
+            *("key_management_system", "use_azure_key_vault", "use_google_kms", "store_model_in_db", "allowed_ips"),
+            *("custom_auth", "enable_jwt_auth", "enable_oauth2_auth", "enable_oauth2_proxy_auth", "what_comes_later"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("sections", "by"), CLOSED)
+def test_what_may_have_been_closed_is_not_opened(move, sections, by):
+    done = move(ASIDE, **sections)
+    assert done.config.require_key is True
+    (line,) = (line for line in done.left if "require_key stays true" in line)
+    assert f"may be closed by {by}, which is not read" in line
+    assert "require_key" not in "".join(done.notes)
+
+
+@pytest.mark.parametrize("by", ["database_url", "alerting"])
+def test_what_keeps_nobody_out_closes_nothing(move, by):
+    assert move(ASIDE, general_settings={by: "x"}).config.require_key is False
+
+
+def test_the_command_writes_it_closed_with_what_is_left_out(tmp_path, capsys):
+    path, out = tmp_path / "config.yaml", tmp_path / "gateway.yaml"
+    entries = [
+        {"model_name": name, "litellm_params": one} for name, one in (("a", ASIDE), ("b", {"model": "openai/b"}))
+    ]
+    path.write_text(yaml.safe_dump({"include": ["general.yaml"], "model_list": entries}))
+    line = ["gateway", "import", str(path), "--out", str(out)]
+    assert main(line) == 2
+    assert not out.exists()
+    assert main([*line, "--partial"]) == 0
+    written = yaml.safe_load(out.read_text())
+    assert (written.get("require_key", True), [model["name"] for model in written["models"]]) == (True, ["a"])
+    assert "require_key stays true" in capsys.readouterr().err
+
+
+# Where it is asked
+
+DEFAULTS = {"api_base": HERE, "api_key": "os.environ/MINE"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "sections"),
+    [
+        ({"litellm_credential_name": "mine"}, {"credential_list": CREDENTIALS}),
+        ({}, {"router_settings": {"default_litellm_params": DEFAULTS | {"temperature": 0}}}),
+        (
+            {},
+            {
+                "router_settings": {"default_litellm_params": {"litellm_credential_name": "mine"}},
+                "credential_list": CREDENTIALS,
+            },
+        ),
+        # What an entry says comes before its credential.
+        (
+            {"litellm_credential_name": "other", "api_base": HERE},
+            {
+                "credential_list": [
+                    {"credential_name": "other", "credential_values": {**DEFAULTS, "api_base": "http://b"}}
+                ]
+            },
+        ),
+    ],
+)
+def test_an_address_and_a_key_of_elsewhere_are_the_entrys(move, tmp_path, entry, sections):
+    done = move({"model": "openai/secret", **entry}, **sections)
+    assert (provider(done).base_url, provider(done).key_env) == (HERE, "MINE")
+    # Of the defaults it is told what they are taken over for; of credentials there is nothing to tell.
+    told = ["router_settings.default_litellm_params"] if "router_settings" in sections else []
+    assert fields(done.left, tmp_path / "config.yaml") == told
+
+
+def test_a_key_that_is_written_into_a_credential_is_not_shown(move):
+    given = [{"credential_name": "c", "credential_values": {"api_base": HERE, "api_key": "sk-hush"}}]
+    done = move({"model": "openai/x", "litellm_credential_name": "c"}, credential_list=given)
+    assert any("is a key written into the file (not shown)" in line for line in done.left)
+    assert "hush" not in f"{done.left}{done.notes}{to_dict(done.config)}"
+
+
+PLAIN = {"model": "openai/secret"}
+VERTEX = {"model": "vertex_ai/gemini-2.5-flash", "vertex_project": "p-1"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "sections", "field"),
+    [
+        *((PLAIN, sections, "api_base") for sections, by in CLOSED[:3]),
+        *(
+            (PLAIN, {"general_settings": {name: "x"}}, "api_base")
+            for name in ("key_management_system", "use_azure_key_vault", "use_google_kms")
+        ),
+        (PLAIN, {"environment_variables": {"OPENAI_API_BASE": "os.environ/OWN"}}, "api_base"),
+        (PLAIN, {"litellm_settings": {"api_base": HERE}}, "api_base"),
+        ({"model": "groq/x"}, {"litellm_settings": {"api_base": HERE}}, "api_base"),
+        ({"model": "bedrock/x", "aws_region_name": "eu-west-3"}, {"litellm_settings": {"api_base": HERE}}, "api_base"),
+        # There it comes before the entry's.
+        ({"model": "ollama/x", "api_base": "http://a"}, {"litellm_settings": {"api_base": HERE}}, "api_base"),
+        (VERTEX, {"litellm_settings": {"vertex_location": "europe-west4"}}, "vertex_location"),
+        (VERTEX | {"region_name": "europe-west4"}, {}, "region_name"),
+        (PLAIN | {"use_litellm_proxy": True}, {}, "use_litellm_proxy"),
+        (PLAIN | {"mock_response": "hello"}, {}, "mock_response"),
+        (PLAIN | {"litellm_credential_name": "gone"}, {"credential_list": CREDENTIALS}, "litellm_credential_name"),
+        (PLAIN | {"litellm_credential_name": ["mine"]}, {"credential_list": CREDENTIALS}, "litellm_credential_name"),
+        (PLAIN | {"api_base": "http://a", "base_url": "http://b"}, {}, "api_base"),
+        (PLAIN | {"api_base": "http://a"}, {"router_settings": {"default_litellm_params": DEFAULTS}}, "api_base"),
+        (PLAIN | {"base_url": "http://a"}, {"router_settings": {"default_litellm_params": DEFAULTS}}, "api_base"),
+        (PLAIN, {"router_settings": {"default_litellm_params": {"mock_response": "hello"}}}, "mock_response"),
+    ],
+)
+def test_an_entry_that_may_be_asked_elsewhere_is_left_out(move, entry, sections, field):
+    with pytest.raises(ConfigError, match=rf"model_list\.0\.litellm_params\.{field} "):
+        move(entry, **sections)
+
+
+@pytest.mark.parametrize("sections", [sections for sections, _ in CLOSED[:3]])
+def test_one_whose_address_is_known_is_kept(move, monkeypatch, sections):
+    assert provider(move(PLAIN | {"api_base": HERE}, **sections)).base_url == HERE
+    monkeypatch.setenv("OPENAI_API_BASE", HERE)
+    assert provider(move(PLAIN, **sections)).base_url == HERE
