@@ -119,7 +119,9 @@ MADE = {
 @pytest.mark.parametrize("name", RAN)
 def test_a_baseline_is_what_was_measured(name):
     """A mean, over some of its seeds, of a number that an arm recorded: never a number of the claim's, nor a share of what was measured."""
-    means = sorted(itertools.chain.from_iterable(map(means_of, recorded_numbers(name))))
+    numbers = recorded_numbers(name)
+    together = {frozenset(values) for values in numbers}
+    means = sorted(itertools.chain.from_iterable(means_of(values, together) for values in numbers))
     for claim in json.loads((RECORDED / f"{name}.json").read_text())["claims"]:
         if claim["baseline"] is not None and not claim["claim"].startswith(MADE.get(name, ("\n",))):
             place = bisect.bisect(means, claim["baseline"])
@@ -128,19 +130,23 @@ def test_a_baseline_is_what_was_measured(name):
 
 
 def recorded_numbers(name):
-    """For each arm and metric, the values of its seeds."""
+    """For each arm and metric, the value of each seed."""
     numbers = {}
     for path in (RECORDED / name).glob("*-seed*.json"):
         for metric, value in json.loads(path.read_text())["metrics"].items():
             if isinstance(value, int | float):
-                numbers.setdefault((path.name.rpartition("-seed")[0], metric), []).append(float(value))
-    return numbers.values()
+                arm, _, seed = path.stem.rpartition("-seed")
+                numbers.setdefault((arm, metric), {})[seed] = float(value)
+    return list(numbers.values())
 
 
-def means_of(values):
-    """Of more than six values only the mean of all."""
-    sizes = [len(values)] if len(values) > 6 else range(1, len(values) + 1)
-    return [statistics.fmean(some) for size in sizes for some in itertools.combinations(values, size)]
+def means_of(values, together):
+    """Of up to six values the means of all subsets; of more the means over the seeds that another number has as well."""
+    if len(values) <= 6:
+        sets = [some for size in range(1, len(values) + 1) for some in itertools.combinations(values, size)]
+    else:
+        sets = {frozenset(values) & seeds for seeds in together} - {frozenset()}
+    return [statistics.fmean(values[seed] for seed in some) for some in sets]
 
 
 @pytest.mark.parametrize("name", RAN)
