@@ -82,7 +82,7 @@ def test_an_answer_that_came_from_elsewhere_is_in_memory_once_as_long_as_somebod
 def test_a_whole_answer_is_held_until_it_has_been_written():
     async def main():
         kept = Entry(body=b"{}", model="small")
-        exchange = Exchange(SimpleNamespace(config=config()))
+        exchange = Exchange(SimpleNamespace(config=config(), rates_left=lambda record: {}))
         request = make_mocked_request("POST", "/v1/chat/completions")
         response = await exchange.send(request, Reply(body=kept.body, kept=kept), None)
         assert (response.body is kept.body, response[KEPT] is kept) == (True, True)
