@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_a_rank_is_killed_and_another_joins():
             ranks.join(pipes.meet, "second", rank=0)
         found = ranks.wait()
     assert sorted(found) == [1, 2]
+
+
+def test_who_joins_late_has_as_long_to_begin_as_the_first(monkeypatch):
+    monkeypatch.setattr("anabranch.cluster.ranks._START_S", 20.0)
+    with Ranks(1, pipes.meet, "first", backend=None) as ranks:
+        clock = time.monotonic
+        # A run has gone on for longer than that when one more comes.
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 60)
+        ranks.join(pipes.meet, "second")
+        assert sorted(ranks.wait()) == [1, 2]
 
 
 def test_bytes_are_counted_for_each_directed_pair():

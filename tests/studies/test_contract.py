@@ -36,7 +36,6 @@ NOT_RUN = {
     "rexmoe_grown",
     "router_r1",
     "scale",
-    "tokenring",
     "ttspm",
 }
 RAN = sorted(set(BUILT_IN) - NOT_RUN)

@@ -170,7 +170,8 @@ class Ranks:
             raise ValueError(f"links is {links!r}; use auto, namespaces or paced")
         check_mbit(mbit)
         self.world, self.timeout_s = world, timeout_s
-        self._start_by = time.monotonic() + _START_S
+        # By when the last that was started must have begun.
+        self._start_by = 0.0
         self._end_by: float | None = None
         self._settings: dict[str, Any] = {"backend": backend, "timeout_s": timeout_s, "threads": threads}
         self._stack = ExitStack()
@@ -321,6 +322,7 @@ class Ranks:
             daemon=True,
         )
         process.start()
+        self._start_by = time.monotonic() + _START_S
         theirs.close()
         self._ranks[rank] = _Rank(rank, process, ours, place)
 

@@ -119,6 +119,8 @@ def run_churn(config: Churn, seed: int, progress: Progress) -> Metrics:
         seed=seed,
         on_event=progress,
     )
+    for error in (*found.errors, *(f"other bits at step {revision}" for revision in found.differing[:5])):
+        progress(error)
     return {
         "completed": found.completed / max(found.begun, 1),
         "recovered": found.recovered / found.interrupted if found.interrupted else None,
