@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan
-from anabranch.gateway.dispatch.own_fallbacks import FURTHER, LEAST, WINDOW_S, OwnFallbacks
+from anabranch.gateway.dispatch.own_fallbacks import FURTHER, LEAST, SETTLED_S, WINDOW_S, OwnFallbacks
 from anabranch.gateway.dispatch.virtual_time import run_virtual, virtual_clock
 from anabranch.gateway.providers.mock import MockReply
 from anabranch.gateway.providers.openai import OpenAI
@@ -33,8 +33,8 @@ RPM = 60
 class Upstream:
     """Refuses at `m0` each prompt that names an error, and everywhere those that are ``bad`` too."""
 
-    def __init__(self):
-        self.asked = Counter()
+    def __init__(self, answer_s):
+        self.asked, self.answer_s = Counter(), answer_s
 
     async def open(self, call):
         body = json.loads(call.body)
@@ -42,6 +42,7 @@ class Upstream:
         self.asked[body["model"]] += 1
         await asyncio.sleep(0.1)
         if name not in ERRORS or (body["model"] != "m0" and how != "bad"):
+            await asyncio.sleep(self.answer_s)
             return MockReply(Scene(parts=[(0.0, json.dumps(ANSWER).encode())]))
         # What is bad may be an outage only at whoever is asked in its place.
         error = ERRORS["code" if name == "down" and body["model"] == "m0" else name]
@@ -52,15 +53,15 @@ class Upstream:
 class Gate:
     """A dispatcher before it, whose clock costs no time."""
 
-    def __init__(self, **rules):
-        self.upstream = Upstream()
-        groups = [self._group(name) for name in CHAIN]
+    def __init__(self, *, answer_s=0.0, rpm=RPM, **rules):
+        self.upstream = Upstream(answer_s)
+        groups = [self._group(name, rpm) for name in CHAIN]
         rules = DispatchRules(retries=0, backoff_s=0.0, **rules)
         self.dispatcher = Dispatcher(groups, rules, http=self.upstream, clock=virtual_clock)
 
-    def _group(self, name):
+    def _group(self, name, rpm):
         provider = OpenAI.Config(model=name, base_url="http://127.0.0.1:9/v1", key_env=None)
-        deployment = Deployment(name=f"{name}-0", provider=provider, rpm=None if name == "m0" else RPM)
+        deployment = Deployment(name=f"{name}-0", provider=provider, rpm=None if name == "m0" else rpm)
         return Group(name=name, deployments=(deployment,), price=Price(input=1, output=1))
 
     async def ask(self, sender, text, *chain, seconds=30.0):
@@ -142,16 +143,61 @@ def test_whoever_leaves_before_the_answer_has_had_one_too(how):
     run_virtual(work)
 
 
+@pytest.mark.parametrize(
+    ("count", "answer_s", "seconds"), [(100, 4.5, 12.0), (1000, 45.0, 120.0), (300, 1.9, 15.0), (30, 100.0, 120.0)]
+)
+def test_a_batch_is_answered_however_long_its_answers_take(count, answer_s, seconds):
+    async def work():
+        gate = Gate(answer_s=answer_s, rpm=None, extra=0.0, min_extra=0)
+        asked = [gate.ask("a", "code", "m0", "m1", seconds=seconds) for _ in range(count)]
+        assert Counter(await asyncio.gather(*asked)) == {"m1": count}
+        # Nor does what comes after it find that too many came to nothing.
+        assert await gate.ask("a", "code", "m0", "m1", seconds=answer_s + 1) == "m1"
+
+    run_virtual(work)
+
+
+def test_those_under_way_for_long_give_way_to_others_until_they_come_to_nothing():
+    async def work():
+        own = OwnFallbacks()
+        begun = [await own.enter(virtual_clock) for _ in range(LEAST)]
+        waiting = asyncio.ensure_future(own.enter(virtual_clock))
+        await asyncio.sleep(SETTLED_S * 0.9)
+        assert not waiting.done()
+        await asyncio.sleep(SETTLED_S * 0.3)
+        assert waiting.done()
+        for since in (*begun, await waiting):
+            own.leave(since, virtual_clock(), False)
+        assert await own.enter(virtual_clock) is None
+
+    run_virtual(work)
+
+
+def test_who_waits_goes_on_when_what_came_to_nothing_is_forgotten():
+    async def work():
+        own = OwnFallbacks()
+        for _ in range(LEAST - 1):
+            own.leave(await own.enter(virtual_clock), virtual_clock(), False)
+        await asyncio.sleep(WINDOW_S - 1)
+        assert await own.enter(virtual_clock)
+        began = virtual_clock()
+        assert await own.enter(virtual_clock)
+        assert virtual_clock() - began < SETTLED_S
+
+    run_virtual(work)
+
+
 @pytest.mark.parametrize("is_answered", [True, False])
 def test_those_that_wait_go_on_as_others_are_answered_and_end_where_they_are_not(is_answered):
     async def work():
         own = OwnFallbacks()
-        assert [await own.enter(virtual_clock) for _ in range(LEAST)] == [True] * LEAST
+        begun = [await own.enter(virtual_clock) for _ in range(LEAST)]
+        assert None not in begun
         waiting = [asyncio.ensure_future(own.enter(virtual_clock)) for _ in range(LEAST)]
         await asyncio.sleep(1.0)
         assert not any(task.done() for task in waiting)
-        for _ in range(LEAST):
-            own.leave(virtual_clock(), is_answered)
-        assert await asyncio.gather(*waiting) == [is_answered] * LEAST
+        for since in begun:
+            own.leave(since, virtual_clock(), is_answered)
+        assert [since is not None for since in await asyncio.gather(*waiting)] == [is_answered] * LEAST
 
     run_virtual(work)

@@ -5,12 +5,14 @@
     not supported there, so that nothing was sent                 as many as there are
 
 A sender who has had `LEAST` such requests in a minute that came to nothing, and none that was answered, has no more of them asked further:
-they would take of what others ask of those models. Each that was answered gives the right to one more.
+they would take of what others ask of those models. Each that was answered gives the right to one more. So does one that has not been
+refused for `SETTLED_S`: what is refused is refused soon, and an answer may take minutes, for which a batch does not wait.
 """
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 
 from anabranch.gateway.dispatch.window import SlidingSum
 from anabranch.gateway.providers.provider import Failure, FailureKind
@@ -21,9 +23,15 @@ OWN: frozenset[FailureKind] = frozenset({"excess", "context", "filter", "unsuppo
 # Further models that one request is asked of. What is beyond costs extra attempts, as after an outage.
 FURTHER = 3
 
-# Requests of a sender that may come to nothing in a window, and be under way, while none was answered.
+# Requests of a sender that may come to nothing in a window, and be asked at once, while none was answered.
 LEAST = 10
 WINDOW_S = 60.0
+
+# After which one that is under way is taken for one that will be answered.
+SETTLED_S = 2.0
+
+# At the latest, who waits looks whether one has become so, or one that came to nothing is forgotten.
+_LOOK_S = 0.25
 
 # Senders whose requests are counted apart; those seen last.
 KEPT = 1000
@@ -41,21 +49,32 @@ class OwnFallbacks:
 
     def __init__(self) -> None:
         self._answered, self._in_vain = SlidingSum(WINDOW_S), SlidingSum(WINDOW_S)
-        self._under_way = 0
+        # Under way, and of these the ones that are not settled.
+        self._under_way, self._young = 0, SlidingSum(SETTLED_S)
         self._changed = asyncio.Event()
 
-    async def enter(self, now: Callable[[], float]) -> bool:
-        """Whether one more request may go on. Where that depends on those under way, it waits for them."""
-        while (room := LEAST + self._answered.at(now()) - self._in_vain.at(now())) >= 1:
-            if self._under_way < room:
+    async def enter(self, now: Callable[[], float]) -> float | None:
+        """When one more request went on, for `leave`; None where it may not. Where that depends on those under way, it waits for them."""
+        while (room := self._room(now())) >= 1:
+            if self._young.at(now()) < room:
                 self._under_way += 1
-                return True
-            await self._changed.wait()
-        return False
+                self._young.add(since := now())
+                return since
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._changed.wait()
+        return None
 
-    def leave(self, now: float, is_answered: bool) -> None:
+    def _room(self, now: float) -> float:
+        """So many may be young."""
+        settled = self._under_way - self._young.at(now)
+        return LEAST + self._answered.at(now) + settled - self._in_vain.at(now)
+
+    def leave(self, since: float, now: float, is_answered: bool) -> None:
         """One that entered is over. Whatever it failed of: the sender may have brought that about, or have gone before it was known."""
         self._under_way -= 1
+        self._young.at(now)
+        self._young.take_back(since, 1.0)
         (self._answered if is_answered else self._in_vain).add(now)
         self._changed.set()
         self._changed = asyncio.Event()

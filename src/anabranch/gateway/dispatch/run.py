@@ -71,7 +71,7 @@ class Run:
         self._holds, self._owes = False, False
         # For what is the request's own: whether the next attempt is one, how many there were, and where they are counted.
         self._is_further, self._further = False, 0
-        self._own: OwnFallbacks | None = None
+        self._own: tuple[OwnFallbacks, float] | None = None
         self._last: UpstreamError | None = None
         self._causes: set[FailureKind] = set()
         # Deployments that have as many attempts under way as they may, elsewhere too.
@@ -159,7 +159,8 @@ class Run:
     def _leave_own(self, is_answered: bool) -> None:
         own, self._own = self._own, None
         if own is not None:
-            own.leave(self.dispatcher.now(), is_answered)
+            fallbacks, since = own
+            fallbacks.leave(since, self.dispatcher.now(), is_answered)
 
     def ended(self, error: UpstreamError) -> UpstreamError:
         """The error for whoever asked."""
@@ -252,15 +253,15 @@ class Run:
             own = self.dispatcher.own_fallbacks.of(self.plan.sender)
             try:
                 async with asyncio.timeout(max(self.left_s, 0.0)):
-                    may_go = await own.enter(self.dispatcher.now)
+                    since = await own.enter(self.dispatcher.now)
             except TimeoutError:
                 raise self._too_late() from None
-            if not may_go:
+            if since is None:
                 self.report.skipped.append(
                     (model, "too many such requests of this sender came to nothing at other models")
                 )
                 raise self.ended(self._last or self._nothing())
-            self._own = own
+            self._own = (own, since)
         self._is_further, self._further = False, self._further + 1
 
     def _pick(self, group: "LiveGroup") -> Live | None:
