@@ -82,12 +82,17 @@ def test_a_default_that_its_provider_cannot_be_asked_for_is_an_error_of_the_conf
 
 
 @pytest.mark.parametrize(
-    ("allowed", "meant"), [(("painter",), "painter"), (("painter", "dear"), "dear"), (("chat",), "dear")]
+    ("allowed", "meant"), [(("painter",), "painter"), (("painter", "dear"), "dear"), (("chat",), None)]
 )
 def test_a_key_that_may_not_use_the_default_means_the_only_one_that_it_may(allowed, meant):
     painter = made("painter", "flux")
     config = GatewayConfig(models=(CHAT, painter, made("dear", "gpt-image-1")), default_models={"images": "dear"})
-    assert default_model(config, "images", lambda name: name in allowed) == meant
+    if meant is not None:
+        assert default_model(config, "images", lambda name: name in allowed) == meant
+        return
+    with pytest.raises(InputError, match="model is missing, and of the models here none that is known") as caught:
+        default_model(config, "images", lambda name: name in allowed)
+    assert "dear" not in str(caught.value)
 
 
 def test_the_body_of_who_asks_is_left_as_it_is(tmp_path):

@@ -114,6 +114,15 @@ def test_whoever_is_answered_has_as_many_as_are_needed(name, at_once, count):
     run_virtual(work)
 
 
+def test_who_sends_no_key_ends_it_for_nobody():
+    async def work():
+        gate = Gate(extra=0.0, min_extra=0)
+        await gate.many(3 * LEAST, True, "", "code bad", "m0", "m1")
+        assert await gate.ask("", "code", "m0", "m2") == "m2"
+
+    run_virtual(work)
+
+
 def test_after_a_minute_more_may_be_tried():
     async def work():
         gate = Gate(extra=0.0, min_extra=0)

@@ -40,9 +40,6 @@ def default_model(config: "GatewayConfig", endpoint: str, allows: Callable[[str]
     found = [model.name for model in config.models if allows(model.name) and _is_of(kind, model)]
     if len(found) == 1:
         return found[0]
-    if named is not None:
-        # Its key is told what it may use.
-        return named
     several = f"several of that kind ({', '.join(found[:5])})" if found else "none that is known to be of that kind"
     raise InputError(f"model is missing, and of the models here {several}; name one, or set default_models.{kind}")
 

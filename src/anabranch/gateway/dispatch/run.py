@@ -248,8 +248,11 @@ class Run:
         return True
 
     async def _go_further(self, model: str) -> None:
-        """Count a fallback for what is the request's own. Raises UpstreamError where such ones of its sender come to nothing."""
-        if self._own is None:
+        """Count a fallback for what is the request's own. Raises UpstreamError where such ones of its sender come to nothing.
+
+        Who sends no key is nobody in particular: counted together, one of them would end it for the others.
+        """
+        if self._own is None and self.plan.sender:
             own = self.dispatcher.own_fallbacks.of(self.plan.sender)
             try:
                 async with asyncio.timeout(max(self.left_s, 0.0)):
