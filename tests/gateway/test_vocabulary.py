@@ -228,99 +228,6 @@ IN_WORDS = [
 ]
 
 
-# Prompts that are too long, as providers say it who have no `code` for it, each with its status.
-TOO_LONG = [
-    (400, {"error": {"message": "Your input exceeds the context window of this model.", "param": "input"}}),
-    (400, {"object": "error", "message": "This model's maximum context length is 8192 tokens.", "code": 400}),
-    (400, {"error": {"code": 400, "message": "the request exceeds the available context size, try increasing it"}}),
-    (400, {"object": "error", "message": "The input (9000 tokens) is longer than the model's context length (8192)."}),
-    (400, {"message": "Prompt contains 40000 tokens, too large for model with 32768 maximum context length"}),
-    (
-        400,
-        {"error": {"object": "error", "message": "The prompt is too long: 9000, model maximum context length: 8191"}},
-    ),
-    (
-        400,
-        {"error": "when context the overflows. However, the model is loaded with context length of only 4096 tokens"},
-    ),
-    (400, {"error": {"code": 400, "message": "The input token count (9000) exceeds the maximum number of tokens"}}),
-    (
-        400,
-        {
-            "code": "Client specified an invalid argument",
-            "error": "This model's maximum prompt length is 131072 but the request contains 300000 tokens.",
-        },
-    ),
-    (
-        422,
-        {
-            "error": {
-                "message": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8193. Given: 9000 `inputs` tokens"
-                " and 512 `max_new_tokens`",
-                "type": "invalid_request_error",
-                "param": "max_tokens",
-                "code": None,
-            }
-        },
-    ),
-    (422, {"error": "Input validation error: `inputs` must have less than 8192 tokens. Given: 9000"}),
-    (400, {"error_code": "BAD_REQUEST", "message": "Bad request: prompt token count (9000) cannot exceed 8192."}),
-    *(
-        (400, {"error": {"message": message}})
-        for message in (
-            "prompt is too long",
-            "Input is too long for requested model.",
-            "Input token count 9000 exceeds the maximum number of tokens allowed (8192)",
-            "Prompt token count 9000 cannot exceed 8192",
-            "prompt token count of 150000 exceeds the limit of 128000",
-            "Requested token count exceeds the model's maximum context length of 131072 tokens.",
-            "request (9000 tokens) exceeds the available context size (8192 tokens), try increasing it",
-            "too many tokens: total tokens 9000 is over 8192",
-            "Too many input tokens. Max input tokens: 8192, request input token count: 9000",
-            "input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000, decrease input length",
-            "Invalid request: Your request exceeded model token limit: 8192",
-            "Range of input length should be [1, 30720]",
-        )
-    ),
-]
-
-
-# Mistakes of a sender whose prompt, tool or schema is about prompts that are too long, as an upstream quotes it.
-ABOUT = [
-    "What is the maximum prompt length of Grok?",
-    "tells whether the prompt token count of a text exceeds 100",
-    "explain why a prompt is too long",
-    "what does 'maximum context length' mean",
-    "counts how many tokens exceed the context window",
-    "too many tokens, too little time",
-    "property 'context window' has no type",
-    "truncates what exceeds the available context size",
-    "the input is too long for me to read",
-]
-MISTAKES = [
-    "Invalid 'max_tokens': the maximum prompt length plus max_tokens is fine; use an integer",
-    "`inputs` must have less than 4096 characters in `stop`",
-    "max_tokens: 9000 > 8192, which is the maximum allowed number of output tokens; maximum prompt length unaffected",
-    *(
-        form % text
-        for text in ABOUT
-        for form in (
-            "Invalid value: '%s'. Supported values are: 'auto'",
-            "[{'type': 'string_type', 'loc': ('body', 'messages', 0), 'msg': 'Input should be a valid string', 'input': ['%s']}]",
-            "Unknown tool 'count': description '%s' is no schema",
-            "tools.0.custom.input_schema: %s",
-        )
-    ),
-]
-
-
-@pytest.mark.parametrize(("status", "body"), TOO_LONG)
-def test_a_prompt_that_is_too_long_is_known_by_the_words_of_each_provider(status, body):
-    failure = classify(status, {}, json.dumps(body).encode())
-    assert (failure.kind, failure.cause) == ("request", "context")
-    assert ACTION[failure.cause] == "fall_back"
-
-
 @pytest.mark.parametrize(("body", "hint"), IN_WORDS)
 def test_words_decide_where_the_request_goes_and_say_nothing_of_the_deployment(body, hint):
     failure = classify(400, {}, json.dumps(body).encode())
@@ -337,8 +244,6 @@ def test_words_decide_where_the_request_goes_and_say_nothing_of_the_deployment(b
         "",
         "`inputs` must be text",
         "the prompt token count is odd",
-        "x" * 500 + " prompt is too long: 9000 tokens > 8192 maximum",
-        *MISTAKES,
     ],
 )
 def test_other_words_decide_nothing(message):

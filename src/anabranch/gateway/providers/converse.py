@@ -48,8 +48,14 @@ ERRORS: dict[str, tuple[FailureKind, int]] = {
     "ValidationException": ("request", 400),
 }
 
-# The whole sentence, in which nothing is a sender's: there is no word for this in the error itself.
-TOO_LONG = re.compile(r"Input is too long for requested model\.?")
+# Whole sentences, in which nothing is a sender's: there is no word for this in the error itself.
+TOO_LONG = re.compile(
+    r"Input is too long for requested model\.?"
+    # Nova
+    r"|Input Tokens Exceeded: Number of input tokens exceeds maximum length\.(?: Please update the input to try again\.)?"
+    # Claude
+    r"|(?:The model returned the following errors: )?prompt is too long: \d+ tokens > \d+ maximum\.?"
+)
 
 # Tokens to think for, of models of Anthropic's, which want at least the first.
 BUDGETS = {"minimal": 1024, "low": 1024, "medium": 4096, "high": 16384, "xhigh": 24576, "max": 32768}

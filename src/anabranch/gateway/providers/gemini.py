@@ -43,7 +43,12 @@ from anabranch.gateway.providers.translation import (
 MODEL = re.compile(r"(?!.*\.\.)[\w.:@-]+(/[\w.:@-]+)*", re.ASCII)
 
 # Whole sentences, in which nothing is a sender's: there is no word for this in the error itself.
-_TOO_LONG = re.compile(r"The input token count \(?\d+\)? exceeds the maximum number of tokens allowed \(?\d+\)?\.?")
+_TOO_LONG = re.compile(
+    r"The input token count(?: \(?\d+\)?)? exceeds the maximum number of tokens allowed \(?\d+\)?\.?"
+    # Vertex
+    r"|Unable to submit request because the input token count is \d+ but model only supports up to \d+\."
+    r"(?: Reduce the input token count and try again\..{0,300})?"
+)
 _REASONS = {"API_KEY_INVALID": "auth", "API_KEY_EXPIRED": "auth", "BILLING_DISABLED": "credit"}
 
 

@@ -16,7 +16,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamRequest,
 )
 from anabranch.gateway.providers.thoughts import unsigned
-from anabranch.gateway.providers.vocabulary import kind_of, status_said
+from anabranch.gateway.providers.vocabulary import hint_of, kind_of, status_said
 from anabranch.web.reasoning_details import details_of
 
 
@@ -108,10 +108,13 @@ class OpenRouter(OpenAI, kind="openrouter"):
             # Its own moderation, which flagged the input.
             return replace(failure, kind="filter")
         if failure.kind == "request":
-            kind = kind_of(status, *_words(metadata.get("raw")))
+            kind, code, message = _words(metadata.get("raw"))
             # A key or an account behind it is not ours, and says nothing of us.
-            if kind in ("context", "filter"):
-                return replace(failure, kind=kind)
+            for meant in (kind_of(status, kind, code), kind_of(status, _text(metadata.get("error_type")), None)):
+                if meant in ("context", "filter"):
+                    return replace(failure, kind=meant)
+            if failure.hint is None and hint_of(status, message) == "context":
+                return replace(failure, hint="context")
         return failure
 
 
@@ -140,14 +143,17 @@ def _metadata(body: bytes) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def _words(raw: Any) -> tuple[str | None, str | None]:
-    """Type and code of the error of the provider behind."""
-    error = _read(raw) if isinstance(raw, str | bytes) else raw
-    error = error.get("error", error) if isinstance(error, dict) else None
+def _words(raw: Any) -> tuple[str | None, str | None, str]:
+    """Type, code and message of the error of the provider behind; what is no object is all message."""
+    read = _read(raw) if isinstance(raw, str) else raw
+    error = read.get("error", read) if isinstance(read, dict) else raw
     if not isinstance(error, dict):
-        return None, None
-    kind, code = error.get("type"), error.get("code")
-    return (kind if isinstance(kind, str) else None), (code if isinstance(code, str) else None)
+        return None, None, _text(error) or ""
+    return _text(error.get("type")), _text(error.get("code")), _text(error.get("message")) or ""
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _read(text: Any) -> Any:

@@ -6,12 +6,15 @@ that a sender puts there would otherwise say that the account is out of money, a
 Some providers say in words alone that a prompt is too long, or that the account is out of money. Where the request goes next, and nothing
 else, is decided by those too (`hint_of`): a sender who puts them there has their own request asked of another model.
 
-The words are those of OpenAI's "Error codes", Azure OpenAI's "Content filtering", Anthropic's "Errors", GitHub Models and vLLM.
+The words are those of OpenAI's "Error codes", Azure OpenAI's "Content filtering", Anthropic's "Errors", GitHub Models and Copilot, vLLM,
+llama.cpp and Z.AI (whose 1261 is a prompt that is too long).
 """
 
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
+
+from anabranch.gateway.providers.too_long import LETTERS, says_too_long
 
 if TYPE_CHECKING:
     from anabranch.gateway.providers.failures import FailureKind
@@ -32,6 +35,9 @@ WORDS: "dict[str, FailureKind]" = {
     "string_above_max_length": "context",
     "request_too_large": "context",
     "tokens_limit_reached": "context",
+    "exceed_context_size_error": "context",
+    "model_max_prompt_tokens_exceeded": "context",
+    "1261": "context",
     "content_filter": "filter",
     "content_policy_violation": "filter",
     "responsibleaipolicyviolation": "filter",
@@ -70,38 +76,15 @@ _STATUS_OF_TYPE = {
     "overloaded_error": 529,
 }
 
-# How messages begin, or what they hold, where nothing else says it: Anthropic, vLLM, llama.cpp, xAI, Together, Databricks and what else
-# calls itself compatible. Errors quote prompts, and those may be about prompts: it takes the numbers, or the whole phrase, of a provider.
+# What the words of a refusal sound like, where nothing else says it.
 Hint = Literal["context", "credit"]
-_HINTS: tuple[tuple[Hint, re.Pattern[str]], ...] = (
-    (
-        "context",
-        re.compile(
-            r"\A(?:the )?prompt is too long|prompt is too long: \d|input is too long for requested model"
-            r"|maximum context length(?: is| of|:) \d|\d maximum context length|too many (?:input )?tokens[.:]\D{0,40}\d"
-            r"|input exceeds the context window of this model|context length of only \d"
-            r"|request (?:\(\d+ tokens\) )?exceeds the available context size"
-            r"|(?:exceed(?:s|ed)?|longer than|too (?:large|long) for) .{0,40}context (?:window|length|size|limit)\D{0,10}\d"
-            r"|input length and `?max_tokens`? exceed context limit: \d"
-            r"|(?:input|prompt) token count (?:of )?\(?\d+\)? (?:exceeds|cannot exceed)|maximum prompt length is \d"
-            r"|`inputs` (?:tokens \+ `max_new_tokens` must be <= \d|must have less than \d+ tokens)"
-            r"|request exceeded model token limit: \d|range of input length should be \[\d",
-            re.I,
-        ),
-    ),
-    (
-        "credit",
-        re.compile(
-            r"credit balance|insufficient (?:balance|credits?|funds|quota)|exceeded your (?:current )?quota|usage limits?\b"
-            r"|spend(?:ing)? limit|out of credits?|billing (?:hard )?limit",
-            re.I,
-        ),
-    ),
+_CREDIT = re.compile(
+    r"credit balance|insufficient (?:balance|credits?|funds|quota)|exceeded your (?:current )?quota|usage limits?\b"
+    r"|spend(?:ing)? limit|out of credits?|billing (?:hard )?limit",
+    re.I,
 )
 # Statuses of a refusal in words. A 429 or 403 goes to another deployment, and then to another model, anyway.
 _HINTED = (400, 413, 422)
-# So much of a message is looked at: what providers say comes first, what they quote after.
-_HINT_LETTERS = 400
 
 
 def hint_of(status: int, message: str) -> Hint | None:
@@ -113,7 +96,9 @@ def hint_of(status: int, message: str) -> Hint | None:
     """
     if status not in _HINTED:
         return None
-    return next((hint for hint, pattern in _HINTS if pattern.search(message, 0, _HINT_LETTERS)), None)
+    if says_too_long(message):
+        return "context"
+    return "credit" if _CREDIT.search(message, 0, LETTERS) else None
 
 
 def kind_of(status: int, type: str | None, code: str | None) -> "FailureKind":
