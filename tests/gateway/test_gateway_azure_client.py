@@ -1,5 +1,7 @@
 """The official client of Azure OpenAI against a gateway process, and probes by the names that other proxies have for them."""
 
+from urllib.parse import quote
+
 import pytest
 
 from anabranch.gateway.http.paths import deployment_of, plain
@@ -26,7 +28,7 @@ def answers(body):
 def server(tmp_path_factory):
     with scripted({"gpt-4o": answers, "eu": answers}) as url:
         models = [model("gpt-4o", "openai", url, key_env=""), model("eu", "openai", url, key_env="")]
-        models[1]["aliases"] = ["eu/gpt 4.1"]
+        models[1]["aliases"] = ["eu/gpt 4.1", "50%?", "%2F"]
         with fronted(tmp_path_factory.mktemp("azure"), models, {}) as running:
             yield running
 
@@ -101,6 +103,16 @@ def test_a_body_without_a_model_will_do_and_a_key_is_needed_as_elsewhere(server,
 def test_the_path_says_which_model_is_asked_however_it_is_written(server, path):
     status, _, headers = call(server.url, "POST", path, {"model": "gpt-4o", "messages": HELLO})
     assert (status, headers["x-route-model"]) == (200, "eu")
+
+
+@pytest.mark.parametrize("name", ["eu", "eu/gpt 4.1", "50%?", "%2F"])
+@pytest.mark.parametrize(
+    "before", ["/v1/models/", "/openai/models/", "/openai%2Fmodels/", "/openai/v1%2fmodels%2F", "/%6fpenai/v1/models/"]
+)
+@pytest.mark.parametrize("safe", ["/", ""])
+def test_a_model_is_told_however_its_path_is_written(server, before, name, safe):
+    status, told, _ = call(server.url, "GET", before + quote(name, safe=safe))
+    assert (status, told["id"]) == (200, name)
 
 
 def test_probes_of_other_proxies_charts(server):

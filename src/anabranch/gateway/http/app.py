@@ -7,7 +7,6 @@ import asyncio
 import logging
 import time
 from typing import Any
-from urllib.parse import unquote
 
 from aiohttp import web
 
@@ -230,7 +229,7 @@ class App:
         if self._public and path.startswith(MODEL):
             if request.method not in ("GET", "HEAD"):
                 raise wrong_method(request, {"GET": None})
-            return await self._openai.model(request, unquote(plain(request.rel_url.raw_path)[len(MODEL) :]))
+            return await self._openai.model(request, path[len(MODEL) :])
         if self._public and path.startswith(RESPONSE):
             message = (
                 "no response is kept here, so that none can be asked for again; send all of a conversation in input"
