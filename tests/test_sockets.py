@@ -1,11 +1,11 @@
-"""Connections whose other end must answer with its network."""
+"""Connections whose other end must answer with its network, and addresses."""
 
 import socket
 
 import pytest
 
 from anabranch.errors import InputError
-from anabranch.sockets import kept_alive, listening
+from anabranch.sockets import http_parts, kept_alive, listening
 
 
 @pytest.mark.parametrize("seconds", [30.0, 2.0])
@@ -41,3 +41,27 @@ def test_an_address_of_another_machine_is_told_as_that():
         with pytest.raises(InputError, match=f"port {port}: .*; choose another port"):
             with listening("127.0.0.1", port):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("https://api.openai.com/v1", "api.openai.com", None),
+        ("http://[::1]:8000/v1", "::1", 8000),
+        ("HTTP://A.b:65535", "a.b", 65_535),
+    ],
+)
+def test_the_parts_of_an_address(url, host, port):
+    parts = http_parts(url)
+    assert (parts.hostname, parts.port) == (host, port)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "a.b", "//a.b", "ftp://a.b", "http://", "http://:80", "http:///v1", "http://a:99999", "http://a:port"),
+        *("https://[your-resource].openai.azure.com", "http://[::1:8000/v1", "http://::1]/v1", "http://a\u2100b"),
+    ],
+)
+def test_what_is_no_address_has_no_parts(url):
+    assert http_parts(url) is None

@@ -1,4 +1,7 @@
-"""Where a server listens: a bound socket, or a clear word why not; what it is called here, and which names mean this machine."""
+"""Where a server listens: a bound socket, or a clear word why not; what it is called here, and which names mean this machine.
+
+And where one is asked: the parts of an address.
+"""
 
 import contextlib
 import errno
@@ -6,6 +9,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterator, Sequence
+from urllib.parse import SplitResult, urlsplit
 
 from anabranch.bounds import shown
 from anabranch.errors import ConfigError, InputError
@@ -123,3 +127,17 @@ def _is_ipv6(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def http_parts(url: str) -> SplitResult | None:
+    """The parts of an http or https URL with a host and, if it has one, a port; None for what is no such URL.
+
+    No URL is one with brackets around what is no IPv6 address, as templates have it: ``https://[your-resource].openai.azure.com``.
+    """
+    try:
+        parts = urlsplit(url)
+        # Looked at only when it is read.
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts if parts.scheme in ("http", "https") and parts.hostname else None

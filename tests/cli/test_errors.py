@@ -293,6 +293,12 @@ def test_a_gateway_that_is_not_there_or_is_none_is_told_in_our_words(capsys):
     assert f"cannot reach http://127.0.0.1:{port}: connection refused; give --url" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("url", ["localhost:8080", "http://", "http://[your-host]:8080", "http://a:port"])
+def test_an_address_of_a_gateway_that_is_none_is_told(capsys, url):
+    assert main(["gateway", "add-model", "x", "--url", url]) == 2
+    assert f"--url is {url!r}; write http://HOST:PORT" in capsys.readouterr().err
+
+
 def test_what_a_file_or_a_server_said_steers_no_terminal(capsys):
     assert main(["eval", "\x1b]0;owned\x07\x1b[2Jno-model"]) == 2
     told = capsys.readouterr().err

@@ -919,7 +919,7 @@ def test_files_that_are_no_store(tmp_path):
         open_store(str(tmp_path / "theirs.db"))
     with pytest.raises(DataError, match="cannot open the store"):
         open_store(str(tmp_path))
-    for url in ("mysql://x/y", "sqlite:///", "sqlite:///x?mode=fast", "sqlite://host/x"):
+    for url in ("mysql://x/y", "sqlite:///", "sqlite:///x?mode=fast", "sqlite://host/x", "sqlite://[host/x"):
         with pytest.raises(DataError, match="the URL of the store cannot be read"):
             open_store(url)
     with pytest.raises(DataError, match="synchronous is 'fast'"):

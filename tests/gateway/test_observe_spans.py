@@ -142,7 +142,9 @@ def test_without_the_extra_it_is_said_what_to_install(tmp_path, monkeypatch):
         Gateway(config)
 
 
-@pytest.mark.parametrize("endpoint", ["collector:4318", "ftp://x", "http://u:p@x", "http://x?key=1"])
+@pytest.mark.parametrize(
+    "endpoint", ["collector:4318", "ftp://x", "http://u:p@x", "http://x?key=1", "http://[host]:4318", "http://x:port"]
+)
 def test_an_endpoint_that_is_none_is_told(endpoint):
     with pytest.raises(ConfigError, match="endpoint must be a URL"):
         OtelConfig(endpoint=endpoint)

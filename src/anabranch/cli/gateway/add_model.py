@@ -18,6 +18,7 @@ from anabranch.cli.options import AsJson, only_file
 from anabranch.cli.output import fact, print_json, say, shell_word, wrote
 from anabranch.errors import DataError, InputError
 from anabranch.extras import require
+from anabranch.sockets import http_parts
 
 if TYPE_CHECKING:
     from anabranch.gateway.config import GatewayConfig
@@ -116,10 +117,9 @@ async def _joined(config: GatewayConfig, name: str, strategies: list[str], shots
 
 def _told(url: str, key: str | None, name: str, strategies: list[str], shots: Recorded | None) -> dict[str, Any]:
     """By a gateway that runs. Raises InputError for what it refuses, DataError where it does not answer."""
-    from urllib.parse import quote, urlsplit
+    from urllib.parse import quote
 
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if http_parts(url) is None:
         raise InputError(f"--url is {url!r}; write http://HOST:PORT of the gateway's admin interface")
     body: dict[str, Any] = {"strategies": strategies}
     if shots is not None:

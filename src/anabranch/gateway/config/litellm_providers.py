@@ -213,7 +213,8 @@ def _bedrock(entry: Entry, model: str) -> Table:
             "is missing, and neither AWS_REGION_NAME nor AWS_REGION is set now; set it for the import",
         )
     made: Table = {"kind": "bedrock", "model": model, "region": region}
-    own = entry.value("aws_bedrock_runtime_endpoint") if not entry.names_base else None
+    name = "aws_bedrock_runtime_endpoint"
+    own = entry.checked(name, entry.value(name)) if not entry.names_base else None
     base = own or entry.base()
     made |= {"base_url": base} if base else {}
     if entry.params.get("aws_role_name") is None and entry.is_set("AWS_ROLE_NAME"):

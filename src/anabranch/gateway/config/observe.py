@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.config.secret import Secret, is_reference
+from anabranch.sockets import http_parts
 
 
 @configclass
@@ -57,8 +58,8 @@ class OtelConfig(Config):
     sample: float = Field(default=1.0, ge=0, le=1)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+        parts = http_parts(self.endpoint)
+        if parts is None or "@" in parts.netloc or parts.query:
             raise ConfigError("endpoint must be a URL such as http://127.0.0.1:4318, without a name or password")
 
 

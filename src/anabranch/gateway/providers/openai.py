@@ -2,7 +2,6 @@
 
 import hashlib
 from typing import Any
-from urllib.parse import urlsplit
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
@@ -27,6 +26,7 @@ from anabranch.gateway.providers.provider import (
     hidden,
 )
 from anabranch.redaction import hide_passwords, hide_settings
+from anabranch.sockets import http_parts
 
 PATHS: dict[Endpoint, str] = {
     "chat": "/chat/completions",
@@ -175,8 +175,8 @@ def unsupported(message: str) -> UpstreamError:
 
 def check_url(field: str, url: str) -> None:
     """Raises ConfigError for what is no plain http(s) URL."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    parts = http_parts(url)
+    if parts is None or parts.query or parts.fragment:
         known = hide_settings(hide_passwords(url, is_url=True))
         raise ConfigError(f"{field} is {known!r}; it must be a URL such as https://api.openai.com/v1")
     if "@" in parts.netloc:

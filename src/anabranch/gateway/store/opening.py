@@ -3,12 +3,16 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from anabranch.errors import DataError
 from anabranch.gateway.store.database import Database
 from anabranch.gateway.store.sqlite import SqliteDatabase, check_folder
 from anabranch.gateway.store.store import Store
+
+_UNREADABLE = (
+    "the URL of the store cannot be read; write a path, sqlite:///PATH?synchronous=full or postgresql://user@host/name"
+)
 
 
 def open_store(url: str, *, serves: bool = True, makes: bool = True, clock: Callable[[], float] = time.time) -> Store:
@@ -33,10 +37,10 @@ def open_store(url: str, *, serves: bool = True, makes: bool = True, clock: Call
 
 
 def store_file(url: str) -> Path | None:
-    """The file of a store, see `open_store`; None for one on a server."""
+    """The file of a store, see `open_store`; None for one on a server. Raises DataError for what is no URL."""
     if "://" not in url:
         return Path(url)
-    parts = urlsplit(url)
+    parts = _parts(url)
     return Path(parts.path[1:]) if parts.scheme == "sqlite" else None
 
 
@@ -61,10 +65,16 @@ def _database(url: str) -> Database:
         return PostgresDatabase(url.replace("postgres://", "postgresql://", 1))
     if "://" not in url:
         return SqliteDatabase(url)
-    parts = urlsplit(url)
+    parts = _parts(url)
     options = dict(parse_qsl(parts.query))
     if parts.scheme != "sqlite" or parts.netloc or not parts.path.strip("/") or set(options) - {"synchronous"}:
-        raise DataError(
-            "the URL of the store cannot be read; write a path, sqlite:///PATH?synchronous=full or postgresql://user@host/name"
-        )
+        raise DataError(_UNREADABLE)
     return SqliteDatabase(parts.path[1:], **options)
+
+
+def _parts(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        # Such as brackets around what is no IPv6 address.
+        raise DataError(_UNREADABLE) from None
