@@ -39,6 +39,44 @@ def test_gradients_have_the_bits_of_a_backward_at_once(kind, checkpoint, stages,
     check_same(stepped(kind, "zero-bubble", **options), stepped(kind, "1f1b", **options))
 
 
+class Tables(nn.Module):
+    """Looks its sparse table up twice, which it multiplies with too or not, and mixes rows by a sparse matrix."""
+
+    def __init__(self, is_head):
+        super().__init__()
+        self.table, self.is_head = nn.Embedding(8, 8, sparse=True), is_head
+
+    def forward(self, x):
+        x = torch.tanh(x + self.table(torch.tensor([1, 3])).sum(0)) * self.table(torch.tensor([3, 2])).sum(0)
+        x = torch.sparse.mm(torch.eye(len(x), dtype=x.dtype).to_sparse() * 2, x)
+        return F.linear(x, self.table.weight) if self.is_head else x
+
+
+@pytest.mark.parametrize("checkpoint", ["always", "never"])
+@pytest.mark.parametrize("measures", [False, True])
+def test_sparse_tensors_and_gradients(measures, checkpoint):
+    """As of one process, and as sparse as autograd makes them."""
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), Tables(False), Tables(True), nn.Linear(8, 8), Tables(False)).double()
+
+    x, target = pipes.batch(6)
+    alone = model()
+    for _ in range(2):
+        F.mse_loss(alone(x), target).backward()
+    for schedule in ("1f1b", "zero-bubble"):
+        made = model()
+        pipe = GPipe(made, stages=2, micro_batches=3, schedule=schedule, checkpoint=checkpoint)
+        meters = pipe.measure_saved() if measures else []
+        for _ in range(2):
+            pipe.step(x, target, F.mse_loss)
+        assert not any(meter.now for meter in meters)
+        for (name, one), other in zip(made.named_parameters(), alone.parameters(), strict=True):
+            assert one.grad.layout == other.grad.layout, name
+            assert torch.allclose(one.grad.to_dense(), other.grad.to_dense(), rtol=1e-9), name
+
+
 def test_dropout_is_the_same():
     options = {"stages": 3, "micro_batches": 4, "dropout": 0.3, "seed": 5, "checkpoint": "always"}
     check_same(stepped("lm", "zero-bubble", **options), stepped("lm", "1f1b", **options))

@@ -66,11 +66,7 @@ class Later:
             for node, (gradients, leaves) in self._parts.items():
                 self._backward_from(node, gradients, leaves)
             for leaf, gradient in self._found:
-                if leaf.grad is None:
-                    # It may be part of another tensor, or in another layout.
-                    leaf.grad = torch.empty_like(leaf).copy_(gradient)
-                else:
-                    leaf.grad += gradient
+                leaf.grad = _own(leaf, gradient) if leaf.grad is None else _added(leaf.grad, gradient)
         finally:
             self.release()
 
@@ -191,6 +187,18 @@ class _Graph:
                 if giver not in seen:
                     seen.add(giver)
                     waiting.append(giver)
+
+
+def _own(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient as the leaf's own: it may be part of another tensor, or have other strides. One that is sparse stays so."""
+    return torch.empty_like(leaf).copy_(gradient) if gradient.layout == leaf.layout else gradient.clone()
+
+
+def _added(there: Tensor, gradient: Tensor) -> Tensor:
+    """Their sum, where autograd would make it: in place, but for a dense one to what is sparse."""
+    if there.layout != gradient.layout and gradient.layout == torch.strided:
+        return gradient + there
+    return there.add_(gradient)
 
 
 def _works_in_parts(node: Node) -> bool:

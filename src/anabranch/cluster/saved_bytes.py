@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = ["SavedBytes", "SavedTensor", "touched"]
@@ -66,6 +67,8 @@ class SavedBytes:
 
     A context manager; `watch` does the same for a part of the work in another thread. It may be read at any time.
 
+    A sparse tensor counts with its indices and its values.
+
     Args:
         ignored: tensors that are there anyway (parameters, buffers).
 
@@ -77,7 +80,7 @@ class SavedBytes:
     def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
         self.now = 0
         self.most = 0
-        self._ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+        self._ignored = {storage.data_ptr() for tensor in ignored for storage in _storages(tensor)}
         self._uses: dict[int, list[int]] = {}
         # Backward passes of several threads let go of tensors at once; finalizers may run while the lock is held.
         self._lock = threading.RLock()
@@ -106,16 +109,23 @@ class SavedBytes:
 
     def _pack(self, into: "list[weakref.ref[SavedTensor]] | None", tensor: Tensor) -> Any:
         # Of a parameter itself, hooks may not give back another object (it is checked for changes), and it does not count.
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in self._ignored or not storage.nbytes():
+        pointers = self._count(tensor)
+        if not pointers:
             return tensor
         # An operator's own output knows the operator, which knows what is kept: nobody could let go of either.
-        pointer = storage.data_ptr()
-        self._add(pointer, storage.nbytes())
-        kept = SavedTensor(tensor if tensor.is_leaf else tensor.detach(), partial(self._remove, pointer))
+        kept = SavedTensor(tensor if tensor.is_leaf else tensor.detach(), partial(self._remove, pointers))
         if into is not None:
             into.append(weakref.ref(kept))
         return kept
+
+    def _count(self, tensor: Tensor) -> list[int]:
+        """Count a tensor; the pointers of what is to be taken off again."""
+        pointers = []
+        for storage in _storages(tensor):
+            if storage.nbytes() and storage.data_ptr() not in self._ignored:
+                self._add(storage.data_ptr(), storage.nbytes())
+                pointers.append(storage.data_ptr())
+        return pointers
 
     def _add(self, pointer: int, size: int) -> None:
         with self._lock:
@@ -125,13 +135,14 @@ class SavedBytes:
                 self.most = max(self.most, self.now)
             uses[0] += 1
 
-    def _remove(self, pointer: int) -> None:
+    def _remove(self, pointers: Iterable[int]) -> None:
         with self._lock:
-            uses = self._uses[pointer]
-            uses[0] -= 1
-            if not uses[0]:
-                self.now -= uses[1]
-                del self._uses[pointer]
+            for pointer in pointers:
+                uses = self._uses[pointer]
+                uses[0] -= 1
+                if not uses[0]:
+                    self.now -= uses[1]
+                    del self._uses[pointer]
 
 
 class Held:
@@ -139,15 +150,30 @@ class Held:
 
     def __init__(self, meter: SavedBytes, tensors: Iterable[Tensor]) -> None:
         self._meter = meter
-        self._pointers = []
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in meter._ignored:
-                meter._add(storage.data_ptr(), storage.nbytes())
-                self._pointers.append(storage.data_ptr())
+        self._pointers = [pointer for tensor in tensors for pointer in meter._count(tensor)]
 
     def release(self) -> None:
         """They are no longer kept."""
-        for pointer in self._pointers:
-            self._meter._remove(pointer)
+        self._meter._remove(self._pointers)
         self._pointers.clear()
+
+
+def _storages(tensor: Tensor) -> list[UntypedStorage]:
+    """What a tensor lies in: one storage, or those of the parts of a sparse or a jagged one; none where it does not say (MKL-DNN)."""
+    parts = [tensor]
+    if tensor.layout != torch.strided:
+        # Parts are asked for without a graph of their own.
+        parts = [getattr(tensor.detach(), name)() for name in _PARTS.get(tensor.layout, ())]
+    return [part.untyped_storage() for part in parts]
+
+
+_ROWS, _COLUMNS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
+_PARTS: dict[torch.layout, tuple[str, ...]] = {
+    # Those without an underscore are of sorted ones alone.
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _ROWS,
+    torch.sparse_bsr: _ROWS,
+    torch.sparse_csc: _COLUMNS,
+    torch.sparse_bsc: _COLUMNS,
+    torch.jagged: ("values", "offsets"),
+}
