@@ -36,6 +36,21 @@ PROVIDERS = [
         )
     ),
     *(
+        ({"model": "azure_ai/x"}, f"https://{host}/v1/")
+        for host in (
+            *("Mistral-large-a-serverless.eastus2.inference.ai.azure.com", "a.eastus2.models.ai.azure.com"),
+            *("a.eastus2.inference.ml.azure.com", "a.usgovvirginia.inference.ml.azure.us", "a.inference.ml.azure.cn"),
+            *("a.services.ai.azure.us", "a.services.ai.azure.cn"),
+        )
+    ),
+    *(
+        ({"model": "databricks/x"}, f"https://{host}/serving-endpoints")
+        for host in (
+            *("dbc-a1b2-c3d4.cloud.databricks.com", "1.2.gcp.databricks.com", "dbc-a1.cloud.databricks.us"),
+            *("adb-1.2.azuredatabricks.net", "adb-1.2.databricks.azure.us", "adb-1.2.databricks.azure.cn"),
+        )
+    ),
+    *(
         (VERTEX, f"https://{host}")
         for host in (
             *("aiplatform.googleapis.com", "europe-west4-aiplatform.googleapis.com", "us-central1-x.p.googleapis.com"),
@@ -87,6 +102,8 @@ def test_a_providers_other_addresses_are_sent_its_key(move, monkeypatch, entry, 
         *((entry, "proxy.example.com") for entry in (RESOURCE, VERTEX, SIGNED)),
         # What anybody may have, or what but looks alike.
         *((RESOURCE, host) for host in ("a.azure-api.net", "a.cloudapp.azure.com", "openai.azure.com.example.com")),
+        *(({"model": "azure_ai/x"}, host) for host in ("a.azure.com", "inference.ai.azure.com.a.b", "a.azure.us")),
+        *(({"model": "databricks/x"}, host) for host in ("a.databricksapps.com", "a.azure.us", "notdatabricks.us")),
         *((VERTEX, host) for host in ("a.run.app", "not-googleapis.com", "googleapis.com.example.com")),
         *((SIGNED, host) for host in ("ec2-1.compute.amazonaws.com", "bedrock-runtime.eu-west-3.amazonaws.com.a.b")),
         *((SIGNED, f"{host}.eu-west-3.vpce.amazonaws.com") for host in ("vpce-1.vpce-svc-2", "bedrock-runtime.a")),

@@ -63,11 +63,18 @@ _FIREWORKS = ("FIREWORKS_API_KEY", "FIREWORKS_AI_API_KEY", "FIREWORKSAI_API_KEY"
 
 # Azure's own hosts for models; others of its hosts are anybody's.
 _AZURES = (
-    *("services.ai.azure.com", "models.ai.azure.com", "inference.ml.azure.com"),
+    *("services.ai.azure.com", "models.ai.azure.com", "inference.ai.azure.com", "inference.ml.azure.com"),
     *("openai.azure.com", "cognitiveservices.azure.com", "api.cognitive.microsoft.com"),
     # Of governments, and of China.
     *("openai.azure.us", "cognitiveservices.azure.us", "api.cognitive.microsoft.us"),
+    *("services.ai.azure.us", "inference.ml.azure.us"),
     *("openai.azure.cn", "cognitiveservices.azure.cn", "api.cognitive.azure.cn"),
+    *("services.ai.azure.cn", "inference.ml.azure.cn"),
+)
+# Of workspaces at Amazon and Google, and at Azure.
+_DATABRICKS = (
+    *("databricks.com", "databricks.us"),
+    *("azuredatabricks.net", "databricks.azure.us", "databricks.azure.cn"),
 )
 # Others of Amazon's hosts are anybody's.
 _BEDROCKS = r"(vpce-[a-z0-9-]+\.)?bedrock-runtime(-fips)?\.[a-z0-9-]+\.(vpce\.)?(amazonaws\.com(\.cn)?|api\.aws)"
@@ -94,7 +101,7 @@ OPENAI_FORM: dict[str, Place] = {
     "codestral": _usual("https://codestral.mistral.ai/v1", "CODESTRAL"),
     "cometapi": Place("https://api.cometapi.com/v1", ("COMETAPI_API_BASE",), ("COMETAPI_KEY",)),
     "dashscope": _usual("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE")._replace(others=_DASHSCOPES),
-    "databricks": _usual(None, "DATABRICKS")._replace(others=("databricks.com", "azuredatabricks.net")),
+    "databricks": _usual(None, "DATABRICKS")._replace(others=_DATABRICKS),
     "deepinfra": _usual("https://api.deepinfra.com/v1/openai", "DEEPINFRA"),
     "deepseek": _usual("https://api.deepseek.com/v1", "DEEPSEEK"),
     "docker_model_runner": _usual(None, "DOCKER_MODEL_RUNNER"),
