@@ -3,12 +3,12 @@
 import yaml
 
 from anabranch.gateway.config import import_litellm
-from anabranch.gateway.config.litellm_addresses import KNOWN, LOCATIONS, PROJECTS, REGIONS, VERSIONS
+from anabranch.gateway.config.litellm_addresses import KNOWN, LOCATIONS, PROJECTS, PROXIED, REGIONS, VERSIONS
 
 READ = sorted(
     {
         *(name for place in KNOWN.values() for name in (*place.bases, *place.keys)),
-        *(*REGIONS, *PROJECTS, *LOCATIONS, *VERSIONS),
+        *(*REGIONS, *PROJECTS, *LOCATIONS, *VERSIONS, PROXIED),
         *("LITELLM_MASTER_KEY", "REQUEST_TIMEOUT", "AZURE_AD_TOKEN", "AWS_PROFILE_NAME", "VERTEXAI_CREDENTIALS"),
         *("GOOGLE_CLOUD_PROJECT", "ANTHROPIC_AUTH_TOKEN", "AWS_ROLE_NAME", "OWN"),
     }

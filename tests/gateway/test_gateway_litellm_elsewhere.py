@@ -1,6 +1,7 @@
 """Moving in from LiteLLM: what was closed stays closed, and nothing is asked elsewhere, whatever of a file is not read."""
 
 import functools
+import itertools
 
 import pytest
 import yaml
@@ -142,6 +143,13 @@ VERTEX = {"model": "vertex_ai/gemini-2.5-flash", "vertex_project": "p-1"}
         ({"model": "ollama/x", "api_base": "http://a"}, {"litellm_settings": {"api_base": HERE}}, "api_base"),
         (VERTEX, {"litellm_settings": {"vertex_location": "europe-west4"}}, "vertex_location"),
         (VERTEX | {"region_name": "europe-west4"}, {}, "region_name"),
+        *((entry, {"litellm_settings": {"use_litellm_proxy": True}}, "model") for entry in (PLAIN, VERTEX)),
+        # There an address of its own is asked in LiteLLM's form.
+        (PLAIN | {"api_base": HERE}, {"litellm_settings": {"use_litellm_proxy": True}}, "model"),
+        *(
+            (PLAIN, {"environment_variables": {"USE_LITELLM_PROXY": value}}, "model")
+            for value in (True, "True", " TRUE ", "os.environ/OWN")
+        ),
         (PLAIN | {"use_litellm_proxy": True}, {}, "use_litellm_proxy"),
         (PLAIN | {"mock_response": "hello"}, {}, "mock_response"),
         (PLAIN | {"litellm_credential_name": "gone"}, {"credential_list": CREDENTIALS}, "litellm_credential_name"),
@@ -157,8 +165,86 @@ def test_an_entry_that_may_be_asked_elsewhere_is_left_out(move, entry, sections,
         move(entry, **sections)
 
 
+@pytest.mark.parametrize("value", ["true", "True"])
+def test_the_environment_may_have_all_asked_of_another_litellm(move, monkeypatch, value):
+    monkeypatch.setenv("USE_LITELLM_PROXY", value)
+    with pytest.raises(
+        ConfigError, match=r"litellm_params\.model is asked of another LiteLLM there.*by USE_LITELLM_PROXY"
+    ):
+        move(PLAIN)
+
+
+@pytest.mark.parametrize("value", ["false", "", "1", "yes"])
+def test_what_there_is_no_yes_leaves_nothing_out(move, monkeypatch, value):
+    monkeypatch.setenv("USE_LITELLM_PROXY", value)
+    assert provider(move(PLAIN)).base_url == "https://api.openai.com/v1"
+
+
+def test_what_is_asked_of_another_litellm_by_its_name_is_kept(move, monkeypatch):
+    monkeypatch.setenv("USE_LITELLM_PROXY", "true")
+    monkeypatch.setenv("LITELLM_PROXY_API_BASE", HERE)
+    found = provider(move({"model": "litellm_proxy/x"}, litellm_settings={"use_litellm_proxy": True}))
+    assert (found.base_url, found.model) == (HERE, "x")
+
+
 @pytest.mark.parametrize("sections", [sections for sections, _ in CLOSED[:3]])
 def test_one_whose_address_is_known_is_kept(move, monkeypatch, sections):
     assert provider(move(PLAIN | {"api_base": HERE}, **sections)).base_url == HERE
     monkeypatch.setenv("OPENAI_API_BASE", HERE)
     assert provider(move(PLAIN, **sections)).base_url == HERE
+
+
+# Vertex's second names
+
+FIRST = {"vertex_project": "p-1", "vertex_location": "europe-west1", "vertex_credentials": "os.environ/CREDS"}
+OURS = {"project": "p-1", "location": "europe-west1", "credentials_env": "CREDS"}
+GEMINI = {"model": "vertex_ai/gemini-2.5-pro"}
+
+
+def second(given):
+    return {name.replace("vertex_", "vertex_ai_"): value for name, value in given.items()}
+
+
+@pytest.mark.parametrize("is_second", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("where", ["entry", "defaults", "credential"])
+def test_what_says_where_vertex_is_asked_is_read_by_both_of_its_names(move, tmp_path, monkeypatch, is_second, where):
+    # Which the entry comes before.
+    for name, value in (("PROJECT", "other"), ("LOCATION", "us-central1"), ("CREDENTIALS", "/other.json")):
+        monkeypatch.setenv(f"VERTEXAI_{name}", value)
+    given = {}
+    for (name, value), is_it in zip(FIRST.items(), is_second, strict=True):
+        given |= second({name: value}) if is_it else {name: value}
+    if where == "entry":
+        done = move(GEMINI | given, litellm_settings={"vertex_location": "us-central1", "vertex_project": "other"})
+    elif where == "defaults":
+        done = move(GEMINI, router_settings={"default_litellm_params": given})
+    else:
+        listed = [{"credential_name": "g", "credential_values": given}]
+        done = move(GEMINI | {"litellm_credential_name": "g"}, credential_list=listed)
+    found = to_dict(provider(done))
+    assert {name: found[name] for name in OURS} == OURS
+    assert not any(
+        "model_list.0.litellm_params" in field for field in fields((*done.left, *done.notes), tmp_path / "config.yaml")
+    )
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("other", ["", "other", None])
+def test_of_two_names_the_first_counts_where_it_says_something(move, tmp_path, name, other):
+    wanted = FIRST | {name: "os.environ/OTHER" if other and name == "vertex_credentials" else other or FIRST[name]}
+    done = move(GEMINI | second(FIRST) | {name: wanted[name] if other else other})
+    found = provider(done)
+    assert (found.project, found.location, found.credentials_env) == (
+        *(wanted[one] for one in ("vertex_project", "vertex_location")),
+        wanted["vertex_credentials"].removeprefix("os.environ/"),
+    )
+    told = [f"model_list.0.litellm_params.{name.replace('vertex_', 'vertex_ai_')}"] if other else []
+    assert fields(done.left, tmp_path / "config.yaml") == told
+
+
+def test_what_cannot_be_read_of_a_second_name_is_told_by_it(move):
+    with pytest.raises(ConfigError, match=r"litellm_params\.vertex_ai_location is read from the environment there"):
+        move(GEMINI | {"vertex_project": "p-1", "vertex_ai_location": "os.environ/OWN"})
+    done = move(GEMINI | {"vertex_project": "p-1", "vertex_ai_credentials": '{"key": "hush"}'})
+    assert any("vertex_ai_credentials are written into the file (not shown)" in line for line in done.left)
+    assert "hush" not in f"{done.left}{done.notes}"

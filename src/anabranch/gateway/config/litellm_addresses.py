@@ -205,6 +205,14 @@ REGIONS = ("AWS_REGION_NAME", "AWS_REGION", "AWS_DEFAULT_REGION")
 PROJECTS = ("VERTEXAI_PROJECT",)
 LOCATIONS = ("VERTEXAI_LOCATION", "VERTEX_LOCATION")
 VERSIONS = ("AZURE_API_VERSION",)
+# Whether all is asked of another LiteLLM.
+PROXIED = "USE_LITELLM_PROXY"
+# Of Vertex, what LiteLLM reads under a second name where the first says nothing.
+SECOND_NAMES = {
+    "vertex_project": "vertex_ai_project",
+    "vertex_location": "vertex_ai_location",
+    "vertex_credentials": "vertex_ai_credentials",
+}
 # What people write where a server wants no key and a client insists on one.
 NO_KEYS = frozenset(
     {

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from anabranch.bounds import shown
-from anabranch.gateway.config.litellm_addresses import BASES, KNOWN
+from anabranch.gateway.config.litellm_addresses import BASES, KNOWN, PROXIED, SECOND_NAMES
 from anabranch.gateway.config.litellm_report import Environment, Report
 
 Table = dict[str, Any]
@@ -89,12 +89,20 @@ class Elsewhere:
             kind: LiteLLM's name of the provider.
             field: where they are.
         """
+        if kind != "litellm_proxy" and (by := self._proxied()) is not None:
+            why = f"is asked of another LiteLLM there, that of LITELLM_PROXY_API_BASE, by {by}"
+            self._leave(f"{field}.model", f"{why}; name it litellm_proxy/MODEL, or take that away if it is not so")
+            return False
         is_named = any(params.get(name) is not None for name in BASES)
         regional = ("vertex_project", "vertex_location") if kind == "vertex_ai" else ()
         unread = [name for name in _OTHERS if params.get(name)]
         if "region_name" in params and kind in ("bedrock", "vertex_ai"):
             unread.append("region_name")
-        unread += [f"litellm_settings.{name}" for name in regional if self._settings.get(name) and name not in params]
+        unread += [
+            f"litellm_settings.{name}"
+            for name in regional
+            if self._settings.get(name) and not (params.get(name) or params.get(SECOND_NAMES[name]))
+        ]
         # Where all are, which there comes before Ollama's own.
         if self._settings.get("api_base") and (not is_named or kind == "ollama"):
             unread.append("litellm_settings.api_base")
@@ -108,6 +116,14 @@ class Elsewhere:
             why = f"may be another by {one}, which is not read here; write the entry's own into it, or take that out of the file"
             self._leave(f"{field}.{name}", why)
         return not unread
+
+    def _proxied(self) -> str | None:
+        """What has LiteLLM ask another for all models; None for nothing."""
+        if self._settings.get("use_litellm_proxy"):
+            return "litellm_settings.use_litellm_proxy"
+        if PROXIED in self._environment.unknown:
+            return f"environment_variables.{PROXIED}, which may say so"
+        return PROXIED if (self._environment.get(PROXIED) or "").lower() == "true" else None
 
 
 def _table(value: Any) -> Table:

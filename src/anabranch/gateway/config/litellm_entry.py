@@ -1,7 +1,7 @@
 """Moving in from LiteLLM: reads what one entry of ``model_list`` says of its provider, and what LiteLLM would add from its environment."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anabranch.bounds import shown
@@ -30,17 +30,32 @@ class Entry:
     """
 
     def __init__(self, params: Table, kind: str, field: str, report: Report, environment: Environment) -> None:
-        self.params, self.kind = params, kind
+        self.params, self.kind = dict(params), kind
         self.place = KNOWN.get(kind, Place())
         self._field, self._report, self._environment = field, report, environment
+        # What is said of a field, by the name that the file has for it.
+        self._written: dict[str, str] = {}
 
     def leave(self, name: str, why: str) -> None:
         """Say what is not taken over."""
-        self._report.leave(f"{self._field}.{name}", why)
+        self._report.leave(f"{self._field}.{self._written.get(name, name)}", why)
 
     def note(self, name: str, why: str) -> None:
         """Say what is to be known all the same."""
-        self._report.note(f"{self._field}.{name}", why)
+        self._report.note(f"{self._field}.{self._written.get(name, name)}", why)
+
+    def read_second(self, names: Mapping[str, str]) -> None:
+        """Take what is given by second names alone; where the first says something it counts, as there, and that is said.
+
+        Args:
+            names: the second ones by the first, as LiteLLM has them.
+        """
+        for name, second in names.items():
+            given = self.params.pop(second, None)
+            if given and not self.params.get(name):
+                self.params[name], self._written[name] = given, second
+            elif given and given != self.params[name]:
+                self.leave(second, f"is not looked at, since {name} says another")
 
     def missing(self, name: str, why: str) -> MissingError:
         """What makes an entry one that cannot be taken over."""

@@ -5,7 +5,15 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from anabranch.gateway.config.litellm_addresses import KNOWN, LOCATIONS, OPENAI_FORM, PROJECTS, REGIONS, VERSIONS
+from anabranch.gateway.config.litellm_addresses import (
+    KNOWN,
+    LOCATIONS,
+    OPENAI_FORM,
+    PROJECTS,
+    REGIONS,
+    SECOND_NAMES,
+    VERSIONS,
+)
 from anabranch.gateway.config.litellm_entry import Entry, MissingError
 from anabranch.gateway.config.litellm_report import variable_of
 from anabranch.gateway.config.price_table import list_price
@@ -37,7 +45,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "model_id",
         "guardrailConfig",
     ),
-    "vertex_ai": ("vertex_project", "vertex_location", "vertex_credentials"),
+    "vertex_ai": (*SECOND_NAMES, *SECOND_NAMES.values()),
     "ollama": ("keep_alive", "num_ctx"),
     "openrouter": ("extra_body",),
 }
@@ -253,6 +261,7 @@ def _vertex(entry: Entry, model: str) -> Table:
     if model.startswith("gemini/") or model.isdigit():
         # A model of one's own, by the number of its endpoint.
         model = f"endpoints/{model.removeprefix('gemini/')}"
+    entry.read_second(SECOND_NAMES)
     made: Table = {"kind": "vertex", "model": model}
     for theirs, ours, variables in (
         ("vertex_project", "project", PROJECTS),
