@@ -85,6 +85,20 @@ def test_layers_sum_to_the_model():
     assert sum(cost.flops for cost in costs) == tied.count(64).flops
 
 
+def test_a_head_that_is_the_embedding_is_on_the_last_rank_too(here, tmp_path):
+    """With gradients and moments, in the table and in its JSON; and once where both are on one rank."""
+    config = Decoder.Config(num_layers=6, dim=16, vocab_size=1000, max_positions=64, tie_embeddings=True)
+    save_model(tmp_path / "tied", config.build(seed=0))
+    for ranks, copies in ((1, 0), (4, 1)):
+        code, out, err = here("cluster", "plan", str(tmp_path / "tied"), "--ranks", str(ranks), "--json")
+        assert (code, err) == (0, "")
+        found = json.loads(out)["ranks"]
+        assert sum(rank["parameters"] for rank in found) == config.count().parameters + copies * 16_000
+        assert found[-1]["state_bytes"] == 16 * found[-1]["parameters"] > 16 * 16_000
+        code, out, _ = here("cluster", "plan", str(tmp_path / "tied"), "--ranks", str(ranks))
+        assert f"{found[-1]['parameters'] / 1e6:.2f}" in next(line for line in out.splitlines() if "to head" in line)
+
+
 def test_layers_that_share_a_pool_stay_together(here):
     config = presets.find("rexmoe")("tiny").model
     groups = uncut_groups(config)

@@ -132,6 +132,11 @@ def test_stages_are_refused_only_where_no_balance_has_room(name, visits, checkpo
             )
             for layer in uneven(seed, 9)
         ]
+        if seed:
+            # The last rank has a copy of what the first one has.
+            layers[-1] = replace(layers[-1], tied_to=0)
+        if seed == 2:
+            layers[6] = replace(layers[6], tied_to=3)
         told = {"ranks": 4 // visits, "schedule_name": name, "micro_batches": 6, "flops_s": 1e12, "bytes_s": 1e6}
         told["checkpoint"] = checkpoint
         balances = [found for found in itertools.product(range(1, 7), repeat=4) if sum(found) == 9]
@@ -142,6 +147,42 @@ def test_stages_are_refused_only_where_no_balance_has_room(name, visits, checkpo
                 assert max(taken(plan(layers, cap_bytes=least, objective=objective, **told))) <= least
                 with pytest.raises(InputError, match=r"no stages were found that fit|do not hold them|takes"):
                     plan(layers, cap_bytes=least - 1, objective=objective, **told)
+
+
+@pytest.mark.parametrize(("name", "visits"), [("1f1b", 1), ("interleaved", 2)])
+def test_a_rank_has_what_its_layers_are_tied_to(name, visits):
+    """Once, whether the layer that it belongs to is there or not."""
+    counts, ties = (7, 11, 13, 17, 19, 23, 29), {3: 1, 4: 0, 5: 1, 6: 0}
+    layers = [
+        LayerCost(name=str(n), flops=1e9, parameters=count, saved_bytes=4.0, tied_to=ties.get(n))
+        for n, count in enumerate(counts)
+    ]
+    ranks = 4 // visits
+    told = {"ranks": ranks, "schedule_name": name, "micro_batches": 4, "flops_s": 1e12}
+    for balance in itertools.product(range(1, 5), repeat=4):
+        if sum(balance) != 7:
+            continue
+        made = plan(layers, balance=balance, **told)
+        chunk_of = [chunk for chunk, count in enumerate(balance) for _ in range(count)]
+        for rank in range(ranks):
+            own = {layer for layer, chunk in enumerate(chunk_of) if chunk % ranks == rank}
+            has = own | {ties[layer] for layer in own & ties.keys()}
+            wanted = sum(counts[layer] for layer in has)
+            assert made.state_bytes_K[rank] == 16 * wanted
+            assert made.parameters_of(rank) == made.to_dict()["ranks"][rank]["parameters"] == wanted
+
+
+def test_the_copy_of_an_embedding_that_is_the_head_is_room_that_others_lack():
+    layers = [LayerCost(name=str(n), flops=1e9, parameters=10) for n in range(7)]
+    layers = [LayerCost(name="embedding", flops=0.0, parameters=40), *layers]
+    layers.append(LayerCost(name="head", flops=0.0, tied_to=0))
+    told = {"ranks": 3, "flops_s": 1e12, "micro_batches": 4, "cap_bytes": 60 * 16}
+    # Of 150 parameters in all, 40 of them twice; without the copy the last rank would have five blocks.
+    assert plan(layers, **told).parameters_of(2) <= 60
+    with pytest.raises(InputError, match="no stages were found that fit"):
+        plan(layers, balance=[2, 2, 5], **told)
+    layers[-1] = replace(layers[-1], tied_to=None)
+    assert plan(layers, balance=[2, 2, 5], **told).parameters_of(2) == 40
 
 
 @pytest.mark.parametrize("objective", ["step", "minimax", "variance"])
@@ -200,3 +241,10 @@ def test_two_chunks_of_a_rank_share_its_memory():
 def test_what_is_refused(options, message):
     with pytest.raises(InputError, match=message):
         plan(LAYERS, **{"flops_s": 1e12, **options})
+
+
+@pytest.mark.parametrize("source", [-1, 2, 3, 8])
+def test_layers_are_tied_to_earlier_ones(source):
+    layers = [*LAYERS[:2], replace(LAYERS[2], tied_to=source), *LAYERS[3:]]
+    with pytest.raises(InputError, match=f"tied_to of layer 2 is {source}; name one of the 2 layers before it"):
+        plan(layers, ranks=2, flops_s=1e12)

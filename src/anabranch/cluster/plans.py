@@ -18,7 +18,7 @@ import numpy as np
 
 from anabranch.cluster.boundaries import Bounds, quickest
 from anabranch.cluster.partitions import Objective, Partition, check_balance, partition, partition_at, partition_ends
-from anabranch.cluster.rooms import Rooms
+from anabranch.cluster.rooms import Rooms, copied
 from anabranch.cluster.schedules import Schedule, schedule
 from anabranch.cluster.simulation import Durations, Timeline, is_recomputed, simulate
 from anabranch.errors import InputError
@@ -44,6 +44,8 @@ class LayerCost:
         parameters: how many.
         output_bytes: of what goes on to the next layer.
         saved_bytes: of what the forward keeps for the backward, its input included.
+        tied_to: index of an earlier layer all of whose parameters this one uses too (an embedding that is the head). They do not count
+            among its own; a rank that has this layer and not that one has a copy of them, with gradients and optimizer state. None: none.
     """
 
     name: str
@@ -51,6 +53,7 @@ class LayerCost:
     parameters: int = 0
     output_bytes: float = 0.0
     saved_bytes: float = 0.0
+    tied_to: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Plan:
         checkpoint: for which micro-batches activations are recomputed.
         one_rank_s: what one rank alone would take, without recomputation.
         activation_bytes_K: the most that each rank holds for backward passes: what is saved, or inputs and one chunk's recomputation.
-        state_bytes_K: of the parameters of each rank, with gradients and optimizer state.
+        state_bytes_K: of the parameters of each rank, copies of tied ones included, with gradients and optimizer state.
     """
 
     layers: tuple[LayerCost, ...]
@@ -94,6 +97,12 @@ class Plan:
         """The layers of a rank, a range for each visit."""
         return [part for number, part in enumerate(self.partition.parts) if number % self.schedule.num_stages == rank]
 
+    def parameters_of(self, rank: int) -> int:
+        """How many a rank has, copies of tied ones included."""
+        parts = self.chunks_of(rank)
+        own = {number for part in parts for number in part}
+        return sum(self.layers[number].parameters for number in own | copied(parts, _ties_of(self.layers)))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -103,9 +112,7 @@ class Plan:
                     "layers": [[part.start, part.stop - 1] for part in self.chunks_of(rank)],
                     "names": [self.layers[number].name for part in self.chunks_of(rank) for number in part],
                     "flops": sum(self.layers[number].flops for part in self.chunks_of(rank) for number in part),
-                    "parameters": sum(
-                        self.layers[number].parameters for part in self.chunks_of(rank) for number in part
-                    ),
+                    "parameters": self.parameters_of(rank),
                     "state_bytes": self.state_bytes_K[rank],
                     "activation_bytes": self.activation_bytes_K[rank] if self.knows_activations else None,
                     "busy_s": self.timeline.busy_K[rank],
@@ -171,6 +178,11 @@ def plan(
         raise InputError(f"objective is {objective!r}; use step, minimax or variance")
     if not layers:
         raise InputError("there are no layers to plan for")
+    for user, source in _ties_of(layers):
+        if not 0 <= source < user:
+            raise InputError(
+                f"tied_to of layer {user} is {source}; name one of the {user} layers before it by its index, or None"
+            )
     table = schedule(
         schedule_name, stages=ranks, micro_batches=4 * ranks if micro_batches is None else micro_batches, visits=visits
     )
@@ -194,6 +206,7 @@ def plan(
             state_L=tuple(layer.parameters * bytes_per_parameter for layer in layers),
             saved_L=tuple(layer.saved_bytes for layer in layers),
             output_L=tuple(layer.output_bytes for layer in layers),
+            tied_L=tuple(layer.tied_to for layer in layers),
         ),
         cap_bytes=math.inf if cap_bytes is None else cap_bytes,
     )
@@ -376,6 +389,11 @@ class _Cutting:
             f"{_size(self.rooms.activation_bytes(cut, rank))} of activations), and a rank holds {_size(self.cap_bytes)}; use more ranks, "
             "smaller micro-batches, recomputation, or ranks with more memory"
         )
+
+
+def _ties_of(layers: Sequence[LayerCost]) -> list[tuple[int, int]]:
+    """(a layer, the one whose parameters it uses too)."""
+    return [(number, layer.tied_to) for number, layer in enumerate(layers) if layer.tied_to is not None]
 
 
 def _size(taken: float) -> str:

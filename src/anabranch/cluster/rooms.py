@@ -5,7 +5,7 @@ it holds different numbers of them are found once for a table, and any partition
 """
 # Shapes: L layers, C chunks, K ranks, V visits of a rank, T different things to hold at once
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from anabranch.cluster.partitions import Partition, partition_at
 from anabranch.cluster.schedules import BACKWARD, FORWARD, WEIGHT, Schedule
 from anabranch.cluster.simulation import is_recomputed
 
-__all__ = ["Rooms"]
+__all__ = ["Rooms", "copied"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class Rooms:
         table: what runs when.
         checkpoint: for which micro-batches the forward is done again.
         state_L: bytes of each layer's parameters, with what belongs to them.
+        tied_L: of each layer, an earlier one whose parameters it uses too, of which its rank has a copy if it has not that layer; or None.
         saved_L: what it keeps of a micro-batch for the backward.
         output_L: what goes on to the next one.
     """
@@ -35,11 +36,13 @@ class Rooms:
     state_L: tuple[float, ...]
     saved_L: tuple[float, ...]
     output_L: tuple[float, ...]
+    tied_L: tuple[int | None, ...] = ()
 
     def state_bytes(self, cut: Partition, rank: int) -> float:
-        """Of the parameters of a rank."""
+        """Of the parameters of a rank, copies of tied ones included."""
         mine = cut.parts[rank :: self.table.num_stages]
-        return float(sum(self._states[part.stop] - self._states[part.start] for part in mine))
+        own = float(sum(self._states[part.stop] - self._states[part.start] for part in mine))
+        return own + sum(self.state_L[layer] for layer in copied(mine, self._ties))
 
     def activation_bytes(self, cut: Partition, rank: int) -> float:
         """The most that a rank holds between forward and backward, over its slots in their order; 0 where layers do not say."""
@@ -57,6 +60,11 @@ class Rooms:
     def taken_from(self, rank: int, first: int) -> np.ndarray:
         """Bytes of a rank with one chunk that begins at layer ``first``, for each layer that it may end behind."""
         states = self._states[first + 1 :] - self._states[first]
+        for source in sorted({source for user, source in self._ties if source < first <= user}):
+            # From the first of its users on.
+            states[min(user for user, one in self._ties if one == source and user >= first) - first :] += self.state_L[
+                source
+            ]
         if not any(self.saved_L):
             return states
         wholes = self._saved[first + 1 :] - self._saved[first]
@@ -83,6 +91,11 @@ class Rooms:
         while len(bounds) < ranks:
             bounds.append(int(last[len(bounds), bounds[-1]]))
         return partition_at(bounds[:-1], self.state_L)
+
+    @cached_property
+    def _ties(self) -> list[tuple[int, int]]:
+        """(a layer, the one whose parameters it uses too)."""
+        return [(user, source) for user, source in enumerate(self.tied_L) if source is not None]
 
     @cached_property
     def _states(self) -> np.ndarray:
@@ -120,6 +133,20 @@ class Rooms:
             if slot.kind == last:
                 held[kept] -= 1
         return [np.array(_not_less(found), float).reshape(-1, 2 * visits) for found in found_K]
+
+
+def copied(parts: Sequence[range], ties: Iterable[tuple[int, int]]) -> set[int]:
+    """The layers of whose parameters there are copies where these parts are, for other layers: they are elsewhere.
+
+    Args:
+        parts: the layers of a rank.
+        ties: (a layer, the one whose parameters it uses too).
+    """
+    return {source for user, source in ties if _is_in(user, parts) and not _is_in(source, parts)}
+
+
+def _is_in(layer: int, parts: Sequence[range]) -> bool:
+    return any(layer in part for part in parts)
 
 
 def _not_less(found: set[tuple[int, ...]]) -> list[tuple[int, ...]]:

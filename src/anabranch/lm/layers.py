@@ -65,6 +65,8 @@ def layer_costs(config: Decoder.Config, *, tokens: int, sequence_length: int, dt
             output_bytes=scores,
             # What the norm and the matrix are given, and the logarithms of probabilities of the loss, which are float32.
             saved_bytes=2 * width + tokens * config.vocab_size * torch.float32.itemsize,
+            # A stage that has the head alone has the table too.
+            tied_to=0 if config.tie_embeddings else None,
         )
     )
     return costs

@@ -191,7 +191,7 @@ def _print(made: Plan, model: str, on: str) -> None:
             [
                 str(rank),
                 " and ".join(_span([made.layers[number].name for number in part]) for part in parts),
-                f"{sum(layer.parameters for layer in names) / 1e6:,.2f}",
+                f"{made.parameters_of(rank) / 1e6:,.2f}",
                 size(made.state_bytes_K[rank]),
                 size(made.activation_bytes_K[rank]),
                 f"{sum(layer.flops for layer in names) / 1e9:,.2f}",
