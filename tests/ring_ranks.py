@@ -21,6 +21,7 @@ from anabranch.cluster.ring import (
     average_gradients,
     context_parallel_attention,
     measure_topology,
+    placed_attention,
     plan_attention,
     simulated_attention,
 )
@@ -113,10 +114,19 @@ def differing(rank: int, world: int) -> dict[str, str]:
     """What is said where ranks are given different things, and where one is given what cannot be."""
     q = torch.zeros(1, 4, 2, 8)
     asks = q.clone().requires_grad_()
+    eighths = [q.to(torch.float8_e4m3fn)] * 3
+    placed = Layout("zigzag", world, 4 * world).placement
+    other = Layout("stripe", world, 4 * world).placement
+    more = Layout("zigzag", world + 1, 4 * world + 4).placement
     return {
         "lengths of ranks": says(lambda: ring_attention(torch.zeros(1, 4 + 2 * rank, 2, 8), q, q)),
         "a shape": says(lambda: ring_attention(q if rank else q[0], q, q)),
         "no tensor": says(lambda: ring_attention(q if rank else 3, q, q)),
+        "a type of 8 bits": says(lambda: ring_attention(*([q] * 3 if rank else eighths))),
+        "placements": says(lambda: placed_attention(q, q, q, other if rank else placed, placed)),
+        "no placement": says(lambda: placed_attention(q, q, q, placed, placed if rank else None)),
+        "no placements": says(lambda: placed_attention(q, q, q, *((placed, placed) if rank else (None, None)))),
+        "a placement on other ranks": says(lambda: placed_attention(q, q, q, placed if rank else more, placed)),
         "types": says(lambda: ring_attention(*[q.double() if rank else q] * 3)),
         "gradients": says(lambda: context_parallel_attention(q if rank else asks, q, q)),
         "a function and a scheme": says(lambda: token_ring_attention(q, q, q, **({"scheme": "ring"} if rank else {}))),

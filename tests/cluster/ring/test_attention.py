@@ -375,6 +375,8 @@ def test_ranks_that_all_wait_are_told_of():
         ({"causal": [True]}, r"causal is \[True\]; use True or False"),
         ({"documents": [torch.tensor([0, 4])]}, r"documents is \[tensor\(\[0, 4\]\)\]; give the positions"),
         ({"softmax_scale": "a"}, "softmax_scale is 'a'; use a finite number"),
+        ({"softmax_scale": np.array([0.3, 0.3])}, "softmax_scale is array"),
+        ({"softmax_scale": np.array([None])}, "softmax_scale is array"),
         ({"softmax_scale": float("inf")}, "softmax_scale is inf; use a finite number"),
         ({"softmax_scal": 0.5}, "has no option 'softmax_scal'; did you mean 'softmax_scale'"),
         ({"timeout_s": 0}, "timeout_s is 0; use a finite number above 0"),
@@ -414,6 +416,41 @@ def test_every_door_says_what_options_there_are(options, said):
             call()
 
 
+DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
+def test_every_type_of_numbers_is_worked_on_or_refused(dtype):
+    part = torch.empty(1, 4, 2, 8, dtype=dtype, device="meta" if str(dtype).startswith("torch.q") else "cpu")
+    placement = Layout("contiguous", 1, 4).placement
+    calls = (
+        lambda: context_parallel_attention(part, part, part),
+        lambda: simulated_attention(part, part, part, 2),
+        lambda: placed_attention(part, part, part, placement, placement),
+    )
+    for call in calls:
+        if dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            assert call().dtype == dtype
+        else:
+            with pytest.raises(InputError, match=rf"the types are {dtype}, .*; use one for all, of float64, float32"):
+                call()
+
+
+@pytest.mark.parametrize(
+    "placed", [None, 3, (4,), Layout("contiguous", 1, 4)], ids=["none", "number", "rows", "layout"]
+)
+def test_what_is_no_placement_is_told_so(placed):
+    part, placement = torch.zeros(1, 4, 2, 8), Layout("contiguous", 1, 4).placement
+    for said, wrong in (("queries", (placed, placement)), ("keys", (placement, placed)), ("queries", (placed, placed))):
+        for call in (
+            lambda wrong=wrong: placed_attention(part, part, part, *wrong),
+            lambda wrong=wrong: simulated_placed_attention([(part, part, part)], *wrong),
+        ):
+            with pytest.raises(InputError, match=f"{said} are placed by .*; give a Placement"):
+                call()
+
+
 def whole_as(number):
     """One number by all types that have it."""
     return [
@@ -425,6 +462,8 @@ def whole_as(number):
         np.array(number),
         torch.tensor(number),
         torch.tensor([number]),
+        torch.tensor([[number]]),
+        np.array([[number]]),
         torch.tensor(number, dtype=torch.int32),
         torch.tensor(float(number)),
         torch.ones(number).sum().long(),
@@ -459,7 +498,13 @@ KINDS_OF = {
     "check": [lambda value=value: value for value in OFF],
     "softmax_scale": [
         lambda value=value: value
-        for value in (0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor([0.5]), Fraction(1, 2))
+        for value in (
+            *(0.5, Fraction(1, 2), np.float32(0.5), np.array(0.5), np.array([0.5]), np.array([[0.5]], np.float32)),
+            *(torch.tensor(0.5), torch.tensor([0.5]), torch.tensor([[0.5]]), torch.tensor(0.5).bfloat16()),
+        )
+    ],
+    "timeout_s": [
+        lambda value=value: value for value in (5.0, 5, np.array([5]), np.float32(5), torch.tensor([5]), Fraction(5))
     ],
     "scheme": [lambda: "ring", lambda: np.str_("ring")],
     "layout": [lambda: "zigzag", lambda: np.str_("zigzag")],

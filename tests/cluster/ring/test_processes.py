@@ -46,6 +46,7 @@ SAID = {
     "lengths of ranks": "ranks were given different positions of a rank: 4 on rank 0, 6 on rank 1",
     "types": "ranks were given different types: torch.float32 on rank 0, torch.float64 on rank",
     "gradients": "ranks were given different requests for gradients: True on rank 0, False on rank",
+    "placements": "ranks were given different placements: ",
     "schemes": "ranks were given different schemes: 'ring' on rank 0, 'token_ring' on rank",
     "causal": "ranks were given different causal: True on rank 0, False on rank",
     "windows": "ranks were given different windows: 2 on rank 0, None on rank",
@@ -59,9 +60,17 @@ SAID = {
     "types of results": "ranks were given different types of partial results: torch.float32 on rank 0, None on rank",
     "links": "ranks were given different topologies: Topology(kind='ring'",
 }
-OWN = {
+# Given to rank 0 alone.
+OWN_OF_FIRST = {
     "a shape": "the shapes are query [4, 2, 8]",
     "no tensor": "queries, keys and values must be tensors, and one of them is of type int",
+    "a type of 8 bits": "the types are torch.float8_e4m3fn, torch.float8_e4m3fn and torch.float8_e4m3fn; use one for all, of float64",
+    "no placement": "keys are placed by None; give a Placement",
+    "no placements": "queries are placed by None; give a Placement",
+    "a placement on other ranks": "queries are placed on ",
+}
+# Given to the others.
+OWN = {
     "a function and a scheme": "scheme is 'ring', and token_ring_attention is by token_ring; call context_parallel_attention",
     "a window below 1": "window is -1 and causal True; a window is at least 1",
     "a length that is none": "length is 'a'; use a whole number",
@@ -83,15 +92,14 @@ def test_ranks_that_differ_are_told_so_on_all_ranks(ran):
     for number, rank in enumerate(ran):
         said = rank["differing"]
         assert said.pop("nothing") == "nothing"
-        assert said.keys() == SAID.keys() | OWN.keys()
+        assert said.keys() == SAID.keys() | OWN.keys() | OWN_OF_FIRST.keys()
         for case, words in SAID.items():
             assert said[case].startswith(f"InputError: {words}"), case
             first, others = said[case].split(f"{words.split(':')[0]}: ")[1].split(" on rank 0, ")
             assert first != others.partition(" on rank")[0], case
-        for case, words in OWN.items():
-            # Rank 0 alone is given a wrong tensor, the others are given wrong options.
-            is_mine = (number == 0) == (case in ("a shape", "no tensor"))
-            wrong = 0 if case in ("a shape", "no tensor") else 1
+        for case, words in (OWN | OWN_OF_FIRST).items():
+            is_mine = (number == 0) == (case in OWN_OF_FIRST)
+            wrong = 0 if case in OWN_OF_FIRST else 1
             told = words if is_mine else f"rank {wrong} was given what it cannot work on"
             assert said[case].startswith(f"InputError: {told}"), case
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -52,6 +53,8 @@ __all__ = [
 ]
 
 Tensors = tuple[Tensor, Tensor, Tensor]
+# Scores are sums of products, which torch makes of no smaller ones.
+_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def context_parallel_attention(
@@ -116,7 +119,7 @@ def placed_attention(
 ) -> Any:
     """The same where queries are placed otherwise than keys: some new positions over a long resident cache, which stays where it is.
 
-    ``queries`` and ``keys`` say of every rank which positions its rows are, and are the same on all. Other arguments as of
+    ``queries`` and ``keys`` say of every rank which positions its rows are, and are the same on all. Other arguments and errors as of
     `context_parallel_attention`.
     """
     given, problem = read_options(options)
@@ -161,6 +164,8 @@ def simulated_placed_attention(
 ) -> list[Tensor]:
     """`placed_attention` of simulated ranks: out_BLHD of each, of (query_BLHD, key_BSGD, value_BSGD) of each."""
     options = RingOptions() if options is None else options
+    if problem := _unplaced(queries, keys):
+        raise InputError(problem)
     if len(parts) != queries.world:
         raise InputError(f"there are parts of {len(parts)} ranks, and the placement is of {queries.world}")
     team = SimulatedTeam(SimulatedLinks(len(parts), seed=seed, traffic=options.traffic))
@@ -322,13 +327,21 @@ def _attend(
 
 def _misplaced(tensors: tuple[Tensor, ...], queries: Placement, keys: Placement, world: int, rank: int) -> str | None:
     """What is wrong with the tensors of a rank, and with where it is said that they are."""
-    if problem := _problem(tensors[0], tensors[1], tensors[2]):
+    if problem := _problem(tensors[0], tensors[1], tensors[2]) or _unplaced(queries, keys):
         return problem
     for name, part, placement in (("queries", tensors[0], queries), ("keys", tensors[1], keys)):
         if placement.world != world:
             return f"{name} are placed on {placement.world} ranks, and there are {world}"
         if part.shape[1] != placement.rows[rank]:
             return f"rank {rank} has {part.shape[1]} rows of {name}, and their placement says {placement.rows[rank]}"
+    return None
+
+
+def _unplaced(queries: Any, keys: Any) -> str | None:
+    """That one of them says of no rank what its rows are."""
+    for name, placement in (("queries", queries), ("keys", keys)):
+        if not isinstance(placement, Placement):
+            return f"{name} are placed by {shown(placement)}; give a Placement, such as Layout(kind, world, length).placement"
     return None
 
 
@@ -345,6 +358,7 @@ def _problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"there are {query.shape[2]} query heads and {key.shape[2]} key heads; the second must divide the first"
     if len({part.device for part in (query, key, value)}) > 1:
         return f"the tensors are on {query.device}, {key.device} and {value.device}; use one device"
-    if len({part.dtype for part in (query, key, value)}) > 1 or not query.dtype.is_floating_point:
-        return f"the types are {query.dtype}, {key.dtype} and {value.dtype}; use one floating type"
+    if len({part.dtype for part in (query, key, value)}) > 1 or query.dtype not in _TYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
+        return f"the types are {query.dtype}, {key.dtype} and {value.dtype}; use one for all, of {allowed}"
     return None

@@ -121,7 +121,8 @@ def _read(name: str, value: Any) -> Any:
 def _number(name: str, value: Any) -> float:
     """A finite number, which may be a tensor or an array of one."""
     try:
-        found = float(value)
+        # Unlike torch, numpy makes no number of an array of one that has dimensions.
+        found = float(value.item() if isinstance(value, np.ndarray) and value.size == 1 else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         found = math.nan
     if not math.isfinite(found) or (name == "timeout_s" and found <= 0):
