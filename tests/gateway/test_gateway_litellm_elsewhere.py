@@ -9,6 +9,7 @@ import yaml
 from anabranch.cli.main import main
 from anabranch.config import to_dict
 from anabranch.errors import ConfigError
+from anabranch.gateway.config.litellm_addresses import KNOWN
 from gateway_litellm import clear, fields, moved
 
 HERE = "http://10.0.0.5:8000/v1"
@@ -124,6 +125,7 @@ def test_a_key_that_is_written_into_a_credential_is_not_shown(move):
 
 
 PLAIN = {"model": "openai/secret"}
+GEMINI = {"model": "vertex_ai/gemini-2.5-pro"}
 VERTEX = {"model": "vertex_ai/gemini-2.5-flash", "vertex_project": "p-1"}
 
 
@@ -194,11 +196,139 @@ def test_one_whose_address_is_known_is_kept(move, monkeypatch, sections):
     assert provider(move(PLAIN, **sections)).base_url == HERE
 
 
+# What of a file may hold an address, and is not read.
+STORES = [
+    {"general_settings": {name: "x"}} for name in ("key_management_system", "use_azure_key_vault", "use_google_kms")
+]
+MAY_HOLD = [{"include": ["models.yaml"]}, *STORES]
+KEY = {"api_key": "os.environ/MINE"}
+PAIR = {"aws_access_key_id": "os.environ/A", "aws_secret_access_key": "os.environ/S"}
+REGION = {"aws_region_name": "eu-west-3"}
+# Entries that say with which key they are asked, and in which region.
+SAYING = [
+    *(
+        {"model": f"{kind}/x", **KEY}
+        for kind in KNOWN
+        if KNOWN[kind].address and kind not in ("azure", "bedrock", "vertex_ai")
+    ),
+    *({"model": "bedrock/x", **REGION, **one} for one in (KEY, PAIR)),
+    VERTEX | {"vertex_location": "europe-west4", "vertex_credentials": "os.environ/CREDS"},
+    GEMINI | {"vertex_ai_project": "p-1", "vertex_ai_location": "eu", "vertex_ai_credentials": "os.environ/CREDS"},
+]
+
+
+@pytest.mark.parametrize("entry", SAYING, ids=lambda entry: entry["model"])
+@pytest.mark.parametrize("sections", MAY_HOLD, ids=str)
+def test_an_entry_that_needs_nothing_of_what_is_not_read_is_kept(move, tmp_path, entry, sections):
+    done = move(entry, **sections)
+    assert done.config.require_key is True
+    assert provider(done) == provider(move(entry))
+    assert not any("litellm_params" in field for field in fields(done.left, tmp_path / "config.yaml"))
+    # Which LiteLLM may be asked elsewhere for, all the same.
+    bases = KNOWN[entry["model"].partition("/")[0]].bases
+    told = [line for line in done.notes if "entries that name their key are taken" in line]
+    assert len(told) == bool(bases or "include" in sections)
+    assert all(name in line for line in told for name in bases)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        PLAIN,
+        PLAIN | {"api_key": "sk-hush"},
+        {"model": "bedrock/x", **PAIR},
+        {"model": "bedrock/x", **REGION},
+        {"model": "bedrock/x", **REGION, "aws_access_key_id": "os.environ/A"},
+        VERTEX | {"vertex_credentials": "os.environ/CREDS"},
+        VERTEX | {"vertex_location": "europe-west4"},
+        {"model": "azure/x", **KEY},
+        {"model": "hosted_vllm/x", **KEY},
+    ],
+)
+@pytest.mark.parametrize("sections", MAY_HOLD, ids=str)
+def test_one_that_may_need_something_of_it_is_left_out(move, entry, sections):
+    with pytest.raises(ConfigError, match=r"litellm_params\.api_base (may be another by|is missing)"):
+        move(entry, **sections)
+
+
+def test_what_is_left_out_is_told_all_ways_to_take_it_over(move, monkeypatch):
+    with pytest.raises(ConfigError, match="write the entry's own into it, set OPENAI_BASE_URL for the import, or take"):
+        move(PLAIN, **STORES[0])
+    monkeypatch.setenv("OPENAI_BASE_URL", HERE)
+    assert provider(move(PLAIN, **STORES[0])).base_url == HERE
+
+
+def stored(section, **settings):
+    return {"general_settings": section["general_settings"] | {"key_management_settings": settings}}
+
+
+@pytest.mark.parametrize("store", STORES, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hosted_keys": ["OPENAI_API_KEY", "ANTHROPIC_API_BASE"]},
+        {"hosted_keys": []},
+        {"access_mode": "write_only", "store_virtual_keys": True},
+        {"access_mode": "write_only", "hosted_keys": ["OPENAI_BASE_URL"]},
+    ],
+)
+def test_a_store_that_holds_no_address_leaves_nothing_out(move, store, settings):
+    done = move(PLAIN, **stored(store, **settings))
+    assert done.config.require_key is True
+    assert provider(done) == provider(move(PLAIN))
+    assert "entries that name their key" not in "".join(done.notes)
+
+
+@pytest.mark.parametrize(
+    ("entry", "settings"),
+    [
+        *(
+            (PLAIN | key, {"hosted_keys": [name]})
+            for key in ({}, KEY)
+            for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE")
+        ),
+        (PLAIN, {"hosted_keys": None}),
+        (PLAIN, {"hosted_keys": "OPENAI_API_KEY"}),
+        (PLAIN, {"access_mode": "read_and_write"}),
+    ],
+)
+def test_a_store_that_may_hold_an_address_leaves_out_what_it_is_of(move, entry, settings):
+    with pytest.raises(ConfigError, match=r"api_base may be another by general_settings\.key_management_system"):
+        move(entry, **stored(STORES[0], **settings))
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "variable"),
+    [
+        (VERTEX, "vertex_location", "VERTEX_LOCATION"),
+        (VERTEX | {"api_base": "https://eu.example.com"}, "vertex_location", "VERTEXAI_LOCATION"),
+        (GEMINI, "vertex_project", "VERTEXAI_PROJECT"),
+        ({"model": "bedrock/x", **KEY}, "aws_region_name", "AWS_REGION"),
+    ],
+)
+def test_a_region_that_a_store_holds_is_not_read(move, entry, name, variable):
+    with pytest.raises(ConfigError, match=rf"{name} may be another by general.*set {variable[:3]}\w+ for the import"):
+        move(entry, **stored(STORES[0], hosted_keys=[variable]))
+
+
+def test_a_region_that_is_said_is_not_the_stores(move, monkeypatch):
+    held = stored(STORES[0], hosted_keys=["VERTEXAI_LOCATION", "AWS_REGION"])
+    assert provider(move(VERTEX | {"vertex_ai_location": "europe-west4"}, **held)).location == "europe-west4"
+    assert provider(move({"model": "bedrock/x", **REGION}, **held)).region == "eu-west-3"
+    monkeypatch.setenv("VERTEXAI_LOCATION", "europe-west1")
+    assert provider(move(VERTEX, **held)).location == "europe-west1"
+
+
+@pytest.mark.parametrize("sections", [sections for sections, _ in CLOSED[1:3]])
+def test_what_of_a_file_cannot_be_read_at_all_leaves_out_every_entry_without_an_address(move, sections):
+    with pytest.raises(ConfigError, match="api_base may be another by"):
+        move(PLAIN | KEY, **sections)
+
+
 # Vertex's second names
 
 FIRST = {"vertex_project": "p-1", "vertex_location": "europe-west1", "vertex_credentials": "os.environ/CREDS"}
 OURS = {"project": "p-1", "location": "europe-west1", "credentials_env": "CREDS"}
-GEMINI = {"model": "vertex_ai/gemini-2.5-pro"}
 
 
 def second(given):
