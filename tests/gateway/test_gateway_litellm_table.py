@@ -76,6 +76,8 @@ BY_ITSELF = [
     ("router_settings", "enable_pre_call_checks", True),
     ("litellm_settings", "callbacks", ["prometheus"]),
     ("litellm_settings", "success_callback", ["prometheus"]),
+    ("litellm_settings", "failure_callback", ["prometheus"]),
+    ("litellm_settings", "failure_callback", []),
     ("model_info", "mode", "chat"),
     ("model_info", "mode", "image_generation"),
     ("model_info", "supports_vision", True),
