@@ -191,7 +191,8 @@ def candidates(value):
     if isinstance(value, list):
         return [[*value, *value], value[::-1], value[:-1], [0.5, 0.75]]
     numbers = [value + 1, value * 2, value / 2, value + 0.25] if isinstance(value, int | float) else [1, 512, 0.5]
-    return [not value, *numbers, None, "text", "latin-1", "file", "bfloat16", "ddp", "cpu", "sqrt", "linear", "min_max"]
+    words = ("text", "latin-1", "file", "bfloat16", "ddp", "cpu", "sqrt", "linear", "min_max", "mezo", "ring", "1f1b")
+    return [not value, *numbers, None, *words, "simulated"]
 
 
 SECTIONS = {"data": DataConfig, "train": TrainConfig, "parallel": Parallel}
@@ -223,7 +224,9 @@ def places():
                 of_mixture = path == ("corpus", "max_bytes") and isinstance(
                     corpus, Mixture.Config
                 )  # only None is valid
-                if path and (number == 0 or path[0] == "corpus") and not of_mixture:
+                # Of the schedule that is the default there is one visit.
+                of_schedule = path == ("visits",)
+                if path and (number == 0 or path[0] == "corpus") and not (of_mixture or of_schedule):
                     yield config, section, path, value
 
 

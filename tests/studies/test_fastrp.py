@@ -152,6 +152,7 @@ def test_smoke_run(tmp_path, monkeypatch):
     graph = barabasi_albert(120, 4)
     labels = np.random.default_rng(0).random((120, 4)) < 0.4
     monkeypatch.setattr(fastrp, "load_dataset", lambda name: Dataset(graph, labels))
+    monkeypatch.setattr(fastrp, "of_graphs", lambda case: "made")
     study = make(dim=16)
     small = study.arms[-2].config.replace(edges=(200, 400))
     chosen = [arm for arm in study.arms if arm.name in ("fastrp", "svd", "q1")]

@@ -93,7 +93,8 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
 
     with gzip.open(tmp_path / "azure.csv.gz", "wt") as file:
         file.write("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46,374,44\n" * 9)
-    monkeypatch.setattr("anabranch.studies.nanoflow_runs.data_file", lambda name: tmp_path / "azure.csv.gz")
+    for module in ("nanoflow_runs", "reading"):
+        monkeypatch.setattr(f"anabranch.studies.{module}.data_file", lambda name: tmp_path / "azure.csv.gz")
     outcome = run_study(make(**to_kwargs(TINY)), tmp_path / "results", seeds=[0])
     assert not outcome.missing
     runs = outcome.results.runs

@@ -18,6 +18,7 @@ LEARNING = (
     "local_routing_consistency",
     "parscale",
     "rexmoe",
+    "rexmoe_grown",
     "rmoe",
     "versatile",
 )

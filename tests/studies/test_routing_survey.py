@@ -187,7 +187,8 @@ def test_a_quick_look_runs_from_start_to_picture(tmp_path):
     outcome = run_study(make(), tmp_path, arms=[*BASELINES, "knn", "ridge", "linucb"])
     assert not outcome.missing
     found = json.loads((tmp_path / "routing_survey.json").read_text())
-    assert [claim["verdict"] for claim in found["claims"]][1] == "holds"
+    # Two splits decide nothing.
+    assert {claim["verdict"] for claim in found["claims"]} == {"not resolved", "not run"}
     assert (tmp_path / "routing_survey.png").read_bytes().startswith(b"\x89PNG")
     oracle, knn = (outcome.results.mean(arm, "made_score").mean for arm in ("oracle", "knn"))
     assert oracle > knn > outcome.results.mean("random", "made_score").mean

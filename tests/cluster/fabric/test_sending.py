@@ -2,6 +2,7 @@ import contextlib
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -38,6 +39,27 @@ class Receiving(threading.Thread):
         self.join(60)
         assert not self.is_alive()
         return self.error
+
+
+def test_a_receiver_that_is_closed_when_it_has_all_has_told_the_sender(monkeypatch):
+    told, tell = [], socket.socket.sendall
+
+    def slowly(link, data):
+        if bytes(data) == b"\x01":
+            time.sleep(0.2)
+            told.append(data)
+        tell(link, data)
+
+    monkeypatch.setattr(socket.socket, "sendall", slowly)
+    sent, got = np.arange(1000, dtype=np.uint8), np.zeros(1000, np.uint8)
+    with SplitReceiver() as receiver, ThreadPoolExecutor(1) as pool:
+        with SplitSender(receiver.address, [ANY, ANY]) as sender:
+            under_way = pool.submit(sender.send, sent, [(0, 0, 600), (1, 600, 400)])
+            receiver.receive(got, 60.0)
+            receiver.close()
+            under_way.result(60)
+    assert (got == sent).all()
+    assert told == [b"\x01"] * 2
 
 
 def test_a_plan_is_carried_out(receiver):

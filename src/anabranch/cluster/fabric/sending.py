@@ -254,11 +254,12 @@ class SplitReceiver:
                     return
                 try:
                     self._take(link, transfer, header[2], header[3])
+                    # Before `receive` returns: who closes the receiver then would end the connection without it.
+                    link.sendall(b"\x01")
                 finally:
                     with self._state:
                         transfer.writers.discard(link)
                         self._state.notify_all()
-                link.sendall(b"\x01")
         except OSError:
             # The sender is told by the end of its connection, who waits here by the clock.
             return
