@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anabranch import presets
+from anabranch.cli.cluster.plan import COLUMNS, facts_of
 from anabranch.cluster.saved_bytes import SavedBytes
 from anabranch.lm import save_model
 from anabranch.lm.decoder import Decoder
@@ -37,6 +38,33 @@ def test_a_plan_is_told_in_words(here, tmp_path):
     assert "0: F0 F1" in out
     assert f"wrote   {picture}" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
+def test_json_has_what_the_table_and_the_facts_say(here, schedule):
+    """Each column of each rank, and each fact, is written from what JSON has, and is what the table shows."""
+    line = ["cluster", "plan", "moe", "--ranks", "2", "--schedule", schedule, "--micro-batches", "4"]
+    line += ["--hardware", "compute=20T,bandwidth=200G,memory=16G,network=1G"]
+    code, out, _ = here(*line)
+    assert code == 0
+    told = json.loads(here(*line, "--json")[1])
+    lines = [" ".join(one.split()) for one in out.splitlines()]
+    for rank in told["ranks"]:
+        assert " ".join(show(rank) for show in COLUMNS.values()) in lines
+    for name, said in facts_of(told).items():
+        assert " ".join(f"{name} {said}".split()) in lines
+    above = out.splitlines()[3:5]
+    for header in COLUMNS:
+        assert all(word in "".join(above) for word in header.split("\n"))
+    assert (told["memory_bytes"], told["bytes_s"]) == (16e9, 1e9)
+    assert told["flops_s"] == told["efficiency"] * told["peak_flops_s"] == 0.4 * 20e12
+    # What goes on from layer to layer, in bfloat16; the first rank's first chunk gets tokens, which are data.
+    config = presets.find("moe")("tiny").model
+    one = config.max_positions * config.dim * 2
+    visits = told["schedule"]["visits"]
+    assert [rank["receive_bytes"] for rank in told["ranks"]] == [(visits - 1) * one, visits * one]
+    for rank in told["ranks"]:
+        assert rank["idle"] == pytest.approx(1 - rank["busy_s"] / told["step_s"])
 
 
 def test_stages_have_room_in_the_hardware_s_memory(here):

@@ -103,6 +103,14 @@ class Plan:
         own = {number for part in parts for number in part}
         return sum(self.layers[number].parameters for number in own | copied(parts, _ties_of(self.layers)))
 
+    def idle_of(self, rank: int) -> float:
+        """Share of the step that a rank does not work."""
+        return 1 - self.timeline.busy_K[rank] / self.timeline.step_s if self.timeline.step_s else 0.0
+
+    def receive_bytes(self, rank: int) -> float:
+        """What a rank gets from others in the forward of one micro-batch, of all its chunks."""
+        return sum(self.layers[part.start - 1].output_bytes for part in self.chunks_of(rank) if part.start)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -116,6 +124,8 @@ class Plan:
                     "state_bytes": self.state_bytes_K[rank],
                     "activation_bytes": self.activation_bytes_K[rank] if self.knows_activations else None,
                     "busy_s": self.timeline.busy_K[rank],
+                    "idle": self.idle_of(rank),
+                    "receive_bytes": self.receive_bytes(rank),
                 }
                 for rank in range(self.schedule.num_stages)
             ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -136,10 +137,23 @@ def plan(
     if picture is not None:
         title = f"{model}: {scheduled.schedule}, {ranks} ranks, {made.schedule.num_micro_batches} micro-batches"
         _draw(made, picture, title)
+    told = {
+        "model": model,
+        "hardware": device.name,
+        "efficiency": timed.efficiency,
+        "peak_flops_s": device.compute,
+        "flops_s": device.compute * timed.efficiency,
+        "bytes_s": device.network_bandwidth or None,
+        "memory_bytes": device.memory_bytes,
+        **made.to_dict(),
+    }
     if as_json:
-        print_json({"model": model, "hardware": device.name, "efficiency": timed.efficiency, **made.to_dict()})
+        print_json(told)
         return
-    _print(made, model, f"{device.name} at {timed.efficiency:.0%} of {device.compute / 1e12:,.0f} TFLOP/s")
+    _print(told)
+    if made.schedule.num_clocks <= _MOST_CLOCKS:
+        print()
+        print(made.schedule)
     if picture is not None:
         fact("wrote", str(picture))
 
@@ -178,53 +192,48 @@ def _put(place: Path, data: bytes) -> None:
     place.write_bytes(data)
 
 
-def _print(made: Plan, model: str, on: str) -> None:
-    table_of = made.schedule
-    visits = f", {table_of.num_visits} visits" if table_of.num_visits > 1 else ""
-    fact("model", f"{model}   {len(made.layers)} layers on {table_of.num_stages} ranks, each {on}")
-    fact("table", f"{table_of.name}   {table_of.num_micro_batches} micro-batches{visits}, {table_of.num_clocks} clocks")
-    rows = []
-    for rank in range(table_of.num_stages):
-        parts = made.chunks_of(rank)
-        names = [made.layers[number] for part in parts for number in part]
-        rows.append(
-            [
-                str(rank),
-                " and ".join(_span([made.layers[number].name for number in part]) for part in parts),
-                f"{made.parameters_of(rank) / 1e6:,.2f}",
-                size(made.state_bytes_K[rank]),
-                size(made.activation_bytes_K[rank]),
-                f"{sum(layer.flops for layer in names) / 1e9:,.2f}",
-                f"{made.timeline.busy_K[rank] * 1e3:,.3f}",
-                f"{1 - made.timeline.busy_K[rank] / made.timeline.step_s:.1%}" if made.timeline.step_s else "0.0%",
-                size(sum(made.layers[part.start - 1].output_bytes for part in parts if part.start)),
-            ]
-        )
-    headers = [
-        "rank",
-        "layers",
-        "parameters\n(M)",
-        "with\nAdam",
-        "activa-\ntions",
-        "forward\n(GFLOP)",
-        "busy\n(ms)",
-        "idle",
-        "receives\n(a micro-batch)",
-    ]
-    table(headers, rows, text_columns=2)
+def _spans(rank: dict[str, Any]) -> str:
+    """The first and the last layer of each chunk of a rank."""
+    names = iter(rank["names"])
+    chunks = [[next(names) for _ in range(first, last + 1)] for first, last in rank["layers"]]
+    return " and ".join(chunk[0] if len(chunk) == 1 else f"{chunk[0]} to {chunk[-1]}" for chunk in chunks)
+
+
+# Of the table: what stands above a column, and what it shows of a rank, which is what ``--json`` has of it.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "rank": lambda rank: str(rank["rank"]),
+    "layers": _spans,
+    "parameters\n(M)": lambda rank: f"{rank['parameters'] / 1e6:,.2f}",
+    "with\nAdam": lambda rank: size(rank["state_bytes"]),
+    "activa-\ntions": lambda rank: size(rank["activation_bytes"]),
+    "forward\n(GFLOP)": lambda rank: f"{rank['flops'] / 1e9:,.2f}",
+    "busy\n(ms)": lambda rank: f"{rank['busy_s'] * 1e3:,.3f}",
+    "idle": lambda rank: f"{rank['idle']:.1%}",
+    "receives\n(a micro-batch)": lambda rank: size(rank["receive_bytes"]),
+}
+
+
+def facts_of(told: dict[str, Any]) -> dict[str, str]:
+    """What is said beside the table, all of which ``--json`` has."""
+    order, ranks = told["schedule"], told["ranks"]
+    visits = f", {order['visits']} visits" if order["visits"] > 1 else ""
+    speed = f"{told['hardware']} at {told['efficiency']:.0%} of {told['peak_flops_s'] / 1e12:,.0f} TFLOP/s"
+    layers = sum(len(rank["names"]) for rank in ranks)
+    idle, alone = f"{told['idle']:.1%} idle", f"one rank {told['one_rank_s'] * 1e3:,.3f} ms"
+    return {
+        "model": f"{told['model']}   {layers} layers on {len(ranks)} ranks, each {speed}",
+        "memory": f"{size(told['memory_bytes'])} of each rank, which bounds the stages",
+        "table": f"{order['name']}   {order['micro_batches']} micro-batches{visits}, {order['clocks']} clocks",
+        "step": f"{told['step_s'] * 1e3:,.3f} ms simulated, {idle}; {alone}",
+        "gain": f"{told['speedup']:.2f} x one rank, of at most {len(ranks)}; at most {order['in_flight']} micro-batches in flight",
+    }
+
+
+def _print(told: dict[str, Any]) -> None:
+    facts = facts_of(told)
+    for name in ("model", "memory", "table"):
+        fact(name, facts[name])
+    table([*COLUMNS], [[show(rank) for show in COLUMNS.values()] for rank in told["ranks"]], text_columns=2)
     print()
-    fact(
-        "step",
-        f"{made.timeline.step_s * 1e3:,.3f} ms simulated, {made.timeline.idle:.1%} idle; one rank {made.one_rank_s * 1e3:,.3f} ms",
-    )
-    fact(
-        "gain",
-        f"{made.speedup:.2f} x one rank, of at most {table_of.num_stages}; at most {table_of.most_in_flight} micro-batches in flight",
-    )
-    if table_of.num_clocks <= _MOST_CLOCKS:
-        print()
-        print(table_of)
-
-
-def _span(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    for name in ("step", "gain"):
+        fact(name, facts[name])
