@@ -283,15 +283,21 @@ def tell_and_wait(rank, world, folder):
 
 
 def own_gradients(rank, world):
-    """Parameters of a rank: gradients on all, on one and on none, of two types, in a layout of its own, and one that does not learn."""
+    """Parameters of a rank: gradients on all, on one and on none, of two types, in layouts of their own, and one that does not learn."""
     draw = torch.Generator().manual_seed(rank)
     shapes = {"all": (7, 5), "one": (3,), "none": (2,), "half": (4,), "turned": (5, 3), "fixed": (2,)}
+    shapes |= {"sparse": (6, 2), "sparse on some": (6, 2)}
     made = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
     made["half"] = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     made["fixed"].requires_grad_(False)
     made["all"].grad = torch.randn(7, 5, generator=draw) * 10.0**rank
     made["half"].grad = torch.randn(4, generator=draw).bfloat16()
     made["turned"].grad = torch.randn(3, 5, generator=draw).T
+    rows = torch.tensor([[rank, rank + 1, rank]])
+    made["sparse"].grad = torch.sparse_coo_tensor(rows, torch.randn(3, 2, generator=draw), (6, 2))
+    if rank != 1:
+        # Of rank 2 a product gave it, which is dense.
+        made["sparse on some"].grad = made["sparse"].grad.to_dense() if rank == 2 else made["sparse"].grad
     if rank == world - 1:
         made["one"].grad = torch.ones(3)
     return made
@@ -302,7 +308,8 @@ def averaged(rank, world, in_pairs, most=None):
     if most is not None:
         averaging._MOST = most
     made = own_gradients(rank, world)
-    before = [{name: one.grad for name, one in own_gradients(each, world).items()} for each in range(world)]
+    every = [own_gradients(each, world) for each in range(world)]
+    before = [{name: None if one.grad is None else one.grad.to_dense() for name, one in made.items()} for made in every]
     averaging.average_gradients(list(made.values()), None, in_pairs=in_pairs)
     return before, {name: one.grad for name, one in made.items()}
 

@@ -17,7 +17,7 @@ def test_gradients_are_means_and_what_has_none_keeps_none(in_pairs, most):
     for _, after in found:
         assert after["none"] is None
         assert after["fixed"] is None
-        for name in ("all", "one", "half", "turned"):
+        for name in ("all", "one", "half", "turned", "sparse", "sparse on some"):
             given = [torch.zeros_like(after[name]) if rank[name] is None else rank[name] for rank in before]
             pairs = ((given[0] + given[1]) + (given[2] + given[3])) / 4
             if in_pairs:

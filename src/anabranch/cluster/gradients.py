@@ -31,7 +31,8 @@ def average_gradients(
     """Replace the gradients of ``parameters`` by their means over the ranks of ``group``; all of them call it together.
 
     One that has no gradient on some ranks counts as 0 there; one that has none anywhere keeps none, as what has no part in a step is not
-    moved by an optimizer. Those of which each rank has a part (DTensors) are left as they are: whoever spread them averages them.
+    moved by an optimizer. The mean of sparse ones is dense. Those of which each rank has a part (DTensors) are left as they are: whoever
+    spread them averages them.
 
     Args:
         parameters: the same on every rank, in the same order; those that do not learn are left out.
@@ -52,14 +53,15 @@ def average_gradients(
     dist.all_reduce(has_part, group=group)
     taking = [parameter for parameter, has in zip(parameters, has_part.tolist(), strict=True) if has]
     for bucket in _buckets(taking):
-        flat = torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).reshape(-1) for one in bucket])
+        given = [torch.zeros_like(one) if one.grad is None else one.grad.to_dense() for one in bucket]
+        flat = torch.cat([gradient.reshape(-1) for gradient in given])
         if in_pairs:
             _add_in_pairs(flat, group)
         else:
             dist.all_reduce(flat, group=group)
         flat /= size
         for one, piece in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
-            if one.grad is None:
+            if one.grad is None or one.grad.layout != one.layout:
                 one.grad = torch.empty_like(one)
             one.grad.copy_(piece.view(one.shape))
 

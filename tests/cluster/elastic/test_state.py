@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from anabranch.cluster.elastic.state import Slice, State, check_layers, flat_of, install, snapshot_of
+from anabranch.cluster.elastic.state import Slice, State, check_layers, flat_of, gradient_of, install, snapshot_of
 from anabranch.errors import ConfigError, InputError
 
 
@@ -76,6 +76,19 @@ def test_a_layer_is_a_view_of_its_flat():
     assert layer[0].weight.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert layer[1].weight.tolist() == [[6, 7]]
     assert len(flat_of(nn.Tanh())) == 0
+
+
+def test_gradients_of_a_layer_are_flat_whatever_their_layout():
+    layer = nn.ModuleList([nn.Embedding(3, 2, sparse=True), nn.Linear(2, 1), nn.Embedding(2, 1, sparse=True)])
+    layer[1](layer[0](torch.tensor([2, 0, 2]))).sum().backward()
+    assert layer[0].weight.grad.is_sparse
+    flat, without = gradient_of(layer)
+    (weight,) = layer[1].weight.detach()
+    expected = torch.stack([weight, torch.zeros(2), 2 * weight])
+    assert torch.allclose(flat[:6].view(3, 2), expected)
+    # The last table had no part.
+    assert (len(flat), without) == (6 + 3 + 2, {3})
+    assert all(parameter.grad is None for parameter in layer.parameters())
 
 
 def test_layers_that_cannot_move_by_themselves_are_refused():

@@ -254,7 +254,9 @@ def gradient_of(layer: nn.Module) -> tuple[Tensor, frozenset[int]]:
     if not parameters:
         return torch.empty(0), frozenset()
     without = frozenset(number for number, p in enumerate(parameters) if p.grad is None)
-    parts = [torch.zeros(p.numel(), dtype=p.dtype) if p.grad is None else p.grad.reshape(-1) for p in parameters]
+    parts = [
+        torch.zeros(p.numel(), dtype=p.dtype) if p.grad is None else p.grad.to_dense().reshape(-1) for p in parameters
+    ]
     for parameter in parameters:
         parameter.grad = None
     return torch.cat(parts), without
