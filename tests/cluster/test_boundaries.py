@@ -2,11 +2,12 @@
 
 from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.cluster.boundaries import quickest
+from anabranch.cluster.boundaries import descent, quickest
 
 
 @given(
@@ -66,25 +67,57 @@ def test_layers_that_stay_together_stay():
     assert found == (3, 7)
 
 
-@given(st.integers(2, 4), st.integers(0, 40), st.randoms(use_true_random=False))
-def test_a_bound_from_below_saves_calls_and_changes_nothing(parts, most, draw):
+@given(st.integers(1, 4), st.integers(0, 40), st.randoms(use_true_random=False))
+def test_a_bound_from_below_saves_calls(parts, most, draw):
     """Of drawn costs and bounds below them, from several starts."""
     ends = list(range(1, 9))
-    costs = {bounds: draw.randrange(20) for bounds in combinations(ends, parts - 1)}
-    bounds_of = {bounds: draw.randint(0, cost) for bounds, cost in costs.items()}
-    starts, asked = draw.sample(sorted(costs), 3), []
+    costs = {bounds: (draw.randrange(20), draw.randrange(3)) for bounds in combinations(ends, parts - 1)}
+    bounds_of = {bounds: (draw.randint(0, cost[0]), 0) for bounds, cost in costs.items()}
+    starts, asked = draw.sample(sorted(costs), min(3, len(costs))), []
 
     def cost(bounds):
         asked.append(bounds)
         return costs[bounds]
 
-    plain = quickest(parts, ends, cost, starts, most)
-    before = len(asked)
-    assert quickest(parts, ends, cost, starts, most, bounds_of.__getitem__) == plain
-    assert len(asked) - before <= before
-    # Where they say all, no cost is asked for that is above the least of what was known.
+    def looked_up(table):
+        return lambda many: np.array([table[tuple(row)] for row in many.tolist()], float).reshape(len(many), -1)
+
+    found = quickest(parts, ends, cost, starts, most, looked_up(bounds_of))
+    assert found in asked
+    assert len(asked) == len(set(asked)) <= max(most, len(starts))
+    # A start that was not asked for is no better.
+    assert costs[found] <= min(costs[start] for start in starts)
+    if len(asked) < most:
+        assert all(costs[found] <= costs[there] for there in moves(found, ends))
+    # Where they say all, one call is enough.
     asked.clear()
-    assert quickest(parts, ends, cost, starts, 10**6, costs.__getitem__) == min(
-        costs, key=lambda one: (costs[one], one)
-    )
-    assert all(costs[there] <= costs[here] for here, there in pairwise(asked))
+    least = min(costs, key=lambda one: (costs[one], one))
+    assert costs[quickest(parts, ends, cost, starts, 10**6, looked_up(costs))] == costs[least]
+    assert {costs[there] for there in asked} == {costs[least]}
+
+
+def moves(bounds, ends):
+    """Neighbouring boundaries together, a place up or down."""
+    for first, last in combinations(range(len(bounds) + 1), 2):
+        for step in (1, -1):
+            moved = (*bounds[:first], *(bound + step for bound in bounds[first:last]), *bounds[last:])
+            if set(moved) <= set(ends) and all(a < b for a, b in pairwise(moved)):
+                yield moved
+
+
+@given(st.integers(1, 4), st.randoms(use_true_random=False))
+def test_a_descent_takes_the_best_move_each_time(parts, draw):
+    ends = list(range(1, 9))
+    table = {bounds: (draw.randrange(5), draw.randrange(5)) for bounds in combinations(ends, parts - 1)}
+    start = draw.choice(sorted(table))
+
+    def least(many):
+        return np.array([table[tuple(row)] for row in many.tolist()], float).reshape(len(many), 2)
+
+    path = descent(start, ends, least, 10**6)
+    for here, there in pairwise(path):
+        assert there in set(moves(here, ends))
+        assert table[there] == min(table[other] for other in moves(here, ends)) < table[here]
+    assert all(table[path[-1]] <= table[other] for other in moves(path[-1], ends))
+    assert descent(start, ends, least, 1) == path[:2]
+    assert descent(start, ends, least, 0) == [start]

@@ -98,10 +98,10 @@ def partition(
     best = np.full((num_parts + 1, length + 1), np.inf)
     best[0, length] = 0.0
     for parts in range(1, num_parts + 1):
-        for first in range(length):
+        # Not where too few layers are left, or too few came before.
+        for first in range(num_parts - parts, length - parts + 1):
             options = _options(first, best[parts - 1], costs_L, boundary, memory, cap, may_end, objective)
-            # Not where too few layers are left, or too few came before.
-            if fits is not None and first >= num_parts - parts and np.isfinite(options).any():
+            if fits is not None and np.isfinite(options).any():
                 options = np.where(fits(num_parts - parts, first), options, np.inf)
             best[parts, first] = options.min(initial=np.inf)
     whole = best[num_parts, 0]

@@ -12,11 +12,12 @@ they are too many to simulate, the best that moves of boundaries lead to.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from anabranch.cluster.boundaries import Bounds, quickest
+from anabranch.cluster.boundaries import Bounds, descent, quickest
 from anabranch.cluster.partitions import Objective, Partition, check_balance, partition, partition_at, partition_ends
 from anabranch.cluster.rooms import Rooms, copied
 from anabranch.cluster.schedules import Schedule, schedule
@@ -32,6 +33,8 @@ BACKWARD_WORK = 2.0
 _MOST_SIMULATED = 100_000
 # Ranks whose memory alone is looked up where no other stages have room: a few seconds.
 _MOST_MEASURED = 50_000
+# Partitions that are looked at from each start before any is simulated.
+_MOST_LOOKED_AT = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,20 +267,33 @@ class _Cutting:
         )
         return simulate(self.table, durations)
 
-    def least_s(self, cut: Partition) -> float:
-        """What a step takes at least: a rank waits for its first forward, works, and from its last backward on others have theirs."""
+    def least(self, bounds_NC: np.ndarray) -> np.ndarray:
+        """Of many partitions ``[N, 3]``, no more than `cost` has: what ranks lack of memory, a step at least, and squares.
+
+        A rank waits for its first forward, works, and from its last backward on others have theirs.
+        """
         table, micro_batches = self.table, self.table.num_micro_batches
         again = sum(is_recomputed(self.checkpoint, number, micro_batches) for number in range(micro_batches))
         # Gradients of weights may come last; without slots of their own they are in all backwards.
         behind = 0.0 if table.has_weight_slots else BACKWARD_WORK
-        least, around = 0.0, 0.0
+        whole = np.full((len(bounds_NC), 1), len(self.layers))
+        ends = np.concatenate((np.zeros_like(whole), bounds_NC, whole), axis=1)
+        costs = np.diff(self._seconds[ends], axis=1)
+        sends = np.array(self.send_L)[ends[:, 1:] - 1] + self.latency_s
+        least, around = np.zeros(len(ends)), np.zeros(len(ends))
         for rank in range(table.num_stages):
-            own = sum(cut.costs[rank :: table.num_stages])
-            least = max(least, around + own * (micro_batches * (1 + BACKWARD_WORK) + again))
-            send = self.send_L[cut.parts[rank][-1]] + self.latency_s
-            around += cut.costs[rank] * (1 + behind) + send * (2 if behind else 1)
+            own = costs[:, rank :: table.num_stages].sum(1)
+            least = np.maximum(least, around + own * (micro_batches * (1 + BACKWARD_WORK) + again))
+            around += costs[:, rank] * (1 + behind) + sends[:, rank] * (2 if behind else 1)
+        lacking = np.zeros(len(ends))
+        if self.cap_bytes < math.inf:
+            lacking = np.maximum(0.0, self.rooms.taken_NK(ends) * (1 - 1e-12) - self.cap_bytes).sum(1)
         # Sums in another order differ by rounding.
-        return least * (1 - 1e-9)
+        return np.stack((lacking, least, (costs**2).sum(1)), axis=1) * (1 - 1e-9)
+
+    @cached_property
+    def _seconds(self) -> np.ndarray:
+        return np.concatenate(([0.0], np.cumsum(self.second_L)))
 
     def by(
         self, objective: Objective, uncut: Sequence[range], *, send_share: float = 1.0, cap_share: float = 1.0
@@ -344,18 +360,12 @@ class _Cutting:
 
         def cost(bounds: Bounds) -> list[float]:
             # The fullest counts, of equally full ones the next: otherwise boundaries elsewhere would not move.
-            cut = partition_at(bounds, self.second_L)
-            return sorted((self.rooms.taken(cut, rank) for rank in range(self.table.num_stages)), reverse=True)
+            return sorted(self.rooms.taken_NK(np.array([(0, *bounds, len(self.layers))]))[0].tolist(), reverse=True)
 
         return partition_at(quickest(self.table.num_chunks, ends, cost, [start.bounds], most), self.second_L)
 
     def quickest(self, uncut: Sequence[range]) -> Partition:
         """The partition of the shortest step among those that memory has room for."""
-        # With the smallest memory, in case none of the others has room; with the sends of a forward, without any, by squares.
-        starts = [self.nearest(uncut)] if self.is_exact else []
-        starts += [self.by("minimax", uncut), self.by("minimax", uncut, send_share=0.0), self.by("variance", uncut)]
-        if all(map(self.excess_bytes, starts)):
-            starts.append(self.nearest(uncut))
         ends = partition_ends(len(self.layers), uncut)
 
         def cost(bounds: Bounds) -> tuple[float, float, float]:
@@ -365,14 +375,38 @@ class _Cutting:
             step_s = math.inf if excess else float(f"{self.timeline(cut).step_s:.12g}")
             return excess, step_s, sum(taken**2 for taken in cut.costs)
 
-        def least(bounds: Bounds) -> tuple[float, float, float]:
-            cut = partition_at(bounds, self.second_L)
-            return self.excess_bytes(cut), self.least_s(cut), 0.0
-
         # A slot is its work and about as many messages.
         most = max(1, _MOST_SIMULATED // (2 * len(self.table.slots)))
-        found = quickest(self.table.num_chunks, ends, cost, [cut.bounds for cut in starts], most, least)
+        found = quickest(self.table.num_chunks, ends, cost, self.starts(uncut, ends), most, self.least)
         return partition_at(found, self.second_L)
+
+    def starts(self, uncut: Sequence[range], ends: Sequence[int]) -> list[Bounds]:
+        """Where the search begins: at what rules find, all that `ruled` gives among it, and at what moves make of that."""
+        # With the smallest memory, in case none of the others has room.
+        found = [self.nearest(uncut)] if self.is_exact else []
+        # With several visits chunks may have all of a rank's memory, though together they lack it then, or a share of it each.
+        is_shared = self.table.num_visits > 1 and self.cap_bytes < math.inf
+        shares = [1.0, 1 / self.table.num_visits] if is_shared else [1.0]
+        for cap_share in shares:
+            # With the sends of a forward, without any, by squares.
+            try:
+                found += [
+                    self.by("minimax", uncut, cap_share=cap_share),
+                    self.by("minimax", uncut, send_share=0.0, cap_share=cap_share),
+                    self.by("variance", uncut, cap_share=cap_share),
+                ]
+            except InputError:
+                if cap_share == 1:
+                    raise
+        if any(map(self.excess_bytes, found)):
+            found.append(self.nearest(uncut))
+        starts = [cut.bounds for cut in found]
+        for start in sorted(set(starts)):
+            # Without simulation: the first with room that moves lead to, and the last.
+            path = descent(start, ends, self.least, _MOST_LOOKED_AT)
+            lacks = self.least(np.array(path, int))[:, 0] > 0
+            starts += [path[int(lacks.argmin())], path[-1]]
+        return starts
 
     def check_sum(self) -> None:
         """Raise InputError where all ranks together lack memory for parameters."""

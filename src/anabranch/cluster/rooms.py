@@ -57,6 +57,25 @@ class Rooms:
         """Both together."""
         return self.state_bytes(cut, rank) + self.activation_bytes(cut, rank)
 
+    def taken_NK(self, ends_NC: np.ndarray) -> np.ndarray:
+        """Both together of all ranks, of many partitions at once: [N, K], by where parts begin and the last one ends [N, C + 1]."""
+        ranks, visits = self.table.num_stages, self.table.num_visits
+        states, wholes = np.diff(self._states[ends_NC], axis=1), np.diff(self._saved[ends_NC], axis=1)
+        entries = self._entries[ends_NC[:, :-1]]
+        taken = states.reshape(-1, visits, ranks).sum(1)
+        numbers = np.arange(len(ends_NC))
+        for source in {source for _, source in self._ties}:
+            has_copy = np.zeros(taken.shape, bool)
+            for user in (user for user, one in self._ties if one == source):
+                has_copy[numbers, (ends_NC[:, 1:] <= user).sum(1) % ranks] = True
+            has_copy[numbers, (ends_NC[:, 1:] <= source).sum(1) % ranks] = False
+            taken += has_copy * self.state_L[source]
+        if any(self.saved_L):
+            for rank in range(ranks):
+                each = np.concatenate((entries[:, rank::ranks], wholes[:, rank::ranks]), axis=1)
+                taken[:, rank] += (each @ self._held_K[rank].T).max(1, initial=0.0)
+        return taken
+
     def taken_from(self, rank: int, first: int) -> np.ndarray:
         """Bytes of a rank with one chunk that begins at layer ``first``, for each layer that it may end behind."""
         states = self._states[first + 1 :] - self._states[first]
@@ -150,12 +169,9 @@ def _is_in(layer: int, parts: Sequence[range]) -> bool:
 
 
 def _not_less(found: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Those of which none of the others is more in all ways, as far as that is quick to say: of pairs."""
-    ordered = sorted(found, reverse=True)
-    if len(ordered[0]) > 2:
-        return ordered
+    """Those of which none of the others is more in all ways."""
     kept: list[tuple[int, ...]] = []
-    for pair in ordered:
-        if not kept or pair[1] > kept[-1][1]:
-            kept.append(pair)
+    for one in sorted(found, reverse=True):
+        if not any(all(a >= b for a, b in zip(other, one, strict=True)) for other in kept):
+            kept.append(one)
     return kept
