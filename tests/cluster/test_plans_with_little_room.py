@@ -160,9 +160,12 @@ def test_the_shortest_step_is_no_longer_than_that_of_a_rule(seed):
     assert steps.get("step", 0.0) <= min(steps.values(), default=0.0) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("ties", [{}, {-1: 0}, {2: 1, 3: 1, -1: 0}], ids=["as drawn", "head", "several"])
 @pytest.mark.parametrize("seed", range(10))
-def test_memory_of_many_partitions_is_that_of_each(seed):
+def test_memory_of_many_partitions_is_that_of_each(seed, ties):
     layers, told = drawn(seed)
+    for user, source in ties.items():
+        layers[user] = replace(layers[user], tied_to=source)
     made = plan(layers, **told)
     rooms = Rooms(
         table=made.schedule,

@@ -79,11 +79,10 @@ class Rooms:
     def taken_from(self, rank: int, first: int) -> np.ndarray:
         """Bytes of a rank with one chunk that begins at layer ``first``, for each layer that it may end behind."""
         states = self._states[first + 1 :] - self._states[first]
-        for source in sorted({source for user, source in self._ties if source < first <= user}):
+        for source in {source for user, source in self._ties if source < first <= user}:
             # From the first of its users on.
-            states[min(user for user, one in self._ties if one == source and user >= first) - first :] += self.state_L[
-                source
-            ]
+            begin = min(user for user, one in self._ties if one == source and user >= first)
+            states[begin - first :] += self.state_L[source]
         if not any(self.saved_L):
             return states
         wholes = self._saved[first + 1 :] - self._saved[first]
