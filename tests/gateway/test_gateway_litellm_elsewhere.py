@@ -180,6 +180,9 @@ def test_the_environment_may_have_all_asked_of_another_litellm(move, monkeypatch
 def test_what_there_is_no_yes_leaves_nothing_out(move, monkeypatch, value):
     monkeypatch.setenv("USE_LITELLM_PROXY", value)
     assert provider(move(PLAIN)).base_url == "https://api.openai.com/v1"
+    monkeypatch.delenv("USE_LITELLM_PROXY")
+    done = move(PLAIN, litellm_settings={"use_litellm_proxy": value})
+    assert provider(done).base_url == "https://api.openai.com/v1"
 
 
 def test_what_is_asked_of_another_litellm_by_its_name_is_kept(move, monkeypatch):

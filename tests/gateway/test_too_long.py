@@ -239,6 +239,11 @@ PASSED_ON = [
     "Error code: 400 - {'error': {'message': \"%s\", 'type': None}}",
     "400 %s",
     "Provider returned error: %s",
+    "bedrock error: %s",
+    "litellm.BadRequestError: AzureException BadRequestError - %s",
+    "Error code: 400 - {'message': '%s'}",
+    'litellm.BadRequestError: BedrockException - {"message":"%s"}',
+    "An error occurred (ValidationException) when calling Converse: %s",
 ]
 
 # Of a sender: a prompt, a tool or a schema that is about prompts that are too long.

@@ -164,7 +164,8 @@ class Elsewhere:
 
     def _proxied(self) -> str | None:
         """What has LiteLLM ask another for all models; None for nothing."""
-        if self._settings.get("use_litellm_proxy"):
+        # As text it says nothing there.
+        if self._settings.get("use_litellm_proxy") is True:
             return "litellm_settings.use_litellm_proxy"
         if PROXIED in self._environment.unknown:
             return f"environment_variables.{PROXIED}, which may say so"

@@ -6,7 +6,8 @@
 
 A sender who has had `LEAST` such requests in a minute that came to nothing, and none that was answered, has no more of them asked further:
 they would take of what others ask of those models. Each that was answered gives the right to one more. So does one that has not been
-refused for `SETTLED_S`: what is refused is refused soon, and an answer may take minutes, for which a batch does not wait.
+refused for `SETTLED_S`, as long as no more came to nothing than were answered: what is refused is mostly refused soon, and an answer may
+take minutes, for which a batch does not wait.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ LEAST = 10
 WINDOW_S = 60.0
 
 # After which one that is under way is taken for one that will be answered.
-SETTLED_S = 2.0
+SETTLED_S = 1.0
 
 # At the latest, who waits looks whether one has become so, or one that came to nothing is forgotten.
 _LOOK_S = 0.25
@@ -55,8 +56,8 @@ class OwnFallbacks:
 
     async def enter(self, now: Callable[[], float]) -> float | None:
         """When one more request went on, for `leave`; None where it may not. Where that depends on those under way, it waits for them."""
-        while (room := self._room(now())) >= 1:
-            if self._young.at(now()) < room:
+        while (room := LEAST + self._answered.at(now()) - self._in_vain.at(now())) >= 1:
+            if self._awaited(now()) < room:
                 self._under_way += 1
                 self._young.add(since := now())
                 return since
@@ -65,10 +66,12 @@ class OwnFallbacks:
                     await self._changed.wait()
         return None
 
-    def _room(self, now: float) -> float:
-        """So many may be young."""
-        settled = self._under_way - self._young.at(now)
-        return LEAST + self._answered.at(now) + settled - self._in_vain.at(now)
+    def _awaited(self, now: float) -> float:
+        """Of those under way, how many are to be seen to the end before others go on; less than 0 where others make up for them."""
+        if self._in_vain.at(now) > self._answered.at(now):
+            return self._under_way
+        young = self._young.at(now)
+        return young - (self._under_way - young)
 
     def leave(self, since: float, now: float, is_answered: bool) -> None:
         """One that entered is over. Whatever it failed of: the sender may have brought that about, or have gone before it was known."""

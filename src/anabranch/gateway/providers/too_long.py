@@ -102,15 +102,18 @@ _BARE = (
 _LEAD = "|".join(
     (
         # LiteLLM
-        r"litellm\.\w+: |\w+(?:error|exception): |\w+exception - ",
+        r"litellm\.\w+: |\w*(?:error|exception): |\w+exception(?: \w+error)? - |\w+exception: context window error - ",
         # AWS, and its clients
-        r"the model returned the following errors: |an error occurred \(\w+\) when calling the \w+ operation: ",
+        r"the model returned the following errors: |an error occurred \(\w+\) when calling (?:the )?\w+(?: operation)?: ",
         # Clients of OpenAI
-        r"error code: \d{3} - |\d{3} (?:bad request: )?",
+        r"error code: \d{3} - |\[?\d{3}\]? (?:bad request: )?",
         # Moonshot, MiniMax, TGI, Databricks, Together, OpenRouter
         r"invalid (?:request|params)[:,] |(?:input validation error|bad request|failed to start generation|provider returned error): ",
-        # An error's whole body
-        r"""b?['"]?\{['"]error['"]: ?\{['"]message['"]: ?['"]""",
+        # An error's whole body, or that of what it passes on
+        r"""b?['"]?\{\s*(?:['"]type['"]: ?['"]error['"], ?)?(?:['"]error['"]: ?\{\s*)?(?:['"]type['"]: ?['"]\w+['"], ?)?""",
+        r"""(?:b?['"]?\{\s*)?['"]message['"]: ?['"]""",
+        # Portkey
+        r"[\w-]{2,24} error: ",
     )
 )
 
