@@ -62,6 +62,27 @@ def test_a_receiver_that_is_closed_when_it_has_all_has_told_the_sender(monkeypat
     assert told == [b"\x01"] * 2
 
 
+@pytest.mark.parametrize("links", [1, 3])
+@pytest.mark.parametrize("has_one_sender", [True, False])
+def test_transfers_follow_each_other_at_once(links, has_one_sender):
+    rows, size = 300 if has_one_sender else 60, 300
+    sent = np.random.default_rng(links).integers(0, 256, (rows, size), np.uint8)
+    pieces = [(path, path * size // links, size // links) for path in range(links)]
+    with SplitReceiver() as receiver, ThreadPoolExecutor(1) as pool:
+
+        def send(some):
+            with SplitSender(receiver.address, [ANY] * links) as sender:
+                for row in some:
+                    sender.send(row, pieces)
+
+        under_way = pool.submit(lambda: [send(some) for some in ([sent] if has_one_sender else sent[:, None])])
+        for row in sent:
+            got = np.zeros(size, np.uint8)
+            receiver.receive(got, 60.0)
+            assert (got == row).all()
+        under_way.result(60)
+
+
 def test_a_plan_is_carried_out(receiver):
     # One flow over three paths, as the planner cuts it.
     made = plan(Flows.of([(0, 1, 3_000_001)]), Topology.leaf_spine(2, 3, 1))

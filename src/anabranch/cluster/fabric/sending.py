@@ -275,7 +275,12 @@ class SplitReceiver:
         """The transfer that a frame is of, once somebody waits for one; None if it does not fit what waits."""
         end = time.monotonic() + WAIT_S
         with self._state:
-            while self._waiting is None and not self._is_closed and time.monotonic() < end:
+            # Who has been told that all has come may send the next buffer before `receive` has taken this one away.
+            while (
+                (self._waiting is None or self._waiting.is_followed_by(link, number))
+                and not self._is_closed
+                and time.monotonic() < end
+            ):
                 self._state.wait(1.0)
             transfer = self._waiting
             if transfer is None or not transfer.claim(link, number, total, begin, count):
@@ -322,6 +327,10 @@ class _Transfer:
         self._claimed: list[tuple[int, int]] = []
         # Connections of the sender whose transfer it is.
         self._links: set[socket.socket] = set()
+
+    def is_followed_by(self, link: socket.socket, number: int) -> bool:
+        """Whether it is whole, and what comes is of another transfer: of another number, or of a sender that begins to count."""
+        return not self.left and self._number is not None and (number != self._number or link not in self._links)
 
     def leave(self, link: socket.socket) -> None:
         """A connection has ended. Where it was the last of a sender that was not done, another one may begin anew."""
