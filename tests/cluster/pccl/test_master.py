@@ -303,7 +303,9 @@ def test_the_master_is_killed_at_any_moment_and_another_goes_on(moment, tmp_path
 
 def test_a_peer_that_dies_while_there_is_no_master_is_missed_by_the_next(tmp_path):
     journal = tmp_path / "run.journal"
-    first = Master("127.0.0.1:0", journal=journal, **QUICK).start()
+    # It is waited for twice as long as one may be silent.
+    times = QUICK | {"dead_s": 10.0}
+    first = Master("127.0.0.1:0", journal=journal, **times).start()
     masters, gone = [first], threading.Event()
 
     def work(number, peers):
@@ -313,7 +315,7 @@ def test_a_peer_that_dies_while_there_is_no_master_is_missed_by_the_next(tmp_pat
             masters[0].stop()
             gone.set()
             peers._die()
-            masters.append(Master(address, journal=journal, **QUICK).start())
+            masters.append(Master(address, journal=journal, **times).start())
             raise Killed
         assert gone.wait(60)
         value = torch.full((3,), 2.0)
