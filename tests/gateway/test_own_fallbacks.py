@@ -183,6 +183,26 @@ def test_what_is_refused_late_goes_on_until_the_first_refusals(refuse_s, most):
     run_virtual(work)
 
 
+@pytest.mark.parametrize("refuse_s", [0.5, 5.0, 10.0, 40.0])
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_is_refused_late_leaves_others_their_part_of_a_minute(refuse_s, leaves):
+    async def work():
+        gate = Gate(refuse_s=300.0 if leaves else refuse_s, extra=0.0, min_extra=0)
+        found, seconds, asked = Counter(), refuse_s if leaves else 120.0, []
+        for number in range(300):
+            chain = ("m0", "m1") if number % 2 else ("m0", "m2", "m1")
+            asked.append(asyncio.ensure_future(gate.ask("a", "code bad", *chain, seconds=seconds)))
+            await asyncio.sleep(0.2)
+            if number % 10 == 0:
+                found[await gate.ask("b", "hello", "m1")] += 1
+        assert found == {"m1": 30}
+        for task in asked:
+            task.cancel()
+        await asyncio.wait(asked)
+
+    run_virtual(work)
+
+
 def test_those_under_way_for_long_give_way_to_others_until_they_come_to_nothing():
     async def work():
         own = OwnFallbacks()

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -75,6 +76,17 @@ class LiveGroup:
     def free(self, now: float, tokens: int, sender: str | None = None) -> list[Live]:
         """Deployments that take a request of so many tokens now, of a sender or (None) of anybody."""
         return [live for live in self.lives if live.can_take(now, tokens, sender)]
+
+    def minute(self, tokens: int) -> float:
+        """Requests of so many tokens that the deployments take in a minute; infinity where one has no limit."""
+        owns = [live.deployment for live in self.lives]
+        return sum(
+            min(
+                math.inf if own.rpm is None else own.rpm,
+                math.inf if own.tpm is None or not tokens else own.tpm / tokens,
+            )
+            for own in owns
+        )
 
     def worst_nano(self, most: Usage) -> int:
         """The most nano-dollars that one call may cost of the dearest deployment."""

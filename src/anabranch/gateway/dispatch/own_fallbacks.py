@@ -7,10 +7,12 @@
 A sender who has had `LEAST` such requests in a minute that came to nothing, and none that was answered, has no more of them asked further:
 they would take of what others ask of those models. Each that was answered gives the right to one more. So does one that has not been
 refused for `SETTLED_S`, as long as no more came to nothing than were answered: what is refused is mostly refused soon, and an answer may
-take minutes, for which a batch does not wait.
+take minutes, for which a batch does not wait. Where a further model takes only so many requests or tokens in a minute, those that are not
+answered yet have at most a quarter of that beside: what is refused late would take the rest from others.
 """
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,10 +56,15 @@ class OwnFallbacks:
         self._under_way, self._young = 0, SlidingSum(SETTLED_S)
         self._changed = asyncio.Event()
 
-    async def enter(self, now: Callable[[], float]) -> float | None:
-        """When one more request went on, for `leave`; None where it may not. Where that depends on those under way, it waits for them."""
+    async def enter(self, now: Callable[[], float], spare: float = math.inf) -> float | None:
+        """When one more request went on, for `leave`; None where it may not. Where that depends on those under way, it waits for them.
+
+        Args:
+            now: the clock.
+            spare: so many more may be under way than have the right to it, as they are taken for ones that will be answered.
+        """
         while (room := LEAST + self._answered.at(now()) - self._in_vain.at(now())) >= 1:
-            if self._awaited(now()) < room:
+            if self._awaited(now(), spare) < room:
                 self._under_way += 1
                 self._young.add(since := now())
                 return since
@@ -66,12 +73,12 @@ class OwnFallbacks:
                     await self._changed.wait()
         return None
 
-    def _awaited(self, now: float) -> float:
+    def _awaited(self, now: float, spare: float) -> float:
         """Of those under way, how many are to be seen to the end before others go on; less than 0 where others make up for them."""
         if self._in_vain.at(now) > self._answered.at(now):
             return self._under_way
         young = self._young.at(now)
-        return young - (self._under_way - young)
+        return max(young - (self._under_way - young), self._under_way - spare)
 
     def leave(self, since: float, now: float, is_answered: bool) -> None:
         """One that entered is over. Whatever it failed of: the sender may have brought that about, or have gone before it was known."""

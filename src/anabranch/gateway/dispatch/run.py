@@ -20,7 +20,7 @@ from anabranch.gateway.dispatch.balance import pick
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.late import Reader
 from anabranch.gateway.dispatch.outgoing import Outgoing, outgoing
-from anabranch.gateway.dispatch.own_fallbacks import OwnFallbacks, is_free
+from anabranch.gateway.dispatch.own_fallbacks import FURTHER, OwnFallbacks, is_free
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.provider_fault import as_failure
 from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, LASTING, backoff
@@ -256,7 +256,7 @@ class Run:
             own = self.dispatcher.own_fallbacks.of(self.plan.sender)
             try:
                 async with asyncio.timeout(max(self.left_s, 0.0)):
-                    since = await own.enter(self.dispatcher.now)
+                    since = await own.enter(self.dispatcher.now, self._spare())
             except TimeoutError:
                 raise self._too_late() from None
             if since is None:
@@ -266,6 +266,11 @@ class Run:
                 raise self.ended(self._last or self._nothing())
             self._own = (own, since)
         self._is_further, self._further = False, self._further + 1
+
+    def _spare(self) -> float:
+        """A quarter of the requests that the models it may be asked further take in a minute, of the one that takes fewest."""
+        groups = (self.dispatcher.groups.get(model) for model in self.plan.candidates[self._at :][:FURTHER])
+        return min((group.minute(self.tokens) / 4 for group in groups if group is not None), default=math.inf)
 
     def _pick(self, group: "LiveGroup") -> Live | None:
         """One of the group, or None and on to the next candidate."""
