@@ -330,6 +330,103 @@ def test_links_that_the_other_end_closes_meanwhile_are_edited_too():
     made.close()
 
 
+class SlowToHear(LinkPool):
+    """Whose thread that reads hears of a link's end, and is kept from the processor before it takes it out of the table."""
+
+    def __init__(self, *args, **more):
+        self.has_heard, self.goes_on = threading.Event(), threading.Event()
+        super().__init__(*args, **more)
+
+    def _on_close(self, channel, why):
+        if why != "its rank is gone":
+            self.has_heard.set()
+            assert self.goes_on.wait(60)
+        super()._on_close(channel, why)
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_rank_that_left_and_comes_back_has_links_though_their_end_is_heard_late(slow):
+    """The one that opens it took the link that had ended for one that was there, and the other waited for a new one for ever."""
+    suspects = []
+    late = SlowToHear(
+        "127.0.0.1",
+        b"s",
+        on_snapshot=print,
+        interrupted=lambda: False,
+        suspect=suspects.append,
+        timeout_s=60.0,
+    )
+    pools = [pool(suspect=suspects.append, timeout_s=60.0)]
+    pools.insert(slow, late)
+    for rank, one in enumerate(pools):
+        one.rank = rank
+    at = {rank: ("127.0.0.1", one.port) for rank, one in enumerate(pools)}
+
+    def both(epoch):
+        other = threading.Thread(target=pools[1].edit, args=(epoch, at))
+        other.start()
+        pools[0].edit(epoch, at)
+        other.join(60)
+
+    both(1)
+    other = pools[1 - slow]
+    other.edit(2, {other.rank: at[other.rank]})
+    assert late.has_heard.wait(60)
+    late.edit(2, {late.rank: at[late.rank]})
+    both(3)
+    late.goes_on.set()
+    for one in pools:
+        one.send(1 - one.rank, "x", [torch.ones(1)])
+    assert [one.receive(1 - one.rank, "x")[0][0].item() for one in pools] == [1, 1]
+    assert (suspects, late.opened, late.closed, late.count) == ([], 2, 1, 1)
+    for one in pools:
+        one.close()
+
+
+def test_a_link_that_broke_is_opened_anew_at_an_edit_and_told_of():
+    """Where nobody heard of it before the edit: the other end may not know."""
+    suspects = []
+    pools = [pool(suspect=suspects.append, timeout_s=60.0) for _ in range(2)]
+    for rank, one in enumerate(pools):
+        one.rank = rank
+    at = {rank: ("127.0.0.1", one.port) for rank, one in enumerate(pools)}
+    other = threading.Thread(target=pools[1].edit, args=(1, at))
+    other.start()
+    pools[0].edit(1, at)
+    other.join(60)
+    broken = pools[1]._channels[0]
+    with broken._lock:
+        broken._is_closed = True
+    pools[1].edit(2, at)
+    assert (suspects, pools[1].opened, pools[1].closed) == ([0], 2, 1)
+    pools[1].send(0, "x", [torch.ones(1)])
+    pools[0].edit(2, at)
+    assert pools[0].receive(1, "x")[0][0].item() == 1
+    for one in pools:
+        one.close()
+
+
+def test_a_link_that_ends_at_once_is_told_of(monkeypatch):
+    """It stood among the open ones for good, nobody was suspected, and what was sent was lost."""
+    suspects = []
+
+    def connect(*given, **more):
+        channel = wire.connect(*given, **more)
+        channel.close()
+        return channel
+
+    monkeypatch.setattr("anabranch.cluster.elastic.links.connect", connect)
+    pools = [pool(suspect=suspects.append, timeout_s=60.0) for _ in range(2)]
+    for rank, one in enumerate(pools):
+        one.rank = rank
+    pools[1]._interrupted = lambda: suspects == [0]
+    with pytest.raises(CalledAwayError):
+        pools[1].edit(1, {rank: ("127.0.0.1", one.port) for rank, one in enumerate(pools)})
+    assert (pools[1].count, pools[1].opened, pools[1].closed) == (0, 1, 1)
+    for one in pools:
+        one.close()
+
+
 def test_links_of_a_newcomer_are_opened_at_once(monkeypatch):
     """One after another each waited for the round trips of those before, or for ten seconds where one did not answer."""
     suspects, together = [], threading.Barrier(4)

@@ -131,11 +131,17 @@ class LinkPool:
         with self.changed:
             before, self._epoch, self._members = self._members, epoch, set(members)
             self._mail = {key: value for key, value in self._mail.items() if key[0] >= epoch}
-            # The links themselves: the other end of one may close it, and it is in the table no more, before its turn comes here.
-            gone = [channel for rank, channel in self._channels.items() if rank not in members]
+            # Out of the table here, not where it is closed: if the other end was quicker, the thread that hears of it may not have come to
+            # that yet, and a link that is over would be taken for one that is there.
+            gone = [link for link in self._channels.items() if link[0] not in members or link[1].is_closed]
+            for rank, _ in gone:
+                del self._channels[rank]
             missing = [rank for rank in members if rank not in self._channels and rank != self.rank]
-        for channel in gone:
+        for rank, channel in gone:
             channel.close("its rank is gone")
+            self._count(rank, channel)
+            if rank in before and rank in members:
+                self._suspect(rank)
         self._open_all({rank: members[rank] for rank in missing if rank < self.rank})
         self._wait_for(
             lambda: all(rank in self._channels for rank in missing),
@@ -226,6 +232,9 @@ class LinkPool:
         if old is not None:
             old.peer = None
             old.close("opened anew")
+        if channel.is_closed:
+            # Before it was in the table, where nobody found it then.
+            self._on_close(channel, "it ended at once")
 
     def _on_frame(self, channel: Channel, header: Header, body: Body) -> None:
         kind = header["kind"]
@@ -243,14 +252,18 @@ class LinkPool:
                 self._mail[int(header["epoch"]), channel.peer, str(header["tag"])] = (header, body)
                 self.changed.notify_all()
 
+    def _count(self, rank: int, channel: Channel) -> None:
+        with self.changed:
+            self.closed += 1
+            self.sent_bytes[rank] = self.sent_bytes.get(rank, 0) + channel.sent_bytes
+
     def _on_close(self, channel: Channel, why: str) -> None:
         with self.changed:
             rank = channel.peer
             if rank is None or self._channels.get(rank) is not channel:
                 return
             del self._channels[rank]
-            self.closed += 1
-            self.sent_bytes[rank] = self.sent_bytes.get(rank, 0) + channel.sent_bytes
+            self._count(rank, channel)
             is_missed = rank in self._members and not self._is_closed
             self.changed.notify_all()
         if is_missed:
