@@ -1,4 +1,4 @@
-"""Fallbacks for what is a request's own: whoever needs them has them, and nobody uses them to take what others ask."""
+"""Fallbacks for what is a request's own: whoever needs one has it at once, and of others' models no more than its limits let it ask."""
 
 import asyncio
 import json
@@ -9,13 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan
-from anabranch.gateway.dispatch.own_fallbacks import FURTHER, LEAST, SETTLED_S, WINDOW_S, OwnFallbacks
 from anabranch.gateway.dispatch.virtual_time import run_virtual, virtual_clock
+from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.mock import MockReply
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
 from anabranch.gateway.providers.scenes import Scene
+from anabranch.gateway.store import open_store
 from anabranch.routers.money import Price
+from gateway_process import call
+from gateway_scripted import fronted, model, scripted, whole
 from gateway_upstream import ANSWER
 
 # What `m0` and, if ``bad``, all others say of a prompt.
@@ -24,10 +27,11 @@ ERRORS = {
     "filter": {"message": "no", "code": "content_filter"},
     "words": {"message": "prompt is too long: 9 > 8", "type": "invalid_request_error"},
     "quoted": {"message": "Invalid value: 'prompt is too long: 9'", "code": "invalid_value"},
+    # Of `m0` that the prompt is too long; of who is asked in its place an outage.
     "down": {"message": "down"},
+    "out": {"message": "down"},
 }
 CHAIN = tuple(f"m{at}" for at in range(8))
-RPM = 60
 
 
 class Upstream:
@@ -46,204 +50,161 @@ class Upstream:
             return MockReply(Scene(parts=[(0.0, json.dumps(ANSWER).encode())]))
         if body["model"] != "m0":
             await asyncio.sleep(self.refuse_s)
-        # What is bad may be an outage only at whoever is asked in its place.
         error = ERRORS["code" if name == "down" and body["model"] == "m0" else name]
         status = 500 if error["message"] == "down" else 400
         return MockReply(Scene(status=status, parts=[(0.0, json.dumps({"error": error}).encode())]))
 
 
 class Gate:
-    """A dispatcher before it, whose clock costs no time."""
+    """A dispatcher before it, whose clock costs no time. It has no budget of extra attempts but what is given."""
 
-    def __init__(self, *, answer_s=0.0, refuse_s=0.0, rpm=RPM, **rules):
+    def __init__(self, *, first=OpenAI, answer_s=0.0, refuse_s=0.0, least=0):
         self.upstream = Upstream(answer_s, refuse_s)
-        groups = [self._group(name, rpm) for name in CHAIN]
-        rules = DispatchRules(retries=0, backoff_s=0.0, **rules)
+        groups = [self._group(name, first if name == "m0" else OpenAI) for name in CHAIN]
+        rules = DispatchRules(retries=0, backoff_s=0.0, extra=0.0, min_extra=least)
         self.dispatcher = Dispatcher(groups, rules, http=self.upstream, clock=virtual_clock)
 
-    def _group(self, name, rpm):
-        provider = OpenAI.Config(model=name, base_url="http://127.0.0.1:9/v1", key_env=None)
-        deployment = Deployment(name=f"{name}-0", provider=provider, rpm=None if name == "m0" else rpm)
+    def _group(self, name, kind):
+        provider = kind.Config(model=name, base_url="http://127.0.0.1:9/v1", key_env=None)
+        deployment = Deployment(name=f"{name}-0", provider=provider)
         return Group(name=name, deployments=(deployment,), price=Price(input=1, output=1))
 
-    async def ask(self, sender, text, *chain, seconds=30.0):
-        request = UpstreamRequest("chat", {"model": "auto", "messages": [{"role": "user", "content": text}]})
-        plan = Plan(candidates=chain, deadline=virtual_clock() + seconds, sender=sender)
+    async def ask(self, sender, text, *chain, seconds=30.0, further=None, n=1):
+        request = UpstreamRequest("chat", {"model": "auto", "messages": [{"role": "user", "content": text}], "n": n})
+        plan = Plan(candidates=chain, deadline=virtual_clock() + seconds, sender=sender, further=further)
         try:
             return (await self.dispatcher.complete(plan, request)).report.model
         except UpstreamError as error:
             return error.failure.kind
 
-    async def many(self, count, at_once, *given):
-        if at_once:
-            return Counter(await asyncio.gather(*(self.ask(*given) for _ in range(count))))
-        return Counter([await self.ask(*given) for _ in range(count)])
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    st.sampled_from(sorted(ERRORS)), st.booleans(), st.integers(1, 7), st.sampled_from([0.0, 0.2]), st.integers(1, 120)
-)
-def test_a_neighbour_whose_requests_come_to_nothing_takes_little_of_what_others_ask(name, at_once, more, extra, count):
-    async def work():
-        gate = Gate(extra=extra, min_extra=10 if extra else 0)
-        await gate.many(count, at_once, "a", f"{name} bad", *CHAIN[: more + 1])
-        asked = gate.upstream.asked
-        # Of a request one, of it alone; the others as many as after outages, and a few.
-        paid = max(10, extra * count) if extra else 0
-        free = LEAST * (1 if name in ("words", "quoted") else FURTHER)
-        assert asked["m0"] == count
-        assert asked.total() <= count + free + paid
-        # The same models are there for others: directly, and for what is their own.
-        found = await gate.many(15, True, "b", "hello", "m1")
-        assert found == {"m1": 15} or name == "down"
-        assert await gate.many(15, False, "b", "code", "m0", "m7") == {"m7": 15}
-
-    run_virtual(work)
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.sampled_from(["code", "filter", "words"]), st.booleans(), st.integers(1, RPM))
-def test_whoever_is_answered_has_as_many_as_are_needed(name, at_once, count):
-    async def work():
-        gate = Gate(extra=0.0, min_extra=0)
-        assert await gate.many(count, at_once, "a", name, "m0", "m1") == {"m1": count}
-        assert gate.upstream.asked == {"m0": count, "m1": count}
-        # Some that come to nothing among them end it for none of the others.
-        await gate.many(LEAST + count // 2, at_once, "a", f"{name} bad", "m0", "m2")
-        assert await gate.ask("a", name, "m0", "m3") == "m3"
-
-    run_virtual(work)
-
-
-def test_who_sends_no_key_ends_it_for_nobody():
-    async def work():
-        gate = Gate(extra=0.0, min_extra=0)
-        await gate.many(3 * LEAST, True, "", "code bad", "m0", "m1")
-        assert await gate.ask("", "code", "m0", "m2") == "m2"
-
-    run_virtual(work)
-
-
-def test_after_a_minute_more_may_be_tried():
-    async def work():
-        gate = Gate(extra=0.0, min_extra=0)
-        await gate.many(2 * LEAST, False, "a", "code bad", "m0", "m1")
-        assert gate.upstream.asked["m1"] == LEAST
-        assert await gate.ask("a", "code", "m0", "m1") == "context"
-        await asyncio.sleep(WINDOW_S * 1.1)
-        assert await gate.ask("a", "code", "m0", "m1") == "m1"
-
-    run_virtual(work)
-
-
-@pytest.mark.parametrize("how", ["gone", "late"])
-def test_whoever_leaves_before_the_answer_has_had_one_too(how):
-    async def work():
-        gate = Gate(extra=0.0, min_extra=0)
-        for _ in range(3 * LEAST):
-            if how == "late":
-                await gate.ask("a", "code", "m0", "m1", seconds=0.15)
-                continue
-            task = asyncio.ensure_future(gate.ask("a", "code", "m0", "m1"))
-            await asyncio.sleep(0.15)
-            task.cancel()
-            await asyncio.wait((task,))
-        assert gate.upstream.asked["m1"] == LEAST
-
-    run_virtual(work)
-
 
 @pytest.mark.parametrize(
-    ("count", "answer_s", "seconds"), [(100, 4.5, 12.0), (1000, 45.0, 120.0), (300, 1.9, 15.0), (30, 100.0, 120.0)]
+    ("name", "further"), [("code", 3), ("filter", 3), ("words", 1), ("quoted", 0), ("down", 1), ("out", 0)]
 )
-def test_a_batch_is_answered_however_long_its_answers_take(count, answer_s, seconds):
+def test_one_request_is_asked_of_few_further_models(name, further):
     async def work():
-        gate = Gate(answer_s=answer_s, rpm=None, extra=0.0, min_extra=0)
-        asked = [gate.ask("a", "code", "m0", "m1", seconds=seconds) for _ in range(count)]
-        assert Counter(await asyncio.gather(*asked)) == {"m1": count}
-        # Nor does what comes after it find that too many came to nothing.
-        assert await gate.ask("a", "code", "m0", "m1", seconds=answer_s + 1) == "m1"
+        gate = Gate()
+        await gate.ask("a", f"{name} bad", *CHAIN)
+        assert gate.upstream.asked.total() == 1 + further
 
     run_virtual(work)
 
 
-@pytest.mark.parametrize(("refuse_s", "most"), [(0.5, LEAST), (3.0, 8 * LEAST), (5.0, 12 * LEAST)])
-def test_what_is_refused_late_goes_on_until_the_first_refusals(refuse_s, most):
+KINDS = st.sampled_from(["code", "filter", "words"])
+# (what `m0` says of it, whether all others do, seconds after the one before)
+BATCH = st.lists(st.tuples(KINDS, st.booleans(), st.sampled_from([0.0, 0.2, 5.0])), min_size=1, max_size=60)
+
+
+@settings(max_examples=40, deadline=None)
+@given(BATCH, st.sampled_from([0.0, 4.5, 45.0, 110.0]), st.sampled_from([0.0, 5.0, 40.0]), st.sampled_from(["", "a"]))
+def test_whoever_can_be_answered_is_at_once_whatever_comes_of_the_others(batch, answer_s, refuse_s, sender):
+    """None waits for another, is lost by the deadline, or is refused because others came to nothing."""
+
     async def work():
-        gate = Gate(refuse_s=refuse_s, rpm=None, extra=0.0, min_extra=0)
-        asked = []
-        for _ in range(600):
-            asked.append(asyncio.ensure_future(gate.ask("a", "filter bad", "m0", "m1")))
-            await asyncio.sleep(0.05)
-        await asyncio.gather(*asked)
-        # Some are asked of it alone, as the first has its part of theirs under way.
-        assert LEAST <= gate.upstream.asked.total() - len(asked) <= most
+        gate = Gate(answer_s=answer_s, refuse_s=refuse_s)
+        asked, longest = [], []
+
+        async def timed(text):
+            began = virtual_clock()
+            found = await gate.ask(sender, text, "m0", "m1", seconds=120.0)
+            longest.append(virtual_clock() - began)
+            return found
+
+        for name, is_bad, after_s in batch:
+            await asyncio.sleep(after_s)
+            asked.append(asyncio.ensure_future(timed(f"{name} bad" if is_bad else name)))
+        found = await asyncio.gather(*asked)
+        assert [one == "m1" for one in found] == [not is_bad for _, is_bad, _ in batch]
+        assert max(longest) < max(answer_s, refuse_s) + 1
+        assert gate.upstream.asked == {"m0": len(batch), "m1": len(batch)}
 
     run_virtual(work)
 
 
-@pytest.mark.parametrize("refuse_s", [0.5, 5.0, 10.0, 40.0])
-@pytest.mark.parametrize("leaves", [False, True])
-def test_what_is_refused_late_leaves_others_their_part_of_a_minute(refuse_s, leaves):
+class Door:
+    """Of a sender who may go on so many times."""
+
+    def __init__(self, most):
+        self.asked, self.most = 0, most
+
+    async def __call__(self):
+        self.asked += 1
+        return self.asked <= self.most
+
+
+def test_a_sender_that_may_not_go_on_is_told_what_it_was_refused_for():
     async def work():
-        gate = Gate(refuse_s=300.0 if leaves else refuse_s, extra=0.0, min_extra=0)
-        found, seconds, asked = Counter(), refuse_s if leaves else 120.0, []
-        for number in range(300):
-            chain = ("m0", "m1") if number % 2 else ("m0", "m2", "m1")
-            asked.append(asyncio.ensure_future(gate.ask("a", "code bad", *chain, seconds=seconds)))
-            await asyncio.sleep(0.2)
-            if number % 10 == 0:
-                found[await gate.ask("b", "hello", "m1")] += 1
-        assert found == {"m1": 30}
-        for task in asked:
-            task.cancel()
-        await asyncio.wait(asked)
+        gate, door = Gate(), Door(1)
+        assert await gate.ask("a", "code", "m0", "m1", further=door) == "m1"
+        assert await gate.ask("a", "code", "m0", "m1", further=door) == "context"
+        assert gate.upstream.asked == {"m0": 2, "m1": 1}
+        # Each further model is one.
+        gate, door = Gate(), Door(2)
+        assert await gate.ask("a", "filter bad", *CHAIN, further=door) == "filter"
+        assert (door.asked, gate.upstream.asked) == (3, {"m0": 1, "m1": 1, "m2": 1})
 
     run_virtual(work)
 
 
-def test_those_under_way_for_long_give_way_to_others_until_they_come_to_nothing():
+@pytest.mark.parametrize(("first", "text", "n"), [(OpenAI, "out", 1), (Anthropic, "hello", 2)])
+def test_neither_an_outage_nor_what_is_not_supported_counts(first, text, n):
     async def work():
-        own = OwnFallbacks()
-        begun = [await own.enter(virtual_clock) for _ in range(LEAST)]
-        waiting = asyncio.ensure_future(own.enter(virtual_clock))
-        await asyncio.sleep(SETTLED_S * 0.9)
-        assert not waiting.done()
-        await asyncio.sleep(SETTLED_S * 0.3)
-        assert waiting.done()
-        for since in (*begun, await waiting):
-            own.leave(since, virtual_clock(), False)
-        assert await own.enter(virtual_clock) is None
+        gate, door = Gate(first=first, least=1), Door(0)
+        assert await gate.ask("a", text, "m0", "m1", n=n, further=door) == "m1"
+        assert (door.asked, gate.upstream.asked["m0"]) == (0, n % 2)
 
     run_virtual(work)
 
 
-def test_who_waits_goes_on_when_what_came_to_nothing_is_forgotten():
-    async def work():
-        own = OwnFallbacks()
-        for _ in range(LEAST - 1):
-            own.leave(await own.enter(virtual_clock), virtual_clock(), False)
-        await asyncio.sleep(WINDOW_S - 1)
-        assert await own.enter(virtual_clock)
-        began = virtual_clock()
-        assert await own.enter(virtual_clock)
-        assert virtual_clock() - began < 2
-
-    run_virtual(work)
+# A minute, which gives another one after half of it.
+FEW, MORE = 2, 5
+TOO_LONG = whole({"error": {"message": "no", "code": "context_length_exceeded"}}, 400)
 
 
-@pytest.mark.parametrize("is_answered", [True, False])
-def test_those_that_wait_go_on_as_others_are_answered_and_end_where_they_are_not(is_answered):
-    async def work():
-        own = OwnFallbacks()
-        begun = [await own.enter(virtual_clock) for _ in range(LEAST)]
-        assert None not in begun
-        waiting = [asyncio.ensure_future(own.enter(virtual_clock)) for _ in range(LEAST)]
-        await asyncio.sleep(1.0)
-        assert not any(task.done() for task in waiting)
-        for since in begun:
-            own.leave(since, virtual_clock(), is_answered)
-        assert [since is not None for since in await asyncio.gather(*waiting)] == [is_answered] * LEAST
+def test_a_key_has_as_many_as_it_may_send_requests_and_its_neighbour_its_own(tmp_path):
+    """Through HTTP: the chain of `m0` is asked for each, `big` answers whatever is not hopeless."""
+    calls = Counter()
 
-    run_virtual(work)
+    def said(name, answer):
+        def answered(body):
+            calls[name] += 1
+            return TOO_LONG if "hopeless" in body["messages"][0]["content"] else answer
+
+        return answered
+
+    upstream = {"m0": said("m0", TOO_LONG), "mid": said("mid", TOO_LONG), "big": said("big", whole(ANSWER))}
+    with scripted(upstream) as url:
+        models = [model(name, "openai", url, key_env="") for name in upstream]
+
+        async def keys():
+            async with open_store(str(tmp_path / "gateway.db")) as store:
+                made = [await store.create_key(name, rpm=rpm) for name, rpm in (("a", FEW), ("b", FEW), ("c", None))]
+                return [secret for secret, _ in made]
+
+        limited, neighbour, free = asyncio.run(keys())
+        chains = {"context_fallbacks": {"m0": ["mid", "big"]}}
+        with fronted(tmp_path, models, {}, cache={"exact": False}, require_key=True, **chains) as running:
+
+            def many(key, text, name="m0"):
+                return [
+                    call(running.url, "POST", "/v1/chat/completions", asked(name, text), key)[::2] for _ in range(MORE)
+                ]
+
+            found = many(limited, "hopeless")
+            assert Counter(status for status, _ in found) == {400: FEW, 429: MORE - FEW}
+            # Of twice as many further models as requests, as many as requests.
+            assert (calls["m0"], calls["mid"] + calls["big"]) == (FEW, FEW)
+            status, told, _ = call(running.url, "POST", "/v1/chat/completions", asked("m0", "hopeless"), limited)
+            assert (status, told["error"]["code"]) == (429, "rate_limit_exceeded")
+            # Half as many of two further models each; and directly.
+            assert Counter(status for status, _ in many(neighbour, "hello")) == {
+                200: FEW // 2,
+                400: FEW // 2,
+                429: MORE - FEW,
+            }
+            assert Counter(status for status, _ in many(free, "hello")) == {200: MORE}
+            assert Counter(status for status, _ in many(free, "hello", "big")) == {200: MORE}
+
+
+def asked(name, text):
+    return {"model": name, "messages": [{"role": "user", "content": text}]}

@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 import logging
-import math
 import random
 import time
 from collections import deque
@@ -19,7 +18,6 @@ from anabranch.gateway.dispatch.hedge import HedgeDelay
 from anabranch.gateway.dispatch.kept_stream import room_for_streams
 from anabranch.gateway.dispatch.large_answers import LargeAnswers
 from anabranch.gateway.dispatch.late import Exchange, Late, answer_of, exchanged
-from anabranch.gateway.dispatch.own_fallbacks import AllOwnFallbacks
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
 from anabranch.gateway.dispatch.run import Run
@@ -77,17 +75,6 @@ class LiveGroup:
         """Deployments that take a request of so many tokens now, of a sender or (None) of anybody."""
         return [live for live in self.lives if live.can_take(now, tokens, sender)]
 
-    def minute(self, tokens: int) -> float:
-        """Requests of so many tokens that the deployments take in a minute; infinity where one has no limit."""
-        owns = [live.deployment for live in self.lives]
-        return sum(
-            min(
-                math.inf if own.rpm is None else own.rpm,
-                math.inf if own.tpm is None or not tokens else own.tpm / tokens,
-            )
-            for own in owns
-        )
-
     def worst_nano(self, most: Usage) -> int:
         """The most nano-dollars that one call may cost of the dearest deployment."""
         return max(live.bill(most, most) for live in self.lives)
@@ -139,7 +126,6 @@ class Dispatcher:
         self._wall = time.time if clock is time.monotonic else clock
         self.rng = random.Random(seed)
         self.budget = RetryBudget(self.rules.extra, self.rules.min_extra, self.rules.window_s)
-        self.own_fallbacks: AllOwnFallbacks = AllOwnFallbacks() if previous is None else previous.own_fallbacks
         self.changes: deque[dict[str, Any]] = deque(maxlen=CHANGES)
         # Told of each change of a breaker that this process found itself.
         self.on_change: Callable[[Live], None] = lambda live: None

@@ -20,7 +20,7 @@ from anabranch.gateway.dispatch.balance import pick
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.late import Reader
 from anabranch.gateway.dispatch.outgoing import Outgoing, outgoing
-from anabranch.gateway.dispatch.own_fallbacks import FURTHER, OwnFallbacks, is_free
+from anabranch.gateway.dispatch.own_fallbacks import is_free
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.provider_fault import as_failure
 from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, LASTING, backoff
@@ -69,9 +69,8 @@ class Run:
         self._at, self._retry = 0, 0
         self._most = plan.most_attempts(self.rules.retries)
         self._holds, self._owes = False, False
-        # For what is the request's own: whether the next attempt is one, how many there were, and where they are counted.
+        # For what is the request's own: whether the next attempt is one, and how many there were.
         self._is_further, self._further = False, 0
-        self._own: tuple[OwnFallbacks, float] | None = None
         self._last: UpstreamError | None = None
         self._causes: set[FailureKind] = set()
         # Deployments that have as many attempts under way as they may, elsewhere too.
@@ -104,7 +103,6 @@ class Run:
                 found, attempt = await self._ask(sent, request, opening)
                 # Of several beside each other another model may have been the first.
                 self.report.is_stopgap |= attempt.model != self.plan.candidates[self._at]
-                self._leave_own(is_answered=True)
                 return found, attempt
             except NoRoomError:
                 # No attempt was made.
@@ -154,13 +152,6 @@ class Run:
         if self._holds:
             self._holds = False
             self.dispatcher.budget.release(self.plan.sender)
-        self._leave_own(is_answered=False)
-
-    def _leave_own(self, is_answered: bool) -> None:
-        own, self._own = self._own, None
-        if own is not None:
-            fallbacks, since = own
-            fallbacks.leave(since, self.dispatcher.now(), is_answered)
 
     def ended(self, error: UpstreamError) -> UpstreamError:
         """The error for whoever asked."""
@@ -248,29 +239,13 @@ class Run:
         return True
 
     async def _go_further(self, model: str) -> None:
-        """Count a fallback for what is the request's own. Raises UpstreamError where such ones of its sender come to nothing.
-
-        Who sends no key is nobody in particular: counted together, one of them would end it for the others.
-        """
-        if self._own is None and self.plan.sender:
-            own = self.dispatcher.own_fallbacks.of(self.plan.sender)
-            try:
-                async with asyncio.timeout(max(self.left_s, 0.0)):
-                    since = await own.enter(self.dispatcher.now, self._spare())
-            except TimeoutError:
-                raise self._too_late() from None
-            if since is None:
-                self.report.skipped.append(
-                    (model, "too many such requests of this sender came to nothing at other models")
-                )
-                raise self.ended(self._last or self._nothing())
-            self._own = (own, since)
+        """Count a fallback for what is the request's own. Raises UpstreamError where its sender has had as many as it may."""
         self._is_further, self._further = False, self._further + 1
-
-    def _spare(self) -> float:
-        """A quarter of the requests that the models it may be asked further take in a minute, of the one that takes fewest."""
-        groups = (self.dispatcher.groups.get(model) for model in self.plan.candidates[self._at :][:FURTHER])
-        return min((group.minute(self.tokens) / 4 for group in groups if group is not None), default=math.inf)
+        if self.plan.further is not None and not await self.plan.further():
+            self.report.skipped.append(
+                (model, "this sender has had as many such fallbacks as its limits let it send requests")
+            )
+            raise self.ended(self._last or self._nothing())
 
     def _pick(self, group: "LiveGroup") -> Live | None:
         """One of the group, or None and on to the next candidate."""

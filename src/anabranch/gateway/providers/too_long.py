@@ -1,7 +1,8 @@
 """How providers say that a prompt is too long, where neither status, ``code`` nor ``type`` says it.
 
-Errors also quote what a sender wrote, and that may be about prompts that are too long. So a sentence is known by the numbers that a
-provider puts into it, wherever it stands, and one without numbers only at the very beginning, where nothing is quoted.
+A sentence is known by the numbers that a provider puts into it, wherever it stands, and one without numbers where a message may begin:
+those who pass errors on put words, statuses and bodies before it, each their own. Errors also quote what a sender wrote, mostly in quotes
+or in the midst of a sentence, where it does not count. A sender who is believed all the same has one further model asked, no more.
 """
 
 import re
@@ -65,13 +66,13 @@ _COUNTED = (
     r"prompt has [\d,]+ tokens?, but the configured context size is \d",
 )
 
-# Without numbers: at the beginning.
+# Without numbers: where a message may begin.
 _BARE = (
     # OpenAI's Responses
     r"your input exceeds the context window of this model",
     r"this model's maximum context length has been exceeded",
     # Anthropic, Vertex
-    r"(?:the )?prompt is too long\b",
+    r"(?:the )?prompt is too long(?! is\b)\b",
     # Bedrock
     r"input is too long for requested model",
     # Nova on Bedrock
@@ -89,7 +90,7 @@ _BARE = (
     # MiniMax
     r"context window exceeds limit",
     # Z.AI, also Ollama's cloud
-    r"prompt (?:exceeds max length|too long\b|超长)",
+    r"prompt (?:exceeds max length|too long(?! is\b)\b|超长)",
     # Groq, Cerebras
     r"please reduce the length of the messages or completion",
     # Perplexity
@@ -98,35 +99,26 @@ _BARE = (
     r"litellm\.contextwindowexceedederror\b",
 )
 
-# What may stand before those: with such words begins who passes an error on, or the provider itself.
-_LEAD = "|".join(
+# Where that is: at the beginning, or behind what ends the words of whoever passes it on.
+_BEGINS = "|".join(
     (
-        # LiteLLM
-        r"litellm\.\w+: |\w*(?:error|exception): |\w+exception(?: \w+error)? - |\w+exception: context window error - ",
-        # AWS, and its clients
-        r"the model returned the following errors: |an error occurred \(\w+\) when calling (?:the )?\w+(?: operation)?: ",
-        # Clients of OpenAI
-        r"error code: \d{3} - |\[?\d{3}\]? (?:bad request: )?",
-        # Moonshot, MiniMax, TGI, Databricks, Together, OpenRouter
-        r"invalid (?:request|params)[:,] |(?:input validation error|bad request|failed to start generation|provider returned error): ",
-        # An error's whole body, or that of what it passes on
-        r"""b?['"]?\{\s*(?:['"]type['"]: ?['"]error['"], ?)?(?:['"]error['"]: ?\{\s*)?(?:['"]type['"]: ?['"]\w+['"], ?)?""",
-        r"""(?:b?['"]?\{\s*)?['"]message['"]: ?['"]""",
-        # Portkey
-        r"[\w-]{2,24} error: ",
+        r"\A|\n",
+        # OpenAIException: ..., AnthropicError - ..., (ValidationException) when calling the Converse operation: ...
+        r"(?::|-|\]) ",
+        # 400 ..., invalid params, ...
+        r"\b[45]\d\d |invalid params, ",
+        # A field of a body, which may be text in a field of another; as Python or Rust write it, too
+        r"""\b(?:message|error|detail|reason)\\*['"]?: ?(?:some\()?\\*['"]""",
     )
 )
 
 _KNOWN = (
     *map(re.compile, _COUNTED),
-    *(re.compile(rf"\A(?:{_LEAD}){{0,6}}{sentence}") for sentence in _BARE),
+    *(re.compile(rf"(?:{_BEGINS}){sentence}") for sentence in _BARE),
 )
 
 
 def says_too_long(message: str) -> bool:
-    """Whether a provider says, at the beginning of ``message``, that the prompt is too long for its model.
-
-    A sender who has an error quote a whole such sentence, with its numbers, is believed.
-    """
+    """Whether a provider says in the first `LETTERS` of ``message`` that the prompt is too long for its model."""
     said = message[:LETTERS].lower()
     return any(pattern.search(said) for pattern in _KNOWN)
