@@ -180,14 +180,11 @@ AIMS: dict[str, tuple[Bar, ...]] = {
 AWAITED: dict[str, frozenset[Bar]] = {
     # Not recorded yet.
     "adapter_batch": frozenset(BARS["adapter_batch"]),
-    "adapter_steps": frozenset(BARS["adapter_steps"]),
     # One step takes minutes.
     "rl": frozenset(bar for bar in BARS["rl"] if bar.case == "ppo"),
     "rl_tokens": frozenset(BARS["rl_tokens"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
-    # Whose rows compared ours with recomputation with torch's without.
-    "gpipe": frozenset(bar for bar in BARS["gpipe"] if bar.case == "saved, .*"),
 }
 
 
