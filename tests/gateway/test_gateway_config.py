@@ -1,7 +1,6 @@
 """Configs of a gateway: good files in TOML, YAML and JSON, and a table of bad ones, each told with file, line and field."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -609,19 +608,3 @@ def test_a_host_that_no_request_names_is_refused(name):
     made = default_config().replace(hosts=("gateway.example", "::1", "127.0.0.1", "*", "A.b"))
     with pytest.raises(ConfigError, match=r"hosts\.1 is .*; write a name such as gateway\.example"):
         made.replace(hosts=("x", name))
-
-
-def test_the_configs_of_the_guide_are_right(tmp_path, monkeypatch):
-    """The first one as it stands; the others, which are parts, behind it."""
-    guide = (Path(__file__).resolve().parents[2] / "docs" / "gateway-guide.md").read_text()
-    first, *parts = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
-    for name in re.findall(r"env:(\w+)", guide):
-        monkeypatch.setenv(name, "x")
-    monkeypatch.setenv("ANTHROPIC_API_KEY", "x")
-    path = tmp_path / "gateway.toml"
-    (tmp_path / "models" / "smollm2").mkdir(parents=True)
-    path.write_text(first)
-    try_out(load_config(path))
-    for part in parts:
-        path.write_text(f"{first}\n[strategies.learned]\nkind = 'random'\n{part}")
-        try_out(load_config(path))

@@ -3,7 +3,7 @@
 What files may write shorter than `to_dict` does:
 
     price = {input_usd = 0.15, output_usd = 0.6}    dollars per million tokens; web_search_usd and request_usd per thousand
-    kind = "knn" in a strategy                      its name, with the fields of its config beside it
+    kind = "knn" in a strategy                      its name, with the fields of its config beside it, a budget_usd of its own among them
     api_key = "env:OPENAI_API_KEY" in a provider    where the key is: the environment, or "file:PATH", an encrypted file
 """
 
@@ -171,9 +171,23 @@ def _plain_strategy(table: Any, path: str, source: Source) -> Any:
     out = {name: value for name, value in table.items() if name in _STRATEGY and name != "fields"}
     if "use" in out:
         source.fail(f"{path}.kind and {path}.use are both there; give one", f"{path}.kind")
-    beside = {name: value for name, value in table.items() if name not in _STRATEGY and name != "kind"}
+    if "budget_usd" in out and "router" not in out and _has_field(table["kind"], "budget_usd"):
+        # Without a fitted router there is no other that it could be.
+        out.pop("budget_usd")
+    beside = {name: value for name, value in table.items() if name not in out and name not in ("kind", "fields")}
     fields = table.get("fields", {})
     return {**out, "use": table["kind"], "fields": {**beside, **fields} if isinstance(fields, dict) else fields}
+
+
+def _has_field(kind: Any, name: str) -> bool:
+    """Whether the config of a strategy, or of a predictor, has such a field; False for a kind that there is not."""
+    from anabranch.registry import kinds, resolve
+    from anabranch.routers import strategies
+
+    if kind not in strategies.names():
+        return False
+    part: Any = resolve("predictor" if kind in kinds("predictor") else "strategy", kind)
+    return name in part.Config.__dataclass_fields__
 
 
 def _at_home(config: GatewayConfig, folder: Path) -> GatewayConfig:
