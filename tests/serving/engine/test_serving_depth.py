@@ -10,6 +10,7 @@ from anabranch.adapters import load_peft
 from anabranch.data import ByteTokenizer
 from anabranch.depth import DepthRouter, path_of, routed_pass, stack_of
 from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
+from anabranch.depth.ftp import TokenSkipper
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.lm import Decoder, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
@@ -17,7 +18,9 @@ from anabranch.routing import record_routing
 from anabranch.serving import LLM, Output, Request, Sampling
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.batch import Batch
 from anabranch.serving.depth import DepthConfig
+from anabranch.serving.elasticmoe.handover import freeze, thaw
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Add
 from anabranch.serving.engine.paged import VisitSlots
@@ -451,3 +454,124 @@ def test_a_neighbour_of_another_path_changes_no_bit_of_a_dense_model():
     asked = list(enumerate([None, (0, 2), (0, 1, 1, 2), (2, 1)]))
     beside = scores(asked)
     assert {id: found for one in asked for id, found in scores([one]).items()} == beside
+
+
+def steps(scheduler, runner, most=None):
+    """(tokens, paths that were told) of one request, for so many steps, or until it has ended."""
+    tokens, told = [], []
+    while scheduler.has_work and (most is None or most > 0):
+        batch = scheduler.schedule()
+        for output in scheduler.update(batch, runner.run(batch)):
+            assert output.error is None, output.error
+            tokens += output.tokens
+            told += [] if output.path is None else [output.path]
+        most = None if most is None else most - 1
+    return tuple(tokens), told
+
+
+def engine_of(model, bank, limits, **more):
+    return Engine.of(model, ServingConfig(**{**limits, "num_blocks": 60}), depth_bank=bank, **more)
+
+
+@pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_routers_see_nothing_that_a_request_was_given_elsewhere(limits, count):
+    """It is computed anew, of its prompt and the tokens that it has, and its path is that of the prompt."""
+    model, prompt = MODELS["dense"], PROMPTS[2]
+    path = chosen(model, prompt)
+    tokens = uncached(model, prompt, path)
+    assert chosen(model, prompt + tokens[:4]) != path, "what comes behind would be seen"
+    engine = engine_of(model, ByState(), limits)
+    engine.scheduler.add(Request(id="a", prompt=prompt, sampling=SAMPLING, routes_depth=True), tokens[:count])
+    assert steps(engine.scheduler, engine.runner) == (tokens[count:], [path])
+    engine.runner.close()
+
+
+@pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
+@pytest.mark.parametrize("after", range(1, 6))
+def test_paths_go_with_what_is_stored_along_them(limits, after):
+    """Between any two steps, to an engine whose own routers would choose otherwise."""
+    model, prompt = MODELS["dense"], PROMPTS[2]
+    path = chosen(model, prompt)
+    assert path != (0, 0, 1, 1, 2, 2)
+    first = engine_of(model, ByState(), limits)
+    request = Request(id="a", prompt=prompt, sampling=SAMPLING, routes_depth=True)
+    first.scheduler.add(request)
+    begun, told = steps(first.scheduler, first.runner, after)
+    scheduler, decided = thaw(freeze(first.scheduler, first.runner.requests.handed_over()))
+    second = engine_of(model, Scripted([[2, 2, 2]]), limits, pool=first.runner.pool)
+    second.runner.requests.take_over(decided)
+    second.runner.run(Batch(step=-1, chunks=(), new=(request,)))
+    # And on, from there.
+    assert second.runner.requests.handed_over() == decided
+    rest, later = steps(scheduler, second.runner)
+    assert (begun + rest, told + later) == (uncached(model, prompt, path), [path])
+    for engine in (first, second):
+        engine.runner.close()
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_an_id_that_comes_again_behind_a_handover_is_routed_anew(is_known):
+    """Whether its first request was added here before it ended, or not."""
+    model = MODELS["dense"]
+    ask = lambda prompt: Request(id="a", prompt=prompt, sampling=SAMPLING, routes_depth=True)  # noqa: E731
+    first = engine_of(model, ByState(), PLENTY)
+    first.scheduler.add(ask(PROMPTS[0]))
+    steps(first.scheduler, first.runner, 1)
+    scheduler, decided = thaw(freeze(first.scheduler, first.runner.requests.handed_over()))
+    assert decided == {"a": (chosen(model, PROMPTS[0]), False)}
+    second = engine_of(model, ByState(), PLENTY, pool=first.runner.pool)
+    second.runner.requests.take_over(decided)
+    if is_known:
+        second.runner.run(Batch(step=-1, chunks=(), new=(ask(PROMPTS[0]),)))
+    scheduler.abort("a")
+    # As nobody has it any more, nothing is handed on.
+    assert thaw(freeze(scheduler, second.runner.requests.handed_over()))[1] == {}
+    scheduler.add(ask(PROMPTS[4]))
+    path = chosen(model, PROMPTS[4])
+    assert path != decided["a"][0]
+    assert steps(scheduler, second.runner) == (uncached(model, PROMPTS[4], path), [path])
+    for engine in (first, second):
+        engine.runner.close()
+
+
+def test_what_is_handed_over_goes_to_whom_it_is_for():
+    """Routed and pruned requests of one engine, which go on in another that would decide otherwise."""
+    model = MODELS["dense"]
+    skipper = TokenSkipper(model, (0.0, 0.5, 0.5))
+    asked = {
+        "routed": Request(id="routed", prompt=PROMPTS[0], sampling=SAMPLING, routes_depth=True),
+        "pruned": Request(id="pruned", prompt=PROMPTS[2], sampling=SAMPLING, skips_tokens=True),
+        "own": Request(id="own", prompt=PROMPTS[4], sampling=SAMPLING, path=(0, 2)),
+    }
+    first = engine_of(model, ByState(), PLENTY, skipper=skipper)
+    for request in asked.values():
+        first.scheduler.add(request)
+    given = dict.fromkeys(asked, ())
+
+    def run(scheduler, runner, most):
+        while scheduler.has_work and most:
+            batch = scheduler.schedule()
+            for output in scheduler.update(batch, runner.run(batch)):
+                assert output.error is None, output.error
+                given[output.id] += output.tokens
+            most -= 1
+
+    run(first.scheduler, first.runner, 2)
+    scheduler, decided = thaw(freeze(first.scheduler, first.runner.requests.handed_over()))
+    assert set(decided) == {"routed", "pruned"}
+    other = TokenSkipper(model, (0.0, 0.8, 0.1))
+    assert other.generate(list(PROMPTS[2]), SAMPLING.max_tokens) != skipper.generate(
+        list(PROMPTS[2]), SAMPLING.max_tokens
+    )
+    second = engine_of(model, Scripted([[2, 2, 2]]), PLENTY, skipper=other, pool=first.runner.pool)
+    second.runner.requests.take_over(decided)
+    second.runner.run(Batch(step=-1, chunks=(), new=tuple(asked.values())))
+    run(scheduler, second.runner, -1)
+    assert given == {
+        "routed": uncached(model, PROMPTS[0], chosen(model, PROMPTS[0])),
+        "pruned": tuple(skipper.generate(list(PROMPTS[2]), SAMPLING.max_tokens)),
+        "own": uncached(model, PROMPTS[4], (0, 2)),
+    }
+    for engine in (first, second):
+        engine.runner.close()

@@ -5,6 +5,7 @@ import pytest
 from anabranch.serving.core.batch import PENDING, Chunk, Sampled
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.engine.depths import Depths
+from anabranch.serving.engine.passes import Variant
 from anabranch.serving.engine.results import joined, tell_routes
 from anabranch.serving.engine.under_way import UnderWay
 from anabranch.serving.engine.variants import Variants
@@ -51,13 +52,33 @@ def test_nothing_is_left_of_a_request_that_is_gone():
 def test_a_chosen_path_is_told_once():
     depths = Depths(bank=None, num_blocks=3, control=0.0, most=6)
     requests = under_way(depths=depths)
-    depths._untold["a"] = (0, 2)
+    depths.take_over({"a": ((0, 2), True), "b": ((), False)})
+    for id in "abc":
+        requests.add(Request(id=id, prompt=(1, 2), sampling=Sampling(max_tokens=1), routes_depth=True))
+    assert [requests.variants.of(id) for id in "abc"] == [Variant(1, (0, 2)), Variant(1, ()), Variant(1, chooser="c")]
+    assert requests.handed_over() == {"a": ((0, 2), True), "b": ((), False)}
     told = []
     for _ in range(2):
         result = Sampled(id="a", token=1)
         requests.tell_decisions({"a": result})
         told.append(result.path)
     assert told == [(0, 2), None]
+    others = {id: Sampled(id=id, token=1) for id in "bc"}
+    requests.tell_decisions(others)
+    assert [other.path for other in others.values()] == [None, None]
+
+
+def test_a_path_that_nobody_was_told_goes_with_its_request():
+    """One that comes again under its id has a path of its own, or none."""
+    depths, empty = (Depths(bank=None, num_blocks=3, control=0.0, most=6) for _ in range(2))
+    requests = under_way(depths=depths)
+    depths.take_over({"a": ((0, 2), True)})
+    requests.add(Request(id="a", prompt=(1, 2), sampling=Sampling(max_tokens=1), routes_depth=True))
+    requests.forget("a")
+    assert depths == empty
+    again = Sampled(id="a", token=1)
+    requests.tell_decisions({"a": again})
+    assert again.path is None
 
 
 def test_a_token_scores_and_a_vector_of_one_request_are_one_answer():

@@ -37,7 +37,7 @@ class RoutedPrompts:
         self._modules, self._any_path = modules, any_path
 
     def look_ahead(self, chunk: Chunk) -> None:
-        """Choose for a prompt that comes in pieces, before its first piece runs: routers see all of it."""
+        """Choose for a prompt that comes in pieces, before its first piece runs: routers see all of it, and nothing behind it."""
         prompt = self._depths.prompt_behind(chunk)
         if prompt is None:
             return

@@ -178,8 +178,8 @@ class Skips:
         """By request what was decided, and whether somebody is still to be told that: for who goes on with what is stored of them."""
         return {id: (kept, id in self._untold) for id, kept in self._kept.items()}
 
-    def take_over(self, handed: Mapping[str, tuple[Kept, bool]]) -> None:
-        """What another has `handed_over`, before its requests are added."""
+    def take_over(self, handed: Mapping[str, Any]) -> None:
+        """What another has `handed_over`, before its requests are added; what is said of requests that are not pruned is let be."""
         self._handed = dict(handed)
 
     def add(self, request: Request) -> None:

@@ -1,6 +1,7 @@
 """`UnderWay`: what a runner knows of the requests that it has, from the first step that they are in until they are gone."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from anabranch.serving.core.batch import PENDING, Chunk, Sampled
 from anabranch.serving.core.request import Request
@@ -54,10 +55,24 @@ class UnderWay:
             part.add(request)
         is_open = self.skips is not None and self.skips.prompt_of(request.id) is not None
         self.variants.add(request, is_open=is_open)
+        path = None if self.depths is None else self.depths.path_of(request.id)
+        if path is not None:
+            self.variants.chosen(request.id, path)
         if request.record_routing:
             self.recorded.add(request.id)
         if request.sampling.prompt_logprobs is not None:
             self.tops[request.id] = request.sampling.prompt_logprobs
+
+    def handed_over(self) -> dict[str, Any]:
+        """By request what was decided about its blocks: for who goes on with what is stored of them."""
+        deciding = [part for part in (self.depths, self.skips) if part is not None]
+        return {id: decided for part in deciding for id, decided in part.handed_over().items()}
+
+    def take_over(self, decided: Mapping[str, Any]) -> None:
+        """What another has `handed_over`, before its requests are added."""
+        for part in (self.depths, self.skips):
+            if part is not None:
+                part.take_over(decided)
 
     def forget(self, id: str) -> None:
         """Drop what is kept of it."""
