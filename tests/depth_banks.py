@@ -38,12 +38,15 @@ class ByControl(ByState):
         return decision_B if end is None else torch.full_like(decision_B, end), probability_B3
 
 
-def saved_bank(folder, model, seed=0):
-    """Folder of a `RouterBank` of random numbers, of ``model``."""
+def saved_bank(folder, model, seed=0, scale=1.0):
+    """Folder of a `RouterBank` of random numbers, of ``model``, times ``scale``: the larger, the surer are decisions."""
     from anabranch.depth import stack_of
     from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
 
     stack = stack_of(model)
     config = BankConfig(num_blocks=stack.num_blocks, width=stack.width, fingerprint=stack.fingerprint())
-    RouterBank(config, seed=seed).save(folder)
+    bank = RouterBank(config, seed=seed).requires_grad_(False)
+    for parameter in bank.parameters():
+        parameter.mul_(scale)
+    bank.save(folder)
     return str(folder)

@@ -6,8 +6,9 @@ from typing import Literal
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.seen_files import SeenFiles
+from anabranch.serving.core.client import MOST_VISITS
 
-__all__ = ["DepthConfig", "Usual"]
+__all__ = ["DepthConfig", "Usual", "room_for_paths"]
 
 # What a request runs: what routers choose, all blocks with a prompt that they pass over in parts, or all of all.
 Usual = Literal["routed", "pruned", "full"]
@@ -56,3 +57,11 @@ class DepthConfig(Config):
         if self.usual is not None:
             return self.usual
         return "routed" if routes else "pruned" if prunes else "full"
+
+
+def room_for_paths(max_depth: int | None, num_layers: int, *, routes: bool) -> int | None:
+    """Most blocks of a request's own path: ``max_depth``, or where nobody says that, as many as depth routers may choose.
+
+    None where nobody says it and there are no routers, so that a server takes no path.
+    """
+    return MOST_VISITS * num_layers if max_depth is None and routes else max_depth

@@ -58,8 +58,8 @@ def test_streams_commands_and_refusals(folder, fork_server):
             await anext(engine.submit(Request(id="c", prompt=(99,))))
         with pytest.raises(InputError, match="num_streams is 2, but the model has no parallel streams"):
             await anext(engine.submit(Request(id="c", prompt=(1,), num_streams=2)))
-        with pytest.raises(InputError, match="a request has a path, which a group of devices does not run"):
-            await anext(engine.submit(Request(id="c", prompt=(1,), path=(0, 0))))
+        with pytest.raises(InputError, match="path has 3 visits of blocks; the engine keeps keys and values of 2"):
+            await anext(engine.submit(Request(id="c", prompt=(1,), path=(0, 0, 1))))
         assert await engine.control("reset_prefix_cache") >= 0
         assert set((await engine.control("usage"))["devices"]) == {0, 1}
         stats = engine.stats()

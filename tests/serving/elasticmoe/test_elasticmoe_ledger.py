@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
+from anabranch.serving.elasticmoe.handover import Carried
 from anabranch.serving.elasticmoe.ledger import Ledger
 from anabranch.serving.elasticmoe.rank_boot import Limits
 
@@ -504,3 +505,52 @@ def test_a_key_gets_a_place_where_it_has_fewest_before_where_there_are_fewest():
     assert with_devices(book) == {has_b: 5, other: 6}
     put(book, "b1", "b")
     assert book.ledger.live["b1"].device == other
+
+
+# -- paths that depth routers choose
+
+
+def routed(book, *ids, **fields):
+    sampling = Sampling(max_tokens=9)
+    for id in ids:
+        request = Request(id=id, prompt=(1, 2, 3), sampling=sampling, **fields)
+        book.ledger.submit(request, book.given.append)
+
+
+def asks(book, id):
+    request = book.ledger.live[id].request
+    return request.path, request.routes_depth, request.depth_control
+
+
+@pytest.mark.parametrize("path", [(0, 2, 2), ()])
+@pytest.mark.parametrize("news", [{"tokens": (7,)}, {"prompt_logprobs": ("score",)}], ids=["token", "score"])
+def test_a_path_that_was_told_stays_wherever_the_request_goes_on(path, news):
+    book = Book(0, max_seqs=3)
+    routed(book, "told", "chooses", routes_depth=True, depth_control=0.2)
+    assert asks(book, "told") == asks(book, "chooses") == (None, True, 0.2)
+    live = book.ledger.live["told"]
+    book.ledger.take(live.instance, live.device, [Output(id="told", path=path, **news)])
+    assert [output.path for output in book.given] == [path]
+    book.gives("told", 8)
+    assert asks(book, "told") == (path, False, None)
+    assert asks(book, "chooses") == (None, True, 0.2)
+    # Its rank dies: another begins it again, and one that leaves hands it on as it stands here, whatever it knows itself.
+    old, new = book.ranks, Ranks(0, 1)
+    parcels = [Carried(Request(id=id, prompt=(1, 2, 3), routes_depth=True)) for id in ("told", "gone")]
+    spread = [parcel for each in book.ledger.spread(parcels, (0, 1)).values() for parcel in each]
+    assert {parcel.request.id: parcel.request.path for parcel in spread} == {"told": path, "gone": None}
+    book.ledger.send_back(old)
+    given = []
+    new.tell = lambda device, name, **arguments: given.append(arguments.get("request"))
+    book.ledger.resume(new)
+    found = {request.id: (request.path, request.routes_depth) for request in given if request is not None}
+    assert found == {"told": (path, False), "chooses": (None, True)}
+
+
+def test_what_a_pruned_request_tells_is_no_path_that_was_chosen():
+    book = Book(0)
+    routed(book, "pruned", skips_tokens=True)
+    live = book.ledger.live["pruned"]
+    book.ledger.take(live.instance, live.device, [Output(id="pruned", tokens=(7,), path=(0, 1), computed=(3, 2))])
+    assert asks(book, "pruned") == (None, False, None)
+    assert live.request.skips_tokens

@@ -1,6 +1,8 @@
 """``depth`` in requests to a server, what usage tells of it, and ``anabranch serve --depth``."""
 
 import json
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,6 +21,7 @@ from serving_models import LAYERS, posted, saved_moe, serve_process, small_moe, 
 from serving_thread import serving, streamed
 
 BODY = {"model": "small", "prompt": "hello", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+TOKEN = "operator-secret"
 PATHS = {"full": (0, 1), "one": (1,), "twice": (0, 0, 1), "back": (1, 0)}
 
 
@@ -227,6 +230,82 @@ def test_a_server_process_runs_the_routers_of_a_folder(tmp_path, model):
                 assert answer["choices"][0]["text"] == ByteTokenizer().decode(own)
 
 
+def asked_of(url, body):
+    """(status, answer) of a server process."""
+    try:
+        return 200, posted(url, body)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def scaled(url, devices):
+    raw = json.dumps({"devices": devices}).encode()
+    headers = {"content-type": "application/json", "authorization": f"Bearer {TOKEN}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/admin/scale", raw, headers), timeout=60) as answer:
+        return json.loads(answer.read())["result"]["new"]
+
+
+ASKED = [
+    {},
+    *({"depth": depth} for depth in ("full", "routed", [0], [1, 0], [0, 0, 1], [1, 1], [], [0, 0, 1, 1])),
+    *({"depth": "routed", "depth_control": control} for control in (-1, -0.25, 0.5, 1)),
+    {"depth_control": -1},
+    {"depth": "routed", "n": 2, "seed": 5},
+    {"depth": [0, 1, 1], "prompt": ["hello", "x"], "echo": True, "logprobs": 1},
+    {"depth": "routed", "echo": True, "logprobs": 1, "prompt": "hello there, how are you"},
+    # What cannot be.
+    *({"depth": depth} for depth in ("deep", "pruned", [2], [0, 0, 0], [0, True], 3)),
+    *({"depth": "routed", "depth_control": control} for control in (1.5, "0")),
+    {"depth": "full", "depth_control": 0},
+]
+
+
+def told(found):
+    """What an answer says that does not depend on which device has seen a prompt before, and likelihoods."""
+    status, answer = found
+    if status != 200:
+        return status, answer, []
+    choices = [{name: value for name, value in one.items() if name != "logprobs"} for one in answer["choices"]]
+    scores = [
+        score for one in answer["choices"] for score in (one.get("logprobs") or {}).get("token_logprobs", ()) if score
+    ]
+    counts = {name: answer["usage"][name] for name in ("prompt_tokens", "completion_tokens", "depth")}
+    return status, (choices, counts), scores
+
+
+@pytest.mark.slow
+def test_a_server_of_several_devices_answers_as_one_engine(tmp_path, model):
+    """And tells the same of what was run and of what cannot be, with more devices and with fewer."""
+    options = ["--depth", saved_bank(tmp_path / "routers", model, seed=8, scale=4.0), "--depth-control", "-0.4"]
+    bodies = [{**BODY, "model": "small-moe", **more} for more in ASKED]
+    with serve_process(*options, "--set", "engine.dtype=float32") as server:
+        alone = [told(asked_of(server.url, body)) for body in bodies]
+    assert [status for status, *_ in alone] == [200] * 17 + [400] * 9
+    assert len({str(answer[0]) for status, answer, _ in alone if status == 200}) > 8
+    several = [*options, "--devices", "2", "--set", f"http.admin_token={TOKEN}", "--set", "engine.long_prefill_chunk=4"]
+    with serve_process(*several) as server, ThreadPoolExecutor(8) as pool:
+        for devices in (2, 3, 1):
+            if devices != 2:
+                assert len(scaled(server.url, devices)) == devices
+            found = [told(one) for one in pool.map(lambda body: asked_of(server.url, body), bodies)]
+            for body, one, other in zip(bodies, alone, found, strict=True):
+                assert one[:2] == other[:2], (devices, body)
+                assert one[2] == pytest.approx(other[2], abs=1e-3), (devices, body)
+
+
+@pytest.mark.slow
+def test_lists_of_blocks_alone_on_several_devices():
+    """Without routers they are taken where the server says how deep they may go."""
+    lists = {"depth": [0, 0, 1]}, {"depth": [1]}, {"depth": [0, 0, 1, 1]}, {"depth": "routed"}, {}
+    bodies = [{**BODY, "model": "small-moe", **more} for more in lists]
+    depth = ("--set", "engine.max_depth=3")
+    with serve_process(*depth, "--set", "engine.dtype=float32") as server:
+        alone = [told(asked_of(server.url, body)) for body in bodies]
+    with serve_process(*depth, "--devices", "2") as server:
+        assert [told(asked_of(server.url, body)) for body in bodies] == alone
+    assert [status for status, *_ in alone] == [200, 200, 400, 400, 200]
+
+
 def test_wrong_lines(tmp_path, model, capsys):
     folder = saved_bank(tmp_path / "routers", model)
     deeper = saved_bank(tmp_path / "deeper", model.config.replace(num_layers=3).build(seed=0))
@@ -235,11 +314,13 @@ def test_wrong_lines(tmp_path, model, capsys):
         (["--depth", deeper], "3"),
         (["--depth", folder, "--depth-control", "2"], "control"),
         (["--depth-control", "0.1"], "depth.control is 0.1, but depth.routers is not set"),
-        (["--depth", folder, "--devices", "2"], "engine.depth.routers is for one engine"),
+        (["--depth", deeper, "--devices", "2"], "blocks 3, and"),
+        (["--depth", str(tmp_path / "none"), "--devices", "2"], f"no routers in {tmp_path / 'none'}"),
     ):
         assert main(["serve", saved_moe(), *line, "--check"]) == 2, line
         assert says in capsys.readouterr().err, line
-    assert main(["serve", saved_moe(), "--depth", folder, "--depth-control", "-0.6", "--check"]) == 0
+    for line in (["--depth-control", "-0.6"], ["--devices", "2", "--set", "engine.max_depth=3"]):
+        assert main(["serve", saved_moe(), "--depth", folder, *line, "--check"]) == 0
 
 
 def test_routers_of_another_model_and_streams_are_refused_when_it_loads(tmp_path, model):

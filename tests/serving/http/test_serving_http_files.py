@@ -12,6 +12,7 @@ import pytest
 from adapter_models import make_adapter
 from anabranch.cli.serve_told import Told
 from anabranch.data import ByteTokenizer
+from anabranch.depth.dr_llm.bank import RouterBank
 from anabranch.depth.ftp import TokenSkipper, saving
 from anabranch.errors import CheckpointError
 from anabranch.lm import Decoder, load_model, save_model
@@ -201,9 +202,12 @@ def test_what_lies_beside_a_model_and_changes_while_it_is_read_is_not_served(fol
         config.load()
 
 
-def test_a_skipper_that_changes_while_a_group_of_devices_reads_it_is_not_served(folder, beside, monkeypatch):
-    changes, (place, another) = beside["skipper"]
-    read = saving.read_skipper
+@pytest.mark.parametrize(("name", "reads"), [("skipper", (saving, "read_skipper")), ("routers", (RouterBank, "load"))])
+def test_what_changes_beside_a_model_while_a_group_of_devices_reads_it_is_not_served(
+    folder, beside, monkeypatch, name, reads
+):
+    changes, (place, another) = beside[name]
+    read = getattr(*reads)
 
     def replaced(path):
         # It is read for its sizes too.
@@ -211,7 +215,7 @@ def test_a_skipper_that_changes_while_a_group_of_devices_reads_it_is_not_served(
             os.replace(another, place)
         return read(path)
 
-    monkeypatch.setattr(saving, "read_skipper", replaced)
+    monkeypatch.setattr(*reads, replaced)
     with pytest.raises(CheckpointError, match=f"{re.escape(str(place))} is another file than when it was read"):
         Group(ElasticConfig(model=str(folder), **changes))
 

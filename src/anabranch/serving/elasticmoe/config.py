@@ -47,7 +47,8 @@ class ElasticConfig(Config):
         watchdog_s: a rank that serves and gives no sign of life for so many seconds is ended, and replaced; None waits for ever.
         pace_s, pace_token_s: see `Limits`.
         seed: of requests that bring none; None draws it.
-        depth: a skipper of tokens, see `anabranch.serving.depth.DepthConfig`; a group has no depth routers.
+        max_depth: most blocks that a request's own path may run, see `anabranch.serving.config.ServingConfig`.
+        depth: depth routers and a skipper of tokens, see `anabranch.serving.depth.DepthConfig`.
     """
 
     model: str
@@ -78,11 +79,10 @@ class ElasticConfig(Config):
     pace_s: float = Field(default=0.0, ge=0)
     pace_token_s: float = Field(default=0.0, ge=0)
     seed: Seed | None = None
+    max_depth: Repeats | None = Field(default=None, ge=1)
     depth: DepthConfig = DepthConfig()
 
     def __post_init__(self) -> None:
-        if self.depth.routers is not None:
-            raise ConfigError("depth.routers is set, and a group of devices has no depth routers; leave it out")
         if self.kv_memory is not None:
             parse_bytes(self.kv_memory, "kv_memory")
         if self.devices > self.policy.max_devices:

@@ -12,10 +12,10 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from anabranch.errors import AnabranchError, InputError
+from anabranch.errors import AnabranchError, ConfigError, InputError
 from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.request import Output, Request
 from anabranch.serving.core.stream import Stream
@@ -25,7 +25,10 @@ from anabranch.serving.elasticmoe.fork_server import ForkServer
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Autoscaler, Load
 from anabranch.serving.engine.depths import check_depth
+from anabranch.serving.engine.rewired import check_rewired
 from anabranch.serving.engine.skips import check_skips
+from anabranch.serving.engine.stores import check_visits
+from anabranch.serving.engine.variants import check_own_path
 from anabranch.serving.grammar import try_out
 from anabranch.serving.grammar.forms import key_of, text_of
 from anabranch.serving.grammar.store import MOST_WAITING
@@ -84,13 +87,14 @@ class Coordinator:
             raise InputError("the engine takes no requests now")
         request.check_fields()
         self.group.info.check_streams(request.num_streams)
-        if request.path is not None:
-            raise InputError("a request has a path, which a group of devices does not run; leave it out")
         if request.adapters or request.task is not None:
             what = "adapters" if request.adapters else "a task"
             raise InputError(f"a request has {what}, and a group of devices serves the model alone; leave it out")
-        check_depth(request, None)
+        check_depth(request, self.group.routers)
         check_skips(request, self.group.skipper)
+        check_rewired(request, None)
+        if request.path is not None:
+            self._check_path(request.path)
         # The ranks have no time for what cannot be followed.
         if request.sampling.grammar is not None:
             key_of(request.sampling.grammar)
@@ -115,6 +119,15 @@ class Coordinator:
         with stream:
             while not stream.is_over:
                 yield await stream.take()
+
+    def _check_path(self, path: Sequence[int]) -> None:
+        """Raise InputError for a path that no rank can run."""
+        info = self.group.info
+        try:
+            check_own_path(path, info.num_layers)
+            check_visits(len(path), info.max_depth or info.num_layers)
+        except ConfigError as error:
+            raise InputError(str(error)) from None
 
     async def abort(self, id: str) -> None:
         """End a request."""

@@ -20,6 +20,7 @@ from anabranch.errors import BackendError, CheckpointError, InputError
 from anabranch.lm.checkpoint import find_model
 from anabranch.lm.seen_model import check_unchanged, see_model
 from anabranch.serving.core.request import Finish
+from anabranch.serving.depth import DepthConfig
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.counts import Counts
 from anabranch.serving.elasticmoe.fork_server import ForkServer
@@ -70,15 +71,9 @@ class Group:
         self.limits, info, self.kv_bytes = sizes_of(config, self.layout)
         self.info = replace(info, files=seen, beside=beside)
         # Once, too.
-        self.skipper: Any = None
-        if config.depth.skipper is not None:
-            from anabranch.depth.ftp.saving import read_skipper
-
-            self.skipper = read_skipper(config.depth.skipper)
-            if changed := beside.difference(config.depth.seen()):
-                raise CheckpointError(
-                    f"{changed} is another file than when it was read; start again, once it is written"
-                )
+        self.routers, self.skipper = _read_depth(config.depth)
+        if changed := beside.difference(config.depth.seen()):
+            raise CheckpointError(f"{changed} is another file than when it was read; start again, once it is written")
         self.ledger = Ledger(self.limits, self.info.vocab_size, served)
         self.counts = Counts()
         self.standby = Standby(config.standby)
@@ -391,6 +386,8 @@ class Group:
                 limits=self.limits,
                 copies=not self.config.mapped,
                 kind=self.config.device,
+                routers=self.routers,
+                control=self.config.depth.control,
                 skipper=self.skipper,
             )
             for rank, device in enumerate(devices)
@@ -496,3 +493,18 @@ class Group:
         started = time.perf_counter()
         yield
         report.phases[name] = time.perf_counter() - started
+
+
+def _read_depth(depth: DepthConfig) -> tuple[Any, Any]:
+    """(depth routers, a skipper of tokens) as ranks are told them; None for what there is not. Raises CheckpointError."""
+    routers: Any = None
+    skipper: Any = None
+    if depth.routers is not None:
+        from anabranch.depth.dr_llm.bank import RouterBank
+
+        routers = RouterBank.load(depth.routers)
+    if depth.skipper is not None:
+        from anabranch.depth.ftp.saving import read_skipper
+
+        skipper = read_skipper(depth.skipper)
+    return routers, skipper

@@ -41,7 +41,8 @@ class Carried:
 def freeze(scheduler: Scheduler, decided: Mapping[str, Any] = MappingProxyType({})) -> bytes:
     """A scheduler between two steps, to go on in another process, and what was ``decided`` about its requests.
 
-    What is stored of a request whose prompt blocks passed over in parts (`anabranch.serving.engine.skips`) is of use only with that.
+    What is stored of a request whose path routers chose (`anabranch.serving.engine.depths`), or whose prompt blocks passed over in parts
+    (`anabranch.serving.engine.skips`), is of use only with that.
     """
     if not scheduler.is_between_steps:
         raise RuntimeError("a step is under way; tell the scheduler what it gave first")

@@ -14,6 +14,9 @@ A rank with as many requests as it runs gets more of a key that has fewer there 
 have another key's make room. So no key waits for the end of another's requests. Where a device has places for which nobody waits here,
 ranks are asked for as many of those that wait in them: a rank gives back the last of those that have no place, after all that these gave,
 and they wait here as before they were taken.
+
+A path that depth routers chose stays with its request, which wherever it goes on asks for that very path: a choice that is made anew, from
+sums in another order, might be another one in the midst of an answer.
 """
 
 import random
@@ -265,6 +268,7 @@ class Ledger:
                 if live is None or live.instance is not instance or live.device != device:
                     continue
                 live.output.extend(output.tokens)
+                self._note_path(live, output)
                 live.num_scored += len(output.prompt_logprobs)
                 self._clock(live, output, now)
                 if output.finish is not None:
@@ -277,6 +281,12 @@ class Ledger:
             if has_changed:
                 self.dispatch()
                 self.changed.notify_all()
+
+    @staticmethod
+    def _note_path(live: Live, output: Output) -> None:
+        """Its client has been told the path that routers chose: wherever it goes on, that is the one it asks for."""
+        if output.path is not None and live.request.routes_depth:
+            live.request = replace(live.request, path=output.path, routes_depth=False, depth_control=None)
 
     def _clear(self, live: Live) -> bool:
         """A request has given something, so it is not what ranks die of. If others are still suspect it waits until they are not."""
@@ -368,17 +378,18 @@ class Ledger:
             self.changed.notify_all()
 
     def spread(self, parcels: Sequence[Carried], devices: Sequence[int]) -> dict[int, list[Carried]]:
-        """Requests of a device that leaves, to the devices that stay: each to the one with fewest."""
+        """Requests of a device that leaves, to the devices that stay: each to the one with fewest, and as it stands here."""
         with self.lock:
             count = dict.fromkeys(devices, 0)
             for live in self.live.values():
                 if live.device in count:
                     count[live.device] += 1
+            own = {id: live.request for id, live in self.live.items()}
         given: dict[int, list[Carried]] = {device: [] for device in devices}
         for parcel in parcels:
             device = min(count, key=lambda device: count[device])
             count[device] += 1
-            given[device].append(parcel)
+            given[device].append(replace(parcel, request=own.get(parcel.request.id, parcel.request)))
         return given
 
     @staticmethod

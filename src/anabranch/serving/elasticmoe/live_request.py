@@ -20,7 +20,7 @@ class Live:
     """One request under way.
 
     Attributes:
-        request: with a seed, so that it can go on elsewhere as it would have here.
+        request: with a seed, and the path that routers have chosen, so that it can go on elsewhere as it would have here.
         emit: takes its outputs, in any thread.
         serial: order among requests of one priority and time.
         need: blocks at its longest.

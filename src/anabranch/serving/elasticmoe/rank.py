@@ -30,6 +30,7 @@ from anabranch.serving.elasticmoe.memory import Attached, Which, attach
 from anabranch.serving.elasticmoe.preparing import ResumingSampler
 from anabranch.serving.elasticmoe.rank_boot import Boot
 from anabranch.serving.elasticmoe.wire import Channel, ChannelClosedError
+from anabranch.serving.engine.depths import Depths, routers_of
 from anabranch.serving.engine.loop import IDLE_S
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.engine.runner import ModelRunner
@@ -141,7 +142,7 @@ class Rank:
         only blocks to use until `do_give`."""
         limits = self.limits
         assert self.kv is not None
-        shape = PagedShape.of(self.model)
+        shape = PagedShape.of(self.model, limits.max_depth)
         sizes = (shape.layers, shape.streams, limits.num_blocks * limits.block_tokens, shape.heads, shape.width)
         pool = PagedPool(
             shape, limits.num_blocks, block_tokens=limits.block_tokens, buffers=self.kv.buffers(sizes, shape.dtype)
@@ -154,13 +155,17 @@ class Rank:
             is_tried=True,
         )
         self.sampler = ResumingSampler(sampler)
-        skips = self._skips()
         self.runner = ModelRunner(
-            self.model, pool=pool, block_tokens=limits.block_tokens, sampler=self.sampler, skips=skips
+            self.model,
+            pool=pool,
+            block_tokens=limits.block_tokens,
+            sampler=self.sampler,
+            max_depth=limits.max_depth,
+            depths=self._depths(shape.layers),
+            skips=self._skips(),
         )
         self.scheduler, decided = (limits.scheduler(), {}) if frozen is None else handover.thaw(frozen)
-        if skips is not None:
-            skips.take_over(decided)
+        self.runner.requests.take_over(decided)
         for each in handover.carried(self.scheduler):
             self.sampler.outputs[each.request.id] = each.output
         # The batches that were their first ran elsewhere.
@@ -173,6 +178,13 @@ class Rank:
             told["brought"] += brought
             told["again"] += again_tokens
         return told
+
+    def _depths(self, most: int) -> Depths | None:
+        """The group's depth routers, held against the weights that are attached; ``most``: visits of blocks that there is room for."""
+        if self.boot.routers is None:
+            return None
+        bank = routers_of(self.model, self.boot.routers.to(self.device))
+        return Depths(bank, len(self.model.blocks), self.boot.control, most)
 
     def _skips(self) -> Skips | None:
         """The group's skipper of tokens, on the weights that are attached."""
@@ -218,8 +230,8 @@ class Rank:
         self.is_serving = False
         if how != "freeze":
             return handover.carried(self.scheduler)
-        skips = None if self.runner is None else self.runner.skips
-        return handover.freeze(self.scheduler, {} if skips is None else skips.handed_over())
+        assert self.runner is not None
+        return handover.freeze(self.scheduler, self.runner.requests.handed_over())
 
     def do_resume(self, blocks: Sequence[int] = ()) -> None:
         """Nothing came of a pause: make ready to go on. ``blocks`` were given away by a drain."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
+from anabranch.serving.depth import DepthConfig
 from anabranch.serving.elasticmoe.backend import Kind
 from anabranch.serving.elasticmoe.layout import Layout
 
@@ -14,7 +15,7 @@ __all__ = ["Boot", "Limits"]
 class Limits:
     """Sizes of every rank of a group; see `SchedulerConfig`.
 
-    ``threads``: of a step.
+    ``threads``: of a step. ``max_depth``: most blocks of a request's own path, where one may be longer than the model.
 
     ``pace_s`` and ``pace_token_s`` make a *paced* device: each step takes at least that long, and that long per token, while the
     computation stays real. For studies of more devices than the machine has cores.
@@ -30,6 +31,7 @@ class Limits:
     prefix_cache: bool = True
     stop_tokens: tuple[int, ...] = ()
     seed: int | None = None
+    max_depth: int | None = None
     pace_s: float = 0.0
     pace_token_s: float = 0.0
 
@@ -51,6 +53,7 @@ class Limits:
 class Boot:
     """What a rank is told first. The files beside it: its channel to the memory manager, then those to ask each peer and to answer it.
 
+    ``routers``: an `anabranch.depth.dr_llm.RouterBank`, by which requests are routed as deep as ``control`` says; None for none.
     ``skipper``: an `anabranch.depth.ftp.saving.Stored`, by which prompts are pruned; None for none.
     """
 
@@ -61,4 +64,6 @@ class Boot:
     limits: Limits
     copies: bool = False
     kind: Kind = "cpu"
+    routers: Any = None
+    control: float = DepthConfig.control
     skipper: Any = None

@@ -8,6 +8,7 @@ from anabranch.lm.checkpoint import load_config
 from anabranch.lm.tensors import build_empty
 from anabranch.serving.answering import answer_settings
 from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.depth import room_for_paths
 from anabranch.serving.elasticmoe.backend import Backend, backend_of
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.layout import Layout
@@ -23,13 +24,14 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
     """(limits of a rank, what is served, bytes of the key-value cache of a device). Raises CheckpointError."""
     folder = Path(layout.folder)
     check_depth(config.depth, str(folder))
-    prunes = config.depth.skipper is not None
+    routes, prunes = config.depth.routers is not None, config.depth.skipper is not None
     model = load_config(folder)
     stops = config.stop_tokens
     if stops is None:
         stops = tuple(load_tokenizer(folder).stop_ids) if (folder / "tokenizer.json").is_file() else ()
     built = build_empty(model).eval()
-    shape = PagedShape.of(built)
+    max_depth = room_for_paths(config.max_depth, model.num_layers, routes=routes)
+    shape = PagedShape.of(built, max_depth)
     if shape.value_width is not None:
         raise ConfigError(
             f"{folder} keeps compressed keys that hold the values too (multi-head latent attention), which several devices do not "
@@ -48,6 +50,7 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
         prefix_cache=config.prefix_cache,
         stop_tokens=stops,
         seed=config.seed,
+        max_depth=max_depth,
         pace_s=config.pace_s,
         pace_token_s=config.pace_token_s,
     )
@@ -63,8 +66,10 @@ def sizes_of(config: ElasticConfig, layout: Layout) -> tuple[Limits, EngineInfo,
         num_streams=built.streams_of(None)[0],
         stream_choices=model.stream_choices,
         num_layers=model.num_layers,
+        max_depth=None if max_depth is None else shape.layers,
+        routes_depth=routes,
         skips_tokens=prunes,
-        depth=config.depth.usually(routes=False, prunes=prunes),
+        depth=config.depth.usually(routes=routes, prunes=prunes),
         # Devices compute in what is stored.
         numbers=f"{' '.join(layout.dtypes)} stored",
         settings=answer_settings(config),

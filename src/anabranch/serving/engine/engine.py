@@ -12,13 +12,14 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.files import parse_json
 from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
-from anabranch.serving.core.client import MOST_VISITS, EngineInfo, EngineStats
+from anabranch.serving.core.client import EngineInfo, EngineStats
 from anabranch.serving.core.dual_batches import Order
 from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.offload import PeakMemory
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
 from anabranch.serving.core.tier import KVTier, Memory
+from anabranch.serving.depth import room_for_paths
 from anabranch.serving.engine.depths import Depths, check_depth, routers_of
 from anabranch.serving.engine.futures import both
 from anabranch.serving.engine.kinds import Kinds
@@ -103,9 +104,8 @@ class Engine:
         """
         skipper = skipper_of(model, skipper if config.depth.skipper is None else config.depth.skipper)
         depth_bank = routers_of(model, depth_bank if config.depth.routers is None else config.depth.routers)
-        if depth_bank is not None and config.max_depth is None:
-            # Room for any path that they may choose.
-            config = config.replace(max_depth=MOST_VISITS * model.config.num_layers)
+        max_depth = room_for_paths(config.max_depth, model.config.num_layers, routes=depth_bank is not None)
+        config = config.replace(max_depth=max_depth)
         if pool is None and tier is None and config.host_kv is not None:
             shape = PagedShape.of(model, config.max_depth)
             pool, tier = second_place(shape, config, model.embedding.weight.device)

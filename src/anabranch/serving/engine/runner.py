@@ -12,7 +12,6 @@ from torch import Tensor
 from anabranch.bounds import is_whole
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
-from anabranch.nn.visits import check_path
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.batch import Batch, Chunk, Sampled
@@ -40,7 +39,7 @@ from anabranch.serving.engine.served_adapters import ServedAdapters
 from anabranch.serving.engine.skips import Skips
 from anabranch.serving.engine.stores import Stores
 from anabranch.serving.engine.under_way import UnderWay
-from anabranch.serving.engine.variants import Variants
+from anabranch.serving.engine.variants import Variants, check_own_path
 from anabranch.serving.engine.verify import sampled_rows, verify, without_drafts
 from anabranch.serving.engine.ways import Ways
 from anabranch.serving.fast import FastDecoder, Watch
@@ -282,8 +281,7 @@ class ModelRunner:
             raise ConfigError(
                 "path is given, and keys and values are cut over processes, which all run the usual one; leave it out"
             )
-        if check_path(path, len(self.model.blocks), 1) != tuple(path):
-            raise ConfigError(f"path is {path!r}; a request has one path, of block numbers")
+        check_own_path(path, len(self.model.blocks))
         self.stores.check_path(path)
 
     def _set_up(self, batch: Batch) -> None:

@@ -16,7 +16,7 @@ from anabranch.serving.engine.kinds import Kinds, LayerKind
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import PagedPool, PagedStore, StoreByKind, ToldSlot, VisitSlots
 
-__all__ = ["Stores"]
+__all__ = ["Stores", "check_visits"]
 
 
 class Stores:
@@ -140,11 +140,7 @@ class Stores:
         for kind, pool, slots in zip(self.kinds, self.pools, self._usual, strict=True):
             visits, depth = slots.per_pass, pool.shape.layers
             needed = sum(visits[layer] for layer in path if layer in kind.layers)
-            if needed > depth:
-                raise ConfigError(
-                    f"path has {needed} visits of blocks{'' if len(self.kinds) == 1 else ' that see equally far back'}; the engine keeps "
-                    f"keys and values of {depth} (engine.max_depth)"
-                )
+            check_visits(needed, depth, is_of_kind=len(self.kinds) > 1)
 
     @contextmanager
     def lent(self, chunk: Chunk, id: str) -> Iterator[Chunk]:
@@ -166,3 +162,15 @@ class Stores:
         finally:
             for part, before in zip(parts, saved, strict=True):
                 part.copy_(before)
+
+
+def check_visits(needed: int, depth: int, *, is_of_kind: bool = False) -> None:
+    """Raise ConfigError for a path with more visits of blocks than the ``depth`` of which keys and values are kept.
+
+    ``is_of_kind``: these are of blocks that see equally far back, and there are others.
+    """
+    if needed > depth:
+        raise ConfigError(
+            f"path has {needed} visits of blocks{' that see equally far back' if is_of_kind else ''}; the engine keeps keys and values of "
+            f"{depth} (engine.max_depth)"
+        )

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from anabranch.errors import ConfigError
+from anabranch.nn.visits import check_path
 from anabranch.serving.core.request import Request
 from anabranch.serving.engine.passes import Variant
 
-__all__ = ["Variants"]
+__all__ = ["Variants", "check_own_path"]
 
 
 class Variants:
@@ -55,3 +57,9 @@ class Variants:
     def _own(self, path: Sequence[int] | None) -> tuple[int, ...] | None:
         """None where a path is that of everybody else."""
         return None if path is None or tuple(path) == self._whole else tuple(path)
+
+
+def check_own_path(path: Sequence[int], num_blocks: int) -> None:
+    """Raise ConfigError for what is no path of a request through a model of so many blocks."""
+    if check_path(path, num_blocks, 1) != tuple(path):
+        raise ConfigError(f"path is {path!r}; a request has one path, of block numbers")

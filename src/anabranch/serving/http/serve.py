@@ -38,7 +38,6 @@ NOT_ELASTIC = (
     "num_streams",
     "prompt_lookup",
     "prompt_lookup_ngram",
-    "max_depth",
     "pooling",
     "process",
     "adapters",
@@ -105,10 +104,6 @@ class ServeConfig(Config):
         if unknown:
             raise ConfigError(
                 f"devices is {self.devices}, but engine.{unknown[0]} is for one engine; leave one of them out"
-            )
-        if self.engine.depth.routers is not None:
-            raise ConfigError(
-                f"devices is {self.devices}, but engine.depth.routers is for one engine; leave one of them out"
             )
         if self.engine.scheduling == "async":
             raise ConfigError(
@@ -220,6 +215,7 @@ class ServeConfig(Config):
             ahead=self.group.ahead,
             busy=self.group.busy,
             device_memory=None if memory is None else parse_bytes(memory, "group.device_memory"),
+            max_depth=engine.max_depth,
             depth=engine.depth,
         )
 
