@@ -11,6 +11,7 @@ from anabranch.routers.router_r1.grammar import (
     Invalid,
     Route,
     action_of,
+    answered,
     closed,
     cut,
     escaped,
@@ -71,6 +72,24 @@ def test_a_turn_ends_where_its_question_does():
 )
 def test_an_end_that_the_endpoint_kept_is_put_back(text, whole):
     assert closed(text) == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("<think>y</think><answer>x", "<think>y</think><answer>x</answer>"),
+        *((f"<answer>x{'</answer>'[:size]}", "<answer>x</answer>") for size in range(2, 10)),
+        # A sign of its own, as far as can be told.
+        ("<answer>x <", "<answer>x <</answer>"),
+        ("<answer>x</answer> and </", "<answer>x</answer> and </"),
+        ("<search>Small: y", "<search>Small: y"),
+        ("<search>Small: y</search><answer>x", "<search>Small: y</search><answer>x"),
+        ("<answer>x<search>Small: y", "<answer>x<search>Small: y"),
+        ("<ans", "<ans"),
+    ],
+)
+def test_an_answer_that_was_cut_has_its_end_put_to_it(text, whole):
+    assert answered(text) == whole
 
 
 @pytest.mark.parametrize(

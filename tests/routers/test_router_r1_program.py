@@ -13,7 +13,7 @@ from anabranch.routers.contract.ask import Answered, Arm, Said, Spent
 from anabranch.routers.contract.program import Done, ProgramRequest, Shown, Step
 from anabranch.routers.contract.query import Model, Pool, Query
 from anabranch.routers.money import Price, dollars
-from anabranch.routers.router_r1.episode import words
+from anabranch.routers.router_r1.episode import Episode, Rules, words
 from anabranch.routers.strategies import make
 
 POOL = Pool(
@@ -32,6 +32,18 @@ TURNS = (
     "<think>Now law.</think><search>large: Is a work of Ann protected?",
     "<think>I know.</think><answer>Ann, and it is",
 )
+
+
+class Cut(str):
+    """A turn that ended at its most tokens."""
+
+    reason = "length"
+
+
+class Filtered(Cut):
+    """One that the endpoint broke off."""
+
+    reason = "content_filter"
 
 
 class Models:
@@ -59,7 +71,9 @@ class Models:
             completion_tokens=self.spent.completion_tokens + 3,
             cost=self.spent.cost + 0.25,
         )
-        return Answered.saying(said, model=arm.model, prompt_tokens=10, completion_tokens=3, cost=0.25)
+        found = Answered.saying(said, model=arm.model, prompt_tokens=10, completion_tokens=3, cost=0.25)
+        reason = getattr(said, "reason", "stop")
+        return replace(found, choices=tuple({**one, "finish_reason": reason} for one in found.choices))
 
     async def stream(self, arm, messages, **how):
         found = await self(arm, messages, **how)
@@ -147,6 +161,47 @@ def test_what_the_router_and_the_models_are_told():
         assert how["max_tokens"] == (5 if is_turn else 512)
         assert how["temperature"] == (None if is_turn else 0.0)
         assert dict(arm.settings) == ({"temperature": 0.3} if is_turn else {})
+
+
+NO_MORE = Cut("<think>dose</think><answer>It is not safe to take more than 3")
+
+
+@pytest.mark.parametrize(
+    ("turns", "settings", "content", "reason", "actions"),
+    [
+        # As much as the sender allows: what an answer of any model is then.
+        ([NO_MORE], {"max_tokens": 8}, "It is not safe to take more than 3", "length", ["answer"]),
+        ([NO_MORE], {"max_completion_tokens": 8}, "It is not safe to take more than 3", "length", ["answer"]),
+        ([Cut("<answer>Ann</ans")], {"max_tokens": 8}, "Ann", "length", ["answer"]),
+        ([Cut("<answer>Ann</answer> and so on")], {"max_tokens": 8}, "Ann", "stop", ["answer"]),
+        ([NO_MORE], {"max_tokens": 8, "stop": " to"}, "It is not safe", "stop", ["answer"]),
+        # What the router's own turns have no room for is no action, as where it was taught.
+        ([NO_MORE, TURNS[2]], {}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
+        ([NO_MORE, TURNS[2]], {"max_tokens": 1024}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
+        ([Filtered("<answer>Ann")] * 2 + [TURNS[2]], {"max_tokens": 8}, "Ann, and it is", "stop", None),
+        # Half a question is asked nobody, whoever had no room for it.
+        ([Cut(TURNS[0]), TURNS[2]], {}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
+        ([Cut(TURNS[0]), TURNS[2]], {"max_tokens": 8}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
+        ([Cut("<answer>x<search>small: y"), TURNS[2]], {"max_tokens": 8}, "Ann, and it is", "stop", None),
+    ],
+)
+def test_a_turn_that_was_cut_is_not_taken_for_a_whole_one(turns, settings, content, reason, actions):
+    models = Models(*turns)
+    _, steps, done = run(models, **settings)
+    assert (done.message, done.finish_reason, done.is_spare) == ({"content": content}, reason, False)
+    assert set(models.names) == {"router"}
+    told = named(steps, "turn")
+    assert actions is None or [one["action"] for one in told] == actions
+    assert [one.get("is_cut", False) for one in told] == [isinstance(turn, Cut) for turn in turns]
+
+
+@given(at=st.integers(0, 60), turn=st.sampled_from([f"{one}</search>" for one in TURNS[:2]] + [f"{TURNS[2]}</answer>"]))
+def test_what_a_turn_does_that_its_room_cuts_is_what_it_did_in_training(at, turn):
+    """There the text of its tokens goes to the episode as it is."""
+    taught = Episode("?", Rules(), ("large", "small"))
+    taught.feed(turn[:at])
+    _, steps, _ = run(Models(Cut(turn[:at]), *["x"] * 4))
+    assert named(steps, "turn")[0]["action"] == taught.actions[0]
 
 
 def test_what_it_did_may_be_shown():

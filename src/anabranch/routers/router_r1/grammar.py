@@ -93,6 +93,17 @@ def closed(text: str) -> str:
     return text if start < 0 or f"</{tag}>" in text[start:] else f"{text}</{tag}>"
 
 
+def answered(text: str) -> str:
+    """A turn that was cut within its answer, with that answer's end, in place of what there was of the tag; others as they are."""
+    if action_of(text) != Invalid("no action"):
+        return text
+    kept = next(
+        (text[:-size] for size in range(len("</answer>") - 1, 1, -1) if text.endswith("</answer>"[:size])), text
+    )
+    whole = closed(kept)
+    return whole if isinstance(action_of(whole), Answer) else text
+
+
 def action_of(text: str) -> Action:
     """The first thing a turn does. A question is split at its first colon; whatever colons it has itself stay."""
     first = min(

@@ -34,7 +34,7 @@ from anabranch.routers.contract.program import Done, Event, Program, ProgramRequ
 from anabranch.routers.contract.query import Decision, Model, Pool, Query
 from anabranch.routers.contract.strategy import ordered
 from anabranch.routers.router_r1.episode import Asked, Episode, Rules
-from anabranch.routers.router_r1.grammar import closed, contents
+from anabranch.routers.router_r1.grammar import answered, closed, contents
 from anabranch.routers.router_r1.prompts import agent_prompt, router_prompt
 from anabranch.routers.scale.work import Problem
 from anabranch.routers.strategies.capped_ask import CappedAsk
@@ -50,6 +50,8 @@ GO_ON = "Go on."
 # What a sender may set of one request: most calls of models in the rounds, dollars of all of it, seconds of the rounds; and whether it is
 # shown what happens.
 LIMITS, TRACE = ("calls", "usd", "seconds"), "trace"
+# Why an answer ended, where there is more that was not said.
+CUT = ("length", "content_filter")
 # Of what a sender asks, what no router could give.
 WHOLE = ("tools", "functions", "modalities", "audio", "response_format")
 
@@ -224,6 +226,9 @@ class _Rounds:
     episode: Episode | None = None
     asked: _Asked = field(init=False)
     paid: Any = field(init=False)
+    # Of the last turn: the endpoint cut it, and as an answer it is given all the same.
+    _is_cut: bool = False
+    _is_short: bool = False
     _began: float = field(default_factory=time.monotonic)
     _sums: dict[str, list[float]] = field(default_factory=lambda: {"router": [0, 0, 0.0, 0], "pool": [0, 0, 0.0, 0]})
 
@@ -272,7 +277,7 @@ class _Rounds:
                 return
             before = len(episode.parts)
             asked = episode.feed(turn)
-            facts: dict[str, Any] = {"turn": episode.turns}
+            facts: dict[str, Any] = {"turn": episode.turns, **({"is_cut": True} if self._is_cut else {})}
             written = next(text for text, is_router in episode.parts[before:] if is_router)
             for shown in self._shown(written, asked):
                 yield shown
@@ -291,10 +296,10 @@ class _Rounds:
         if not episode.answer:
             self.why = "the router gave no answer"
             return
-        content = ended_at(
-            episode.text.strip() if config.shows_trace else episode.answer, self.request.settings.get("stop")
-        )
-        self.done = Done(message={"content": content}, model=policy)
+        whole = episode.text.strip() if config.shows_trace else episode.answer
+        content = ended_at(whole, self.request.settings.get("stop"))
+        is_short = self._is_short and content == whole
+        self.done = Done(message={"content": content}, model=policy, finish_reason="length" if is_short else "stop")
 
     async def _turn(self, policy: str, messages: Sequence[Mapping[str, Any]]) -> str:
         carried = {
@@ -304,9 +309,19 @@ class _Rounds:
         }
         arm = Arm(policy, {**carried, **self.config.settings})
         ends = ("</search>", "</route>", "</answer>")
-        how = {"max_tokens": self._turn_tokens(), "temperature": self.config.temperature, "stop": ends}
+        most = self._turn_tokens()
+        how = {"max_tokens": most, "temperature": self.config.temperature, "stop": ends}
         found = await self._called("router", arm, messages, purpose="route", **how)
-        return closed(found.text.replace("<route>", "<search>"))
+        text = found.text.replace("<route>", "<search>")
+        reason = found.choices[0].get("finish_reason")
+        self._is_cut = reason in CUT
+        if not self._is_cut:
+            return closed(text)
+        # What was cut does what it did where the router was taught: nothing. But an answer of as much as the sender allows is one.
+        is_full = reason == "length" and most < self.config.turn_tokens
+        whole = answered(text) if is_full else text
+        self._is_short = whole != text
+        return whole
 
     def _turn_tokens(self) -> int:
         """Most tokens of a turn, and so of the answer in it: no more than the sender allows."""
