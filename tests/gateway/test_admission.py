@@ -99,35 +99,6 @@ def test_nobody_is_asked_about_a_key_without_limits():
     asyncio.run(main())
 
 
-def test_further_models_are_counted_beside_requests_by_the_same_limits():
-    async def main():
-        shared = Counts(refused={"d"})
-        door, _, senders = made(shared)
-        limits = Limits(3, 10, 1)
-        # However many requests there are: those are counted apart.
-        await door.enter("k", "a", 10, limits)
-        found = [await door.further("k", id, tokens, limits) for id, tokens in (("b", 4), ("c", 3), ("d", 3))]
-        assert found == [True, True, False]
-        # What all together refuse has cost nothing here; by tokens there is room for less than 4, by requests for one.
-        assert [await door.further("k", id, tokens, limits) for id, tokens in (("e", 4), ("f", 1), ("g", 1))] == [
-            False,
-            True,
-            False,
-        ]
-        assert await door.further("other", "h", 9, limits)
-        assert await door.further("k", "i", 10**9, Limits(None, None, 1))
-        assert senders._counts == {"k": 1}
-        assert shared.told == [
-            ("admit", "k", "a", 10),
-            *(("admit", f"{whose}/further", id, tokens) for whose, id, tokens in TOLD),
-        ]
-
-    asyncio.run(main())
-
-
-TOLD = (("k", "b", 4), ("k", "c", 3), ("k", "d", 3), ("k", "f", 1), ("other", "h", 9))
-
-
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=30))
 def test_giving_back_undoes_taking(steps):
     now = [0.0]

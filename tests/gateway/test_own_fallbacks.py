@@ -1,4 +1,4 @@
-"""Fallbacks for what is a request's own: whoever needs one has it at once, and of others' models no more than its limits let it ask."""
+"""Fallbacks for what is a request's own: whoever needs one has it at once, and no model is asked more often than by its name."""
 
 import asyncio
 import json
@@ -69,9 +69,9 @@ class Gate:
         deployment = Deployment(name=f"{name}-0", provider=provider)
         return Group(name=name, deployments=(deployment,), price=Price(input=1, output=1))
 
-    async def ask(self, sender, text, *chain, seconds=30.0, further=None, n=1):
+    async def ask(self, sender, text, *chain, seconds=30.0, n=1):
         request = UpstreamRequest("chat", {"model": "auto", "messages": [{"role": "user", "content": text}], "n": n})
-        plan = Plan(candidates=chain, deadline=virtual_clock() + seconds, sender=sender, further=further)
+        plan = Plan(candidates=chain, deadline=virtual_clock() + seconds, sender=sender)
         try:
             return (await self.dispatcher.complete(plan, request)).report.model
         except UpstreamError as error:
@@ -85,7 +85,7 @@ def test_one_request_is_asked_of_few_further_models(name, further):
     async def work():
         gate = Gate()
         await gate.ask("a", f"{name} bad", *CHAIN)
-        assert gate.upstream.asked.total() == 1 + further
+        assert gate.upstream.asked == dict.fromkeys(CHAIN[: 1 + further], 1)
 
     run_virtual(work)
 
@@ -121,37 +121,14 @@ def test_whoever_can_be_answered_is_at_once_whatever_comes_of_the_others(batch, 
     run_virtual(work)
 
 
-class Door:
-    """Of a sender who may go on so many times."""
-
-    def __init__(self, most):
-        self.asked, self.most = 0, most
-
-    async def __call__(self):
-        self.asked += 1
-        return self.asked <= self.most
-
-
-def test_a_sender_that_may_not_go_on_is_told_what_it_was_refused_for():
-    async def work():
-        gate, door = Gate(), Door(1)
-        assert await gate.ask("a", "code", "m0", "m1", further=door) == "m1"
-        assert await gate.ask("a", "code", "m0", "m1", further=door) == "context"
-        assert gate.upstream.asked == {"m0": 2, "m1": 1}
-        # Each further model is one.
-        gate, door = Gate(), Door(2)
-        assert await gate.ask("a", "filter bad", *CHAIN, further=door) == "filter"
-        assert (door.asked, gate.upstream.asked) == (3, {"m0": 1, "m1": 1, "m2": 1})
-
-    run_virtual(work)
-
-
 @pytest.mark.parametrize(("first", "text", "n"), [(OpenAI, "out", 1), (Anthropic, "hello", 2)])
-def test_neither_an_outage_nor_what_is_not_supported_counts(first, text, n):
+def test_an_outage_costs_an_extra_attempt_and_what_is_not_supported_none(first, text, n):
     async def work():
-        gate, door = Gate(first=first, least=1), Door(0)
-        assert await gate.ask("a", text, "m0", "m1", n=n, further=door) == "m1"
-        assert (door.asked, gate.upstream.asked["m0"]) == (0, n % 2)
+        for least in (0, 1):
+            gate = Gate(first=first, least=least)
+            found = await gate.ask("a", text, "m0", "m1", n=n)
+            assert (found == "m1") == (least == 1 or n == 2)
+            assert gate.upstream.asked["m0"] == n % 2
 
     run_virtual(work)
 
@@ -161,8 +138,8 @@ FEW, MORE = 2, 5
 TOO_LONG = whole({"error": {"message": "no", "code": "context_length_exceeded"}}, 400)
 
 
-def test_a_key_has_as_many_as_it_may_send_requests_and_its_neighbour_its_own(tmp_path):
-    """Through HTTP: the chain of `m0` is asked for each, `big` answers whatever is not hopeless."""
+def test_a_key_has_each_model_of_a_chain_asked_no_more_often_than_by_its_name(tmp_path):
+    """Through HTTP: `big` answers whatever is not hopeless, which all refuse."""
     calls = Counter()
 
     def said(name, answer):
@@ -173,38 +150,26 @@ def test_a_key_has_as_many_as_it_may_send_requests_and_its_neighbour_its_own(tmp
         return answered
 
     upstream = {"m0": said("m0", TOO_LONG), "mid": said("mid", TOO_LONG), "big": said("big", whole(ANSWER))}
+
+    async def keys():
+        async with open_store(str(tmp_path / "gateway.db")) as store:
+            made = [await store.create_key(name, rpm=FEW) for name in ("long", "hopeless", "direct")]
+            return [secret for secret, _ in made]
+
     with scripted(upstream) as url:
         models = [model(name, "openai", url, key_env="") for name in upstream]
-
-        async def keys():
-            async with open_store(str(tmp_path / "gateway.db")) as store:
-                made = [await store.create_key(name, rpm=rpm) for name, rpm in (("a", FEW), ("b", FEW), ("c", None))]
-                return [secret for secret, _ in made]
-
-        limited, neighbour, free = asyncio.run(keys())
+        long, hopeless, direct = asyncio.run(keys())
         chains = {"context_fallbacks": {"m0": ["mid", "big"]}}
         with fronted(tmp_path, models, {}, cache={"exact": False}, require_key=True, **chains) as running:
 
             def many(key, text, name="m0"):
-                return [
-                    call(running.url, "POST", "/v1/chat/completions", asked(name, text), key)[::2] for _ in range(MORE)
-                ]
+                body = {"model": name, "messages": [{"role": "user", "content": text}]}
+                sent = [call(running.url, "POST", "/v1/chat/completions", body, key)[0] for _ in range(MORE)]
+                return Counter(sent)
 
-            found = many(limited, "hopeless")
-            assert Counter(status for status, _ in found) == {400: FEW, 429: MORE - FEW}
-            # Of twice as many further models as requests, as many as requests.
-            assert (calls["m0"], calls["mid"] + calls["big"]) == (FEW, FEW)
-            status, told, _ = call(running.url, "POST", "/v1/chat/completions", asked("m0", "hopeless"), limited)
-            assert (status, told["error"]["code"]) == (429, "rate_limit_exceeded")
-            # Half as many of two further models each; and directly.
-            assert Counter(status for status, _ in many(neighbour, "hello")) == {
-                200: FEW // 2,
-                400: FEW // 2,
-                429: MORE - FEW,
-            }
-            assert Counter(status for status, _ in many(free, "hello")) == {200: MORE}
-            assert Counter(status for status, _ in many(free, "hello", "big")) == {200: MORE}
-
-
-def asked(name, text):
-    return {"model": name, "messages": [{"role": "user", "content": text}]}
+            assert many(hopeless, "hopeless") == {400: FEW, 429: MORE - FEW}
+            assert calls == dict.fromkeys(upstream, FEW)
+            # Whoever is merely long has an answer to each.
+            assert many(long, "hello") == {200: FEW, 429: MORE - FEW}
+            assert many(direct, "hello", "big") == {200: FEW, 429: MORE - FEW}
+            assert calls == {"m0": 2 * FEW, "mid": 2 * FEW, "big": 3 * FEW}

@@ -262,6 +262,11 @@ PASSED_ON = [
     '{\n  "error": {\n    "code": 400,\n    "message": "%s"\n  }\n}',
     'Provider error: "{\\"error\\":{\\"message\\":\\"%s\\"}}"',
     '{"detail":"%s"}',
+    "invalid request, %s",
+    "ValidationException:%s",
+    "BedrockException(Message=%s)",
+    "the provider refused (%s)",
+    '{"errorMessage":"%s"}',
 ]
 
 # Of a sender: a prompt, a tool or a schema that is about prompts that are too long.

@@ -126,17 +126,6 @@ class Admission:
         """Count what is answered at once as a request, without tokens. Raises RateError."""
         await self._take(whose, id, 0, Limits(limits.rpm, None, None))
 
-    async def further(self, whose: str, id: str, tokens: int, limits: Limits) -> bool:
-        """Count one more model that a request is asked of for what is its own; whether its sender may have that.
-
-        As often as it may send requests, and as many tokens of prompts, beside what it sends: so often it may ask that model by name.
-        """
-        try:
-            await self._take(f"{whose}/further", id, tokens, Limits(limits.rpm, limits.tpm, None))
-        except RateError:
-            return False
-        return True
-
     async def _take(self, whose: str, id: str, tokens: int, limits: Limits) -> bool:
         if limits.rpm is not None or limits.tpm is not None:
             self._rates.admit(whose, tokens, rpm=limits.rpm, tpm=limits.tpm)

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 from anabranch.errors import BudgetError
-from anabranch.gateway.core.admission import limits_of
 from anabranch.gateway.core.cached_answers import CachedAnswers
 from anabranch.gateway.core.choice import allowed, fits
 from anabranch.gateway.core.engine_counts import engine_count
@@ -16,7 +15,6 @@ from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.logged_error import words
 from anabranch.gateway.providers.anthropic_request import LEAST_BUDGET
 from anabranch.gateway.providers.provider import Answer, UpstreamRequest
-from anabranch.web.ids import new_id
 
 
 class ModelAnswer:
@@ -122,7 +120,6 @@ class ModelAnswer:
             deadline=state.runtime.dispatcher.now() + state.deadline_s - state.elapsed(),
             accept=None if judge is None else partial(self._accept, judge),
             allow=self._allow,
-            further=self._further if state.is_counted else None,
             most=lambda model: bounds.most(model, report),
             keep=request.stream and (self._cached.wants_streams or state.keeps_texts or state.strategy_keeps),
             sender=state.sender,
@@ -144,12 +141,6 @@ class ModelAnswer:
         state = self._state
         is_theirs = state.shown_as == state.endpoint and state.headers.get("x-mid-stream", "").lower() == "restart"
         return is_theirs and state.runtime.config.mid_stream == "restart"
-
-    async def _further(self) -> bool:
-        """Whether its sender may have one more model asked for what is the request's own."""
-        state = self._state
-        limits = limits_of(state.record, state.runtime.config.limits)
-        return await state.services.admission.further(state.tenant, new_id(), state.count.tokens, limits)
 
     async def _allow(self, model: str, spent_nano: int) -> bool:
         """Whether a further attempt may be paid for, asked before each one but the first; not while the store cannot write."""

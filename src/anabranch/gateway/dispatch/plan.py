@@ -10,7 +10,6 @@ from anabranch.gateway.providers.provider import Answer, FailureKind, HttpCall, 
 
 Accept = Callable[[str, Answer], bool | Awaitable[bool]]
 Allow = Callable[[str, int], Awaitable[bool]]
-Further = Callable[[], Awaitable[bool]]
 Most = Callable[[str], Usage]
 
 
@@ -25,8 +24,6 @@ class Plan:
         accept: asked with the model and its whole answer; while it says no, the next candidate is asked, and the last answer is given.
         allow: asked, with the model and the nano-dollars spent so far, whether its price may be spent: before every attempt but one that
             is the first and goes to the first candidate.
-        further: asked before each further model that is asked beside the budget of extra attempts, for what is the request's own, whether
-            its sender may have one more; None for no limit.
         most: asked with the model, the most tokens that one call of it may be billed for. What is lost is charged that much, unless the
             provider says less. None where nobody keeps accounts: then what is lost is charged what came of it.
         mid_stream: in place of the rules'; None for theirs.
@@ -46,7 +43,6 @@ class Plan:
     only_after: Mapping[str, frozenset[FailureKind]] = field(default_factory=dict)
     accept: Accept | None = None
     allow: Allow | None = None
-    further: Further | None = None
     most: Most | None = None
     mid_stream: MidStream | None = None
     hedge: bool | None = None

@@ -69,8 +69,8 @@ class Run:
         self._at, self._retry = 0, 0
         self._most = plan.most_attempts(self.rules.retries)
         self._holds, self._owes = False, False
-        # For what is the request's own: whether the next attempt is one, and how many there were.
-        self._is_further, self._further = False, 0
+        # Models that it went on to for what is its own.
+        self._further = 0
         self._last: UpstreamError | None = None
         self._causes: set[FailureKind] = set()
         # Deployments that have as many attempts under way as they may, elsewhere too.
@@ -115,7 +115,7 @@ class Run:
         cause = error.failure.cause
         self._last, self._owes = error, not is_free(error.failure, self._further)
         # Where it is not supported nothing was sent.
-        self._is_further = not self._owes and cause != "unsupported"
+        self._further += not self._owes and cause != "unsupported"
         self._causes.add(cause)
         action = ACTION[cause]
         if action == "give_up":
@@ -144,7 +144,7 @@ class Run:
 
     def reject(self) -> None:
         """The answer is not good enough: go on to the next candidate."""
-        self._owes = self._is_further = False
+        self._owes = False
         self._next_model()
 
     def close(self) -> None:
@@ -228,8 +228,6 @@ class Run:
             if self._retry:
                 wait_s = backoff(self._retry - 1, self.rules.backoff_s, self.rules.max_backoff_s, self.dispatcher.rng)
                 await asyncio.sleep(min(wait_s, max(self.left_s, 0.0)))
-        if self._is_further:
-            await self._go_further(model)
         is_new = bool(self.report.attempts) or model != self.plan.candidates[0]
         if is_new and self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
             failure = Failure(kind="refused", message=f"no budget is left for {model}")
@@ -237,15 +235,6 @@ class Run:
             self._skip(model, "its price is not allowed")
             return False
         return True
-
-    async def _go_further(self, model: str) -> None:
-        """Count a fallback for what is the request's own. Raises UpstreamError where its sender has had as many as it may."""
-        self._is_further, self._further = False, self._further + 1
-        if self.plan.further is not None and not await self.plan.further():
-            self.report.skipped.append(
-                (model, "this sender has had as many such fallbacks as its limits let it send requests")
-            )
-            raise self.ended(self._last or self._nothing())
 
     def _pick(self, group: "LiveGroup") -> Live | None:
         """One of the group, or None and on to the next candidate."""

@@ -103,12 +103,12 @@ _BARE = (
 _BEGINS = "|".join(
     (
         r"\A|\n",
-        # OpenAIException: ..., AnthropicError - ..., (ValidationException) when calling the Converse operation: ...
-        r"(?::|-|\]) ",
+        # OpenAIException: ..., AnthropicError - ..., Message=..., (ValidationException) when calling the Converse operation: ...
+        r"[:=(] ?|[-\]] ",
         # 400 ..., invalid params, ...
-        r"\b[45]\d\d |invalid params, ",
+        r"\b[45]\d\d |invalid (?:params|request), ",
         # A field of a body, which may be text in a field of another; as Python or Rust write it, too
-        r"""\b(?:message|error|detail|reason)\\*['"]?: ?(?:some\()?\\*['"]""",
+        r"""(?:message|error|detail|reason)\\*['"]?: ?(?:some\()?\\*['"]""",
     )
 )
 
