@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import InputError
-from anabranch.routers.router_r1.two_hop import BASELINES, FILLER, Shape, TwoHop, query_of
+from anabranch.routers.router_r1.two_hop import FILLER, PAIRS, Grade, Shape, TwoHop, query_of
 
 SMALL = Shape(entities=60, relations=4, experts=4)
 WORLD = TwoHop(SMALL, seed=3)
@@ -40,7 +40,10 @@ def test_no_question_of_a_test_begins_where_one_to_learn_from_does():
 
 def test_models_know_as_much_as_is_said():
     world = TwoHop(Shape(entities=2000, relations=3, experts=3), seed=0)
-    assert world.good == [(0,), (1, 2), (2,), ()]
+    # A pair that is good at two of the three relations, and one without a partner.
+    assert [len(good) for good in world.good] == [2, 2, 1, 0]
+    assert world.good[0] == world.good[1]
+    assert {*world.good[0], *world.good[2]} == {0, 1, 2}
     right = np.array(
         [
             [
@@ -50,7 +53,15 @@ def test_models_know_as_much_as_is_said():
             for model in range(4)
         ]
     )
-    expected = np.array([[0.95, 0.15, 0.15], [0.15, 0.95, 0.95], [0.15, 0.15, 0.95], [0.75] * 3])
+    known = [PAIRS[0][0].known, PAIRS[0][1].known, PAIRS[1][0].known]
+    expected = np.array(
+        [
+            [share if relation in good else 0.02 for relation in range(3)]
+            for share, good in zip(known, world.good, strict=False)
+        ]
+        + [[0.75] * 3]
+    )
+    assert [[world.knows(model, relation) for relation in range(3)] for model in range(4)] == expected.tolist()
     # Three deviations of 2,000 draws.
     assert np.abs(right - expected).max() < 3 * 0.5 / np.sqrt(2000)
 
@@ -64,23 +75,32 @@ def test_a_world_is_its_seed():
     assert (other.fact_RE != WORLD.fact_RE).any()
 
 
-def test_replies_are_short_of_cheap_models_and_long_of_dear_ones():
-    by_price = sorted(range(WORLD.num_models), key=lambda model: WORLD.prices[model])
-    lengths = [WORLD.lengths[model] for model in by_price]
-    assert lengths == sorted(lengths)
-    assert (lengths[0], lengths[-1]) == (3, 30)
-    assert (WORLD.prices[by_price[0]], WORLD.prices[by_price[-1]]) == (0.2, 1.8)
-    for model in by_price:
+def test_the_better_of_a_pair_is_dearer_says_more_and_is_right_more_often():
+    world = TwoHop(Shape(), seed=1)
+    assert [len(good) for good in world.good] == [3, 3, 3, 3, 1, 1, 1, 0]
+    for model in range(0, 6, 2):
+        assert world.good[model] == world.good[model + 1]
+        better, lesser = world.grades[model : model + 2]
+        assert better.known > lesser.known
+        assert (better.price, better.words) > (lesser.price, lesser.words)
+        # In words that a router reads.
+        assert world.about(model) != world.about(model + 1)
+    assert sorted(relation for good in world.good[::2] for relation in good) == list(range(8))
+
+
+def test_replies_are_as_long_as_a_model_usually_answers():
+    for model in range(WORLD.num_models):
         reply = WORLD.reply(model, "r1 of e5")
         words = reply.text.split()
         assert len(words) == reply.completion_tokens == WORLD.lengths[model]
         assert words[0] == f"e{WORLD.says(model, 1, 5)}"
         assert set(words[1:]) <= set(FILLER)
         assert reply.prompt_tokens == 3
-    names = {"a": by_price[0], "b": by_price[-1]}
+        assert WORLD.cost(model) == pytest.approx(WORLD.prices[model] * len(words))
+    names = {"a": 1, "b": 4}
     pool = WORLD.pool(names)
-    assert pool.reply("b", "r1 of e5").text == WORLD.reply(by_price[-1], "r1 of e5").text
-    assert {name: price.completion for name, price in pool.prices.items()} == {"a": 0.2, "b": 1.8}
+    assert pool.reply("b", "r1 of e5").text == WORLD.reply(4, "r1 of e5").text
+    assert {name: price.completion for name, price in pool.prices.items()} == {"a": 0.5, "b": 1.8}
 
 
 @settings(max_examples=25)
@@ -123,32 +143,31 @@ def test_baselines_by_definition():
         WORLD.baseline("best", WORLD.question(0))
 
 
-def test_who_asks_experts_beats_who_asks_one_model():
-    """What there is to be learned: +10 points on two hops over an oracle that may pick one model in hindsight."""
-    world = TwoHop(Shape(), seed=0)
-    asked = [world.question(number, "test") for number in range(1, world.num_questions("test"), 2)]
-    right = {
-        name: np.mean(
-            [world.baseline(name, each, seed=place).answer == each.answer for place, each in enumerate(asked)]
-        )
-        for name in BASELINES
-    }
-    assert right["informed"] > right["single_oracle"] + 0.1
-    assert right["single_oracle"] > right["generalist"] > right["random"]
-
-
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
         ({"entities": 4}, "entities is 4"),
         ({"relations": 0}, "relations is 0"),
         ({"experts": 2.0}, "experts is 2.0"),
-        ({"known": 1.5}, "known is 1.5"),
-        ({"cheapest": 2.0}, "prices go from 2.0"),
-        ({"longest": 1}, "answers have 3 to 1"),
+        ({"unknown": 1.5}, "unknown is 1.5"),
+        ({"pairs": ()}, "pairs is empty"),
         ({"held_out": 0.0}, "held_out is 0.0"),
     ],
 )
 def test_worlds_that_cannot_be(fields, why):
     with pytest.raises(InputError, match=why):
         Shape(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ((1.5, 1.0, 3), "known is 1.5"),
+        ((0.5, -1.0, 3), "price is -1.0"),
+        ((0.5, float("nan"), 3), "price is nan"),
+        ((0.5, 1.0, 0), "0 words"),
+    ],
+)
+def test_grades_that_cannot_be(fields, why):
+    with pytest.raises(InputError, match=why):
+        Grade(*fields)

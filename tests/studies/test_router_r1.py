@@ -5,7 +5,7 @@ import math
 import pytest
 
 from anabranch.studies.harness import Results
-from anabranch.studies.router_r1 import ARMS, ArmConfig, Size, judge, make, training_of
+from anabranch.studies.router_r1 import ARMS, ArmConfig, Size, judge, make, summed_up, training_of
 
 
 def test_arms_differ_in_what_they_say_alone():
@@ -31,7 +31,16 @@ def test_the_full_size_is_what_was_planned():
     size = study.arms[0].config.size
     # 300 rollouts of 256.
     assert size.samples == 300 * size.questions == 76_800
-    assert (size.entities, size.relations, size.experts) == (400, 6, 6)
+    assert (size.entities, size.relations, size.experts) == (400, 8, 7)
+    # Whoever writes all turns to their ends has room for them.
+    run = training_of(study.arms[0].config, 0).run
+    world = run.task.world.build()
+    longest = max(len(world.play(number, seed=number).prompt) for number in range(40))
+    rules = world.rules
+    assert (
+        longest + (rules.max_turns + 1) * world.turn_tokens + rules.max_turns * (rules.information_tokens + 2)
+        <= run.task.model.max_positions
+    )
     assert make(samples=24).settings["samples"] == 24
     with pytest.raises(ValueError, match="samples is 0"):
         Size(samples=0)
@@ -47,12 +56,14 @@ def test_the_rule():
     for seed in ours:
         ours[seed] |= {
             "single_oracle_two_hop": 0.7,
+            "to_experts": 0.9,
             "random_exact_match": 0.3,
             "calls_one_hop": 1.0,
             "half_raw_cost": 20.0,
         }
     cheap = {
-        alpha: runs(raw_cost=cost, exact_match=0.79) for alpha, cost in (("0.6", 30.0), ("0.8", 20.0), ("0.95", 9.0))
+        alpha: runs(raw_cost=cost, judged_cost=cost, exact_match=0.79)
+        for alpha, cost in (("0.6", 30.0), ("0.8", 20.0), ("0.95", 9.0))
     }
     hidden = {seed: {"sent_to_hidden": 0.8 + 0.001 * seed, "thrice_by_chance": 3 / 7} for seed in range(5)}
     found = judge(
@@ -63,10 +74,11 @@ def test_the_rule():
                 "hidden": hidden,
                 "no-format": runs(invalid_turns=0.2),
                 "no-mask": runs(exact_match=0.9),
+                "warm": runs(exact_match_two_hop=0.2, to_experts=0.3),
             }
         )
     )
-    assert [claim.verdict for claim in found] == ["holds"] * 10 + ["does not hold"]
+    assert [claim.verdict for claim in found] == ["holds"] * 12 + ["does not hold"]
     assert found[0].claim.startswith("PRIMARY")
     few = {seed: metrics for seed, metrics in ours.items() if seed < 4}
     assert judge(Results({"alpha-0": few}))[0].verdict == "not resolved"
@@ -82,4 +94,12 @@ def test_an_arm_runs(name):
     assert {column.metric for column in study.columns} <= found.keys()
     assert found["informed_two_hop"] >= found["random_two_hop"]
     assert all(math.isfinite(value) for key, value in found.items() if key != "policy_entropy")
+    assert 0 <= found["routing_entropy_at_start"] <= 1
+    assert (found["routing_entropy_at_start"] == found["routing_entropy"]) or name == "hidden"
     assert ("before_exact_match" in found) == (name == "hidden")
+
+
+@pytest.mark.parametrize(("exact_match", "counts_as"), [(0.9, 3.0), (0.5, 3.0), (0.49, 81.0), (0.0, 81.0)])
+def test_who_is_hardly_ever_right_counts_as_dear(exact_match, counts_as):
+    found = summed_up({"exact_match": exact_match, "informed_exact_match": 1.0, "raw_cost": 3.0}, 81.0)
+    assert (found["judged_cost"], found["half_raw_cost"]) == (counts_as, 1.5)

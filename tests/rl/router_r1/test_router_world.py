@@ -7,7 +7,7 @@ import pytest
 
 from anabranch.errors import BackendError, ConfigError
 from anabranch.rl.router_r1 import RoutedPlay, TwoHopWorld, word_tokenizer
-from anabranch.rl.router_r1.world import relation_of
+from anabranch.rl.router_r1.world import relation_of, routing_entropy_of
 from anabranch.rl.tokens import Trajectory, padded
 from anabranch.routers.router_r1 import Episode, FunctionPool, Rules, total_reward
 
@@ -96,6 +96,20 @@ def test_an_episode_by_hand():
     assert measured["calls_two_hop"] == 2
     assert measured["well_formed"] == 1
     assert WORLD.share_to([play.outcome().facts], play.named[name]) > 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "entropy"),
+    [
+        ([(relation, model) for relation in range(3) for model in range(4)], 1.0),
+        ([(0, 2), (0, 2), (1, 3)], 0.0),
+        ([(0, 0), (0, 1), (1, 2), (1, 3)], 0.5),
+        ([(0, 0), (None, 1)], 0.0),
+        ([], 0.0),
+    ],
+)
+def test_the_entropy_of_routing_is_1_by_chance_and_0_where_one_model_is_asked(sent, entropy):
+    assert routing_entropy_of(sent, 4) == pytest.approx(entropy)
 
 
 def test_what_trajectories_are_worth():
@@ -255,7 +269,7 @@ def test_a_hidden_model_is_nowhere():
     ("fields", "why"),
     [
         ({"experts": 16}, "there are names for 15"),
-        ({"hidden": 6}, "hidden is 6"),
+        ({"hidden": 7}, "hidden is 7"),
         ({"alpha": 1.5}, "alpha"),
         ({"entities": 2}, "entities"),
     ],

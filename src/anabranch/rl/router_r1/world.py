@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,8 +86,8 @@ class TwoHopWorld(RoutedWorld, kind="two_hop"):
         """
 
         entities: Size = Field(default=400, ge=1)
-        relations: Size = Field(default=6, ge=1)
-        experts: Size = Field(default=6, ge=1)
+        relations: Size = Field(default=8, ge=1)
+        experts: Size = Field(default=7, ge=1)
         seed: int = Field(default=0, ge=0)
         hidden: int | None = Field(default=None, ge=0)
         reading: float = Field(default=0.25, ge=0, le=1)
@@ -133,7 +135,9 @@ class TwoHopWorld(RoutedWorld, kind="two_hop"):
         return {NAMES[name]: int(model) for name, model in zip(names, order, strict=False)}
 
     def measured(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """As of `RoutedWorld`, by hops too; and how many questions of one hop went to a model that is said to be good at them."""
+        """As of `RoutedWorld`, by hops too; how many questions of one hop went to a model that is said to be good at them; and how much
+        by chance it was who was asked (`routing_entropy_of`).
+        """
         facts: list[TwoHopRouted] = [outcome.facts for outcome in outcomes]
         told = super().measured(outcomes)
         for hops, name in ((1, "one_hop"), (2, "two_hop")):
@@ -141,7 +145,10 @@ class TwoHopWorld(RoutedWorld, kind="two_hop"):
             told[f"exact_match_{name}"] = mean_of(is_right(each) for each in own)
             told[f"calls_{name}"] = mean_of(len(each.calls) for each in own)
         sent = [(relation_of(query), each.named[name]) for each in facts for name, query in each.calls]
-        return told | {"to_experts": mean_of(relation in self.facts.good[model] for relation, model in sent)}
+        return told | {
+            "to_experts": mean_of(relation in self.facts.good[model] for relation, model in sent),
+            "routing_entropy": routing_entropy_of(sent, self.facts.num_models - (self.config.hidden is not None)),
+        }
 
     def share_to(self, facts: Sequence[TwoHopRouted], model: int) -> float:
         """Of the questions about relations that a model is good at, how many went to it."""
@@ -208,6 +215,26 @@ class TwoHopWorld(RoutedWorld, kind="two_hop"):
     def strategy(self) -> dict[str, Any]:
         """See `RoutedWorld`."""
         return {**super().strategy(), "instruction": INSTRUCTION}
+
+
+def routing_entropy_of(sent: Sequence[tuple[int | None, int]], models: int) -> float:
+    """How much by chance it is who is asked about a relation: the entropy of models given the relation, as a share of its most.
+
+    Args:
+        sent: relation and model of each question; those without a relation do not count.
+        models: that may be asked.
+
+    Returns 1 where all are asked alike, 0 where one model is asked about each relation, or nothing was asked.
+    """
+    counts = Counter((relation, model) for relation, model in sent if relation is not None)
+    of_relation: Counter[int] = Counter()
+    for (relation, _), count in counts.items():
+        of_relation[relation] += count
+    total = of_relation.total()
+    if not total or models < 2:
+        return 0.0
+    nats = -sum(count * math.log(count / of_relation[relation]) for (relation, _), count in counts.items()) / total
+    return abs(nats) / math.log(models)
 
 
 def relation_of(query: str) -> int | None:
