@@ -79,6 +79,90 @@ def test_an_arrival_is_cut_off_and_worth_no_more():
     assert len(steps) == 3
 
 
+def alone(env, seed, begin_m=0.0, duration=60):
+    """Nobody else, and a beginning so many metres farther on."""
+    env.reset(seed=seed)
+    road = env.unwrapped
+    road.config["duration"] = duration
+    road.road.vehicles[:] = [road.vehicle]
+    lane = road.vehicle.lane
+    along = lane.local_coordinates(road.vehicle.position)[0]
+    road.vehicle.position = lane.position(along - begin_m, 0.0)
+    road.vehicle.on_state_update()
+    env._driven = type(env._driven)(road, 400.0)
+
+
+def to_the_end(env, action):
+    found = [env.step(action)]
+    while not (found[-1][2] or found[-1][3]):
+        found.append(env.step(action))
+    return found
+
+
+@pytest.mark.parametrize("action", [IDLE, FASTER])
+def test_who_drives_the_whole_route_has_arrived_wherever_decisions_fall(roundabout, action):
+    """A decision is as long as the last lane of the route, so its end is passed between two of them."""
+    for begin_m in range(0, 17, 2):
+        alone(roundabout, 0, begin_m)
+        steps = to_the_end(roundabout, action)
+        _, _, terminated, truncated, info = steps[-1]
+        assert info["outcome"]["arrived"], begin_m
+        assert info["outcome"]["route_completion"] == 100
+        assert truncated
+        assert not terminated
+        assert sum(info["reward_terms"]["progress"] for *_, info in steps) == pytest.approx(100)
+        # 80 to 96 m and some more where a car swings out, at 8 m/s and, after two decisions, at 16.
+        assert len(steps) <= (16 if action == IDLE else 9)
+
+
+def test_who_leaves_the_route_has_not_arrived(roundabout):
+    """Around the ring once more, past the way out."""
+    alone(roundabout, 0)
+    road = roundabout.unwrapped
+    road.vehicle.route = [("ser", "ses", 0), ("ses", "se", 0), *[("se", "ex", 0), ("ex", "ee", 0), ("ee", "nx", 0)]]
+    road.vehicle.route += [("nx", "ne", 0), ("ne", "wx", 0), ("wx", "we", 0), ("we", "sx", 0), ("sx", "sxs", 0)]
+    for _ in range(14):
+        *_, over, cut, info = roundabout.step(FASTER)
+        assert not over
+        assert not cut
+    assert info["reward_terms"]["progress"] == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_arrival_at_the_intersection_pays_for_its_own_metres_alone(seed):
+    """HighwayEnv says who has arrived: 25 m into a lane of 100 m, where the route ends."""
+    config = {"simulation_frequency": 5, "initial_vehicle_count": 0, "spawn_probability": 0.0}
+    env = Highway.Config(id="intersection-v2", arguments={"config": config}).build().single()
+    alone(env, seed)
+    steps = to_the_end(env, 2)
+    progress = [info["reward_terms"]["progress"] for *_, info in steps]
+    assert steps[-1][3]
+    assert steps[-1][4]["outcome"]["arrived"]
+    assert sum(progress) == pytest.approx(100)
+    # 9 m/s all the way.
+    assert progress[-1] <= 1.2 * max(progress[:-1])
+
+
+@pytest.mark.parametrize(("name", "action"), [("intersection-v2", 2), ("roundabout-v1", FASTER)])
+def test_highwayenvs_own_reward_is_learned_in_its_own_episodes(name, action):
+    """Where they end, and whether for good; what is told of them is of the arrival, by whatever is learned."""
+    config = {"simulation_frequency": 5, "initial_vehicle_count": 0, "spawn_probability": 0.0}
+    arguments = {"config": config if name.startswith("inter") else QUICK["config"]}
+    plain = gymnasium.make(name, **arguments)
+    plain.reset(seed=0)
+    plain.unwrapped.road.vehicles[:] = [plain.unwrapped.vehicle]
+    theirs = to_the_end(plain, action)
+    found = {}
+    for own in (True, False):
+        env = Highway.Config(id=name, arguments=arguments, own_reward=own).build().single()
+        alone(env, 0, duration=plain.unwrapped.config["duration"])
+        found[own] = to_the_end(env, action)
+    assert [step[1:4] for step in found[True]] == [step[1:4] for step in theirs]
+    assert found[False][-1][2:4] == (False, True)
+    assert found[True][-1][4]["outcome"] == found[False][-1][4]["outcome"]
+    assert found[True][-1][4]["outcome"]["arrived"]
+
+
 def test_highwayenvs_own_reward_is_told_beside(roundabout):
     own = Highway.Config(id="roundabout-v1", arguments=QUICK, own_reward=True).build().single()
     plain = gymnasium.make("roundabout-v1", **QUICK)

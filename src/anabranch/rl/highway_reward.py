@@ -1,12 +1,14 @@
 """`RouteCompletion`: CaRL's reward on environments of HighwayEnv.
 
 How far a car is along its route is read from lane coordinates: the lanes of the route that lie behind it, and its place on the present one.
-Of the soft factors `outside`, `speed` and `ttc` are known there. A step of HighwayEnv is a decision that holds for a second, so
-`comfort` and `centre`, which look at tenths of a second, are 1.
+Where HighwayEnv itself says who has arrived, its word counts and the route ends there; elsewhere who has come to the end of its last lane,
+or on to a lane behind it, has arrived. Of the soft factors `outside`, `speed` and `ttc` are known there. A step of HighwayEnv is a
+decision that holds for a second, so `comfort` and `centre`, which look at tenths of a second, are 1.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import gymnasium
@@ -27,13 +29,13 @@ class RouteCompletion(gymnasium.Wrapper):
     """CaRL's reward on an environment of HighwayEnv.
 
     ``info["reward_terms"]`` has what a reward is made of (`route_reward`); where an episode ends, ``info["outcome"]`` has
-    ``route_completion``, ``driving_score`` (percent), ``arrived``, ``collided`` and ``own_return``, the sum of HighwayEnv's rewards.
-    An arrival is a truncation, without a bonus.
+    ``route_completion``, ``driving_score`` (percent), ``arrived``, ``collided`` and ``own_return``, the sum of HighwayEnv's rewards: all of
+    them as they were at the arrival, or at the end of who did not arrive. An arrival is a truncation, without a bonus.
 
     Args:
         env: the environment.
         reward: which parts count.
-        own_reward: give HighwayEnv's reward.
+        own_reward: give HighwayEnv's reward, in HighwayEnv's episodes: an arrival ends one where and as it does there.
         straight_m: metres to be driven where there is no route.
     """
 
@@ -50,6 +52,7 @@ class RouteCompletion(gymnasium.Wrapper):
         observation, info = self.env.reset(**given)
         self._driven = _Driven(self.env.unwrapped, self._straight_m)
         self._danger_left, self._own_return = 0, 0.0
+        self._arrival: dict[str, float] | None = None
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -61,7 +64,7 @@ class RouteCompletion(gymnasium.Wrapper):
         before, now = self._driven.percent, self._driven.move()
         has_arrived = getattr(road, "has_arrived", None)
         collided = bool(car.crashed)
-        arrived = not collided and (now >= 100.0 or bool(has_arrived is not None and has_arrived(car)))
+        arrived = not collided and (now >= 100.0 if has_arrived is None else bool(has_arrived(car)))
         now = 100.0 if arrived else now
         self._danger_left = self._reward.window if _danger(road) else max(self._danger_left - 1, 0)
         limit = car.lane.speed_limit if car.lane is not None and car.lane.speed_limit is not None else np.inf
@@ -77,16 +80,24 @@ class RouteCompletion(gymnasium.Wrapper):
         )
         reward, terms = route_reward(one * (now - before), factors, one * (self._reward.hint if collided else 0.0))
         info = {**info, "reward_terms": {name: float(value[0]) for name, value in terms.items()}}
-        terminated, truncated = (False, True) if arrived else (bool(terminated), bool(truncated))
+        if arrived and self._arrival is None:
+            self._arrival = self._outcome(now, arrived=True, collided=False)
+        terminated, truncated = bool(terminated), bool(truncated)
+        if arrived and not self._own_reward:
+            terminated, truncated = False, True
         if terminated or truncated:
-            info[OUTCOME] = {
-                "route_completion": now,
-                "driving_score": float(driving_score(one * now, {"vehicle": one * collided})[0]),
-                "arrived": float(arrived),
-                "collided": float(collided),
-                "own_return": self._own_return,
-            }
+            info[OUTCOME] = self._arrival or self._outcome(now, arrived=False, collided=collided)
         return observation, float(own) if self._own_reward else float(reward[0]), terminated, truncated, info
+
+    def _outcome(self, percent: float, *, arrived: bool, collided: bool) -> dict[str, float]:
+        one = np.ones(1)
+        return {
+            "route_completion": percent,
+            "driving_score": float(driving_score(one * percent, {"vehicle": one * collided})[0]),
+            "arrived": float(arrived),
+            "collided": float(collided),
+            "own_return": self._own_return,
+        }
 
 
 class _Driven:
@@ -104,8 +115,7 @@ class _Driven:
         self._place = np.array(car.position, float)
         self._start = self._along() if self._route else 0.0
         self._straight = 0.0
-        whole = float(self._begins[-1]) - self._start - _REACHED_M if self._route else straight_m
-        self._whole = max(whole, 1.0)
+        self._whole = max(self._end() - self._start if self._route else straight_m, 1.0)
         self.percent = 0.0
 
     def move(self) -> float:
@@ -121,19 +131,39 @@ class _Driven:
         self.percent = max(self.percent, min(100.0 * done / self._whole, 100.0))
         return self.percent
 
+    def _end(self) -> float:
+        """Metres from the beginning of the route's first lane to where one has arrived."""
+        has_arrived = getattr(self._road, "has_arrived", None)
+        if has_arrived is None:
+            return float(self._begins[-1]) - _REACHED_M
+        told = inspect.signature(has_arrived).parameters.get("exit_distance")
+        last = float(self._begins[-1] - self._begins[-2])
+        return float(self._begins[-2]) + (last if told is None else min(float(told.default), last))
+
     def _along(self) -> float:
         """Metres from the beginning of the route's first lane; off the route those of where it was left."""
         car = self._road.vehicle
         here = tuple(car.lane_index[:2])
         ahead = [number for number in range(self._on, len(self._route)) if self._route[number][:2] == here]
         if not ahead:
-            return float(self._begins[self._on])
+            return float(self._begins[-1] if self._is_past() else self._begins[self._on])
         self._on = ahead[0]
         lane = self._road.road.network.get_lane(car.lane_index)
         along = float(np.clip(lane.local_coordinates(car.position)[0], 0.0, lane.length))
         # Lanes beside each other are not equally long.
         share = along / max(lane.length, 1e-6)
         return float(self._begins[self._on] + share * (self._begins[self._on + 1] - self._begins[self._on]))
+
+    def _is_past(self) -> bool:
+        """Whether the car has driven over the end of the route: on a lane that begins there, along it.
+
+        A decision is as long as a lane, so its last place on the route may have been on the lane before the last one.
+        """
+        car = self._road.vehicle
+        if self._on < len(self._route) - 2 or car.lane_index[0] != self._route[-1][1]:
+            return False
+        lane = self._road.road.network.get_lane(car.lane_index)
+        return bool(np.cos(car.heading - lane.heading_at(lane.local_coordinates(car.position)[0])) > 0)
 
 
 def _danger(road: Any) -> bool:
