@@ -177,7 +177,7 @@ def test_a_run_goes_on_for_more_samples(capfd, tmp_path):
         (["eval", "{run}", "--csv", "a.svg", "--picture", "a.svg"], "is to be written twice"),
         (["eval", "{run}", "--referee", "carla"], "--referee is 'carla'; use sumo"),
         (["eval", "{run}", "--referee", "sumo"], "judges drivers of laneworld, and this one learned in gymnasium"),
-        (["replay", "{run}", "--out", "a.png"], "ends in .gif"),
+        (["replay", "{run}", "--out", "a.bmp"], "ends in .gif, or in .png"),
     ],
 )
 def test_wrong_lines_are_one_line(capfd, trained, tmp_path, monkeypatch, words, message):

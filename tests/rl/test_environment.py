@@ -10,8 +10,10 @@ gymnasium = pytest.importorskip("gymnasium")
 
 from anabranch.config import configclass  # noqa: E402
 from anabranch.errors import CheckpointError, ConfigError, DataError  # noqa: E402
-from anabranch.rl import PPO, Gymnasium, Rollouts, episode_seed, judge, load_agent, record, training  # noqa: E402
+from anabranch.rl import PPO, Gymnasium, LaneWorld, Rollouts, episode_seed, judge, load_agent, record, training  # noqa: E402
 from anabranch.rl.environment import flat, in_numbers, layout_of  # noqa: E402
+from anabranch.rl.evaluation import evaluation_seed  # noqa: E402
+from anabranch.rl.laneworld import Settings  # noqa: E402
 from anabranch.rl.runs import PRESETS, samples_of  # noqa: E402
 from anabranch.train import Trainer  # noqa: E402
 from guide_worlds import MAZE  # noqa: E402
@@ -358,12 +360,37 @@ def test_a_film_of_an_episode(tmp_path):
     image = pytest.importorskip("PIL.Image")
     task = training("cartpole").task.build()
     film = record(task.network(), task.environment, every=3, most=4)
-    assert len(film.frames) == min(4, (film.steps - 1) // 3)
+    assert len(film.frames) == min(4, (film.steps - 1) // 3 + 1)
     assert film.total == film.steps
     film.write_gif(tmp_path / "a.gif")
     with image.open(tmp_path / "a.gif") as picture:
         assert picture.n_frames >= 1
         assert picture.size == film.frames[0].shape[1::-1]
+    files = film.write_png(tmp_path / "a.png")
+    assert [file.name for file in files] == [f"a-{number:04}.png" for number in range(len(film.frames))]
+    with image.open(files[-1]) as picture:
+        assert np.array_equal(np.asarray(picture), film.frames[-1])
+
+
+def test_a_film_shows_what_ended_the_episode():
+    """The last frame is of the last step, and not of the beginning of the next episode."""
+    pytest.importorskip("PIL")
+    settings = Settings(maps=1, routes=4, traffic=8, walkers=0, longest_m=400.0, timeout_s=1.0)
+    environment = LaneWorld.Config(world=settings).build()
+    model = PPO.Config(environment=environment.config, hidden=(8,)).build().network()
+    film = record(model, environment, every=4)
+    assert film.steps == 10
+    assert len(film.frames) == 3
+    world = environment.make(1, seed=evaluation_seed(0))
+    seen, pictures = world.reset()[0], []
+    world.on_end = lambda place: pictures.append(environment.frame(world))
+    for _ in range(10):
+        with torch.no_grad():
+            parameters = model(torch.from_numpy(flat(seen)), "policy")
+        action = model.kind.to_environment(model.kind.distribution(parameters).mode()).numpy()
+        seen = world.step(action)[0]
+    assert np.array_equal(film.frames[-1], pictures[0])
+    assert not np.array_equal(film.frames[-1], environment.frame(world))
 
 
 def test_a_film_of_any_episode_of_an_evaluation():

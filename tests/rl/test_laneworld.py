@@ -9,6 +9,7 @@ gymnasium = pytest.importorskip("gymnasium")
 from anabranch.errors import CheckpointError, ConfigError, InputError  # noqa: E402
 from anabranch.rl import PPO, LaneWorld, judge  # noqa: E402
 from anabranch.rl.laneworld import Settings  # noqa: E402
+from anabranch.rl.laneworld.judge import _danger  # noqa: E402
 from anabranch.rl.laneworld.lane_graph import GIVE_WAY, LIGHT, STOP_SIGN  # noqa: E402
 from anabranch.rl.laneworld.state import START_M  # noqa: E402
 from anabranch.rl.rewards import FACTORS, RouteReward  # noqa: E402
@@ -349,6 +350,47 @@ def test_measures_of_an_evaluation():
     measures = judge(model, environment, episodes=5).measures()
     assert {"route_completion", "driving_score", "infractions_per_km", "comfort", "stands_still"} <= set(measures)
     assert 0 <= measures["driving_score"] <= measures["route_completion"] <= 100
+
+
+def test_whether_one_has_halted_at_a_sign_can_be_seen():
+    """Two worlds alike but for that: one step on, one has a fault. A policy without memory must be able to tell them apart."""
+    first, second = alone(16, maps=4), alone(16, maps=4)
+    row = before_line(first, STOP_SIGN, 0.3)[0]
+    before_line(second, STOP_SIGN, 0.3)
+    which, _ = first.library.next_stop(first.scene.route_W[[row]], first.state.front_m_W[[row]])
+    second.state.halted_W[row] = which[0] + 1
+    told, halted = (made.seen()["policy"][row] for made in (first, second))
+    assert np.flatnonzero(told != halted).size == 2
+    assert first.step(np.zeros((16, 2)))[2][row]
+    assert not second.step(np.zeros((16, 2)))[2][row]
+
+
+def test_nobody_waits_in_a_lane():
+    """Walkers wait beside the road, on the far side too, wherever there are other lanes."""
+    made = world(64, maps=8, routes=16, traffic=20, walkers=4, longest_m=1000.0)
+    library, scene, waits = made.library, made.scene, 0
+    for row in range(64):
+        lanes = np.concatenate([point for point, _ in library.lanes_M[scene.map_W[row]]])
+        for s in scene.walker_s_WM[row][scene.walker_s_WM[row] >= 0]:
+            x, y, heading = library.at(scene.route_W[[row]], np.array([s]))[0, :3]
+            for across in (-3.6, 7.2):
+                place = np.array([x - across * np.sin(heading), y + across * np.cos(heading)])
+                # Traffic halts for who is within 2.1 m of its path.
+                assert np.hypot(*(lanes - place).T).min() > 2.1
+                waits += 1
+    assert waits > 200
+
+
+def test_a_danger_is_one_however_fast_it_is():
+    """50 m behind a car that stands, at 60 m/s: within a second both overlap."""
+    made = alone(1)
+    state = made.state
+    state.pose_W4[0, 3] = 60.0
+    x, y, heading, _ = state.pose_W4[0]
+    others = np.zeros((1, 1, 7))
+    for metres, expected in ((50.0, True), (56.0, False)):
+        others[0, 0] = x + metres * np.cos(heading), y + metres * np.sin(heading), heading, 0.0, 4.5, 1.9, 0.0
+        assert _danger(state, others)[0] == expected
 
 
 def test_a_picture_shows_the_car_in_the_middle():

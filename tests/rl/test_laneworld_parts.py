@@ -193,6 +193,35 @@ def test_the_grammar_makes_every_kind_of_node():
     assert stops == {0, LIGHT, STOP_SIGN, GIVE_WAY}
 
 
+def test_edges_are_where_the_road_ends(road_map):
+    """By the lanes of the whole map: beside any place of a road, as far as the edge there are lanes, and behind it there is none."""
+    segments = road_map.segments
+    points = np.concatenate([resampled(each.point_P2, 0.5)[0] for each in segments])
+    wide = 0
+    for number, segment in enumerate(segments):
+        # Roads, without the metres beside which junctions begin.
+        if segment.is_junction or not (begins := np.flatnonzero(np.arange(len(segment.point_P2)) % 40 == 20)[:-1]).size:
+            continue
+        along = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(segment.point_P2, axis=0).T))])
+        for place in begins:
+            edges = segment.edges_at(along[place : place + 1])[0]
+            (x1, y1), (x2, y2) = segment.point_P2[place - 1], segment.point_P2[place + 1]
+            left = np.array([y1 - y2, x2 - x1]) / math.hypot(x2 - x1, y2 - y1)
+            for side, edge in ((left, edges[0]), (-left, edges[1])):
+                wide += edge > 6.0 or (side is not left and edge > 2.0)
+                inside, outside = (segment.point_P2[place] + side * far for far in (edge - 0.2, edge + 1.0))
+                # Between two lanes that part there is a little more.
+                assert np.hypot(*(points - inside).T).min() < 2.2, (number, place)
+                if not _near_junction(segments, outside):
+                    assert np.hypot(*(points - outside).T).min() > 1.75, (number, place)
+    # Some roads have a second lane, on either side.
+    assert wide > 10
+
+
+def _near_junction(segments, place):
+    return any(np.hypot(*(each.point_P2 - place).T).min() < 6.0 for each in segments if each.is_junction)
+
+
 def test_routes_are_shortest_paths_of_the_wanted_length(road_map):
     """Against Bellman and Ford: relaxing all edges until nothing changes."""
     begin = road_map.roads[0]

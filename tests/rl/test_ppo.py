@@ -22,6 +22,7 @@ from anabranch.rl import (
 from anabranch.rl.evaluation import evaluation_seed
 from anabranch.rl.preemption import Stragglers
 from anabranch.rl.rollout import normalised
+from anabranch.rl.student import within_95
 from anabranch.testing import check_task
 from anabranch.train import Trainer, checkpoints, read_metrics
 from rl_worlds import LIMIT, Corridor, rollouts, run, train_rank
@@ -430,15 +431,48 @@ def test_an_evaluation_has_its_own_beginnings_and_plays_each_once():
     measures = found.measures()
     assert measures["episodes"] == 70
     assert measures["mean_return"] == pytest.approx(found.return_E.mean())
-    assert measures["return_interval"] == pytest.approx(1.96 * found.return_E.std(ddof=1) / 70**0.5)
+    assert measures["return_interval"] == pytest.approx(1.9949454 * found.return_E.std(ddof=1) / 70**0.5)
 
 
 def test_intervals_of_outcomes_by_hand():
     """Mean 4 and deviation 2 of 2, 4, 6; what one episode alone tells has none."""
     outcomes = {"score": np.array([2.0, 4.0, 6.0]), "rare": np.array([np.nan, 1.0, np.nan])}
     found = evaluation.Episodes(np.zeros(3), np.ones(3, int), np.ones(3, bool), outcomes).intervals()
-    assert found["score"] == pytest.approx(1.96 * 2 / 3**0.5)
+    # Student's t of two degrees of freedom.
+    assert found["score"] == pytest.approx(4.302653 * 2 / 3**0.5)
     assert math.isnan(found["rare"])
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"), [(1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (4, 2.7764451), (99, 1.9842169)]
+)
+def test_intervals_are_students(degrees, expected):
+    assert within_95(degrees) == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_never_happened_may_happen():
+    """None of 100: at 95 % fewer than 3 in a hundred, and not none at all; of 2 episodes nothing is known."""
+    found = _told(finished=np.zeros(100), speed=np.zeros(100)).intervals()
+    assert found["finished"] == pytest.approx(0.03)
+    assert found["speed"] == 0
+    assert _told(finished=np.ones(2)).intervals()["finished"] == 1
+
+
+def test_infractions_per_km_are_those_of_all_episodes_together():
+    """One fault after 10 m and one in 1.99 km are 1 per km, and not 50 on average."""
+    counted, driven = np.array([1.0, 1.0]), np.array([0.01, 1.99])
+    found = _told(infractions=counted, driven_km=driven, infractions_per_km=counted / driven)
+    assert found.measures()["infractions_per_km"] == pytest.approx(1.0)
+    same = _told(infractions=np.full(4, 2.0), driven_km=np.full(4, 0.5), infractions_per_km=np.full(4, 4.0))
+    assert same.measures()["infractions_per_km"] == pytest.approx(4.0)
+    assert same.intervals()["infractions_per_km"] == pytest.approx(0.0)
+    still = _told(infractions=np.zeros(2), driven_km=np.zeros(2), infractions_per_km=np.zeros(2))
+    assert math.isnan(still.measures()["infractions_per_km"])
+
+
+def _told(**outcomes):
+    number = len(next(iter(outcomes.values())))
+    return evaluation.Episodes(np.zeros(number), np.ones(number, int), np.ones(number, bool), outcomes)
 
 
 def test_an_episode_that_is_cut_off_counts_as_such(tmp_path):

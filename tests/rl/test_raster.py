@@ -8,9 +8,11 @@ gymnasium = pytest.importorskip("gymnasium")
 from anabranch.rl import ActorCritic, LaneWorld, Sumo  # noqa: E402
 from anabranch.rl.environment import flat  # noqa: E402
 from anabranch.rl.laneworld import Settings  # noqa: E402
+from anabranch.rl.laneworld.geometry import resampled  # noqa: E402
 from anabranch.rl.laneworld.lane_graph import CYCLE_S, LIGHT, STOP_SIGN  # noqa: E402
 from anabranch.rl.laneworld.observe import BESIDE_PICTURE, look  # noqa: E402
 from anabranch.rl.laneworld.raster import SIDE  # noqa: E402
+from anabranch.rl.laneworld.roads import RoadMap  # noqa: E402
 from anabranch.rl.laneworld.state import AWAY, START_M  # noqa: E402
 
 SMALL = {"maps": 1, "routes": 6, "traffic": 3, "walkers": 1, "longest_m": 400.0, "raster": True}
@@ -59,8 +61,9 @@ def test_the_road_is_where_lanes_are(world):
     """Every third pixel each way against the nearest point of any lane of the map."""
     pictures = world.reset()[0]["picture"]
     library = world.library
-    paths = np.concatenate([library.route_MR[0], library.traffic_MT[0]])
-    points = np.concatenate([library.point_QP5[path, : int(library.length_Q[path]) + 1, :2] for path in paths])
+    # The map anew, by its seed: all of its lanes, whether somebody drives there or not.
+    segments = RoadMap(np.random.default_rng([0, 0])).segments
+    points = np.concatenate([resampled(segment.point_P2)[0] for segment in segments])
     for row in range(2):
         x, y, heading, _ = world.state.pose_W4[row]
         some = np.arange(0, SIDE, 3)
@@ -103,7 +106,29 @@ def test_the_next_line_says_what_it_asks(world, second, value):
     assert 3 <= (channel > 0).sum() <= 8
     library.stop_kind_QJ[way, place], kept = STOP_SIGN, library.stop_kind_QJ[way, place]
     assert world.seen()["picture"][0, 7].max() == 1.0
+    # Who has halted there gives way.
+    world.state.halted_W[0] = place + 1
+    assert world.seen()["picture"][0, 7].max() == np.float32(0.3)
+    world.state.halted_W[0] = 0
     library.stop_kind_QJ[way, place] = kept
+
+
+def test_every_lane_of_a_map_is_drawn(world):
+    """Raster and replay: no road that edges and the judge know of is left out because no sampled path goes there."""
+    pytest.importorskip("PIL")
+    world.reset()
+    segments = RoadMap(np.random.default_rng([0, 0])).segments
+    points = np.concatenate([resampled(segment.point_P2, 4.0)[0] for segment in segments])
+    column, row = world._raster._cell(points[:, 0], points[:, 1])
+    drawn = world._raster._drawn_MXY2[0, ..., 0]
+    # A cell may be missed by half a metre.
+    assert (drawn[column, row] | drawn[column + 1, row] | drawn[column, row + 1]).all()
+    environment = LaneWorld.Config(world=Settings(**SMALL)).build()
+    for segment in segments[::7]:
+        (x1, y1), (x2, y2) = segment.point_P2[:2]
+        world.state.pose_W4[0] = x1, y1, np.arctan2(y2 - y1, x2 - x1), 0.0
+        # Right before the ego car, which is drawn over its middle: no ground.
+        assert environment.frame(world)[260 - 11, 200].tolist() != [86, 120, 84]
 
 
 def test_numbers_beside_it_are_those_of_the_vector_and_rows_are_those_of_all(world):
@@ -120,6 +145,7 @@ def test_numbers_beside_it_are_those_of_the_vector_and_rows_are_those_of_all(wor
         state.offset_W,
         state.turn_W,
         state.standing_W * 0.1,
+        state.halted_W,
         world.others(),
     )
     assert len(BESIDE_PICTURE) == 8

@@ -21,6 +21,7 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_file
 from anabranch.rl.environment import OUTCOME, Environment, World, flat
 from anabranch.rl.network import ActorCritic
+from anabranch.rl.student import within_95
 
 __all__ = ["Episodes", "judge"]
 
@@ -30,8 +31,13 @@ _EVALUATION = 7_919
 _MOST_BESIDE = 64
 # Steps of an episode, at most; one that goes on has no end of its own.
 LONGEST = 100_000
-# Of a normal distribution: 95 % lie within so many deviations.
-_WITHIN_95 = 1.96
+# Outcomes that an episode has or has not.
+_SHARES = frozenset(
+    "arrived blocked collided deviated finished off_road red_light stands_still stop_sign sumo_arrived timeout vehicle walker".split()
+)
+# What is told for an amount of something, and is pooled: all of the first over all of the second. The mean of the ratios of episodes
+# would be that of the shortest ones.
+_POOLED = {"infractions_per_km": ("infractions", "driven_km")}
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,10 @@ class Episodes:
     outcomes: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def measures(self) -> dict[str, Any]:
-        """JSON-ready: means, the deviation of returns, and half the width of the 95 % interval of their mean (nan for one episode)."""
+        """JSON-ready: means, the deviation of returns, and half the width of the 95 % interval of their mean (nan for one episode).
+
+        ``infractions_per_km`` is that of all episodes together.
+        """
         number = len(self.return_E)
         deviation = float(self.return_E.std(ddof=1)) if number > 1 else math.nan
         return {
@@ -61,12 +70,34 @@ class Episodes:
             "mean_length": float(self.length_E.mean()),
             "terminated": float(self.terminated_E.mean()),
             "episodes": number,
-            **{name: float(np.nanmean(values)) for name, values in sorted(self.outcomes.items())},
+            **{name: self._mean(name) for name in sorted(self.outcomes)},
         }
 
+    def _mean(self, name: str) -> float:
+        counted, per = _POOLED.get(name, ("", ""))
+        if counted not in self.outcomes:
+            return float(np.nanmean(self.outcomes[name]))
+        amount = float(np.nansum(self.outcomes[per]))
+        return float(np.nansum(self.outcomes[counted])) / amount if amount else math.nan
+
     def intervals(self) -> dict[str, float]:
-        """Half the width of the 95 % interval of the mean of each of ``outcomes``; nan where fewer than two episodes have it."""
-        return {name: _interval(values[~np.isnan(values)]) for name, values in sorted(self.outcomes.items())}
+        """Half the width of the 95 % interval of the mean of each of ``outcomes``; nan where fewer than two episodes have it.
+
+        By Student's t. Where all episodes agree on yes or no, it is what so many may have missed: 3 in E, at most 1.
+        """
+        return {name: self._within(name) for name in sorted(self.outcomes)}
+
+    def _within(self, name: str) -> float:
+        value_E = self.outcomes[name]
+        counted, per = _POOLED.get(name, ("", ""))
+        if counted in self.outcomes:
+            amount_E, mean = self.outcomes[per], self._mean(name)
+            # Of a ratio of two means: what each episode has above its share.
+            value_E = (self.outcomes[counted] - mean * amount_E) / np.nanmean(amount_E) + mean
+        value_E = value_E[~np.isnan(value_E)]
+        if len(value_E) > 1 and value_E.std() == 0 and name in _SHARES:
+            return min(3 / len(value_E), 1.0)
+        return _interval(value_E)
 
     def write_csv(self, path: str | Path) -> None:
         """A line for each episode, below the names of columns. Raises DataError if it cannot be written."""
@@ -81,7 +112,7 @@ class Episodes:
 
 def _interval(value_E: np.ndarray) -> float:
     number = len(value_E)
-    return _WITHIN_95 * float(value_E.std(ddof=1)) / math.sqrt(number) if number > 1 else math.nan
+    return within_95(number - 1) * float(value_E.std(ddof=1)) / math.sqrt(number) if number > 1 else math.nan
 
 
 def judge(

@@ -1,4 +1,4 @@
-"""Moving pictures of what a policy does: an episode as a GIF, drawn without a display."""
+"""Moving pictures of what a policy does: an episode as a GIF or as PNGs, drawn without a display."""
 
 from __future__ import annotations
 
@@ -35,6 +35,21 @@ class Film:
     frames: list[np.ndarray]
     steps: int
     total: float
+
+    def write_png(self, path: str | Path) -> list[Path]:
+        """Write each frame as a PNG: ``drive.png`` gives ``drive-0000.png`` and so on; the files.
+
+        Raises MissingExtraError without pillow, DataError if one cannot be written.
+        """
+        require("images", by="writing a .png")
+        from PIL import Image
+
+        path = Path(path)
+        files = [path.with_name(f"{path.stem}-{number:04}.png") for number in range(len(self.frames))]
+        for file, frame in zip(files, self.frames, strict=True):
+            with atomic_file(file) as temporary:
+                Image.fromarray(frame).save(temporary, format="PNG")
+        return files
 
     def write_gif(self, path: str | Path) -> None:
         """Write it as a GIF that begins anew when it is over.
@@ -82,22 +97,31 @@ def record(
         raise ConfigError(f"episode is {episode}; an evaluation of {episodes} has 0 to {episodes - 1}")
     num = num_beside(episodes)
     before, place = divmod(episode, num)
-    world = environment.make(1, seed=evaluation_seed(seed), first=place, **drawing)
+    world: Any = environment.make(1, seed=evaluation_seed(seed), first=place, **drawing)
     frames: list[np.ndarray] = []
     steps, ended_before = 0, 0
 
-    def look(now: World, ended: int) -> None:
-        nonlocal steps, ended_before
-        # In the step that ends an episode the next one begins.
-        is_within = ended_before == ended == before
-        ended_before = ended
-        steps += is_within
-        if is_within and steps % every == 0 and len(frames) < most:
+    def draw(now: World) -> None:
+        if len(frames) < most:
             frames.append(np.ascontiguousarray(environment.frame(now), dtype=np.uint8))
             if on_frame is not None:
                 on_frame(len(frames))
 
+    def look(now: World, ended: int) -> None:
+        nonlocal steps, ended_before
+        is_within = ended_before == ended == before
+        ended_before = ended
+        steps += is_within
+        if is_within and steps % every == 0:
+            draw(now)
+
+    def look_last(place: int) -> None:
+        # In the step that ends an episode the next one begins: what ended it would not be seen.
+        if ended_before == before:
+            draw(world)
+
     try:
+        world.on_end = look_last
         found = judge(model, environment, episodes=before + 1, seed=seed, on_step=look, world=world)
         if not frames:
             world.reset()

@@ -35,6 +35,7 @@ class ReplayedWorld(VectorEnv):
 
     Attributes:
         envs: the environments.
+        on_end: called with the place of an environment whose episode has ended, before the next one begins.
 
     An environment may tell numbers about an episode that has ended as ``info["outcome"]``, a dict. To make a world and all that is done
     with it raises DataError, with the environment's number, for whatever that fails with or ends by (``sys.exit``), and for an observation
@@ -65,6 +66,7 @@ class ReplayedWorld(VectorEnv):
             self._give_up(0, error)
         self.is_discrete = isinstance(self.single_action_space, gymnasium.spaces.Discrete)
         self._episode_N = np.zeros(num, np.int64)
+        self.on_end: Callable[[int], None] | None = None
         self._done: list[list[Any]] = [[] for _ in range(num)]
 
     def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -90,6 +92,8 @@ class ReplayedWorld(VectorEnv):
                 self._raise_failure(place, error)
             self._done[place].append(action)
             if terminated_N[place] or truncated_N[place]:
+                if self.on_end is not None:
+                    self.on_end(place)
                 self._episode_N[place] += 1
                 seen = self._begin(place)
             observations.append(seen)

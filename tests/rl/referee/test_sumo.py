@@ -1,5 +1,6 @@
 """SUMO as referee: who drives well in LaneWorld's eyes does so in SUMO's, and what goes wrong SUMO says. Skipped where it is not there."""
 
+import importlib
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from anabranch.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from anabranch.rl import LaneWorld, Sumo, judge, training
 from anabranch.rl.laneworld import Settings
+from anabranch.rl.laneworld.judge import Faults
 from anabranch.rl.laneworld.lane_graph import LIGHT, light_state
 from anabranch.train import Trainer
 
@@ -144,6 +146,22 @@ def test_an_end_of_sumo_is_told():
             made.reset()
     finally:
         made.close()
+
+
+def test_what_laneworld_would_have_said_is_counted_as_sumos_word_is(monkeypatch):
+    """Each fault once however long it lasts, and not only where it is there in the last step; also without SUMO."""
+    world = importlib.import_module("anabranch.rl.referee.world")
+    made = world.SumoWorld.__new__(world.SumoWorld)
+    made.verdicts = [world.Verdict()]
+    made._own = {name: np.zeros(1, np.int64) for name in ("own_vehicle", "own_red_light")}
+    made._own_lasts = {name: np.zeros(1, bool) for name in made._own}
+    none = np.zeros(1, bool)
+    for hit in (True, True, False, True, False):
+        found = Faults(np.array([hit]), *[none] * 9, ())
+        monkeypatch.setattr(world.LaneWorldVector, "_faults", lambda self, others, found=found: found)
+        made._faults(np.zeros((1, 0, 7)))
+    assert made._own["own_vehicle"].tolist() == [2]
+    assert made._own["own_red_light"].tolist() == [0]
 
 
 @pytest.mark.slow

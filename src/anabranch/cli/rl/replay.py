@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.files import check_apart
 
+if TYPE_CHECKING:
+    from anabranch.rl import Film
+
 
 def replay(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run of anabranch rl train.")],
@@ -25,7 +28,7 @@ def replay(
             "--out",
             "-o",
             metavar="FILE",
-            help="The picture (.gif); for a language model the transcript (.txt or .jsonl).",
+            help="The picture (.gif), or one for each frame (.png); for a language model the transcript (.txt or .jsonl).",
         ),
     ],
     episode: Annotated[
@@ -52,7 +55,7 @@ def replay(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw one episode of a policy as a GIF; no display is needed. For a language model, write transcripts of its episodes.
+    """Draw one episode of a policy as a GIF or as PNGs; no display is needed. For a language model, write transcripts of its episodes.
 
     A transcript has everything that the model wrote and read, and the reward, as text or as JSON lines.
 
@@ -67,8 +70,9 @@ def replay(
         return write_transcripts(run, out, episode, episodes, seed, as_json=as_json)
     from anabranch.rl import load_agent, record
 
-    if out.suffix.lower() != ".gif":
-        raise ConfigError(f"--out is {out}; name a file that ends in .gif")
+    kind = out.suffix.lower()
+    if kind not in (".gif", ".png"):
+        raise ConfigError(f"--out is {out}; name a file that ends in .gif, or in .png for a picture of each frame")
     agent = load_agent(run)
     begins = agent.config.train.seed if seed is None else seed
     with Progress(most, "frame", quiet=quiet) as progress:
@@ -82,10 +86,20 @@ def replay(
             episodes=episodes,
             on_frame=progress.update,
         )
-    film.write_gif(out)
+    files = film.write_png(out) if kind == ".png" else [out]
+    if kind == ".gif":
+        film.write_gif(out)
     if as_json:
-        told = {"folder": str(run), "file": str(out), "frames": len(film.frames), "steps": film.steps}
+        told = {"folder": str(run), "file": str(files[0]), "frames": len(film.frames), "steps": film.steps}
         print_json(told | {"return": film.total, "seed": begins, "episode": episode or 0})
         return
-    fact("episode", f"{film.steps} steps, return {film.total:.2f}, {len(film.frames)} frames")
-    wrote(str(out), f"anabranch rl eval {shell_word(run)}")
+    fact("episode", f"{film.steps} steps, return {film.total:.2f}, {_frames(film, every)}")
+    where = f"{files[0]} to {files[-1].name}" if len(files) > 1 else str(files[0])
+    wrote(where, f"anabranch rl eval {shell_word(run)}")
+
+
+def _frames(film: Film, every: int) -> str:
+    """How many frames, and of which steps where they end before the episode does."""
+    number = len(film.frames)
+    is_cut = number * every < film.steps
+    return f"{number} frames" + (f", of its first {number * every} steps" if is_cut else "")

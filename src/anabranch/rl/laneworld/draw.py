@@ -36,8 +36,8 @@ def picture(world: Any, row: int = 0) -> np.ndarray:
     drawn = ImageDraw.Draw(image)
     pose = state.pose_W4[row]
     wide = round(LANE_WIDTH * _PER_M)
-    for path in (*library.route_MR[scene.map_W[row]], *library.traffic_MT[scene.map_W[row]]):
-        _line(drawn, pose, _of_path(library, int(path)), wide, _ROAD)
+    for point_P2, _ in library.lanes_M[scene.map_W[row]]:
+        _line(drawn, pose, point_P2, wide, _ROAD)
     route = int(scene.route_W[row])
     ahead = _of_path(library, route)[int(state.s_W[row]) :]
     _line(drawn, pose, ahead, 3, _ROUTE)

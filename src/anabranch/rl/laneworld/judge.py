@@ -37,8 +37,6 @@ _HALTED, _STANDING, _HALT_M = 0.3, 0.1, 8.0
 # Times, in seconds, at which a collision that comes is looked for; beside this far from the middle of a lane, for so long, is bad driving.
 _TTC_S = (0.2, 0.4, 0.6, 0.8)
 _CENTRE_M, _CENTRE_S = 0.5, 3.0
-# Of the others only those so near are looked at box by box: no two cars reach farther within a second.
-_NEAR_M = 45.0
 # Places on a car by which it is told how much of it is off the road: 5 along, 3 across.
 _ALONG_B, _ACROSS_B = (
     each.ravel() for each in np.meshgrid(np.linspace(-0.5, 0.5, 5) * CAR[0], np.linspace(-0.5, 0.5, 3) * CAR[1])
@@ -101,8 +99,12 @@ class Faults:
                 completed_W, {name: number_W for name, number_W in number.items() if name in PENALTIES}
             ),
             **number,
-            "blocked": (self.blocked_W | self.timeout_W).astype(np.float64),
+            "deviated": self.deviated_W.astype(np.float64),
+            "blocked": self.blocked_W.astype(np.float64),
+            "timeout": self.timeout_W.astype(np.float64),
             "finished": (self.finished_W & ~self.ends_W).astype(np.float64),
+            "infractions": state.fault_WF.sum(1).astype(np.float64),
+            "driven_km": state.driven_m_W / 1000,
             "infractions_per_km": state.fault_WF.sum(1) / np.maximum(state.driven_m_W / 1000, 0.01),
             "comfort": state.cut_W / np.maximum(state.step_W, 1),
             "mean_speed": speed_W,
@@ -243,7 +245,9 @@ def _danger(state: State, others_WO7: np.ndarray) -> np.ndarray:
     moves_W = speed_W > 0.1
     dx_WO, dy_WO = others_WO7[..., 0] - x_W[:, None], others_WO7[..., 1] - y_W[:, None]
     # Only pairs that can meet at all: few of all that there are.
-    world_N, other_N = np.nonzero((dx_WO**2 + dy_WO**2 < _NEAR_M**2) & moves_W[:, None])
+    reach_WO = _TTC_S[-1] * (speed_W[:, None] + np.abs(others_WO7[..., 3]))
+    reach_WO += (np.hypot(*CAR) + np.hypot(others_WO7[..., 4], others_WO7[..., 5])) / 2
+    world_N, other_N = np.nonzero((dx_WO**2 + dy_WO**2 <= reach_WO**2) & moves_W[:, None])
     if not len(world_N):
         return np.zeros(len(x_W), bool)
     near_N7 = others_WO7[world_N, other_N]

@@ -47,7 +47,8 @@ class Segment:
         point_P2: its middle, at small distances.
         limit: metres a second.
         pace: at which traffic drives there, at most.
-        edges: how far one can drive to the left and to the right of the middle.
+        edges: how far one can drive to the left and to the right of the middle: two numbers, or ``[P, 2]`` where they differ from point to
+            point.
         is_junction: whether it lies within one.
         stop: what there is at its end: 0, `LIGHT`, `STOP_SIGN` or `GIVE_WAY`.
         offset_s: of the light.
@@ -58,7 +59,7 @@ class Segment:
     point_P2: np.ndarray
     limit: float
     pace: float
-    edges: tuple[float, float] = ON_ROAD
+    edges: tuple[float, float] | np.ndarray = ON_ROAD
     is_junction: bool = False
     stop: int = 0
     offset_s: float = 0.0
@@ -69,6 +70,12 @@ class Segment:
     def length(self) -> float:
         """In metres."""
         return float(np.hypot(*np.diff(self.point_P2, axis=0).T).sum())
+
+    def edges_at(self, s_X: np.ndarray) -> np.ndarray:
+        """``[X, 2]``: how far one can drive to the left and to the right, so many metres from the beginning."""
+        along_P = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(self.point_P2, axis=0).T))])
+        edge_P2 = np.broadcast_to(np.asarray(self.edges, float), self.point_P2.shape)
+        return np.stack([np.interp(s_X, along_P, edge_P2[:, side]) for side in (0, 1)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,10 @@ class LaneGraph:
             f"routes are to be {shortest:g} to {longest:g} m long, which hardly any shortest path is; take others, such as 200 to 1000"
         )
 
+    def lanes(self) -> list[tuple[np.ndarray, bool]]:
+        """All there are, whether a route goes there or not: points ``[P, 2]`` at half a metre, and whether within a junction."""
+        return [(resampled(part.point_P2, 0.5)[0], part.is_junction) for part in self.segments]
+
     def routes(self, rng: np.random.Generator, number: int, shortest: float, longest: float) -> list[Path]:
         """`ways`, laid out."""
         return [self.path(way) for way in self.ways(rng, number, shortest, longest)]
@@ -175,6 +186,10 @@ class LaneGraph:
         heading_P = _headings(point_P2)
         # The segment that each point is on.
         on_P = np.minimum(np.searchsorted(ends, np.arange(len(point_P2)), side="right"), len(parts) - 1)
+        edge_P2 = np.empty((len(point_P2), 2), np.float32)
+        for place, part in enumerate(parts):
+            s_X = np.flatnonzero(on_P == place)
+            edge_P2[s_X] = part.edges_at(s_X - (ends[place] - part.length))
         stops = [(end, part) for end, part in zip(ends[:-1], parts[:-1], strict=True) if part.stop]
 
         def each(values: list[float]) -> np.ndarray:
@@ -185,8 +200,8 @@ class LaneGraph:
             heading_P.astype(np.float32),
             each([part.limit for part in parts]),
             each([part.pace for part in parts]),
-            each([part.edges[0] for part in parts]),
-            each([part.edges[1] for part in parts]),
+            edge_P2[:, 0],
+            edge_P2[:, 1],
             np.array([part.is_junction for part in parts])[on_P],
             np.array([end for end, _ in stops], np.float32),
             np.array([part.stop for _, part in stops], np.int64),

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from anabranch.rl.laneworld.lane_graph import Path
+from anabranch.rl.laneworld.lane_graph import GIVE_WAY, STOP_SIGN, Path
 from anabranch.rl.laneworld.roads import RoadMap
 
 __all__ = ["Library", "library_of"]
@@ -17,6 +17,8 @@ __all__ = ["Library", "library_of"]
 NOWHERE = 1e9
 # Paths of traffic are shorter than routes, so that cars come and go.
 _TRAFFIC_M = (120.0, 450.0)
+# Beside the middle of a lane, who stands there is in the way; cells a metre by which that is looked up.
+_IN_WAY_M, _PER_M = 2.5, 2
 
 
 class Library:
@@ -25,13 +27,22 @@ class Library:
     Args:
         routes: for each map, where an ego car may have to go.
         traffic: for each map, where others go.
+        lanes: for each map, all its lanes, see `LaneGraph.lanes`.
 
     Attributes:
         route_MR, traffic_MT: numbers of the paths of each map.
         length_Q: metres.
+        lanes_M: as given.
     """
 
-    def __init__(self, routes: Sequence[Sequence[Path]], traffic: Sequence[Sequence[Path]]) -> None:
+    def __init__(
+        self,
+        routes: Sequence[Sequence[Path]],
+        traffic: Sequence[Sequence[Path]],
+        lanes: Sequence[Sequence[tuple[np.ndarray, bool]]],
+    ) -> None:
+        self.lanes_M = lanes
+        self._in_lane: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         paths = [path for of_map in (*routes, *traffic) for path in of_map]
         number = sum(map(len, routes))
         self.route_MR = np.arange(number).reshape(len(routes), -1)
@@ -77,17 +88,47 @@ class Library:
         next_X = ahead_XJ.argmin(-1)
         return next_X, np.take_along_axis(ahead_XJ, next_X[..., None], -1)[..., 0]
 
+    def is_in_lane(self, number: int, x_X: np.ndarray, y_X: np.ndarray) -> np.ndarray:
+        """Whether places on a map are in the way of who drives along one of its lanes: 2.5 m beside its middle, to half a metre."""
+        if number not in self._in_lane:
+            self._in_lane[number] = _grid(np.concatenate([point_P2 for point_P2, _ in self.lanes_M[number]]))
+        origin_2, is_in_XY = self._in_lane[number]
+        column_X, row_X = (
+            np.clip(np.floor((each - least) * _PER_M).astype(np.int64), 0, size - 1)
+            for each, least, size in zip((x_X, y_X), origin_2, is_in_XY.shape, strict=True)
+        )
+        return is_in_XY[column_X, row_X]
+
+    def asked(self, path_X: np.ndarray, which_X: np.ndarray, halted_X: np.ndarray) -> np.ndarray:
+        """What a driver must do at a stop: its kind, and where one has halted at a stop sign (``halted_X``, see `State`) give way."""
+        kind_X = self.stop_kind_QJ[path_X, which_X]
+        return np.where((kind_X == STOP_SIGN) & (halted_X == which_X + 1), GIVE_WAY, kind_X)
+
 
 @lru_cache(maxsize=4)
 def library_of(seed: int, maps: int, routes: int, traffic: int, shortest: float, longest: float) -> Library:
     """A library of so many maps, with so many routes and paths of traffic each. The same for the same arguments, and made once."""
-    of_routes, of_traffic = [], []
+    of_routes, of_traffic, lanes = [], [], []
     for number in range(maps):
         rng = np.random.default_rng([seed, number])
         road_map = RoadMap(rng)
         of_routes.append(road_map.routes(rng, routes, shortest, longest))
         of_traffic.append(road_map.routes(rng, traffic, *_TRAFFIC_M))
-    return Library(of_routes, of_traffic)
+        lanes.append(road_map.lanes())
+    return Library(of_routes, of_traffic, lanes)
+
+
+def _grid(point_P2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(where it begins, which cells of half a metre lie so near to a point)."""
+    origin_2 = point_P2.min(0) - 2 * _IN_WAY_M
+    cell_P2 = np.floor((point_P2 - origin_2) * _PER_M).astype(np.int64)
+    reach = int(_IN_WAY_M * _PER_M) + 1
+    is_in_XY = np.zeros(cell_P2.max(0) + 3 * reach, bool)
+    for column in range(-reach, reach + 1):
+        for row in range(-reach, reach + 1):
+            if np.hypot(column, row) <= _IN_WAY_M * _PER_M:
+                is_in_XY[cell_P2[:, 0] + column, cell_P2[:, 1] + row] = True
+    return origin_2, is_in_XY
 
 
 def _filled(array_PX: np.ndarray, length: int) -> np.ndarray:

@@ -5,6 +5,7 @@
      3   beside the lane's middle, heading against it (sin, cos)  15   5 looks ahead: edges of the road left and right, limit
      2   whether within a junction; seconds of standing
 
+A stop sign at which one has halted is from then on a place to give way: seen otherwise, a driver without memory could not know.
 The critic sees 10 more: share of the route that is left, time, how long a moment of danger and each of six kinds of discomfort still
 count, and for how long the car has been beside the middle of its lane.
 """
@@ -42,6 +43,7 @@ def look(
     offset_W: np.ndarray,
     turn_W: np.ndarray,
     standing_s_W: np.ndarray,
+    halted_W: np.ndarray,
     others_WO7: np.ndarray,
 ) -> np.ndarray:
     """The numbers of the module, ``[W, NUM_OBSERVED]`` float32.
@@ -52,6 +54,7 @@ def look(
         pose_W4: x, y, heading and speed of the ego car; action_W2: its last action.
         s_W, offset_W, turn_W: where it is in the frame of its route.
         standing_s_W: for how long it has stood.
+        halted_W: at which stop it has come to a halt, see `State`.
         others_WO7: x, y, heading, speed, length, width and whether it walks, of all others.
     """
     num = len(route_W)
@@ -74,7 +77,7 @@ def look(
             along_WA / _FAR,
             across_WA / _FAR,
             _near(pose_W4, cos_W, sin_W, others_WO7).reshape(num, -1),
-            _stop(library, route_W, s_W, clock_W),
+            _stop(library, route_W, s_W, clock_W, halted_W),
             np.stack([offset_W / 2, np.sin(turn_W), np.cos(turn_W)], axis=1),
             (edge_WL2[..., 0] - offset_W[:, None]) / 5,
             (edge_WL2[..., 1] + offset_W[:, None]) / 5,
@@ -126,11 +129,13 @@ def _near(pose_W4: np.ndarray, cos_W: np.ndarray, sin_W: np.ndarray, others_WO7:
     return found_WNF
 
 
-def _stop(library: Library, route_W: np.ndarray, s_W: np.ndarray, clock_W: np.ndarray) -> np.ndarray:
-    """``[W, 7]``: how near the next stop is (1 at the line, 0 from 50 m), which kind it is, and what the light shows for how long."""
+def _stop(
+    library: Library, route_W: np.ndarray, s_W: np.ndarray, clock_W: np.ndarray, halted_W: np.ndarray
+) -> np.ndarray:
+    """``[W, 7]``: how near the next stop is (1 at the line, 0 from 50 m), what it asks for, and what the light shows for how long."""
     which_W, ahead_W = library.next_stop(route_W, s_W)
     seen_W = ahead_W < min(_STOP_M, NOWHERE)
-    kind_W = np.where(seen_W, library.stop_kind_QJ[route_W, which_W], 0)
+    kind_W = np.where(seen_W, library.asked(route_W, which_W, halted_W), 0)
     state_W, left_W = light_state(clock_W, library.stop_offset_QJ[route_W, which_W])
     light_W = kind_W == LIGHT
     return np.stack(

@@ -2,7 +2,8 @@
 
     0  road          1  junctions     2  the route ahead             3  its limit, over 14 m/s
     4  cars          5  cars in one second, straight on              6  walkers
-    7  the next line of the route, by what it asks: 1 red light or stop sign, 0.6 yellow, 0.3 give way, 0.1 green
+    7  the next line of the route, by what it asks: 1 red light or stop sign, 0.6 yellow, 0.3 give way (so does
+       who has halted at a sign), 0.1 green
 
 The car stands in the middle of a row 14 m from the lower edge, and is not drawn. Roads are drawn once for a map, at half a metre, and
 looked up; all else is put into pixels in every step, for all worlds at once.
@@ -35,25 +36,22 @@ class Raster:
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        maps = [np.concatenate([*pair]) for pair in zip(library.route_MR, library.traffic_MT, strict=True)]
-        points = library.point_QP5[..., :2]
-        self._origin_2 = points.reshape(-1, 2).min(0) - _AROUND_M
-        size_2 = np.ceil((points.reshape(-1, 2).max(0) + _AROUND_M - self._origin_2) * _PER_M).astype(np.int64) + 1
+        points = np.concatenate([point_P2 for lanes in library.lanes_M for point_P2, _ in lanes])
+        self._origin_2 = points.min(0) - _AROUND_M
+        size_2 = np.ceil((points.max(0) + _AROUND_M - self._origin_2) * _PER_M).astype(np.int64) + 1
         # Road, and whether it lies within a junction.
-        self._drawn_MXY2 = np.zeros((len(maps), *size_2, 2), bool)
-        for number, paths in enumerate(maps):
-            for path in paths:
-                self._draw(number, int(path))
+        self._drawn_MXY2 = np.zeros((len(library.lanes_M), *size_2, 2), bool)
+        for number, lanes in enumerate(library.lanes_M):
+            for point_P2, is_junction in lanes:
+                self._draw(number, point_P2, is_junction)
 
-    def _draw(self, number: int, path: int) -> None:
-        length = int(self._library.length_Q[path]) + 1
-        # Between points, so that there are no holes.
-        s_G = np.arange(0, length - 1, 0.5)
-        x_GB, y_GB = _beside(self._library.at(np.full(len(s_G), path), s_G))
-        column_GB, row_GB = self._cell(x_GB, y_GB)
+    def _draw(self, number: int, point_G2: np.ndarray, is_junction: bool) -> None:
+        along_G2 = np.gradient(point_G2, axis=0)
+        heading_G = np.arctan2(along_G2[:, 1], along_G2[:, 0])
+        column_GB, row_GB = self._cell(*_beside(np.column_stack([point_G2, heading_G])))
         self._drawn_MXY2[number, column_GB, row_GB, 0] = True
-        inside_G = self._library.junction_QP[path, s_G.astype(np.int64)]
-        self._drawn_MXY2[number, column_GB[inside_G], row_GB[inside_G], 1] = True
+        if is_junction:
+            self._drawn_MXY2[number, column_GB, row_GB, 1] = True
 
     def _cell(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of a map, the nearest one that there is."""
@@ -71,6 +69,7 @@ class Raster:
         pose_W4: np.ndarray,
         s_W: np.ndarray,
         front_m_W: np.ndarray,
+        halted_W: np.ndarray,
         others_WO7: np.ndarray,
     ) -> np.ndarray:
         """``[W, C, H, V]`` float32, from 0 to 1.
@@ -80,6 +79,7 @@ class Raster:
             clock_W: time of the lights, in seconds.
             pose_W4: x, y, heading and speed of the cars.
             s_W, front_m_W: where they and their fronts are along their routes.
+            halted_W: at which stops they have come to a halt, see `State`.
             others_WO7: x, y, heading, speed, length, width and whether it walks, of all others.
         """
         library = self._library
@@ -99,7 +99,7 @@ class Raster:
                 x_WOG, y_WOG = _boxes(others_WO7, seconds)
                 told_WOG = np.broadcast_to(is_told_WO[..., None], x_WOG.shape)
                 _put(picture_WCHV, channel, pose_W4, x_WOG, y_WOG, told_WOG, np.ones(x_WOG.shape))
-        self._line(picture_WCHV, route_W, clock_W, pose_W4, front_m_W)
+        self._line(picture_WCHV, route_W, clock_W, pose_W4, front_m_W, halted_W)
         return picture_WCHV
 
     def _roads(self, map_W: np.ndarray, pose_W4: np.ndarray) -> np.ndarray:
@@ -120,10 +120,11 @@ class Raster:
         clock_W: np.ndarray,
         pose_W4: np.ndarray,
         front_m_W: np.ndarray,
+        halted_W: np.ndarray,
     ) -> None:
         library = self._library
         which_W, ahead_W = library.next_stop(route_W, front_m_W)
-        kind_W, offset_W = library.stop_kind_QJ[route_W, which_W], library.stop_offset_QJ[route_W, which_W]
+        kind_W, offset_W = library.asked(route_W, which_W, halted_W), library.stop_offset_QJ[route_W, which_W]
         light_W, _ = light_state(clock_W, offset_W)
         shown_W = np.array([_GREEN, _YELLOW, _RED])[light_W]
         value_W = np.select([kind_W == LIGHT, kind_W == STOP_SIGN, kind_W == GIVE_WAY], [shown_W, _RED, _GIVE_WAY], 0.0)

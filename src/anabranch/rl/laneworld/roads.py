@@ -37,6 +37,8 @@ _SIDE, _SPACING, _MOVED = 4, 105.0, 10.0
 _LEFT_OUT = 6
 _RADIUS = {"bend": 18.0, "T": 14.0, "lights": 14.0, "roundabout": 23.0}
 _RING, _ENTRY = 11.0, 0.4
+# Of a road with a second lane: where that begins to come over, and where both are one; shares of its length.
+_COMES_OVER, _JOINT = 0.35, 0.75
 # What can be driven on beside the middle of the lane around the ring, left and right.
 _IN_RING = (3.0, 3.0)
 
@@ -66,16 +68,22 @@ class RoadMap(LaneGraph):
         # Of each road, by (from, to): lanes that begin there, and the one that ends.
         begins: dict[tuple[int, int], list[int]] = {}
         ends: dict[tuple[int, int], int] = {}
-        for node in range(len(neighbours)):
-            for other in sorted(neighbours[node]):
-                limit = float(rng.choice(_SPEEDS))
-                merges = rng.random() < 0.2
-                begins[node, other], ends[node, other] = self._road(node, other, limit, merges=merges)
+        drawn = {
+            (node, other): (float(rng.choice(_SPEEDS)), rng.random() < 0.2)
+            for node in range(len(neighbours))
+            for other in sorted(neighbours[node])
+        }
+        for (node, other), (limit, merges) in drawn.items():
+            is_met = drawn[other, node][1]
+            begins[node, other], ends[node, other] = self._road(node, other, limit, merges=merges, is_met=is_met)
         for node, others in enumerate(neighbours):
             self._junction(node, sorted(others), begins, ends, float(offset_s[node]), rng)
 
-    def _road(self, node: int, other: int, limit: float, *, merges: bool) -> tuple[list[int], int]:
-        """The lanes from one node to another: (those that begin there, the one that arrives)."""
+    def _road(self, node: int, other: int, limit: float, *, merges: bool, is_met: bool) -> tuple[list[int], int]:
+        """The lanes from one node to another: (those that begin there, the one that arrives).
+
+        ``merges``: there is a second one, to the right; ``is_met``: so there is on the other side.
+        """
         begin, end = self._ends_of_road(node, other)
         heading = math.atan2(end[1] - begin[1], end[0] - begin[0])
         right = (math.sin(heading), -math.cos(heading))
@@ -86,17 +94,27 @@ class RoadMap(LaneGraph):
                 begin[1] + share * (end[1] - begin[1]) + offset * right[1],
             )
 
-        middle, joint = LANE_WIDTH / 2, 0.75
+        def made(points: np.ndarray) -> Segment:
+            """With the edges of the whole road: its own second lane to the right, that of the other side to the left."""
+            away_P2 = points - np.array(begin)
+            share_P = away_P2 @ np.array([-right[1], right[0]]) / math.dist(begin, end)
+            offset_P = away_P2 @ np.array(right) - LANE_WIDTH / 2
+            to_left_P = ON_ROAD[0] + offset_P + (_second_beside(1 - share_P) if is_met else 0.0)
+            to_right_P = ON_ROAD[1] - offset_P + (_second_beside(share_P) if merges else 0.0)
+            return Segment(points, limit, limit, edges=np.stack([to_left_P, to_right_P], axis=1))
+
+        middle = LANE_WIDTH / 2
         if not merges:
-            whole = self.add(Segment(straight(lane(0, middle), lane(1, middle)), limit, limit))
+            whole = self.add(made(straight(lane(0, middle), lane(1, middle))))
             self.roads.append(whole)
             return [whole], whole
-        first = self.add(Segment(straight(lane(0, middle), lane(joint, middle)), limit, limit))
-        last = self.add(Segment(straight(lane(joint, middle), lane(1, middle)), limit, limit))
-        outer = straight(lane(0, middle + LANE_WIDTH), lane(0.35, middle + LANE_WIDTH))
-        second = self.add(Segment(outer, limit, limit, stop=GIVE_WAY, conflict=lane(joint, middle)))
-        over = connect((*lane(0.35, middle + LANE_WIDTH), heading), (*lane(joint, middle), heading))
-        crossing = self.add(Segment(over, limit, limit, edges=(2 * LANE_WIDTH, LANE_WIDTH)))
+        first = self.add(made(straight(lane(0, middle), lane(_JOINT, middle))))
+        last = self.add(made(straight(lane(_JOINT, middle), lane(1, middle))))
+        outer = made(straight(lane(0, middle + LANE_WIDTH), lane(_COMES_OVER, middle + LANE_WIDTH)))
+        outer.stop, outer.conflict = GIVE_WAY, lane(_JOINT, middle)
+        second = self.add(outer)
+        over = connect((*lane(_COMES_OVER, middle + LANE_WIDTH), heading), (*lane(_JOINT, middle), heading))
+        crossing = self.add(made(over))
         self.segments[first].next.append(last)
         self.segments[second].next.append(crossing)
         self.segments[crossing].next.append(last)
@@ -157,15 +175,28 @@ class RoadMap(LaneGraph):
         else:
             turn = abs(math.remainder(end[2] - begin[2], 2 * math.pi))
             pace = TURN_SPEED if turn > 0.6 else JUNCTION_SPEED
-            edges = ON_ROAD if kind == "bend" else IN_JUNCTION
-            made = Segment(connect(begin, end), JUNCTION_SPEED, pace, edges=edges, is_junction=kind != "bend")
+            made = Segment(connect(begin, end), JUNCTION_SPEED, pace, edges=IN_JUNCTION, is_junction=kind != "bend")
+            if kind == "bend":
+                made.edges = self._between(arriving, leaving, len(made.point_P2))
         number = self.add(made)
         self.segments[arriving].next.append(number)
         made.next.append(leaving)
 
+    def _between(self, arriving: int, leaving: int, points: int) -> np.ndarray:
+        """Edges ``[P, 2]`` of a bend: more and more those of the road behind it, which may have lanes that begin or end there."""
+        before, behind = self.segments[arriving], self.segments[leaving]
+        share_P1 = np.linspace(0.0, 1.0, points)[:, None]
+        return (1 - share_P1) * before.edges_at(np.array([before.length])) + share_P1 * behind.edges_at(np.zeros(1))
+
     def _angle(self, node: int, other: int) -> float:
         (x1, y1), (x2, y2) = self._place[node], self._place[other]
         return math.atan2(y2 - y1, x2 - x1)
+
+
+def _second_beside(share_P: np.ndarray) -> np.ndarray:
+    """How far a second lane lies beside the first one at shares of a road, in metres: a whole lane, then less and less."""
+    t_P = np.clip((share_P - _COMES_OVER) / (_JOINT - _COMES_OVER), 0.0, 1.0)
+    return LANE_WIDTH * (2 * t_P**3 - 3 * t_P**2 + 1)
 
 
 def _neighbours(rng: np.random.Generator) -> list[set[int]]:

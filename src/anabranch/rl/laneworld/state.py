@@ -146,6 +146,13 @@ def begin(library: Library, scene: Scene, state: State, row: int, seed: int, env
     scene.map_W[row], scene.route_W[row], scene.offset_W[row] = number, route, rng.uniform(0, 1000)
     place_M = np.array(rng.uniform(25.0, max(float(library.length_Q[route]) - 15.0, 26.0), walkers))
     on_road_M = ~library.junction_QP[route, np.floor(place_M).astype(np.int64)]
+    # Nobody waits in a lane: of another road, or a second one of this.
+    for walker in np.flatnonzero(on_road_M):
+        x, y, heading = library.at(np.array([route]), place_M[walker : walker + 1])[0, :3]
+        across_2 = np.array([_WALK_FROM, _WALK_FROM + _WALK_OVER])
+        on_road_M[walker] = not library.is_in_lane(
+            number, x - across_2 * np.sin(heading), y + across_2 * np.cos(heading)
+        ).any()
     scene.walker_s_WM[row] = np.where(on_road_M, place_M, -1.0)
     scene.walker_period_WM[row], scene.walker_phase_WM[row] = rng.uniform(12, 30, walkers), rng.uniform(0, 60, walkers)
     for name, array in state.arrays().items():

@@ -7,7 +7,7 @@ over or crossed is found out, the step is worth what the reward says, and worlds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
@@ -50,6 +50,7 @@ class LaneWorldVector(VectorEnv):
     Attributes:
         state, scene: where everything is.
         judged: what the last step was worth, and why.
+        on_end: called with the number of a world whose episode has ended, before the next one begins.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (gymnasium declares it so)
@@ -71,6 +72,7 @@ class LaneWorldVector(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num)
         self.scene, self.state = Scene.empty(num, settings.walkers), State.empty(num, settings.traffic)
         self.judged: Judged | None = None
+        self.on_end: Callable[[int], None] | None = None
 
     # gymnasium's side
 
@@ -108,6 +110,8 @@ class LaneWorldVector(VectorEnv):
             infos[OUTCOME] = self._outcome(faults)
             rows = np.flatnonzero(done_W)
             for row in rows:
+                if self.on_end is not None:
+                    self.on_end(int(row))
                 self.state.episode_W[row] += 1
                 self._begin(int(row))
             fresh = self.seen(rows=rows)
@@ -285,6 +289,7 @@ class LaneWorldVector(VectorEnv):
             state.offset_W[rows],
             state.turn_W[rows],
             state.standing_W[rows] * DT,
+            state.halted_W[rows],
             others_WO7,
         )
         if self._raster is None:
@@ -296,6 +301,7 @@ class LaneWorldVector(VectorEnv):
             state.pose_W4[rows],
             state.s_W[rows],
             state.front_m_W[rows],
+            state.halted_W[rows],
             others_WO7,
         )
         return {POLICY: policy_WD[:, BESIDE_PICTURE], CRITIC: self._private(rows), PICTURE: picture_WCHV}

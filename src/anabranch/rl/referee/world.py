@@ -59,7 +59,7 @@ class SumoWorld(LaneWorldVector):
             ways = roads.ways(rng, settings.routes, settings.shortest_m, settings.longest_m)
             self._edges = [[edge for number in way if (edge := roads.edges[number]) is not None] for way in ways]
             paths = [roads.path(way) for way in ways]
-            super().__init__(Library([paths], [paths]), settings, num, seed=seed, first=first)
+            super().__init__(Library([paths], [paths], [roads.lanes()]), settings, num, seed=seed, first=first)
             names = [edge for edge in roads.edges if edge is not None]
             for row in range(num):
                 self._simulations.append(
@@ -76,7 +76,9 @@ class SumoWorld(LaneWorldVector):
             self.close_extras()
             raise
         self.verdicts = [Verdict() for _ in range(num)]
-        self._own: dict[str, np.ndarray] = {}
+        # How often LaneWorld would have said so, and whether it does now: what lasts counts once, as in `count_faults`.
+        self._own = {name: np.zeros(num, np.int64) for name in ("own_vehicle", "own_red_light")}
+        self._own_lasts = {name: np.zeros(num, bool) for name in self._own}
         self._others_WO7 = np.zeros((num, settings.traffic, 7))
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -111,6 +113,8 @@ class SumoWorld(LaneWorldVector):
         # Lights go by SUMO's time.
         self.scene.offset_W[row] = simulation.time_s
         self.verdicts[row] = Verdict()
+        for name, count_W in self._own.items():
+            count_W[row], self._own_lasts[name][row] = 0, False
         self._look_around(row)
 
     def _move_traffic(self) -> None:
@@ -134,7 +138,9 @@ class SumoWorld(LaneWorldVector):
 
     def _faults(self, others_WO7: np.ndarray) -> Faults:
         found = super()._faults(others_WO7)
-        self._own = {"own_vehicle": found.vehicle_W, "own_red_light": found.red_light_W}
+        for name, now_W in (("own_vehicle", found.vehicle_W), ("own_red_light", found.red_light_W)):
+            self._own[name] += now_W & ~self._own_lasts[name]
+            self._own_lasts[name] = now_W.copy()
         hit_W, red_W, off_W = (
             np.array([getattr(verdict, name) for verdict in self.verdicts])
             for name in ("collided", "ran_red", "off_road")
@@ -143,5 +149,5 @@ class SumoWorld(LaneWorldVector):
 
     def _outcome(self, faults: Faults) -> dict[str, np.ndarray]:
         arrived_W = np.array([float(verdict.arrived) for verdict in self.verdicts])
-        own = {name: found_W.astype(np.float64) for name, found_W in self._own.items()}
+        own = {name: count_W.astype(np.float64) for name, count_W in self._own.items()}
         return {**super()._outcome(faults), **own, "sumo_arrived": arrived_W}
