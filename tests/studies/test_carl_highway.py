@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("gymnasium")
 pytest.importorskip("highway_env")
 
-from anabranch.studies.carl_highway import ARMS, Size, judge, make, run_of
+from anabranch.studies.carl_highway import ARMS, FLOORS, Size, judge, make, run_of
 from anabranch.studies.harness import Results
 
 
@@ -37,10 +37,37 @@ def test_the_rule():
 
     found = judge(Results({"simple-roundabout": runs(0.8, 0.1), "own-roundabout": other(0.8, 0.3)}))
     assert [claim.verdict for claim in found] == ["holds", "holds", *["not run"] * 4]
-    found = judge(Results({"simple-intersection": runs(0.5, 0.5), "own-intersection": other(0.8, 0.2)}))
+    found = judge(Results({"simple-intersection": runs(0.55, 0.5), "own-intersection": other(0.8, 0.2)}))
     assert [claim.verdict for claim in found] == [*["not run"] * 2, *["does not hold"] * 2, *["not run"] * 2]
     few = {seed: metrics for seed, metrics in runs(0.8, 0.1).items() if seed < 4}
     assert judge(Results({"simple-roundabout": few, "own-roundabout": few}))[0].verdict == "not resolved"
+
+
+@pytest.mark.parametrize("less", [0.0, 0.01])
+@pytest.mark.parametrize("collided", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("who", ["both", "own"])
+def test_no_claim_holds_where_nothing_is_learned(who, share, collided, less):
+    """Nobody arrives, or no more than by doing always the same; they stand, or collide. Or the baseline alone fails."""
+    found = {}
+    for arm in ARMS:
+        arrived = share * (FLOORS[arm.partition("-")[2]] - 0.02) if who == "both" or arm.startswith("own") else 0.9
+        found[arm] = {
+            seed: {"arrived": max(arrived - less * (seed % 2), 0.0), "collided": min(collided, 1 - arrived)}
+            for seed in range(5)
+        }
+    for claim in judge(Results(found)):
+        assert claim.verdict != "holds", claim.claim
+
+
+def test_who_stands_does_not_collide_less():
+    """The policy of CaRL's reward stands and collides with nobody, that of HighwayEnv's drives: no claim may hold."""
+    runs = {
+        "simple": {seed: {"arrived": 0.0, "collided": 0.0} for seed in range(5)},
+        "own": {seed: {"arrived": 0.8 + 0.01 * seed, "collided": 0.15 - 0.01 * seed} for seed in range(5)},
+    }
+    found = judge(Results({arm: runs[arm.partition("-")[0]] for arm in ARMS}))
+    assert [claim.verdict for claim in found] == ["does not hold", "not resolved"] * 3
 
 
 @pytest.mark.slow

@@ -19,12 +19,20 @@ Arms:
 The rule, fixed before any run. PRIMARY: on the roundabout at least as many arrive by the simple reward, with 5 points of a hundred
 as the margin. A claim is about a paired difference over seeds, ours - baseline - margin; it holds where that is above 0 by a two-
 sided paired t-test at 5% after Holm's correction over all claims that have run, does not hold where it is below 0 by the same test,
-and is not resolved otherwise or with fewer than five seeds.
+and is not resolved otherwise or with fewer than five seeds. Nor does one hold where the baseline (and, of collisions, ours: who stands
+collides with nobody) has not learned to drive (`FLOORS`): where fewer than 70 in a hundred arrive on the roundabout, 60 at the intersection
+and 20 on the racetrack. Who always goes faster arrives in 60 of a hundred on the roundabout, who never brakes in 50 at the
+intersection, and who never steers leaves the racetrack within ten seconds.
 
 What is reported and judged by nobody: route completion, driving score, and the return by HighwayEnv's own reward, whichever was
 learned from.
 
-Not run yet. It is planned for 5 seeds.
+With its own reward HighwayEnv's own episodes are learned in: an arrival ends them for good at the intersection, and on the other roads not
+at all. What is told of an episode is told of the arrival, or of its end where nobody arrived, by whichever reward.
+
+Not run yet. It is planned for 5 seeds. A processor of a loaded machine takes 46 decisions a second on the roundabout, 20 at the
+intersection and 35 on the racetrack: 0.3, 0.7 and 0.4 hours for 50,000, and some minutes more for the evaluation, so 3 hours for a seed of
+6 arms and 15 for five.
 """
 
 from __future__ import annotations
@@ -36,6 +44,7 @@ from anabranch.rl import Highway, training
 from anabranch.rl.rewards import RouteReward
 from anabranch.studies.asked import Asked, judged
 from anabranch.studies.carl import run
+from anabranch.studies.floors import Floor, above_floors
 from anabranch.studies.harness import Arm, Claim, Column, Results, Study
 from anabranch.train import TaskRunConfig
 
@@ -180,6 +189,15 @@ _CLAIMS: tuple[Asked, ...] = (
 )
 
 
+# What must arrive for a claim to hold: the baseline, and where it is about collisions both, since who stands does not collide.
+FLOORS = {"roundabout": 0.7, "intersection": 0.6, "racetrack": 0.2}
+_FLOORS: tuple[tuple[Floor, ...], ...] = tuple(
+    tuple(("arrived", f"{reward}-{road}", least) for reward in rewards)
+    for road, least in FLOORS.items()
+    for rewards in (("own",), ("own", "simple"))
+)
+
+
 def judge(results: Results) -> list[Claim]:
     """The claims; see the rule in the module's docstring."""
-    return judged(results, _CLAIMS)
+    return above_floors(results, judged(results, _CLAIMS), _FLOORS)
