@@ -378,7 +378,8 @@ def test_nobody_waits_in_a_lane():
                 # Traffic halts for who is within 2.1 m of its path.
                 assert np.hypot(*(lanes - place).T).min() > 2.1
                 waits += 1
-    assert waits > 200
+    # Whose first place will not do has another: most are there.
+    assert waits > 0.7 * 2 * 64 * 4
 
 
 def test_a_danger_is_one_however_fast_it_is():

@@ -144,16 +144,11 @@ def begin(library: Library, scene: Scene, state: State, row: int, seed: int, env
     number = int(rng.integers(len(library.route_MR)))
     route = int(rng.choice(library.route_MR[number]))
     scene.map_W[row], scene.route_W[row], scene.offset_W[row] = number, route, rng.uniform(0, 1000)
-    place_M = np.array(rng.uniform(25.0, max(float(library.length_Q[route]) - 15.0, 26.0), walkers))
-    on_road_M = ~library.junction_QP[route, np.floor(place_M).astype(np.int64)]
-    # Nobody waits in a lane: of another road, or a second one of this.
-    for walker in np.flatnonzero(on_road_M):
-        x, y, heading = library.at(np.array([route]), place_M[walker : walker + 1])[0, :3]
-        across_2 = np.array([_WALK_FROM, _WALK_FROM + _WALK_OVER])
-        on_road_M[walker] = not library.is_in_lane(
-            number, x - across_2 * np.sin(heading), y + across_2 * np.cos(heading)
-        ).any()
-    scene.walker_s_WM[row] = np.where(on_road_M, place_M, -1.0)
+    farthest = max(float(library.length_Q[route]) - 15.0, 26.0)
+    # Each of them has a second place, for where the first one will not do.
+    place_2M = rng.uniform(25.0, farthest, (2, walkers))
+    is_free_2M = np.array([[_may_cross(library, number, route, place) for place in place_M] for place_M in place_2M])
+    scene.walker_s_WM[row] = np.where(is_free_2M[0], place_2M[0], np.where(is_free_2M[1], place_2M[1], -1.0))
     scene.walker_period_WM[row], scene.walker_phase_WM[row] = rng.uniform(12, 30, walkers), rng.uniform(0, 60, walkers)
     for name, array in state.arrays().items():
         if name != "episode_W":
@@ -167,6 +162,15 @@ def begin(library: Library, scene: Scene, state: State, row: int, seed: int, env
     length_K = library.length_Q[state.path_WK[row]]
     state.path_s_WK[row] = rng.uniform(0, 0.8, cars) * length_K
     _place_traffic(library, state, row, (float(x), float(y)))
+
+
+def _may_cross(library: Library, number: int, route: int, place: float) -> bool:
+    """Whether somebody crosses so many metres along a route: within no junction, and waiting in no lane of any road."""
+    if library.junction_QP[route, int(place)]:
+        return False
+    x, y, heading = library.at(np.array([route]), np.array([place]))[0, :3]
+    across_2 = np.array([_WALK_FROM, _WALK_FROM + _WALK_OVER])
+    return not library.is_in_lane(number, x - across_2 * np.sin(heading), y + across_2 * np.cos(heading)).any()
 
 
 def _place_traffic(library: Library, state: State, row: int, ego: tuple[float, float]) -> None:
