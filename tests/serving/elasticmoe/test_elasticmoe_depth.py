@@ -254,9 +254,9 @@ def test_the_groups_own_control_is_that_of_who_says_none(deep, fork_server, rout
         )
         return [found[id][2] for id in ("own", "said")]
 
-    # As deep as there is room, and no deeper.
-    depth = DepthConfig(routers=routers, control=-1.0)
-    assert run(deep, fork_server, depth, work, max_depth=4) == [[()], [(0, 0, 1, 2)]]
+    # Which by themselves pass over all of it; as deep as there is room, and no deeper.
+    depth = DepthConfig(routers=routers, control=0.5)
+    assert run(deep, fork_server, depth, work, max_depth=4) == [[(0, 1, 2)], [(0, 0, 1, 2)]]
 
 
 def test_a_group_says_what_depth_it_cannot_run(deep, fork_server, routers):

@@ -575,3 +575,22 @@ def test_what_is_handed_over_goes_to_whom_it_is_for():
     }
     for engine in (first, second):
         engine.runner.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "says"),
+    [
+        ("dense", (0, 0, 1, 2), "path has 4 visits of blocks; the engine keeps keys and values of 3 "),
+        (
+            "window",
+            (1, 1),
+            "path has 2 visits of blocks that see equally far back; the engine keeps keys and values of 1 ",
+        ),
+    ],
+)
+def test_a_path_that_is_too_long_says_what_there_is_room_for(name, path, says):
+    llm = LLM(MODELS[name], num_blocks=60, block_tokens=4)
+    with pytest.raises(InputError, match=says + r"\(engine\.max_depth\)"):
+        llm.generate([PROMPTS[0]], SAMPLING, path=path)
+    assert llm.generate([PROMPTS[0]], SAMPLING, path=(0, 1, 2))[0].tokens == uncached(MODELS[name], PROMPTS[0], None)
+    llm.close()
