@@ -3,8 +3,11 @@
 import asyncio
 import json
 
+import pytest
+
 from anabranch.gateway.config import load_config
 from anabranch.gateway.gateway import Gateway
+from anabranch.web.api_error import ApiError
 from gateway_scripted import scripted, whole
 
 QUESTION = [{"role": "user", "content": "How much is safe?"}]
@@ -67,6 +70,28 @@ def asked(tmp_path, endpoint, *, models=None, fields="", knobs="", **body):
 
         reply = asyncio.run(work())
         return json.loads(reply.body), reply.headers
+
+
+RAW = ("<think> need r0 </search> </search>", "stop")
+TAUGHT = 'policy = "router"\nmax_turns = 1'
+POOL = {"router": 0, "small": 2, "large": 20}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "down"), [("?usd=0", ()), ("", ("small", "large")), ("?seconds=0", ("small", "large"))]
+)
+def test_a_router_that_was_taught_answers_no_question_of_a_chat(tmp_path, knobs, down):
+    endpoint = Endpoint(*[RAW] * 9, down=down)
+    with pytest.raises(ApiError) as raised:
+        asked(tmp_path, endpoint, models=POOL, fields=TAUGHT, knobs=knobs, max_tokens=60)
+    assert raised.value.status in (402, 429, 502, 503)
+    assert endpoint.asked.count("router") == 9 - len(endpoint.turns)
+
+
+def test_a_model_without_a_price_does_not_route_as_the_cheapest(tmp_path):
+    endpoint = Endpoint(("<answer>Ann", "stop"))
+    found, _ = asked(tmp_path, endpoint, models={"big": None, "small": 1})
+    assert (endpoint.asked, found["choices"][0]["message"]["content"]) == (["small"], "Ann")
 
 
 CUT = ("<think>dose</think><answer>It is not safe to take more than 3", "length")

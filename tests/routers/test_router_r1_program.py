@@ -94,7 +94,7 @@ def request_of(program, messages=QUESTION, pool=POOL, left_s=float("inf"), knobs
 
 def run(models, *, fields=None, **request):
     """Pieces, steps, and the end."""
-    program = make("router_r1", policy="router", **(fields or {}))
+    program = make("router_r1", **{"policy": "router", **(fields or {})})
 
     async def main():
         return [event async for event in program.run(request_of(program, **request), models)]
@@ -419,6 +419,78 @@ def test_where_nothing_can_be_asked_any_more_the_last_information_is_given():
     )
     with pytest.raises(LimitError):
         run(Models(LimitError("no money"), says=dict.fromkeys(POOL.names, LimitError("no money"))))
+
+
+ROUTING = "<think> need r0 </search> </search>"
+
+
+def raw(messages):
+    """What a router that was taught makes of a question of a chat."""
+    return ROUTING
+
+
+@pytest.mark.parametrize(
+    ("knobs", "down"),
+    [
+        ({"usd": "0"}, ()),
+        ({"usd": "0", "seconds": "0"}, ()),
+        ({}, ("large", "small")),
+        ({"seconds": "0"}, ("large", "small")),
+    ],
+)
+def test_a_router_that_is_named_answers_nothing_directly(knobs, down):
+    """It costs nothing, or is all that is left: its raw tags were the answer."""
+    pool = priced(large=(0, 20), router=(0, 0), small=(0, 2))
+    models = Charging(
+        *[ROUTING] * 9,
+        prices={model.name: model.price for model in pool.models},
+        says={"router": raw, **dict.fromkeys(down, BackendError("down"))},
+    )
+    with pytest.raises((LimitError, BackendError)):
+        run(models, pool=pool, knobs=knobs, max_tokens=60)
+    assert all(how.get("purpose") == "route" for arm, _, how in models.asked if arm.model == "router")
+    # Nor does the gateway ask it in the program's place.
+    program = make("router_r1", policy="router")
+    assert [one.model for one in program.route(Query(text="x"), pool).candidates] == ["large", "small"]
+
+
+def test_a_model_that_routes_as_it_comes_may_answer_directly():
+    """As the cheapest of the pool; or because there is no other."""
+    down = {"large": BackendError("down"), "small": BackendError("down")}
+    pool = priced(large=(0, 20), router=(0, 0), small=(0, 2))
+    for fields, models in (({"policy": ""}, pool), ({"policy": "router"}, priced(router=(0, 0)))):
+        _, _, done = run(Models(*["x"] * 5, says=down), fields=fields, pool=models)
+        assert (done.model, done.message["content"]) == ("router", "router knows")
+
+
+def test_a_router_that_is_named_routes_where_it_is_all_that_there_is_now():
+    pool = Pool(tuple(replace(model, is_available=model.name == "router") for model in POOL.models))
+    models = Models(*TURNS)
+    _, _, done = run(models, pool=pool)
+    assert (models.names, done.model) == (["router", "small", "router", "large", "router"], "router")
+
+
+@pytest.mark.parametrize(
+    ("prices", "policy", "order"),
+    [
+        ({"big": None, "small": 1, "large": 9}, "small", ["large", "small", "big"]),
+        ({"big": None, "free": 0, "large": 9}, "free", ["large", "free", "big"]),
+        ({"big": None, "other": None}, "big", ["other", "big"]),
+    ],
+)
+def test_a_model_whose_price_is_not_known_is_not_the_cheapest(prices, policy, order):
+    pool = Pool(
+        tuple(
+            Model(name=name, price=Price.of_dollars(price or 0, price or 0), is_priced=price is not None)
+            for name, price in prices.items()
+        )
+    )
+    decision = make("router_r1").route(Query(text="x"), pool)
+    assert decision.details == {"policy": policy}
+    assert [one.model for one in decision.candidates] == order
+    # Where nothing else is to be had it routes.
+    alone = Pool(tuple(replace(model, is_available=model.name == "big") for model in pool.models))
+    assert make("router_r1").route(Query(text="x"), alone).details == {"policy": "big"}
 
 
 def test_a_model_that_fails_is_information_of_nothing():

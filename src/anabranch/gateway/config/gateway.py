@@ -184,6 +184,7 @@ class GatewayConfig(Config):
                     parameters=one.parameters,
                     description=one.description,
                     context=one.context,
+                    is_priced=model_price(one) is not None,
                 )
                 for one in self.models
             )

@@ -93,6 +93,7 @@ class LiveGroup:
             in_flight=sum(live.in_flight for live in lives),
             load=min(live.load(now) for live in lives),
             latency_s=min(latencies) if latencies else None,
+            is_priced=any(live.deployment.is_priced for live in lives),
         )
 
 

@@ -62,6 +62,7 @@ class Model:
         in_flight: requests under way.
         load: share of what it can do at once that is in use; may pass 1.
         latency_s: smoothed seconds to a whole answer; None before the first.
+        is_priced: what it costs is known; otherwise ``price`` says nothing.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Model:
     in_flight: int = 0
     load: float = 0.0
     latency_s: float | None = None
+    is_priced: bool = True
 
 
 @dataclass(frozen=True, slots=True)

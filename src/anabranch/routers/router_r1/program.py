@@ -64,7 +64,8 @@ class RouterR1(Program, kind="router_r1"):
         """Router, pool and limits; the paper's code has most of them.
 
         Attributes:
-            policy: model that routes; "" for the cheapest of the pool.
+            policy: model that routes, which is asked nothing directly where there are others: what was taught to route is no model of a
+                chat. "" for the cheapest of the pool, of those whose price is known where there are such.
             settings: fields of OpenAI's chat request that it is asked with.
             about: descriptions of models, in place of those of the gateway's config.
             aliases: other names of models.
@@ -121,15 +122,16 @@ class RouterR1(Program, kind="router_r1"):
         Raises InputError for a policy that is not in the pool, and for a knob that is none.
         """
         _Asked.of(query.knobs)
-        places = [int(at) for at in by_price(pool)]
-        policy = self.config.policy or next(
-            (pool.models[at].name for at in places if pool.models[at].is_available), pool.models[places[0]].name
-        )
+        # From cheap to dear; what has no price that is known is asked last, as who costs nothing, and is still not the cheapest.
+        places = sorted((int(at) for at in by_price(pool)), key=lambda at: pool.models[at].is_priced)
+        cheapest = sorted(places, key=lambda at: (not pool.models[at].is_available, not pool.models[at].is_priced))
+        policy = self.config.policy or pool.models[cheapest[0]].name
         if policy not in pool.names:
             raise InputError(f"router_r1 routes with {policy!r}; the pool has {', '.join(pool.names)}")
         score_M = [0.0] * len(pool)
         for rank, at in enumerate(places):
-            score_M[at] = float(rank)
+            is_router = pool.models[at].name == self.config.policy and len(pool) > 1
+            score_M[at] = -math.inf if is_router else float(rank)
         return Decision(
             candidates=ordered(pool, score_M),
             strategy=self.name,
@@ -252,7 +254,8 @@ class _Rounds:
         """Turns of the router, and what they ask."""
         config, names = self.config, self._names()
         policy = str(self.request.decision.details["policy"])
-        policy = policy if policy in self.request.names else self.request.names[-1]
+        open_names = {model.name for model in self.request.pool.models if model.is_available}
+        policy = policy if policy in open_names or not open_names else self.request.names[-1]
         problem = Problem.of(self.request.messages)
         rules = Rules(
             max_turns=config.max_turns,
