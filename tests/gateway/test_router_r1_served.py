@@ -88,6 +88,16 @@ def test_a_router_that_was_taught_answers_no_question_of_a_chat(tmp_path, knobs,
     assert endpoint.asked.count("router") == 9 - len(endpoint.turns)
 
 
+def test_whoever_gets_another_answer_is_told_why(tmp_path):
+    late, headers = asked(tmp_path, Endpoint(), fields=TAUGHT, knobs="?seconds=0")
+    assert late["choices"][0]["message"]["content"] == "large knows"
+    assert headers["x-route-spare"] == "time"
+    _, headers = asked(tmp_path, Endpoint(RAW, RAW), fields=TAUGHT)
+    assert headers["x-route-spare"] == "the router gave no answer"
+    _, headers = asked(tmp_path, Endpoint(("<answer>Ann", "stop")), fields=TAUGHT)
+    assert "x-route-spare" not in headers
+
+
 def test_a_model_without_a_price_does_not_route_as_the_cheapest(tmp_path):
     endpoint = Endpoint(("<answer>Ann", "stop"))
     found, _ = asked(tmp_path, endpoint, models={"big": None, "small": 1})

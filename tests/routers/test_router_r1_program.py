@@ -386,7 +386,7 @@ def test_where_no_answer_comes_a_model_is_asked_directly(turns, fields, why):
     models = Models(*turns)
     said, steps, done = run(models, fields=fields)
     assert named(steps, "direct") == [{"why": why}]
-    assert (said, done.model, done.is_spare) == ("large knows", "large", True)
+    assert (said, done.model, done.is_spare, done.why) == ("large knows", "large", True, why)
     assert models.asked[-1][1] == QUESTION
     # Never more than its turns, what they ask, and the direct answer.
     assert len(models.asked) <= 5 + 4 + 1
@@ -411,11 +411,12 @@ def test_where_nothing_can_be_asked_any_more_the_last_information_is_given():
 
     models = Models(TURNS[0], says={"small": small})
     _, _, done = run(models)
-    assert (done.message, done.model, done.finish_reason, done.is_spare) == (
+    assert (done.message, done.model, done.finish_reason, done.is_spare, done.why) == (
         {"content": "small knows"},
         "small",
         "length",
         True,
+        "the router: LimitError",
     )
     with pytest.raises(LimitError):
         run(Models(LimitError("no money"), says=dict.fromkeys(POOL.names, LimitError("no money"))))

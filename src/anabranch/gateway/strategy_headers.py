@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 NAME = re.compile(r"x-[!#$%&'*+.^_`|~a-z0-9-]+", re.ASCII)
 
 # What the gateway says itself, or clients, browsers and servers before it act upon.
-_ROUTE = ("arm", "attempts", "bypassed", "calls", "confidence", "deployment", "model", "reason", "strategy")
+_ROUTE = ("arm", "attempts", "bypassed", "calls", "confidence", "deployment", "model", "reason", "spare", "strategy")
 OURS = frozenset(
     {
         *("x-cache", "x-cost-usd", "x-overhead-ms", "x-request-id", "x-stitched"),

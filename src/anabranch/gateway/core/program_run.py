@@ -138,6 +138,12 @@ class ProgramRun:
             await self._pieces.aclose()
         self.drop()
 
+    @property
+    def spare(self) -> str:
+        """Why its answer stands in for another, once it has ended; "" where it does not."""
+        done = self._done
+        return "" if done is None or not done.is_spare else str(done.why) or "better than none"
+
     def forget(self) -> None:
         """Nobody asks for its `answer` any more."""
         self._said.clear()

@@ -33,6 +33,8 @@ def headers_of(state: "RequestState", report: Report) -> dict[str, str]:
             found |= decided.headers
     if state.program is not None:
         found["x-route-calls"] = str(len(state.calls.made))
+        if state.program.spare:
+            found["x-route-spare"] = state.program.spare[:200]
     if state.is_cacheable:
         found["x-cache"] = "miss"
     if not state.body.get("stream"):

@@ -121,7 +121,8 @@ class Done:
         finish_reason: OpenAI's.
         logprobs: likewise.
         is_spare: better than none: what the program would give could not be had now. Whoever asks the same later than a while is not
-            given it from a cache.
+            given it from a cache, and whoever gets it whole is told so in a header, ``x-route-spare``.
+        why: it is, in a few words without texts of sender or model; "" for no more than that.
     """
 
     message: Mapping[str, Any] | None = None
@@ -129,6 +130,7 @@ class Done:
     finish_reason: str = "stop"
     logprobs: Mapping[str, Any] | None = None
     is_spare: bool = False
+    why: str = ""
 
     @classmethod
     def of(cls, answered: Answered, choice: int = 0) -> Self:

@@ -171,7 +171,8 @@ class RouterR1(Program, kind="router_r1"):
             async with aclosing(given) as events:
                 async for event in events:
                     # What a router was to answer and did not is better asked for again than kept.
-                    yield replace(event, is_spare=running.can_route) if isinstance(event, Done) else event
+                    why = running.why if running.can_route else ""
+                    yield replace(event, is_spare=bool(why), why=why) if isinstance(event, Done) else event
                     if isinstance(event, Done):
                         return
 
