@@ -103,6 +103,16 @@ def test_an_answer_that_was_cut_has_its_end_put_to_it(text, whole):
         ("mistralai/mixtral-8x22b", None),
         ("70b", None),
         ("llama3", "llama3-chatqa-70b"),
+        ("llama-3", "llama-3.1-70b"),
+        ("chatqa", "llama3-chatqa-70b"),
+        # Whole words and numbers, and no single sign.
+        ("mixtra", None),
+        ("ixtral", None),
+        ("x", None),
+        ("7", None),
+        ("8x2", None),
+        ("-", None),
+        ("--", None),
         ("llama", None),
         ("tiny", "Small"),
         ("Tiny", "Small"),
@@ -114,6 +124,22 @@ def test_an_answer_that_was_cut_has_its_end_put_to_it(text, whole):
 )
 def test_which_model_is_meant(name, model):
     assert resolve(name, MODELS, {"tiny": "Small", "gone": "not-there"}) == model
+
+
+def test_numbers_and_letters_of_names_are_not_taken_for_names():
+    pool = ("m12", "m3", "small", "大型")
+    assert [resolve(name, pool) for name in ("m1", "m", "2", "12", "l", "a", "sma", "all", "型", "大")] == [
+        *(None, None, None, "m12", None, None, None, None, None, None)
+    ]
+    assert [resolve(name, pool) for name in ("m12", "M3", "大型")] == ["m12", "m3", "大型"]
+    # One sign may be a name.
+    assert resolve("B", ("a", "b")) == "b"
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=16, unique=True), st.integers(0, 99))
+def test_a_number_is_never_another_one(numbers, asked):
+    names = [f"m{number}" for number in numbers]
+    assert resolve(f"m{asked}", names) == (f"m{asked}" if asked in numbers else None)
 
 
 def test_names_that_are_told_apart_by_case_alone():

@@ -139,9 +139,10 @@ def last_answer(text: str) -> str | None:
 
 
 def resolve(name: str, models: Sequence[str], aliases: Mapping[str, str] | None = None) -> str | None:
-    """The model that a router means: the very name, the name in any case, an alias, else the one model whose name holds it.
+    """The model that a router means: the very name, the name in any case, an alias, else the one model that has it in its name.
 
-    None where that is none, or several: a question never goes to a model that may not have been meant.
+    It has it there as whole words and numbers, of two letters or digits at least: ``mixtral`` and ``8x22b`` are of ``mixtral-8x22b``, and
+    ``m1`` is not of ``m12``. None where that is none, or several.
     """
     if name in models:
         return name
@@ -154,8 +155,25 @@ def resolve(name: str, models: Sequence[str], aliases: Mapping[str, str] | None 
     named = {model for alias, model in (aliases or {}).items() if alias.casefold() == folded and model in models}
     if named:
         return named.pop() if len(named) == 1 else None
-    within = [model for model in models if folded in model.casefold()]
+    if sum(sign.isalnum() for sign in folded) < 2:
+        return None
+    within = [model for model in models if _has_part(model.casefold(), folded)]
     return within[0] if len(within) == 1 else None
+
+
+def _has_part(name: str, part: str) -> bool:
+    """Whether a name has a part that begins and ends in the middle of no word and of no number of it."""
+    starts = (start for start in range(len(name)) if name.startswith(part, start))
+    return any(
+        not _goes_on(name[max(0, start - 1) : start], part[0])
+        and not _goes_on(part[-1], name[start + len(part) : start + len(part) + 1])
+        for start in starts
+    )
+
+
+def _goes_on(left: str, right: str) -> bool:
+    """Whether two signs that stand side by side are of one word or number."""
+    return (left.isalpha() and right.isalpha()) or (left.isdigit() and right.isdigit())
 
 
 def faults(
