@@ -102,6 +102,7 @@ def test_from_questions_and_an_endpoint_to_a_router(capfd, files, policy):
             "text": "Ann",
             "prompt_tokens": 30,
             "completion_tokens": 5,
+            "usd": 50e-6,
         } in kept
         assert made["pool_usd"] == pytest.approx(
             sum((one["prompt_tokens"] + 4 * one["completion_tokens"]) / 1e6 for one in kept)
@@ -112,6 +113,11 @@ def test_from_questions_and_an_endpoint_to_a_router(capfd, files, policy):
         assert again["exact_match"] == 1.0
         assert again["raw_cost"] == pytest.approx(5 * 4)
         routed = told(run(capfd, "routers", "route", "who wrote book 2 ?", "--router", "run", "--json"))
+        # It was cut, and nothing was answered, as if the router knew nothing.
+        code, _, err = run(capfd, "routers", "route", "who wrote book 2 ? " * 100, "--router", "run")
+        assert code == 2
+        assert "tokens, and the policy reads" in " ".join(err.split())
+        assert "nothing is cut: use a shorter question" in " ".join(err.split())
         assert len(seen) == asked
     assert routed["answer"] == "Ann"
     assert routed["calls"] == [{"model": "small", "query": "who wrote it ?"}]
@@ -203,6 +209,10 @@ def test_training_ends_before_a_limit_and_goes_on_with_another(capfd, files, pol
         code, _, err = run(capfd, *line(policy, "run", "--max-calls", 0))
         assert code == 2
         assert "max_calls allows" in err
+        # The end that is documented, not a crash of the engine.
+        assert "anabranch rl train --out run --resume --max-calls N --max-usd USD" in " ".join(err.split())
+        assert "Traceback" not in err
+        assert "the engine" not in err
         assert not seen
         # Nothing was saved yet: it begins with the model that it was to start from.
         assert (
@@ -237,6 +247,8 @@ def test_a_pool_that_always_fails_ends_the_training(capfd, files, policy):
     (failures,) = re.findall(r"the pool failed (\d+) times in a row", " ".join(err.split()))
     assert int(failures) >= 3
     assert "no such key" in err
+    assert "--resume --max-calls N --max-usd USD" in " ".join(err.split())
+    assert "Traceback" not in err
     lines = (files / "run/pool.jsonl").read_text().splitlines()
     assert all("error" in json.loads(one) for one in lines)
 

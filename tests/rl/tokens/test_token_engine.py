@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.errors import DataError
+from anabranch.errors import DataError, InputError, LimitError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.attention import SelfAttention
 from anabranch.nn.feed_forward import SwiGLU
@@ -198,7 +198,7 @@ class Saying:
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(1, 30), st.lists(st.integers(0, 30), min_size=1, max_size=4)), min_size=1, max_size=4
+        st.tuples(st.integers(1, 23), st.lists(st.integers(0, 30), min_size=1, max_size=4)), min_size=1, max_size=4
     )
 )
 def test_no_episode_is_longer_than_the_model_has_positions(worlds):
@@ -215,6 +215,16 @@ def test_no_episode_is_longer_than_the_model_has_positions(worlds):
 _SHORT = {}
 
 
+@pytest.mark.parametrize("tokens", [24, 25, 200])
+def test_a_prompt_that_leaves_no_room_for_a_turn_is_refused_and_not_cut(tokens):
+    """Its end was cut off, where the question stands, and an empty episode was played."""
+    engine = _SHORT.setdefault(0, PolicyEngine(decoder(max_positions=24), slots=2))
+    with pytest.raises(InputError, match=f"the prompt of episode 1 has {tokens} tokens, and the policy reads 24"):
+        engine.play([Saying(3, [1]), Saying(tokens, [1])], [0, 1], DRAWN)
+    [whole] = engine.play([Saying(23, [1])], [0], DRAWN)
+    assert whole.turns == 1
+
+
 def test_a_world_that_never_ends_is_cut_where_there_is_no_room():
     engine = PolicyEngine(decoder(), slots=2, max_positions=40)
     endless, silent = engine.play([Hostile(), Hostile(told=())], [0, 1], DRAWN)
@@ -228,10 +238,22 @@ def test_a_world_that_never_ends_is_cut_where_there_is_no_room():
     assert len(played(engine)) == 6
 
 
-def test_a_world_that_fails_says_so():
-    engine = PolicyEngine(decoder(), slots=2)
-    with pytest.raises(DataError, match="no more questions"):
-        engine.play([Hostile(error=DataError("no more questions"))], [0], DRAWN)
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [DataError("no more questions"), LimitError("nobody may be asked"), ValueError("odd")],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_world_that_fails_says_so_itself_and_the_engine_goes_on(caplog, waits, error):
+    """It ended the engine's loop, which told a traceback, and by a race it was an AnabranchError that said the same in words."""
+    engine = PolicyEngine(decoder(), slots=3)
+    for failing in range(3):
+        plays = [Hostile(error=error if place == failing else None, told=()) for place in range(3)]
+        with pytest.raises(type(error)) as raised:
+            engine.play(plays, [0, 1, 2], DRAWN, waits=waits)
+        assert raised.value is error
+    assert not caplog.records
+    assert len(played(engine)) == 6
 
 
 def test_worlds_that_wait_are_answered_side_by_side_and_nothing_is_mixed_up():

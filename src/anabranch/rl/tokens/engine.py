@@ -7,12 +7,13 @@ model's, and what its compiled step has packed is written anew (`refresh`), with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import evaluating
 from anabranch.rl.tokens.trajectory import Route, Trajectory
@@ -127,6 +128,8 @@ class PolicyEngine:
         self._drawn, self._seeds = Drawn(), [0]
         self._count = 0
         self._waiting: dict[Future[Told], _Turn] = {}
+        # What a world raised, the first of it.
+        self._failed: Exception | None = None
         self._threads: ThreadPoolExecutor | None = None
 
     def refresh(self) -> None:
@@ -147,11 +150,15 @@ class PolicyEngine:
             drawn: how.
             waits: worlds take long to answer: they do in threads, while others write.
 
-        Raises AnabranchError if the engine fails, and whatever a world raises.
+        Raises InputError for a prompt that leaves no room for a turn, none is cut; AnabranchError if the engine fails; and whatever a world
+        raises, once the calls of other episodes that are under way have ended. The engine can be used again after that.
         """
+        for number, play in enumerate(plays):
+            self._check(number, play)
         self._drawn, self._seeds = drawn, list(seeds)
         self._threads = ThreadPoolExecutor(_AT_A_TIME) if waits else None
-        episodes = [Trajectory(tuple(play.prompt)[: self.max_positions]) for play in plays]
+        episodes = [Trajectory(tuple(play.prompt)) for play in plays]
+        self._failed = None
         try:
             with evaluating(self.model):
                 for number, (play, episode) in enumerate(zip(plays, episodes, strict=True)):
@@ -167,6 +174,13 @@ class PolicyEngine:
         for play, episode in zip(plays, episodes, strict=True):
             episode.outcome = play.outcome()
         return episodes
+
+    def _check(self, number: int, play: Play) -> None:
+        if len(play.prompt) >= self.max_positions:
+            raise InputError(
+                f"the prompt of episode {number} has {len(play.prompt):,} tokens, and the policy reads {self.max_positions:,} with what it "
+                "writes; nothing is cut: use a shorter question"
+            )
 
     def close(self) -> None:
         """Free what the engine holds."""
@@ -184,11 +198,13 @@ class PolicyEngine:
     def _run(self) -> None:
         while True:
             self._loop.run(until_idle=True)
+            if self._failed is not None:
+                raise self._failed
             if not self._waiting:
                 return
             done, _ = wait(self._waiting, return_when=FIRST_COMPLETED)
             for future in done:
-                self._answered(self._waiting.pop(future), future.result())
+                self._settle(self._waiting.pop(future), future.result)
 
     def _begin(self, number: int, play: Play, episode: Trajectory) -> None:
         """A turn of an episode; none where there is no room for it."""
@@ -214,12 +230,12 @@ class PolicyEngine:
     def _take(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, Refused):
-                raise event.reason
+                self._stop(event.reason)
             if isinstance(event, Output):
                 self._write(event)
         # Between two steps: who has been answered goes on at once.
         for future in [future for future in self._waiting if future.done()]:
-            self._answered(self._waiting.pop(future), future.result())
+            self._settle(self._waiting.pop(future), future.result)
 
     def _write(self, output: Output) -> None:
         turn = self._turns.get(output.id)
@@ -245,10 +261,28 @@ class PolicyEngine:
         episode, written = turn.episode, tuple(turn.tokens)
         _keep_routes(episode.routes, self._seen.pop(id, {}))
         episode.write(turn.tokens, turn.log_probs)
+        if self._failed is not None:
+            return
         if self._threads is None:
-            self._answered(turn, turn.play.step(written))
+            self._settle(turn, partial(turn.play.step, written))
         else:
             self._waiting[self._threads.submit(turn.play.step, written)] = turn
+
+    def _settle(self, turn: _Turn, told: Callable[[], Told]) -> None:
+        """Go on with what the world says. One that fails ends all episodes, and not the engine, in whose loop this may be."""
+        try:
+            said = told()
+        except Exception as error:
+            self._stop(error)
+            return
+        if self._failed is None:
+            self._answered(turn, said)
+
+    def _stop(self, error: Exception) -> None:
+        self._failed = self._failed or error
+        for id in self._turns:
+            self._loop.put(Abort(id))
+        self._turns.clear()
 
     def _answered(self, turn: _Turn, told: Told) -> None:
         """Go on with what the world says, as far as there is room for it: the model has no further places."""
