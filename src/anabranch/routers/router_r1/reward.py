@@ -34,8 +34,9 @@ def normalized(text: str) -> str:
 
 
 def exact_match(answer: str | None, wanted: Sequence[str]) -> float:
-    """1 where an answer is one of those wanted, as `normalized` has them."""
-    return float(answer is not None and normalized(answer) in {normalized(one) for one in wanted})
+    """1 where an answer is one of those wanted, as `normalized` has them; 0 where nothing is left of it: whoever says nothing is not right."""
+    said = "" if answer is None else normalized(answer)
+    return float(bool(said) and said in {normalized(one) for one in wanted})
 
 
 def token_f1(answer: str | None, wanted: Sequence[str]) -> float:
@@ -49,7 +50,7 @@ def _f1(answer: str, wanted: str) -> float:
     ours, theirs = answer.split(), wanted.split()
     common = sum((Counter(ours) & Counter(theirs)).values())
     if not common:
-        return float(ours == theirs)
+        return 0.0
     precision, recall = common / len(ours), common / len(theirs)
     return 2 * precision * recall / (precision + recall)
 
