@@ -33,10 +33,12 @@ class AnabranchError(Exception):
     Attributes:
         is_for_room: there was no room (of money, of calls, at a model): asked again with less beside it, the same may succeed.
         is_free: a call to a model failed before the model was at work, so that nobody bills it.
+        is_transient: a call to a model failed by what may be over in a moment: it may be made again.
     """
 
     is_for_room: bool = False
     is_free: bool = False
+    is_transient: bool = False
 
 
 class ConfigError(AnabranchError, ValueError):

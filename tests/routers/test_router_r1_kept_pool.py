@@ -245,3 +245,64 @@ def test_a_table_counts_words_where_it_is_not_told(tmp_path):
     path.write_bytes(b"\xff\n")
     with pytest.raises(DataError, match="cannot read"):
         read_table(path)
+
+
+def failing(*whether, transient=True):
+    """A model that fails as often as it is told to, and then answers."""
+    left = iter(whether)
+
+    def reply(model, query):
+        if next(left, False):
+            error = BackendError("busy")
+            error.is_transient = error.is_free = transient
+            raise error
+        return Reply("x", 0, 3)
+
+    return Live(reply)
+
+
+@pytest.mark.parametrize(("failures", "answered"), [(0, True), (1, True), (2, True), (3, False)])
+def test_a_call_that_failed_by_what_may_be_over_is_made_again(tmp_path, failures, answered):
+    """One answer of 429 taught a router that a model is useless."""
+    live, path = failing(*[True] * failures), tmp_path / "kept.jsonl"
+    pool = KeptPool(live, path, retries=2, wait_s=0.0)
+    if answered:
+        assert pool.reply("small", "a").text == "x"
+    else:
+        with pytest.raises(BackendError, match="busy"):
+            pool.reply("small", "a")
+    # Each try is a call, and a line.
+    assert pool.calls == len(live.asked) == len(rows(path)) == min(failures, 2) + 1
+    assert sum("error" in row for row in rows(path)) == failures
+
+
+def test_a_call_that_fails_for_good_is_not_made_again():
+    live = failing(True, transient=False)
+    with pytest.raises(BackendError, match="busy"):
+        KeptPool(live, retries=2, wait_s=0.0).reply("small", "a")
+    assert len(live.asked) == 1
+
+
+def test_tries_keep_to_limits_and_count_as_one_failure():
+    pool = KeptPool(failing(True, True), max_calls=2, retries=2, wait_s=0.0)
+    with pytest.raises(LimitError, match="max_calls"):
+        pool.reply("small", "a")
+    pool = KeptPool(failing(*[True] * 9), retries=2, wait_s=0.0, max_failures=2)
+    with pytest.raises(BackendError, match="busy"):
+        pool.reply("small", "a")
+    with pytest.raises(LimitError, match="failed 2 times in a row"):
+        pool.reply("small", "b")
+    assert pool.calls == 6
+
+
+@pytest.mark.parametrize("later", [0.01, 1.0, 100.0])
+def test_what_was_spent_does_not_change_with_prices(tmp_path, later):
+    """Lines were counted anew at today's prices: after a fall as much could be spent again."""
+    path = tmp_path / "kept.jsonl"
+    pool = KeptPool(Live(small=Price(1.0)), path)
+    pool.reply("small", "a")
+    assert rows(path)[0]["usd"] == pool.usd == pytest.approx(5e-6)
+    assert KeptPool(Live(small=Price(later)), path).usd == pool.usd
+    # A line of before tells none.
+    path.write_text(json.dumps({name: value for name, value in rows(path)[0].items() if name != "usd"}) + "\n")
+    assert KeptPool(Live(small=Price(later)), path).usd == pytest.approx(later * 5e-6)

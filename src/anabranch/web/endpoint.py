@@ -25,6 +25,8 @@ __all__ = ["LONGEST", "Endpoint"]
 _MOST_BYTES, _MOST_SECONDS = 64 << 20, 1_000_000
 # Refusals that come before a model is at work; what was broken off (408, and 499 of some proxies) may have been billed.
 _REFUSED = frozenset(range(400, 500)) - {408, 499}
+# What may be over in a moment: too many requests, and what a server or a proxy has trouble with.
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 # Of what an error says of itself.
 LONGEST = 400
 
@@ -96,7 +98,8 @@ class Endpoint:
         """The answer, an object.
 
         Raises DataError, without the key, for any other, and for one that is not whole in time. The error is one of a call that nobody
-        bills (``is_free``) where no connection was made, and where the endpoint refused what it was sent (4xx).
+        bills (``is_free``) where no connection was made, and where the endpoint refused what it was sent (4xx); and ``is_transient`` where
+        there was no connection, it broke, or the endpoint has too much to do (429, 5xx), but not where time ran out.
         """
         told: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
         call = _Call()
@@ -146,13 +149,14 @@ class Endpoint:
                     said = " ".join(self.without_key(_reason(answer)).split())[:LONGEST]
                     refused = DataError(f"{self.name} answers {answer.status}: {said}")
                     refused.is_free = answer.status in _REFUSED
+                    refused.is_transient = answer.status in _TRANSIENT
                     raise refused
                 data = answer.read(_MOST_BYTES + 1)
         except TimeoutError:
             raise self._late() from None
         except OSError as error:
             unreached = DataError(f"cannot reach {self.name}: {error}")
-            unreached.is_free = not is_sent
+            unreached.is_free, unreached.is_transient = not is_sent, True
             raise unreached from None
         except (http.client.HTTPException, ValueError):
             raise DataError(f"{self.name} does not speak HTTP") from None

@@ -73,7 +73,7 @@ MaxUsd = Annotated[
 # In the folder of a run: what its pool said, its tokenizer, and what it started from.
 KEPT, _TOKENIZER, _START = "pool.jsonl", "tokenizer", "start.json"
 # Of a pool's file; what else a world has is set by --set.
-_OF_POOL = ("base_url", "key_env", "table", "reply_tokens", "call_s", "max_failures", "models")
+_OF_POOL = ("base_url", "key_env", "table", "reply_tokens", "call_s", "max_failures", "retries", "models")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,9 @@ class LiveWorld(OwnWorld, kind="live"):
             kept: file that what they say is written to, and read from; "" for none.
             reply_tokens, call_s: most tokens of a reply, most seconds of a call.
             max_calls, max_usd: of all calls that ``kept`` has, before which training ends; None for no limit.
-            max_failures: calls in a row that may fail before it ends.
+            max_failures: calls in a row that may fail, each after its last try, before it ends.
+            retries: how often a call is made again that failed by what may be over in a moment (no connection, 429, 5xx): after 1 second,
+                after 2 more, and so on.
         """
 
         models: dict[str, PoolModel] = Field(min_length=1)
@@ -118,6 +120,7 @@ class LiveWorld(OwnWorld, kind="live"):
         max_calls: int | None = Field(default=None, ge=0)
         max_usd: float | None = Field(default=None, ge=0)
         max_failures: Size = Field(default=20, ge=1)
+        retries: int = Field(default=2, ge=0, le=10)
 
     config: Config
 
@@ -146,6 +149,7 @@ class LiveWorld(OwnWorld, kind="live"):
                 max_calls=config.max_calls,
                 max_usd=config.max_usd,
                 max_failures=config.max_failures,
+                retries=config.retries,
             )
         )
         self.waits = live is not None
@@ -165,9 +169,10 @@ class LiveWorld(OwnWorld, kind="live"):
         return (url, one.key_env or ("" if one.base_url else config.key_env), one.model or name) if url else None
 
     def most_usd_of_call(self) -> float:
-        """What a call may cost at most, of the dearest model that is there, with a question as long as a turn."""
+        """What a call may cost at most, of the dearest model that is there, with a question as long as a turn of the longest tokens."""
         live = [name for name, one in self.config.models.items() if one.engine or self.endpoint_of(name)]
-        query = "x" * self.config.turn_tokens
+        longest = max(len(self.tokenizer.decode([token]).encode()) for token in range(self.vocab_size))
+        query = "x" * min(self.config.turn_tokens * (longest + 1), 4 * self.rules.turn_characters)
         return max((self._most(name, query) for name in live), default=0.0)
 
     def _most(self, name: str, query: str) -> float:

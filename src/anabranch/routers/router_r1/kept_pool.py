@@ -1,18 +1,19 @@
 """`KeptPool`: a pool whose replies are written down, so that nobody is asked the same twice; with an end of calls and of money.
 
-    {"model": "small", "query": "Who wrote it?", "text": "Ann", "prompt_tokens": 31, "completion_tokens": 1}
+    {"model": "small", "query": "Who wrote it?", "text": "Ann", "prompt_tokens": 31, "completion_tokens": 1, "usd": 0.0000035}
     {"model": "large", "query": "Who wrote it?", "error": "large did not answer within 60 seconds", "usd": 0.0012}
 
 The file is what `RecordedPool` is made of (`read_table`): a table to train by later, or elsewhere. A call that failed is a line too, since
 it may have cost something, and is made again when it is asked for again. What is not known to have cost less is taken for what it may
-have cost at most, which its line says (``usd``): a call that failed, unless nobody bills it (``is_free`` of its error), and an answer that
-does not tell its tokens.
+have cost at most: a call that failed, unless nobody bills it (``is_free`` of its error), and an answer that does not tell its tokens.
+Every line says what it counts as (``usd``), whatever prices are later; those of older files are counted at today's.
 """
 
 import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
@@ -55,7 +56,10 @@ class KeptPool:
         known: replies from elsewhere.
         prices: of models that are not there.
         max_calls, max_usd: of this file, earlier runs among it; a call whose most would pass the latter is not made. None for no limit.
-        max_failures: calls in a row that may fail; None for any number.
+        max_failures: calls in a row that may fail, each after its last try; None for any number.
+        retries: how often a call is made again that failed by what may be over in a moment (``is_transient``); each try is a call of its
+            own to limits and file.
+        wait_s: before the first of them, in seconds; twice as long before each further one.
 
     Raises DataError for a file that cannot be read.
     """
@@ -70,10 +74,13 @@ class KeptPool:
         max_calls: int | None = None,
         max_usd: float | None = None,
         max_failures: int | None = None,
+        retries: int = 0,
+        wait_s: float = 1.0,
     ) -> None:
         self.live, self._path = live, None if path is None else Path(path)
         self.prices: dict[str, Price] = {**(prices or {}), **({} if live is None else live.prices)}
         self.max_calls, self.max_usd, self._max_failures = max_calls, max_usd, max_failures
+        self._retries, self._wait_s = retries, wait_s
         self.calls, self.usd = 0, 0.0
         self._known: dict[tuple[str, str], Reply] = {}
         for (model, query), reply in (known or {}).items():
@@ -116,7 +123,7 @@ class KeptPool:
         if not is_first:
             return coming.result()
         try:
-            reply = self._called(model, query, most)
+            reply = self._tried(model, query, most)
         except BaseException as error:
             coming.set_exception(error)
             raise
@@ -173,7 +180,22 @@ class KeptPool:
         self._reserved += most
         return most
 
-    def _called(self, model: str, query: str, most: float) -> Reply:
+    def _tried(self, model: str, query: str, most: float) -> Reply:
+        """A call for which there is room, and further ones where it failed by what may be over in a moment, as far as there is room."""
+        for number in range(self._retries):
+            try:
+                return self._called(model, query, most, is_last=False)
+            except LimitError:
+                raise
+            except AnabranchError as error:
+                if not error.is_transient:
+                    raise
+            time.sleep(self._wait_s * 2**number)
+            with self._lock:
+                most = self._room_for(model, query)
+        return self._called(model, query, most, is_last=True)
+
+    def _called(self, model: str, query: str, most: float, *, is_last: bool) -> Reply:
         assert self.live is not None
         row: dict[str, Any] = {"model": model, "query": query}
         try:
@@ -183,20 +205,22 @@ class KeptPool:
             usd = 0.0 if isinstance(error, AnabranchError) and error.is_free else most
             with self._lock:
                 self._charge(usd, most)
-                self._failures += 1
+                is_final = is_last or not (isinstance(error, AnabranchError) and error.is_transient)
+                self._failures += is_final
                 self._write(row | {"error": str(error)[:200], "usd": usd})
-                is_last = self._max_failures is not None and self._failures >= self._max_failures
-                if is_last and isinstance(error, AnabranchError):
+                is_enough = self._max_failures is not None and self._failures >= self._max_failures
+                if is_final and is_enough and isinstance(error, AnabranchError):
                     raise LimitError(
                         f"the pool failed {self._failures} times in a row; mend it, and resume: {error}"
                     ) from error
             raise
         counts = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
         with self._lock:
-            self._charge(self._cost(model, reply) if reply.is_counted else most, most)
+            usd = self._cost(model, reply) if reply.is_counted else most
+            self._charge(usd, most)
             self._failures = 0
             self._keep(model, query, reply)
-            self._write(row | {"text": reply.text} | (counts if reply.is_counted else {"usd": most}))
+            self._write(row | {"text": reply.text} | (counts if reply.is_counted else {}) | {"usd": usd})
         return reply
 
     def _charge(self, usd: float, reserved: float) -> None:

@@ -100,7 +100,8 @@ class ClientAsk:
                 told = plain(await found if inspect.isawaitable(found) else found)
             except Exception as error:
                 failed = BackendError(f"{body['model']} did not answer: {type(error).__name__}: {str(error)[:200]}")
-                failed.is_free = isinstance(error, AnabranchError) and error.is_free
+                if isinstance(error, AnabranchError):
+                    failed.is_free, failed.is_transient = error.is_free, error.is_transient
                 raise failed from error
         return self._answered(body["model"], told, time.monotonic() - began)
 
