@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
+from anabranch.data.tokenizer import load_tokenizer
 from anabranch.errors import ConfigError, DataError, TokenizerError
 from anabranch.rl import GRPO
 from anabranch.rl.router_r1 import RecordedWorld, word_tokenizer
+from anabranch.rl.tokens.runs import judge_policy, load_policy
 from anabranch.routers.router_r1.grammar import TAGS
 from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer
 from rl_router_small import tiny_decoder
@@ -29,6 +33,10 @@ WORDS = [
     "it",
 ]
 QUESTIONS = [{"question": f"who wrote book {number} ?", "answers": ["Ann", "Ann Smith"]} for number in range(40)]
+QUESTIONS_OF_ARTICLES = "".join(
+    json.dumps({"question": f"which {number} ?", "answers": ["A"] if number == 1 else ["The", "B"]}) + "\n"
+    for number in range(40)
+)
 TABLE = [
     {"model": "small", "query": "who wrote it ?", "text": "Ann", "completion_tokens": 7},
     {"model": "large", "query": "who wrote it ?", "text": "Bob of nothing"},
@@ -109,6 +117,69 @@ def test_a_prompt_is_the_papers_unless_another_is_given(files):
     assert "instruction" not in plain.strategy()
 
 
+def with_front(files):
+    """The tokenizer of the files, which puts ``<s>`` in front of every text from now on."""
+    made = tokenizers.Tokenizer.from_file(str(files / "tokenizer.json"))
+    made.add_special_tokens(["<s>"])
+    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    made.save(str(files / "tokenizer.json"))
+    return made.token_to_id("<s>")
+
+
+def test_a_prompt_begins_as_the_model_was_made_and_so_does_a_chat_of_the_gateway(files, tmp_path):
+    """The template was replaced by one without ``<s>``, and nothing else put it there."""
+    plain = RecordedWorld(config(files)).play(0, seed=0).prompt
+    front = with_front(files)
+    world = RecordedWorld(config(files))
+    play = world.play(0, seed=0)
+    assert play.prompt == (front, *plain)
+    world.tokenizer.save(tmp_path / "saved")
+    served = load_tokenizer(tmp_path / "saved")
+    text = world.tokenizer.decode(plain)
+    turn = ASKS.format("small")
+    told = play.step(tuple(world.tokenizer.encode(turn)))
+    chat = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": turn},
+        {"role": "user", "content": world.tokenizer.decode(told.tokens)},
+    ]
+    ids = served.encode_chat(served.apply_chat_template(chat))
+    assert ids == [*play.prompt, *served.encode(turn), *told.tokens]
+    # Of a router that is taught again.
+    again = RecordedWorld(config(files, tokenizer=str(tmp_path / "saved")))
+    assert again.play(0, seed=0).prompt == play.prompt
+
+
+def test_a_policy_that_is_read_back_judges_costs_by_the_window_of_its_training(files, tmp_path):
+    """It judged by an empty one: the first episode always got .5 of the cost, the others by those before them."""
+    world = config(files, max_turns=1, turn_tokens=6, alpha=0.9)
+    task = GRPO.Config(
+        world=world, model=tiny_decoder(world.build().vocab_size), questions=2, group=2, slots=4, eval_episodes=2
+    )
+    train = TrainConfig(steps=2, batch_size=4, schedule=Constant.Config(), eval_every=None)
+    trainer = Trainer(TaskRunConfig(task=task, train=train), tmp_path / "run")
+    for cost in range(1, 9):
+        trainer.task.world.window.reward(float(cost))
+    trainer.fit()
+    trainer.stream.close()
+    state = trainer.task.world.state_dict()
+    assert len(state["window"]) == 16
+    policy = load_policy(tmp_path / "run")
+    assert policy.task.world.state_dict()["window"] == state["window"]
+    dear = played(policy.task.world, ASKS.format("small"), ANSWERS.format("Ann"))
+    cheap = played(policy.task.world, ANSWERS.format("Ann"))
+    trained = [trainer.task.world.window.told(outcome.facts.cost**0.5) for outcome in (dear, cheap)]
+    assert trained[0] < trained[1]
+    found = policy.task.world.rewards([dear, cheap])
+    assert found == trainer.task.world.rewards([dear, cheap])
+    assert found[0] < 0.5 < found[1]
+    judge_policy(policy, episodes=2)
+    assert len(policy.task.world.window) == 18
+    # Whoever evaluates may have other questions by now.
+    (files / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS[::-1])))
+    assert load_policy(tmp_path / "run").task.world.state_dict()["window"] == state["window"]
+
+
 def test_it_has_no_traces_to_begin_with(files):
     with pytest.raises(ConfigError, match="RecordedWorld has no traces"):
         RecordedWorld(config(files)).traces(3, seed=0)
@@ -143,6 +214,7 @@ def test_a_policy_is_trained_on_it(files, tmp_path):
         ("questions", '{"question": "a", "answers": []}', "answers is .* must be a text"),
         ("questions", '{"question": "a", "answers": [null]}', "answers is .* must be a text"),
         ("questions", '{"question": "a"}', "there is no answer"),
+        ("questions", QUESTIONS_OF_ARTICLES, "line 2: its answer 'A' has no word beside articles"),
         ("questions", '{"question": "a", "answers": ["b"]}', "has no question for"),
         ("table", '{"model": "small", "query": 3, "text": "a"}', "has no query"),
         ("table", '{"model": "small", "query": "a", "text": "a", "completion_tokens": -1}', "completion_tokens -1"),

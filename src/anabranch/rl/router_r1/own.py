@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from anabranch.config import Field, configclass
 from anabranch.data.tokenizer import Tokenizer, load_tokenizer
-from anabranch.errors import ConfigError, InputError
+from anabranch.errors import ConfigError, DataError, InputError
+from anabranch.questions import QuestionRow
 from anabranch.rl.router_r1.routed import RoutedPlay, RoutedWorld
 from anabranch.rl.router_r1.words import TEMPLATE
 from anabranch.rl.tokens.questions import OwnQuestions, check_began
@@ -14,8 +16,11 @@ from anabranch.rl.tokens.world import Split
 from anabranch.routers.router_r1 import Episode
 from anabranch.routers.router_r1.environment import RoutePool
 from anabranch.routers.router_r1.prompts import router_prompt
+from anabranch.routers.router_r1.reward import normalized
 
 __all__ = ["OwnWorld"]
+
+_SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 class OwnWorld(RoutedWorld):
@@ -52,10 +57,16 @@ class OwnWorld(RoutedWorld):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
+        self.tokenizer.chat_template = None
+        # What the model has in front of every text (``<s>`` of Llama), as it was made.
+        self._front = _front_of(self.tokenizer)
         # Saved with the policy: a gateway's chat is then the text of an episode, whatever chats the model knew before.
-        self.tokenizer.chat_template = TEMPLATE
+        self.tokenizer.chat_template = f"{{{{ {json.dumps(self._front)} }}}}{TEMPLATE}" if self._front else TEMPLATE
         self.vocab_size = self.tokenizer.vocab_size
         self._questions = OwnQuestions(config.questions, config.held_out)
+        for split in _SPLITS:
+            for row in self._questions[split]:
+                _check_answers(row)
         self._began = {"questions": self._questions.digest, "tokenizer": self.tokenizer.fingerprint}
         self.num_questions, self.num_tests = (len(self._questions[split]) for split in ("train", "test"))
 
@@ -77,7 +88,7 @@ class OwnWorld(RoutedWorld):
         prompt = router_prompt(question, self.names, self.about(), instruction=self.config.instruction or None)
         return RoutedPlay(
             self.tokenizer,
-            prompt,
+            self._front + prompt,
             Episode(question, self.rules, self.names),
             self.pool,
             answers,
@@ -86,10 +97,9 @@ class OwnWorld(RoutedWorld):
 
     def longest_prompt(self) -> int:
         """Tokens of the longest of all prompts."""
-        splits: tuple[Split, ...] = ("train", "test")
         return max(
             len(self.play(number, seed=0, split=split).prompt)
-            for split in splits
+            for split in _SPLITS
             for number in range(len(self._questions[split]))
         )
 
@@ -105,7 +115,31 @@ class OwnWorld(RoutedWorld):
         """The window of costs, and which questions and tokens there are."""
         return {**super().state_dict(), **self._began}
 
+    def judge_as(self, state: dict[str, Any]) -> None:
+        """See `TokenWorld`; whoever asks a router goes on with nothing, and may have other questions."""
+        super().load_state_dict(state)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave. Raises CheckpointError for one of other questions or tokens."""
         check_began(state, self._began)
         super().load_state_dict(state)
+
+
+def _front_of(tokenizer: Tokenizer) -> str:
+    """What stands in front of every text, as text; "" for nothing. ``tokenizer`` has no template of chats."""
+    plain, whole = tokenizer.encode("a"), tokenizer.encode_chat("a")
+    front = whole[: len(whole) - len(plain)]
+    text = tokenizer.decode(front, skip_special=False)
+    if tokenizer.encode(text) != front:
+        raise ConfigError(
+            f"the tokenizer puts {front} in front of every text, and no text stands for that; a router's chat could not be written with it"
+        )
+    return text
+
+
+def _check_answers(row: QuestionRow) -> None:
+    """Raise DataError where right answers are articles alone: nothing is left of them to compare with."""
+    if not any(normalized(one) for one in row.answers):
+        raise DataError(
+            f"{row.where}: its answer {row.answers[0][:80]!r} has no word beside articles that could be compared"
+        )

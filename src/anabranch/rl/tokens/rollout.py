@@ -192,6 +192,17 @@ class TokenRollouts:
                 f"{path} has {len(samples.token_BL)} episodes, and a rollout {self.playing.episodes}; the checkpoint is damaged"
             )
 
+    @staticmethod
+    def judged_by(folder: Path) -> dict[str, Any] | None:
+        """What rewards hung on in a checkpoint's rollout, for `TokenWorld.judge_as`; None before the first. Raises CheckpointError."""
+        path = folder / NOTES
+        if not path.exists():
+            return None
+        try:
+            return dict(parse_json(path.read_text("utf-8"))["world"])
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from None
+
     def close(self) -> None:
         """Free the engine, and what the world holds."""
         if self._engine is not None:

@@ -159,7 +159,7 @@ def is_policy(out: str | Path) -> bool:
 
 
 def load_policy(out: str | Path, settings: Mapping[str, Any] | None = None) -> Policy:
-    """The policy of a run, from its newest checkpoint.
+    """The policy of a run, from its newest checkpoint, with a world that judges as it did there (by the window of costs, say).
 
     Args:
         out: folder of the run.
@@ -182,6 +182,9 @@ def load_policy(out: str | Path, settings: Mapping[str, Any] | None = None) -> P
         task.load(found[-1], model)
     except ValueError as error:
         raise CheckpointError(f"{found[-1]} does not fit its run: {error}") from None
+    judged_by = TokenRollouts.judged_by(found[-1])
+    if judged_by is not None:
+        task.world.judge_as(judged_by)
     return Policy(task, model.eval(), config, state["progress"]["step"])
 
 

@@ -143,6 +143,10 @@ class TokenWorld(Part, family="token_world"):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
 
+    def judge_as(self, state: dict[str, Any]) -> None:
+        """Judge episodes as where `state_dict` gave this, without going on from there. Default: `load_state_dict`."""
+        self.load_state_dict(state)
+
 
 def means(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each name that all have."""
