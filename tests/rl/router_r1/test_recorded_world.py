@@ -11,6 +11,7 @@ from anabranch.errors import ConfigError, DataError, TokenizerError
 from anabranch.rl import GRPO
 from anabranch.rl.router_r1 import RecordedWorld, word_tokenizer
 from anabranch.rl.tokens.runs import judge_policy, load_policy
+from anabranch.routers.router_r1 import RouterR1
 from anabranch.routers.router_r1.grammar import TAGS
 from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer
 from rl_router_small import tiny_decoder
@@ -180,6 +181,29 @@ def test_a_policy_that_is_read_back_judges_costs_by_the_window_of_its_training(f
     assert load_policy(tmp_path / "run").task.world.state_dict()["window"] == state["window"]
 
 
+def test_a_router_may_ask_by_other_names_and_the_gateway_knows_them(files):
+    asks = ASKS.format("book")
+    assert played(RecordedWorld(config(files)), asks).facts.cost == 0
+    world = RecordedWorld(config(files, aliases={"book": "small"}, warns=True))
+    outcome = played(world, asks, ANSWERS.format("Ann"))
+    assert outcome.facts.calls == (("small", "who wrote it ?"),)
+    assert outcome.facts.faults == ()
+    assert len(world.play(0, seed=0).prompt) > len(RecordedWorld(config(files)).play(0, seed=0).prompt)
+    told = world.strategy()
+    assert (told["aliases"], told["warns"]) == ({"book": "small"}, True)
+    assert {"aliases", "warns"} <= set(RouterR1.Config.__dataclass_fields__)
+    assert {"aliases", "warns"}.isdisjoint(RecordedWorld(config(files)).strategy())
+
+
+@pytest.mark.parametrize("one_colon", [True, False])
+def test_a_further_colon_is_a_fault_unless_it_may_be_there(files, one_colon):
+    world = RecordedWorld(config(files, one_colon=one_colon))
+    outcome = played(world, "<think> who </think> <search> small : who : it </search>", ANSWERS.format("Ann"))
+    assert outcome.facts.calls == (("small", "who : it"),)
+    assert bool(outcome.facts.faults) == one_colon
+    assert world.rewards([outcome]) == [-1.0 if one_colon else 1.0]
+
+
 def test_it_has_no_traces_to_begin_with(files):
     with pytest.raises(ConfigError, match="RecordedWorld has no traces"):
         RecordedWorld(config(files)).traces(3, seed=0)
@@ -235,6 +259,11 @@ def test_damaged_files_are_told_by_line(files, name, text, why):
         ({"prices": {"small": 0.5}}, ConfigError, "has no price"),
         ({"prices": {"small": -1.0, "large": 1.0}}, ConfigError, "must be a number of at least 0"),
         ({"about": {"huge": "x"}}, ConfigError, "not among the models"),
+        (
+            {"aliases": {"h": "huge"}},
+            ConfigError,
+            "aliases has 'h' for 'huge', which is not among the models: small, large",
+        ),
         ({"instruction": "Ask"}, ConfigError, "no {models}"),
         ({"held_out": 1.0}, ConfigError, "held_out is 1"),
     ],

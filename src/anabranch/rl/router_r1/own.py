@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from anabranch.config import Field, configclass
@@ -13,7 +15,7 @@ from anabranch.rl.router_r1.routed import RoutedPlay, RoutedWorld
 from anabranch.rl.router_r1.words import TEMPLATE
 from anabranch.rl.tokens.questions import OwnQuestions, check_began
 from anabranch.rl.tokens.world import Split
-from anabranch.routers.router_r1 import Episode
+from anabranch.routers.router_r1 import Episode, Rules
 from anabranch.routers.router_r1.environment import RoutePool
 from anabranch.routers.router_r1.prompts import router_prompt
 from anabranch.routers.router_r1.reward import normalized
@@ -43,6 +45,8 @@ class OwnWorld(RoutedWorld):
             about: descriptions of models.
             tokenizer: folder of the policy, or its tokenizer.json.
             instruction: what the router is told before the question, with ``{models}``; "" for the paper's.
+            warns: say more in the prompt, for base models.
+            aliases: other names of models, which the router may ask by.
             held_out: share of the questions that is for tests, by a digest of their text.
         """
 
@@ -50,6 +54,8 @@ class OwnWorld(RoutedWorld):
         about: dict[str, str] = Field(default_factory=dict)
         tokenizer: str = Field(min_length=1)
         instruction: str = ""
+        warns: bool = False
+        aliases: dict[str, str] = Field(default_factory=dict)
         held_out: float = Field(default=0.1, gt=0, lt=1)
 
     config: Config
@@ -71,12 +77,26 @@ class OwnWorld(RoutedWorld):
         self.num_questions, self.num_tests = (len(self._questions[split]) for split in ("train", "test"))
 
     def begin(self, pool: RoutePool) -> None:
-        """Ask this pool. Raises ConfigError for a description of no model of it, and an instruction without models."""
+        """Ask this pool. Raises ConfigError for a description or an alias of no model of it, and an instruction without models."""
         self.pool, self.names = pool, tuple(pool.prices)
+        for alias, name in self.config.aliases.items():
+            if name not in self.names:
+                raise ConfigError(
+                    f"aliases has {alias!r} for {name!r}, which is not among the models: {', '.join(self.names)}"
+                )
         try:
-            router_prompt("?", self.names, self.config.about, instruction=self.config.instruction or None)
+            self._prompt("?", self.config.about)
         except InputError as error:
             raise ConfigError(str(error)) from None
+
+    @property
+    def rules(self) -> Rules:
+        """See `RoutedWorld`."""
+        return replace(super().rules, aliases=self.config.aliases)
+
+    def _prompt(self, question: str, about: Mapping[str, str]) -> str:
+        config = self.config
+        return router_prompt(question, self.names, about, warns=config.warns, instruction=config.instruction or None)
 
     def play(self, question: int, *, seed: int, split: Split = "train") -> RoutedPlay:
         """See `TokenWorld`; the seed says nothing, since nothing is drawn."""
@@ -85,7 +105,7 @@ class OwnWorld(RoutedWorld):
 
     def asked(self, question: str, answers: tuple[str, ...] = ()) -> RoutedPlay:
         """An episode of any question. Raises InputError for an empty one."""
-        prompt = router_prompt(question, self.names, self.about(), instruction=self.config.instruction or None)
+        prompt = self._prompt(question, self.about())
         return RoutedPlay(
             self.tokenizer,
             self._front + prompt,
@@ -93,6 +113,7 @@ class OwnWorld(RoutedWorld):
             self.pool,
             answers,
             basis=self.config.cost_basis,
+            one_colon=self.config.one_colon,
         )
 
     def longest_prompt(self) -> int:
@@ -109,7 +130,12 @@ class OwnWorld(RoutedWorld):
 
     def strategy(self) -> dict[str, Any]:
         """See `RoutedWorld`."""
-        return {**super().strategy(), **({"instruction": self.config.instruction} if self.config.instruction else {})}
+        said = {
+            "instruction": self.config.instruction,
+            "warns": self.config.warns,
+            "aliases": dict(self.config.aliases),
+        }
+        return {**super().strategy(), **{name: value for name, value in said.items() if value}}
 
     def state_dict(self) -> dict[str, Any]:
         """The window of costs, and which questions and tokens there are."""

@@ -63,6 +63,7 @@ class RoutedPlay:
         pool: that is asked.
         wanted: answers that are right.
         basis: what calls cost.
+        one_colon: a question with a further colon is a fault.
 
     Attributes:
         cost, invalid, calls: see `Routed`; so far.
@@ -77,10 +78,12 @@ class RoutedPlay:
         wanted: Sequence[str] = (),
         *,
         basis: Basis = "completion",
+        one_colon: bool = True,
     ) -> None:
         self.prompt: Tokens = tuple(tokenizer.encode_chat(prompt))
         self.episode, self.wanted = episode, tuple(wanted)
         self._tokenizer, self._pool, self._basis = tokenizer, pool, basis
+        self._one_colon = one_colon
         self.cost, self.invalid = 0.0, 0
         self.calls: list[tuple[str, str]] = []
 
@@ -125,7 +128,7 @@ class RoutedPlay:
             "wanted": self.wanted,
             "answer": episode.answer,
             "judged": episode.last_answer,
-            "faults": episode.faults(),
+            "faults": episode.faults(one_colon=self._one_colon),
             "cost": self.cost,
             "invalid": self.invalid,
             "turns": episode.turns,
@@ -144,6 +147,7 @@ class RoutedWorld(TokenWorld):
             alpha: weight of the cost.
             measure: what an answer is judged by, exact ``match`` or the ``f1`` of its words.
             format_reward: a broken form is worth -1; without (an ablation) it is not looked at.
+            one_colon: a question to a model that has a further colon breaks the form, as in the code; it is asked whole either way.
             cost_only_if_correct: see `total_reward`.
             window: costs by which a cost is judged.
             cost_basis: tokens of the ``completion`` alone cost something (the paper's code), or ``all``, by their prices.
@@ -154,6 +158,7 @@ class RoutedWorld(TokenWorld):
         alpha: float = Field(default=0.0, ge=0, le=1)
         measure: Literal["match", "f1"] = "match"
         format_reward: bool = True
+        one_colon: bool = True
         cost_only_if_correct: bool = True
         window: Size = Field(default=1000, ge=1)
         cost_basis: Basis = "completion"

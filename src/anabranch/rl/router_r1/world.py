@@ -62,8 +62,10 @@ class TwoHopPlay(RoutedPlay):
         pool: RoutePool,
         named: Mapping[str, int],
         question: Question,
+        *,
+        one_colon: bool = True,
     ) -> None:
-        super().__init__(tokenizer, prompt, episode, pool, [f"e{question.answer}"])
+        super().__init__(tokenizer, prompt, episode, pool, [f"e{question.answer}"], one_colon=one_colon)
         self.named, self.question = dict(named), question
 
     def outcome(self) -> Outcome:
@@ -125,7 +127,8 @@ class TwoHopWorld(RoutedWorld, kind="two_hop"):
         about = {name: self.facts.about(model) for name, model in names.items()}
         prompt = router_prompt(asked.text, list(names), about, instruction=INSTRUCTION)
         episode = Episode(asked.text, self.rules, list(names))
-        return TwoHopPlay(self.tokenizer, prompt, episode, self.facts.pool(names), names, asked)
+        pool, one_colon = self.facts.pool(names), self.config.one_colon
+        return TwoHopPlay(self.tokenizer, prompt, episode, pool, names, asked, one_colon=one_colon)
 
     def names(self, seed: int) -> dict[str, int]:
         """The models of an episode by their names, in the order in which they are described."""
