@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from anabranch.data.tokenizer import load_tokenizer
-from anabranch.errors import ConfigError, DataError, TokenizerError
+from anabranch.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from anabranch.rl import GRPO
 from anabranch.rl.router_r1 import RecordedWorld, word_tokenizer
 from anabranch.rl.tokens.runs import judge_policy, load_policy
@@ -146,6 +146,11 @@ def test_a_prompt_begins_as_the_model_was_made_and_so_does_a_chat_of_the_gateway
     ]
     ids = served.encode_chat(served.apply_chat_template(chat))
     assert ids == [*play.prompt, *served.encode(turn), *told.tokens]
+    # A run that began without does not go on with it, and one that began with it does.
+    world.load_state_dict(world.state_dict())
+    older = {name: value for name, value in world.state_dict().items() if name != "beginning of prompts"}
+    with pytest.raises(CheckpointError, match="the beginning of prompts of the run changed since it began"):
+        world.load_state_dict(older)
     # Of a router that is taught again.
     again = RecordedWorld(config(files, tokenizer=str(tmp_path / "saved")))
     assert again.play(0, seed=0).prompt == play.prompt

@@ -22,6 +22,7 @@ from anabranch.routers.router_r1.reward import normalized
 
 __all__ = ["OwnWorld"]
 
+_FRONT = "beginning of prompts"
 _SPLITS: tuple[Split, ...] = ("train", "test")
 
 
@@ -74,6 +75,7 @@ class OwnWorld(RoutedWorld):
             for row in self._questions[split]:
                 _check_answers(row)
         self._began = {"questions": self._questions.digest, "tokenizer": self.tokenizer.fingerprint}
+        self._began[_FRONT] = json.dumps(self._front)
         self.num_questions, self.num_tests = (len(self._questions[split]) for split in ("train", "test"))
 
     def begin(self, pool: RoutePool) -> None:
@@ -147,7 +149,8 @@ class OwnWorld(RoutedWorld):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave. Raises CheckpointError for one of other questions or tokens."""
-        check_began(state, self._began)
+        # Prompts of older runs had nothing in front.
+        check_began({_FRONT: '""'} | state, self._began)
         super().load_state_dict(state)
 
 
