@@ -34,7 +34,7 @@ def normalized(text: str) -> str:
 
 
 def exact_match(answer: str | None, wanted: Sequence[str]) -> float:
-    """1 where an answer is one of those wanted, as `normalized` has them; 0 where nothing is left of it: whoever says nothing is not right."""
+    """1 where an answer is one of those wanted, as `normalized` has them; 0 where nothing is left of it, since it says nothing."""
     said = "" if answer is None else normalized(answer)
     return float(bool(said) and said in {normalized(one) for one in wanted})
 
