@@ -53,10 +53,13 @@ def test_headers_of_a_stream_say_who_is_answering_and_no_cost():
 
 def test_a_program_s_calls_are_its_cost():
     state = run(decided)
-    state.program = SimpleNamespace(first_s=None)
+    state.program = SimpleNamespace(first_s=None, spare="")
     state.calls.made.append(SimpleNamespace(report=Report(attempts=[attempt(cost=7)])))
     found = headers_of(state, Report(attempts=[attempt(cost=5)]))
     assert (found["x-route-calls"], found["x-cost-usd"]) == ("1", "0.000000007")
+    assert "x-route-spare" not in found
+    state.program.spare = "time\r\nx-evil: 1" + "x" * 999
+    assert headers_of(state, Report())["x-route-spare"] == "time??x-evil: 1" + "x" * 185
 
 
 def test_overhead_is_all_but_the_span_of_the_attempts():
