@@ -171,13 +171,15 @@ NO_MORE = Cut("<think>dose</think><answer>It is not safe to take more than 3")
     [
         # As much as the sender allows: what an answer of any model is then.
         ([NO_MORE], {"max_tokens": 8}, "It is not safe to take more than 3", "length", ["answer"]),
+        # As many as a turn has.
+        ([NO_MORE], {"max_tokens": 1024}, "It is not safe to take more than 3", "length", ["answer"]),
         ([NO_MORE], {"max_completion_tokens": 8}, "It is not safe to take more than 3", "length", ["answer"]),
         ([Cut("<answer>Ann</ans")], {"max_tokens": 8}, "Ann", "length", ["answer"]),
         ([Cut("<answer>Ann</answer> and so on")], {"max_tokens": 8}, "Ann", "stop", ["answer"]),
         ([NO_MORE], {"max_tokens": 8, "stop": " to"}, "It is not safe", "stop", ["answer"]),
         # What the router's own turns have no room for is no action, as where it was taught.
         ([NO_MORE, TURNS[2]], {}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
-        ([NO_MORE, TURNS[2]], {"max_tokens": 1024}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
+        ([NO_MORE, TURNS[2]], {"max_tokens": 1025}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
         ([Filtered("<answer>Ann")] * 2 + [TURNS[2]], {"max_tokens": 8}, "Ann, and it is", "stop", None),
         # Half a question is asked nobody, whoever had no room for it.
         ([Cut(TURNS[0]), TURNS[2]], {}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),

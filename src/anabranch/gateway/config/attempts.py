@@ -14,7 +14,7 @@ class RetryConfig(Config):
         budget: most retries, fallbacks and hedges as a share of requests, over ``window_s`` seconds, so that an outage does not
             multiply load; 0 for none at all, 1 for as many again as there are requests. Each sender has a right to that share of its own.
             A fallback for what is the request's own (too long, refused by a filter, not supported there, an answer too large to be read)
-            is not charged.
+            is not charged: three in one request, or one where words alone say what it was refused for.
         least: so many there may be in any window, however quiet it is; of several senders each has its part.
         window_s: see ``budget``.
     """

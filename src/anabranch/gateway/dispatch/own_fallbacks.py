@@ -4,9 +4,9 @@
     said in words alone, which the sender may have written        one further model
     not supported there, so that nothing was sent                 as many as there are
 
-Nothing else bounds them. A request asks each model of its chain once, and is one of those that its sender's limits allow, so that none
-of these models is asked more often than by as many requests that name it. To count what comes of them, or to make them wait for each
-other, would take answers from senders whose prompts are merely long.
+Nothing else bounds them. A request asks each model of its chain once so, and is one of those that its sender's limits allow: none of these
+models is asked more often than by as many requests that name it. (A program asks as often as `limits.strategy_calls` lets it.) To count
+what comes of them, or to make them wait for each other, would take answers from senders whose prompts are merely long.
 """
 
 from anabranch.gateway.providers.provider import Failure, FailureKind

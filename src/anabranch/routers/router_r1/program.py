@@ -322,15 +322,19 @@ class _Rounds:
         if not self._is_cut:
             return closed(text)
         # What was cut does what it did where the router was taught: nothing. But an answer of as much as the sender allows is one.
-        is_full = reason == "length" and most < self.config.turn_tokens
+        is_full = reason == "length" and most in self._asked_tokens()
         whole = answered(text) if is_full else text
         self._is_short = whole != text
         return whole
 
     def _turn_tokens(self) -> int:
         """Most tokens of a turn, and so of the answer in it: no more than the sender allows."""
+        return min([self.config.turn_tokens, *self._asked_tokens()])
+
+    def _asked_tokens(self) -> list[int]:
+        """Most tokens of an answer, as the sender said it."""
         asked = (self.request.settings.get(name) for name in ("max_tokens", "max_completion_tokens"))
-        return min([self.config.turn_tokens, *(most for most in asked if isinstance(most, int))])
+        return [most for most in asked if isinstance(most, int)]
 
     def _shown(self, written: str, asked: Asked | None) -> Iterator[Shown]:
         """What the sender sees of a turn before a model is asked; nothing where it did not want to."""
