@@ -45,6 +45,8 @@ def played(id, steps, *, quick, config):
     return np.concatenate(found)
 
 
+# Newer releases of HighwayEnv have a second version of some.
+@pytest.mark.filterwarnings("ignore:.*is out of date:DeprecationWarning")
 @pytest.mark.parametrize(
     ("id", "steps"),
     [
