@@ -3,8 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from anabranch.students_t import t_probability
 from anabranch.studies.harness import Claim, Results
-from anabranch.studies.paired import SEEDS_NEEDED, Verdict, estimate, t_probability
+from anabranch.studies.paired import SEEDS_NEEDED, Verdict, estimate
 
 LEVEL = 0.05
 
