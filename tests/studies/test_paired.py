@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from anabranch.studies.paired import Estimate, estimate, paired_difference, verdict_below
+from anabranch.studies.paired import Estimate, estimate, paired_difference, t_probability, t_quantile, verdict_below
 
 
 def test_paired_difference_by_hand():
@@ -44,6 +44,17 @@ def test_nothing_in_common():
 )
 def test_verdict(mean, half_width, limit, expected):
     assert verdict_below(Estimate(mean, half_width, 3), limit) == expected
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 8, 9, 30])
+@pytest.mark.parametrize("probability", [0.5, 0.9, 0.975, 0.995])
+def test_quantile_equals_scipy(degrees, probability):
+    assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-9, abs=1e-9)
+
+
+@given(st.floats(0, 50), st.integers(1, 40))
+def test_probability_equals_scipy(t, degrees):
+    assert t_probability(t, degrees) == pytest.approx(stats.t.cdf(t, degrees), abs=1e-12)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=8))

@@ -21,7 +21,7 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_file
 from anabranch.rl.environment import OUTCOME, Environment, World, flat
 from anabranch.rl.network import ActorCritic
-from anabranch.students_t import t_quantile
+from anabranch.rl.student import within_95
 
 __all__ = ["Episodes", "judge"]
 
@@ -112,7 +112,7 @@ class Episodes:
 
 def _interval(value_E: np.ndarray) -> float:
     number = len(value_E)
-    return t_quantile(0.975, number - 1) * float(value_E.std(ddof=1)) / math.sqrt(number) if number > 1 else math.nan
+    return within_95(number - 1) * float(value_E.std(ddof=1)) / math.sqrt(number) if number > 1 else math.nan
 
 
 def judge(

@@ -3,9 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from anabranch.students_t import t_probability
 from anabranch.studies.harness import Claim, Results
-from anabranch.studies.paired import SEEDS_NEEDED, Verdict, estimate
+from anabranch.studies.paired import SEEDS_NEEDED, Verdict, estimate, t_probability
 
 LEVEL = 0.05
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from anabranch.students_t import t_probability, t_quantile
-from anabranch.studies.paired import SEEDS_NEEDED
+from anabranch.studies.paired import SEEDS_NEEDED, t_probability, t_quantile
 
 if TYPE_CHECKING:
     from anabranch.studies.harness import Claim

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from anabranch.students_t import t_quantile
-
 Verdict = Literal["holds", "does not hold", "not resolved", "not run", "void"]
 
 
@@ -82,3 +80,30 @@ def same_sign(differences: Sequence[float]) -> Verdict:
     Where there is no difference two seeds agree every other time, five once in sixteen; `every_seed` is for what has to be so in each run.
     """
     return every_seed([value > 0 for value in differences]) if len(differences) >= SEEDS_NEEDED else "not resolved"
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution for 0.5 <= ``probability`` < 1, to about 1e-12."""
+    low, high = 0.0, 1.0
+    while t_probability(high, degrees) < probability:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, degrees) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def t_probability(t: float, degrees: int) -> float:
+    """P(T <= t) for Student's t with an integer number of degrees of freedom and t >= 0.
+
+    The finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
+    theta = math.atan2(t, math.sqrt(degrees))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = degrees % 2
+    term, total = (cosine, cosine if degrees > 1 else 0.0) if odd else (1.0, 1.0)
+    for power in range(3 if odd else 2, degrees - 1, 2):
+        term *= cosine**2 * (power - 1) / power
+        total += term
+    inside = 2 / math.pi * (theta + sine * total) if odd else sine * total
+    return (1 + inside) / 2

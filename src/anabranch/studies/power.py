@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from anabranch.errors import ConfigError
-from anabranch.students_t import t_quantile
 from anabranch.studies.corrected import LEVEL
-from anabranch.studies.paired import SEEDS_NEEDED
+from anabranch.studies.paired import SEEDS_NEEDED, t_quantile
 
 if TYPE_CHECKING:
     from anabranch.studies.harness import Claim, Results

@@ -27,6 +27,7 @@ from anabranch.errors import CapacityError, CheckpointError, ConfigError
 from anabranch.lm.checkpoint import load_weights, write_model
 from anabranch.lm.decoder import Decoder
 from anabranch.machine import room_bytes
+from anabranch.rl.student import within_95
 from anabranch.rl.tokens.engine import Drawn, PolicyEngine
 from anabranch.rl.tokens.losses import divergence_of, mean_over, surrogate
 from anabranch.rl.tokens.network import Scored, TokenPolicy, router_layers_of
@@ -34,7 +35,6 @@ from anabranch.rl.tokens.rollout import Playing, TokenRollouts, _seed
 from anabranch.rl.tokens.scoring import Before, compared, joined, response_of
 from anabranch.rl.tokens.trajectory import Samples, Trajectory
 from anabranch.rl.tokens.world import TokenWorld
-from anabranch.students_t import t_quantile
 from anabranch.train import Losses, Task, TaskContext
 
 __all__ = ["TokenTask"]
@@ -382,7 +382,7 @@ class TokenTask(Task):
         spread = float(np.std(rewards, ddof=1)) if len(rewards) > 1 else float("nan")
         return {
             "mean_reward": float(np.mean(rewards)),
-            "reward_interval": t_quantile(0.975, max(len(rewards) - 1, 1)) * spread / len(rewards) ** 0.5,
+            "reward_interval": within_95(max(len(rewards) - 1, 1)) * spread / len(rewards) ** 0.5,
             **self.world.measured([each.outcome for each in played if each.outcome is not None]),
             "turns": float(np.mean([each.turns for each in played])),
             "own_tokens": float(np.mean([sum(each.own) for each in played])),
