@@ -15,7 +15,13 @@ from anabranch.routers.router_r1.reward import CostWindow, exact_match, normaliz
     ("text", "form"),
     [
         ("The  Cat!", "cat"),
-        ("a an the", ""),
+        ("a an the", "a an the"),
+        ("A.", "a"),
+        ("(the)", "the"),
+        (" + ", "+"),
+        ("!!!", "!!!"),
+        ("(-) a", "a"),
+        (" \n", ""),
         ("Theory of a Thing", "theory of thing"),
         ("U.S.A.", "usa"),
         ("  x\n y ", "x y"),
@@ -35,13 +41,31 @@ def test_exact_match():
 
 
 @pytest.mark.parametrize("judge", [exact_match, token_f1])
-@pytest.mark.parametrize("answer", ["", " ", "the", "A.", "?!", None])
-@pytest.mark.parametrize("wanted", [["A"], [""], ["the", "an"], []])
+@pytest.mark.parametrize("answer", ["", " ", None])
+@pytest.mark.parametrize("wanted", [["A"], [""], ["the", "an"], ["+"], ["!!!"], []])
 def test_whoever_says_nothing_is_never_right(judge, answer, wanted):
     """An empty answer was exactly right where the right one is an article, as of a question with the options A to D."""
     assert judge(answer, wanted) == 0
     assert judge(answer, [*wanted, "Ann"]) == 0
     assert judge("Ann", [*wanted, "Ann"]) == 1
+
+
+@pytest.mark.parametrize("judge", [exact_match, token_f1])
+@pytest.mark.parametrize(
+    ("wanted", "right", "wrong"),
+    [
+        ("A", ["a", "A.", "(A)", " a "], ["the", "an", "B", "+", "Ann", "a vitamin"]),
+        ("the", ["The", "the."], ["a", "?!", "theory"]),
+        ("+", ["+", " + "], ["-", "++", "a", "plus"]),
+        ("!!!", ["!!!"], ["!", "?!", "the"]),
+        ("(-)", ["(-)"], ["-", "(+)"]),
+        ("Vitamin A", ["vitamin", "a vitamin"], ["A", "the"]),
+    ],
+)
+def test_an_answer_of_articles_or_signs_alone_is_compared_as_it_is(judge, wanted, right, wrong):
+    """Nothing was left of it to compare with, and so a file with one such question was refused whole."""
+    assert [judge(said, [wanted]) for said in right] == [1] * len(right)
+    assert [judge(said, [wanted]) for said in wrong] == [0] * len(wrong)
 
 
 @pytest.mark.parametrize(

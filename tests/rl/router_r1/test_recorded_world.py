@@ -34,8 +34,8 @@ WORDS = [
     "it",
 ]
 QUESTIONS = [{"question": f"who wrote book {number} ?", "answers": ["Ann", "Ann Smith"]} for number in range(40)]
-QUESTIONS_OF_ARTICLES = "".join(
-    json.dumps({"question": f"which {number} ?", "answers": ["A"] if number == 1 else ["The", "B"]}) + "\n"
+QUESTIONS_OF_NOTHING = "".join(
+    json.dumps({"question": f"which {number} ?", "answers": [" "] if number == 1 else ["", "B"]}) + "\n"
     for number in range(40)
 )
 TABLE = [
@@ -106,6 +106,22 @@ def test_episodes_ask_the_table(files):
     assert RecordedWorld(config(files, measure="f1")).rewards([half]) == [pytest.approx(2 / 3)]
     measured = world.measured([outcome, half])
     assert (measured["exact_match"], measured["calls"]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("answer", ["A", "the", "+", "!!!", "(-)"])
+def test_one_question_answered_by_articles_or_signs_refuses_no_file(files, answer):
+    """Neither training nor `rl eval`, nor a run of before, could be with a file that had one."""
+    rows = [{"question": f"which {number} ?", "answers": [answer]} for number in range(40)]
+    (files / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for measure in ("match", "f1"):
+        world = RecordedWorld(config(files, measure=measure))
+        right, none, wrong = (world.play(0, seed=0) for _ in range(3))
+        for play, said in ((right, answer), (none, ""), (wrong, "Ann")):
+            play.episode.feed(ANSWERS.format(said))
+        outcomes = [play.outcome() for play in (right, none, wrong)]
+        assert world.rewards(outcomes)[::2] == [1.0, 0.0]
+        assert world.rewards(outcomes)[1] <= 0
+        assert [world.measured([outcome])["exact_match"] for outcome in outcomes] == [1.0, 0.0, 0.0]
 
 
 def test_a_prompt_is_the_papers_unless_another_is_given(files):
@@ -243,7 +259,7 @@ def test_a_policy_is_trained_on_it(files, tmp_path):
         ("questions", '{"question": "a", "answers": []}', "answers is .* must be a text"),
         ("questions", '{"question": "a", "answers": [null]}', "answers is .* must be a text"),
         ("questions", '{"question": "a"}', "there is no answer"),
-        ("questions", QUESTIONS_OF_ARTICLES, "line 2: its answer 'A' has no word beside articles"),
+        ("questions", QUESTIONS_OF_NOTHING, "line 2: its answer is blank"),
         ("questions", '{"question": "a", "answers": ["b"]}', "has no question for"),
         ("table", '{"model": "small", "query": 3, "text": "a"}', "has no query"),
         ("table", '{"model": "small", "query": "a", "text": "a", "completion_tokens": -1}', "completion_tokens -1"),

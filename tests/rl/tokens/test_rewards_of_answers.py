@@ -35,7 +35,7 @@ def test_the_letter_of_an_option(row, options, answer, right, wrong):
 
 
 @pytest.mark.parametrize(
-    ("name", "answer"), [("exact", " "), ("match", "the"), ("match", " "), ("f1", "a"), ("f1", "?!"), ("boxed", " ")]
+    ("name", "answer"), [("exact", " "), ("match", ""), ("match", " "), ("f1", " \n"), ("boxed", " ")]
 )
 def test_an_answer_that_says_nothing_is_refused(row, name, answer):
     with pytest.raises(DataError, match=r"q\.jsonl.*answer"):
@@ -44,3 +44,11 @@ def test_an_answer_that_says_nothing_is_refused(row, name, answer):
     find_reward(name).check(both)
     assert [find_reward(name)(both, said) for said in ("", " ", "the")] == [0.0, 0.0, 0.0]
     assert find_reward(name)(both, r"\boxed{Paris}") == 1.0
+
+
+@pytest.mark.parametrize("name", ["match", "f1"])
+@pytest.mark.parametrize("answer", ["A", "the", "+", "!!!"])
+def test_an_answer_of_articles_or_signs_alone_is_none_that_says_nothing(row, name, answer):
+    reward, question = find_reward(name), row(answer=answer)
+    reward.check(question)
+    assert [reward(question, said) for said in (answer, "", " ", "Paris")] == [1.0, 0.0, 0.0, 0.0]

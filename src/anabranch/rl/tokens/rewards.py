@@ -20,7 +20,7 @@ from anabranch.depth.dr_llm.rewards import OwnReward, checked
 from anabranch.errors import ConfigError, DataError
 from anabranch.own_code import own_function
 from anabranch.questions import QuestionRow
-from anabranch.routers.router_r1.reward import exact_match, normalized, token_f1
+from anabranch.routers.router_r1.reward import exact_match, token_f1
 from anabranch.test_time import CodeVerifier
 from anabranch.test_time.answers import WAYS
 
@@ -88,17 +88,12 @@ class _Words:
 
     def check(self, row: QuestionRow) -> None:
         """See `AnswerReward`."""
-        if not self._right(row):
-            raise DataError(
-                f"{row.where}: its answer {row.answers[0][:80]!r} has no word beside articles that {self.identity} could compare"
-            )
+        if not any(right.strip() for right in row.answers):
+            raise DataError(f"{row.where}: its answer is blank, and {self.identity} could compare nothing with it")
 
     def __call__(self, row: QuestionRow, answer: str) -> float:
         """0 to 1."""
-        return self._judge(answer, self._right(row))
-
-    def _right(self, row: QuestionRow) -> list[str]:
-        return [right for right in row.answers if normalized(right)]
+        return self._judge(answer, row.answers)
 
 
 class _Code:

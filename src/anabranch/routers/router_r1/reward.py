@@ -29,12 +29,19 @@ _WHOLE = ("yes", "no", "noanswer")
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation and articles, one space between words."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """Lower case, without punctuation and articles, one space between words.
+
+    Where nothing would be left of an answer, what would have emptied it stays: articles ("A" of a question with letters), and
+    punctuation where there is nothing else ("+"). "" for white space alone.
+    """
+    lower = text.lower()
+    words = lower.translate(_PUNCTUATION)
+    forms = (" ".join(form.split()) for form in (_ARTICLES.sub(" ", words), words, lower))
+    return next(filter(None, forms), "")
 
 
 def exact_match(answer: str | None, wanted: Sequence[str]) -> float:
-    """1 where an answer is one of those wanted, as `normalized` has them; 0 where nothing is left of it, since it says nothing."""
+    """1 where an answer is one of those wanted, as `normalized` has them; 0 for a blank one, which says nothing."""
     said = "" if answer is None else normalized(answer)
     return float(bool(said) and said in {normalized(one) for one in wanted})
 
