@@ -131,6 +131,9 @@ class AnswersWorld(TokenWorld, kind="answers"):
         """Raise CheckpointError for a state of other questions or tokens, or of another reward."""
         check_began(state, self.state_dict())
 
+    def judge_as(self, state: dict[str, Any]) -> None:
+        """See `TokenWorld`; whoever judges goes on with nothing, and may have other questions, or another reward."""
+
     def _rows(self) -> list[QuestionRow]:
         return [*self._questions["train"], *self._questions["test"]]
 
