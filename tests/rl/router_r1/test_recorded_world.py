@@ -162,14 +162,33 @@ def test_a_prompt_begins_as_the_model_was_made_and_so_does_a_chat_of_the_gateway
     ]
     ids = served.encode_chat(served.apply_chat_template(chat))
     assert ids == [*play.prompt, *served.encode(turn), *told.tokens]
-    # A run that began without does not go on with it, and one that began with it does.
-    world.load_state_dict(world.state_dict())
-    older = {name: value for name, value in world.state_dict().items() if name != "beginning of prompts"}
-    with pytest.raises(CheckpointError, match="the beginning of prompts of the run changed since it began"):
-        world.load_state_dict(older)
     # Of a router that is taught again.
     again = RecordedWorld(config(files, tokenizer=str(tmp_path / "saved")))
     assert again.play(0, seed=0).prompt == play.prompt
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "judge_as"])
+def test_a_run_begins_prompts_as_it_did_whoever_goes_on_with_it_or_judges_it(files, tmp_path, how):
+    """One that began without ``<s>`` could not go on, and was judged with what it was neither taught nor served with."""
+    plain = RecordedWorld(config(files)).play(0, seed=0).prompt
+    front = with_front(files)
+    state = RecordedWorld(config(files)).state_dict()
+    older = {name: value for name, value in state.items() if name != "beginning of prompts"}
+    for told, prompt in ((state, (front, *plain)), (older, plain)):
+        world = RecordedWorld(config(files))
+        getattr(world, how)(told)
+        assert world.play(0, seed=0).prompt == prompt
+        world.tokenizer.save(tmp_path / "saved")
+        served = load_tokenizer(tmp_path / "saved")
+        chat = [{"role": "user", "content": world.tokenizer.decode(plain)}]
+        assert tuple(served.encode_chat(served.apply_chat_template(chat))) == prompt
+        # And so does whoever goes on after that.
+        again = RecordedWorld(config(files))
+        again.load_state_dict(world.state_dict())
+        assert again.play(0, seed=0).prompt == prompt
+    # Other tokens are no such matter.
+    with pytest.raises(CheckpointError, match="the tokenizer of the run changed since it began"):
+        RecordedWorld(config(files)).load_state_dict({**state, "tokenizer": "another"})
 
 
 def test_a_policy_that_is_read_back_judges_costs_by_the_window_of_its_training(files, tmp_path):

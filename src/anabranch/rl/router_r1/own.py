@@ -65,17 +65,22 @@ class OwnWorld(RoutedWorld):
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
         self.tokenizer.chat_template = None
         # What the model has in front of every text (``<s>`` of Llama), as it was made.
-        self._front = _front_of(self.tokenizer)
-        # Saved with the policy: a gateway's chat is then the text of an episode, whatever chats the model knew before.
-        self.tokenizer.chat_template = f"{{{{ {json.dumps(self._front)} }}}}{TEMPLATE}" if self._front else TEMPLATE
+        self._begin_with(_front_of(self.tokenizer))
         self.vocab_size = self.tokenizer.vocab_size
         self._questions = OwnQuestions(config.questions, config.held_out)
         for split in _SPLITS:
             for row in self._questions[split]:
                 _check_answers(row)
         self._began = {"questions": self._questions.digest, "tokenizer": self.tokenizer.fingerprint}
-        self._began[_FRONT] = json.dumps(self._front)
         self.num_questions, self.num_tests = (len(self._questions[split]) for split in ("train", "test"))
+
+    def _begin_with(self, front: str) -> None:
+        """Begin prompts with this text, and the chats of whoever serves the policy, with which its tokenizer is saved.
+
+        A gateway's chat is then the text of an episode, whatever chats the model knew before.
+        """
+        self._front = front
+        self.tokenizer.chat_template = f"{{{{ {json.dumps(front)} }}}}{TEMPLATE}" if front else TEMPLATE
 
     def begin(self, pool: RoutePool) -> None:
         """Ask this pool. Raises ConfigError for a description or an alias of no model of it, and an instruction without models."""
@@ -139,17 +144,21 @@ class OwnWorld(RoutedWorld):
         return {**super().strategy(), **{name: value for name, value in said.items() if value}}
 
     def state_dict(self) -> dict[str, Any]:
-        """The window of costs, and which questions and tokens there are."""
-        return {**super().state_dict(), **self._began}
+        """The window of costs, what prompts begin with, and which questions and tokens there are."""
+        return {**super().state_dict(), **self._began, _FRONT: json.dumps(self._front)}
 
     def judge_as(self, state: dict[str, Any]) -> None:
         """See `TokenWorld`; whoever asks a router goes on with nothing, and may have other questions."""
-        super().load_state_dict(state)
+        self._take_over(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave. Raises CheckpointError for one of other questions or tokens."""
-        # Prompts of older runs had nothing in front.
-        check_began({_FRONT: '""'} | state, self._began)
+        check_began(state, self._began)
+        self._take_over(state)
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        # The policy was taught with these, and is served with them; prompts of runs that do not tell had nothing in front.
+        self._begin_with(json.loads(state.get(_FRONT, '""')))
         super().load_state_dict(state)
 
 
