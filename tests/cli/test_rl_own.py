@@ -8,6 +8,7 @@ import pytest
 
 from anabranch.cli.main import main
 from anabranch.lm import load_model
+from anabranch.routers.router_r1.kept_pool import KeptPool
 from gateway_process import ask, mock_config, served
 from rl_own_models import router, taught, tokenizer, write_lines
 from scripted_endpoint import chat, endpoint
@@ -229,11 +230,32 @@ def test_a_pool_that_costs_something_needs_a_limit(capfd, files, policy):
         pool_file(files, url)
         code, _, err = run(capfd, *line(policy, "run"))
         assert code == 2
-        # 8 episodes and 2 tests of 2 turns.
-        assert "may ask models 20 times" in err
+        # 8 episodes and 2 tests of 2 turns, each with 3 tries.
+        assert "may ask models 60 times" in err
         assert "--max-usd" in err
         assert not seen
     assert not (files / "run").exists()
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_no_more_is_asked_and_counted_than_is_told_first(capfd, files, policy, monkeypatch, retries):
+    """Each call was made three times, and told once: whoever limited calls to what was told was stopped short."""
+    monkeypatch.setitem(KeptPool.__init__.__kwdefaults__, "wait_s", 0.0)
+    with endpoint(lambda *_: (503, {"error": {"message": "busy"}}, {})) as (url, seen):
+        path = pool_file(files, url)
+        path.write_text(f"retries = {retries}\nmax_failures = 1000\n" + path.read_text())
+        code, _, refused = run(capfd, *line(policy, "run"))
+        assert (code, len(seen)) == (2, 0)
+        number, usd = re.search(r"models ([\d,]+) times, which may cost \$([\d.]+)", " ".join(refused.split())).groups()
+        # 8 episodes and 2 tests of 2 turns.
+        assert int(number) == 20 * (1 + retries)
+        made = told(run(capfd, *line(policy, "run", "--max-calls", number, "--json")))
+    assert made["pool_calls"] == len(seen) <= int(number)
+    assert made["pool_usd"] <= float(usd) + 0.005
+    # Each question that was asked was tried as often as it may be.
+    kept = [json.loads(one) for one in (files / "run/pool.jsonl").read_text().splitlines()]
+    assert len(kept) == len(seen)
+    assert len(kept) % (1 + retries) == 0
 
 
 def test_a_pool_that_always_fails_ends_the_training(capfd, files, policy):

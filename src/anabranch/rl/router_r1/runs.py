@@ -148,7 +148,7 @@ class Most:
     """What a training may ask of others at most.
 
     Attributes:
-        calls: of models that are there.
+        calls: of models that are there, each with all its tries.
         usd: dollars that these may cost, with questions as long as turns and replies as long as they may be.
         is_billed: some of it is asked of an endpoint.
     """
@@ -163,6 +163,8 @@ def most_of(run: TaskRunConfig) -> Most:
     task: Any = run.task
     world = task.world.build()
     calls = (samples_of(run, run.train.steps) + min(task.eval_episodes, world.num_tests)) * task.world.max_turns
+    # Each try is a call, and may be billed.
+    calls *= 1 + task.world.retries
     usd = world.most_usd_of_call()
     names = [name for name, one in task.world.models.items() if one.price.output_usd or one.price.input_usd]
     is_billed = any(world.endpoint_of(name) is not None for name in names)
