@@ -283,6 +283,31 @@ def test_a_call_that_fails_for_good_is_not_made_again():
     assert len(live.asked) == 1
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile", "while it waits"])
+def test_nobody_is_asked_again_where_nobody_reads_it_any_more(tmp_path, when):
+    """Whoever stopped a training because an endpoint was ill waited for further tries, and paid them."""
+    over, live, path = threading.Event(), failing(True), tmp_path / "kept.jsonl"
+    first = live.reply
+
+    def reply(model, query):
+        if when == "meanwhile":
+            over.set()
+        if when == "while it waits":
+            threading.Timer(0.05, over.set).start()
+        return first(model, query)
+
+    live.reply = reply
+    if when == "before":
+        over.set()
+    pool = KeptPool(live, path, retries=2, wait_s=60.0, over=over)
+    with pytest.raises(BackendError, match="busy"):
+        pool.reply("small", "a")
+    # The call that was made counts as any.
+    assert len(live.asked) == pool.calls == len(rows(path)) == 1
+    over.clear()
+    assert pool.reply("small", "a").text == "x"
+
+
 def test_tries_keep_to_limits_and_count_as_one_failure():
     pool = KeptPool(failing(True, True), max_calls=2, retries=2, wait_s=0.0)
     with pytest.raises(LimitError, match="max_calls"):

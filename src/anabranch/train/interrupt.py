@@ -5,6 +5,7 @@ have ended.
 import re
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
@@ -15,9 +16,13 @@ class Interrupts:
     """A context in which the first SIGINT, SIGTERM or SIGHUP is only noted, in ``received``; the second acts as it would outside.
 
     SIGHUP stays ignored where it is (``nohup``). Signals reach the main thread alone, so in another thread nothing is caught.
+
+    Args:
+        noted: called when the first has come, by its handler.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, noted: Callable[[], None] | None = None) -> None:
+        self._noted = noted
         self.received: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -31,6 +36,8 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         self._restore()
+        if self._noted is not None:
+            self._noted()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -6,6 +6,7 @@ import pytest
 
 from anabranch.rl.router_r1 import LiveWorld, PoolModel, PoolPrice, word_tokenizer
 from anabranch.routers.router_r1.grammar import TAGS
+from anabranch.routers.router_r1.kept_pool import KeptPool
 from scripted_endpoint import chat, endpoint
 
 # A token of many letters.
@@ -41,7 +42,7 @@ def test_no_question_of_a_turn_may_cost_more_than_is_told_first(files, word):
 
 def test_a_model_that_has_too_much_to_do_is_asked_again(files, monkeypatch):
     """One 429 was no reply, and taught a router that the model is useless."""
-    monkeypatch.setattr("anabranch.routers.router_r1.kept_pool.time.sleep", lambda seconds: None)
+    monkeypatch.setitem(KeptPool.__init__.__kwdefaults__, "wait_s", 0.0)
     refused = iter([429, 503])
 
     def says(path, body):

@@ -256,6 +256,33 @@ def test_a_world_that_fails_says_so_itself_and_the_engine_goes_on(caplog, waits,
     assert len(played(engine)) == 6
 
 
+@pytest.mark.parametrize(
+    "error", [LimitError("nobody may be asked"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
+)
+def test_whoever_waits_in_a_world_does_not_where_the_episodes_end_early(error):
+    over, waiting, waited = threading.Event(), threading.Barrier(2), []
+
+    class Waits(Hostile):
+        def step(self, turn):
+            waiting.wait(60)
+            waited.append(over.wait(60))
+            return Told((), True)
+
+    class Fails(Hostile):
+        def step(self, turn):
+            waiting.wait(60)
+            raise error
+
+    engine = PolicyEngine(decoder(), slots=2)
+    with pytest.raises(type(error)):
+        engine.play([Waits(), Fails()], [0, 1], DRAWN, waits=True, over=over)
+    assert waited == [True]
+    # Episodes that end by themselves set nothing.
+    over.clear()
+    PolicyEngine(decoder(), slots=2).play([Hostile(told=())], [0], DRAWN, waits=True, over=over)
+    assert not over.is_set()
+
+
 def test_worlds_that_wait_are_answered_side_by_side_and_nothing_is_mixed_up():
     class Slow(Hostile):
         running, most = 0, 0

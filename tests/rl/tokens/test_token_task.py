@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from anabranch.nn.attention import SelfAttention
 from anabranch.nn.feed_forward import SwiGLU
 from anabranch.nn.moe import MoE
 from anabranch.rl import GRPO, TokenPPO
-from anabranch.rl.tokens import Outcome
+from anabranch.rl.tokens import Drawn, Outcome
 from anabranch.routing import Router
 from anabranch.testing import check_task
 from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer, checkpoints, read_metrics
-from rl_token_worlds import VOCABULARY, Echo, train_rank
+from rl_token_worlds import VOCABULARY, Echo, _EchoPlay, train_rank
 
 MODEL = Decoder.Config(
     vocab_size=VOCABULARY,
@@ -207,6 +208,37 @@ def test_a_world_that_gives_nan_stops_the_training(tmp_path, monkeypatch):
 def test_configs_that_cannot_be(tmp_path, kind, fields, why):
     with pytest.raises(ConfigError, match=why):
         Trainer(run(kind, **fields), tmp_path / "run")
+
+
+def test_a_training_that_is_to_stop_has_nobody_wait_in_the_world(tmp_path, monkeypatch):
+    """It waited for further tries of calls that failed, and paid them."""
+    trainer = Trainer(run(), tmp_path / "run")
+    world, step, waited = trainer.task.world, _EchoPlay.step, []
+
+    def waits(play, turn):
+        if not waited:
+            signal.raise_signal(signal.SIGINT)
+        waited.append(world.over.wait(60))
+        return step(play, turn)
+
+    monkeypatch.setattr(_EchoPlay, "step", waits)
+    result = trainer.fit()
+    trainer.stream.close()
+    assert (result.status, result.step) == ("interrupted", 1)
+    assert all(waited)
+
+
+def test_a_world_may_be_played_again_after_one_has_failed(tmp_path, monkeypatch):
+    trainer = Trainer(run(), tmp_path / "run")
+    world, stream = trainer.task.world, trainer.stream
+    trainer.task.act_with(trainer.model)
+    with monkeypatch.context() as patched:
+        patched.setattr(_EchoPlay, "step", lambda play, turn: (_ for _ in ()).throw(DataError("gone")))
+        with pytest.raises(DataError, match="gone"):
+            stream.play([0], [0], Drawn(turn_tokens=4), split="train")
+    assert not world.over.is_set()
+    assert len(stream.play([0], [0], Drawn(turn_tokens=4), split="train")) == 1
+    stream.close()
 
 
 def test_a_damaged_rollout_is_told(tmp_path):

@@ -150,6 +150,7 @@ class LiveWorld(OwnWorld, kind="live"):
                 max_usd=config.max_usd,
                 max_failures=config.max_failures,
                 retries=config.retries,
+                over=self.over,
             )
         )
         self.waits = live is not None

@@ -7,6 +7,7 @@ model's, and what its compiled step has packed is written anew (`refresh`), with
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -140,7 +141,13 @@ class PolicyEngine:
         self._engine.scheduler.reset_prefixes()
 
     def play(
-        self, plays: Sequence[Play], seeds: Sequence[int], drawn: Drawn, *, waits: bool = False
+        self,
+        plays: Sequence[Play],
+        seeds: Sequence[int],
+        drawn: Drawn,
+        *,
+        waits: bool = False,
+        over: threading.Event | None = None,
     ) -> list[Trajectory]:
         """Play episodes to their ends.
 
@@ -149,6 +156,7 @@ class PolicyEngine:
             seeds: of what is drawn in each.
             drawn: how.
             waits: worlds take long to answer: they do in threads, while others write.
+            over: set, and left so, where the episodes end by an error.
 
         Raises InputError for a prompt that leaves no room for a turn, none is cut; AnabranchError if the engine fails; and whatever a world
         raises, once the calls of other episodes that are under way have ended. The engine can be used again after that.
@@ -164,6 +172,10 @@ class PolicyEngine:
                 for number, (play, episode) in enumerate(zip(plays, episodes, strict=True)):
                     self._begin(number, play, episode)
                 self._run()
+        except BaseException:
+            if over is not None:
+                over.set()
+            raise
         finally:
             if self._threads is not None:
                 self._threads.shutdown(wait=True, cancel_futures=True)

@@ -11,6 +11,7 @@ Tokens go in and come out: what was drawn is what is learned from, and nothing i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -86,6 +87,8 @@ class TokenWorld(Part, family="token_world"):
         turn_tokens: most of a turn.
         num_questions: that there are to learn from.
         num_tests: and those to measure by, which are no others' questions.
+        over: set while episodes end early (one has failed, or the training is to stop): whoever waits in `Play.step` to try something again
+            does not.
     """
 
     waits: bool = False
@@ -101,6 +104,7 @@ class TokenWorld(Part, family="token_world"):
 
     def __init__(self, config: TokenWorld.Config) -> None:
         self.config = config
+        self.over = threading.Event()
 
     def play(self, question: int, *, seed: int, split: Split = "train") -> Play:
         """Begin an episode.

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
@@ -60,6 +59,7 @@ class KeptPool:
         retries: how often a call is made again that failed by what may be over in a moment (``is_transient``); each try is a call of its
             own to limits and file.
         wait_s: before the first of them, in seconds; twice as long before each further one.
+        over: set where nobody reads what is said any more: whoever waits to call again does not. None for never.
 
     Raises DataError for a file that cannot be read.
     """
@@ -76,11 +76,12 @@ class KeptPool:
         max_failures: int | None = None,
         retries: int = 0,
         wait_s: float = 1.0,
+        over: threading.Event | None = None,
     ) -> None:
         self.live, self._path = live, None if path is None else Path(path)
         self.prices: dict[str, Price] = {**(prices or {}), **({} if live is None else live.prices)}
         self.max_calls, self.max_usd, self._max_failures = max_calls, max_usd, max_failures
-        self._retries, self._wait_s = retries, wait_s
+        self._retries, self._wait_s, self._over = retries, wait_s, over or threading.Event()
         self.calls, self.usd = 0, 0.0
         self._known: dict[tuple[str, str], Reply] = {}
         for (model, query), reply in (known or {}).items():
@@ -188,9 +189,8 @@ class KeptPool:
             except LimitError:
                 raise
             except AnabranchError as error:
-                if not error.is_transient:
+                if not error.is_transient or self._over.wait(self._wait_s * 2**number):
                     raise
-            time.sleep(self._wait_s * 2**number)
             with self._lock:
                 most = self._room_for(model, query)
         return self._called(model, query, most, is_last=True)
