@@ -99,7 +99,8 @@ class Endpoint:
 
         Raises DataError, without the key, for any other, and for one that is not whole in time. The error is one of a call that nobody
         bills (``is_free``) where no connection was made, and where the endpoint refused what it was sent (4xx); and ``is_transient`` where
-        there was no connection, it broke, or the endpoint has too much to do (429, 5xx), but not where time ran out.
+        there was no connection, it broke, also in the midst of an answer, or the endpoint has too much to do (429, 5xx), but not where time
+        ran out.
         """
         told: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
         call = _Call()
@@ -152,12 +153,19 @@ class Endpoint:
                     refused.is_transient = answer.status in _TRANSIENT
                     raise refused
                 data = answer.read(_MOST_BYTES + 1)
+                # A part of a body that ends early is read like a whole one.
+                if answer.length and len(data) <= _MOST_BYTES:
+                    raise http.client.IncompleteRead(data, answer.length)
         except TimeoutError:
             raise self._late() from None
         except OSError as error:
             unreached = DataError(f"cannot reach {self.name}: {error}")
             unreached.is_free, unreached.is_transient = not is_sent, True
             raise unreached from None
+        except http.client.IncompleteRead:
+            broken = DataError(f"{self.name} broke off in the midst of its answer")
+            broken.is_transient = True
+            raise broken from None
         except (http.client.HTTPException, ValueError):
             raise DataError(f"{self.name} does not speak HTTP") from None
         finally:
