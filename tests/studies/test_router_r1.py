@@ -5,7 +5,7 @@ import math
 import pytest
 
 from anabranch.studies.harness import Results
-from anabranch.studies.router_r1 import ARMS, ArmConfig, Size, judge, make, summed_up, training_of
+from anabranch.studies.router_r1 import ARMS, ArmConfig, Size, judge, make, training_of, with_costs
 
 
 def test_arms_differ_in_what_they_say_alone():
@@ -47,8 +47,16 @@ def test_the_full_size_is_what_was_planned():
 
 
 def runs(**values):
-    """Five seeds that differ by little."""
-    return {seed: {name: value + 0.001 * seed**2 for name, value in values.items()} for seed in range(5)}
+    """Five seeds that differ by little, of routers that are right often enough."""
+    usual = {
+        "exact_match": 0.8,
+        "exact_match_two_hop": 0.7,
+        "raw_cost": 30.0,
+        "informed_exact_match": 0.95,
+        "informed_two_hop": 0.94,
+        "dearest_raw_cost": 81.0,
+    }
+    return {seed: {name: value + 0.001 * seed**2 for name, value in (usual | values).items()} for seed in range(5)}
 
 
 def test_the_rule():
@@ -59,13 +67,13 @@ def test_the_rule():
             "to_experts": 0.9,
             "random_exact_match": 0.3,
             "calls_one_hop": 1.0,
-            "half_raw_cost": 20.0,
         }
     cheap = {
-        alpha: runs(raw_cost=cost, judged_cost=cost, exact_match=0.79)
-        for alpha, cost in (("0.6", 30.0), ("0.8", 20.0), ("0.95", 9.0))
+        alpha: runs(raw_cost=cost, exact_match=0.79) for alpha, cost in (("0.6", 30.0), ("0.8", 20.0), ("0.95", 9.0))
     }
-    hidden = {seed: {"sent_to_hidden": 0.8 + 0.001 * seed, "thrice_by_chance": 3 / 7} for seed in range(5)}
+    hidden = runs(sent_to_hidden=0.8)
+    for seed in hidden:
+        hidden[seed]["thrice_by_chance"] = 3 / 7
     found = judge(
         Results(
             {
@@ -99,7 +107,12 @@ def test_an_arm_runs(name):
     assert ("before_exact_match" in found) == (name == "hidden")
 
 
-@pytest.mark.parametrize(("exact_match", "counts_as"), [(0.9, 3.0), (0.5, 3.0), (0.49, 81.0), (0.0, 81.0)])
-def test_who_is_hardly_ever_right_counts_as_dear(exact_match, counts_as):
-    found = summed_up({"exact_match": exact_match, "informed_exact_match": 1.0, "raw_cost": 3.0}, 81.0)
+@pytest.mark.parametrize(
+    ("exact_match", "two_hop", "counts_as"),
+    [(0.9, 0.9, 3.0), (0.5, 0.4, 3.0), (0.49, 0.9, 81.0), (0.9, 0.39, 81.0), (0.55, 0.0, 81.0), (0.0, 0.0, 81.0)],
+)
+def test_who_is_hardly_ever_right_counts_as_dear(exact_match, two_hop, counts_as):
+    measures = {"exact_match": exact_match, "exact_match_two_hop": two_hop, "raw_cost": 3.0}
+    baselines = {"informed_exact_match": 1.0, "informed_two_hop": 1.0, "dearest_raw_cost": 81.0}
+    found = with_costs({**measures, **baselines})
     assert (found["judged_cost"], found["half_raw_cost"]) == (counts_as, 1.5)

@@ -29,8 +29,9 @@ above 0 by a two-sided paired t-test at 5% after Holm's correction over all clai
 same test, and is not resolved otherwise or with fewer than five seeds.
 
 A router that is hardly ever right is not cheap. In claims that one costs less, its cost counts as that of the dearest model for every hop
-(`judged_cost`) where it is right less than half as often as the informed baseline: who asks the cheapest model whatever is asked does
-not fulfil them. What the warm start has taught already is told apart by claims against the arm `warm`.
+(`judged_cost`) where it is right less than half as often as the informed baseline, or on two hops less than two fifths as often: who asks
+the cheapest model whatever is asked does not fulfil them, nor who gives up the second round. What the warm start has taught already is
+told apart by claims against the arm `warm`.
 
 What is reported and judged by nobody: the informed baseline, which is what there is to be learned at alpha 0, the entropy of the policy at
 the end, and that of whom it asks (`routing_entropy`, 1 by chance) before the first step and at the end.
@@ -46,6 +47,9 @@ What was changed on 2026-12-01, before any run. Computed from the world alone (`
   relations in place of six, and seven experts in place of six;
 - expert 1 was the only one that was good at its relations, so that nothing in training spoke of them; the hidden expert is now the
   better of a pair whose other one stays;
+- half of the questions have one hop, so a router that was never right on two hops was right .484 to .491 of all times, just above half of
+  what the informed baseline is, and fulfilled all claims of costs. On two hops the best policy at .95 is right .525 to .55 as often as
+  that baseline, who asks one expert the whole question .30 to .36, who asks the cheapest model .14 to .17;
 - two claims against `warm` and the entropy of routing were added. Calls on two hops are 1.0 more than on one in the traces of the warm
   start: that claim says that training keeps it.
 
@@ -89,8 +93,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "warm": ("the warm start alone", {}),
 }
 _HIDDEN = 2
-# Of the informed baseline's exact match: with less of it no router counts as cheap.
-FLOOR = 0.5
+# Shares of exact matches of the informed baseline: with less of one no router counts as cheap.
+FLOORS = (("exact_match", "informed_exact_match", 0.5), ("exact_match_two_hop", "informed_two_hop", 0.4))
 MARGINS = {"oracle": 0.10, "random": 0.20, "calls": 0.5, "at .6": -0.03, "warm": 0.10, "to experts": 0.20}
 _TOLD_EVERY_S = 15.0
 COLUMNS = (
@@ -213,29 +217,14 @@ def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
         before = measures
         measures = _measured(Router(shown.task.build(), router.model, shown, 0), config, seed, hidden=None)
         measures |= {f"before_{name}": before[name] for name in ("exact_match", "exact_match_two_hop")}
-    baselines, dearest = _baselines(made, config.size.episodes)
     return {
-        **summed_up({**measures, **baselines}, dearest),
+        **measures,
+        **_baselines(made, config.size.episodes),
         "policy_entropy": told.get("policy_entropy", float("nan")),
         # Before the first step: of the arm `warm`, what it is tested with.
         "routing_entropy_at_start": told.get("routing_entropy_at_start", measures["routing_entropy"]),
         "samples": 0 if config.arm == "warm" else config.size.samples,
         "seconds": time.perf_counter() - began,
-    }
-
-
-def summed_up(measures: Metrics, dearest: float) -> Metrics:
-    """With the costs that claims go by, see the rule.
-
-    Args:
-        measures: with ``exact_match``, ``raw_cost`` and ``informed_exact_match``.
-        dearest: raw cost of asking the dearest model for every hop.
-    """
-    is_right = measures["exact_match"] >= FLOOR * measures["informed_exact_match"]
-    return {
-        **measures,
-        "half_raw_cost": measures["raw_cost"] / 2,
-        "judged_cost": measures["raw_cost"] if is_right else dearest,
     }
 
 
@@ -292,8 +281,8 @@ def _measured(router: Router, config: ArmConfig, seed: int, *, hidden: int | Non
     return {**told, "sent_to_hidden": sent, "thrice_by_chance": 3 / models}
 
 
-def _baselines(made: Training, episodes: int) -> tuple[dict[str, float], float]:
-    """(exact matches and costs of those who need not be trained, the cost of the dearest model for every hop)."""
+def _baselines(made: Training, episodes: int) -> dict[str, float]:
+    """Exact matches and costs of those who need not be trained, and the cost of the dearest model for every hop."""
     task: Any = made.run.task
     world = TwoHopWorld(task.world.replace(hidden=None))
     facts = world.facts
@@ -306,7 +295,8 @@ def _baselines(made: Training, episodes: int) -> tuple[dict[str, float], float]:
             found[f"{name}_{label}"] = sum(own) / len(own)
         found[f"{name}_raw_cost"] = sum(one.cost for _, one in played) / len(played)
     dearest = max(facts.cost(model) for model in range(facts.num_models))
-    return found, dearest * sum(each.hops for each in asked) / len(asked)
+    found["dearest_raw_cost"] = dearest * sum(each.hops for each in asked) / len(asked)
+    return found
 
 
 # Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
@@ -417,4 +407,17 @@ _CLAIMS: tuple[Asked, ...] = (
 
 def judge(results: Results) -> list[Claim]:
     """The claims; see the rule in the module's docstring."""
-    return judged(results, _CLAIMS)
+    runs = results.runs.items()
+    return judged(
+        Results({arm: {seed: with_costs(run) for seed, run in seeds.items()} for arm, seeds in runs}), _CLAIMS
+    )
+
+
+def with_costs(measures: Metrics) -> Metrics:
+    """With the costs that claims go by, see the rule."""
+    is_right = all(measures[ours] >= share * measures[informed] for ours, informed, share in FLOORS)
+    return {
+        **measures,
+        "half_raw_cost": measures["raw_cost"] / 2,
+        "judged_cost": measures["raw_cost"] if is_right else measures["dearest_raw_cost"],
+    }
