@@ -6,6 +6,7 @@ import pytest
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("highway_env")
 
+from anabranch.errors import CheckpointError  # noqa: E402
 from anabranch.rl import Highway  # noqa: E402
 from anabranch.rl.rewards import FACTORS  # noqa: E402
 
@@ -144,8 +145,8 @@ def test_an_arrival_at_the_intersection_pays_for_its_own_metres_alone(seed):
 
 
 @pytest.mark.parametrize(("name", "action"), [("intersection-v2", 2), ("roundabout-v1", FASTER)])
-def test_highwayenvs_own_reward_is_learned_in_its_own_episodes(name, action):
-    """Where they end, and whether for good; what is told of them is of the arrival, by whatever is learned."""
+def test_an_arrival_ends_an_episode_by_whichever_reward(name, action):
+    """For good where it does so in HighwayEnv and its reward is learned from; what is told of it is the same."""
     config = {"simulation_frequency": 5, "initial_vehicle_count": 0, "spawn_probability": 0.0}
     arguments = {"config": config if name.startswith("inter") else QUICK["config"]}
     plain = gymnasium.make(name, **arguments)
@@ -157,10 +158,41 @@ def test_highwayenvs_own_reward_is_learned_in_its_own_episodes(name, action):
         env = Highway.Config(id=name, arguments=arguments, own_reward=own).build().single()
         alone(env, 0, duration=plain.unwrapped.config["duration"])
         found[own] = to_the_end(env, action)
-    assert [step[1:4] for step in found[True]] == [step[1:4] for step in theirs]
+    assert len(found[True]) == len(found[False]) <= len(theirs)
+    assert [step[1] for step in found[True]] == [step[1] for step in theirs[: len(found[True])]]
+    for_good = len(found[True]) == len(theirs) and theirs[-1][2]
+    assert for_good == name.startswith("intersection")
+    assert found[True][-1][2:4] == (for_good, not for_good)
     assert found[False][-1][2:4] == (False, True)
     assert found[True][-1][4]["outcome"] == found[False][-1][4]["outcome"]
     assert found[True][-1][4]["outcome"]["arrived"]
+
+
+# Of HighwayEnv: an older name, and what it tells of steps in one dict.
+@pytest.mark.filterwarnings("ignore:.*WARN")
+def test_an_arrival_on_the_racetrack_ends_the_episode_by_either_reward():
+    for own in (True, False):
+        env = Highway.Config(id="racetrack-v1", arguments=QUICK, own_reward=own, straight_m=5.0).build().single()
+        env.reset(seed=0)
+        env.unwrapped.road.vehicles[:] = [env.unwrapped.vehicle]
+        steps = to_the_end(env, np.zeros(env.action_space.shape, np.float32))
+        assert steps[-1][2:4] == (False, True)
+        assert steps[-1][4]["outcome"]["arrived"]
+        # Within a second or two: who goes on without steering leaves the road only later.
+        assert len(steps) < 10
+
+
+# Of HighwayEnv: an older name, and what it tells of steps in one dict.
+@pytest.mark.filterwarnings("ignore:.*WARN")
+def test_where_there_is_no_route_an_arrival_pays_for_what_is_left():
+    """Continuous control of the intersection: HighwayEnv says who has arrived, long before 400 m."""
+    config = {"simulation_frequency": 5, "initial_vehicle_count": 0, "spawn_probability": 0.0}
+    env = Highway.Config(id="intersection-v1", arguments={"config": config}).build().single()
+    env.reset(seed=1)
+    env.unwrapped.road.vehicles[:] = [env.unwrapped.vehicle]
+    progress = [step[4]["reward_terms"]["progress"] for step in to_the_end(env, np.zeros(2, np.float32))]
+    assert sum(progress) == pytest.approx(100)
+    assert progress[-1] > 10 * max(progress[:-1])
 
 
 def test_highwayenvs_own_reward_is_told_beside(roundabout):
@@ -188,3 +220,30 @@ def test_a_place_is_found_again():
         mine, theirs = world.step(action), other.step(action)
         assert np.array_equal(mine[0], theirs[0])
         assert np.array_equal(mine[1], theirs[1])
+
+
+def test_a_run_of_before_is_told_of_changed_rules_where_its_episode_ends_otherwise():
+    """Who arrived between two decisions went on once. What does not end otherwise goes on, whichever rules it began by."""
+    world = Highway.Config(id="roundabout-v1", arguments=QUICK).build().make(1, seed=0)
+    world.reset()
+    done = []
+    for _ in range(200):
+        place = world.state_dict()
+        *_, infos = world.step(np.array([FASTER]))
+        done.append(FASTER)
+        if "outcome" in infos:
+            if infos["outcome"]["arrived"][0]:
+                break
+            done = []
+    assert place["rules"].tolist() == [1]
+    assert np.array_equal(world.load_state_dict({**place, "rules": np.zeros(1, int)}), world.load_state_dict(place))
+    del place["rules"]
+    world.load_state_dict(place)
+    place |= {"length": np.array([len(done) + 1]), "action": np.full((1, len(done) + 1, 1), FASTER)}
+    with pytest.raises(
+        CheckpointError, match=r"earlier version of anabranch, and since then an arrival ends .*; begin a"
+    ):
+        world.load_state_dict(place)
+    # By the same rules it can only be the environment.
+    with pytest.raises(CheckpointError, match="it is another one than before"):
+        world.load_state_dict({**place, "rules": np.ones(1, int)})

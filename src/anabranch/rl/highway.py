@@ -22,8 +22,8 @@ class Highway(Gymnasium, kind="highway"):
         Attributes:
             id: ``roundabout-v1``, ``intersection-v2``, ``merge-v1``, ``highway-v0``, ``racetrack-v1``, ...
             reward: CaRL's; its window is in decisions.
-            own_reward: learn by HighwayEnv's reward instead, in HighwayEnv's own episodes: no end is added, and an arrival ends one for
-                good where it does there. What is measured is the same, up to the arrival.
+            own_reward: learn by HighwayEnv's reward instead. Episodes end as by CaRL's, by an arrival too, but for good where that is so
+                in HighwayEnv; what is measured is the same.
             straight_m: metres to be driven where there is no route.
             quick: ask for all lanes of a map at once; what happens is the same to the bit, in less than half of the time.
         """

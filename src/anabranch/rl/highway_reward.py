@@ -2,7 +2,8 @@
 
 How far a car is along its route is read from lane coordinates: the lanes of the route that lie behind it, and its place on the present one.
 Where HighwayEnv itself says who has arrived, its word counts and the route ends there; elsewhere who has come to the end of its last lane,
-or on to a lane behind it, has arrived. Of the soft factors `outside`, `speed` and `ttc` are known there. A step of HighwayEnv is a
+or on to a lane behind it, has arrived. Without a route (continuous control of ``intersection-v1``) metres count, and the arrival that
+HighwayEnv says pays for what is left of them. Of the soft factors `outside`, `speed` and `ttc` are known there. A step of HighwayEnv is a
 decision that holds for a second, so `comfort` and `centre`, which look at tenths of a second, are 1.
 """
 
@@ -30,14 +31,17 @@ class RouteCompletion(gymnasium.Wrapper):
 
     ``info["reward_terms"]`` has what a reward is made of (`route_reward`); where an episode ends, ``info["outcome"]`` has
     ``route_completion``, ``driving_score`` (percent), ``arrived``, ``collided`` and ``own_return``, the sum of HighwayEnv's rewards: all of
-    them as they were at the arrival, or at the end of who did not arrive. An arrival is a truncation, without a bonus.
+    them as they were at the end. An arrival ends the episode, by whichever reward, and is a truncation, without a bonus.
 
     Args:
         env: the environment.
         reward: which parts count.
-        own_reward: give HighwayEnv's reward, in HighwayEnv's episodes: an arrival ends one where and as it does there.
+        own_reward: give HighwayEnv's reward; then an arrival ends an episode for good where it does there.
         straight_m: metres to be driven where there is no route.
     """
+
+    # In the order in which they came: see `ReplayedWorld`.
+    changed_rules = ("an arrival ends an episode, wherever the end of the route was passed",)
 
     def __init__(
         self, env: gymnasium.Env, reward: RouteReward, *, own_reward: bool = False, straight_m: float = 400.0
@@ -52,7 +56,6 @@ class RouteCompletion(gymnasium.Wrapper):
         observation, info = self.env.reset(**given)
         self._driven = _Driven(self.env.unwrapped, self._straight_m)
         self._danger_left, self._own_return = 0, 0.0
-        self._arrival: dict[str, float] | None = None
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -80,24 +83,25 @@ class RouteCompletion(gymnasium.Wrapper):
         )
         reward, terms = route_reward(one * (now - before), factors, one * (self._reward.hint if collided else 0.0))
         info = {**info, "reward_terms": {name: float(value[0]) for name, value in terms.items()}}
-        if arrived and self._arrival is None:
-            self._arrival = self._outcome(now, arrived=True, collided=False)
-        terminated, truncated = bool(terminated), bool(truncated)
-        if arrived and not self._own_reward:
-            terminated, truncated = False, True
+        if arrived:
+            # HighwayEnv's reward of an arrival may count on nothing to come.
+            terminated = self._own_reward and terminated
+            truncated = not terminated
         if terminated or truncated:
-            info[OUTCOME] = self._arrival or self._outcome(now, arrived=False, collided=collided)
-        return observation, float(own) if self._own_reward else float(reward[0]), terminated, truncated, info
-
-    def _outcome(self, percent: float, *, arrived: bool, collided: bool) -> dict[str, float]:
-        one = np.ones(1)
-        return {
-            "route_completion": percent,
-            "driving_score": float(driving_score(one * percent, {"vehicle": one * collided})[0]),
-            "arrived": float(arrived),
-            "collided": float(collided),
-            "own_return": self._own_return,
-        }
+            info[OUTCOME] = {
+                "route_completion": now,
+                "driving_score": float(driving_score(one * now, {"vehicle": one * collided})[0]),
+                "arrived": float(arrived),
+                "collided": float(collided),
+                "own_return": self._own_return,
+            }
+        return (
+            observation,
+            float(own) if self._own_reward else float(reward[0]),
+            bool(terminated),
+            bool(truncated),
+            info,
+        )
 
 
 class _Driven:

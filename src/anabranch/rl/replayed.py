@@ -37,9 +37,11 @@ class ReplayedWorld(VectorEnv):
         envs: the environments.
         on_end: called with the place of an environment whose episode has ended, before the next one begins.
 
-    An environment may tell numbers about an episode that has ended as ``info["outcome"]``, a dict. To make a world and all that is done
-    with it raises DataError, with the environment's number, for whatever that fails with or ends by (``sys.exit``), and for an observation
-    that is not of its space's shape.
+    An environment may tell numbers about an episode that has ended as ``info["outcome"]``, a dict; and in ``changed_rules``, a tuple, what
+    is otherwise in its episodes than in earlier versions of it, one sentence for each change, so that a run of before is told of it.
+
+    To make a world and all that is done with it raises DataError, with the environment's number, for whatever that fails with or ends by
+    (``sys.exit``), and for an observation that is not of its space's shape.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (gymnasium declares it so)
@@ -152,31 +154,46 @@ class ReplayedWorld(VectorEnv):
         return np.stack(observations)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Number of the episode ``[N]``, steps since it began ``[N]``, and what was done in them ``[N, L, A]``, filled up with 0."""
+        """Number of the episode ``[N]``, steps since it began ``[N]``, what was done in them ``[N, L, A]``, filled up with 0, and how often
+        the environment's rules had changed ``[N]``."""
+        num = self.num_envs
         length_N = np.array([len(done) for done in self._done], np.int64)
         numbers = 1 if self.is_discrete else int(np.prod(self.single_action_space.shape or (1,)))
         dtype = np.int64 if self.is_discrete else self.single_action_space.dtype
-        action_NLA = np.zeros((self.num_envs, int(length_N.max(initial=0)), numbers), dtype)
+        action_NLA = np.zeros((num, int(length_N.max(initial=0)), numbers), dtype)
         for place, done in enumerate(self._done):
             if done:
                 action_NLA[place, : len(done)] = np.asarray(done).reshape(len(done), -1)
-        return {"episode": self._episode_N.copy(), "length": length_N, "action": action_NLA}
+        return {
+            "episode": self._episode_N.copy(),
+            "length": length_N,
+            "action": action_NLA,
+            "rules": np.array([len(self._changed_rules(place)) for place in range(num)], np.int64),
+        }
+
+    def _changed_rules(self, place: int) -> tuple[str, ...]:
+        return getattr(self.envs[place], "changed_rules", ())
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> Any:
         """Do again what ``state`` tells of; the observations of there.
 
-        Raises CheckpointError if it does not fit, or an episode ends sooner this time: then the environment is another one than before, or
-        does not follow from its seed.
+        Raises CheckpointError if it does not fit, or an episode ends sooner this time: then its rules have changed since, or the
+        environment is another one than before, or does not follow from its seed.
         """
         episode_N, length_N, action_NLA = (state[name] for name in ("episode", "length", "action"))
         if not len(episode_N) == len(length_N) == len(action_NLA) == self.num_envs:
             raise CheckpointError(f"the state is of {len(episode_N)} environments, and there are {self.num_envs}")
         self._episode_N = np.array(episode_N, np.int64)
+        # States of earlier versions have none.
+        rules_N = state.get("rules", np.zeros(self.num_envs, np.int64))
         return self._batched(
-            [self._again(place, action_NLA[place, : length_N[place]]) for place in range(self.num_envs)]
+            [
+                self._again(place, action_NLA[place, : length_N[place]], int(rules_N[place]))
+                for place in range(self.num_envs)
+            ]
         )
 
-    def _again(self, place: int, action_LA: np.ndarray) -> Any:
+    def _again(self, place: int, action_LA: np.ndarray, rules: int) -> Any:
         seen = self._begin(place)
         shape = self.single_action_space.shape
         for step, action_A in enumerate(action_LA):
@@ -187,9 +204,15 @@ class ReplayedWorld(VectorEnv):
                 self._raise_failure(place, error)
             self._done[place].append(action)
             if terminated or truncated:
+                changed = "; ".join(self._changed_rules(place)[rules:])
+                why = (
+                    f"the run was begun by an earlier version of anabranch, and since then {changed}; begin a new run, or evaluate this one"
+                    if changed
+                    else "it is another one than before, or does not follow from its seed, and the run cannot be resumed"
+                )
                 raise CheckpointError(
                     f"environment {self._first + place} ended its episode after step {step + 1} of {len(action_LA)} that were done again; "
-                    "it is another one than before, or does not follow from its seed, and the run cannot be resumed"
+                    f"{why}"
                 )
         return seen
 
