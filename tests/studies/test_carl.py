@@ -111,6 +111,18 @@ def test_no_claim_holds_where_nothing_is_learned(score, still, ahead, spread):
     assert FLOOR > 14 + 4 + 4 * 0.3
 
 
+@pytest.mark.parametrize("others", [0.0, 15.0, FLOOR - 1, FLOOR + 1, 60.0, 87.0])
+def test_who_drives_the_simple_reward_without_a_fault_is_better_than_any(others):
+    """Also where what it is held against has not learned to drive."""
+    driven = {arm: runs(98.0 if arm.startswith("simple-16384") else others) for arm in ARMS}
+    assert [claim.verdict for claim in judge(Results(driven))[:2]] == ["holds", "holds"]
+
+
+def test_two_failures_beside_each_other_are_not_equal():
+    driven = {arm: runs(FLOOR - 2) for arm in ARMS}
+    assert "holds" not in {claim.verdict for claim in judge(Results(driven))}
+
+
 def test_an_arm_runs():
     pytest.importorskip("gymnasium")
     study = make()

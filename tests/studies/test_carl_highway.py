@@ -46,18 +46,35 @@ def test_the_rule():
 @pytest.mark.parametrize("less", [0.0, 0.01])
 @pytest.mark.parametrize("collided", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("who", ["both", "own"])
+@pytest.mark.parametrize("who", ["both", "simple"])
 def test_no_claim_holds_where_nothing_is_learned(who, share, collided, less):
-    """Nobody arrives, or no more than by doing always the same; they stand, or collide. Or the baseline alone fails."""
+    """Nobody arrives, or no more than by doing always the same; they stand, or collide. Or those of CaRL's reward alone do."""
     found = {}
     for arm in ARMS:
-        arrived = share * (FLOORS[arm.partition("-")[2]] - 0.02) if who == "both" or arm.startswith("own") else 0.9
+        arrived = share * (FLOORS[arm.partition("-")[2]] - 0.02) if who == "both" or arm.startswith("simple") else 0.9
         found[arm] = {
             seed: {"arrived": max(arrived - less * (seed % 2), 0.0), "collided": min(collided, 1 - arrived)}
             for seed in range(5)
         }
     for claim in judge(Results(found)):
         assert claim.verdict != "holds", claim.claim
+
+
+@pytest.mark.parametrize("own", [0.0, 0.19, 0.21, 0.5, 0.69, 0.71, 1.0])
+@pytest.mark.parametrize("stands", [False, True])
+def test_who_always_arrives_is_no_worse_than_any(own, stands):
+    """Also where HighwayEnv's reward has not learned to drive, and collides or stands."""
+    found = {}
+    for arm in ARMS:
+        arrived = own if arm.startswith("own") else 1.0
+        found[arm] = {
+            seed: {
+                "arrived": arrived - 1e-4 * seed * arrived,
+                "collided": 0.0 if stands else 1e-4 * seed * arrived + 1 - arrived,
+            }
+            for seed in range(5)
+        }
+    assert {claim.verdict for claim in judge(Results(found))} == {"holds"}
 
 
 def test_who_stands_does_not_collide_less():

@@ -31,8 +31,8 @@ Arms:
 The rule, fixed before any run. PRIMARY: at 16,384 the driving score of the simple reward is more than 10 points above that of the shaped
 one. A claim is about a paired difference over seeds, ours - baseline - margin; it holds where that is above 0 by a two-sided paired t-test
 at 5% after Holm's correction over all claims that have run, does not hold where it is below 0 by the same test, and is not resolved
-otherwise or with fewer than five seeds. Nor does one hold where what it rests on has not learned to drive (`_FLOORS`): a driving score of
-20, where one that has learned nothing has 14 to 15.
+otherwise or with fewer than five seeds. Nor does one hold where what is to be better (of those who stand: the simple reward) has not
+learned to drive (`_FLOORS`): a driving score of 20, where one that has learned nothing has 14 to 15. What it is held against may fail.
 
 What is reported and judged by nobody: the middle size, the ablations, how many routes ended standing still or crawling (below 0.5 m/s and
 20 % of the route), and the share of runs that collapse (route completion below 20 %).
@@ -243,11 +243,12 @@ _CLAIMS: tuple[Asked, ...] = (
 )
 
 
-# Of each claim: what must have learned to drive for it to hold.
+# Of each claim: what must have learned to drive for it to hold. Never what it is held against, or a win over that would count for less the
+# worse it is.
 FLOOR = 20.0
 _FLOORS: tuple[tuple[Floor, ...], ...] = (
     (("driving_score", "simple-16384", FLOOR),),
-    (("driving_score", "simple-256", FLOOR),),
+    (("driving_score", "simple-16384", FLOOR),),
     (("driving_score", "shaped-256", FLOOR),),
     (("driving_score", "simple-16384", FLOOR),),
 )

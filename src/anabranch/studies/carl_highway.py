@@ -19,20 +19,21 @@ Arms:
 The rule, fixed before any run. PRIMARY: on the roundabout at least as many arrive by the simple reward, with 5 points of a hundred
 as the margin. A claim is about a paired difference over seeds, ours - baseline - margin; it holds where that is above 0 by a two-
 sided paired t-test at 5% after Holm's correction over all claims that have run, does not hold where it is below 0 by the same test,
-and is not resolved otherwise or with fewer than five seeds. Nor does one hold where the baseline (and, of collisions, ours: who stands
-collides with nobody) has not learned to drive (`FLOORS`): where fewer than 70 in a hundred arrive on the roundabout, 60 at the intersection
-and 20 on the racetrack. Who always goes faster arrives in 60 of a hundred on the roundabout, who never brakes in 50 at the
-intersection, and who never steers leaves the racetrack within ten seconds.
+and is not resolved otherwise or with fewer than five seeds. Nor does one hold, also of collisions (who stands collides with
+nobody), where CaRL's reward has not learned to drive (`FLOORS`): where fewer than 70 in a hundred arrive on the roundabout, 60 at the
+intersection and 20 on the racetrack. HighwayEnv's may fail.
+
+Who always goes faster arrives in 60 of a hundred on the roundabout, who never brakes in 50 at the intersection, and who never steers leaves
+the racetrack within ten seconds.
 
 What is reported and judged by nobody: route completion, driving score, and the return by HighwayEnv's own reward, whichever was
 learned from.
 
-With its own reward HighwayEnv's own episodes are learned in: an arrival ends them for good at the intersection, and on the other roads not
-at all. What is told of an episode is told of the arrival, or of its end where nobody arrived, by whichever reward.
+An arrival ends an episode by either reward: cut off, and with HighwayEnv's at the intersection for good, as it does there.
 
 Not run yet. It is planned for 5 seeds. A processor of a loaded machine takes 46 decisions a second on the roundabout, 20 at the
-intersection and 35 on the racetrack: 0.3, 0.7 and 0.4 hours for 50,000, and some minutes more for the evaluation, so 3 hours for a seed of
-6 arms and 15 for five.
+intersection and 35 on the racetrack: 0.30, 0.69 and 0.40 hours for 50,000. The 100 episodes of an evaluation take 200 decisions each where
+the racetrack was learned, 0.16 hours, and half a minute to a minute on the other roads: 3.2 hours for a seed of 6 arms, 16 for five.
 """
 
 from __future__ import annotations
@@ -189,12 +190,11 @@ _CLAIMS: tuple[Asked, ...] = (
 )
 
 
-# What must arrive for a claim to hold: the baseline, and where it is about collisions both, since who stands does not collide.
+# What must arrive by CaRL's reward for a claim to hold: who stands does not collide. The baseline may fail, or a win over it would
+# count for less the worse it is.
 FLOORS = {"roundabout": 0.7, "intersection": 0.6, "racetrack": 0.2}
 _FLOORS: tuple[tuple[Floor, ...], ...] = tuple(
-    tuple(("arrived", f"{reward}-{road}", least) for reward in rewards)
-    for road, least in FLOORS.items()
-    for rewards in (("own",), ("own", "simple"))
+    (("arrived", f"simple-{road}", least),) for road, least in FLOORS.items() for _ in ("arrived", "collided")
 )
 
 

@@ -1,4 +1,4 @@
-"""Floors under claims: that one arm is no worse than another says nothing where neither of them has learned anything."""
+"""Floors under claims: that ours is no worse than a baseline says nothing where ours has learned nothing, whatever the baseline has."""
 
 from collections.abc import Sequence
 from dataclasses import replace
