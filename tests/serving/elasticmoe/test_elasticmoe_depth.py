@@ -63,11 +63,14 @@ def asked(id, prompt, fields, tokens=TOKENS):
 async def answer(engine, request):
     """(tokens, their likelihoods, paths that were told, cached tokens, how it ended)."""
     outputs = [output async for output in engine.submit(request)]
+    # Once, and of the prompt alone, wherever the request went on.
+    [cached] = [output.cached_tokens for output in outputs if output.cached_tokens is not None]
+    assert cached < len(request.prompt)
     return (
         [token for output in outputs for token in output.tokens],
         [each.logprob for output in outputs for each in output.logprobs],
         [output.path for output in outputs if output.path is not None],
-        next(output.cached_tokens for output in outputs if output.cached_tokens is not None),
+        cached,
         outputs[-1].finish,
     )
 

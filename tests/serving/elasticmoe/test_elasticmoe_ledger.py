@@ -379,12 +379,12 @@ def test_a_device_that_falls_idle_is_given_what_waits_in_another():
     assert book.ranks.news() == []
     on_0 = [id for id, live in book.ledger.live.items() if live.device == 0]
     book.gives(on_0[5], 8, 9)
-    book.ledger.given_back(book.ranks, 0, [on_0[5]])
+    book.ledger.given_back(book.ranks, 0, {on_0[5]: None})
     # From what it has on; of the other three places one is asked for as well, since one waits.
     assert book.ranks.news() == [(1, "submit", on_0[5]), (0, "give_back")]
     assert book.ledger.live[on_0[5]].output == [8, 9]
     # By now it runs.
-    book.ledger.given_back(book.ranks, 0, [])
+    book.ledger.given_back(book.ranks, 0, {})
     assert book.ranks.news() == []
     book.gives(on_0[0], 7)
     book.gives(on_0[0], 7, finish=Finish.LENGTH)
@@ -405,9 +405,9 @@ def test_a_device_that_comes_is_given_what_waits_in_another():
     book.ledger.resume(new)
     assert new.news() == [(0, "go"), (1, "go"), (0, "give_back")]
     # What the one before says now is of nobody here.
-    book.ledger.given_back(book.ranks, 0, ["a0"])
-    book.ledger.given_back(new, 1, ["a0"])
-    book.ledger.given_back(new, 0, ["a2", "gone", "a3"])
+    book.ledger.given_back(book.ranks, 0, {"a0": None})
+    book.ledger.given_back(new, 1, {"a0": None})
+    book.ledger.given_back(new, 0, dict.fromkeys(("a2", "gone", "a3")))
     assert new.news() == [(1, "submit", "a2"), (1, "submit", "a3")]
 
 
@@ -434,7 +434,7 @@ def test_a_reader_that_is_back_finds_the_place_of_another_device():
     assert book.ranks.news() == [(0, "resume_request", "a0"), (0, "give_back")]
     # Paused once more before its rank has let go of it: it begins there when it is resumed.
     book.ledger.pause_request("a0")
-    book.ledger.given_back(book.ranks, 0, ["a0"])
+    book.ledger.given_back(book.ranks, 0, {"a0": None})
     assert book.ranks.news() == [(0, "pause_request", "a0")]
     book.ledger.resume_request("a0")
     assert book.ranks.news() == [(1, "submit", "a0")]
@@ -463,7 +463,7 @@ def test_what_is_given_back_is_charged_once():
         for device in (0, 1):
             ids = [id for id, live in book.ledger.live.items() if live.device == device]
             book.gives(ids[-1], 7)
-            book.ledger.given_back(book.ranks, device, ids[-2:])
+            book.ledger.given_back(book.ranks, device, dict.fromkeys(ids[-2:]))
     while book.ledger.live:
         live = next(live for live in book.ledger.live.values() if live.instance is not None)
         book.gives(live.request.id, 7, 8, finish=Finish.STOP)

@@ -326,7 +326,8 @@ class Output:
         finish: why it ended; None while it goes on. After one with a reason there are no more.
         error: what went wrong, with `Finish.ERROR`.
         engine_failed: the engine failed, and this request with it; False where it failed alone, and the others go on.
-        cached_tokens: prompt tokens whose keys and values were there already; set with the first output.
+        cached_tokens: prompt tokens whose keys and values were there already when its first chunk ran; set with the first output alone,
+            wherever the request goes on.
         queue_s: seconds it waited before its first chunk ran; set with the first output.
         routing: where recorded, for each new token {layer: destinations}, and of routers that it asked for {matrix: adapters}, by name.
         prompt_logprobs: where asked for, of the prompt's next tokens since the last output; the first is of the second token, as nothing

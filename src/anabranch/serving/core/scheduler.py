@@ -207,8 +207,12 @@ class Scheduler:
         """Those that wait for a seat, by rank."""
         return sorted(self._places.waiting, key=rank_of)
 
-    def add(self, request: Request, output: Sequence[int] = (), num_scored: int = 0) -> RequestState:
+    def add(
+        self, request: Request, output: Sequence[int] = (), num_scored: int = 0, num_cached: int | None = None
+    ) -> RequestState:
         """Queue a request, which may have given ``output`` elsewhere, and the first ``num_scored`` of its prompt's log probabilities.
+
+        ``num_cached``: tokens of its prompt that were cached when it began there; None for one that begins here.
 
         Raises InputError for one that can never run, and for an id that is under way.
         """
@@ -227,6 +231,7 @@ class Scheduler:
         self._serial += 1
         state.tokens.extend(output)
         state.num_scored = max(state.num_scored, num_scored)
+        state.num_cached = num_cached
         # What raises here leaves nothing behind.
         self._places.come(state)
         self._states[request.id] = state

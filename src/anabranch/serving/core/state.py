@@ -31,6 +31,7 @@ class RequestState:
         turn_at: length at which it waits until it is told to go on, see `Request.turn_every`; ``most_tokens`` where it never does.
         holds: why nothing is computed for it now; empty while something is.
         num_scored: tokens of the prompt after the first whose log probabilities the steps formed so far give, or that nobody asked for.
+        num_cached: tokens of the prompt that a prefix cache had when its first chunk ran, here or elsewhere; None before.
         lookup: guesses what it says next; None until that is asked for.
         is_known: the runner has been told of it.
         finish: why it ended.
@@ -55,6 +56,7 @@ class RequestState:
         "local_table",
         "lookup",
         "most_tokens",
+        "num_cached",
         "num_pending",
         "num_prompt",
         "num_published",
@@ -103,6 +105,7 @@ class RequestState:
         self.stop_tokens = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else stop_tokens)
         self.is_known = False
         self.num_pending = 0
+        self.num_cached: int | None = None
         self.finish: Finish | None = None
         # Until it has been told.
         self.cached_tokens: int | None = None

@@ -180,6 +180,9 @@ class StepParts:
         self._places.run(state)
         if not state.is_known:
             state.is_known = True
-            state.cached_tokens = state.computed
+            # Of one that began elsewhere it stays what was so there: here its own tokens may be found too, those of its answer among them.
+            if state.num_cached is None:
+                state.num_cached = min(state.computed, state.num_prompt)
+            state.cached_tokens = state.num_cached
             self.started.append(state)
         return count

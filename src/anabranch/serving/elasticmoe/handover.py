@@ -29,6 +29,7 @@ class Carried:
         blocks: of the device that it comes from; empty where nothing is stored.
         computed: tokens whose keys and values are in them.
         num_scored: log probabilities of the prompt that were told, see `Scheduler.add`.
+        num_cached: tokens of the prompt that were cached when it began; None for one that has not begun.
     """
 
     request: Request
@@ -36,6 +37,7 @@ class Carried:
     blocks: tuple[int, ...] = ()
     computed: int = 0
     num_scored: int = 0
+    num_cached: int | None = None
 
 
 def freeze(scheduler: Scheduler, decided: Mapping[str, Any] = MappingProxyType({})) -> bytes:
@@ -66,6 +68,7 @@ def carried(scheduler: Scheduler) -> list[Carried]:
             tuple(state.blocks),
             state.computed,
             state.num_scored,
+            state.num_cached,
         )
         for state in scheduler.states()
     ]
@@ -83,7 +86,7 @@ def adopt(
     fresh: list[list[int]] = []
     brought = again = 0
     for parcel in parcels:
-        state = scheduler.add(parcel.request, parcel.output, parcel.num_scored)
+        state = scheduler.add(parcel.request, parcel.output, parcel.num_scored, parcel.num_cached)
         keys = _keys(scheduler, state, parcel.computed)
         missing = [index for index, key in enumerate(keys) if scheduler.pool.find(key) is None]
         here = scheduler.pool.allocate(len(missing)) or []

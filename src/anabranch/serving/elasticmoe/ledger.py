@@ -62,7 +62,7 @@ class Ledger:
         self.reruns = self.requests = 0
         self.longest_gap_s = 0.0
         # Counted here and not by the ranks, whose last counts are lost with them.
-        self.counted: Counter[str] = Counter(prompt_tokens=0, generation_tokens=0)
+        self.counted: Counter[str] = Counter(prompt_tokens=0, cached_prompt_tokens=0, generation_tokens=0)
         self.counted.update({f"finished_{finish.value}": 0 for finish in Finish})
         self._queue: WaitingQueue[Live] = WaitingQueue()
         self._random = random.SystemRandom() if limits.seed is None else random.Random(limits.seed)
@@ -226,14 +226,15 @@ class Ledger:
                 self._asked.add(device)
                 active.tell(device, "give_back", count=asked)
 
-    def given_back(self, instance: Instance, device: int, ids: Sequence[str]) -> None:
-        """A rank has let go of requests that waited in it; perhaps fewer than it was asked for."""
+    def given_back(self, instance: Instance, device: int, cached: Mapping[str, int | None]) -> None:
+        """A rank has let go of requests that waited in it, perhaps fewer than it was asked for; their `Carried.num_cached` by id."""
         with self.lock:
             if instance is self.active:
                 self._asked.discard(device)
-            for live in [self.live[id] for id in ids if id in self.live]:
+            for live in [self.live[id] for id in cached if id in self.live]:
                 if live.instance is not instance or live.device != device:
                     continue
+                live.num_cached = cached[live.request.id]
                 if not live.reruns:
                     # It is charged anew when it is taken again.
                     self._queue.refund(live, live.cost)
@@ -241,7 +242,7 @@ class Ledger:
                 live.is_held = False
                 self.enqueue(live)
             # Whoever gave nothing is not asked again at once.
-            if ids:
+            if cached:
                 self.dispatch()
 
     def _dispatch_alone(self, active: Instance, live: Live) -> None:
@@ -257,7 +258,14 @@ class Ledger:
             self._queue.take(live)
             live.is_queued = False
         live.instance, live.device = active, device
-        active.tell(device, "submit", request=live.request, output=tuple(live.output), num_scored=live.num_scored)
+        active.tell(
+            device,
+            "submit",
+            request=live.request,
+            output=tuple(live.output),
+            num_scored=live.num_scored,
+            num_cached=live.num_cached,
+        )
 
     def take(self, instance: Instance, device: int, outputs: Iterable[Output]) -> None:
         """Outputs of a rank; those of a rank that a request is not with any more say nothing."""
@@ -267,9 +275,7 @@ class Ledger:
                 live = self.live.get(output.id)
                 if live is None or live.instance is not instance or live.device != device:
                     continue
-                live.output.extend(output.tokens)
-                self._note_path(live, output)
-                live.num_scored += len(output.prompt_logprobs)
+                live.note(output)
                 self._clock(live, output, now)
                 if output.finish is not None:
                     del self.live[output.id]
@@ -281,12 +287,6 @@ class Ledger:
             if has_changed:
                 self.dispatch()
                 self.changed.notify_all()
-
-    @staticmethod
-    def _note_path(live: Live, output: Output) -> None:
-        """Its client has been told the path that routers chose: wherever it goes on, that is the one it asks for."""
-        if output.path is not None and live.request.routes_depth:
-            live.request = replace(live.request, path=output.path, routes_depth=False, depth_control=None)
 
     def _clear(self, live: Live) -> bool:
         """A request has given something, so it is not what ranks die of. If others are still suspect it waits until they are not."""
@@ -441,6 +441,7 @@ class Ledger:
         is_well = output.finish in (Finish.STOP, Finish.LENGTH)
         if live.first is None and (output.tokens or is_well):
             self.counted["prompt_tokens"] += len(live.request.prompt)
+            self.counted["cached_prompt_tokens"] += live.num_cached or 0
         if output.tokens:
             if live.first is None:
                 live.first = now

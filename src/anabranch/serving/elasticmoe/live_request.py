@@ -1,10 +1,9 @@
 """`Live`: one request under way, as the coordinator's `Ledger` has it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from anabranch.serving.core.request import Output, Request
-from anabranch.serving.elasticmoe.handover import Carried
 from anabranch.serving.elasticmoe.instance import Instance
 
 __all__ = ["SUSPECT", "Emit", "Live"]
@@ -13,6 +12,9 @@ Emit = Callable[[Output], None]
 
 # Failures without a token between them after which a request is run alone.
 SUSPECT = 2
+
+# Fields of outputs that a client is told once, as they were at first: where a request is begun again they are found anew, and are others.
+_ONCE = ("cached_tokens", "queue_s", "path", "computed")
 
 
 @dataclass(slots=True)
@@ -26,6 +28,8 @@ class Live:
         need: blocks at its longest.
         output: tokens so far.
         num_scored: log probabilities of the prompt so far.
+        num_cached: tokens of the prompt that were cached when it began; None as long as nobody has said it.
+        told: fields of its outputs that its client has been told, of those that are told once.
         instance, device: where it runs; None while it waits.
         reruns: how often it was begun again.
         failures: of the ranks that ran it, since it last gave something.
@@ -43,6 +47,8 @@ class Live:
     need: int
     output: list[int] = field(default_factory=list)
     num_scored: int = 0
+    num_cached: int | None = None
+    told: set[str] = field(default_factory=set)
     instance: Instance | None = None
     device: int | None = None
     reruns: int = 0
@@ -84,7 +90,17 @@ class Live:
         """Tokens that it may have."""
         return len(self.request.prompt) + self.request.sampling.max_tokens
 
-    @property
-    def carried(self) -> Carried:
-        """For a run from its tokens."""
-        return Carried(self.request, tuple(self.output), num_scored=self.num_scored)
+    def note(self, output: Output) -> None:
+        """Its rank has given it this; what its client has been told already is left out of it."""
+        self.output.extend(output.tokens)
+        self.num_scored += len(output.prompt_logprobs)
+        for name in _ONCE:
+            if getattr(output, name) is not None and name in self.told:
+                setattr(output, name, None)
+            elif getattr(output, name) is not None:
+                self.told.add(name)
+        if output.cached_tokens is not None:
+            self.num_cached = output.cached_tokens
+        # The path that routers chose is told by now: wherever it goes on, that is the one it asks for.
+        if output.path is not None and self.request.routes_depth:
+            self.request = replace(self.request, path=output.path, routes_depth=False, depth_control=None)

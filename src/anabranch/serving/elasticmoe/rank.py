@@ -278,9 +278,11 @@ class Rank:
 
     # Requests
 
-    def do_submit(self, request: Request, output: tuple[int, ...] = (), num_scored: int = 0) -> None:
+    def do_submit(
+        self, request: Request, output: tuple[int, ...] = (), num_scored: int = 0, num_cached: int | None = None
+    ) -> None:
         """Run a request, from what it was given elsewhere on, see `Scheduler.add`."""
-        given = handover.Carried(request, output, num_scored=num_scored)
+        given = handover.Carried(request, output, num_scored=num_scored, num_cached=num_cached)
         if not self.sampler.preparing.begin(given):
             self._submit(given)
 
@@ -290,7 +292,7 @@ class Rank:
         try:
             self.sampler.preparing.check(request.id)
             self.sampler.outputs[request.id] = given.output
-            self.scheduler.add(request, given.output, given.num_scored)
+            self.scheduler.add(request, given.output, given.num_scored, given.num_cached)
         except AnabranchError as error:
             self._drop(request.id)
             self.channel.send(("outputs", [Output(id=request.id, finish=Finish.ERROR, error=str(error))], None))
@@ -310,14 +312,14 @@ class Rank:
             self.channel.send(("outputs", [output], None))
 
     def do_give_back(self, count: int) -> None:
-        """Let go of up to ``count`` requests that wait for a place, the last ones, and say which."""
-        ids: list[str] = []
+        """Let go of up to ``count`` requests that wait for a place, the last ones, and say which, with their ``num_cached``."""
+        cached: dict[str, int | None] = {}
         if self.scheduler is not None:
-            ids = [state.request.id for state in self.scheduler.waiting()[-count:]]
-            for id in ids:
+            cached = {state.request.id: state.num_cached for state in self.scheduler.waiting()[-count:]}
+            for id in cached:
                 self.scheduler.abort(id)
                 self._drop(id)
-        self.channel.send(("given_back", ids))
+        self.channel.send(("given_back", cached))
 
     def do_pause_request(self, id: str) -> None:
         """Compute nothing more for a request until `do_resume_request`."""
