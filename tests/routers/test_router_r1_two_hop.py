@@ -1,12 +1,14 @@
 """The two-hop world: facts, who knows them how well, what they cost, and those who need not be trained."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import InputError
-from anabranch.routers.router_r1.two_hop import FILLER, PAIRS, Grade, Shape, TwoHop, query_of
+from anabranch.routers.router_r1.two_hop import BASELINES, FILLER, PAIRS, VERSION, Grade, Shape, TwoHop, query_of
 
 SMALL = Shape(entities=60, relations=4, experts=4)
 WORLD = TwoHop(SMALL, seed=3)
@@ -24,6 +26,23 @@ def test_questions_are_answered_by_following_facts():
     one, two = WORLD.question(0), WORLD.question(1)
     assert one.text == f"r{one.relations[0]} of e{one.entity} ?"
     assert two.text == f"r{two.relations[0]} of r{two.relations[1]} of e{two.entity} ?"
+
+
+def test_a_version_of_the_world_stays_what_it_is():
+    """Where this fails the world is another one: runs of the former would go on in it, so it is of the next version."""
+    digest = hashlib.sha256()
+    for world in (TwoHop(seed=0), TwoHop(Shape(entities=40, relations=6, experts=6), seed=2), WORLD):
+        relations, models = range(world.shape.relations), range(world.num_models)
+        asked = [world.question(number, split) for split in ("train", "test") for number in range(60)]
+        told = [
+            world.vocabulary,
+            [(world.about(model), world.cost(model), world.reply(model, "r0 of e1").text) for model in models],
+            [[[world.says(model, r, e) for e in range(30)] for r in relations] for model in models],
+            asked,
+            [world.baseline(name, one, seed=3) for name in BASELINES for one in asked],
+        ]
+        digest.update(repr(told).encode())
+    assert (VERSION, digest.hexdigest()[:16]) == (2, "8897c64e52d5c187")
 
 
 def test_no_question_of_a_test_begins_where_one_to_learn_from_does():

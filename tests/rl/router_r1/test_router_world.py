@@ -4,12 +4,23 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
-from anabranch.errors import BackendError, ConfigError
-from anabranch.rl.router_r1 import RoutedPlay, TwoHopWorld, word_tokenizer
+from anabranch.errors import BackendError, CheckpointError, ConfigError
+from anabranch.rl.router_r1 import (
+    RoutedPlay,
+    RoutedWorld,
+    TwoHopWorld,
+    judge_router,
+    load_router,
+    router_training,
+    word_tokenizer,
+)
 from anabranch.rl.router_r1.world import relation_of, routing_entropy_of
 from anabranch.rl.tokens import Trajectory, padded
 from anabranch.routers.router_r1 import Episode, FunctionPool, Rules, total_reward
+from anabranch.train import Trainer
+from rl_router_small import SMALL
 
 WORLD = TwoHopWorld(TwoHopWorld.Config(entities=30, relations=3, experts=3))
 TOKENIZER = WORLD.tokenizer
@@ -165,6 +176,51 @@ def test_costs_are_judged_in_a_window_that_is_kept():
     other = TwoHopWorld(world.config)
     other.load_state_dict(world.state_dict())
     assert other.rewards(plays[:1]) == world.rewards(plays[:1])
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory):
+    """A run that began in the first version of the world, which did not tell."""
+    out, now = tmp_path_factory.mktemp("older") / "run", TwoHopWorld.state_dict
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TwoHopWorld, "state_dict", lambda self: {k: v for k, v in now(self).items() if k != "world"})
+        patch.setattr(TwoHopWorld, "load_state_dict", RoutedWorld.load_state_dict)
+        trained(out, steps=1)
+    return out
+
+
+def trained(out, *, steps, resume=False):
+    made = router_training("router-r1-grpo", samples=8, seed=2, settings=SMALL).run
+    made = made.replace(train=made.train.replace(steps=steps, checkpoint_every=1))
+    trainer = Trainer(made, out, resume=resume)
+    try:
+        trainer.fit()
+    finally:
+        trainer.stream.close()
+    return trainer
+
+
+def test_a_run_that_began_in_another_version_of_the_world_is_refused(older):
+    """It went on with other experts, prices and shares of right answers, and a window of the costs of before."""
+    told = r"the run began in version 1 of the two-hop world, and this is version 2.*begin a new run"
+    with pytest.raises(CheckpointError, match=told) as raised:
+        trained(older, steps=2, resume=True)
+    assert str(raised.value).count("\n") == 0
+    # Nor does it say anything about what was learned how it does here.
+    with pytest.raises(CheckpointError, match=told):
+        load_router(older)
+
+
+def test_a_run_of_this_version_goes_on_to_the_bit_and_is_judged_in_other_worlds_of_it(tmp_path):
+    whole = trained(tmp_path / "whole", steps=3)
+    trained(tmp_path / "parts", steps=1)
+    parts = trained(tmp_path / "parts", steps=3, resume=True)
+    assert parts.task.world.state_dict() == whole.task.world.state_dict()
+    theirs = parts.model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in whole.model.state_dict().items())
+    assert load_router(tmp_path / "parts").task.world.window.state() == whole.task.world.window.state()
+    other = load_router(tmp_path / "parts", {"task.world.seed": 5})
+    assert len(judge_router(other, episodes=2)[0]) == 2
 
 
 def test_traces_speak_the_language_and_route_by_chance():

@@ -14,7 +14,7 @@ import numpy as np
 from anabranch.bounds import Size
 from anabranch.config import Field, configclass
 from anabranch.data.tokenizer import Tokenizer
-from anabranch.errors import ConfigError, InputError
+from anabranch.errors import CheckpointError, ConfigError, InputError
 from anabranch.rl.router_r1.routed import Routed, RoutedPlay, RoutedWorld, is_right, mean_of
 from anabranch.rl.router_r1.words import word_tokenizer
 from anabranch.rl.tokens.world import Outcome, Split, Tokens
@@ -22,7 +22,7 @@ from anabranch.routers.router_r1 import Episode
 from anabranch.routers.router_r1.environment import RoutePool
 from anabranch.routers.router_r1.grammar import TAGS
 from anabranch.routers.router_r1.prompts import router_prompt
-from anabranch.routers.router_r1.two_hop import Question, Shape, TwoHop, query_of
+from anabranch.routers.router_r1.two_hop import VERSION, Question, Shape, TwoHop, query_of
 
 __all__ = ["INSTRUCTION", "NAMES", "TwoHopPlay", "TwoHopRouted", "TwoHopWorld"]
 
@@ -208,6 +208,23 @@ class TwoHopWorld(RoutedWorld, kind="two_hop"):
             entity = self.facts.says(play.named[name], relation, entity)
         last = tuple(self.tokenizer.encode(f"<think> know e{entity} </think> <answer> e{entity} </answer>"))
         return play.prompt, (*parts, (last, True))
+
+    # What later rewards hang on
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window of costs, and which version of the world it is of."""
+        return {**super().state_dict(), "world": VERSION}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave. Raises CheckpointError for one of another version: rewards and costs were others there."""
+        # The first version did not tell.
+        began = state.get("world", 1)
+        if began != VERSION:
+            raise CheckpointError(
+                f"the run began in version {began} of the two-hop world, and this is version {VERSION}, with other models at other prices; "
+                "begin a new run, or use the release that it began with"
+            )
+        super().load_state_dict(state)
 
     # What a gateway needs
 

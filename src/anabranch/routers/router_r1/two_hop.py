@@ -25,8 +25,10 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.routers.router_r1.environment import FunctionPool, Price, Reply
 
-__all__ = ["BASELINES", "PAIRS", "Grade", "Played", "Question", "Shape", "TwoHop"]
+__all__ = ["BASELINES", "PAIRS", "VERSION", "Grade", "Played", "Question", "Shape", "TwoHop"]
 
+# Another whenever a world of the same shape and seed is another one: what was learned in the one is not gone on with in the other.
+VERSION = 2
 BASELINES = ("random", "single_oracle", "generalist", "informed")
 # What fills an answer up to its length.
 FILLER = ("as", "far", "as", "I", "know", "and", "I", "may", "be", "wrong", "though", "so", "ask", "others", "too")
