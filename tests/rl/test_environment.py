@@ -10,7 +10,18 @@ gymnasium = pytest.importorskip("gymnasium")
 
 from anabranch.config import configclass  # noqa: E402
 from anabranch.errors import CheckpointError, ConfigError, DataError  # noqa: E402
-from anabranch.rl import PPO, Gymnasium, LaneWorld, Rollouts, episode_seed, judge, load_agent, record, training  # noqa: E402
+from anabranch.rl import (  # noqa: E402
+    PPO,
+    Film,
+    Gymnasium,
+    LaneWorld,
+    Rollouts,
+    episode_seed,
+    judge,
+    load_agent,
+    record,
+    training,
+)
 from anabranch.rl.environment import flat, in_numbers, layout_of  # noqa: E402
 from anabranch.rl.evaluation import evaluation_seed  # noqa: E402
 from anabranch.rl.laneworld import Settings  # noqa: E402
@@ -370,6 +381,23 @@ def test_a_film_of_an_episode(tmp_path):
     assert [file.name for file in files] == [f"a-{number:04}.png" for number in range(len(film.frames))]
     with image.open(files[-1]) as picture:
         assert np.array_equal(np.asarray(picture), film.frames[-1])
+
+
+def test_pictures_of_frames_are_of_one_film(tmp_path):
+    """Those of an earlier one with more frames go; nothing else does that has such a name."""
+    image = pytest.importorskip("PIL.Image")
+    frames = [np.full((4, 6, 3), number, np.uint8) for number in range(6)]
+    others = ["a.png", "a-1.png", "a-00005.png", "aa-0003.png", "b-0003.png", "a-0003.gif", "a-0007.png"]
+    for name in others:
+        image.fromarray(frames[0]).save(tmp_path / name)
+    (tmp_path / "a-0006.png").write_text("no picture")
+    Film(frames, 6, 0.0).write_png(tmp_path / "a.png")
+    Film(frames[3:5], 2, 0.0).write_png(tmp_path / "a.png")
+    assert {file.name for file in tmp_path.iterdir()} == {*others, "a-0000.png", "a-0001.png", "a-0006.png"}
+    # No film wrote it.
+    image.fromarray(frames[0]).save(tmp_path / "a-0002.png")
+    Film(frames[3:5], 2, 0.0).write_png(tmp_path / "a.png")
+    assert (tmp_path / "a-0002.png").is_file()
 
 
 def test_a_film_shows_what_ended_the_episode():

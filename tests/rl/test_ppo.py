@@ -450,6 +450,14 @@ def test_what_never_happened_may_happen():
     assert _told(finished=np.ones(2)).intervals()["finished"] == 1
 
 
+@pytest.mark.parametrize("told", [["infractions"], ["driven_km"], []])
+def test_without_what_it_is_pooled_from_a_ratio_is_a_mean(told):
+    """Environments of others tell what they like."""
+    found = _told(infractions_per_km=np.array([1.0, 2.0, 6.0]), **dict.fromkeys(told, np.ones(3)))
+    assert found.measures()["infractions_per_km"] == pytest.approx(3.0)
+    assert found.intervals()["infractions_per_km"] > 0
+
+
 def test_infractions_per_km_are_those_of_all_episodes_together():
     """One fault after 10 m and one in 1.99 km are 1 per km, and not 50 on average."""
     counted, driven = np.array([1.0, 1.0]), np.array([0.01, 1.99])

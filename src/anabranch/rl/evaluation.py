@@ -59,7 +59,7 @@ class Episodes:
     def measures(self) -> dict[str, Any]:
         """JSON-ready: means, the deviation of returns, and half the width of the 95 % interval of their mean (nan for one episode).
 
-        ``infractions_per_km`` is that of all episodes together.
+        ``infractions_per_km`` is that of all episodes together, where ``infractions`` and ``driven_km`` are told.
         """
         number = len(self.return_E)
         deviation = float(self.return_E.std(ddof=1)) if number > 1 else math.nan
@@ -74,11 +74,20 @@ class Episodes:
         }
 
     def _mean(self, name: str) -> float:
-        counted, per = _POOLED.get(name, ("", ""))
-        if counted not in self.outcomes:
+        parts = self._pooled(name)
+        if parts is None:
             return float(np.nanmean(self.outcomes[name]))
-        amount = float(np.nansum(self.outcomes[per]))
-        return float(np.nansum(self.outcomes[counted])) / amount if amount else math.nan
+        counted_E, amount_E = parts
+        amount = float(np.nansum(amount_E))
+        return float(np.nansum(counted_E)) / amount if amount else math.nan
+
+    def _pooled(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """What was counted and what it is told for, where this is pooled and an environment tells both."""
+        names = _POOLED.get(name, ())
+        if not names or any(each not in self.outcomes for each in names):
+            return None
+        counted_E, amount_E = (self.outcomes[each] for each in names)
+        return counted_E, amount_E
 
     def intervals(self) -> dict[str, float]:
         """Half the width of the 95 % interval of the mean of each of ``outcomes``; nan where fewer than two episodes have it.
@@ -89,11 +98,11 @@ class Episodes:
 
     def _within(self, name: str) -> float:
         value_E = self.outcomes[name]
-        counted, per = _POOLED.get(name, ("", ""))
-        if counted in self.outcomes:
-            amount_E, mean = self.outcomes[per], self._mean(name)
+        parts = self._pooled(name)
+        if parts is not None:
+            (counted_E, amount_E), mean = parts, self._mean(name)
             # Of a ratio of two means: what each episode has above its share.
-            value_E = (self.outcomes[counted] - mean * amount_E) / np.nanmean(amount_E) + mean
+            value_E = (counted_E - mean * amount_E) / np.nanmean(amount_E) + mean
         value_E = value_E[~np.isnan(value_E)]
         if len(value_E) > 1 and value_E.std() == 0 and name in _SHARES:
             return min(3 / len(value_E), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ __all__ = ["Film", "record"]
 
 # Of a frame, in a GIF.
 _SHOWN_MS = 50
+# A text in PNGs, by which those of an earlier film are known.
+_MARK = ("Source", "a frame of a film by anabranch rl replay")
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,24 @@ class Film:
     def write_png(self, path: str | Path) -> list[Path]:
         """Write each frame as a PNG: ``drive.png`` gives ``drive-0000.png`` and so on; the files.
 
+        Frames of an earlier film of this name that lie behind the last one are removed. They are told by a mark in the file; whatever else
+        lies there stays.
+
         Raises MissingExtraError without pillow, DataError if one cannot be written.
         """
         require("images", by="writing a .png")
         from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
 
-        path = Path(path)
-        files = [path.with_name(f"{path.stem}-{number:04}.png") for number in range(len(self.frames))]
+        path, mark = Path(path), PngInfo()
+        mark.add_text(*_MARK)
+        named = (path.with_name(f"{path.stem}-{number:04}.png") for number in itertools.count())
+        files = list(itertools.islice(named, len(self.frames)))
         for file, frame in zip(files, self.frames, strict=True):
             with atomic_file(file) as temporary:
-                Image.fromarray(frame).save(temporary, format="PNG")
+                Image.fromarray(frame).save(temporary, format="PNG", pnginfo=mark)
+        for file in itertools.takewhile(_is_frame, named):
+            file.unlink()
         return files
 
     def write_gif(self, path: str | Path) -> None:
@@ -64,6 +75,18 @@ class Film:
             pictures[0].save(
                 temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=_SHOWN_MS, loop=0
             )
+
+
+def _is_frame(file: Path) -> bool:
+    from PIL import Image, UnidentifiedImageError
+
+    if not file.is_file():
+        return False
+    try:
+        with Image.open(file, formats=["PNG"]) as picture:
+            return picture.info.get(_MARK[0]) == _MARK[1]
+    except UnidentifiedImageError:
+        return False
 
 
 def record(
