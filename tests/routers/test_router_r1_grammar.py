@@ -103,7 +103,7 @@ def test_an_answer_that_was_cut_has_its_end_put_to_it(text, whole):
         ("mistralai/mixtral-8x22b", None),
         ("70b", None),
         ("llama3", "llama3-chatqa-70b"),
-        ("llama-3", "llama-3.1-70b"),
+        ("llama-3.1", "llama-3.1-70b"),
         ("chatqa", "llama3-chatqa-70b"),
         # Whole words and numbers, and no single sign.
         ("mixtra", None),
@@ -111,6 +111,10 @@ def test_an_answer_that_was_cut_has_its_end_put_to_it(text, whole):
         ("x", None),
         ("7", None),
         ("8x2", None),
+        ("llama-3", None),
+        ("llama-3.", None),
+        ("1-70b", None),
+        (".1-70b", None),
         ("-", None),
         ("--", None),
         ("llama", None),
@@ -136,10 +140,34 @@ def test_numbers_and_letters_of_names_are_not_taken_for_names():
     assert resolve("B", ("a", "b")) == "b"
 
 
-@given(st.lists(st.integers(0, 99), min_size=1, max_size=16, unique=True), st.integers(0, 99))
-def test_a_number_is_never_another_one(numbers, asked):
-    names = [f"m{number}" for number in numbers]
-    assert resolve(f"m{asked}", names) == (f"m{asked}" if asked in numbers else None)
+NUMBERS = st.lists(st.integers(0, 12), min_size=1, max_size=3).flatmap(
+    lambda parts: st.sampled_from(".,").map(lambda sign: sign.join(map(str, parts)))
+)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=16, unique=True), NUMBERS, st.sampled_from(["m{}", "{}b", "m-{}-b"]))
+def test_a_number_is_never_another_one(numbers, asked, form):
+    """Nor with decimals: `gpt-4` was taken for `gpt-4.1`, and `8b` for `3.8b`."""
+    names, one = [form.format(number) for number in numbers], form.format(asked)
+    assert resolve(one, names) == (one if asked in numbers else None)
+    # Of a longer name likewise.
+    longer = [f"x-{name}-y" for name in names]
+    assert resolve(one, longer) == (f"x-{one}-y" if asked in numbers else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("千问", "通义千问"),
+        ("qwen", "qwen千问"),
+        ("千问", "qwen千问"),
+        ("ภาษา", "ตัวแบบภาษาไทย"),
+        ("かな", "ひらかなモデル"),
+    ],
+)
+def test_words_without_spaces_between_them_are_found_within_others(name, model):
+    assert resolve(name, (model, "x")) == model
+    assert resolve(name[:1], (model, "x")) is None
 
 
 def test_names_that_are_told_apart_by_case_alone():

@@ -7,6 +7,7 @@ there, so that no model's words end an episode, or begin a question.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ PLACEHOLDERS = ("llm-name", "your-query")
 
 _ANY = re.compile(r"<(\s*+/?+\s*+(?:think|search|route|information|answer)\b)", re.IGNORECASE)
 _MARK = re.compile(r"<(/?)(think|search|information|answer)>")
+# Words, and numbers with their decimals.
+_WHOLE = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")
+# How names of signs begin in scripts without spaces.
+_UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,8 @@ def resolve(name: str, models: Sequence[str], aliases: Mapping[str, str] | None 
     """The model that a router means: the very name, the name in any case, an alias, else the one model that has it in its name.
 
     It has it there as whole words and numbers, of two letters or digits at least: ``mixtral`` and ``8x22b`` are of ``mixtral-8x22b``, and
-    ``m1`` is not of ``m12``. None where that is none, or several.
+    ``m1`` is not of ``m12`` or ``m1.5``. Words of scripts that put no spaces between them may begin and end anywhere. None where that is
+    none, or several.
     """
     if name in models:
         return name
@@ -163,17 +169,15 @@ def resolve(name: str, models: Sequence[str], aliases: Mapping[str, str] | None 
 
 def _has_part(name: str, part: str) -> bool:
     """Whether a name has a part that begins and ends in the middle of no word and of no number of it."""
+    within = {at for whole in _WHOLE.finditer(name) for at in range(whole.start() + 1, whole.end())}
+    # In scripts that put no spaces between words nobody sees where one begins.
+    within -= {at for at in within if _is_unspaced(name[at - 1]) or _is_unspaced(name[at])}
     starts = (start for start in range(len(name)) if name.startswith(part, start))
-    return any(
-        not _goes_on(name[max(0, start - 1) : start], part[0])
-        and not _goes_on(part[-1], name[start + len(part) : start + len(part) + 1])
-        for start in starts
-    )
+    return any(start not in within and start + len(part) not in within for start in starts)
 
 
-def _goes_on(left: str, right: str) -> bool:
-    """Whether two signs that stand side by side are of one word or number."""
-    return (left.isalpha() and right.isalpha()) or (left.isdigit() and right.isdigit())
+def _is_unspaced(sign: str) -> bool:
+    return unicodedata.name(sign, "").startswith(_UNSPACED)
 
 
 def faults(
