@@ -180,7 +180,7 @@ NO_MORE = Cut("<think>dose</think><answer>It is not safe to take more than 3")
         # What the router's own turns have no room for is no action, as where it was taught.
         ([NO_MORE, TURNS[2]], {}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
         ([NO_MORE, TURNS[2]], {"max_tokens": 1025}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
-        ([Filtered("<answer>Ann")] * 2 + [TURNS[2]], {"max_tokens": 8}, "Ann, and it is", "stop", None),
+        ([Filtered("<answer>Ann"), TURNS[2]], {"max_tokens": 8}, "Ann, and it is", "stop", None),
         # Half a question is asked nobody, whoever had no room for it.
         ([Cut(TURNS[0]), TURNS[2]], {}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
         ([Cut(TURNS[0]), TURNS[2]], {"max_tokens": 8}, "Ann, and it is", "stop", ["invalid: no action", "answer"]),
@@ -195,6 +195,32 @@ def test_a_turn_that_was_cut_is_not_taken_for_a_whole_one(turns, settings, conte
     told = named(steps, "turn")
     assert actions is None or [one["action"] for one in told] == actions
     assert [one.get("is_cut", False) for one in told] == [isinstance(turn, Cut) for turn in turns]
+
+
+@pytest.mark.parametrize(
+    ("turns", "names", "why"),
+    [
+        ([NO_MORE] * 5, ["router", "router", "large"], "the router was cut off"),
+        # As one writes that was not taught: nothing but its answer.
+        ([Cut("It is not safe")] * 5, ["router", "router", "large"], "the router was cut off"),
+        ([Cut("<think>dose"), Filtered(TURNS[0])], ["router", "router", "large"], "the router was cut off"),
+        # A turn between them that did something, or that was not cut.
+        ([NO_MORE, TURNS[0], NO_MORE, TURNS[2]], ["router", "router", "small", "router", "router"], None),
+        ([NO_MORE, "x", NO_MORE, "x", NO_MORE], [*["router"] * 5, "large"], "the router gave no answer"),
+        (
+            [NO_MORE, Cut(f"{TURNS[0]}</search> and")] * 2 + [TURNS[2]],
+            [*["router", "router", "small"] * 2, "router"],
+            None,
+        ),
+    ],
+)
+def test_a_router_whose_turns_are_cut_is_not_paid_for_all_of_them(turns, names, why):
+    """Each to its end: an answer that a turn has no room for was five of them, and a direct answer."""
+    models = Models(*turns)
+    _, steps, done = run(models)
+    assert models.names == names
+    assert named(steps, "direct") == ([] if why is None else [{"why": why}])
+    assert (done.is_spare, done.why) == (why is not None, why or "")
 
 
 @given(at=st.integers(0, 60), turn=st.sampled_from([f"{one}</search>" for one in TURNS[:2]] + [f"{TURNS[2]}</answer>"]))

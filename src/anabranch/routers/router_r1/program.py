@@ -52,6 +52,8 @@ GO_ON = "Go on."
 LIMITS, TRACE = ("calls", "usd", "seconds"), "trace"
 # Why an answer ended, where there is more that was not said.
 CUT = ("length", "content_filter")
+# Turns in a row that are cut before they did anything, after which there is no further one: each is paid to its end.
+MOST_CUT = 2
 # Of what a sender asks, what no router could give.
 WHOLE = ("tools", "functions", "modalities", "audio", "response_format")
 
@@ -248,6 +250,8 @@ class _Rounds:
         return (
             is_question
             and bool(self.request.query.text.strip())
+    # Turns in a row, that one the last, which were cut and did nothing.
+    _num_cut: int = 0
             and not any(self.request.settings.get(name) for name in WHOLE)
         )
 
@@ -304,6 +308,10 @@ class _Rounds:
         content = ended_at(whole, self.request.settings.get("stop"))
         is_short = self._is_short and content == whole
         self.done = Done(message={"content": content}, model=policy, finish_reason="length" if is_short else "stop")
+            self._num_cut = self._num_cut + 1 if self._is_cut and asked is None else 0
+            if self._num_cut == MOST_CUT and not episode.is_done:
+                self.why = "the router was cut off"
+                return
 
     async def _turn(self, policy: str, messages: Sequence[Mapping[str, Any]]) -> str:
         carried = {
