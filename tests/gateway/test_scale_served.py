@@ -282,7 +282,7 @@ def test_a_senders_dollars_are_of_all_of_it(client, server):
     question = "What is a? router:mute"
     said, _, _, trace, rows, headers = ask(client, server, question, model="auto/router-r1?usd=0.02")
     assert (said.endswith(r"\boxed{small}"), headers["x-route-model"]) == (True, "small")
-    assert {"step": "failed", "model": "large", "error": "LimitError"} in trace
+    assert {"step": "failed", "model": "large", "error": "BudgetError"} in trace
     assert {row["model"] for row in rows} == {"small"}
     assert sum(row["cost_nano"] for row in rows) <= 20_000_000
 

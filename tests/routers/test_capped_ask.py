@@ -85,9 +85,9 @@ def test_those_under_way_count_with_the_most_that_they_may_cost():
     ask = Told(8)
     capped = made(ask, 65e-6)
     # Three at 20 fit, whatever they turn out to cost; then 41 are left for two more.
-    assert called(capped, 5) == [8, 8, 8, "LimitError", "LimitError"]
+    assert called(capped, 5) == [8, 8, 8, "BudgetError", "BudgetError"]
     assert capped.spent == pytest.approx(24e-6)
-    assert called(capped, 3) == [8, 8, "LimitError"]
+    assert called(capped, 3) == [8, 8, "BudgetError"]
     assert capped.room == pytest.approx(25e-6)
     assert ask.bounds == ((65e-6, "best_of.max_usd"),)
     assert called(capped, 1) == [8]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.errors import BackendError, ConfigError, InputError, LimitError
+from anabranch.errors import BackendError, BudgetError, ConfigError, InputError, LimitError
 from anabranch.routers.contract.ask import Answered, Arm, Said, Spent
 from anabranch.routers.contract.program import Done, ProgramRequest, Shown, Step
 from anabranch.routers.contract.query import Model, Pool, Query
@@ -367,6 +367,7 @@ def test_the_last_information_is_given_where_there_is_no_money_for_more():
     dear = {"large": (0, 10), "router": (0, 8), "small": (0, 1000)}
     names, cost, done = charged("0.006", max_tokens=600, **dear)
     assert (done.message["content"], done.finish_reason, done.is_spare) == ("large knows", "length", True)
+    assert done.why == "money"
     assert (names, cost) == (["router", "large", "router"], pytest.approx(0.0013))
 
 
@@ -398,6 +399,17 @@ def test_knobs_that_are_none_are_told(knobs, message):
         request_of(make("router_r1", policy="router", exposes_trace=True), knobs=knobs)
 
 
+NO_MONEY = BudgetError(
+    "no money",
+    subject="key:k",
+    period="day",
+    limit_nano=1,
+    remaining_nano=0,
+    resets_s=None,
+    retry_after_s=None,
+)
+
+
 @pytest.mark.parametrize(
     ("turns", "fields", "why"),
     [
@@ -407,6 +419,7 @@ def test_knobs_that_are_none_are_told(knobs, message):
         ([BackendError("down")], {}, "the router: BackendError"),
         ([LimitError("no money")], {}, "the router: LimitError"),
         ([TURNS[0], TURNS[1]], {"budget_usd": 0.4}, "money"),
+        ([TURNS[0], NO_MONEY], {}, "money"),
         (["x"], {"max_turns": 0}, "the router gave no answer"),
     ],
 )
@@ -540,7 +553,7 @@ def test_a_hostile_model_ends_nothing():
 def test_time_and_calls_that_run_out():
     models = Models(*TURNS, wait_s=0.05)
     _, steps, done = run(models, left_s=0.16)
-    assert named(steps, "direct")[0]["why"] in ("time", "the router: LimitError")
+    assert named(steps, "direct") == [{"why": "time"}]
     assert done.is_spare
     models = Models(*TURNS, left=4)
     _, steps, done = run(models)
@@ -629,6 +642,8 @@ def test_which_model_routes():
     with pytest.raises(InputError, match=r"routes with 'huge'; the pool has large, router, small"):
         make("router_r1", policy="huge").route(Query(text="x"), POOL)
     # One that is alone asks itself.
+    _, steps, done = run(Hanging(*TURNS), left_s=0.05)
+    assert (named(steps, "direct"), done.model) == ([{"why": "time"}], "large")
     alone = Pool((Model(name="router"),))
     models = Models("<think>x</think><search>router: Who?", "<think>x</think><answer>y")
     _, _, done = run(models, pool=alone)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anabranch.config import Field, configclass
-from anabranch.errors import AnabranchError, ConfigError, InputError, LimitError
+from anabranch.errors import AnabranchError, BudgetError, ConfigError, InputError, LimitError
 from anabranch.routers.contract.ask import Answered, Arm, Ask
 from anabranch.routers.contract.knobs import knob_of
 from anabranch.routers.contract.program import Done, Event, Program, ProgramRequest, Shown, Step
@@ -280,7 +280,7 @@ class _Rounds:
             try:
                 turn = await self._turn(policy, messages)
             except AnabranchError as error:
-                self.why = f"the router: {type(error).__name__}"
+                self.why = self._why(error)
                 yield Step("failed", {"model": policy, "error": type(error).__name__})
                 return
             before = len(episode.parts)
@@ -429,6 +429,14 @@ class _Rounds:
         spent, told = getattr(self.ask, "spent", None), {}
         for who, (prompt, completion, cost, calls) in self._sums.items():
             told[who] = {"prompt": int(prompt), "completion": int(completion), "cost": cost, "calls": int(calls)}
+    def _why(self, error: AnabranchError) -> str:
+        """Why no further round is made, after a turn that failed."""
+        if isinstance(error, BudgetError):
+            return "money"
+        # A call that was not made, or was broken off, for a limit that is used up.
+        used_up = self._used_up() if isinstance(error, LimitError) else ""
+        return used_up or f"the router: {type(error).__name__}"
+
         if spent is not None:
             told["all"] = {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens, "cost": spent.cost}
         facts = {} if self.episode is None else self.episode.facts()

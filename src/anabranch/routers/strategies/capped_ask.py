@@ -14,10 +14,10 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from anabranch.errors import AnabranchError, LimitError
+from anabranch.errors import AnabranchError, BudgetError
 from anabranch.routers.contract.ask import Answered, Arm, Ask, Messages, Said
 from anabranch.routers.contract.query import Pool
-from anabranch.routers.money import dollars
+from anabranch.routers.money import NANO, dollars
 
 # Tokens of a prompt beside those of its text: marks of roles, and what a chat template says.
 _BESIDE = 64
@@ -89,7 +89,7 @@ class CappedAsk:
         return math.inf if price is None else dollars(price.cost(len(sent) + _BESIDE, completion))
 
     async def __call__(self, arm: Arm | str, messages: Messages, **how: Any) -> Answered:
-        """See `Ask`. Raises LimitError where the cap has no room for what it may cost, and nothing was asked then."""
+        """See `Ask`. Raises BudgetError where the cap has no room for what it may cost, and nothing was asked then."""
         purpose = {"purpose": how.pop("purpose")} if "purpose" in how else {}
         with self._held_free(await self.most(arm, messages, **how)) as call:
             answered = await self._ask(arm, messages, **purpose, **how)
@@ -109,7 +109,7 @@ class CappedAsk:
 
     @contextmanager
     def _held_free(self, most: float) -> Iterator["_Call"]:
-        """A call that may cost so much: it is kept free until the call ends. Raises LimitError where there is no room for it."""
+        """A call that may cost so much: it is kept free until the call ends. Raises BudgetError where there is no room for it."""
         if self.spent + most > self.cap * (1 + _ROUNDING):
             raise self.full(most)
         self._held, self._under_way = self._held + most, self._under_way + 1
@@ -123,11 +123,17 @@ class CappedAsk:
         finally:
             self._end(most, call.cost)
 
-    def full(self, most: float) -> LimitError:
+    def full(self, most: float) -> BudgetError:
         """What is said where the cap has no room."""
-        return LimitError(
+        return BudgetError(
             f"{self.name} is ${self.cap:g}, of which ${self.room:.9g} is left, and what comes next may cost ${most:.9g}; "
-            "give answers a nearer end (max_tokens), or raise it"
+            "give answers a nearer end (max_tokens), or raise it",
+            subject="request",
+            period="request",
+            limit_nano=round(self.cap * NANO),
+            remaining_nano=round(self.room * NANO),
+            resets_s=None,
+            retry_after_s=None,
         )
 
     def _end(self, most: float, cost: float) -> None:
