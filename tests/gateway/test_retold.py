@@ -66,9 +66,16 @@ def test_an_answer_that_came_from_elsewhere_is_in_memory_once_as_long_as_somebod
     assert again.body is not first.body
     assert retold.one(again) is first
     # What says something else is another.
-    others = [come(b"another"), come(model="large"), come(nano=6), come(prompt_tokens=1), come(completion_tokens=1)]
+    others = [
+        come(b"another"),
+        come(model="large"),
+        come(nano=6),
+        come(prompt_tokens=1),
+        come(completion_tokens=1),
+        come(spare="time"),
+    ]
     assert [retold.one(one) for one in others] == others
-    assert len({id(retold.one(one)) for one in others}) == 5
+    assert len({id(retold.one(one)) for one in others}) == 6
     body = weakref.ref(first)
     del first
     gc.collect()

@@ -535,7 +535,10 @@ def test_an_answer_that_one_process_kept_is_there_for_all_of_its_key_alone(serve
             one.put("k1", b"long", entry(b"x" * 1000), 60)
             one.put("", b"q", entry(b"nobody's"), 60)
             one.put("k12", b"q", entry(), 60)
+            one.put("k3", b"q", entry(spare="time"), 60)
             await one.close()
+            assert (await two.get("k3", b"q"))[0] == entry(spare="time")
+            assert await two.clear("k3") == 1
             found, left_s = await two.get("k1", b"q")
             assert found == entry()
             assert 0 < left_s <= 60
@@ -554,6 +557,7 @@ def test_an_answer_that_one_process_kept_is_there_for_all_of_its_key_alone(serve
 
 
 ODD = [b"", b"x", b"[]\nbody", b'["m", 1, 2, -3]\nbody', b'["m", 1, 2, 3]\n', b"[1, 1, 2, 3]\nbody", b"\xff\n\xff"]
+ODD += [b'["m", 1, 2, 3, 4]\nbody', b'["m", 1, 2, 3, "a", "b"]\nbody']
 
 
 @pytest.mark.parametrize("raw", ODD)

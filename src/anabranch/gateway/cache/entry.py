@@ -13,6 +13,7 @@ class Entry:
         prompt_tokens: it counted.
         completion_tokens: it gave.
         nano: nano-dollars that the call cost, and a hit saves.
+        spare: why it stands in for another answer, as its first sender was told; "" for no word of that.
     """
 
     body: bytes
@@ -20,8 +21,9 @@ class Entry:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     nano: int = 0
+    spare: str = ""
 
     @property
     def size_bytes(self) -> int:
         """About what it takes in memory."""
-        return len(self.body) + len(self.model) + 300
+        return len(self.body) + len(self.model) + len(self.spare) + 300

@@ -33,11 +33,13 @@ class Retold:
         self._lock = threading.Lock()
         # By what they say: one from a store that processes share is another object each time.
         self._told: weakref.WeakValueDictionary[tuple[bytes, str, bool], ToldChunks] = weakref.WeakValueDictionary()
-        self._read: weakref.WeakValueDictionary[tuple[bytes, str, int, int, int], Entry] = weakref.WeakValueDictionary()
+        self._read: weakref.WeakValueDictionary[tuple[bytes, str, int, int, int, str], Entry] = (
+            weakref.WeakValueDictionary()
+        )
 
     def one(self, entry: Entry) -> Entry:
         """Of an answer that came from elsewhere the one that is read here already; itself where nobody reads it."""
-        said = entry.body, entry.model, entry.prompt_tokens, entry.completion_tokens, entry.nano
+        said = entry.body, entry.model, entry.prompt_tokens, entry.completion_tokens, entry.nano, entry.spare
         with self._lock:
             return self._read.setdefault(said, entry)
 

@@ -22,6 +22,7 @@ from anabranch.gateway.core.beginning import apart
 from anabranch.gateway.core.relay import Replayed, Sharing
 from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.core.request_state import RequestState
+from anabranch.gateway.core.response_headers import told_spare
 from anabranch.gateway.dispatch import Attempt
 from anabranch.gateway.media_requests import is_media
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError
@@ -186,6 +187,7 @@ class CachedAnswers:
             "x-cache": cache,
             "x-overhead-ms": f"{state.elapsed() * 1e3:.3f}",
             "x-cost-usd": f"{0:.9f}",
+            **({"x-route-spare": entry.spare} if entry.spare else {}),
         }
         if not state.body.get("stream") or state.endpoint == "embeddings":
             return Reply(body=entry.body, headers=headers, content_type=state.content_type, kept=entry)
@@ -227,13 +229,14 @@ class CachedAnswers:
             self._share(answer, attempt.model, attempt.cost)
 
     def _share(self, answer: Answer, model: str, nano: int, *, ttl_s: float | None = None) -> None:
-        usage = answer.usage
+        usage, program = answer.usage, self._state.program
         entry = Entry(
             body=answer.data,
             model=model,
             prompt_tokens=usage.prompt,
             completion_tokens=usage.completion,
             nano=nano,
+            spare="" if program is None else told_spare(program.spare),
         )
         self._caches.put(self._state.tenant, self._exact, self._context, self._state.vector, entry, ttl_s)
         if self._ticket is not None:

@@ -34,7 +34,7 @@ def headers_of(state: "RequestState", report: Report) -> dict[str, str]:
     if state.program is not None:
         found["x-route-calls"] = str(len(state.calls.made))
         if state.program.spare:
-            found["x-route-spare"] = state.program.spare[:200]
+            found["x-route-spare"] = told_spare(state.program.spare)
     if state.is_cacheable:
         found["x-cache"] = "miss"
     if not state.body.get("stream"):
@@ -60,6 +60,11 @@ def overhead_s(state: "RequestState", report: Report) -> float:
         for attempt in report.attempts
     )
     return max(0.0, state.elapsed() - (last - first))
+
+
+def told_spare(why: str) -> str:
+    """Why an answer stands in for another one, as the header ``x-route-spare`` says it."""
+    return safe(why[:200])
 
 
 def safe(value: str) -> str:

@@ -108,7 +108,7 @@ async def read(client: Any, name: str) -> tuple[bytes | None, int]:
 
 def written(entry: Entry) -> bytes:
     """As answers lie there."""
-    head = [entry.model, entry.prompt_tokens, entry.completion_tokens, entry.nano]
+    head = [entry.model, entry.prompt_tokens, entry.completion_tokens, entry.nano, *filter(None, [entry.spare])]
     return json.dumps(head).encode() + b"\n" + entry.body
 
 
@@ -116,13 +116,16 @@ def entry_of(raw: bytes) -> Entry | None:
     """What `written` made of it; None of anything else."""
     head, _, body = raw.partition(b"\n")
     try:
-        model, prompt, completion, nano = json.loads(head)
+        model, prompt, completion, nano, *more = json.loads(head)
     except (ValueError, TypeError, RecursionError):
         return None
-    # A name goes into headers, and counts into a store.
-    if not isinstance(model, str) or not model.isprintable() or not body:
+    # A name and a reason go into headers, and counts into a store.
+    said = [model, *more]
+    if len(said) > 2 or not all(isinstance(one, str) and one.isprintable() for one in said) or not body:
         return None
     counts: list[tuple[Any, int]] = [(prompt, TOKENS), (completion, TOKENS), (nano, MOST_NANO)]
     if not all(type(count) is int and 0 <= count <= most for count, most in counts):
         return None
-    return Entry(body=body, model=model, prompt_tokens=prompt, completion_tokens=completion, nano=nano)
+    return Entry(
+        body=body, model=model, prompt_tokens=prompt, completion_tokens=completion, nano=nano, spare="".join(more)
+    )
