@@ -110,6 +110,9 @@ def test_decisions_on_models_that_there_are_pass():
     for decision, why in (
         (None, "empty"),
         (Decision(candidates=(Candidate(model="c", score=1.0),), strategy="s", reason="why"), "unknown_model"),
+        (Decision(**PLAIN, beside=("a", "c")), "unknown_model"),
+        (Decision(**PLAIN, beside=([],)), "unknown_model"),
+        (Decision(**PLAIN, beside=None), "unknown_model"),
         (
             Decision(
                 candidates=(Candidate(model="a", score=1.0), Candidate(model="a", score=1.0)),

@@ -496,6 +496,78 @@ def test_a_router_that_is_named_answers_nothing_directly(knobs, down):
     assert [one.model for one in program.route(Query(text="x"), pool).candidates] == ["large", "small"]
 
 
+def pool_of(**fields):
+    """`POOL`, these fields of its models set."""
+    return Pool(tuple(replace(model, **fields.get(model.name, {})) for model in POOL.models))
+
+
+CLOSED, SHORT = {"is_available": False, "is_allowed": False}, {"is_available": False, "context": 9}
+TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_last"),
+    [
+        ({"large": CLOSED, "small": CLOSED}, True),
+        ({"large": SHORT, "small": SHORT}, True),
+        ({"large": CLOSED, "small": SHORT}, True),
+        # Down, which passes, or able to.
+        ({"large": {"is_available": False}, "small": {"is_available": False}}, False),
+        ({"large": CLOSED, "small": {"is_available": False}}, False),
+        ({"large": SHORT}, False),
+        # Nor has it more room, or may be used itself.
+        ({"large": SHORT, "small": SHORT, "router": SHORT}, False),
+        ({"large": SHORT, "router": CLOSED}, False),
+        ({}, False),
+    ],
+)
+def test_a_router_answers_directly_where_no_other_may_or_has_room(fields, is_last):
+    """It was refused to the key that may use it alone, and what only it has room for was asked of those that have none."""
+    program, pool = make("router_r1", policy="router"), pool_of(**fields)
+    decision = program.route(Query(text="x", prompt_tokens=10), pool)
+    assert ("router" in [one.model for one in decision.candidates]) == is_last
+    assert (decision.candidates[-1].model == "router", decision.beside) == (is_last, ("router",))
+    assert len({one.model for one in decision.candidates}) == len(decision.candidates)
+
+
+@pytest.mark.parametrize("closed", [CLOSED, SHORT])
+@pytest.mark.parametrize("asked", [{}, TOOLS])
+def test_what_only_the_router_may_answer_it_does(closed, asked):
+    pool, program = pool_of(large=closed, small=closed), make("router_r1", policy="router")
+    query = Query(text="Who?", messages=QUESTION, prompt_tokens=10)
+    request = ProgramRequest(query=query, pool=pool, decision=program.route(query, pool), settings=asked)
+
+    async def answered(models):
+        return [event async for event in program.run(request, models)][-1]
+
+    models = Models(*["x"] * 5)
+    done = asyncio.run(answered(models))
+    assert (done.model, done.message["content"], models.asked[-1][1]) == ("router", "router knows", QUESTION)
+    assert models.names == ["router"] * (1 if asked else 6)
+    # Its own questions are shorter than the sender's prompt.
+    models = Models(*TURNS)
+    if not asked:
+        done = asyncio.run(answered(models))
+        others = [name for name in models.names if name != "router"]
+        assert (done.message["content"], others) == (TURNS[2][-14:], ["small", "large"] if closed is SHORT else [])
+
+
+@pytest.mark.parametrize("fields", [{}, {"large": CLOSED}, {"large": {"is_available": False}}])
+def test_a_router_is_asked_last_for_what_no_router_answers(fields):
+    """The model that routes may be the only one that has tools."""
+    down = dict.fromkeys(("large", "small"), BackendError("no tools"))
+    models = Models(says=down)
+    _, steps, done = run(models, pool=pool_of(**fields), **TOOLS)
+    assert (models.names[-2:], done.model) == (["small", "router"], "router")
+    assert [one["model"] for one in named(steps, "failed")] == models.names[:-1]
+    # Not where another can, nor where the sender may not use it.
+    models = Models()
+    _, _, done = run(models, pool=pool_of(**fields), **TOOLS)
+    assert len(models.names) == 1
+    with pytest.raises(BackendError):
+        run(Models(says=down), pool=pool_of(**fields, router=CLOSED), **TOOLS)
+
+
 def test_a_model_that_routes_as_it_comes_may_answer_directly():
     """As the cheapest of the pool; or because there is no other."""
     down = {"large": BackendError("down"), "small": BackendError("down")}
@@ -570,6 +642,8 @@ def test_a_call_that_hangs_is_broken_off():
 
     _, steps, done = run(Hanging(*TURNS), fields={"call_s": 0.05})
     assert (named(steps, "direct"), done.model) == ([{"why": "the router: LimitError"}], "large")
+    _, steps, done = run(Hanging(*TURNS), left_s=0.05)
+    assert (named(steps, "direct"), done.model) == ([{"why": "time"}], "large")
 
 
 @pytest.mark.parametrize(
@@ -642,8 +716,6 @@ def test_which_model_routes():
     with pytest.raises(InputError, match=r"routes with 'huge'; the pool has large, router, small"):
         make("router_r1", policy="huge").route(Query(text="x"), POOL)
     # One that is alone asks itself.
-    _, steps, done = run(Hanging(*TURNS), left_s=0.05)
-    assert (named(steps, "direct"), done.model) == ([{"why": "time"}], "large")
     alone = Pool((Model(name="router"),))
     models = Models("<think>x</think><search>router: Who?", "<think>x</think><answer>y")
     _, _, done = run(models, pool=alone)

@@ -61,6 +61,8 @@ def check_decision(decision: Any, pool: Pool) -> None:
         raise BypassError("unknown_model", f"it named {str(unknown)[:80]!r}, which is not in the pool")
     if len(set(names)) < len(names):
         raise BypassError("twice", "it named a model twice")
+    if not isinstance(decision.beside, tuple | list) or any(name not in pool.names for name in decision.beside):
+        raise BypassError("unknown_model", "it asks beside its candidates what is not in the pool")
     sure, numbers = decision.confidence, [one for at in decision.candidates for one in (at.score, at.quality, at.cost)]
     if (
         not isinstance(decision.strategy, str)

@@ -70,6 +70,7 @@ def test_models_that_the_key_may_not_use_or_that_are_too_small_are_not_there_to_
     )
     pool = choice.pool_of(state)
     assert {one.name: one.is_available for one in pool.models} == {"tiny": False, "small": True, "large": False}
+    assert {one.name: one.is_allowed for one in pool.models} == {"tiny": True, "small": True, "large": False}
     # Where the prompt is too long for all that it may use, those are tried all the same.
     state.record = KeyRecord(id="k", models=("tiny",))
     pool = choice.pool_of(state)

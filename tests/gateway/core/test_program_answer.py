@@ -16,12 +16,12 @@ from gateway_states import begun, config, model, run, services, state_of
 class Says(Program):
     """Says what it is given to say."""
 
-    def __init__(self, work):
+    def __init__(self, work, beside=()):
         super().__init__(None)
-        self.work, self.requests = work, []
+        self.work, self.requests, self.beside = work, [], beside
 
     def route(self, query, pool):
-        return Decision(candidates=(Candidate(model="small", score=0),), strategy="says", reason="")
+        return Decision(candidates=(Candidate(model="small", score=0),), strategy="says", reason="", beside=self.beside)
 
     async def run(self, request, ask):
         self.requests.append(request)
@@ -38,11 +38,11 @@ async def fails(request, ask):
     yield
 
 
-async def decided(work, body=None, *, of=None, **fields):
+async def decided(work, body=None, *, of=None, beside=(), **fields):
     from anabranch.gateway.runtime import Runtime
 
     state = state_of({"model": "auto/cheapest", **(body or {})}, lent=services()[0], of=of, **fields)
-    program = Says(work)
+    program = Says(work, beside)
     state.runtime = Runtime(of or config(), strategies={"cheapest": program})
     begun(state)
     await choice.decide(state)
@@ -109,12 +109,22 @@ def test_a_program_answers_chats_with_one_choice(body, endpoint):
         run(work)
 
 
-def test_a_program_has_the_time_of_the_slowest_model_that_it_may_ask():
-    of = config(model("small", deadline_s=900.0), model("large"), deadline_s=60.0)
+@pytest.mark.parametrize(
+    ("small_s", "large_s", "beside", "most_s"),
+    [
+        (900.0, None, (), 900.0),
+        # One that it asks and that is no candidate: rounds of a slow router were cut off.
+        (None, 900.0, ("large",), 900.0),
+        (None, 900.0, (), 60.0),
+        (300.0, 2.0, ("large",), 300.0),
+    ],
+)
+def test_a_program_has_the_time_of_the_slowest_model_that_it_may_ask(small_s, large_s, beside, most_s):
+    of = config(model("small", deadline_s=small_s), model("large", deadline_s=large_s), deadline_s=60.0)
 
     async def work():
-        state, _ = await decided(says_yes, of=of)
+        state, _ = await decided(says_yes, of=of, beside=beside)
         await ask_program(state)
         return state.calls.deadline_s, state.calls.limit_s
 
-    assert run(work) == (900.0, 900.0)
+    assert run(work) == (most_s, most_s)

@@ -66,8 +66,8 @@ def pool_of(state: RequestState) -> Pool:
     if all(usable_P):
         return pool
     models = (
-        model if usable else replace(model, is_available=False)
-        for model, usable in zip(pool.models, usable_P, strict=True)
+        model if usable else replace(model, is_available=False, is_allowed=is_open)
+        for model, usable, is_open in zip(pool.models, usable_P, open_P, strict=True)
     )
     return Pool(tuple(models), pool.now_s)
 

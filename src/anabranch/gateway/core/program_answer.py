@@ -64,7 +64,8 @@ async def ask_program(state: RequestState) -> Answer | ProgramRun | None:
 def _most_s(state: RequestState, decided: Decided) -> float:
     """Seconds that it has: those of the slowest model that it may ask."""
     config = state.runtime.config
-    own = (state.runtime.models[one.model].deadline_s for one in decided.decision.candidates)
+    names = [*(one.model for one in decided.decision.candidates), *decided.decision.beside]
+    own = (state.runtime.models[name].deadline_s for name in names)
     return max(max((seconds for seconds in own if seconds is not None), default=config.deadline_s), config.deadline_s)
 
 

@@ -63,6 +63,7 @@ class Model:
         load: share of what it can do at once that is in use; may pass 1.
         latency_s: smoothed seconds to a whole answer; None before the first.
         is_priced: what it costs is known; otherwise ``price`` says nothing.
+        is_allowed: the sender may use it; otherwise it is not available either.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Model:
     load: float = 0.0
     latency_s: float | None = None
     is_priced: bool = True
+    is_allowed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ class Decision:
         details: what else explains it, ready for JSON (neighbours, category, rule).
         probability: with which the strategy makes `model` its first choice, for this query, pool and what it knows; 1 if nothing is left
             to chance; None if it cannot be said. What off-policy estimates weigh by.
+        beside: models that a program asks and that are no candidates: a request has as long as the slowest of all of them may take.
     """
 
     candidates: tuple[Candidate, ...]
@@ -141,6 +144,7 @@ class Decision:
     confidence: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     probability: float | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def model(self) -> str:

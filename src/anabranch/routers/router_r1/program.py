@@ -31,7 +31,7 @@ from anabranch.errors import AnabranchError, BudgetError, ConfigError, InputErro
 from anabranch.routers.contract.ask import Answered, Arm, Ask
 from anabranch.routers.contract.knobs import knob_of
 from anabranch.routers.contract.program import Done, Event, Program, ProgramRequest, Shown, Step
-from anabranch.routers.contract.query import Decision, Model, Pool, Query
+from anabranch.routers.contract.query import Candidate, Decision, Model, Pool, Query
 from anabranch.routers.contract.strategy import ordered
 from anabranch.routers.router_r1.episode import Asked, Episode, Rules
 from anabranch.routers.router_r1.grammar import answered, closed, contents
@@ -66,8 +66,9 @@ class RouterR1(Program, kind="router_r1"):
         """Router, pool and limits; the paper's code has most of them.
 
         Attributes:
-            policy: model that routes, which is asked nothing directly where there are others: what was taught to route is no model of a
-                chat. "" for the cheapest of the pool, of those whose price is known where there are such.
+            policy: model that routes. Directly it is asked last, and only what no router could answer, or where no other model may be used
+                or has room for the prompt: what was taught to route is no model of a chat. "" for the cheapest of the pool, of those whose
+                price is known where there are such.
             settings: fields of OpenAI's chat request that it is asked with.
             about: descriptions of models, in place of those of the gateway's config.
             aliases: other names of models.
@@ -132,15 +133,25 @@ class RouterR1(Program, kind="router_r1"):
             raise InputError(f"router_r1 routes with {policy!r}; the pool has {', '.join(pool.names)}")
         score_M = [0.0] * len(pool)
         for rank, at in enumerate(places):
-            is_router = pool.models[at].name == self.config.policy and len(pool) > 1
-            score_M[at] = -math.inf if is_router else float(rank)
+            score_M[at] = -math.inf if pool.models[at].name == self.config.policy else float(rank)
+        candidates = ordered(pool, score_M)
+        if self.config.policy and self._is_alone(query, pool):
+            candidates = (*candidates, Candidate(model=policy, score=-1.0))
         return Decision(
-            candidates=ordered(pool, score_M),
+            candidates=candidates,
             strategy=self.name,
             reason=f"{policy} thinks, and asks whom it wants",
             details={"policy": policy},
             probability=1.0,
+            beside=(policy,),
         )
+
+    def _is_alone(self, query: Query, pool: Pool) -> bool:
+        """Whether no model but the `policy` may be used and has room for the prompt."""
+        allowed = [model for model in pool.models if model.is_allowed]
+        tokens = query.prompt_tokens or 0
+        fitting = [model for model in allowed if model.context is None or tokens <= model.context]
+        return all(model.name == self.config.policy for model in fitting or allowed)
 
     # -- answering
 
@@ -168,8 +179,13 @@ class RouterR1(Program, kind="router_r1"):
 
     async def _directly(self, request: ProgramRequest, running: "_Rounds") -> AsyncGenerator[Event, None]:
         """The answer of the first model that gives one; else the last information there was."""
-        for name in request.names:
-            given: Any = given_as_it_comes(request, name, running.paid, running.spare, name == request.names[-1])
+        names = request.names
+        policy = str(request.decision.details["policy"])
+        # Another may not be able to do what is asked for; where it has tags to write, it had its rounds.
+        if not running.can_route and policy not in names and running.may_ask(policy):
+            names = (*names, policy)
+        for name in names:
+            given: Any = given_as_it_comes(request, name, running.paid, running.spare, name == names[-1])
             async with aclosing(given) as events:
                 async for event in events:
                     # What a router was to answer and did not is better asked for again than kept.
@@ -234,6 +250,8 @@ class _Rounds:
     # Of the last turn: the endpoint cut it, and as an answer it is given all the same.
     _is_cut: bool = False
     _is_short: bool = False
+    # Turns in a row, that one the last, which were cut and did nothing.
+    _num_cut: int = 0
     _began: float = field(default_factory=time.monotonic)
     _sums: dict[str, list[float]] = field(default_factory=lambda: {"router": [0, 0, 0.0, 0], "pool": [0, 0, 0.0, 0]})
 
@@ -250,8 +268,6 @@ class _Rounds:
         return (
             is_question
             and bool(self.request.query.text.strip())
-    # Turns in a row, that one the last, which were cut and did nothing.
-    _num_cut: int = 0
             and not any(self.request.settings.get(name) for name in WHOLE)
         )
 
@@ -292,6 +308,10 @@ class _Rounds:
             if asked is not None:
                 facts |= await self._informed(asked)
             yield Step("turn", {**facts, "action": episode.actions[-1]})
+            self._num_cut = self._num_cut + 1 if self._is_cut and asked is None else 0
+            if self._num_cut == MOST_CUT and not episode.is_done:
+                self.why = "the router was cut off"
+                return
             told = "".join(text for text, is_router in episode.parts[before:] if not is_router)
             if asked is not None and self.asked.is_shown:
                 said = next((text for _, text in contents(told, "information")), "")
@@ -308,10 +328,6 @@ class _Rounds:
         content = ended_at(whole, self.request.settings.get("stop"))
         is_short = self._is_short and content == whole
         self.done = Done(message={"content": content}, model=policy, finish_reason="length" if is_short else "stop")
-            self._num_cut = self._num_cut + 1 if self._is_cut and asked is None else 0
-            if self._num_cut == MOST_CUT and not episode.is_done:
-                self.why = "the router was cut off"
-                return
 
     async def _turn(self, policy: str, messages: Sequence[Mapping[str, Any]]) -> str:
         carried = {
@@ -413,12 +429,26 @@ class _Rounds:
         # A turn, what it asks, and a direct answer.
         return "calls" if self.ask.left < 3 else ""
 
+    def _why(self, error: AnabranchError) -> str:
+        """Why no further round is made, after a turn that failed."""
+        if isinstance(error, BudgetError):
+            return "money"
+        # A call that was not made, or was broken off, for a limit that is used up.
+        used_up = self._used_up() if isinstance(error, LimitError) else ""
+        return used_up or f"the router: {type(error).__name__}"
+
     def _names(self) -> tuple[str, ...]:
         """Models that may be asked, in the order of the pool, without the router where there are others."""
-        allowed = [model.name for model in self.request.pool.models if model.name in self.request.names]
         policy = self.request.decision.details["policy"]
-        others = tuple(name for name in allowed if name != policy)
-        return others or tuple(allowed)
+        known = {one.model for one in self.request.decision.candidates} - {policy}
+        others = [model for model in self.request.pool.models if model.name in known and model.is_allowed]
+        # A question of the router's may have room where the sender's prompt has none.
+        open_others = [model for model in others if model.is_available] or others
+        return tuple(model.name for model in open_others) or (policy,)
+
+    def may_ask(self, name: str) -> bool:
+        """Whether the sender may use a model."""
+        return any(model.name == name and model.is_allowed for model in self.request.pool.models)
 
     def _about(self, names: Sequence[str]) -> dict[str, str]:
         models = {model.name: model for model in self.request.pool.models}
@@ -429,14 +459,6 @@ class _Rounds:
         spent, told = getattr(self.ask, "spent", None), {}
         for who, (prompt, completion, cost, calls) in self._sums.items():
             told[who] = {"prompt": int(prompt), "completion": int(completion), "cost": cost, "calls": int(calls)}
-    def _why(self, error: AnabranchError) -> str:
-        """Why no further round is made, after a turn that failed."""
-        if isinstance(error, BudgetError):
-            return "money"
-        # A call that was not made, or was broken off, for a limit that is used up.
-        used_up = self._used_up() if isinstance(error, LimitError) else ""
-        return used_up or f"the router: {type(error).__name__}"
-
         if spent is not None:
             told["all"] = {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens, "cost": spent.cost}
         facts = {} if self.episode is None else self.episode.facts()
