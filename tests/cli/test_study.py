@@ -1,10 +1,13 @@
+import contextlib
 import json
+import signal
 
 import pytest
 
 from anabranch import studies
 from anabranch.studies.harness import Arm, Column, Study
 from anabranch.studies.paired import verdict_below
+from anabranch.train.interrupt import Interrupts
 
 
 def make(full=False, steps=10):
@@ -49,6 +52,34 @@ def test_table_verdict_and_files(here, work):
     _, out, err = here("study", "made_up", "--out", "studied", "--quiet", "--json")
     assert err == ""
     assert json.loads(out) == json.loads((work / "studied" / "made_up.json").read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("notes", [False, True])
+@pytest.mark.parametrize("at", ["old seed 0", "new seed 0"])
+def test_an_interrupted_one_shows_what_has_run(here, work, monkeypatch, number, notes, at):
+    """In one line, whether the run under way notes signals, as trainings do, or not; and that run does not count."""
+
+    def said(text):
+        if text.endswith("half way") and at in text:
+            with Interrupts() if notes else contextlib.nullcontext():
+                signal.raise_signal(number)
+
+    monkeypatch.setattr("anabranch.cli.study.say", said)
+    out_folder = f"interrupted-{number}-{notes}-{at[:3]}"
+    for options in ([], ["--json"]):
+        code, out, err = here("study", "made_up", "--out", out_folder, *options)
+        assert code == 130
+        assert err == "interrupted\n"
+        if at.startswith("old"):
+            assert out == ""
+        elif options:
+            assert json.loads(out)["config"]["arms"].keys() == {"old", "new"}
+            assert json.loads(out)["seeds"] == [0]
+        else:
+            assert "old" in out
+            assert "not run" in out
+    assert not list((work / out_folder).glob(f"made_up/{at[:3]}-seed*.json"))
 
 
 def test_parts_of_it_and_judging_alone(here, work):

@@ -1,12 +1,14 @@
 """The study of CaRL: what its arms are, its rule, and that it runs."""
 
 import math
+import signal
 
 import pytest
 
 from anabranch.rl.rewards import FACTORS
+from anabranch.studies import carl
 from anabranch.studies.carl import ARMS, FLOOR, RATES, Size, at_tuned_rates, judge, make, run_of
-from anabranch.studies.harness import Results
+from anabranch.studies.harness import Results, run_study
 
 
 def test_arms_differ_in_batch_and_reward_alone():
@@ -132,6 +134,21 @@ def test_an_arm_runs():
     assert {column.metric for column in study.columns} <= found.keys()
     assert found["samples"] > 0
     assert all(math.isfinite(value) for value in found.values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_arm_that_is_interrupted_ends_the_study(number, tmp_path, monkeypatch):
+    """A training notes signals, and comes back early without what is measured."""
+    pytest.importorskip("gymnasium")
+    monkeypatch.setattr(carl, "_TOLD_EVERY_S", 0.0)
+
+    def progress(text):
+        if ": step 1 of" in text:
+            signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(make(), tmp_path, arms=["simple-256"], seeds=[0], progress=progress)
+    assert not list(tmp_path.glob("carl/*-seed*.json"))
 
 
 def test_both_sizes_are_made():

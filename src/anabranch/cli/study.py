@@ -64,12 +64,12 @@ def study(
 ) -> None:
     """Repeat a paper's experiment: several arms and seeds, compared in pairs, judged by a rule that was fixed beforehand.
 
-    Every finished run is recorded. Stop whenever you like; the same command continues.
+    Every finished run is recorded. Stop whenever you like, which shows what has run; the same command continues.
 
     Several processes may work on the same study.
     """
     from anabranch import studies
-    from anabranch.studies.harness import fitted, run_study, summarize
+    from anabranch.studies.harness import fitted, read_results, run_study, summarize
 
     if name is None:
         _list(as_json)
@@ -88,14 +88,23 @@ def study(
     if judge_only:
         outcome = summarize(chosen, folder)
     else:
-        outcome = run_study(
-            chosen,
-            folder,
-            arms=None if arms is None else [arm.strip() for arm in arms.split(",")],
-            seeds=None if seeds is None else read_seeds(seeds),
-            progress=(lambda text: None) if quiet else (lambda text: say(f"{time.strftime('%H:%M:%S')}  {text}")),
-            freezes=full,
-        )
+        try:
+            outcome = run_study(
+                chosen,
+                folder,
+                arms=None if arms is None else [arm.strip() for arm in arms.split(",")],
+                seeds=None if seeds is None else read_seeds(seeds),
+                progress=(lambda text: None) if quiet else (lambda text: say(f"{time.strftime('%H:%M:%S')}  {text}")),
+                freezes=full,
+            )
+        except KeyboardInterrupt:
+            if read_results(chosen, folder).runs:
+                _tell(summarize(chosen, folder), folder, as_json)
+            raise
+    _tell(outcome, folder, as_json)
+
+
+def _tell(outcome: Outcome, folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(outcome.to_dict())
         return

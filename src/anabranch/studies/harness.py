@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_json
+from anabranch.interrupts import Ending
 from anabranch.locks import locked
 from anabranch.studies.corrected import settled
 from anabranch.studies.frozen import ALL, Frozen, check, differing, freeze, plan_of
@@ -328,7 +329,8 @@ def run_study(
     """Run what is missing of ``arms`` x ``seeds`` (default: those of the study), seed by seed, then judge and write everything there is.
 
     With ``freezes`` its plan is frozen before the first run, and the standard library that it reads is pinned, where they are not yet.
-    Raises ConfigError for an unknown arm, and for a study that is not the one that was frozen; DataError for another standard library.
+    Raises ConfigError for an unknown arm, and for a study that is not the one that was frozen; DataError for another standard library;
+    KeyboardInterrupt where a signal ends it (SIGINT, SIGTERM, SIGHUP), at whatever training: the run under way does not count then.
     """
     folder = Path(folder)
     chosen = pick_arms(study, arms)
@@ -349,7 +351,7 @@ def run_study(
             progress(f"{label}: done before")
             continue
         place.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(place.lock) as alone:
+        with locked(place.lock) as alone, Ending():
             if not alone:
                 progress(f"{label}: under way in another process")
                 missing.append((arm.name, seed))

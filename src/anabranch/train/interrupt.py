@@ -9,11 +9,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
+from anabranch.interrupts import is_ending
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
     """A context in which the first SIGINT, SIGTERM or SIGHUP is only noted, in ``received``; the second acts as it would outside.
+
+    Within `anabranch.interrupts.Ending` KeyboardInterrupt is raised where it is left, if one was noted and nothing else was raised.
 
     SIGHUP stays ignored where it is (``nohup``). Signals reach the main thread alone, so in another thread nothing is caught.
 
@@ -43,8 +47,10 @@ class Interrupts:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
         self._restore()
+        if self.received is not None and raised is None and any(map(is_ending, self._previous.values())):
+            raise KeyboardInterrupt
 
 
 # What gloo and NCCL say where the other end is gone.

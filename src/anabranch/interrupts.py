@@ -1,0 +1,45 @@
+"""Signals that end work of many parts, such as a study: also where a part would only note one, save what it has, and come back early."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+# Ctrl-C raises KeyboardInterrupt by itself.
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Ending:
+    """A context in which SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does.
+
+    Trainings note signals instead, and save; within this context they raise it as well, once they have saved
+    (`anabranch.train.interrupt.Interrupts`): their caller would take what has half been learned for what it asked for. SIGHUP stays ignored
+    where it is (``nohup``). Signals reach the main thread alone, so in another thread nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self._previous: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            caught = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._end) for number in caught}
+        return self
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A copy of the process, which is ended by whoever made it.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise KeyboardInterrupt
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def is_ending(handler: Any) -> bool:
+    """Whether this handler of a signal is that of `Ending`."""
+    return isinstance(getattr(handler, "__self__", None), Ending)

@@ -1,0 +1,68 @@
+"""Signals that end work of many parts, whatever a part does with them."""
+
+import os
+import signal
+
+import pytest
+
+pytest.importorskip("torch")
+
+from anabranch.interrupts import Ending
+from anabranch.train.interrupt import Interrupts
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_what_runs_and_handlers_are_those_of_before(number):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with pytest.raises(KeyboardInterrupt), Ending():
+        signal.raise_signal(number)
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def noting(number, error=None):
+    """Work that notes a signal, comes to its end all the same, and may fail after that; what it noted."""
+    with Interrupts() as noted:
+        if number is not None:
+            signal.raise_signal(number)
+        if error is not None:
+            raise error
+    return noted.received
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_who_only_notes_one_tells_of_it_as_it_is_left(number):
+    with pytest.raises(KeyboardInterrupt), Ending():
+        noting(number)
+    # By itself it only notes.
+    assert noting(number) == number.name
+
+
+def test_where_nothing_came_nothing_is_told():
+    with Ending():
+        assert noting(None) is None
+
+
+def test_what_went_wrong_is_told_before_a_signal_that_was_noted():
+    with pytest.raises(ValueError, match="full"), Ending():
+        noting(signal.SIGTERM, ValueError("full"))
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Ending():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_copy_of_the_process_is_ended_by_a_signal_as_ever():
+    with Ending():
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
