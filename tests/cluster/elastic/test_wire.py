@@ -406,6 +406,29 @@ def test_a_link_that_broke_is_opened_anew_at_an_edit_and_told_of():
         one.close()
 
 
+def test_a_link_that_another_replaces_is_counted_as_closed_with_what_it_sent():
+    """Where the rank that opens links was told twice to, and the other has not heard that the first one ended."""
+    pools = [pool(timeout_s=60.0) for _ in range(2)]
+    for rank, one in enumerate(pools):
+        one.rank = rank
+    at = {rank: ("127.0.0.1", one.port) for rank, one in enumerate(pools)}
+    other = threading.Thread(target=pools[1].edit, args=(1, at))
+    other.start()
+    pools[0].edit(1, at)
+    other.join(60)
+    pools[0].send(1, "x", [torch.ones(1)])
+    pools[1].receive(0, "x")
+    until(lambda: pools[0]._channels[1].sent_bytes)
+    sent = pools[0]._channels[1].sent_bytes
+    pools[1]._open(0, *at[0])
+    until(lambda: pools[0].opened == 2 and pools[0].closed == 1)
+    for one in pools:
+        assert (one.opened, one.closed, one.count) == (2, 1, 1)
+    assert pools[0].sent_bytes == {1: sent}
+    for one in pools:
+        one.close()
+
+
 def test_a_link_that_ends_at_once_is_told_of(monkeypatch):
     """It stood among the open ones for good, nobody was suspected, and what was sent was lost."""
     suspects = []

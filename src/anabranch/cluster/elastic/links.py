@@ -232,6 +232,7 @@ class LinkPool:
         if old is not None:
             old.peer = None
             old.close("opened anew")
+            self._count(rank, old)
         if channel.is_closed:
             # Before it was in the table, where nobody found it then.
             self._on_close(channel, "it ended at once")
