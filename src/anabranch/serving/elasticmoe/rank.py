@@ -70,7 +70,7 @@ class Rank:
         self.runner: ModelRunner | None = None
         self.is_serving = False
         self._picture_at = 0.0
-        # Nothing has happened since the last picture.
+        # Nothing has happened since the last picture, by a step or by what was asked.
         self._is_told = False
 
     def _warm_device(self) -> None:
@@ -339,7 +339,7 @@ class Rank:
         """Work until the coordinator is gone."""
         while True:
             self._submit_prepared()
-            while self.channel.poll(0.0 if self._has_work else self._patience_s):
+            while self.channel.poll(0.0 if self._has_work or self._owes_picture else self._patience_s):
                 self._obey(*self.channel.recv()[0])
                 self._submit_prepared()
             if self._has_work:
@@ -349,6 +349,13 @@ class Rank:
                     self._fail(f"a peer has gone ({error})")
                 except Exception as error:
                     self._fail(f"{type(error).__name__}: {error}")
+            elif self._owes_picture:
+                self._tell([], is_idle=True)
+
+    @property
+    def _owes_picture(self) -> bool:
+        """Whether what was told last of how it is may not be so any more."""
+        return self.is_serving and self.scheduler is not None and not self._is_told
 
     @property
     def _has_work(self) -> bool:
@@ -368,6 +375,7 @@ class Rank:
         self.channel.send(("failed", error))
 
     def _obey(self, number: int | None, name: str, arguments: dict[str, Any]) -> None:
+        self._is_told = False
         try:
             value = getattr(self, f"do_{name}")(**arguments)
         except ChannelClosedError as error:

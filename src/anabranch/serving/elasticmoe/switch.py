@@ -46,7 +46,8 @@ def migrate(group: "Group", plan: ScalePlan, old: Instance, new: Instance, repor
             ledger.enqueue(live)
         ledger.reruns += len(lost)
         ledger.move(old, new, devices)
-        group.counts.moved(old, new, [device for device in plan.kv_keep if device in devices.values()])
+        # With their counters, also those that have no request.
+        group.counts.moved(old, new, [device for device, (start, _) in starts.items() if "frozen" in start])
         ledger.resume(new)
     report.gap_s = time.perf_counter() - paused
     report.seconds = time.perf_counter() - report.started
