@@ -1,6 +1,8 @@
 """Environments of gymnasium: kept and resumed by doing again what was done, spaces, and what is refused. And ready runs of them."""
 
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -398,6 +400,18 @@ def test_pictures_of_frames_are_of_one_film(tmp_path):
     image.fromarray(frames[0]).save(tmp_path / "a-0002.png")
     Film(frames[3:5], 2, 0.0).write_png(tmp_path / "a.png")
     assert (tmp_path / "a-0002.png").is_file()
+
+
+def test_a_picture_of_others_that_cannot_be_opened_fails_no_film(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    sizes = b"IHDR" + struct.pack(">II", 1_000_000, 1_000_000) + whole[24:29]
+    huge = whole[:12] + sizes + struct.pack(">I", zlib.crc32(sizes)) + whole[33:]
+    for content in (huge, whole[:20], whole[:40]):
+        (tmp_path / "a-0001.png").write_bytes(content)
+        Film([np.zeros((4, 6, 3), np.uint8)], 1, 0.0).write_png(tmp_path / "a.png")
+        assert (tmp_path / "a-0001.png").read_bytes() == content
 
 
 def test_a_film_shows_what_ended_the_episode():

@@ -78,14 +78,15 @@ class Film:
 
 
 def _is_frame(file: Path) -> bool:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not file.is_file():
         return False
     try:
         with Image.open(file, formats=["PNG"]) as picture:
             return picture.info.get(_MARK[0]) == _MARK[1]
-    except UnidentifiedImageError:
+    except (OSError, ValueError, Image.DecompressionBombError):
+        # No picture, or none that pillow opens: whoever's it is, it is no frame of ours.
         return False
 
 

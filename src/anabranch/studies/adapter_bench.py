@@ -33,7 +33,7 @@ from anabranch.lm import Decoder, SamplingConfig, generate
 from anabranch.locks import locked
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.places import cache_folder
-from anabranch.train import DecoderTask, Examples, Losses, TaskContext, TaskRunConfig, TrainConfig, Trainer
+from anabranch.train import DecoderTask, Examples, Losses, TaskContext, TaskRunConfig, TrainConfig, Trainer, TrainResult
 
 __all__ = ["FEW", "LEARNED", "STEPS", "Bench", "BenchSize", "accuracy", "bench_words", "pair_rows"]
 
@@ -179,6 +179,14 @@ def kept_folder(told: Sequence[Any], make: Callable[[Path], Path]) -> Path:
         return place / json.loads(told_in.read_text("utf-8"))["folder"]
 
 
+def whole_base(result: TrainResult) -> Path:
+    """The checkpoint of a base. Raises KeyboardInterrupt where its training was interrupted: half of one would be kept for all who come."""
+    if result.status != "finished":
+        raise KeyboardInterrupt
+    assert result.checkpoint is not None, "a run that ends has a checkpoint"
+    return result.checkpoint
+
+
 @dataclass(frozen=True)
 class Bench:
     """The base of a size, in a folder.
@@ -219,8 +227,7 @@ class Bench:
             device="cpu",
         )
         result = Trainer(TaskRunConfig(task=Singles.Config(model=model, size=size), train=train), folder).fit()
-        assert result.checkpoint is not None, "a run that ends has a checkpoint"
-        return cls(result.checkpoint, size)
+        return cls(whole_base(result), size)
 
 
 Telling = Callable[[Sequence[str], int], AbstractContextManager[Any]]

@@ -42,6 +42,7 @@ from anabranch.studies.adapter_bench import (
     kept_folder,
     name_of,
     pair_rows,
+    whole_base,
 )
 from anabranch.studies.harness import Metrics, Progress
 from anabranch.train import Examples, Losses, Task, TaskContext, TaskRunConfig, TrainConfig, Trainer
@@ -131,9 +132,7 @@ def learned_base(size: StateSpaceSize, bench: BenchSize) -> Any:
     def make(folder: Path) -> Path:
         train = _train(size.base_steps, size.base_batch, size.base_rate, seed=0)
         run = TaskRunConfig(task=Singles.Config(bench=bench), train=train)
-        result = Trainer(run, folder, model=state_space(size)).fit()
-        assert result.checkpoint is not None, "a run that ends has a checkpoint"
-        return result.checkpoint
+        return whole_base(Trainer(run, folder, model=state_space(size)).fit())
 
     told = ["state space", to_dict(size), to_dict(bench), sha256_of(Path(__file__))]
     model = state_space(size)

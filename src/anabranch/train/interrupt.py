@@ -5,7 +5,6 @@ have ended.
 import re
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
@@ -20,13 +19,9 @@ class Interrupts:
     Within `anabranch.interrupts.Ending` KeyboardInterrupt is raised where it is left, if one was noted and nothing else was raised.
 
     SIGHUP stays ignored where it is (``nohup``). Signals reach the main thread alone, so in another thread nothing is caught.
-
-    Args:
-        noted: called when the first has come, by its handler.
     """
 
-    def __init__(self, noted: Callable[[], None] | None = None) -> None:
-        self._noted = noted
+    def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -40,8 +35,6 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         self._restore()
-        if self._noted is not None:
-            self._noted()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

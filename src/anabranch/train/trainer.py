@@ -152,9 +152,7 @@ class Trainer(Generic[R]):
 
     def _fit(self) -> TrainResult:
         # The random state is set in every step.
-        # A stream that waits for others may have `stop_waiting`.
-        noted = getattr(self.stream, "stop_waiting", None)
-        with Interrupts(noted) as interrupts, random_state_kept(self.workers.device), self._folder.held:
+        with Interrupts() as interrupts, random_state_kept(self.workers.device), self._folder.held:
             keep_freed_memory()
             if self._elastic is None:
                 self._folder.hold()

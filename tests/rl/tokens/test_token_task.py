@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import threading
 
 import pytest
 import torch
@@ -210,33 +211,36 @@ def test_configs_that_cannot_be(tmp_path, kind, fields, why):
         Trainer(run(kind, **fields), tmp_path / "run")
 
 
-def test_a_training_that_is_to_stop_has_nobody_wait_in_the_world(tmp_path, monkeypatch):
-    """It waited for further tries of calls that failed, and paid them."""
+def test_the_first_signal_changes_nothing_of_the_step_that_it_comes_in(tmp_path, monkeypatch):
+    """Calls that failed were not tried again, and the router learned that their models say nothing."""
     trainer = Trainer(run(), tmp_path / "run")
-    world, step, waited = trainer.task.world, _EchoPlay.step, []
+    trainer.task.world.broken_off = broken_off = threading.Event()
+    step, seen = _EchoPlay.step, []
 
-    def waits(play, turn):
-        if not waited:
+    def signalled(play, turn):
+        if not seen:
             signal.raise_signal(signal.SIGINT)
-        waited.append(world.over.wait(60))
+        seen.append(broken_off.is_set())
         return step(play, turn)
 
-    monkeypatch.setattr(_EchoPlay, "step", waits)
+    monkeypatch.setattr(_EchoPlay, "step", signalled)
     result = trainer.fit()
     trainer.stream.close()
     assert (result.status, result.step) == ("interrupted", 1)
-    assert all(waited)
+    assert len(seen) > 1
+    assert not any(seen)
 
 
 def test_a_world_may_be_played_again_after_one_has_failed(tmp_path, monkeypatch):
     trainer = Trainer(run(), tmp_path / "run")
     world, stream = trainer.task.world, trainer.stream
+    world.broken_off = broken_off = threading.Event()
     trainer.task.act_with(trainer.model)
     with monkeypatch.context() as patched:
         patched.setattr(_EchoPlay, "step", lambda play, turn: (_ for _ in ()).throw(DataError("gone")))
         with pytest.raises(DataError, match="gone"):
             stream.play([0], [0], Drawn(turn_tokens=4), split="train")
-    assert not world.over.is_set()
+    assert not broken_off.is_set()
     assert len(stream.play([0], [0], Drawn(turn_tokens=4), split="train")) == 1
     stream.close()
 

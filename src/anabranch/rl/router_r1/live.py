@@ -13,6 +13,7 @@ again what was asked, and the file is a table for trainings after it.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ class LiveWorld(OwnWorld, kind="live"):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self.broken_off = threading.Event()
         self._engines: list[_Engine] = []
         self._asks: list[EngineAsk] = []
         members = {name: one for name in config.models if (one := self._member(name)) is not None}
@@ -150,7 +152,7 @@ class LiveWorld(OwnWorld, kind="live"):
                 max_usd=config.max_usd,
                 max_failures=config.max_failures,
                 retries=config.retries,
-                over=self.over,
+                over=self.broken_off,
             )
         )
         self.waits = live is not None

@@ -8,7 +8,6 @@ So it goes on after any of its mini-batches, to the bit, from the rollout that a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,11 +203,6 @@ class TokenRollouts:
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from None
 
-    def stop_waiting(self) -> None:
-        """Have nobody wait in the world to try again: the training is to stop. May be called by a signal's handler."""
-        # In a thread of its own: a handler may have come while this one holds the event's lock.
-        threading.Thread(target=self.world.over.set, name="anabranch stop", daemon=True).start()
-
     def close(self) -> None:
         """Free the engine, and what the world holds."""
         if self._engine is not None:
@@ -240,11 +234,12 @@ class TokenRollouts:
                 self._engine = self._make_engine()
             else:
                 self._engine.refresh()
-            return self._engine.play(plays, draws, drawn, waits=self.world.waits, over=self.world.over)
+            return self._engine.play(plays, draws, drawn, waits=self.world.waits, over=self.world.broken_off)
         except BaseException:
             # An engine that has failed stays so; who waited in the world has ended, and it may be played again.
             self._engine = None
-            self.world.over.clear()
+            if self.world.broken_off is not None:
+                self.world.broken_off.clear()
             raise
 
     def _collect(self, number: int) -> None:

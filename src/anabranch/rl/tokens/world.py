@@ -87,11 +87,12 @@ class TokenWorld(Part, family="token_world"):
         turn_tokens: most of a turn.
         num_questions: that there are to learn from.
         num_tests: and those to measure by, which are no others' questions.
-        over: set while episodes end early (one has failed, or the training is to stop): whoever waits in `Play.step` to try something again
-            does not.
+        broken_off: of a world that waits in `Play.step` to try something again: set while nobody will read what comes of it, since an
+            episode has failed, or the process is to end at once. None for a world that does not wait so.
     """
 
     waits: bool = False
+    broken_off: threading.Event | None = None
     tokenizer: Tokenizer | None = None
     vocab_size: int
     turn_tokens: int
@@ -104,7 +105,6 @@ class TokenWorld(Part, family="token_world"):
 
     def __init__(self, config: TokenWorld.Config) -> None:
         self.config = config
-        self.over = threading.Event()
 
     def play(self, question: int, *, seed: int, split: Split = "train") -> Play:
         """Begin an episode.
