@@ -2,7 +2,8 @@
 
 ``make test-all ARGS="--record-durations FILE"``, then ``python tests/slow_tests.py FILE`` writes the list anew. A test keeps as many of its
 variants, the first ones, as run in `EACH` seconds, and at least one; one whose first variant alone takes longer than `ALONE` runs in
-``make test-all`` only, unless it is one of `KEPT`. A mark ``slow`` beside a test stays the way to say that it is slow by its nature.
+``make test-all`` only, unless it is one of `KEPT`, or the quickest of a file of which nothing else would be left, and takes no longer than
+`LAST`. A mark ``slow`` beside a test stays the way to say that it is slow by its nature.
 """
 
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 LIST = Path(__file__).with_suffix(".txt")
 
 # Seconds.
-EACH, ALONE = 0.1, 0.6
+EACH, ALONE, LAST = 0.05, 0.3, 1.0
 
 ALL = 1000
 # One way through each front door, and what would cost users most, whatever it takes: -> how many variants.
@@ -86,12 +87,15 @@ def chosen(seconds: dict[str, float]) -> dict[str, int]:
     by_function: dict[str, list[float]] = {}
     for node, took in seconds.items():
         by_function.setdefault(function_of(node), []).append(took)
-    found = {}
-    for function, times in by_function.items():
-        count = KEPT.get(function) or _variants(times)
-        if count < len(times):
-            found[function] = count
-    return found
+    counts = {function: KEPT.get(function) or _variants(times) for function, times in by_function.items()}
+    by_file: dict[str, list[str]] = {}
+    for function in by_function:
+        by_file.setdefault(function.partition("::")[0], []).append(function)
+    for functions in by_file.values():
+        quickest = min(functions, key=lambda function: by_function[function][0])
+        if not any(counts[function] for function in functions) and by_function[quickest][0] <= LAST:
+            counts[quickest] = 1
+    return {function: count for function, count in counts.items() if count < len(by_function[function])}
 
 
 def _variants(times: list[float]) -> int:
@@ -112,11 +116,13 @@ def main() -> None:
     for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines():
         took, _, node = line.partition(" ")
         seconds[node] = float(took)
-    before, count = read(), Counter(map(function_of, seconds))
-    # What is on the list keeps its place where the record was made without its other variants.
-    stays = {function: kept for function, kept in before.items() if count[function] <= kept}
+    found, count = chosen(seconds), Counter(map(function_of, seconds))
+    for function, kept in read().items():
+        # What is on the list keeps its place where the record was made without its other variants, or without any.
+        if count[function] <= kept:
+            found[function] = min(kept, found.get(function, kept))
     LIST.write_text(
-        "".join(f"{kept} {function}\n" for function, kept in sorted((chosen(seconds) | stays).items())),
+        "".join(f"{kept} {function}\n" for function, kept in sorted(found.items())),
         encoding="utf-8",
     )
 

@@ -207,11 +207,13 @@ def slug(title: str) -> str:
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title.replace("`", "")).strip().lower())
 
 
+@cache
 def anchors(text: str) -> set[str]:
     titles = re.findall(r"^#+ +(.*?) *#*$", FENCE.sub("", text), re.MULTILINE)
     return {slug(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)) for title in titles}
 
 
+@cache
 def text_of(page: Path) -> str | None:
     """What a page holds, generated or not; None if there is no such page."""
     if (
@@ -263,6 +265,7 @@ def designs() -> list[tuple[str, str]]:
     return sorted({(folder, name[0]) for _, folder, *name in targets if folder in OF_TOKENS and name} - SHARED_PARTS)
 
 
+@cache
 def studies() -> list[str]:
     """Modules of studies/ that are a study: those with a verdict."""
     found = []
@@ -471,11 +474,13 @@ def test_result_markers_name_what_exists(page):
         assert not name or name in (studies() if folder == "studies" else benchmarks() | records())
 
 
+@cache
 def benchmarks() -> set[str]:
     return {file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py")}
 
 
 # A benchmark may have several records: one of each machine or setting, named after it.
+@cache
 def records() -> set[str]:
     return {
         file.stem
