@@ -27,7 +27,9 @@ Not run yet. It is planned for 5 seeds, about 25 minutes of two cores each for t
 busy machine, the arm ssm takes about 0.2 hours of one core a seed, and once 0.25 for its base. Cost is a study of its own, not written.
 """
 
+import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,8 +39,19 @@ from anabranch.adapters import load_peft, mixture_report, static_mixture, write_
 from anabranch.adapters.adapt import AdaptTask, Lora, Method
 from anabranch.adapters.adapt.mixtures import LoraMixer
 from anabranch.config import Config, Field, configclass, to_dict
+from anabranch.files import atomic_write_json, sha256_of
 from anabranch.lm import load_model
-from anabranch.studies.adapter_bench import LEARNED, Bench, BenchSize, accuracy, bench_words, pair_rows, write_rows
+from anabranch.studies.adapter_bench import (
+    LEARNED,
+    Bench,
+    BenchSize,
+    accuracy,
+    bench_words,
+    kept_folder,
+    pair_rows,
+    whole_base,
+    write_rows,
+)
 from anabranch.studies.asked import Asked, judged
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.lora_mixer_ssm import StateSpaceSize
@@ -134,35 +147,56 @@ def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
     size = config.size
     if config.arm == "ssm":
         return run_state_space(size, seed, progress)
-    pairs = LEARNED[:: len(LEARNED) // size.tasks][: size.tasks]
+    pairs = _pairs(size)
     words, _ = bench_words(size.bench)
+    progress("base")
+    bench = Bench.kept(size.bench)
+    adapters, oracle = experts(size, seed, bench, progress)
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
         place = Path(folder)
-        progress("base")
-        bench = Bench.kept(size.bench)
-        adapters, oracle = [], 0.0
-        for number, pair in enumerate(pairs):
-            progress(f"expert {number + 1}")
-            rows = write_rows(
-                place / f"{number}.jsonl", pair_rows([pair], words, per_task=size.expert_rows, seed=seed + number)
-            )
-            expert = Lora.Config(rank=size.rank, alpha=size.alpha)
-            task = _trained(expert, bench, rows, place / f"expert-{number}", size.expert_steps, size, seed)
-            oracle += accuracy(task.base, [pair], size.bench, routed=False) / len(pairs)
-            adapters.append(str(task.write(place / f"adapter-{number}").folder))
         found: Metrics = {"oracle": oracle, "zero": 0.0}
         task = None
         for count in size.rows:
             progress(f"router, {count} rows")
             mixed = pair_rows(pairs, words, per_task=max(1, count // len(pairs)), seed=seed + 100)
             rows = write_rows(place / f"mixed-{count}.jsonl", mixed)
-            method = config.method(tuple(adapters))
+            method = config.method(adapters)
             task = _trained(method, bench, rows, place / f"router-{count}", size.router_steps, size, seed)
             found[f"accuracy_{count}"] = accuracy(task.base, pairs, size.bench, routed=False)
         write_peft(place / "uniform", static_mixture(task.base, [1 / len(pairs)] * len(pairs)))
         base, _ = load_model(bench.folder)
         uniform = accuracy(load_peft(place / "uniform", base), pairs, size.bench, routed=False)
         return {**found, "uniform": uniform, **_routing(task, pairs, words, found, uniform, size)}
+
+
+def experts(size: Size, seed: int, bench: Bench, progress: Progress) -> tuple[tuple[str, ...], float]:
+    """(folders of the experts, how often each is right on its own task): trained once on a machine for all arms of a seed."""
+    pairs, (words, _) = _pairs(size), bench_words(size.bench)
+
+    def make(folder: Path) -> Path:
+        right = []
+        folder.mkdir(parents=True)
+        for number, pair in enumerate(pairs):
+            progress(f"expert {number + 1}")
+            made = pair_rows([pair], words, per_task=size.expert_rows, seed=seed + number)
+            with tempfile.TemporaryDirectory(prefix="anabranch-study-") as place:
+                rows = write_rows(Path(place) / "rows.jsonl", made)
+                method = Lora.Config(rank=size.rank, alpha=size.alpha)
+                task = _trained(method, bench, rows, Path(place) / "run", size.expert_steps, size, seed)
+                right.append(accuracy(task.base, [pair], size.bench, routed=False))
+                task.write(folder / str(number))
+        atomic_write_json(folder / "oracle.json", {"right": right})
+        return folder
+
+    # What they depend on: all but what routers alone learn from.
+    shared = to_dict(size.replace(rows=(), router_steps=1, ssm=StateSpaceSize()))
+    place = kept_folder(["experts of lora_mixer", seed, shared, sha256_of(Path(__file__))], make)
+    right = json.loads((place / "oracle.json").read_text("utf-8"))["right"]
+    return tuple(str(place / str(number)) for number in range(len(pairs))), sum(right) / len(right)
+
+
+def _pairs(size: Size) -> Sequence[tuple[str, str]]:
+    return LEARNED[:: len(LEARNED) // size.tasks][: size.tasks]
 
 
 def _trained(method: Method.Config, bench: Bench, rows: Path, out: Path, steps: int, size: Size, seed: int) -> Any:
@@ -179,7 +213,7 @@ def _trained(method: Method.Config, bench: Bench, rows: Path, out: Path, steps: 
         seed=seed,
     )
     trainer = Trainer(TaskRunConfig(task=task, train=train), out)
-    trainer.fit()
+    whole_base(trainer.fit())
     return trainer.task
 
 
