@@ -79,6 +79,7 @@ KEPT = {
     "tests/test_jail.py::test_nothing_can_be_written_so_that_no_number_of_files_fills_the_memory": 1,
     "tests/test_jail.py::test_nothing_of_the_machine_is_seen_but_a_python": 1,
     "tests/test_modes.py::test_nobody_puts_modes_back_by_hand": 1,
+    "tests/test_slow_tests.py::test_every_test_of_the_list_is_there": 1,
     "tests/test_waiting.py::test_tests_wait_for_what_they_assert": 1,
     "tests/train/test_task_contract.py::test_an_image_classifier_keeps_it": 1,
     "tests/train/test_task_contract.py::test_broken_tasks_are_found": 1,

@@ -1,4 +1,4 @@
-import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +14,12 @@ SECONDS = st.dictionaries(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), 
 
 
 @cache
-def _body(file: Path) -> list[ast.stmt]:
-    return ast.parse(file.read_text()).body if file.is_file() else []
+def _named(file: Path) -> set[str]:
+    """What a file defines, and what it gives another name."""
+    text = file.read_text() if file.is_file() else ""
+    return set(re.findall(r"^ *(?:(?:async )?def|class) (\w+)", text, re.MULTILINE)) | set(
+        re.findall(r"^(\w+) = ", text, re.MULTILINE)
+    )
 
 
 def test_every_test_of_the_list_is_there():
@@ -23,11 +27,7 @@ def test_every_test_of_the_list_is_there():
     gone = []
     for function in [*read(), *KEPT]:
         path, *names = function.split("::")
-        file = ROOT / path
-        body = _body(file)
-        for name in names:
-            body = next((node.body for node in body if getattr(node, "name", None) == name), None) or []
-        if not body and names[-1] != "runTest":
+        if not set(names) - {"runTest"} <= _named(ROOT / path):
             gone.append(function)
     assert gone == []
 

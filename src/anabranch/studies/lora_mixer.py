@@ -155,7 +155,7 @@ def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
         place = Path(folder)
         found: Metrics = {"oracle": oracle, "zero": 0.0}
-        task = None
+        task: Any = None
         for count in size.rows:
             progress(f"router, {count} rows")
             mixed = pair_rows(pairs, words, per_task=max(1, count // len(pairs)), seed=seed + 100)
