@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -341,3 +344,36 @@ def test_wrong_pools_and_lines_are_one_line(capfd, files, policy, change, more, 
 def test_options_that_do_not_go_together(capfd, files, words, message):
     code, _, err = run(capfd, "rl", "train", *words, "--out", "run")
     assert (code, message in err) == (2, True), err
+
+
+@pytest.mark.slow
+def test_ctrl_c_as_often_as_it_takes_ends_a_training_whose_calls_are_out(files, policy):
+    """The third one stopped what calls were waiting for: the process hung, and what may have been billed was in no file."""
+    asked, is_over = threading.Event(), threading.Event()
+
+    def hangs(path, body):
+        asked.set()
+        is_over.wait(600)
+        return 503, {}, {}
+
+    with endpoint(hangs) as (url, _):
+        pool_file(files, url)
+        command = [sys.executable, "-m", "anabranch", *map(str, line(policy, "run", "--max-usd", 1))]
+        process = subprocess.Popen(command, cwd=files, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            assert asked.wait(120)
+            for _ in range(60):
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(2)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+            assert process.returncode in (130, -signal.SIGINT), process.communicate(timeout=60)[1]
+        finally:
+            is_over.set()
+            process.kill()
+            process.communicate()
+    kept = [json.loads(one) for one in (files / "run/pool.jsonl").read_text().splitlines()]
+    assert kept
+    assert all(one["error"].endswith("had not answered when the pool was closed") and one["usd"] > 0 for one in kept)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -122,6 +123,32 @@ def test_threads_ask_side_by_side():
     assert found == ["yes"] * 6
     # One thread of its own, which has ended.
     assert not [thread for thread in threading.enumerate() if thread.name == "anabranch pool"]
+
+
+def test_calls_that_are_out_end_where_the_pool_is_closed():
+    """They waited for a loop that had stopped, for ever, and the process with them."""
+    ask, raised = Scripted(wait=600), []
+    pool = AskPool({"small": Member(ask, Arm("there"), Price(2.0))}, call_s=600)
+
+    def call():
+        with pytest.raises(BackendError) as error:
+            pool.reply("small", "Who?")
+        raised.append(error.value)
+
+    threads = [threading.Thread(target=call, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while len(ask.calls) < 3:
+        time.sleep(0.01)
+    pool.close()
+    for thread in threads:
+        thread.join(60)
+    assert [str(error) for error in raised] == ["small had not answered when the pool was closed"] * 3
+    # Some of it may be billed, and nobody is to ask again.
+    assert not any(error.is_free or error.is_transient for error in raised)
+    ask._wait = 0.0
+    assert pool.reply("small", "Who?").text == "yes"
+    pool.close()
 
 
 def test_a_pool_that_was_not_asked_closes_and_one_of_nobody_is_refused():

@@ -308,6 +308,42 @@ def test_nobody_is_asked_again_where_nobody_reads_it_any_more(tmp_path, when):
     assert pool.reply("small", "a").text == "x"
 
 
+@pytest.mark.parametrize("is_out", [True, False])
+def test_a_pool_that_is_closed_ends_calls_and_waits_for_further_ones(tmp_path, is_out):
+    """What was out was in no file, though it may be billed."""
+    begun, closed, raised = threading.Event(), threading.Event(), []
+
+    def reply(model, query):
+        begun.set()
+        if is_out and not closed.wait(600):
+            return Reply("late")
+        error = BackendError("closed" if is_out else "busy")
+        error.is_transient = not is_out
+        raise error
+
+    live = Live(reply, most=0.25)
+    live.close = closed.set
+    pool = KeptPool(live, tmp_path / "kept.jsonl", retries=2, wait_s=600.0)
+
+    def call():
+        with pytest.raises(BackendError) as error:
+            pool.reply("small", "a")
+        raised.append(str(error.value))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    begun.wait(60)
+    pool.close()
+    thread.join(60)
+    said = "closed" if is_out else "busy"
+    assert raised == [said]
+    assert rows(tmp_path / "kept.jsonl") == [{"model": "small", "query": "a", "error": said, "usd": 0.25}]
+    assert (pool.calls, pool.usd) == (1, 0.25)
+    # It begins anew, with its further tries.
+    live._reply, pool._wait_s = failing(True)._reply, 0.0
+    assert pool.reply("small", "a").text == "x"
+
+
 def test_tries_keep_to_limits_and_count_as_one_failure():
     pool = KeptPool(failing(True, True), max_calls=2, retries=2, wait_s=0.0)
     with pytest.raises(LimitError, match="max_calls"):

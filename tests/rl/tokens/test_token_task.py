@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import threading
 
@@ -17,7 +18,7 @@ from anabranch.nn.attention import SelfAttention
 from anabranch.nn.feed_forward import SwiGLU
 from anabranch.nn.moe import MoE
 from anabranch.rl import GRPO, TokenPPO
-from anabranch.rl.tokens import Drawn, Outcome
+from anabranch.rl.tokens import Drawn, Outcome, Told
 from anabranch.routing import Router
 from anabranch.testing import check_task
 from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer, checkpoints, read_metrics
@@ -235,6 +236,7 @@ def test_a_world_may_be_played_again_after_one_has_failed(tmp_path, monkeypatch)
     trainer = Trainer(run(), tmp_path / "run")
     world, stream = trainer.task.world, trainer.stream
     world.broken_off = broken_off = threading.Event()
+    world.close = broken_off.clear
     trainer.task.act_with(trainer.model)
     with monkeypatch.context() as patched:
         patched.setattr(_EchoPlay, "step", lambda play, turn: (_ for _ in ()).throw(DataError("gone")))
@@ -243,6 +245,47 @@ def test_a_world_may_be_played_again_after_one_has_failed(tmp_path, monkeypatch)
     assert not broken_off.is_set()
     assert len(stream.play([0], [0], Drawn(turn_tokens=4), split="train")) == 1
     stream.close()
+
+
+def test_a_further_ctrl_c_ends_what_still_waits_in_the_world(tmp_path, monkeypatch):
+    """The wait for it was broken off, and it was no longer told that nobody reads what comes of it."""
+    trainer = Trainer(run(), tmp_path / "run")
+    world, stream = trainer.task.world, trainer.stream
+    trainer.task.act_with(trainer.model)
+    world.waits, world.broken_off = True, threading.Event()
+    begun, closed, told = threading.Event(), threading.Event(), []
+
+    def close():
+        closed.set()
+        told.append(world.broken_off.is_set())
+
+    def waits(play, turn):
+        begun.set()
+        closed.wait(600)
+        return Told()
+
+    def pressed(number, frame):
+        if not closed.is_set():
+            raise KeyboardInterrupt
+
+    def press():
+        begun.wait()
+        while not closed.wait(0.3):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    world.close = close
+    monkeypatch.setattr(_EchoPlay, "step", waits)
+    usual = signal.signal(signal.SIGINT, pressed)
+    presses = threading.Thread(target=press)
+    presses.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stream.play([0, 1], [0, 1], Drawn(turn_tokens=4), split="train")
+    finally:
+        closed.set()
+        presses.join()
+        signal.signal(signal.SIGINT, usual)
+    assert told == [True]
 
 
 def test_a_damaged_rollout_is_told(tmp_path):

@@ -183,12 +183,13 @@ class LiveWorld(OwnWorld, kind="live"):
         return 0.0 if live is None else live.most_usd(name, query)
 
     def close(self) -> None:
-        """End the threads, and free the engines; asked again they are loaded again."""
+        """End calls that are out and the threads, and free the engines; asked again they are loaded again."""
+        # First, as somebody may be billed for calls.
+        self.pool.close()
         for ask in self._asks:
             ask.close()
         for engine in self._engines:
             engine.close()
-        self.pool.close()
 
     def _member(self, name: str) -> Member | None:
         one = self.config.models[name]

@@ -156,7 +156,7 @@ class PolicyEngine:
             seeds: of what is drawn in each.
             drawn: how.
             waits: worlds take long to answer: they do in threads, while others write.
-            over: set, and left so, where the episodes end by an error.
+            over: set, and left so, where the episodes end by an error or an interruption.
 
         Raises InputError for a prompt that leaves no room for a turn, none is cut; AnabranchError if the engine fails; and whatever a world
         raises, once the calls of other episodes that are under way have ended. The engine can be used again after that.

@@ -236,10 +236,9 @@ class TokenRollouts:
                 self._engine.refresh()
             return self._engine.play(plays, draws, drawn, waits=self.world.waits, over=self.world.broken_off)
         except BaseException:
-            # An engine that has failed stays so; who waited in the world has ended, and it may be played again.
+            # An engine that has failed stays so; and whoever is still in the world, since a further Ctrl-C broke off the wait for it, ends.
             self._engine = None
-            if self.world.broken_off is not None:
-                self.world.broken_off.clear()
+            self.world.close()
             raise
 
     def _collect(self, number: int) -> None:

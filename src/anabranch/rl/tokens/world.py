@@ -87,8 +87,8 @@ class TokenWorld(Part, family="token_world"):
         turn_tokens: most of a turn.
         num_questions: that there are to learn from.
         num_tests: and those to measure by, which are no others' questions.
-        broken_off: of a world that waits in `Play.step` to try something again: set while nobody will read what comes of it, since an
-            episode has failed, or the process is to end at once. None for a world that does not wait so.
+        broken_off: of a world that waits in `Play.step` to try something again: set where nobody will read what comes of it, since an
+            episode has failed, or the process is to end at once, until `close` has ended that. None for a world that does not wait so.
     """
 
     waits: bool = False
@@ -138,7 +138,7 @@ class TokenWorld(Part, family="token_world"):
         return dict(outcome.measures)
 
     def close(self) -> None:
-        """Free what it holds; played again it begins anew."""
+        """Free what it holds, and end what `Play.step` still waits for; played again it begins anew."""
 
     def state_dict(self) -> dict[str, Any]:
         """What of rewards hangs on earlier rollouts: JSON-ready."""

@@ -9,6 +9,7 @@ They are asked as `auto/router-r1` asks them behind a gateway: the agent's promp
 import asyncio
 import threading
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,14 @@ class AskPool:
         return (price.prompt * prompt + price.completion * self._reply_tokens) / 1e6
 
     def reply(self, model: str, query: str) -> Reply:
-        """See `RoutePool`. Raises BackendError for what a model fails with, or where it takes too long."""
-        found = asyncio.run_coroutine_threadsafe(self._asked(model, query), self._running()).result()
+        """See `RoutePool`. Raises BackendError for what a model fails with, and where it takes too long or the pool is closed."""
+        # At one go: a loop that is stopped in between would never come to it.
+        with self._lock:
+            coming = asyncio.run_coroutine_threadsafe(self._asked(model, query), self._running())
+        try:
+            found = coming.result()
+        except CancelledError:
+            raise BackendError(f"{model} had not answered when the pool was closed") from None
         if not found.is_counted:
             return Reply(found.text, len(query.split()), len(found.text.split()), is_counted=False)
         return Reply(found.text, found.prompt_tokens, found.completion_tokens)
@@ -86,15 +93,14 @@ class AskPool:
             raise BackendError(f"{model} did not answer within {self._call_s:g} seconds") from None
 
     def _running(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=_run, args=(self._loop,), name="anabranch pool", daemon=True)
-                self._thread.start()
-            return self._loop
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=_run, args=(self._loop,), name="anabranch pool", daemon=True)
+            self._thread.start()
+        return self._loop
 
     def close(self) -> None:
-        """End what it began; asked again it begins anew."""
+        """End what it began, calls that are out among it, which fail; asked again it begins anew."""
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
@@ -104,7 +110,6 @@ class AskPool:
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
+    # Stopped, it cancels what is under way, and closes once that has ended.
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.get_loop().run_forever()

@@ -59,7 +59,8 @@ class KeptPool:
         retries: how often a call is made again that failed by what may be over in a moment (``is_transient``); each try is a call of its
             own to limits and file.
         wait_s: before the first of them, in seconds; twice as long before each further one.
-        over: set where nobody reads what is said any more: whoever waits to call again does not. None for never.
+        over: set where nobody reads what is said any more, until `close` has ended that: whoever waits to call again does not. None for
+            never.
 
     Raises DataError for a file that cannot be read.
     """
@@ -86,7 +87,7 @@ class KeptPool:
         self._known: dict[tuple[str, str], Reply] = {}
         for (model, query), reply in (known or {}).items():
             self._keep(model, query, reply)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         # Dollars that calls under way may cost; and those calls, which whoever asks the same waits for.
         self._reserved, self._failures = 0.0, 0
         self._coming: dict[tuple[str, str], Future[Reply]] = {}
@@ -136,9 +137,15 @@ class KeptPool:
         return reply
 
     def close(self) -> None:
-        """Free what models hold."""
+        """End calls that are out, which count as any that failed, and free what models hold; asked again it begins anew."""
+        self._over.set()
         if self.live is not None:
             self.live.close()
+        with self._lock:
+            # Whoever was about to ask when the others were ended has begun anew.
+            while not self._lock.wait_for(lambda: not self._under_way, timeout=1.0) and self.live is not None:
+                self.live.close()
+        self._over.clear()
 
     # Calls
 
@@ -160,6 +167,7 @@ class KeptPool:
         self._under_way -= 1
         if not self._under_way:
             self._held.close()
+            self._lock.notify_all()
 
     @staticmethod
     def _lock_file(path: Path) -> Path:
