@@ -188,7 +188,7 @@ def test_a_run_begins_prompts_as_it_did_whoever_goes_on_with_it_or_judges_it(fil
         assert again.play(0, seed=0).prompt == prompt
     # Other tokens are no such matter.
     with pytest.raises(CheckpointError, match="the tokenizer of the run changed since it began"):
-        RecordedWorld(config(files)).load_state_dict({**state, "tokenizer": "another"})
+        getattr(RecordedWorld(config(files)), how)({**state, "tokenizer": "another"})
 
 
 def test_a_policy_that_is_read_back_judges_costs_by_the_window_of_its_training(files, tmp_path):

@@ -35,17 +35,8 @@ def another_reward(files):
     (files / "mine.py").write_text("def reward(row, answer):\n    return 0.5\n")
 
 
-@pytest.mark.parametrize(
-    ("change", "what", "settings"),
-    [
-        (more_questions, "questions", {}),
-        (another_reward, "reward", {}),
-        (lambda files: write(files / "other.jsonl", ROWS[::-1]), "questions", {"questions": "other.jsonl"}),
-        (lambda files: None, "reward", {"reward": "exact"}),
-    ],
-)
-def test_a_run_is_judged_on_other_questions_and_by_another_reward_and_not_gone_on_with(files, change, what, settings):
-    """`rl eval` refused a run once its file of questions had a line more."""
+def run_in(files):
+    """The state of a world in which a step was learned, and its folder."""
     world = AnswersWorld.Config(
         questions=str(files / "questions.jsonl"),
         tokenizer=str(files),
@@ -58,10 +49,33 @@ def test_a_run_is_judged_on_other_questions_and_by_another_reward_and_not_gone_o
     trainer = Trainer(TaskRunConfig(task=task, train=train), files / "run")
     trainer.fit()
     trainer.stream.close()
-    state = trainer.task.world.state_dict()
+    return trainer.task.world.state_dict(), files / "run"
+
+
+def test_a_run_is_not_judged_with_other_tokens_than_it_learned_with(files):
+    """As many tokens with other numbers were taken, and what the policy says was read as something else."""
+    _, run = run_in(files)
+    load_policy(run)
+    word_tokenizer([*map(str, range(20)), "Bob", "Ann", "?", "who"]).save(files)
+    with pytest.raises(CheckpointError, match="the tokenizer of the run changed since it began"):
+        load_policy(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "settings"),
+    [
+        (more_questions, "questions", {}),
+        (another_reward, "reward", {}),
+        (lambda files: write(files / "other.jsonl", ROWS[::-1]), "questions", {"questions": "other.jsonl"}),
+        (lambda files: None, "reward", {"reward": "exact"}),
+    ],
+)
+def test_a_run_is_judged_on_other_questions_and_by_another_reward_and_not_gone_on_with(files, change, what, settings):
+    """`rl eval` refused a run once its file of questions had a line more."""
+    state, run = run_in(files)
     change(files)
     told = {name: str(files / value) if name == "questions" else value for name, value in settings.items()}
-    policy = load_policy(files / "run", {f"task.world.{name}": value for name, value in told.items()})
+    policy = load_policy(run, {f"task.world.{name}": value for name, value in told.items()})
     played, rewards = judge_policy(policy, episodes=2)
     assert len(played) == len(rewards) == 2
     with pytest.raises(CheckpointError, match=f"the {what} of the run changed since it began"):

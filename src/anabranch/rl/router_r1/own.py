@@ -148,7 +148,8 @@ class OwnWorld(RoutedWorld):
         return {**super().state_dict(), **self._began, _FRONT: json.dumps(self._front)}
 
     def judge_as(self, state: dict[str, Any]) -> None:
-        """See `TokenWorld`; whoever asks a router goes on with nothing, and may have other questions."""
+        """See `TokenWorld`; whoever asks a router goes on with nothing, and may have other questions, but no other tokens."""
+        check_began(state, {"tokenizer": self._began["tokenizer"]})
         self._take_over(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -132,7 +132,8 @@ class AnswersWorld(TokenWorld, kind="answers"):
         check_began(state, self.state_dict())
 
     def judge_as(self, state: dict[str, Any]) -> None:
-        """See `TokenWorld`; whoever judges goes on with nothing, and may have other questions, or another reward."""
+        """See `TokenWorld`; whoever judges goes on with nothing, and may have other questions, or another reward, but no other tokens."""
+        check_began(state, {"tokenizer": self.tokenizer.fingerprint})
 
     def _rows(self) -> list[QuestionRow]:
         return [*self._questions["train"], *self._questions["test"]]
