@@ -2,6 +2,7 @@
 
 import struct
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -406,11 +407,15 @@ def test_a_picture_of_others_that_cannot_be_opened_fails_no_film(tmp_path):
     image = pytest.importorskip("PIL.Image")
     image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
-    sizes = b"IHDR" + struct.pack(">II", 1_000_000, 1_000_000) + whole[24:29]
-    huge = whole[:12] + sizes + struct.pack(">I", zlib.crc32(sizes)) + whole[33:]
-    for content in (huge, whole[:20], whole[:40]):
+    huge = []
+    # Too large for pillow, and so large that it warns.
+    for side in (1_000_000, 10_000):
+        sizes = b"IHDR" + struct.pack(">II", side, side) + whole[24:29]
+        huge.append(whole[:12] + sizes + struct.pack(">I", zlib.crc32(sizes)) + whole[33:])
+    for content in (*huge, whole[:20], whole[:40]):
         (tmp_path / "a-0001.png").write_bytes(content)
-        Film([np.zeros((4, 6, 3), np.uint8)], 1, 0.0).write_png(tmp_path / "a.png")
+        with warnings.catch_warnings(action="error"):
+            Film([np.zeros((4, 6, 3), np.uint8)], 1, 0.0).write_png(tmp_path / "a.png")
         assert (tmp_path / "a-0001.png").read_bytes() == content
 
 

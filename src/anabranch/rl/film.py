@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,10 @@ def _is_frame(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        with Image.open(file, formats=["PNG"]) as picture:
-            return picture.info.get(_MARK[0]) == _MARK[1]
+        # Nor does anybody want to be warned of how large it is: its pixels are not read.
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            with Image.open(file, formats=["PNG"]) as picture:
+                return picture.info.get(_MARK[0]) == _MARK[1]
     except (OSError, ValueError, Image.DecompressionBombError):
         # No picture, or none that pillow opens: whoever's it is, it is no frame of ours.
         return False
