@@ -59,6 +59,19 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_who_notes_one_tells_of_it_where_others_are_ignored(number):
+    """By handlers of theirs it was known whether to tell: under ``nohup`` and a parent that ignored SIGTERM there was none."""
+    others = {each: signal.signal(each, signal.SIG_IGN) for each in SIGNALS[1:] if each != number}
+    try:
+        with pytest.raises(KeyboardInterrupt), Ending():
+            noting(number)
+        assert noting(number) == number.name
+    finally:
+        for each, handler in others.items():
+            signal.signal(each, handler)
+
+
 def test_a_copy_of_the_process_is_ended_by_a_signal_as_ever():
     with Ending():
         child = os.fork()

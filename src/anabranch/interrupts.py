@@ -3,11 +3,14 @@
 import os
 import signal
 import threading
+from contextvars import ContextVar, Token
 from types import FrameType
 from typing import Any, Self
 
 # Ctrl-C raises KeyboardInterrupt by itself.
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+# Not told by handlers: where all signals are ignored there is none.
+_IS_ENDING: ContextVar[bool] = ContextVar("is_ending", default=False)
 
 
 class Ending:
@@ -21,8 +24,10 @@ class Ending:
     def __init__(self) -> None:
         self._previous: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
+        self._outside: Token[bool] | None = None
 
     def __enter__(self) -> Self:
+        self._outside = _IS_ENDING.set(True)
         if threading.current_thread() is threading.main_thread():
             caught = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._previous = {number: signal.signal(number, self._end) for number in caught}
@@ -38,8 +43,10 @@ class Ending:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._outside is not None:
+            _IS_ENDING.reset(self._outside)
 
 
-def is_ending(handler: Any) -> bool:
-    """Whether this handler of a signal is that of `Ending`."""
-    return isinstance(getattr(handler, "__self__", None), Ending)
+def is_ending() -> bool:
+    """Whether this is within an `Ending`."""
+    return _IS_ENDING.get()

@@ -42,7 +42,7 @@ class Interrupts:
 
     def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
         self._restore()
-        if self.received is not None and raised is None and any(map(is_ending, self._previous.values())):
+        if self.received is not None and raised is None and is_ending():
             raise KeyboardInterrupt
 
 
