@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import signal
 
@@ -80,6 +81,25 @@ def test_an_interrupted_one_shows_what_has_run(here, work, monkeypatch, number, 
             assert "old" in out
             assert "not run" in out
     assert not list((work / out_folder).glob(f"made_up/{at[:3]}-seed*.json"))
+    assert not (work / out_folder / "made_up.json").exists()
+
+
+def test_an_interruption_leaves_what_was_judged_before(here, work, monkeypatch):
+    """Claims of a whole study, perhaps committed, were written over by those of the one arm that had run again."""
+    here("study", "made_up", "--out", "kept", "--quiet")
+    files = [work / "kept" / "made_up.json", work / "kept" / "made_up" / "summary.json"]
+    before = [path.read_bytes() for path in files]
+    monkeypatch.setattr(studies, "find", lambda name: lambda **given: dataclasses.replace(make(**given), revision=2))
+
+    def said(text):
+        if text.endswith("half way") and "new seed 0" in text:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("anabranch.cli.study.say", said)
+    code, out, _ = here("study", "made_up", "--out", "kept", "--json")
+    assert code == 130
+    assert json.loads(out)["claims"][0]["verdict"] == "not run"
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_parts_of_it_and_judging_alone(here, work):

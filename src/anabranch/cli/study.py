@@ -69,7 +69,7 @@ def study(
     Several processes may work on the same study.
     """
     from anabranch import studies
-    from anabranch.studies.harness import fitted, read_results, run_study, summarize
+    from anabranch.studies.harness import fitted, outcome_of, read_results, run_study, summarize
 
     if name is None:
         _list(as_json)
@@ -99,16 +99,22 @@ def study(
             )
         except KeyboardInterrupt:
             if read_results(chosen, folder).runs:
-                _tell(summarize(chosen, folder), folder, as_json)
+                # A part of the runs is not what was asked for: what was judged before stays.
+                _tell(outcome_of(chosen, folder), as_json)
             raise
-    _tell(outcome, folder, as_json)
+    _tell(outcome, as_json)
+    if not as_json:
+        wrote(
+            f"{folder}/{chosen.name}{{.json, .png, .svg}} and one file a run in {folder / chosen.name}/",
+            f"look at {folder / chosen.name}.png",
+        )
 
 
-def _tell(outcome: Outcome, folder: Path, as_json: bool) -> None:
+def _tell(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         print_json(outcome.to_dict())
         return
-    _print(outcome, folder)
+    _print(outcome)
 
 
 def _list(as_json: bool) -> None:
@@ -184,7 +190,7 @@ def _print_power(study: Study, folder: Path, effect: float, as_json: bool) -> No
     )
 
 
-def _print(outcome: Outcome, folder: Path) -> None:
+def _print(outcome: Outcome) -> None:
     study = outcome.study
     fact("study", f"{study.name}   {study.title}")
     fact(
@@ -216,10 +222,6 @@ def _print(outcome: Outcome, folder: Path) -> None:
         if claim.margin:
             fact("*", f"{claim.claim}: {claim.margin}")
     print_left_out(outcome)
-    wrote(
-        f"{folder}/{study.name}{{.json, .png, .svg}} and one file a run in {folder / study.name}/",
-        f"look at {folder / study.name}.png",
-    )
 
 
 def print_left_out(outcome: Outcome) -> None:

@@ -363,6 +363,16 @@ def run_study(
 
 def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, int]] = ()) -> Outcome:
     """Judge the runs that lie in ``folder`` and write the result file, the summary and the picture."""
+    folder, outcome = Path(folder), outcome_of(study, folder, missing=missing)
+    atomic_write_json(folder / study.name / "summary.json", summary_rows(study, outcome.results))
+    if study.draw is not None:
+        study.draw(outcome.results, folder / study.name)
+    atomic_write_json(outcome.path, outcome.to_dict())
+    return outcome
+
+
+def outcome_of(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, int]] = ()) -> Outcome:
+    """Judge the runs that lie in ``folder``, and write nothing. Raises DataError where there are none."""
     folder = Path(folder)
     frozen = _checked(study, folder)
     results, outdated, origins = _read(study, folder)
@@ -371,12 +381,7 @@ def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, 
         raise DataError(f"no finished run of study {study.name!r} in {folder / study.name}; run it first{told}")
     path = folder / f"{study.name}.json"
     claims = standing(study, results, frozen, origins)
-    outcome = Outcome(study, results, claims, path, list(missing), outdated, origins, frozen)
-    atomic_write_json(folder / study.name / "summary.json", summary_rows(study, results))
-    if study.draw is not None:
-        study.draw(results, folder / study.name)
-    atomic_write_json(outcome.path, outcome.to_dict())
-    return outcome
+    return Outcome(study, results, claims, path, list(missing), outdated, origins, frozen)
 
 
 def refreeze(study: Study, folder: str | Path, why: str) -> Frozen:
