@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from anabranch.studies.harness import Results
+from anabranch.errors import DataError
+from anabranch.studies.harness import Results, summarize
+from anabranch.studies.records import RunRecord
 from anabranch.studies.router_r1 import ARMS, ArmConfig, Size, judge, make, training_of, with_costs
 
 
@@ -116,3 +118,15 @@ def test_who_is_hardly_ever_right_counts_as_dear(exact_match, two_hop, counts_as
     baselines = {"informed_exact_match": 1.0, "informed_two_hop": 1.0, "dearest_raw_cost": 81.0}
     found = with_costs({**measures, **baselines})
     assert (found["judged_cost"], found["half_raw_cost"]) == (counts_as, 1.5)
+
+
+def test_runs_of_an_earlier_world_do_not_count(tmp_path):
+    """They did, and their judgement failed for want of a cost that they did not measure."""
+    study, measured = make(), runs()[0]
+    del measured["dearest_raw_cost"]
+    for arm in study.arms:
+        for seed in study.seeds:
+            place = tmp_path / study.name
+            RunRecord(place, study.name, arm.name, seed, revision=1, config=arm.config, inputs=None).write(measured)
+    with pytest.raises(DataError, match="is of revision 1 of the study, which is now 2"):
+        summarize(study, tmp_path)

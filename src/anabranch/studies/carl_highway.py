@@ -128,6 +128,8 @@ def make(full: bool = False, **changes: Any) -> Study:
         run=run,
         judge=judge,
         columns=COLUMNS,
+        # 2: arrivals are found, end an episode by either reward, and pay for their own metres alone.
+        revision=2,
     )
 
 

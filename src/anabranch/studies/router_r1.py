@@ -194,6 +194,8 @@ def make(full: bool = False, **changes: Any) -> Study:
         run=run,
         judge=judge,
         columns=COLUMNS,
+        # 2: its world has other experts and relations, and runs measure what the dearest model costs.
+        revision=2,
     )
 
 
