@@ -641,7 +641,7 @@ def test_a_call_that_hangs_is_broken_off():
             return await super().__call__(arm, messages, **how)
 
     _, steps, done = run(Hanging(*TURNS), fields={"call_s": 0.05})
-    assert (named(steps, "direct"), done.model) == ([{"why": "the router: LimitError"}], "large")
+    assert (named(steps, "direct"), done.model) == ([{"why": "time"}], "large")
     _, steps, done = run(Hanging(*TURNS), left_s=0.05)
     assert (named(steps, "direct"), done.model) == ([{"why": "time"}], "large")
 
@@ -661,6 +661,13 @@ def test_what_no_router_can_answer_a_model_does(messages, settings):
     assert named(steps, "direct") == [{"why": "no question that a router could answer"}]
     assert (models.names, done.model, done.is_spare) == (["large"], "large", False)
     assert all(name in models.asked[0][0].settings for name in settings)
+
+
+@pytest.mark.parametrize("settings", [{"response_format": {"type": "text"}}, {"modalities": ["text"]}, {"tools": []}])
+def test_who_asks_for_plain_words_has_them_of_the_router(settings):
+    """What asks for words by name was held for a question that no router could answer."""
+    _, steps, done = run(Models("<answer> Ann </answer>"), **settings)
+    assert (named(steps, "direct"), done.is_spare, done.message) == ([], False, {"content": "Ann"})
 
 
 PIECES = st.sampled_from(

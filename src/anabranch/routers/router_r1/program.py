@@ -56,6 +56,8 @@ CUT = ("length", "content_filter")
 MOST_CUT = 2
 # Of what a sender asks, what no router could give.
 WHOLE = ("tools", "functions", "modalities", "audio", "response_format")
+# What asks for words, as nothing does.
+PLAIN: dict[str, Any] = {"modalities": ["text"], "response_format": {"type": "text"}}
 
 
 class RouterR1(Program, kind="router_r1"):
@@ -265,11 +267,11 @@ class _Rounds:
         """It is a question in words, and whoever asked it wants words."""
         messages = self.request.messages
         is_question = isinstance(messages, str) or (bool(messages) and messages[-1].get("role") == "user")
-        return (
-            is_question
-            and bool(self.request.query.text.strip())
-            and not any(self.request.settings.get(name) for name in WHOLE)
-        )
+        return is_question and bool(self.request.query.text.strip()) and not any(self._asks_for(name) for name in WHOLE)
+
+    def _asks_for(self, name: str) -> bool:
+        asked = self.request.settings.get(name)
+        return bool(asked) and asked != PLAIN.get(name)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Turns of the router, and what they ask."""
@@ -402,10 +404,10 @@ class _Rounds:
         try:
             async with asyncio.timeout(max(0.0, left_s)):
                 found = await self.paid(arm, messages, **how)
-        except TimeoutError:
+        except TimeoutError as error:
             raise LimitError(
                 f"{arm.model} took longer than it may for one call of router_r1", retry_after_s=1.0
-            ) from None
+            ) from error
         for place, value in enumerate((found.prompt_tokens, found.completion_tokens, found.cost, 1)):
             self._sums[who][place] += value
         return found
@@ -433,6 +435,8 @@ class _Rounds:
         """Why no further round is made, after a turn that failed."""
         if isinstance(error, BudgetError):
             return "money"
+        if isinstance(error.__cause__, TimeoutError):
+            return "time"
         # A call that was not made, or was broken off, for a limit that is used up.
         used_up = self._used_up() if isinstance(error, LimitError) else ""
         return used_up or f"the router: {type(error).__name__}"
