@@ -65,9 +65,9 @@ class BenchSize(Config):
         shots: examples of a task that is learned from few.
     """
 
-    dim: int = 192
-    num_layers: int = 6
-    num_heads: int = 6
+    dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
     base_steps: int = Field(default=3000, ge=1)
     base_batch: int = 64
     base_rate: float = 2e-3

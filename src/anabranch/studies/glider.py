@@ -22,8 +22,8 @@ paired difference over seeds, ours - baseline - margin. It holds where that is a
 correction over all claims of this study that have run; it does not hold where it is below 0 by the same test; else, and with fewer than
 five seeds, it is not resolved.
 
-Not run yet. It is planned for 5 seeds: by single steps that were timed, about 0.6 hours of one core each for bench, 1.3 for superni (10 CPU
-hours in all), and once half an hour for the base of the bench. A seed draws adapters, gates and order of rows anew.
+Not run yet. It is planned for 5 seeds: by steps that were timed, about 0.3 hours of one core each for bench (its base is smaller since
+2026-12-02), 1.3 for superni (8 CPU hours in all), and once 10 minutes for the base. A seed draws adapters, gates and order of rows anew.
 """
 
 import tempfile

@@ -3,7 +3,7 @@
 "Multi-Head Adapter Routing for Cross-Task Generalization", NeurIPS 2023, arXiv 2211.03831. The paper: MHR above Poly at a comparable
 budget, MHR-z competitive, MHR-mu as good as a router when a task is learned from few examples; gradient alignment of MHR the highest.
 
-Scaled down: the bench of `anabranch.studies.adapter_bench`. A byte decoder of 6 layers of width 192 (2.7M parameters), pre-trained on 8
+Scaled down: the bench of `anabranch.studies.adapter_bench`. A byte decoder of 4 layers of width 128 (0.85M parameters), pre-trained on 8
 single steps; 48 pairs of steps are learned together by adapters on all linear layers of the blocks; 8 pairs are then learned from 32
 examples each. All arms have the same numbers in A and B: LoRA has rank K r, Poly and MHR K = 8 skills of rank r = 2 (tables apart, which
 have 8 or 64 numbers a task and layer). The same learning rate for adapters in all arms, tables at 100 times.
@@ -30,7 +30,8 @@ seeds, ours - baseline - margin. It holds where that is above 0 by a two-sided p
 of this study that have run; it does not hold where it is below 0 by the same test; else, and with fewer than five seeds, it is not
 resolved. Few-shot MHR against LoRA is an open question, on SuperNI too: it is told which way it goes, or that it is not resolved.
 
-Not run yet. It is planned for 5 seeds, about 25 minutes of two cores each for the arms of the bench; a pilot of another code and one seed
+Not run yet. It is planned for 5 seeds: by steps that were timed, about 0.4 hours of one core each for the arms of the bench (until
+2026-12-02, before any run, the base had 6 layers of width 192, and arms 1,500 steps); a pilot of another code and one seed
 (docs/systems/mhr.md) is no run of this. By what was timed for the study peft_survey (0.25 hours of one core for 120 such steps), the
 three arms of SuperNI take about 1.8 hours of one core a seed, 9 CPU hours in all.
 """
@@ -95,7 +96,7 @@ class Size(Config):
     skills: int = 8
     rank: int = 2
     heads: int = 8
-    steps: int = Field(default=1500, ge=1)
+    steps: int = Field(default=1000, ge=1)
     batch_size: int = 48
     learning_rate: float = 3e-3
     per_task: int = 100
