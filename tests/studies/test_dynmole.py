@@ -13,7 +13,7 @@ def test_one_lora_has_at_least_as_many_numbers():
     config = Decoder.Config(
         dim=size.bench.dim,
         num_layers=1,
-        attention=SelfAttention.Config(num_heads=6),
+        attention=SelfAttention.Config(num_heads=size.bench.num_heads),
         feed_forward=SwiGLU.Config(hidden_dim=size.bench.dim * 8 // 3 // 8 * 8),
     )
     learned = {}
