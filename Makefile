@@ -80,7 +80,7 @@ check: $(VENV)/.installed-dev ## lint, types, import layers, docs (examples, lin
 	$(BIN)/lint-imports
 	@# Told, and no failure: benchmarks are run again when a machine is quiet.
 	$(BIN)/python benchmarks/_sources.py
-	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py tests/studies/test_frozen.py tests/studies/test_contract.py
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow" tests/test_docs.py tests/studies/test_frozen.py tests/studies/test_contract.py
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow -rs tests/nn/test_compilers.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 

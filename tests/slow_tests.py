@@ -1,9 +1,9 @@
 """Which tests ``make test`` leaves to ``make test-all`` for the time they take: the list beside this file, and how it is made.
 
 ``make test-all ARGS="--record-durations FILE"``, then ``python tests/slow_tests.py FILE`` writes the list anew. A test keeps as many of its
-variants, the first ones, as run in `EACH` seconds, and at least one; one whose first variant alone takes longer than `ALONE` runs in
-``make test-all`` only, unless it is one of `KEPT`, or the quickest of a file of which nothing else would be left, and takes no longer than
-`LAST`. A mark ``slow`` beside a test stays the way to say that it is slow by its nature.
+variants, the first ones, as run in `EACH` seconds, and at least one; one whose first variant alone takes longer than `ALONE` is left out,
+unless it is one of `KEPT`, or the quickest of a file of which nothing else would be left, and takes no longer than `LAST`. A mark ``slow``
+beside a test stays the way to say that it is slow by its nature. Tests of docs and of frozen studies run whole in ``make check``.
 """
 
 import sys
@@ -79,24 +79,14 @@ KEPT = {
     "tests/test_jail.py::test_nothing_can_be_written_so_that_no_number_of_files_fills_the_memory": 1,
     "tests/test_jail.py::test_nothing_of_the_machine_is_seen_but_a_python": 1,
     "tests/test_modes.py::test_nobody_puts_modes_back_by_hand": 1,
+    "tests/test_public_api.py::test_public_names_are_the_pinned_ones": ALL,
+    "tests/test_public_api.py::test_public_names_are_there_and_documented": ALL,
     "tests/test_slow_tests.py::test_every_test_of_the_list_is_there": 1,
     "tests/test_waiting.py::test_tests_wait_for_what_they_assert": 1,
     "tests/train/test_task_contract.py::test_an_image_classifier_keeps_it": 1,
     "tests/train/test_task_contract.py::test_broken_tasks_are_found": 1,
     "tests/web/test_own_task.py::test_no_error_is_told_to_nobody": ALL,
     "tests/web/test_own_task.py::test_the_end_of_the_loop_ends_it": ALL,
-    # What `make check` promises.
-    "tests/studies/test_contract.py::test_as_many_claims_are_recorded_as_were_planned": ALL,
-    "tests/studies/test_contract.py::test_nothing_that_is_planned_vanishes": ALL,
-    "tests/test_docs.py::test_each_section_on_adding_a_design_runs_alone": 1,
-    "tests/test_docs.py::test_every_missed_bar_is_told_in_words": 1,
-    "tests/test_docs.py::test_every_option_of_every_command_has_a_row": 1,
-    "tests/test_docs.py::test_every_verdict_over_zero_is_marked": 1,
-    "tests/test_docs.py::test_design_has_page_row_study_and_tests": ALL,
-    "tests/test_docs.py::test_every_fence_is_shown_as_code": ALL,
-    "tests/test_docs.py::test_links_lead_somewhere": ALL,
-    "tests/test_docs.py::test_result_markers_name_what_exists": ALL,
-    "tests/test_docs.py::test_study_has_a_page_that_shows_its_result": ALL,
 }
 
 
