@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -15,6 +16,7 @@ from anabranch.routers.router_r1.kept_pool import KeptPool
 from gateway_process import ask, mock_config, served
 from rl_own_models import router, taught, tokenizer, write_lines
 from scripted_endpoint import chat, endpoint
+from waiting import until
 
 QUESTIONS = [{"question": f"who wrote book {number} ?", "answers": ["Ann", "Ann Smith"]} for number in range(1, 25)]
 FEW = ["--set", "task.questions=4", "--set", "task.world.instruction={models}", "--set", "task.world.turn_tokens=16"]
@@ -362,14 +364,14 @@ def test_ctrl_c_as_often_as_it_takes_ends_a_training_whose_calls_are_out(files, 
         process = subprocess.Popen(command, cwd=files, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
             assert asked.wait(120)
-            for _ in range(60):
+
+            def has_ended():
                 process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(2)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
-            assert process.returncode in (130, -signal.SIGINT), process.communicate(timeout=60)[1]
+                time.sleep(2)
+                return process.poll() is not None
+
+            until(has_ended)
+            assert process.wait() in (130, -signal.SIGINT), process.communicate(timeout=60)[1]
         finally:
             is_over.set()
             process.kill()
