@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import BackendError, DataError, LimitError
+from anabranch.locks import locked
 from anabranch.routers.router_r1.environment import MultiRoundRouteEnv, Price, Reply
 from anabranch.routers.router_r1.kept_pool import KeptPool, read_lines, read_table
+from waiting import until
 
 
 class Live:
@@ -342,6 +344,49 @@ def test_a_pool_that_is_closed_ends_calls_and_waits_for_further_ones(tmp_path, i
     # It begins anew, with its further tries.
     live._reply, pool._wait_s = failing(True)._reply, 0.0
     assert pool.reply("small", "a").text == "x"
+
+
+def test_nobody_is_asked_once_a_pool_is_closed_that_waits_for_another_process(tmp_path):
+    """`close` waited for the file too, and then the call was made."""
+    path, raised = tmp_path / "kept.jsonl", []
+    pool = KeptPool(Live(), path)
+
+    def call():
+        with pytest.raises(BackendError, match="the pool was closed") as error:
+            pool.reply("small", "a")
+        raised.append(error.value)
+
+    with locked(tmp_path / ".kept.jsonl.lock") as is_ours:
+        assert is_ours
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        # It has the lock of all, and waits for the file.
+        until(lambda: not pool._lock.acquire(blocking=False) or pool._lock.release())
+        pool.close()
+        thread.join(60)
+    assert (len(raised), pool.calls, path.exists()) == (1, 0, False)
+    assert pool.reply("small", "a").text == "small says"
+
+
+def test_a_close_that_is_broken_off_leaves_further_tries(tmp_path):
+    pool = KeptPool(failing(True), retries=1, wait_s=0.0)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    pool.live.close = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        pool.close()
+    assert pool.reply("small", "a").text == "x"
+
+
+def test_calls_that_are_ended_by_closing_are_no_failures_in_a_row():
+    pool = KeptPool(failing(True, True), max_failures=2)
+    with pytest.raises(BackendError, match="busy"):
+        pool.reply("small", "a")
+    pool.close()
+    with pytest.raises(BackendError, match="busy"):
+        pool.reply("small", "a")
 
 
 def test_tries_keep_to_limits_and_count_as_one_failure():

@@ -13,13 +13,14 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-from anabranch.errors import AnabranchError, DataError, LimitError
+from anabranch.errors import AnabranchError, BackendError, DataError, LimitError
 from anabranch.files import explained, parse_json
 from anabranch.locks import locked
 from anabranch.routers.router_r1.environment import Price, Reply, RoutePool, folded
@@ -29,6 +30,8 @@ __all__ = ["KeptPool", "read_lines", "read_table"]
 _FIELDS = ("model", "query", "text")
 # For another process that asks with the same file.
 _WAIT_S = 600.0
+# For calls that are ended, before what they leave is not waited for.
+_CLOSE_S = 10.0
 
 
 class LivePool(RoutePool, Protocol):
@@ -38,7 +41,7 @@ class LivePool(RoutePool, Protocol):
         """In dollars."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """End calls that are out, which fail, and free what it holds."""
 
 
 class KeptPool:
@@ -94,6 +97,8 @@ class KeptPool:
         # Of the file: how far it is read, and what there was no room for; calls under way, while which no other process asks.
         self._read, self._num_lines, self._unwritten = 0, 0, b""
         self._under_way, self._held = 0, ExitStack()
+        # How often it was closed: who began before that asks nobody any more.
+        self._closed = 0
         if self._path is not None:
             self._go_on(self._path)
 
@@ -102,7 +107,7 @@ class KeptPool:
 
         Raises LimitError where a call would pass a limit, or too many failed; DataError where a model is not there and was not recorded.
         """
-        key = (model, folded(query))
+        key, closed = (model, folded(query)), self._closed
         with self._lock:
             found = self._known.get((model, query)) or self._known.get(key)
             if found is not None:
@@ -110,10 +115,12 @@ class KeptPool:
             coming = self._coming.get(key)
             is_first = coming is None
             if coming is None:
-                self._enter()
+                self._enter(closed)
                 try:
                     # Another process may have asked it meanwhile.
                     found = self._known.get(key)
+                    if found is None and self._closed != closed:
+                        raise BackendError(f"{model} was not asked: the pool was closed")
                     most = self._room_for(model, query) if found is None else 0.0
                 except BaseException:
                     self._leave()
@@ -138,23 +145,29 @@ class KeptPool:
 
     def close(self) -> None:
         """End calls that are out, which count as any that failed, and free what models hold; asked again it begins anew."""
+        self._closed += 1
         self._over.set()
-        if self.live is not None:
-            self.live.close()
-        with self._lock:
-            # Whoever was about to ask when the others were ended has begun anew.
-            while not self._lock.wait_for(lambda: not self._under_way, timeout=1.0) and self.live is not None:
+        try:
+            if self.live is not None:
                 self.live.close()
-        self._over.clear()
+            with self._lock:
+                # Not for ever: one may be a call of this very thread, or of a process that this one is a copy of.
+                self._lock.wait_for(lambda: not self._under_way, timeout=_CLOSE_S)
+                # Not sound models ended them.
+                self._failures = 0
+        finally:
+            self._over.clear()
 
     # Calls
 
-    def _enter(self) -> None:
+    def _enter(self, closed: int) -> None:
         """Have the file alone from the first of the calls under way to the last, and take over what others added: limits are of all."""
+        if self._closed != closed:
+            raise BackendError("nobody was asked: the pool was closed")
         if self._path is not None and self.live is not None and not self._under_way:
             with explained(self._path):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._held.enter_context(locked(self._lock_file(self._path), wait_s=_WAIT_S)):
+            if not self._has_file(self._path, closed):
                 raise LimitError(f"another process asks models with {self._path}; wait until it has ended")
             try:
                 self._go_on(self._path, is_alone=True)
@@ -162,6 +175,17 @@ class KeptPool:
                 self._held.close()
                 raise
         self._under_way += 1
+
+    def _has_file(self, path: Path, closed: int) -> bool:
+        """Wait for the file, which `close` ends."""
+        end = time.monotonic() + _WAIT_S
+        while not self._held.enter_context(locked(self._lock_file(path), wait_s=min(1.0, _WAIT_S))):
+            self._held.close()
+            if self._closed != closed:
+                raise BackendError(f"nobody was asked, as another process had {path}, and the pool was closed")
+            if time.monotonic() >= end:
+                return False
+        return True
 
     def _leave(self) -> None:
         self._under_way -= 1
