@@ -32,7 +32,6 @@ NOT_RUN = {
     "mhr",
     "peft_survey",
     "pvchat",
-    "rewiring",
     "rexmoe_grown",
     "router_r1",
     "scale",

@@ -104,9 +104,11 @@ def study(
             raise
     _tell(outcome, as_json)
     if not as_json:
+        # Not every study has a picture.
+        kinds, shown = (".json", ".json") if chosen.draw is None else ("{.json, .png, .svg}", ".png")
         wrote(
-            f"{folder}/{chosen.name}{{.json, .png, .svg}} and one file a run in {folder / chosen.name}/",
-            f"look at {folder / chosen.name}.png",
+            f"{folder}/{chosen.name}{kinds} and one file a run in {folder / chosen.name}/",
+            f"look at {folder / chosen.name}{shown}",
         )
 
 
