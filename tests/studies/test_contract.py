@@ -25,7 +25,6 @@ NOT_RUN = {
     "carl",
     "carl_highway",
     "dr_llm",
-    "dynmole",
     "ftp",
     "glider",
     "lora_mixer",
