@@ -4,8 +4,10 @@ import math
 
 import pytest
 
+from anabranch.adapters.glider import Matcher
 from anabranch.studies.adapter_bench import FEW, LEARNED, STEPS
-from anabranch.studies.glider import ARMS, WAYS, judge, make, pool_pairs, run, told
+from anabranch.studies.glider import ARMS, WAYS, judge, make, run
+from anabranch.studies.glider_bench import pool_pairs, told
 from anabranch.studies.harness import Results
 
 
@@ -17,11 +19,22 @@ def test_no_task_of_the_pool_is_another_turned_round():
     assert not set(pairs) & set(FEW)
 
 
-def test_no_two_wordings_are_alike():
-    texts = [told(pair, wording) for pair in (*LEARNED, *FEW) for wording in range(3)]
+@pytest.mark.parametrize("kind", ["bench", "paraphrased"])
+def test_no_two_wordings_are_alike(kind):
+    texts = [told(kind, pair, wording) for pair in (*LEARNED, *FEW) for wording in range(3)]
     assert len(set(texts)) == len(texts)
     for step in STEPS:
-        assert len({told((step, "sort"), wording) for wording in range(3)}) == 3
+        assert len({told(kind, (step, "sort"), wording) for wording in range(3)}) == 3
+
+
+@pytest.mark.parametrize(("kind", "right"), [("bench", 10), ("paraphrased", 1)])
+def test_the_matcher_finds_as_many_as_the_study_says(kind, right):
+    matcher = Matcher()
+    for number, pair in enumerate(pool_pairs(12)):
+        matcher.add(str(number), [told(kind, pair, 0), told(kind, pair, 1)])
+    matcher.fit()
+    found = [matcher.retrieve("", instruction=told(kind, pair, 2))[0].name for pair in pool_pairs(12)]
+    assert sum(name == str(number) for number, name in enumerate(found)) == right
 
 
 def runs(values, **others):
@@ -47,19 +60,26 @@ def test_the_rule():
 
 def test_both_sizes_are_made():
     assert make().seeds == (0, 1)
-    assert make().default_arms == ("bench",)
+    assert make().default_arms == ("bench", "paraphrased")
     assert make(full=True).seeds == (0, 1, 2, 3, 4)
     assert [arm.name for arm in make(full=True).arms] == list(ARMS)
 
 
 @pytest.mark.slow
-def test_the_quick_form_measures_every_way(tmp_path, monkeypatch):
+def test_the_quick_form_measures_every_way_and_trains_once(tmp_path, monkeypatch):
     monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path))
     study = make()
-    found = run(study.arms[0].config, 0, lambda text: None)
-    for label in ("held_in", "held_out"):
-        for way in ("merged", *WAYS):
-            assert 0 <= found[f"{label}_{way}"] <= 1
-    assert 0 <= found["found"] <= 1
-    assert all(math.isfinite(value) for value in found.values())
-    assert {claim.verdict for claim in judge(Results({"bench": {0: found}}))} == {"not resolved", "not run"}
+    told_to: list[str] = []
+    both = {arm: run(study.arms[number].config, 0, told_to.append) for number, arm in enumerate(study.default_arms)}
+    assert sum(text.startswith("adapter ") for text in told_to) == 3
+    for found in both.values():
+        for label in ("held_in", "held_out"):
+            for way in ("merged", *WAYS):
+                assert 0 <= found[f"{label}_{way}"] <= 1
+        assert 0 <= found["found"] <= 1
+        assert all(math.isfinite(value) for value in found.values())
+    # The same adapters: what does not read instructions is the same.
+    for way in ("oracle", "merged", "arrow", "phatgoose"):
+        assert both["bench"][f"held_in_{way}"] == both["paraphrased"][f"held_in_{way}"]
+    claims = judge(Results({arm: {0: found} for arm, found in both.items()}))
+    assert {claim.verdict for claim in claims} == {"not resolved", "not run"}

@@ -3,11 +3,14 @@
 "Glider: Global and Local Instruction-Driven Expert Router", 2024, arXiv 2410.07172. The paper: on tasks of the pool 6.6% above the best
 router by token; on others +0.88% at best over PHATGOOSE, +0.39, +0.16, -0.53 and +0.30 elsewhere; the oracle is still better.
 
-Two arms, each of which holds all ways of routing on the same adapters: who chooses needs no training.
+Three arms, each of which holds all ways of routing on the same adapters: who chooses needs no training.
 
     bench      the bench of `anabranch.studies.adapter_bench`: 12 pairs of steps have an adapter each (LoRA of rank 8 on all linear layers,
                400 steps, and gates, 100 steps, trained apart); 6 pairs of other combinations are asked besides. Instructions are made of
-               templates in three wordings: adapters have the first and the third, queries the second
+               templates in three wordings, two of an adapter and one of queries. They have words in common: the matcher, which goes by
+               words, finds the adapter of 10 of 12 (of 166 tasks of FLAN, in two wordings by one language model, it finds 64%)
+    paraphrased
+               the same adapters, in wordings that have next to no words in common: the matcher finds 1 of 12, as chance does
     superni    SmolLM2-135M-Instruct and Super-NaturalInstructions: 12 tasks with an adapter each (LoRA of rank 8 on queries, values and
                the feed-forward's last matrix, 40 steps of 8 rows; gates, 16 steps), up to 8 others of the same categories asked besides.
                Instructions are the tasks' definitions; a query is compared by all that it says
@@ -22,8 +25,13 @@ paired difference over seeds, ours - baseline - margin. It holds where that is a
 correction over all claims of this study that have run; it does not hold where it is below 0 by the same test; else, and with fewer than
 five seeds, it is not resolved.
 
-Not run yet. It is planned for 5 seeds: by steps that were timed, about 0.3 hours of one core each for bench (its base is smaller since
-2026-12-02), 1.3 for superni (8 CPU hours in all), and once 10 minutes for the base. A seed draws adapters, gates and order of rows anew.
+It was frozen anew on 2026-12-02, after one run. Until then the wordings of `paraphrased` were those of `bench`, and the claims on bench
+were on them. Its seed 0 (oracle .980, PHATGOOSE .028, GLIDER .030, retrieval .077, the mean of all .009 on tasks of the pool) showed that
+the matcher finds nothing there, so that no claim on what a found adapter gives could hold or fail for its own reason. That run counts
+nowhere. Wordings were chosen by the matcher alone, before any run with them.
+
+Not run yet. It is planned for 5 seeds: by that run, about 0.3 hours of one core each for bench and 0.1 for paraphrased, whose adapters are
+the same; 1.3 for superni (8 CPU hours in all), and once 10 minutes for the base. A seed draws adapters, gates and order of rows anew.
 """
 
 import tempfile
@@ -34,29 +42,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anabranch.adapters import load_peft, unload, write_peft
-from anabranch.adapters.adapt import AdaptTask, Lora, Method
-from anabranch.adapters.glider import GliderConfig, GliderPool, describe_expert, merged_experts
+from anabranch.adapters.adapt import AdaptTask, Method
+from anabranch.adapters.glider import GliderConfig, GliderPool, merged_experts
 from anabranch.adapters.glider.gates import GateMethod
 from anabranch.config import Config, Field, configclass, to_dict
 from anabranch.lm import Decoder, load_model
-from anabranch.studies.adapter_bench import (
-    FEW,
-    LEARNED,
-    Bench,
-    BenchSize,
-    accuracy,
-    bench_words,
-    name_of,
-    pair_rows,
-    write_rows,
-)
+from anabranch.studies.adapter_bench import BenchSize, whole_base
 from anabranch.studies.asked import Asked, judged
+from anabranch.studies.glider_bench import run as run_bench
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.train import TaskRunConfig, TrainConfig, Trainer
 
-ArmName = Literal["bench", "superni"]
+ArmName = Literal["bench", "paraphrased", "superni"]
 ARMS: dict[ArmName, str] = {
     "bench": "12 pairs of steps, and 6 others, on a small decoder",
+    "paraphrased": "the same, asked in other words",
     "superni": "12 tasks of Super-NaturalInstructions, and up to 8 others, on SmolLM2-135M",
 }
 COLUMNS = (
@@ -78,48 +78,17 @@ WAYS: dict[str, GliderConfig] = {
     "glider": GliderConfig(),
 }
 SHARE, NEAR, LOSS_NEAR, WAY = 0.95, 0.005, 0.005, 0.8
-_WORDINGS: dict[str, tuple[str, str, str]] = {
-    "reverse": ("read it backwards", "reverse the order of its letters", "turn the whole word around"),
-    "rot1": (
-        "move each letter one place on in the alphabet",
-        "replace every letter by the next",
-        "shift letters by one",
-    ),
-    "drop vowels": ("leave out its vowels", "remove a, e, i, o and u", "keep consonants alone"),
-    "swap ends": (
-        "exchange the first and the last letter",
-        "swap the letters at both ends",
-        "let its ends change places",
-    ),
-    "repeat last": ("write the last letter twice", "repeat the letter at the end", "double the final letter"),
-    "sort": (
-        "order its letters from a to z",
-        "sort the letters alphabetically",
-        "put letters in the order of the alphabet",
-    ),
-    "cut last": ("drop the final letter", "cut the last letter off", "leave the letter at the end away"),
-    "rotate left": (
-        "put the first letter behind the last",
-        "rotate it to the left by one",
-        "move the letter in front to the end",
-    ),
-}
-_AROUND = (
-    "Take a word: {} first, and then {}.",
-    "First {}; afterwards {}.",
-    "You get a word. Begin: {}. After that: {}.",
-)
 
 
 @configclass
 class Size(Config):
-    """Sizes of both arms.
+    """Sizes of all arms.
 
     Attributes:
         bench: the base and its words.
         pool, others: tasks that have an adapter, and that have none.
         rank: of adapters.
-        rows, steps, gate_steps, batch_size, learning_rate, gate_rate: of training one on the bench.
+        rows, steps, gate_steps, batch_size, learning_rate, gate_rate: of training one on the bench, for both arms there.
         real_pool, real_others, real_steps, real_gate_steps, real_batch, real_rate: of SmolLM2's.
         real_length: tokens of a row.
         real_rows: test rows of each task.
@@ -182,14 +151,14 @@ def make(full: bool = False, **changes: Any) -> Study:
         run=run,
         judge=judge,
         columns=COLUMNS,
-        default_arms=None if full else ("bench",),
+        default_arms=None if full else ("bench", "paraphrased"),
         inputs=inputs,
     )
 
 
 def inputs(config: ArmConfig) -> str | None:
     """What the arm reads, by content."""
-    if config.arm == "bench":
+    if config.arm != "superni":
         return None
     from anabranch.studies.superni import digest
 
@@ -214,12 +183,12 @@ class Asking:
 def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
     """One arm with one seed."""
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
-        if config.arm == "bench":
-            found = _bench(config.size, seed, Path(folder), progress)
-        else:
+        if config.arm == "superni":
             from anabranch.studies.glider_superni import run as run_superni
 
             found = run_superni(config.size, seed, Path(folder), progress)
+        else:
+            found = run_bench(config.arm, config.size, seed, Path(folder), progress)
     gained = (
         found["held_in_glider"] - found["held_in_merged"] - WAY * (found["held_in_oracle"] - found["held_in_merged"])
     )
@@ -229,51 +198,6 @@ def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
         "most_oracle": SHARE * found["held_in_oracle"],
         "beyond_way": gained,
     }
-
-
-def _bench(size: Size, seed: int, place: Path, progress: Progress) -> Metrics:
-    pairs, others = pool_pairs(size.pool), FEW[: size.others]
-    words, _ = bench_words(size.bench)
-    progress("base")
-    bench = Bench.kept(size.bench)
-    pool: dict[str, Path] = {}
-    for number, pair in enumerate(pairs):
-        progress(f"adapter {number + 1} of {len(pairs)}")
-        rows = write_rows(place / f"{number}.jsonl", pair_rows([pair], words, per_task=size.rows, seed=seed + number))
-        pool[name_of(pair)] = trained_expert(
-            bench.folder,
-            rows,
-            place / str(number),
-            Lora.Config(targets=("all",), rank=size.rank),
-            seed,
-            steps=(size.steps, size.gate_steps),
-            rates=(size.learning_rate, size.gate_rate),
-            batch=size.batch_size,
-            length=96,
-        )
-        describe_expert(pool[name_of(pair)], instruction=[told(pair, 0), told(pair, 2)])
-    by_name = {name_of(pair): pair for pair in (*pairs, *others)}
-
-    def measure(model: Decoder, task: str, telling: Any) -> float:
-        return accuracy(
-            model, [by_name[task]], size.bench, routed=False, telling=lambda pair, rows: telling([task] * rows)
-        )
-
-    asked = {name: told(pair, 1) for name, pair in by_name.items()}
-    held_in, held_out = (Asking(tuple(name_of(pair) for pair in some), asked, measure) for some in (pairs, others))
-    return measured(bench.folder, pool, held_in, held_out, progress)
-
-
-def pool_pairs(count: int) -> tuple[Any, ...]:
-    """Pairs of steps of which none is another one turned round, so that their words tell them apart."""
-    order = sorted({step for pair in LEARNED for step in pair})
-    ascending = [pair for pair in LEARNED if order.index(pair[0]) < order.index(pair[1])]
-    return tuple(ascending[:: max(1, len(ascending) // count)][:count])
-
-
-def told(pair: Sequence[str], wording: int) -> str:
-    """What a task is, in one of three wordings."""
-    return _AROUND[wording].format(*(_WORDINGS[step][wording] for step in pair))
 
 
 def trained_expert(
@@ -314,7 +238,7 @@ def trained_expert(
             seed=seed,
         )
         trainer = Trainer(TaskRunConfig(task=task, train=settings), place / f"stage{stage}")
-        trainer.fit()
+        whole_base(trainer.fit())
         return trainer.task
 
     adapter = train(method, 0).write(place / "adapter").folder
@@ -427,6 +351,24 @@ _CLAIMS: tuple[Asked, ...] = (
         0.0,
         "bench: above retrieval alone on other tasks",
         "above it",
+    ),
+    (
+        "held_in_glider",
+        "paraphrased",
+        "held_in_phatgoose",
+        "paraphrased",
+        -NEAR,
+        "no words in common: at most half a point below PHATGOOSE on tasks of the pool",
+        "-",
+    ),
+    (
+        "held_out_glider",
+        "paraphrased",
+        "held_out_phatgoose",
+        "paraphrased",
+        -NEAR,
+        "no words in common: at most half a point below PHATGOOSE on other tasks",
+        "-",
     ),
     (
         "held_in_glider",
