@@ -32,6 +32,12 @@ def test_every_test_of_the_list_is_there():
     assert gone == []
 
 
+def test_the_list_leaves_what_is_kept():
+    """Who adds to `KEPT` takes its line out of the list, or writes there how many variants run."""
+    named = read()
+    assert [name for name, count in KEPT.items() if named.get(name, count) < count] == []
+
+
 @given(SECONDS)
 def test_what_runs_is_short_and_nothing_short_is_left_out(took):
     took = {f"f.py::{name}[{number}]": seconds for (name, number), seconds in sorted(took.items())}

@@ -305,6 +305,15 @@ def test_report_of_a_chain_says_how_passes_follow_each_other(here, work):
     assert (work / "chain/passes.png").is_file()
 
 
+def test_a_report_is_a_page_its_trace_and_numbers(trained, here, work):
+    code, out, _ = here("report", trained[0], "--out", work / "small", "--tokens", 256, "--quiet", "--json")
+    assert code == 0
+    assert json.loads(out)["domains"] == ["alpha", "beta"]
+    assert {"report.html", "trace.parquet", "summary.json"} <= {file.name for file in (work / "small").iterdir()}
+    assert json.loads((work / "small/summary.json").read_text())["layers"]
+    assert "MaxVio" in (work / "small/report.html").read_text()
+
+
 def test_report_of_a_model_and_of_its_trace(trained, here, work):
     folder, _ = trained
     code, out, _ = here("report", folder, "--out", work / "report", "--tokens", 2048, "--json", "--quiet")
