@@ -153,6 +153,13 @@ def test_what_no_plan_helps_is_one_step_and_asked_as_it_came(settings):
     assert all(name in models.asked[-1][1].settings for name in settings)
 
 
+@pytest.mark.parametrize("settings", [{"response_format": {"type": "text"}}, {"modalities": ["text"]}, {"tools": []}])
+def test_who_asks_for_plain_words_has_a_plan_too(settings):
+    """What asks for words by name turned decomposition off."""
+    _, steps, _ = run(Models(usual()), **settings)
+    assert facts(steps, "outline") == [{"steps": 3, "chosen": 0, "candidates": 2}]
+
+
 def test_an_answer_to_a_tool_call_goes_on_as_it_came():
     messages = [
         *QUESTION,

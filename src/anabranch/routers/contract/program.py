@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+# What asks for words, as nothing does.
+_PLAIN: Mapping[str, Any] = {"modalities": ["text"], "response_format": {"type": "text"}}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramRequest:
     """What a program is to answer.
@@ -76,6 +80,11 @@ class ProgramRequest:
         open_names = {model.name for model in self.pool.models if model.is_available}
         names = tuple(one.model for one in self.decision.candidates)
         return tuple(name for name in names if name in open_names) or names
+
+    def asks_for(self, *names: str) -> bool:
+        """Whether the sender set one of these to something else than what asks for plain words."""
+        asked = [(name, self.settings.get(name)) for name in names]
+        return any(value and value != _PLAIN.get(name) for name, value in asked)
 
     def arm(self, model: str, **settings: Any) -> Arm:
         """A model asked as the sender wants it, but for these settings."""

@@ -56,8 +56,6 @@ CUT = ("length", "content_filter")
 MOST_CUT = 2
 # Of what a sender asks, what no router could give.
 WHOLE = ("tools", "functions", "modalities", "audio", "response_format")
-# What asks for words, as nothing does.
-PLAIN: dict[str, Any] = {"modalities": ["text"], "response_format": {"type": "text"}}
 
 
 class RouterR1(Program, kind="router_r1"):
@@ -267,11 +265,7 @@ class _Rounds:
         """It is a question in words, and whoever asked it wants words."""
         messages = self.request.messages
         is_question = isinstance(messages, str) or (bool(messages) and messages[-1].get("role") == "user")
-        return is_question and bool(self.request.query.text.strip()) and not any(self._asks_for(name) for name in WHOLE)
-
-    def _asks_for(self, name: str) -> bool:
-        asked = self.request.settings.get(name)
-        return bool(asked) and asked != PLAIN.get(name)
+        return is_question and bool(self.request.query.text.strip()) and not self.request.asks_for(*WHOLE)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Turns of the router, and what they ask."""

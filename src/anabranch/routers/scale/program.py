@@ -180,7 +180,7 @@ class Scale(Program, kind="scale"):
 
     def _begin(self, request: ProgramRequest, ask: Ask) -> Running:
         config = self.config
-        is_whole = any(request.settings.get(name) for name in WHOLE)
+        is_whole = request.asks_for(*WHOLE)
         messages = request.messages
         is_question = isinstance(messages, str) or (bool(messages) and messages[-1].get("role") == "user")
         problem = Problem.of(messages) if is_question else Problem(request.query.text or "(no words)", ())
