@@ -1,5 +1,6 @@
 """Pools whose replies are written down: nobody is asked twice, limits hold side by side, and files are gone on with."""
 
+import asyncio
 import json
 import threading
 import time
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 
 from anabranch.errors import BackendError, DataError, LimitError
 from anabranch.locks import locked
+from anabranch.routers.contract.ask import Arm
+from anabranch.routers.router_r1 import kept_pool
+from anabranch.routers.router_r1.asked_pool import AskPool, Member
 from anabranch.routers.router_r1.environment import MultiRoundRouteEnv, Price, Reply
 from anabranch.routers.router_r1.kept_pool import KeptPool, read_lines, read_table
 from waiting import until
@@ -366,6 +370,63 @@ def test_nobody_is_asked_once_a_pool_is_closed_that_waits_for_another_process(tm
         thread.join(60)
     assert (len(raised), pool.calls, path.exists()) == (1, 0, False)
     assert pool.reply("small", "a").text == "small says"
+
+
+def test_a_call_that_comes_to_its_model_only_after_that_was_closed_is_ended_too(tmp_path, monkeypatch):
+    """It was made, and `close` went away before it ended."""
+    begun, closed, path = threading.Event(), threading.Event(), tmp_path / "kept.jsonl"
+    monkeypatch.setattr(kept_pool, "_CLOSE_S", 60.0)
+
+    async def hangs(arm, messages, **how):
+        await asyncio.sleep(600)
+
+    live = AskPool({"small": Member(hangs, Arm("small"), Price(2.0))})
+    asked, ended = live.reply, live.close
+
+    def reply(model, query):
+        begun.set()
+        closed.wait(60)
+        return asked(model, query)
+
+    def close():
+        ended()
+        closed.set()
+
+    live.reply, live.close = reply, close
+    pool, raised = KeptPool(live, path), []
+
+    def call():
+        with pytest.raises(BackendError, match="when the pool was closed") as error:
+            pool.reply("small", "a")
+        raised.append(error.value)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    begun.wait(60)
+    pool.close()
+    [row] = rows(path)
+    assert row["usd"] == pool.usd == live.most_usd("small", "a") > 0
+    thread.join(60)
+    assert len(raised) == 1
+
+
+def test_no_further_try_is_made_once_a_pool_is_closed(tmp_path):
+    """Where it was closed just after the wait before that, it was."""
+    live, is_closed = failing(True), threading.Event()
+    live.close = is_closed.set
+
+    class ClosedAsItEnds(threading.Event):
+        def wait(self, timeout=None):
+            closing.start()
+            is_closed.wait(60)
+            return False
+
+    pool = KeptPool(live, tmp_path / "kept.jsonl", retries=2, wait_s=0.0, over=ClosedAsItEnds())
+    closing = threading.Thread(target=pool.close)
+    with pytest.raises(BackendError, match="busy"):
+        pool.reply("small", "a")
+    closing.join(60)
+    assert len(live.asked) == pool.calls == len(rows(tmp_path / "kept.jsonl")) == 1
 
 
 def test_a_close_that_is_broken_off_leaves_further_tries(tmp_path):

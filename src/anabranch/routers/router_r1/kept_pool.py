@@ -32,6 +32,8 @@ _FIELDS = ("model", "query", "text")
 _WAIT_S = 600.0
 # For calls that are ended, before what they leave is not waited for.
 _CLOSE_S = 10.0
+# Between two times that they are ended.
+_AGAIN_S = 0.1
 
 
 class LivePool(RoutePool, Protocol):
@@ -132,7 +134,7 @@ class KeptPool:
         if not is_first:
             return coming.result()
         try:
-            reply = self._tried(model, query, most)
+            reply = self._tried(model, query, most, closed)
         except BaseException as error:
             coming.set_exception(error)
             raise
@@ -144,17 +146,20 @@ class KeptPool:
         return reply
 
     def close(self) -> None:
-        """End calls that are out, which count as any that failed, and free what models hold; asked again it begins anew."""
+        """End calls that are out, which count as any that failed, and free what models hold; asked again after that it begins anew."""
         self._closed += 1
         self._over.set()
+        # Not for ever: one may be a call of this very thread, or of a process that this one is a copy of.
+        end, is_done = time.monotonic() + _CLOSE_S, False
         try:
-            if self.live is not None:
-                self.live.close()
-            with self._lock:
-                # Not for ever: one may be a call of this very thread, or of a process that this one is a copy of.
-                self._lock.wait_for(lambda: not self._under_way, timeout=_CLOSE_S)
-                # Not sound models ended them.
-                self._failures = 0
+            while not is_done and time.monotonic() < end:
+                # Again, for a call that there was room for before, and that came to a model only after it had been closed.
+                if self.live is not None:
+                    self.live.close()
+                with self._lock:
+                    is_done = self._lock.wait_for(lambda: not self._under_way, timeout=_AGAIN_S)
+                    # Not sound models ended them.
+                    self._failures = 0
         finally:
             self._over.clear()
 
@@ -213,8 +218,11 @@ class KeptPool:
         self._reserved += most
         return most
 
-    def _tried(self, model: str, query: str, most: float) -> Reply:
-        """A call for which there is room, and further ones where it failed by what may be over in a moment, as far as there is room."""
+    def _tried(self, model: str, query: str, most: float, closed: int) -> Reply:
+        """A call for which there is room, and further ones where it failed by what may be over in a moment, as far as there is room.
+
+        No further one is made once the pool was closed more than ``closed`` times.
+        """
         for number in range(self._retries):
             try:
                 return self._called(model, query, most, is_last=False)
@@ -223,8 +231,10 @@ class KeptPool:
             except AnabranchError as error:
                 if not error.is_transient or self._over.wait(self._wait_s * 2**number):
                     raise
-            with self._lock:
-                most = self._room_for(model, query)
+                with self._lock:
+                    if self._closed != closed:
+                        raise
+                    most = self._room_for(model, query)
         return self._called(model, query, most, is_last=True)
 
     def _called(self, model: str, query: str, most: float, *, is_last: bool) -> Reply:
