@@ -23,7 +23,7 @@ paired difference over seeds, ours - baseline - margin. It holds where that is a
 correction over all claims of this study that have run; it does not hold where it is below 0 by the same test; else, and with fewer than
 five seeds, it is not resolved. 9.6% are not expected of models of this size.
 
-It is planned for 5 seeds, about 2 CPU hours; `lora` and `dynmole` have run whole, `top2` and `soft` in part. It was frozen anew on
+It has run whole, five seeds of each arm, in 2.0 CPU hours. It was frozen anew on
 2026-12-02, before any run: the base had 6 layers of width 192, and arms 1,500 steps, 7 CPU hours. A pilot of `lora` alone, with a seed
 that is none of the plan, was right in 86% of cases behind 1,000 steps, after 146 seconds of one core.
 """
