@@ -44,15 +44,34 @@ def test_where_nothing_came_nothing_is_told():
         assert noting(None) is None
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_where_trainings_are_not_ended_the_first_is_noted_and_the_second_raises(number):
+    """The second SIGTERM ended the process as the first one would have: calls that were out, and may be billed, were in no file."""
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with Ending(ends_trainings=False):
+        assert noting(number) == number.name
+        with Interrupts() as noted:
+            signal.raise_signal(number)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert noted.received == number.name
+        # And within one that ends them they are ended.
+        with pytest.raises(KeyboardInterrupt), Ending(), Ending(ends_trainings=False):
+            noting(number)
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
 def test_what_went_wrong_is_told_before_a_signal_that_was_noted():
     with pytest.raises(ValueError, match="full"), Ending():
         noting(signal.SIGTERM, ValueError("full"))
 
 
-def test_what_is_ignored_stays_ignored():
+@pytest.mark.parametrize("ends_trainings", [True, False])
+def test_what_is_ignored_stays_ignored(ends_trainings):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Ending():
+        with Ending(ends_trainings=ends_trainings):
+            assert noting(signal.SIGHUP) is None
             signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:

@@ -19,15 +19,20 @@ class Ending:
     Trainings note signals instead, and save; within this context they raise it as well, once they have saved
     (`anabranch.train.interrupt.Interrupts`): their caller would take what has half been learned for what it asked for. SIGHUP stays ignored
     where it is (``nohup``). Signals reach the main thread alone, so in another thread nothing is caught.
+
+    Args:
+        ends_trainings: raise it there, too; otherwise the first signal that a training notes lets its caller go on, and the second raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends_trainings: bool = True) -> None:
+        self._ends_trainings = ends_trainings
         self._previous: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
         self._outside: Token[bool] | None = None
 
     def __enter__(self) -> Self:
-        self._outside = _IS_ENDING.set(True)
+        if self._ends_trainings:
+            self._outside = _IS_ENDING.set(True)
         if threading.current_thread() is threading.main_thread():
             caught = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._previous = {number: signal.signal(number, self._end) for number in caught}
@@ -48,5 +53,5 @@ class Ending:
 
 
 def is_ending() -> bool:
-    """Whether this is within an `Ending`."""
+    """Whether this is within an `Ending` that ends trainings."""
     return _IS_ENDING.get()

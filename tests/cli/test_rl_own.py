@@ -348,9 +348,46 @@ def test_options_that_do_not_go_together(capfd, files, words, message):
     assert (code, message in err) == (2, True), err
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_commands_that_ask_a_pool_as_ctrl_c_does(capfd, files, policy, number):
+    """It ended the process at once: calls that were out, and may be billed, were in no file."""
+    interrupts = []
+
+    def interrupted(path, body):
+        if interrupts:
+            signal.pthread_kill(threading.main_thread().ident, interrupts.pop())
+        return says(path, body)
+
+    # What such a command leaves as it is would end the tests.
+    before = signal.signal(number, lambda *_: None)
+    try:
+        with endpoint(interrupted) as (url, seen):
+            pool_file(files, url)
+            told(run(capfd, *line(policy, "run", "--max-usd", 1, "--json")))
+            for words in (
+                ("rl", "eval", "run"),
+                ("rl", "replay", "run", "--out", "e.txt"),
+                ("routers", "route", "who wrote book 2 ?", "--router", "run"),
+            ):
+                (files / "run/pool.jsonl").unlink()
+                seen.clear()
+                interrupts.append(number)
+                code, _, err = run(capfd, *words)
+                assert (code, err) == (130, "interrupted\n")
+                kept = [json.loads(one) for one in (files / "run/pool.jsonl").read_text().splitlines()]
+                assert len(kept) == len(seen) > 0
+                assert all(one["usd"] > 0 for one in kept)
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.slow
-def test_ctrl_c_as_often_as_it_takes_ends_a_training_whose_calls_are_out(files, policy):
-    """The third one stopped what calls were waiting for: the process hung, and what may have been billed was in no file."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_as_often_as_it_takes_end_a_training_whose_calls_are_out(files, policy, number):
+    """The third Ctrl-C stopped what calls were waiting for: the process hung, and what may have been billed was in no file.
+
+    The second SIGTERM ended the process at once, and it was not either.
+    """
     asked, is_over = threading.Event(), threading.Event()
 
     def hangs(path, body):
@@ -366,12 +403,12 @@ def test_ctrl_c_as_often_as_it_takes_ends_a_training_whose_calls_are_out(files, 
             assert asked.wait(120)
 
             def has_ended():
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 time.sleep(2)
                 return process.poll() is not None
 
             until(has_ended)
-            assert process.wait() in (130, -signal.SIGINT), process.communicate(timeout=60)[1]
+            assert process.wait() in (130, -number), process.communicate(timeout=60)[1]
         finally:
             is_over.set()
             process.kill()

@@ -13,6 +13,7 @@ from anabranch.cli.options import AsJson, finite_number
 from anabranch.cli.output import fact, print_json, say, table
 from anabranch.errors import ConfigError, InputError
 from anabranch.extras import require
+from anabranch.interrupts import Ending
 
 if TYPE_CHECKING:
     from anabranch.routers.recommendation import Picked
@@ -85,7 +86,9 @@ def _by_policy(text: str, run: Path, *, as_json: bool, **others: Any) -> None:
     require("lm", by=f"{door()} route of a run of rl train")
     from anabranch.cli.rl.transcripts import route_question
 
-    route_question(run, text, as_json=as_json)
+    # As Ctrl-C: what calls to a pool that are out may cost is kept.
+    with Ending():
+        route_question(run, text, as_json=as_json)
 
 
 def _picked(place: Path, strategy: str | None) -> Picked:

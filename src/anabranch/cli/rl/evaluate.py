@@ -18,6 +18,7 @@ from anabranch.cli.rl.train import _returned
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.files import check_apart
+from anabranch.interrupts import Ending
 
 if TYPE_CHECKING:
     from anabranch.rl import Agent, Environment
@@ -89,7 +90,9 @@ def evaluate(
     if is_token_run(run):
         from anabranch.cli.rl.tokens import evaluate_tokens
 
-        return evaluate_tokens(run, episodes, seed, csv, picture, own, as_json=as_json)
+        # As Ctrl-C: what calls to a pool that are out may cost is kept.
+        with Ending():
+            return evaluate_tokens(run, episodes, seed, csv, picture, own, as_json=as_json)
     own.refuse(run)
     agent = load_agent(run)
     environment = agent.task.environment if referee is None else _referee(referee, agent)

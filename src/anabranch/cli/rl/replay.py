@@ -15,6 +15,7 @@ from anabranch.cli.rl.kinds import is_token_run
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.files import check_apart
+from anabranch.interrupts import Ending
 
 if TYPE_CHECKING:
     from anabranch.rl import Film
@@ -67,7 +68,9 @@ def replay(
     if is_text:
         from anabranch.cli.rl.transcripts import write_transcripts
 
-        return write_transcripts(run, out, episode, episodes, seed, as_json=as_json)
+        # As Ctrl-C: what calls to a pool that are out may cost is kept.
+        with Ending():
+            return write_transcripts(run, out, episode, episodes, seed, as_json=as_json)
     from anabranch.rl import load_agent, record
 
     kind = out.suffix.lower()

@@ -22,6 +22,7 @@ from anabranch.cli.rl.strategy import write_strategy
 from anabranch.cli.train import INTERRUPTED
 from anabranch.errors import ConfigError, DataError, LimitError
 from anabranch.files import atomic_write_text
+from anabranch.interrupts import Ending
 
 if TYPE_CHECKING:
     from anabranch.lm import Decoder
@@ -62,7 +63,8 @@ def train_tokens(
         else:
             config, start = _warmed(name, out, samples, seed or 0, settings, shown=shown)
     given = {} if start is None else {"model": start}
-    with Progress(config.train.steps, "step", quiet=not shown) as progress:
+    # As a further Ctrl-C: what calls to a pool that are out may cost is kept.
+    with Ending(ends_trainings=False), Progress(config.train.steps, "step", quiet=not shown) as progress:
         trainer = Trainer(config, out, resume=resume, on_event=lambda event: _show(event, progress, "loss"), **given)
         try:
             result = trainer.fit()
