@@ -256,6 +256,20 @@ def test_a_world_that_fails_says_so_itself_and_the_engine_goes_on(caplog, waits,
     assert len(played(engine)) == 6
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_interruption_of_the_engine_is_told_as_one(caplog, monkeypatch, waits):
+    """Where it came while the model wrote, it was an error of the engine, with a traceback, and the command's exit code was 2."""
+    engine = PolicyEngine(decoder(), slots=2)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._loop, "_schedule_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.play([Hostile(), Hostile()], [0, 1], DRAWN, waits=waits)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     "error", [LimitError("nobody may be asked"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
 )

@@ -253,6 +253,9 @@ class PolicyEngine:
         turn = self._turns.get(output.id)
         if turn is None:
             return
+        if output.engine_failed:
+            # The loop raises what it was itself: an interruption is no error.
+            return
         if output.finish is Finish.ERROR:
             raise AnabranchError(output.error or "the engine gave no reason for an error")
         for token, said in zip(output.tokens, output.logprobs, strict=True):

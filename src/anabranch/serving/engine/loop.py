@@ -380,7 +380,9 @@ class EngineLoop:
         return self._closing_at is not None and not self._live and not self._flight and self._inbox.empty()
 
     def _fail(self, error: BaseException) -> None:
-        logger.error("the engine failed: %s", error, exc_info=error)
+        # An interruption is raised, and no fault.
+        if isinstance(error, Exception):
+            logger.error("the engine failed: %s", error, exc_info=error)
         message = f"{type(error).__name__}: {error}"
         lost = [Output(id=id, finish=Finish.ERROR, error=message, engine_failed=True) for id in sorted(self._live)]
         self._live.clear()
