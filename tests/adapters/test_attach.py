@@ -161,7 +161,7 @@ def test_a_head_of_its_own(bases, family, tmp_path):
         place = tmp_path / str(number)
         place.mkdir()
         model, _, made = on_base(
-            bases, family, place, ["q_proj"], extra=extra, modules_to_save=["lm_head", "embed_tokens"]
+            bases, family, place, ["q_proj"], extra=extra, modules_to_save=[name.split(".")[-2] for name in extra]
         )
         layers = linear_layers(base, ["q_proj"])
         close(logits(model), expected(bases, family, place, made, scales_of(layers, 2.0), whole))

@@ -101,6 +101,8 @@ A, B, CONFIG, WEIGHTS = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight", "adapter_con
 FOLDERS = {
     "NaN": (put(A, filled(math.nan)), "holds NaN or infinity"),
     "infinity": (put(B, filled(math.inf)), "holds NaN or infinity"),
+    "a whole module that lacks": (told(modules_to_save=["norm"]), "which modules_to_save names"),
+    "a head that lacks": (told(modules_to_save=["lm_head"]), "lm_head.weight, which modules_to_save names"),
     "rank 0": (told(r=0), "a rank must be a whole number, at least 1"),
     "negative rank": (told(r=-4), "a rank must be a whole number"),
     "rank of words": (told(r="four"), "a rank must be a whole number"),

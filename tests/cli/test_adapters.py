@@ -115,15 +115,19 @@ def test_svd_of_a_rank(here, adapted):
 
 
 def test_rules_of_peft_tell_what_they_are_given(here, adapted):
-    line = ["adapters", "merge", adapted / "first", adapted / "second", "--weights", "0.5,0.5", "-o", adapted / "thin"]
-    code, out, _ = here(*line, "--method", "ties", "--density", 0.5, "--majority", "frequency", "--json")
+    line = ["adapters", "merge", adapted / "first", adapted / "second", "--weights", "0.5,0.5"]
+    code, out, _ = here(
+        *line, "-o", adapted / "ties", "--method", "ties", "--density", 0.5, "--majority", "frequency", "--json"
+    )
     said = json.loads(out)
     assert (code, said["density"], said["majority"], said["ranks"], said["cut_off"]) == (0, 0.5, "frequency", [4], 0)
-    code, out, _ = here(*line, "--method", "dare_linear_svd", "--seed", 3, "--rank", 2, "--json")
+    code, out, _ = here(
+        *line, "-o", adapted / "dropped", "--method", "dare_linear_svd", "--seed", 3, "--rank", 2, "--json"
+    )
     said = json.loads(out)
     assert (code, said["seed"], said["rank"], said["ranks"]) == (0, 3, 2, [2])
     assert 0 < said["cut_off"] < 1
-    code, out, _ = here(*line, "--method", "magnitude_prune_svd")
+    code, out, _ = here(*line, "-o", adapted / "pruned", "--method", "magnitude_prune_svd")
     assert code == 0
     assert "of what magnitude_prune made, which the rank could not hold" in out
 
@@ -309,7 +313,7 @@ def test_tasks_that_cannot_be_are_one_line(here, kinds, line, message):
         ),
         ("adapters merge {0}/first --steps 3 --out z", "--steps is 3, which is only for a search of the weights"),
         ("adapters merge {0}/first --data x.jsonl --out z", "name it with --model"),
-        ("adapters merge {0}/first --data x.jsonl --model {0}/base --weights 1 --out z", "leave one out"),
+        ("adapters merge {0}/first --data x.jsonl --model {0}/base --weights 1 --out z", "leave one of the two out"),
         ("adapters merge {0}/first --weights a --out z", "--weights is 'a'; write numbers with commas"),
         ("adapters merge {0}/first {0}/nan --out z", "holds NaN or infinity"),
         ("adapters merge {0}/first --out {0}/first", "would be lost"),

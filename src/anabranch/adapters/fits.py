@@ -93,6 +93,15 @@ def _holds(adapter: Adapter) -> str:
 
 
 def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:
+    brought = {**adapter.saved, **adapter.copies}
+    table: TargetTable = table_of(adapter.table, folder / CONFIG)
+    for word in table.modules_to_save:
+        # A word that no module of this model has asks for nothing: peft adds those of classifiers by itself.
+        named = [name for name in names.tensors if f".{word}." in f".{name}"]
+        if named and not brought.keys() & set(named):
+            raise CheckpointError(
+                f"{folder} lacks {some(named)}, which modules_to_save names; copy it, or save it again from the trained model"
+            )
     for name, tensor in {**adapter.saved, **adapter.copies}.items():
         if name not in names.tensors:
             raise CheckpointError(f"{folder} brings {name}, for which the model, a {names.family}, has no place")

@@ -7,6 +7,7 @@ arXiv 2111.09839), their size (SHiRA-WM), or how far a training of all of them m
 """
 # Shapes: C inputs, O outputs, K entries; x is [..., C], y is [..., O]
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from anabranch.errors import ConfigError
 from anabranch.nn import BuildContext, Count, Linear
 from anabranch.nn.linear import Projection
 
-__all__ = ["SparseDelta"]
+__all__ = ["SparseDelta", "place_by_fisher"]
 
 
 class SparseDelta(Linear, kind="sparse_delta"):
@@ -50,6 +51,8 @@ class SparseDelta(Linear, kind="sparse_delta"):
         self.in_dim, self.out_dim = projection.in_dim, projection.out_dim
         self.value = nn.Parameter(torch.zeros(config.entries))
         self.register_buffer("index", self._drawn(context.generator))
+        # Zeros for all entries, while they are scored.
+        self._scored_OC: Tensor | None = None
 
     def _drawn(self, generator: torch.Generator | None) -> Tensor:
         """index_K: places of the flat matrix, each once, ascending."""
@@ -62,12 +65,19 @@ class SparseDelta(Linear, kind="sparse_delta"):
 
     def delta(self) -> Tensor:
         """delta_OC: what it adds to the matrix."""
+        if self._scored_OC is not None:
+            return self._scored_OC
         flat = self.value.new_zeros(self.out_dim * self.in_dim)
         return flat.index_put((self.index,), self.value).view(self.out_dim, self.in_dim)
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """What is added to y. It is computed in the adapter's type, which may be wider than that of ``x``."""
         return F.linear(x.to(self.value.dtype), self.delta())
+
+    def score(self) -> Tensor:
+        """zero_OC, which passes add to the matrix until `place`: its gradient is that of the matrix, which may be frozen or quantised."""
+        self._scored_OC = self.value.new_zeros(self.out_dim, self.in_dim).requires_grad_()
+        return self._scored_OC
 
     @torch.no_grad()
     def place(self, score_OC: Tensor) -> None:
@@ -79,7 +89,25 @@ class SparseDelta(Linear, kind="sparse_delta"):
             )
         self.index = flat.topk(self.config.entries).indices.sort().values.to(self.value.device)
         self.value.zero_()
+        self._scored_OC = None
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"in={self.in_dim}, out={self.out_dim}, entries={self.config.entries}"
+
+
+def place_by_fisher(model: nn.Module, losses: Iterable[Tensor]) -> None:
+    """Learn the entries of greatest empirical Fisher information (FISH mask, arXiv 2111.09839): the sum of the squares of dL/dW.
+
+    Args:
+        model: that has layers of this kind; each has the k greatest of its own matrix, where the paper takes them of all matrices.
+        losses: one of each example, made while this goes over them, and -log p of the answer that the data has.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SparseDelta)]
+    scored = [layer.score() for layer in layers]
+    total = [torch.zeros_like(zero_OC) for zero_OC in scored]
+    for loss in losses:
+        found = torch.autograd.grad(loss, scored, allow_unused=True)
+        total = [sum_OC if slope is None else sum_OC + slope**2 for sum_OC, slope in zip(total, found, strict=True)]
+    for layer, score_OC in zip(layers, total, strict=True):
+        layer.place(score_OC)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from anabranch.cli.options import AsJson, Assignments, Quiet, only_file, read_assignments, read_toml
-from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, table, wrote
+from anabranch.cli.output import duration, fact, finite, print_json, quantity, shell_word, size, table, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.train import INTERRUPTED
 from anabranch.errors import ConfigError, DataError
@@ -65,7 +65,8 @@ def adapt(
         typer.Option(
             "--target",
             metavar="LAYERS",
-            help="Linear layers to adapt: a word (q, down), a pattern (blocks.3.*), or all. May be repeated. Default: attention.",
+            help="Linear layers to adapt: a word (q, down), a pattern (blocks.3.*), or all. May be repeated. "
+            "Default: attention; of a method of the catalogue (dora, ia3, ...) what its card says, often q and v.",
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(metavar="R", min=1, help="Rank of the adapter (method.rank).")] = None,
@@ -332,7 +333,7 @@ def _write(trainer: Trainer[Any], folder: Path) -> Any:
 def _save_report(path: Path, told: Mapping[str, Any]) -> None:
     from anabranch.files import atomic_write_json
 
-    atomic_write_json(path, dict(told))
+    atomic_write_json(path, finite(dict(told)))
 
 
 def _measured(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -350,6 +351,11 @@ def _tell(told: Mapping[str, Any], note: str) -> None:
         f"{told['step']} of {told['steps']} steps, {quantity(told['trained_tokens'])} tokens in {duration(told['seconds'])}, "
         f"{size(told['peak_memory_bytes'])} memory",
     )
+    if told["skipped_steps"]:
+        fact(
+            "skipped",
+            f"{told['skipped_steps']} of {told['step']} steps changed nothing, as a gradient was not finite; take a lower --learning-rate",
+        )
     if note:
         fact("note", note)
     before, after = told["before"], told["after"]

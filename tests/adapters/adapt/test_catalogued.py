@@ -8,12 +8,13 @@ import torch
 from anabranch.adapters import load_peft
 from anabranch.adapters.adapt import AdaptTask, Catalogued, method_named, method_names
 from anabranch.adapters.catalogue import CARDS
+from anabranch.adapters.graft import layers_of
 from anabranch.adapters.own_folder import is_own, read_own
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, export_huggingface, load_model
 from anabranch.nn import SelfAttention, SwiGLU
-from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer, read_task_run_config
+from anabranch.train import Constant, Examples, TaskRunConfig, TrainConfig, Trainer, read_task_run_config
 
 OPTIONS = {
     "lora-plus": {"rank": 2},
@@ -25,6 +26,7 @@ OPTIONS = {
     "adapter-parallel": {"width": 2},
     "adapter-houlsby": {"width": 2},
     "shira": {"rank": 1},
+    "fish-mask": {"rank": 1},
     "intrinsic": {"size": 16},
     "mixlora": {"rank": 2, "number": 3, "active": 2},
     "prompt-tuning": {"tokens": 3},
@@ -119,10 +121,40 @@ def test_b_of_lora_plus_learns_16_times_as_quickly(place, tmp_path):
 
 
 def test_whatever_a_card_may_be_told_can_be_said():
-    own = [card for card in CARDS.values() if card.backend == "own" and method_named(card.id).owner is Catalogued]
-    for card in own:
+    own = [card for card in CARDS.values() if card.backend == "own" and card.id != "lt-sft"]
+    for card in (card for card in own if method_named(card.id).owner is Catalogued):
         assert set(card.options) <= {"targets", *Catalogued.Config.__dataclass_fields__}, card.id
         assert Catalogued.Config(id=card.id, **card.options).options() == card.options
+
+
+def test_a_method_that_needs_a_whole_training_first_is_refused():
+    with pytest.raises(ConfigError, match="a full training moved furthest, and adapt makes none"):
+        method_named("lt-sft")
+
+
+def test_the_entries_of_fish_mask_have_the_greatest_gradients_of_the_first_rows(place, tmp_path):
+    run = trainer(place, tmp_path / "run", "fish-mask", 1)
+    layers = layers_of(run.task.base)
+    # Written out: the matrices themselves learn, one row after another.
+    base, _ = load_model(place / "base")
+    names, weights = [f"blocks.{n}.attention.qkv.weight" for n in range(2)], dict(base.named_parameters())
+    rows = Examples(*run.task.learned.tensors, *run.task.choices[0], seed=0).next_batch(2)
+    total = {name: torch.zeros_like(weights[name]) for name in names}
+    for row in range(2):
+        token_L, start, length = rows[0][row].long(), int(rows[1][row]), int(rows[2][row])
+        log_LV = base(token_L[None, :length]).logits_BLV[0].log_softmax(-1)
+        loss = -log_LV[start - 1 : length - 1].gather(1, token_L[start:length, None]).mean()
+        for name, slope in zip(names, torch.autograd.grad(loss, [weights[name] for name in names]), strict=True):
+            total[name] += slope**2
+    # q has 32 outputs, k and v have 16 each.
+    part = {"q": slice(0, 32), "v": slice(48, 64)}
+    assert layers.keys() == {f"blocks.{n}.attention.{word}" for n in range(2) for word in part}
+    for name, layer in layers.items():
+        matrix, _, word = name.rpartition(".")
+        score_OC = total[f"{matrix}.qkv.weight"][part[word]]
+        wanted = score_OC.reshape(-1).topk(layer.config.entries).indices.sort().values
+        assert torch.equal(layer.index, wanted)
+        assert not layer.value.any()
 
 
 def test_names():

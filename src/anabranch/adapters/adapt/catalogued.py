@@ -23,6 +23,7 @@ from anabranch.adapters.graft import layers_of
 from anabranch.adapters.numbers import Holder
 from anabranch.adapters.own_folder import OwnAdapter, write_own
 from anabranch.adapters.sparse_bottleneck import settle, snip
+from anabranch.adapters.sparse_delta import place_by_fisher
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -81,6 +82,11 @@ class Catalogued(Method, kind="catalogue"):
             if card.backend != "own":
                 who = "nobody runs here" if card.backend == "none" else f"is run by {card.backend}, not by code of ours"
                 raise ConfigError(f"method is {self.id!r}, which {who}; {_why(card)}")
+            if card.id == "lt-sft":
+                raise ConfigError(
+                    "method is 'lt-sft', which learns the entries that a full training moved furthest, and adapt makes none first; in "
+                    "Python give what it moved to `place` of each layer, or take 'fish-mask' (by gradients) or 'shira' (at random)"
+                )
             settings(card, self.options())
 
         def options(self) -> dict[str, Any]:
@@ -121,9 +127,11 @@ class Catalogued(Method, kind="catalogue"):
         return model
 
     def look(self, model: Decoder, losses: Iterable[Tensor]) -> None:
-        """SparseAdapter is pruned by it."""
+        """SparseAdapter is pruned by them, and FISH mask's entries are chosen."""
         if self.config.id == "sparse-adapter":
             snip(model, losses)
+        elif self.config.id == "fish-mask":
+            place_by_fisher(model, losses)
 
     def consistency(self) -> float:
         """AdaMix has two choices for each row."""

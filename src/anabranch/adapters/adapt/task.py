@@ -202,13 +202,15 @@ class AdaptTask(Task, kind="adapt"):
         return self._answers
 
     def _first_losses(self, context: TaskContext) -> Iterator[Tensor]:
-        """The loss of the first batch, the same in all processes."""
+        """The loss of each row of the first batch, the same in all processes."""
         assert self._answers is not None, "it is made by now"
         batch = Examples(*self.learned.tensors, *self.choices[0], seed=context.settings.seed).next_batch(
             context.batch_size
         )
         device = self.base.embedding.weight.device
-        yield self.step(self._answers, tuple(tensor.to(device) for tensor in batch), context).total
+        batch = tuple(tensor.to(device) for tensor in batch)
+        for row in range(len(batch[0])):
+            yield self.step(self._answers, tuple(tensor[row : row + 1] for tensor in batch), context).total
 
     def sharded_parts(self, model: nn.Module) -> Iterable[nn.Module]:
         """As of a decoder."""

@@ -43,7 +43,7 @@ CARDS = (
         work=DENSE,
         merges="yes",
         memory=_MASK,
-        limits="needs gradients of some batches before it starts: give them to `place` of each layer",
+        limits="needs gradients before it starts: adapt takes those of the rows of its first batch; in Python see `place_by_fisher`",
     ),
     Card(
         "lt-sft",
@@ -60,7 +60,7 @@ CARDS = (
         work=DENSE,
         merges="yes",
         memory=_MASK,
-        limits="needs a full training first, whose differences are given to `place` of each layer",
+        limits="needs a full training first, whose differences are given to `place` of each layer in Python: adapt refuses it",
     ),
     Card(
         "shira",
