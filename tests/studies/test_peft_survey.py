@@ -69,6 +69,25 @@ def test_the_rule():
     assert judge(Results(made))[-2].verdict == "not run"
 
 
+def test_close_to_what_has_learned_nothing_says_nothing():
+    """All methods never right, full fine-tuning among them."""
+    made = {id: runs([0.0, 0.001, 0.0, 0.001, 0.0]) for id in METHODS}
+    for id in REAL:
+        made[f"superni-{id}"] = {
+            seed: {"better": -3.0, "better_base": -3.0, "gained": 0.001 * seed, "formula_is_right": 1.0}
+            for seed in range(5)
+        }
+    verdicts = {claim.claim: claim.verdict for claim in judge(Results(made))}
+    close = [claim for claim in verdicts if "full fine-tuning" in claim]
+    assert len(close) == len(METHODS) - 1 + 1 + 1
+    assert {verdicts[claim] for claim in close} == {"not resolved"}
+    # Once full fine-tuning has learned, they are decided.
+    made |= {id: runs(FULL) for id in METHODS}
+    made["superni-full"] = {seed: {**run, "gained": 0.1} for seed, run in made["superni-full"].items()}
+    verdicts = {claim.claim: claim.verdict for claim in judge(Results(made))}
+    assert {verdicts[claim] for claim in close} == {"holds"}
+
+
 def test_the_table_is_what_recommend_reads(tmp_path):
     write_measurements(
         Results({"ia3": runs([0.9] * 5, parameters=100), "lora": runs([0.7] * 5, parameters=900)}), tmp_path
@@ -93,5 +112,7 @@ def test_the_quick_form(id, tmp_path, monkeypatch):
     found = run(config, 0, lambda text: None)
     assert found["formula_is_right"] == 1.0
     assert 0 <= found["accuracy"] <= 1
+    # Of two rates both are ends.
+    assert found["at_an_end"] == 1.0
     assert found["rate"] in config.size.rates
     assert all(math.isfinite(value) for value in found.values())

@@ -57,5 +57,7 @@ def run(config: "ArmConfig", seed: int, progress: Progress) -> Metrics:
             if best is None or score < best[0]:
                 best = (score, rate)
                 own = nats(task.base, measured)
-                found |= {"nats": own, "better": -own, "rate": rate, **costs(config, task)}
+                gained = -own - found["better_base"]
+                found |= {"nats": own, "better": -own, "gained": gained, "rate": rate, **costs(config, task)}
+                found["at_an_end"] = float(rate in (size.real_rates[0], size.real_rates[-1]))
     return found
