@@ -112,7 +112,7 @@ def check_gave_unit(embedder: Embedder, texts: Sequence[str] = ()) -> None:
     if not (given_ND.any() and are_unit(given_ND).all()):
         raise CheckpointError(
             f"an earlier version fitted it on the vectors of embedder {embedder.kind!r} as they came, which are not of length 1; now they "
-            "are scaled to it, so that it would decide by others than it learned from: fit it again (anabranch gateway fit)"
+            "are scaled to it, so that it would decide by others than it learned from: fit it again"
         )
 
 
