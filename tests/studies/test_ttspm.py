@@ -1,6 +1,7 @@
 """The study of TTSPM: its sums by hand, its rules on made-up numbers, and a run of each arm that needs no weights."""
 
 import hashlib
+import math
 import random
 
 import numpy as np
@@ -9,7 +10,21 @@ import pytest
 from anabranch.errors import BackendError, CheckpointError
 from anabranch.studies import small_model
 from anabranch.studies.harness import Results
-from anabranch.studies.ttspm import Case, Gains, correlation_of, draw, judge, make, run, setting_of
+from anabranch.studies.ttspm import (
+    FITTED,
+    Case,
+    Gains,
+    _errors,
+    _money,
+    correlation_of,
+    curve_of,
+    draw,
+    judge,
+    make,
+    play_until_right,
+    run,
+    setting_of,
+)
 from anabranch.studies.ttspm_real import last_number, run_real, told, word_sums
 from anabranch.studies.ttspm_sums import KINDS, attempt_of, questions_of
 from anabranch.test_time import BetaTTSPM
@@ -41,17 +56,53 @@ def test_questions_in_words_have_one_step_or_two():
     assert last_number("none") == ""
 
 
-def test_what_is_observed_is_read_off_the_whole_curve_and_what_is_predicted_off_its_beginning():
+def test_what_is_predicted_is_of_the_first_samples_and_what_is_observed_of_the_others():
     rng = np.random.default_rng(0)
-    right_QM = rng.random((400, 64)) < rng.beta(2, 6, (400, 1))
+    right_QM = rng.random((400, FITTED + 64)) < rng.beta(2, 6, (400, 1))
     told = setting_of(right_QM)
     truth = BetaTTSPM(1, 2, 6)
     for eps, observed, mixed in zip(Gains, told["observed"], told["mixed"], strict=True):
         assert abs(observed - truth.saturation(eps)) <= 2
         assert abs(mixed - truth.saturation(eps)) <= 6
     assert len(told["curve"]) == 64
+    # Neither sees a sample of the other.
+    others = right_QM.copy()
+    others[:, FITTED:] = False
+    assert [setting_of(others)[one] for one in ("mixed", "single", "fit")] == [
+        told[one] for one in ("mixed", "single", "fit")
+    ]
+    others = right_QM.copy()
+    others[:, :FITTED] = rng.random((400, FITTED)) < 0.5
+    assert [setting_of(others)[one] for one in ("observed", "curve")] == [told[one] for one in ("observed", "curve")]
     # A curve that never gains so little within what was drawn counts as all of it.
-    assert setting_of(np.eye(4, dtype=bool))["observed"] == [4, 4, 4]
+    right_QM = np.hstack([rng.random((4, FITTED)) < 0.5, np.eye(4, dtype=bool)])
+    assert setting_of(right_QM)["observed"] == [4, 4, 4]
+
+
+def test_errors_are_of_samples_that_nothing_was_fitted_to():
+    rng = np.random.default_rng(1)
+    right_QM = rng.random((400, FITTED + 64)) < rng.beta(1, 3, (400, 1))
+    found = _errors(right_QM)
+    mixed = BetaTTSPM().fit(curve_of(right_QM[:, :FITTED]), num_questions=400)
+    seen_N = curve_of(right_QM[:, FITTED:])
+    assert found["error_mixed"] == pytest.approx(np.mean([abs(mixed.value(n) - seen_N[n - 1]) for n in (16, 32, 64)]))
+    assert found["error_mixed"] < found["error_single"]
+
+
+def test_giving_up_is_held_against_the_best_number_in_hindsight():
+    """Questions of three kinds: at once, at the third sample, never. At 0.01 a sample the best number is 3."""
+    right_QM = np.zeros((60, FITTED + 16), bool)
+    right_QM[:20], right_QM[20:40, FITTED + 2 :: 3], right_QM[20:40, 2:FITTED:3] = True, True, True
+    said_QM = right_QM.astype(int)
+    found = _money(right_QM, said_QM)
+    assert found["worth_hindsight"] == pytest.approx(2 / 3 - 0.01 * (1 + 3 + 3) / 3)
+    spent = play_until_right(right_QM[:, FITTED:], 3)
+    assert (spent.mean_samples, spent.accuracy) == (pytest.approx(7 / 3), pytest.approx(2 / 3))
+    assert play_until_right(right_QM, 0).worth(1.0, 0.01) == 0.0
+    assert found["worth_question"] <= found["worth_hindsight"]
+    # No sample of the half that is played, and none of the later ones, is fitted to.
+    right_QM[::2, FITTED:] = ~right_QM[::2, FITTED:]
+    assert _money(right_QM, said_QM) == found
 
 
 def sums(rate, **changes):
@@ -65,7 +116,7 @@ def sums(rate, **changes):
         "samples_question": 5.0,
         "samples_fixed": 10.0,
         "worth_question": 0.5,
-        "worth_votes": 0.5,
+        "worth_hindsight": 0.5,
         **changes,
     }
 
@@ -97,8 +148,22 @@ def test_the_rules_on_made_up_numbers():
 def test_points_that_do_not_differ_have_no_correlation():
     flat = sums(1.0)
     flat["observed"] = [[4, 4, 4]] * 6
-    assert correlation_of(flat, flat) == 0.0
+    assert math.isnan(correlation_of(flat, flat))
+    assert judge(results(flat))[0].verdict == "not resolved"
     assert correlation_of(sums(1.0), sums(1.0)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "numbers"),
+    [
+        ({"error_single": 0.004, "error_mixed": 0.0}, (1, 2)),
+        ({"samples_fixed": 0.0, "samples_question": 0.0}, (3, 4)),
+        ({"worth_hindsight": 0.0, "worth_question": 0.0}, (5, 6)),
+    ],
+)
+def test_against_next_to_nothing_nothing_is_shown(changes, numbers):
+    found = judge(results(sums(1.0, **changes)))
+    assert [number for number, claim in enumerate(found) if claim.verdict == "not resolved"] == list(numbers)
 
 
 def test_each_arm_runs_in_small(tmp_path):
