@@ -117,7 +117,10 @@ def test_contexts_of_smollm2(monkeypatch):
 # The rule
 
 
-def test_the_rule():
+@pytest.mark.parametrize(("saved", "verdict"), [(1.2, "not resolved"), (1.8, "holds")])
+def test_the_rule(saved, verdict):
+    """Routers that leave out too little keep all that is said, which shows nothing."""
+
     def runs(**values):
         return {
             seed: {"zero": 0.0, **{name: value + 0.001 * (seed - 2) for name, value in values.items()}}
@@ -129,18 +132,72 @@ def test_the_rule():
         for claim in judge(
             Results(
                 {
-                    "smollm2": runs(agreement=0.97, agreement_shortgpt=0.6, saved_layers=1.2, shorter_by_3=0.7),
+                    "smollm2": runs(agreement=0.97, agreement_shortgpt=0.6, saved_layers=saved, shorter_by_3=0.7),
                     "small": {seed: {**row, "flip_decoy": 0.3} for seed, row in runs(flip_truth=0.5).items()},
                 }
             )
         )
     }
     verdicts = {claim: one.verdict for claim, one in found.items()}
-    assert verdicts["PRIMARY: SmolLM2 with routers foretells what the whole model does in 95%"] == "holds"
-    assert verdicts["SmolLM2: at least 1.5 of 30 layers fewer"] == "does not hold"
+    assert verdicts["PRIMARY: SmolLM2 with routers foretells what the whole model does in 95%"] == verdict
+    assert verdicts["SmolLM2: agreement 5 points above ShortGPT at equal layers"] == verdict
+    assert verdicts["SmolLM2: at least 1.5 of 30 layers fewer"] == ("holds" if saved > 1.5 else "does not hold")
     assert verdicts["SmolLM2: for 70% of what it foretells there is a path at least 3 layers shorter"] == "not resolved"
     assert verdicts["small: wrong answers flip to the truth more often than to a decoy"] == "holds"
     assert verdicts["small: at least 1 of 12 layers fewer"] == "not run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({}, []),
+        ({"saved_layers": 0.9}, ["half a point of accuracy", "ShortGPT", "random skip", "first-layer"]),
+        (
+            {"base_accuracy": 0.4, "accuracy": 0.4},
+            ["2 layers shorter", "half a point of accuracy", "first-layer", "ShortGPT", "random skip"],
+        ),
+        ({"first_is_near": -0.4}, ["first-layer"]),
+    ],
+)
+def test_floors_of_the_small_model(changes, lost):
+    made = {
+        "accuracy": 0.8,
+        "base_accuracy": 0.8,
+        "saved_layers": 1.5,
+        "path_saving": 3.0,
+        "accuracy_shortgpt": 0.2,
+        "accuracy_random": 0.2,
+        "accuracy_first": 0.7,
+        "first_is_near": -0.1,
+        "zero": 0.0,
+    } | changes
+    found = judge(
+        Results({"small": {seed: {**made, "accuracy": made["accuracy"] + 0.001 * seed} for seed in range(5)}})
+    )
+    about = ["half a point of accuracy", "ShortGPT", "random skip", "first-layer", "2 layers shorter"]
+    told = {
+        words: next(one.verdict for one in found if one.claim.startswith("small") and words in one.claim)
+        for words in about
+    }
+    assert {words for words, verdict in told.items() if verdict != "holds"} == set(lost)
+
+
+def test_routers_are_compared_at_equal_layers():
+    """Of a bank, as many layers as were asked for, or as near as it comes."""
+    from anabranch.depth.dr_llm import BankConfig, RouterBank, measure, reference_of
+    from anabranch.depth.stack import stack_of
+    from anabranch.studies.dr_llm_small import at_layers, trained
+
+    size = make().arms[0].config.size.replace(steps=2)
+    stack = stack_of(trained(size, 0, lambda text: None))
+    asked = questions(20, 0, 3)
+    reference = reference_of(stack, asked)
+    bank = RouterBank(BankConfig(width=32, num_blocks=4), seed=0)
+    for layers in (1.0, 2.0, 3.5):
+        made = at_layers(stack, asked, bank, layers, reference)
+        others = [measure(stack, asked, bank, control=control / 8 - 1, reference=reference) for control in range(17)]
+        nearest = min(abs(one.layers_per_token - layers) for one in others)
+        assert abs(made.layers_per_token - layers) <= nearest + 0.2
 
 
 def test_both_sizes_are_made():

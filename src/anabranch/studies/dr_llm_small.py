@@ -11,6 +11,7 @@ from torch import Tensor
 from anabranch.depth.dr_llm import (
     FitConfig,
     Labels,
+    Measured,
     NextToken,
     Question,
     RouterBank,
@@ -24,6 +25,7 @@ from anabranch.depth.dr_llm import (
     search_paths,
     train_routers,
 )
+from anabranch.depth.dr_llm.evaluate import Reference
 from anabranch.depth.stack import BlockStack, stack_of
 from anabranch.lm import Decoder
 from anabranch.nn import SelfAttention, SwiGLU
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
 POINTERS, SUMS, SEPARATOR, EQUALS, PLUS, MINUS, TIMES = range(10, 17)
 VOCABULARY = 17
 MOST_STEPS = 6
-# A question that is learned from is never asked: drawn from other numbers.
-_LEARNED, _SEARCHED, _HELD_OUT = 1, 2, 3
+# Numbers that questions are drawn with. What is searched is never measured; the model's training may have seen either.
+_SEARCHED, _HELD_OUT = 2, 3
+# Looks for the control at which routers take as many layers as others.
+_LOOKS = 8
 
 
 def run(size: "Size", seed: int, progress: Progress) -> Metrics:
@@ -56,17 +60,34 @@ def run(size: "Size", seed: int, progress: Progress) -> Metrics:
         progress(f"routers{name}")
         bank, f1 = fitted(stack, labels, FitConfig(epochs=size.epochs, seed=seed).replace(**changes))
         made = measure(stack, held_out, bank, reference=reference)
+        if name == "_first":
+            made = at_layers(stack, held_out, bank, float(metrics["layers"]), reference)
         metrics[f"macro_f1{name}"] = f1
         metrics[f"accuracy{name}"] = made.accuracy
         metrics[f"agreement{name}"] = made.agreement
         metrics[f"layers{name}"] = made.layers_per_token
     metrics["base_accuracy"] = made.full_accuracy
+    metrics["first_is_near"] = -abs(float(metrics["layers_first"]) - float(metrics["layers"]))
     metrics["saved_layers"] = stack.num_blocks - float(metrics["layers"])
     influence = influence_of(stack, searched, limit=256)
     beside = baselines_at(stack, held_out, float(metrics["layers"]), influence, reference=reference, seed=seed)
     for name, one in beside.items():
         metrics[f"accuracy_{name}"], metrics[f"agreement_{name}"] = one.accuracy, one.agreement
     return metrics
+
+
+def at_layers(
+    stack: BlockStack, questions: Sequence[Question], bank: RouterBank, layers: float, reference: Reference
+) -> Measured:
+    """Routers at the control at which they take nearest to ``layers`` of mean depth, which grows with the control; found by halving."""
+    low, high = -1.0, 1.0
+    found = []
+    for _ in range(_LOOKS):
+        middle = (low + high) / 2
+        made = measure(stack, questions, bank, control=middle, reference=reference)
+        found.append(made)
+        low, high = (middle, high) if made.layers_per_token < layers else (low, middle)
+    return min(found, key=lambda made: abs(made.layers_per_token - layers))
 
 
 def fitted(stack: BlockStack, labels: Labels, config: FitConfig) -> tuple[RouterBank, float]:
