@@ -105,6 +105,14 @@ def test_the_exact_budget_is_the_likeliest_chain_of_all(steps, budget, forced):
             assert chance(chosen) == pytest.approx(best, rel=1e-6)
 
 
+@pytest.mark.parametrize("budget", [27.0, 200.0, 3e9])
+def test_an_exact_budget_is_as_good_as_a_greedy_one_however_small_or_large(budget):
+    """Steps of nearly a third of it each, of which three fit."""
+    given_left = left(0.9, 0.5, 0.3, 0.2, costs=[0.33 * budget] * 4)
+    for solver in ("greedy", "exact"):
+        assert Budgeted.Config(budget=budget, solver=solver).build().choose(given_left) == [True, True, True, False]
+
+
 def test_what_no_rule_takes():
     for config, fields in (
         (Threshold.Config, {"tau": 2.0}),

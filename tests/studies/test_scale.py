@@ -23,8 +23,24 @@ def test_the_world_by_hand():
     assert answer_of(CHAIN.links[0], 4785, 33495, SLOW) == "5>53 8>95 7>45 4>33 =33495"
     assert answer_of(CHAIN.links[1], 33495, 7, SLOW) == "3>03 3>07 4>09 9>08 5>07 =7"
     assert answer_of(Link("add", 987), 4785, 5772, SLOW) == "5+7>21 8+8>71 7+9>71 4+0>50 =5772"
-    assert answer_of(CHAIN.links[2], 7, 12, SLOW) == "=12"
+    assert answer_of(CHAIN.links[2], 7, 12, SLOW) == "7>7 7+5>21 =12"
+    assert answer_of(Link("low", None), 4785, 5, SLOW) == "4>4 7>7 8>8 5>5 =5"
+    assert answer_of(Link("max", 55), 4785, 4785, SLOW) == "4,0>2 7,0>2 8,5>2 5,5>2 =4785"
+    assert answer_of(Link("max", 57), 51, 57, SLOW) == "5,5>0 1,7>1 =57"
     assert answer_of(CHAIN.links[0], 4785, 33495, FAST) == "33495"
+
+
+def test_leaving_easy_kinds_to_system_1_spares_what_is_asked():
+    """Or nothing could fulfil the primary claim that tells kinds apart; all in System 1 spares far more, and is wrong at hard ones."""
+    rng, tokens = random.Random(0), {"all": 0, "kinds": 0}
+    for _ in range(500):
+        chain = draw(rng, (*EASY, *HARD))
+        values = (chain.start, *chain.results)
+        for link, value, result in zip(chain.links, values, values[1:], strict=False):
+            slow, fast = (len(answer_of(link, value, result, mode)) + 1 for mode in (SLOW, FAST))
+            tokens["all"] += slow
+            tokens["kinds"] += fast if link.kind in EASY else slow
+    assert 0.35 < 1 - tokens["kinds"] / tokens["all"] < 0.45
 
 
 def test_numbers_stay_small_and_seeds_are_kept():
@@ -128,6 +144,8 @@ def test_the_rule():
                         acc_random_50=[0.79, 0.80, 0.785, 0.79, 0.81],
                         acc_scale_25=[0.7, 0.5, 0.9, 0.6, 0.8],
                         acc_random_25=[0.6, 0.6, 0.7, 0.6, 0.5],
+                        deliberation=[0.3] * 5,
+                        kept=[0.0, 0.005, 0.0, 0.005, 0.0],
                     )
                 }
             )
@@ -138,3 +156,38 @@ def test_the_rule():
     assert found["50% of steps by the probe beat random ones by 5 points"] == "does not hold"
     assert found["25% of steps by the probe beat random ones by 5 points"] == "not resolved"
     assert found["SCALE beats a vote at equal tokens"] == "not run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "holding"),
+    [
+        ({}, {"within", "spares"}),
+        # A model that has learned nothing; one whose thinking is of no use; one half of the claim without the other.
+        ({"acc_all2": 0.01, "acc_chosen": 0.01}, set()),
+        ({"deliberation": 0.05}, set()),
+        ({"spared": 0.3}, set()),
+        ({"kept": -0.2, "acc_chosen": 0.7}, set()),
+    ],
+)
+def test_the_primary_claim_needs_a_model_that_has_two_systems_and_both_of_its_halves(changes, holding):
+    made = {
+        "acc_all2": 0.9,
+        "acc_chosen": 0.9,
+        "spared": 0.4,
+        "third": 0.33,
+        "deliberation": 0.3,
+        "kept": 0.0,
+    } | changes
+    runs = {seed: {**made, "acc_chosen": made["acc_chosen"] + 0.001 * seed} for seed in range(5)}
+    found = judge(Results({"mixed": runs}))[:2]
+    assert {
+        word for word, claim in zip(("within", "spares"), found, strict=True) if claim.verdict == "holds"
+    } == holding
+
+
+def test_equal_steps_of_a_model_that_has_learned_nothing_are_no_control():
+    made = {"acc_random_50": 0.0, "acc_scale_50": 0.0, "acc_all2": 0.0, "deliberation": 0.0}
+    runs = {seed: {**made, "acc_random_50": 0.001 * seed} for seed in range(5)}
+    assert judge(Results({"equal": runs}))[-1].verdict == "not resolved"
+    able = {seed: {**run, "acc_all2": 0.6, "deliberation": 0.2} for seed, run in runs.items()}
+    assert judge(Results({"equal": able}))[-1].verdict == "holds"

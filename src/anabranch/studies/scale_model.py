@@ -49,8 +49,7 @@ def answer_of(link: Link, value: int, result: int, mode: str) -> str:
     """What is right."""
     if mode == FAST:
         return str(result)
-    digits = written(link, value)
-    return f"{digits} ={result}" if digits else f"={result}"
+    return f"{written(link, value)} ={result}"
 
 
 def example(rng: random.Random, kinds: Sequence[str], plans: float) -> tuple[str, str]:

@@ -6,7 +6,8 @@
     System 2   5>53 8>95 7>45 4>33 =33495                  digit by digit: digit, what is written, what is carried
 
 Easy kinds: the last digit of a number (``low``), the larger of two (``max``), the last digit and a digit more (``inc``). Hard ones: sums of
-four to six digits (``add``), products with a digit (``mul``), remainders (``mod``), digit by digit from the left.
+four to six digits (``add``), products with a digit (``mul``), remainders (``mod``), digit by digit from the left. System 2 goes through the
+digits of easy ones too, as a model that thinks at everything does: that is what is spared where they are told from hard ones.
 """
 
 import random
@@ -105,7 +106,7 @@ def done(link: Link, value: int) -> int:
 
 
 def written(link: Link, value: int) -> str:
-    """What System 2 writes before the result: nothing at easy steps."""
+    """What System 2 writes before the result, easy steps included."""
     other = link.other or 0
     if link.kind == "mul":
         parts, carry = [], 0
@@ -126,4 +127,17 @@ def written(link: Link, value: int) -> str:
             rest = (rest * 10 + int(digit)) % other
             parts.append(f"{digit}>{rest:02d}")
         return " ".join(parts)
-    return ""
+    if link.kind == "max":
+        # How the numbers compare up to each digit: 0 alike, 1 the first is less, 2 it is more.
+        length = max(len(str(value)), len(str(other)))
+        parts, sign = [], 0
+        for one, two in zip(str(value).zfill(length), str(other).zfill(length), strict=True):
+            sign = sign or (one < two) + 2 * (one > two)
+            parts.append(f"{one},{two}>{sign}")
+        return " ".join(parts)
+    # ``low`` and ``inc``: all digits up to the last, which is what counts.
+    read = " ".join(f"{digit}>{digit}" for digit in str(value))
+    if link.kind == "low":
+        return read
+    carry, out = divmod(value % 10 + other, 10)
+    return f"{read} {value % 10}+{other}>{out}{carry}"

@@ -150,7 +150,7 @@ class Budgeted(Rule, kind="budgeted"):
         Attributes:
             budget: that System 2 may cost more than System 1, for all steps of a problem together.
             unit: ``tokens`` of completion, or ``usd``.
-            solver: ``greedy`` by gain per cost, or ``exact``.
+            solver: ``greedy`` by gain per cost, or ``exact``, to a token or a hundred-thousandth of the budget.
         """
 
         budget: float = Field(default=8192.0, ge=0)
@@ -169,6 +169,7 @@ class Budgeted(Rule, kind="budgeted"):
             return [False] * len(gains)
         if self.config.solver == "greedy":
             return [bool(one) for one in greedy(gains, costs, room)]
-        # Dollars are far below 1: the table counts in thousandths of what there is.
-        unit = 64.0 if self.unit == "tokens" else max(self.config.budget, 1e-12) / 1000
+        # The table counts single tokens, or where there are very many, and of dollars, so much of the budget that it stays small.
+        part = max(self.config.budget, 1e-12) / 100_000
+        unit = max(1.0, part) if self.unit == "tokens" else part
         return [bool(one) for one in exact(gains, costs, room, unit=unit)]
