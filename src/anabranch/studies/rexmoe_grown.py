@@ -3,7 +3,7 @@
 "ReXMoE: Reusing Experts with Minimal Overhead in Mixture-of-Experts", 2025, arXiv 2510.17483, trains from scratch; from there the study
 `anabranch.studies.rexmoe` needs more seeds than it has, since what a seed does is as large as the effect (0.005 to 0.03 bits per byte).
 Arms that begin with the same weights and read the same text differ far less by chance. So here one plain model is trained, and every arm
-goes on from it.
+goes on from it. What is found is so of that one plain model: seeds differ in the order of the text and in new router rows alone.
 
 Scaled down: 2.8M parameters, bytes of Python source, 8.2M tokens for the plain model, 2M for each arm, optimizer and schedule anew.
 16 experts of half the usual width, 4 active, gates renormalised: with 8 experts and 2 active, closing half of a pool takes all the best
