@@ -274,7 +274,7 @@ def _money(right_QM: np.ndarray, said_QM: np.ndarray) -> Metrics:
 
 def play_until_right(right_QM: np.ndarray, n: int) -> Spent:
     """At most ``n`` samples, and none after a right one."""
-    right_Q = right_QM[:, :n].any(1)
+    right_Q = np.asarray(right_QM[:, :n].any(1))
     return Spent(np.where(right_Q, right_QM.argmax(1) + 1, n), right_Q)
 
 
