@@ -97,7 +97,7 @@ def test_routes_are_recorded_and_paths_are_run(mixture):
 def test_virtual_tokens_are_not_served_for_some_rows_alone(tmp_path, kind):
     base = make_base(tmp_path / "base", "llama")
     make_kind(tmp_path / kind, kind, base)
-    with pytest.raises(ConfigError, match=r"is \w+ tuning, and requests choose among LoRA, DoRA and IA3 alone"):
+    with pytest.raises(ConfigError, match=r"is \w+ tuning, which no request can have for itself; .* adapters fuse"):
         engine_with(load_model(tmp_path / "base")[0], tmp_path, kind)
 
 

@@ -71,6 +71,7 @@ CARDS = (
         options={"width": 16, "activation": "relu", "scale": 4.0, "targets": ("down",)},
         count=each(lambda matrix, options: options["width"] * (matrix.in_dim + matrix.out_dim + 1) + matrix.out_dim),
         work=BOTTLENECK,
+        mixed="server",
         limits="adds latency that no merge takes away; the paper's stands beside a whole feed-forward layer, ours beside a matrix of it",
     ),
     Card(
@@ -246,6 +247,7 @@ CARDS = (
         count=each(lambda matrix, options: matrix.in_dim if matrix.word in options["feedforward"] else matrix.out_dim),
         work=ELEMENTWISE,
         merges="yes",
+        mixed="server",
         limits="wants a higher learning rate than others: .455 at 5e-3 against .311 as it comes in the measured table",
     ),
     Card(

@@ -81,7 +81,8 @@ class Card:
             its head.
         starts_as_base: whether a new adapter leaves the model's outputs as they were.
         merges: whether a trained adapter can become part of the matrices.
-        mixed: how rows of a batch have adapters of their own: in our pool, by peft's ``adapter_names``, or not.
+        mixed: how rows of a batch have adapters of their own: in our pool (`load_pool`) and in a server, in a server alone, by peft's
+            ``adapter_names``, or not.
         trains_base: whether what learns are parameters of the base.
         memory: what it saves or costs in memory besides the bytes of its parameters.
         limits: what it cannot do, or where it fails.
@@ -108,7 +109,7 @@ class Card:
     along: Callable[[Shape, Options], tuple[float, float, float]] | None = None
     starts_as_base: bool = True
     merges: Literal["yes", "no", "per task", "is the base"] = "no"
-    mixed: Literal["pool", "peft", "no"] = "no"
+    mixed: Literal["pool", "server", "peft", "no"] = "no"
     trains_base: bool = False
     memory: str = ""
     limits: str = ""

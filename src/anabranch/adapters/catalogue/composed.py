@@ -71,7 +71,7 @@ def _routed(id: str, name: str, rule: str, paper: Paper, **others: Any) -> Card:
         "K r (C + O) + K C of a router",
         (paper,),
         count=each(lambda matrix, options: _many(matrix, options) + options["number"] * matrix.in_dim),
-        mixed="pool",
+        mixed="server" if others.get("backend") == "own" else "no",
         **(usual | others),
     )
 
@@ -94,7 +94,7 @@ def _tasks(id: str, name: str, rule: str, formula: str, paper: Paper, heads: int
         ),
         work=_TASKS,
         merges="per task",
-        mixed="pool",
+        mixed="server",
         limits="each row of a batch names its task; `anabranch adapt --method` trains it",
     )
 
@@ -181,7 +181,7 @@ _ROUTED = (
         "none",
         (Paper("Towards Modular LLMs by Building and Reusing a Library of LoRAs", 2024, "2405.11157"),),
         count=lambda matrices, shape, options: 0,
-        mixed="pool",
+        mixed="server",
     ),
 )
 

@@ -220,6 +220,7 @@ CARDS = (
             ],
         ),
         merges="yes",
+        mixed="server",
         memory="norms of whole matrices are computed in every pass",
     ),
     Card(
@@ -310,6 +311,7 @@ CARDS = (
         count=lambda matrices, shape, options: options["size"],
         work=DENSE,
         merges="yes",
+        mixed="server",
         memory="P is never stored: its places come of a hash, made anew in each pass",
         limits="until it is merged it costs a second product with the whole matrix; P has one entry in a row, where the paper has Fastfood",
     ),

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 # Of methods that a terminal shows; --json has all.
 _SHOWN = 12
+# What rows of one batch may do, by `Card.mixed`.
+_BATCH = {
+    "pool": "rows may use different adapters: in serve, and by load_pool",
+    "server": "rows may use different adapters: in serve",
+    "peft": "rows may use different adapters: in peft, by adapter_names",
+    "no": "all rows use one adapter",
+}
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model, or the name of a preset. No weights are read.")]
 SizeDial = Annotated[str, typer.Option("--size", metavar="SIZE", help="Size of a preset: tiny, small or base.")]
@@ -118,10 +125,8 @@ def show_card(card: Card, as_json: bool) -> None:
     flops = told["added_flops"]
     fact("FLOPs", f"{flops['forward']} of a token and layer; merged: {flops['merged']}")
     fact("run by", card.run_by)
-    fact(
-        "merges",
-        f"{card.merges}   rows of a batch: {card.mixed}   starts as the base: {'yes' if card.starts_as_base else 'no'}",
-    )
+    fact("merges", f"{card.merges}   starts as the base: {'yes' if card.starts_as_base else 'no'}")
+    fact("batch", _BATCH[card.mixed])
     usual = ", ".join(
         f"{name}={','.join(value) if isinstance(value, tuple) else value}" for name, value in card.options.items()
     )

@@ -21,7 +21,7 @@ from anabranch.lm.tensors import some
 from anabranch.serving.engine.adapter_parts import SERVED, ServedPart, part_bytes, part_of
 from anabranch.serving.engine.adapter_place import Folder, check_small, folder_of, root_untold, size_of
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
-from anabranch.serving.engine.layer_reader import LayerReader
+from anabranch.serving.engine.layer_reader import NOT_FOR_SOME, LayerReader
 from anabranch.serving.engine.pass_adapters import ServedAdapter
 from anabranch.serving.engine.served_layers import ServedLayers
 
@@ -121,10 +121,11 @@ class AdapterReader:
 
     def _layers(self, adapter: Adapter, place: Path, sites: Sites | None) -> tuple[_Layers, str]:
         folder = str(place)
-        _check_kind(adapter, folder)
         why = "which all requests would get; serve the model that it was merged into"
         if adapter.saved:
             raise ConfigError(f"{folder} brings {next(iter(adapter.saved))} whole, {why}")
+        if adapter.prompt_MW is not None or not all(isinstance(one, SERVED) for one in adapter.layers.values()):
+            raise ConfigError(f"{folder} is {adapter.what}, {NOT_FOR_SOME}")
         names = self._names_for(adapter)
         check_fits(adapter, names, self._config, place)
         if sites is not None:
@@ -162,11 +163,6 @@ def _digest(update: Callable[[bytes | memoryview], None], part: str, numbers: Nu
     update(f"{told!r} {[(name, list(tensor.shape)) for name, tensor in tensors.items()]}\n".encode())
     for tensor in tensors.values():
         update(tensor.numpy().data)
-
-
-def _check_kind(adapter: Adapter, folder: str) -> None:
-    if adapter.prompt_MW is not None or not all(isinstance(one, SERVED) for one in adapter.layers.values()):
-        raise ConfigError(f"{folder} is {adapter.what}, and requests choose among LoRA, DoRA and IA3 alone")
 
 
 def _check_parts(layers: _Layers, known: Collection[str] | None, folder: str) -> None:

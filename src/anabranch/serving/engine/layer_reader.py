@@ -25,8 +25,10 @@ from anabranch.serving.engine.adapter_place import PoolKind
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
 from anabranch.serving.engine.served_layers import ServedLayers
 
-__all__ = ["LayerReader", "pool_of"]
+__all__ = ["NOT_FOR_SOME", "LayerReader", "pool_of"]
 
+# The end of what is said of an adapter of a kind that is for all requests or for none.
+NOT_FOR_SOME = "which no request can have for itself; serve the model with it (anabranch adapters fuse)"
 _OF_EXPERTS = (
     "{folder} adapts experts ({name}), which are served as they are; serve the model that it was merged into, or an adapter of attention "
     "and dense layers"
@@ -91,8 +93,7 @@ class LayerReader:
         frame = read_own(folder, self._frame(), base=self._base, is_base_known=self._base is not None)
         if frame.config.replace(linears={}) != self._config.replace(linears={}):
             raise ConfigError(
-                f"{folder} has virtual tokens in front of the model, or a ladder along it, which no request can have for itself; serve the "
-                "model with it (anabranch adapters fuse)"
+                f"{folder} has virtual tokens in front of the model, or a ladder along it, {NOT_FOR_SOME}"
             )
         layers = layers_of(frame)
         most = max(
@@ -167,8 +168,7 @@ class LayerReader:
             kind = layer.config.owner.kind
             if not layer.only_adds():
                 raise ConfigError(
-                    f"{folder} has a layer of kind {kind!r} at {part}, which does more than add to what its matrix makes, and is not "
-                    "served for some requests alone; serve the model that it was merged into (anabranch adapters fuse)"
+                    f"{folder} has a layer of kind {kind!r} at {part} that does more than add to what its matrix makes, {NOT_FOR_SOME}"
                 )
             if isinstance(layer, RoutedLowRank) and layer.router is None:
                 raise ConfigError(
