@@ -24,7 +24,7 @@ def test_methods_are_listed(here):
     assert all(one["merges"] == "no" for one in told(here, "list", "--stays")["methods"])
     code, out, err = here("adapters", "list", "--backend", "own", "--mixed", "--merges")
     assert code == 0
-    assert out.splitlines()[1].startswith("lora ")
+    assert [line for line in out.splitlines() if line.startswith("lora ")]
     assert "adapters card METHOD" in err
     little = {one["id"] for one in told(here, "list", "--on", "dense", "--max-parameters", 2000)["methods"]}
     assert "ln-tuning" in little
@@ -114,7 +114,7 @@ def test_methods_are_recommended(here, tmp_path):
         ("estimate dense lora --targets w", "names no linear layer of this model"),
         ("estimate dense lora --set width=3", "lora has no option 'width'"),
         ("estimate dense lora --set rank=many", "rank of lora is 'many'"),
-        ("estimate dense s4", "cannot be told beforehand"),
+        ("estimate dense side-tuning", "cannot be told beforehand"),
         ("estimate dense bitfit", "bitfit would train nothing: this model has no biases"),
         ("estimate dense lora --dtype float8", "--dtype is 'float8'"),
         ("recommend dense --max-share nan", "--max-share is nan; it must be a finite number"),
