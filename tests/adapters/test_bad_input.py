@@ -29,6 +29,8 @@ from anabranch.adapters import (
     unmerge,
     write_peft,
 )
+from anabranch.adapters.own_folder import write_own
+from anabranch.adapters.put_on import added_names
 from anabranch.errors import AnabranchError
 from anabranch.lm import load_model
 from anabranch.nn.quantize import quantize
@@ -59,6 +61,16 @@ def told(**fields):
         path = folder / "adapter_config.json"
         table = {**json.loads(path.read_text()), **fields}
         path.write_text(json.dumps({name: value for name, value in table.items() if value is not None}))
+
+    return change
+
+
+def spelt(**fields):
+    """The same, of which None is null."""
+
+    def change(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
     return change
 
@@ -121,6 +133,9 @@ FOLDERS = {
     "another kind": (told(peft_type="TELEPATHY"), "peft_type"),
     "no kind": (told(peft_type=None), "peft_type"),
     "targets without the layer": (told(target_modules=["down_proj"]), "does not name"),
+    "targets that are null": (spelt(target_modules=None), "is None; it must name the layers that the file has numbers"),
+    "no targets": (told(target_modules=[]), "is []; it must name the layers that the file has numbers for, model"),
+    "no targets beside parameters": (told(target_modules=[], target_parameters=["down_proj"]), "is []; it must name"),
     "targets with one more": (told(target_modules=["q_proj", "down_proj", "v_proj"]), "lacks lora_A and lora_B of"),
     "half a pair, no B": (without(B), "lacks lora_B"),
     "half a pair, no A": (without(A), "lacks lora_A"),
@@ -191,6 +206,15 @@ def test_a_folder_that_is_wrong(name, source, model, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in FOLDERS if name.startswith(("targets that", "targets without", "no targets"))]
+)
+def test_layers_that_the_config_does_not_name_are_told_before_there_is_a_model(name, source, model, tmp_path):
+    shutil.copytree(source / "a", tmp_path / "broken")
+    FOLDERS[name][0](tmp_path / "broken")
+    unchanged(lambda: read_peft(tmp_path / "broken"), FOLDERS[name][1], model, tmp_path)
+
+
 def own(model, *steps):
     """A copy of the model on which these were done."""
     made = copy.deepcopy(model)
@@ -233,6 +257,25 @@ CALLS = {
             own(model, lambda m: quantize(m, "int8", head=None), lambda m: load_peft(place / "a", m))
         ),
         "stored in few bits",
+    ),
+    "NaN that is saved": (
+        lambda place, model: save_peft(
+            place / "out", own(model, lambda m: load_peft(place / "a", m), lambda m: spoilt(m, math.nan))
+        ),
+        "out holds NaN or infinity; the adapter is damaged",
+    ),
+    "numbers that are saved and could not be read": (
+        lambda place, model: save_peft(
+            place / "out", own(model, lambda m: load_peft(place / "a", m), lambda m: spoilt(m, 1e31))
+        ),
+        "out holds a number of the size 1e+31",
+    ),
+    "infinity that is saved in our own form": (
+        lambda place, model: write_own(
+            place / "out",
+            own(model, lambda m: catalogue.apply(m, "adapter-parallel"), lambda m: spoilt(m, math.inf)),
+        ),
+        "out holds NaN or infinity; the adapter is damaged",
     ),
     "nothing to save": (lambda place, model: save_peft(place / "out", model), "no adapter to save"),
     "a folder of other things": (
@@ -336,6 +379,12 @@ CALLS = {
     ),
     "measurements that are none": (lambda place, model: measured(place, {"lora": 1}), "a list of measurements"),
 }
+
+
+@torch.no_grad()
+def spoilt(model, number):
+    """In place: one number of what was put on is this."""
+    model.get_parameter(added_names(model)[0]).view(-1)[0] = number
 
 
 def catalogue_model():

@@ -34,7 +34,6 @@ def test_one_that_fits():
     check(GOOD)
     check(GOOD, {"model.norm.weight": torch.ones(32)}, modules_to_save=["norm"])
     check({Q[1]: pair()}, layers_to_transform=[1])
-    check({Q[1]: pair()}, target_modules=None)
 
 
 @pytest.mark.parametrize(
@@ -51,12 +50,12 @@ def test_one_that_fits():
             r"with 31 inputs and 32 outputs, and the model's has 32 and 32; is it",
         ),
         ({**GOOD, Q[0]: pair(32, 33)}, {}, r"with 32 inputs and 33 outputs"),
-        (
-            GOOD,
-            {"target_modules": ["k_proj"]},
-            r"holds numbers for \S+, \S+, which target_modules in some-adapter/ada",
-        ),
         ({Q[0]: pair()}, {}, rf"lacks lora_A and lora_B of {Q[1]}, which target_modules in"),
+        (
+            {**GOOD, "model.layers.0.mlp.gate": pair(32, 4)},
+            {"config": CONFIGS["olmoe"]()},
+            r"adapts model\.layers\.0\.mlp\.gate, which chooses experts, and LoRA beside a router .*exclude_modules=\['gate'\]",
+        ),
         (
             GOOD,
             {"saved": {"model.norm.bias": torch.ones(32)}},

@@ -34,7 +34,8 @@ ALL = range(12)
         ({"target_modules": ["model.layers.1.self_attn.q_proj"]}, of([1], "self_attn.q_proj")),  # not 11
         ({"target_modules": "all-linear"}, set(MODULES) - {"lm_head"}),
         ({"target_modules": ["lm_head"]}, {"lm_head"}),
-        ({"target_modules": None}, set(MODULES)),
+        ({"target_modules": None}, set()),
+        ({"target_modules": []}, set()),
         ({"target_modules": r"model\.layers\.(1|2)\..*(q|k)_proj"}, of([1, 2], "self_attn.q_proj", "self_attn.k_proj")),
         ({"target_modules": "q_proj"}, set()),  # a pattern fits a whole name
         ({"target_modules": ["q_proj"], "layers_to_transform": 11}, of([11], "self_attn.q_proj")),
@@ -235,7 +236,7 @@ def test_full_names_are_looked_up_not_compared_one_by_one(field):
     """A folder that we write names each layer; of a large mixture they are many thousand."""
     names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(8) for expert in range(16)]
     words = [Word(name) for name in names]
-    fields = {"target_modules": words} if field == "target_modules" else {"target_modules": None, field: words}
+    fields = {"target_modules": words} if field == "target_modules" else {"target_modules": ".*", field: words}
     Word.looked = 0
     assert table(**fields).targets(names) == (set(names) if field == "target_modules" else set())
     assert Word.looked < 20 * len(names)

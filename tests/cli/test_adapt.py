@@ -40,6 +40,7 @@ def base(work):
         for task in ("one", "two")
     ]
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (root / "tests.jsonl").write_text("\n".join(json.dumps({**row, "split": "test"}) for row in rows))
     few = config.replace(attention=config.attention.replace(qkv_bias=True)).build(seed=1)
     quantize(few, "int4", group=32)
     save_model(root / "few", few, ByteTokenizer())
@@ -60,6 +61,9 @@ def test_lora_from_rows_to_a_folder_of_pefts(here, base):
     assert told["after"]["nats_per_token"] != told["before"]["nats_per_token"]
     report = json.loads((base / "lora" / "report.json").read_text())
     assert report == told
+    # Other programs look there for the base.
+    table = json.loads((base / "lora" / "adapter" / "adapter_config.json").read_text())
+    assert table["base_model_name_or_path"] == str(base / "base") == told["model"]
     code, out, err = here("adapters", "card", base / "lora" / "adapter")
     assert (code, err) == (0, "")
     assert "rank   2" in " ".join(out.split(" ")) or "2" in out
@@ -116,6 +120,19 @@ def test_what_it_says(here, base):
         (["{base}/base", "{base}/no.jsonl", "--out", "z"], "cannot read"),
         (["{base}/base", "text/alpha/0.py", "--out", "z"], "line 1: this is no JSON"),
         (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--method", "lorra"], "did you mean 'lora'"),
+        (
+            ["{base}/base", "{base}/rows.jsonl", "--out", "z", "--method", "nope"],
+            "there are adamix, .* lora, .* unipelt$",
+        ),
+        (
+            ["{base}/base", "{base}/rows.jsonl", "--out", "z", "--from", "x"],
+            "--from is '.*x', which method 'lora' does not take; mhr, poly do",
+        ),
+        (
+            ["{base}/base", "{base}/rows.jsonl", "--out", "z", "--method", "gate", "--rank", "2"],
+            "--rank is 2, which method 'gate' does not take; .*dora, .*lora",
+        ),
+        (["{base}/base", "{base}/tests.jsonl", "--out", "z"], r"all 14 rows of .* held out \(split: test\)"),
         (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--target", "w1"], "fits no linear layer"),
         (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--mode", "z"], "mode"),
         (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--set", "method.rnk=2"], "did you mean"),
@@ -169,6 +186,9 @@ def test_a_task_of_an_inventory_leaves_it_as_plain_lora(here, base, routed):
     assert code == 0, err
     told = json.loads(out)
     assert told["difference"] < 1e-5 * max(1, told["greatest_logit"])
+    assert json.loads((base / "mu" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base / "base"
+    )
 
 
 @pytest.mark.parametrize(
@@ -398,7 +418,7 @@ def clustered(here, base):
     return json.loads(out)
 
 
-def test_a_pool_of_adapters_with_gates_routes_queries(here, base):
+def test_a_pool_of_adapters_with_gates_routes_queries(here, base, caplog):
     """From training each adapter and its gates apart to the command that says which of them a query is for."""
     asked = {
         "law": ["Name the law of a case.", "Say which law a case falls under."],
@@ -434,11 +454,22 @@ def test_a_pool_of_adapters_with_gates_routes_queries(here, base):
     assert code == 0, err
     assert "law" in out
     assert "global share" in out
+    # What its members call their base is the same wherever it lies, and another name is told.
+    for place in ("moved/base", "elsewhere"):
+        shutil.copytree(base / "base", base / place)
+        caplog.clear()
+        code, _, err = here("adapters", "route", base / "pool", "which law is it", "--model", base / place, "--json")
+        assert code == 0, err
+        told = [record.getMessage() for record in caplog.records]
+        assert [f"the model is '{base / place}'; is it another one?" in one for one in told] == [True] * (
+            place == "elsewhere"
+        )
     told = clustered(here, base)
     assert told["weights"]["blocks.0.attention.q"].keys() == {"law", "sql"}
     for line, message in (
         ((base / "rows.jsonl", "x"), "no pool at"),
         ((base / "base", "x"), "has no folder with adapter_config.json"),
+        ((base / "pool" / "sql", "x"), "is one adapter (adapter_config.json), and a pool is a folder of such folders"),
         ((base / "pool", " "), "there is nothing to route"),
         ((base / "pool", "x", "--clusters", 2), "--clusters is 2, which tokens choose among, and there are none"),
         ((base / "pool", "x", "--clusters", 3, "--model", base / "base"), "clusters is 3; of 2 experts"),
@@ -641,6 +672,14 @@ def test_what_trains_the_base_becomes_a_model(here, base):
         ("adapters eval {base}/base --data {base}/rows.jsonl --template x", "stands for what is asked"),
         ("adapters eval {base}/base --data {base}/rows.jsonl --answers 600 --max-tokens 64", "answers 600"),
         ("adapters eval {base}/base {base}/no --data {base}/rows.jsonl", "no"),
+        (
+            "adapters eval {base}/base {base}/base --data {base}/rows.jsonl",
+            r"holds no adapter_config.json, and is a model \(config.json\)",
+        ),
+        (
+            "adapters eval {base}/base {base}/routed --data {base}/rows.jsonl",
+            "is a run of anabranch adapt; give its adapter, .*routed/adapter",
+        ),
         ("adapters eval {base}/base {routed} --data {base}/untold.jsonl", "names none; give each row a task"),
         ("adapters fuse {base}/base {routed} --out {base}/never --task no", "task 'no' is not one of the 2"),
         ("adapters fuse {base}/base {base}/no --out {base}/never", "no"),

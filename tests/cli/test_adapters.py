@@ -74,6 +74,21 @@ def test_a_model_is_measured_with_the_sum_of_two_adapters(here, adapted):
     assert f"adapter {adapted / 'first'}" in out
 
 
+def test_adapters_that_name_different_bases_are_told(here, adapted, tmp_path, caplog):
+    """By the last word of the name: a model may lie in several places."""
+    for base, is_told in (("elsewhere/base", False), ("org/another", True)):
+        folder = shutil.copytree(adapted / "second", tmp_path / base)
+        table = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**table, "base_model_name_or_path": base}))
+        caplog.clear()
+        code, _, err = here("adapters", "merge", adapted / "first", folder, "--out", tmp_path / "sum" / base)
+        assert code == 0, err
+        told = [record.getMessage() for record in caplog.records]
+        assert ["name different bases, 'base' and 'org/another'" in one for one in told] == [True] * is_told
+        made = json.loads((tmp_path / "sum" / base / "adapter_config.json").read_text())
+        assert made["base_model_name_or_path"] == (None if is_told else "base")
+
+
 def test_linear_tells_its_error(here, adapted):
     line = [
         "adapters",
@@ -318,7 +333,10 @@ def test_tasks_that_cannot_be_are_one_line(here, kinds, line, message):
         ("adapters merge {0}/first {0}/nan --out z", "holds NaN or infinity"),
         ("adapters merge {0}/first --out {0}/first", "would be lost"),
         ("adapters merge {0}/first --out {0}/base", "would be lost if it were replaced"),
-        ("adapters card {0}/base", "holds no adapter_config.json"),
+        ("adapters card {0}/base", "holds no adapter_config.json, and is a model (config.json)"),
+        ("adapters card {0}", "is a pool, a folder of adapters ("),
+        ("adapters describe {0} --instruction x", "is a pool, a folder of adapters ("),
+        ("adapters export {0}/failed --out z", "holds NaN or infinity"),
         ("adapters card {0}/nan", "holds NaN or infinity"),
         ("adapters merge {0}/first --rank 3 --out z", "rank is 3, and method 'exact' has none to choose"),
         ("adapters merge {0}/first --method best --out z", "method is 'best'"),
@@ -339,6 +357,11 @@ def test_what_is_wrong_is_one_line(here, adapted, trained, work, line, message):
         make_adapter(adapted / "nan", {"model.layers.0.self_attn.q_proj": (32, 32)}, rank=1)
         path = adapted / "nan" / "adapter_model.safetensors"
         save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(path).items()}, path)
+        model, tokenizer = load_model(adapted / "base")
+        load_peft(adapted / "first", model)
+        with torch.no_grad():
+            model.blocks[0].attention.qkv.beside["q"].a[0, 0] = torch.nan
+        save_model(adapted / "failed", model, tokenizer)
     before = sorted(str(path) for path in adapted.rglob("*"))
     code, out, err = here(*line.format(adapted).split())
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err

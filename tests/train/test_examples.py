@@ -42,8 +42,8 @@ def test_orders_differ_between_epochs_and_seeds():
 def test_other_examples_or_another_seed_are_refused():
     state = Examples(torch.arange(5), seed=0).state_dict()
     for other, what in (
-        (Examples(torch.arange(5), seed=1), "seed"),
-        (Examples(torch.arange(5).float(), seed=0), "finger"),
+        (Examples(torch.arange(5), seed=1), "their seed was 0 and is now 1"),
+        (Examples(torch.arange(5).float(), seed=0), "they, or what a tokenizer makes of them"),
     ):
         with pytest.raises(DataError, match=f"cannot resume the examples: {what}"):
             other.load_state_dict(state)

@@ -430,7 +430,7 @@ def test_a_run_is_resumed_by_its_own_task_and_data_alone(tmp_path, make_run):
             self.image_ND = self.image_ND[1:]
             self.label_N = self.label_N[1:]
 
-    with pytest.raises(DataError, match="cannot resume the examples: fingerprint was"):
+    with pytest.raises(DataError, match="cannot resume the examples: they, or what a tokenizer makes"):
         Trainer(digits_run(Fewer.Config(), steps=2), tmp_path / "digits", resume=True)
 
 

@@ -23,22 +23,26 @@ Each result is one plain LoRA adapter, which every program reads that reads peft
 # Shapes: C inputs, O outputs, R rank
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from anabranch.adapters.base_name import BASE, are_alike
 from anabranch.adapters.copies import common_copies
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.peft_folder import Adapter, described
 from anabranch.adapters.thinning import RULES, Majority, Rule, merged
-from anabranch.bounds import MOST_SEED
+from anabranch.bounds import MOST_SEED, shown
 from anabranch.errors import ConfigError
 
 __all__ = ["METHODS", "Combined", "Method", "combine", "shares"]
+
+log = logging.getLogger(__name__)
 
 Method = Literal[
     "exact",
@@ -157,14 +161,23 @@ def combine(
         layers[module] = _layer(module, parts, way)
     pairs = {module: layer.pair for module, layer in layers.items()}
     table = {name: value for name, value in adapters[0].table.items() if name not in _OF_TRAINING}
-    bases = {adapter.table.get("base_model_name_or_path") for adapter in adapters}
-    table["base_model_name_or_path"] = bases.pop() if len(bases) == 1 else None
+    table[BASE] = _base_of(adapters)
     missed, total, cut, whole = (
         sum(getattr(layer, name) for layer in layers.values()) for name in ("missed", "total", "cut", "whole")
     )
     copies = common_copies(adapters)
     adapter = Adapter(described({**table, "inference_mode": True}, pairs), pairs, copies=copies)
     return Combined(adapter, _share(missed, total), _share(cut, whole))
+
+
+def _base_of(adapters: Sequence[Adapter]) -> Any:
+    """What they call their base, where all name one; a warning tells where they name several."""
+    bases = [adapter.table.get(BASE) for adapter in adapters]
+    if not are_alike(bases):
+        named = " and ".join(dict.fromkeys(shown(base) for base in bases if base))
+        log.warning("the adapters name different bases, %s; a sum is of adapters of one model", named)
+        return None
+    return bases[0] if all(bases) else None
 
 
 def _share(part: float, whole: float) -> float:

@@ -22,6 +22,13 @@ _LAYER = re.compile(r"(?<=layers\.)\d+")
 def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: Path) -> None:
     """Raise CheckpointError unless the adapter is one of this model: no layer too many, none missing, all of the right widths."""
     unknown = [module for module in adapter.layers if module not in names.places]
+    routers = [module for module in unknown if _is_router(module, names)]
+    if routers:
+        word = routers[0].rpartition(".")[2]
+        raise CheckpointError(
+            f"{folder} adapts {some(routers)}, which chooses experts, and LoRA beside a router is not applied here; train it with "
+            f"target_modules that name other layers, or exclude_modules=[{word!r}]"
+        )
     if unknown:
         raise CheckpointError(
             f"{folder} adapts {some(unknown)}, for which the model, a {names.family}, has no linear layer; is it another model's adapter?"
@@ -40,21 +47,21 @@ def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: P
     _check_saved(adapter, names, folder)
     _check_stacks(adapter, names, config, folder)
     table: TargetTable = table_of(adapter.table, folder / CONFIG)
-    targets = table.targets(adapter.layers)
-    outside = [module for module in adapter.layers if module not in targets]
-    if outside:
-        raise CheckpointError(
-            f"{folder} holds numbers for {some(outside)}, which target_modules in {table.path} does not name"
-        )
     missing = [module for module in sorted(table.targets(names.places)) if module not in adapter.layers]
     # Single experts that the file has; the rest of what is named may lack, see below.
     single = {module.rpartition(".")[2] for module in adapter.layers if ".experts." in module}
-    missing = [module for module in missing if not _is_left_out(module, table, single)]
+    missing = [module for module in missing if not _is_left_out(module, single)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {_holds(adapter)} of {some(missing)}, which target_modules in {table.path} names; copy it again, or is it an "
             "adapter of another model?"
         )
+
+
+def _is_router(module: str, names: Names) -> bool:
+    """Whether a layer of transformers is the one that chooses experts, which is no linear layer of ours."""
+    stored = names.tensors.get(f"{module}.weight")
+    return stored is not None and ".router." in stored.tensor
 
 
 def _check_stacks(adapter: Adapter, names: Names, config: Decoder.Config, folder: Path) -> None:
@@ -112,11 +119,9 @@ def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:
             )
 
 
-def _is_left_out(module: str, table: TargetTable, single: Collection[str]) -> bool:
+def _is_left_out(module: str, single: Collection[str]) -> bool:
     """Whether a layer may lack though it is named: experts that peft saw as one stacked tensor, in which it adapts no single one.
 
     It does so in all layers of a model, so that no expert of the file has a layer of this last word, which ``single`` are.
     """
-    if table.target_modules is None:
-        return True
     return ".experts." in module and module.rpartition(".")[2] not in single

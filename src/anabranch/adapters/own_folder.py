@@ -105,6 +105,8 @@ class OwnAdapter:
 
     def write(self, folder: str | Path) -> None:
         """As `write_own`."""
+        for name, value in self.numbers.items():
+            _check_finite(name, value, f"what would go to {folder}")
         replaced = _REPLACED if is_own(folder) else ""
         with atomic_folder(folder, replacing=replaced) as temporary:
             atomic_write_json(temporary / OWN, dict(self.table))
@@ -124,8 +126,8 @@ def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) ->
         model: with layers.
         base: what the model was without, for the record.
 
-    Raises ConfigError for a model without any, DataError where the folder holds something else or cannot be written, CapacityError where
-    the disk is full.
+    Raises ConfigError for a model without any, CheckpointError for numbers that are not finite, DataError where the folder holds something
+    else or cannot be written, CapacityError where the disk is full.
     """
     parts = _Parts.of(model.config)
     if parts == _Parts():
@@ -280,7 +282,7 @@ def load_numbers(model: Any, path: Path, *, prefix: str = "", names: Sequence[st
         target.copy_(value)
 
 
-def _check_finite(name: str, value: Tensor, path: Path) -> None:
+def _check_finite(name: str, value: Tensor, path: Path | str) -> None:
     if value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
         raise CheckpointError(f"{name} in {path} holds NaN or infinity; the adapter is damaged, or its training failed")
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn
 from anabranch.adapters.patterns import ends_with, matching
 from anabranch.bounds import MOST_SIZE, shown
 from anabranch.errors import CheckpointError
+from anabranch.lm.tensors import some
 
 __all__ = ["ALL_LINEAR", "LoraTable", "PeftTable", "TargetTable"]
 
@@ -115,10 +116,10 @@ class TargetTable(PeftTable):
         return [name for name in known if any(ends_with(f"{module}.{name}", word) for word in words)]
 
     def targets(self, modules: Collection[str]) -> set[str]:
-        """Which of ``modules``, the linear layers of a model, are adapted; all where the config does not say."""
+        """Which of ``modules``, the linear layers of a model, are adapted; none where the config names none."""
         wanted = self.target_modules
         if wanted is None:
-            found = set(modules)
+            found = set[str]()
         elif wanted == ALL_LINEAR:
             found = {name for name in modules if not ends_with(name, "lm_head")}
         elif isinstance(wanted, str):
@@ -132,6 +133,25 @@ class TargetTable(PeftTable):
         elif excluded:
             found -= _ending(found, excluded)
         return {name for name in found if not self.is_saved(name)}
+
+    def check_named(self, modules: Collection[str], where: Path) -> None:
+        """Raise CheckpointError unless it names all of ``modules``, the linear layers that a file ``where`` has numbers for.
+
+        Where it names none, peft takes some by the kind of model, or refuses, and leaves the rest of the file out.
+        """
+        named = self.targets(modules)
+        outside = [module for module in modules if module not in named]
+        if not outside:
+            return
+        if self.target_modules is None:
+            self._refuse(
+                "target_modules",
+                self.table.get("target_modules"),
+                f"it must name the layers that the file has numbers for, {some(outside)}: by a list of names, a pattern or {ALL_LINEAR!r}",
+            )
+        raise CheckpointError(
+            f"{where} holds numbers for {some(outside)}, which target_modules in {self.path} does not name"
+        )
 
     def is_saved(self, module: str) -> bool:
         """Whether ``module`` is one of those brought whole, or lies in one."""

@@ -12,7 +12,7 @@ from anabranch.bounds import shown
 from anabranch.errors import CheckpointError
 from anabranch.lm.tensors import FLOATS, PickleFiles, SafetensorsFiles, TensorSource
 
-__all__ = ["INNER", "PREFIX", "WEIGHTS", "AdapterFile", "Sorted"]
+__all__ = ["INNER", "PREFIX", "WEIGHTS", "AdapterFile", "Sorted", "check_numbers"]
 
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -108,21 +108,26 @@ class AdapterFile:
                 f"{shown(name)} in {where} is no plain tensor with a number for each of its places; save it again, as safetensors"
             )
         tensor = tensor.clone()
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{shown(name)} in {where} holds NaN or infinity; the adapter is damaged, or its training failed"
-            )
-        greatest = float(tensor.abs().max()) if tensor.numel() else 0.0
-        if greatest > _MOST:
-            raise CheckpointError(
-                f"{shown(name)} in {where} holds a number of the size {greatest:.3g}; the adapter is damaged, or its training failed: "
-                f"numbers are at most {_MOST:g}"
-            )
+        check_numbers(name, tensor, where)
         return tensor
 
     def read_all(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         """`read` of each of the values, by key."""
         return {key: self.read(name) for key, name in names.items()}
+
+
+def check_numbers(name: str, tensor: Tensor, where: Path | str) -> None:
+    """Raise CheckpointError where a tensor holds NaN, infinity or numbers near that."""
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(
+            f"{shown(name)} in {where} holds NaN or infinity; the adapter is damaged, or its training failed"
+        )
+    greatest = float(tensor.abs().max()) if tensor.numel() else 0.0
+    if greatest > _MOST:
+        raise CheckpointError(
+            f"{shown(name)} in {where} holds a number of the size {greatest:.3g}; the adapter is damaged, or its training failed: "
+            f"numbers are at most {_MOST:g}"
+        )
 
 
 def _put(found: dict[str, str], name: str, stored: str, where: Path) -> None:

@@ -11,16 +11,18 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
+from anabranch.adapters.base_name import BASE
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.numbers import Numbers
 from anabranch.adapters.peft_config import TargetTable
 from anabranch.adapters.peft_described import described
-from anabranch.adapters.peft_file import INNER, PREFIX, WEIGHTS, AdapterFile
+from anabranch.adapters.peft_file import INNER, PREFIX, WEIGHTS, AdapterFile, check_numbers
 from anabranch.adapters.peft_layers import endings_of, read_layers, read_wrongly, stacked_tensors
+from anabranch.adapters.peft_place import CONFIG, check_there
 from anabranch.adapters.peft_tables import VirtualTable, table_of
 from anabranch.adapters.stacked import Stack
 from anabranch.errors import CheckpointError, ConfigError
@@ -30,7 +32,6 @@ from anabranch.lm.tensors import some
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "described", "read_peft", "write_peft"]
 
-CONFIG = "adapter_config.json"
 _PROMPT = "prompt_embeddings"
 # What may lie in a folder that another adapter takes the place of.
 _OURS = re.compile(rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|README\.md|glider\.(json|safetensors)")
@@ -75,6 +76,12 @@ class Adapter:
         if self.prompt_MW is not None or any(not isinstance(numbers, Pair) for numbers in self.layers.values()):
             raise ConfigError(f"{name} is {self.what}, and {why}")
 
+    def of_base(self, base: str | None) -> Self:
+        """The same, whose table names the base, by a path or a name, where it named none. Information for people and other programs."""
+        if base is None or self.table.get(BASE):
+            return self
+        return replace(self, table={**self.table, BASE: base})
+
     @property
     def num_parameters(self) -> int:
         """Numbers in all of its tensors, but for those of the base."""
@@ -97,24 +104,17 @@ def read_peft(folder: str | Path) -> Adapter:
     """The adapter in ``folder``, on the CPU, in the types that are stored.
 
     Raises CheckpointError where there is none, it is of a kind that is not known here, a file cannot be read, a tensor holds NaN or
-    infinity, is half of a pair, or does not have the sizes that the config says.
+    infinity, is half of a pair, or does not have the sizes that the config says, and for layers that it does not name.
     """
     place = Path(folder)
-    if not (place / CONFIG).is_file():
-        what = "is a file" if place.is_file() else "holds no adapter_config.json" if place.is_dir() else "is not there"
-        if (place / "adapter.json").is_file():
-            # Of our own form, see own_folder, which reads it.
-            raise CheckpointError(
-                f"{place} is an adapter in anabranch's own form, and one in peft's is needed; anabranch adapters export MODEL {place} "
-                "--out DIR makes one (--task or --average says of what)"
-            )
-        raise CheckpointError(f"no adapter at {place}: it {what}; give a folder that peft's save_pretrained wrote")
+    check_there(place)
     table = table_of(read_json(place / CONFIG), place / CONFIG)
     file = AdapterFile(place)
     if isinstance(table, VirtualTable):
         return Adapter(table.table, {}, prompt_MW=_prompt(file, table))
     found = file.sorted(endings_of(table))
     layers, stacks = read_layers(file, found, table)
+    table.check_named(layers, place)
     saved: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     for name, tensor in file.read_all(found.saved).items():
@@ -145,13 +145,15 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
         adapter: its table must say the ranks and scales that its pairs have, see `described`.
 
     Raises:
-        CheckpointError: a table that says something else.
+        CheckpointError: a table that says something else, and numbers that `read_peft` refuses.
         DataError: the folder holds something else, or cannot be written.
         CapacityError: the disk is full.
     """
     _check_told(adapter, Path(folder) / CONFIG)
     prefix = PREFIX if adapter.prompt_MW is None else ""
     tensors = {f"{prefix}{name}": tensor for name, tensor in adapter.tensors().items()}
+    for name, tensor in tensors.items():
+        check_numbers(name, tensor, f"what would go to {folder}")
     # A README.md alone is somebody's page, and no card of an adapter.
     replaced = _OURS.pattern if (Path(folder) / CONFIG).exists() else ""
     with atomic_folder(folder, replacing=replaced) as temporary:

@@ -16,7 +16,7 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
 
-__all__ = ["adapter_of", "save_peft"]
+__all__ = ["adapter_of", "adapter_on", "save_peft"]
 
 # What a config says of an adapter that was not read from a folder.
 _USUAL = {"task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
@@ -51,8 +51,12 @@ def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) 
         CheckpointError: no family of Hugging Face's has such a model.
         DataError, CapacityError: as `write_peft`.
     """
-    attached = getattr(model, ATTACHED, None) is not None
-    write_peft(folder, adapter_of(model) if attached else _built(model, family))
+    write_peft(folder, adapter_on(model, family))
+
+
+def adapter_on(model: Decoder, family: str | None = None) -> Adapter:
+    """The adapter on ``model``, read from a folder or built with it. Raises ConfigError and CheckpointError as `save_peft`."""
+    return adapter_of(model) if getattr(model, ATTACHED, None) is not None else _built(model, family)
 
 
 def _built(model: Decoder, family: str | None) -> Adapter:

@@ -147,8 +147,10 @@ def adapt(
         "task.evaluation": None if evaluation is None else str(evaluation.absolute()),
         "train.seed": seed,
     }
-    settings |= {name: value for name, value in said.items() if value is not None}
-    config = _resumed(out, model, data, method, settings) if resume else _started(out, model, data, method, settings)
+    said = {name: value for name, value in said.items() if value is not None}
+    settings |= said
+    make = _resumed if resume else _started
+    config = make(out, model, data, method, settings, said)
     first = int(os.environ.get("RANK", "0")) == 0
     progress = Progress(config.train.steps, "step", quiet=quiet or not first)
     with progress:
@@ -174,10 +176,31 @@ def _under_task(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {f"task.{name}" if name.startswith("method.") else name: value for name, value in settings.items()}
 
 
+# Options of methods that not all of them have, by their fields.
+_OF_METHODS = {"start": "--from", "mode": "--mode", "rank": "--rank"}
+
+
+def _check_options(method: Any, said: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an option that the method has not, with the methods that have it."""
+    from anabranch.adapters.adapt import methods_with
+
+    for name, option in _OF_METHODS.items():
+        if f"task.method.{name}" in said and not hasattr(method, name):
+            raise ConfigError(
+                f"{option} is {said[f'task.method.{name}']!r}, which method {method.build().name!r} does not take; "
+                f"{', '.join(methods_with(name))} do"
+            )
+
+
 def _started(
-    out: Path, model: str | None, data: Path | None, method: str | None, settings: dict[str, Any]
+    out: Path,
+    model: str | None,
+    data: Path | None,
+    method: str | None,
+    settings: dict[str, Any],
+    said: Mapping[str, Any],
 ) -> TaskRunConfig:
-    """The config of a new run."""
+    """The config of a new run; ``said`` are those of its settings that are options by themselves."""
     from anabranch.adapters.adapt import AdaptTask, method_named
     from anabranch.config import override
     from anabranch.lm.folder import files_of
@@ -195,6 +218,7 @@ def _started(
     place = str(Path(model).absolute()) if Path(model).exists() else model
     named = settings.pop("task.method.kind", "lora")
     task = AdaptTask.Config(model=place, data=str(data.absolute()), method=method_named(method or named))
+    _check_options(task.method, said)
     made = override(TaskRunConfig(task=task, train=TrainConfig(**_TRAIN)), settings)
     return override(made, _absolute(made.task))
 
@@ -215,7 +239,12 @@ def _absolute(task: Any, held: Any = None) -> dict[str, Any]:
 
 
 def _resumed(
-    out: Path, model: str | None, data: Path | None, method: str | None, settings: dict[str, Any]
+    out: Path,
+    model: str | None,
+    data: Path | None,
+    method: str | None,
+    settings: dict[str, Any],
+    said: Mapping[str, Any],
 ) -> TaskRunConfig:
     """That of the run in ``out``, with what is set anew."""
     from anabranch.adapters.adapt import AdaptTask
@@ -232,6 +261,7 @@ def _resumed(
     began = task.method.build().name
     if method not in (None, began):
         raise ConfigError(f"--method is {method!r}, but the run in {out} uses {began!r}; leave it out to continue")
+    _check_options(task.method, said)
     made = override(config, settings)
     return override(made, _absolute(made.task, task))
 

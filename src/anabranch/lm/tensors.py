@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 import os
+import re
 import struct
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -216,7 +217,7 @@ class PickleFiles:
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
             except Exception as error:
                 # torch.load may raise anything for a broken file.
-                raise CheckpointError(_unreadable(path, str(error).split("\n", 1)[0])) from None
+                raise CheckpointError(_unpickled(path, error)) from None
             self._files[path].check_name()
             if not isinstance(loaded, dict):
                 raise CheckpointError(
@@ -262,6 +263,19 @@ def _places(held: Mapping[Path, Collection[str]], index: Mapping[str, Path] | No
                 f"{path} lacks {shown(name)}, which the index says it holds; copy the model folder again"
             )
     return dict(index)
+
+
+def _unpickled(path: Path, error: Exception) -> str:
+    """Why a pickled file was not read. What torch says of it advises to run the code in it."""
+    if isinstance(error, OSError) and os.path.isfile(path):
+        return f"cannot read {path}: {error.strerror or error}"
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if found is not None:
+        return (
+            f"cannot read {path}: it holds a Python object ({found[1]}) beside tensors, which is not loaded, as that can run code; save "
+            "its tensors alone, best as safetensors"
+        )
+    return _unreadable(path, "it is no file of tensors that torch.save wrote")
 
 
 def _unreadable(path: Path, error: object) -> str:

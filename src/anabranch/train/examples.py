@@ -57,7 +57,10 @@ class Examples:
         """Go to where ``state`` says, at once. Raises DataError if it comes from another seed or other examples."""
         for name, mine in self.state_dict().items():
             if name != "position" and state[name] != mine:
-                raise DataError(f"cannot resume the examples: {name} was {state[name]!r} and is now {mine!r}")
+                told = f"their {name} was {state[name]!r} and is now {mine!r}"
+                if name == "fingerprint":
+                    told = "they, or what a tokenizer makes of them, are not those that the run began with"
+                raise DataError(f"cannot resume the examples: {told}; bring that back, or start a new run")
         self.position = state["position"]
 
     def _row(self, number: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anabranch.adapters import load_peft
-from anabranch.adapters.adapt import AdaptTask, Catalogued, method_named, method_names
+from anabranch.adapters.adapt import AdaptTask, Catalogued, method_named, method_names, methods_with
 from anabranch.adapters.catalogue import CARDS
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.own_folder import is_own, read_own
@@ -163,7 +163,12 @@ def test_names():
     assert method_named("dora") == Catalogued.Config(id="dora")
     # Those that have more to them than the catalogue knows are themselves.
     assert method_named("mhr").owner.kind == "mhr"
-    assert {id for id, card in CARDS.items() if card.backend == "own"} <= set(method_names())
+    own = {id for id, card in CARDS.items() if card.backend == "own"}
+    # What `--method` would refuse is not among them.
+    assert own - set(method_names()) == {"lt-sft"}
+    assert methods_with("start") == ["mhr", "poly"]
+    assert {"lora", "dora", "mhr"} <= set(methods_with("rank"))
+    assert not {"ia3", "gate", "lt-sft"} & set(methods_with("rank"))
 
 
 @pytest.mark.parametrize(

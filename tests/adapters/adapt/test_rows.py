@@ -93,8 +93,10 @@ def test_or_by_a_share_of_what_they_are(number, share):
 
 
 def test_nothing_left_to_learn():
-    with pytest.raises(DataError, match="all 2 rows are held out"):
-        parted([Row("a", "x", "y", "test")] * 2, 0.1)
+    with pytest.raises(DataError, match=r"all 2 rows of a/b\.jsonl say that they are held out \(split: dev, test\)"):
+        parted([Row("a", "x", "y", split, "a/b.jsonl, line 1") for split in ("test", "dev")], 0.1)
+    with pytest.raises(DataError, match=r"all 2 rows are held out, .* or task\.held_out=0"):
+        parted([Row("a", "x", "y")] * 2, 0.99)
 
 
 def test_the_digest_is_of_content_and_order():

@@ -97,5 +97,5 @@ def test_what_has_no_gate_is_told(root, tmp_path):
     make_adapter(tmp_path / "whole", layers, extra=head, modules_to_save=["lm_head"])
     with pytest.raises(ConfigError, match="which has no gate"):
         GateMethod.Config(adapter=str(tmp_path / "whole")).build().begin(base, [], seed=0)
-    with pytest.raises(CheckpointError, match="it has no adapter_config"):
+    with pytest.raises(CheckpointError, match=r"it holds no adapter_config\.json, and is a pool"):
         describe_expert(tmp_path, instruction="x")

@@ -133,6 +133,22 @@ def test_corrupt_index(folder):
         load_model(folder)
 
 
+class NoTensor:
+    """What a pickled file names, and reading it would have to make."""
+
+
+def test_a_pickle_of_more_than_tensors_is_told_in_our_words(folder):
+    """torch's own tell how to run the code that is in the file."""
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.ones(2), "more": NoTensor()}, folder / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"holds a Python object \(\S*NoTensor\) beside tensors, .*as safetensors"
+    ) as error:
+        load_model(folder)
+    assert "weights_only" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_corrupt_pickle(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"PK nothing of the kind")

@@ -5,7 +5,7 @@ Trainer(config, "runs/mine").fit()
 """
 
 from anabranch.adapters.adapt.answers import Answers
-from anabranch.adapters.adapt.catalogued import Catalogued, method_named, method_names
+from anabranch.adapters.adapt.catalogued import Catalogued, method_named, method_names, methods_with
 from anabranch.adapters.adapt.lora import Lora
 from anabranch.adapters.adapt.measuring import Score, Scores, measure_rows, rouge_l
 from anabranch.adapters.adapt.method import Method, Written
@@ -25,6 +25,7 @@ __all__ = [
     "measure_rows",
     "method_named",
     "method_names",
+    "methods_with",
     "read_rows",
     "rouge_l",
 ]

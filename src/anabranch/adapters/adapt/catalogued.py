@@ -6,6 +6,7 @@
 What such a method may be told, and its usual values, is on its card (`anabranch adapters card dora`).
 """
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from anabranch.adapters.numbers import Holder
 from anabranch.adapters.own_folder import OwnAdapter, write_own
 from anabranch.adapters.sparse_bottleneck import settle, snip
 from anabranch.adapters.sparse_delta import place_by_fisher
+from anabranch.bounds import shown
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -31,12 +33,14 @@ from anabranch.nn import Linear
 from anabranch.registry import kinds, resolve
 from anabranch.train.optimizer import Speed
 
-__all__ = ["Catalogued", "method_named", "method_names"]
+__all__ = ["Catalogued", "method_named", "method_names", "methods_with"]
 
 _FAMILY = "adapter_method"
 # LoRA+, section 4 of its paper: the rate of B over that of A.
 _B_OVER_A = 16.0
 _NOT_OPTIONS = ("id", "targets")
+# It needs what a training of the whole model moved, which nobody makes here.
+_NOT_BY_ROWS = ("lt-sft",)
 
 
 class Catalogued(Method, kind="catalogue"):
@@ -82,7 +86,7 @@ class Catalogued(Method, kind="catalogue"):
             if card.backend != "own":
                 who = "nobody runs here" if card.backend == "none" else f"is run by {card.backend}, not by code of ours"
                 raise ConfigError(f"method is {self.id!r}, which {who}; {_why(card)}")
-            if card.id == "lt-sft":
+            if card.id in _NOT_BY_ROWS:
                 raise ConfigError(
                     "method is 'lt-sft', which learns the entries that a full training moved furthest, and adapt makes none first; in "
                     "Python give what it moved to `place` of each layer, or take 'fish-mask' (by gradients) or 'shira' (at random)"
@@ -163,9 +167,17 @@ class Catalogued(Method, kind="catalogue"):
 
 
 def method_names() -> list[str]:
-    """What `--method` takes: methods by themselves, and those of the catalogue that are run by code of ours."""
-    own = {id for id, card in CARDS.items() if card.backend == "own"}
+    """What `--method` takes: methods by themselves, and those of the catalogue that are run by code of ours and train by rows alone."""
+    own = {id for id, card in CARDS.items() if card.backend == "own" and id not in _NOT_BY_ROWS}
     return sorted({*kinds(_FAMILY), *own} - {"catalogue"})
+
+
+def methods_with(option: str) -> list[str]:
+    """Those of `method_names` that have an option of this name."""
+    own: Any = {kind: resolve(_FAMILY, kind) for kind in kinds(_FAMILY) if kind != "catalogue"}
+    found = {kind for kind, method in own.items() if option in method.Config.__dataclass_fields__}
+    cards = {id for id, card in CARDS.items() if id not in own and option in card.options}
+    return sorted(found | (cards & {*method_names()}))
 
 
 def method_named(name: str) -> Method.Config:
@@ -176,9 +188,11 @@ def method_named(name: str) -> Method.Config:
     if name in method_names():
         made: Any = resolve(_FAMILY, name)
         return made.Config()
-    # Says what there is.
-    resolve(_FAMILY, name)
-    raise ConfigError(f"--method {name} takes a method's id; say which, as in --method dora")
+    if name in kinds(_FAMILY):
+        raise ConfigError(f"--method {name} takes a method's id; say which, as in --method dora")
+    near = difflib.get_close_matches(name, method_names(), n=1)
+    told = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(method_names())}"
+    raise ConfigError(f"method is {shown(name)}, and there is none of that name; {told}")
 
 
 def _why(card: Card) -> str:

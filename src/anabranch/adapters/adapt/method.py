@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from anabranch.adapters.own_folder import write_own
+from anabranch.adapters.peft_folder import write_peft
 from anabranch.adapters.put_on import added_names, put_on
-from anabranch.adapters.saving import save_peft
+from anabranch.adapters.saving import adapter_on
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import CheckpointError
@@ -132,10 +133,11 @@ class Method(Part, family="adapter_method"):
 def write_peft_or_own(folder: Path, model: Decoder, base: str) -> Written:
     """A folder of peft's; one of our own for a model that no family of Hugging Face's has."""
     try:
-        save_peft(folder, model)
+        adapter = adapter_on(model)
     except CheckpointError as error:
         write_own(folder, model, base=base)
         return Written(folder, "anabranch", f"peft has no names for the layers of this model: {error}")
+    write_peft(folder, adapter.of_base(base))
     return Written(folder, "peft")
 
 

@@ -159,11 +159,18 @@ def parted(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
 
     Raises DataError where nothing is left to learn.
     """
-    if any(row.is_held_out for row in rows):
+    is_told = any(row.is_held_out for row in rows)
+    if is_told:
         out = [row.is_held_out for row in rows]
     else:
         out = [_place(row) < share for row in rows]
     kept = [row for row, is_out in zip(rows, out, strict=True) if not is_out]
+    if not kept and is_told:
+        where, said = rows[0].where.rpartition(", line ")[0], ", ".join(sorted({row.split for row in rows}))
+        raise DataError(
+            f"all {len(rows)} rows{f' of {where}' if where else ''} say that they are held out (split: {said}), so there is nothing to "
+            "learn; give rows to learn too, whose split is train or which have none"
+        )
     if not kept:
         raise DataError(
             f"all {len(rows)} rows are held out, so there is nothing to learn; give more rows, or task.held_out=0"

@@ -397,7 +397,8 @@ class AdaptTask(Task, kind="adapt"):
         """Raises DataError where the base is another now."""
         if state["base"] != self._base_digest:
             raise DataError(
-                f"{self.config.model} is another model than when the run began; bring it back, or start a new run"
+                f"{self.config.model} is another model than when the run began: the base's weights are others; bring those back, or start "
+                "a new run"
             )
         self.before = state["before"]
 

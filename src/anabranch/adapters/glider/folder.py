@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from anabranch.adapters.base_name import are_alike
 from anabranch.adapters.glider.vectors import check_gates
-from anabranch.adapters.peft_folder import CONFIG
+from anabranch.adapters.peft_place import CONFIG, check_there
 from anabranch.bounds import shown
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import atomic_write, atomic_write_json, read_json
@@ -56,8 +57,7 @@ def describe_expert(
     or what is there is damaged.
     """
     place = Path(folder)
-    if not (place / CONFIG).is_file():
-        raise CheckpointError(f"no adapter at {place}: it has no {CONFIG}")
+    check_there(place)
     texts = texts_of(instruction, str(folder))
     if gate is not None:
         check_gates(gate, folder)
@@ -108,7 +108,8 @@ def check_bases(bases: Mapping[str, object]) -> None:
     """Raise ConfigError unless all experts that say which model they were trained on, by name, say one."""
     told = [(name, base) for name, base in bases.items() if base]
     for name, base in told[1:]:
-        if base != told[0][1]:
+        # One model may lie in several places.
+        if not are_alike([base, told[0][1]]):
             raise ConfigError(
                 f"expert {name!r} was trained on {base!r}, and {told[0][0]!r} on {told[0][1]!r}; a pool is of one base model"
             )
@@ -117,6 +118,10 @@ def check_bases(bases: Mapping[str, object]) -> None:
 def expert_folders(folder: str | Path) -> dict[str, Path]:
     """The folders of adapters in ``folder``, by name, sorted. Raises CheckpointError where there are none."""
     place = Path(folder)
+    if (place / CONFIG).is_file():
+        raise CheckpointError(
+            f"{place} is one adapter ({CONFIG}), and a pool is a folder of such folders; give the one above it"
+        )
     if not place.is_dir():
         raise CheckpointError(f"no pool at {place}: it must be a folder whose folders are adapters of peft's")
     found = {path.name: path for path in sorted(place.iterdir()) if (path / CONFIG).is_file()}

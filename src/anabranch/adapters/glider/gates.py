@@ -86,6 +86,6 @@ class GateMethod(Method, kind="gate"):
         gates = {module: layers[places[module].part].gate.detach().cpu() for module in adapter.layers}
         assert self.config.adapter is not None
         texts = read_instructions(self.config.adapter)
-        write_peft(folder, adapter)
+        write_peft(folder, adapter.of_base(base))
         describe_expert(folder, gate=gates, instruction=texts or None)
         return Written(folder, "peft", "with its gates, for a GliderPool")

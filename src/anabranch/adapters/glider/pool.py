@@ -22,6 +22,7 @@ from torch import Tensor
 
 from anabranch.adapters.attach import unload
 from anabranch.adapters.attached import ATTACHED, attached_on
+from anabranch.adapters.base_name import BASE
 from anabranch.adapters.by_row import telling
 from anabranch.adapters.glider.calibration import Calibration
 from anabranch.adapters.glider.embed import TextEmbedder
@@ -32,10 +33,10 @@ from anabranch.adapters.glider.score import GliderScore, Local, bias_rows
 from anabranch.adapters.glider.vectors import check_gates
 from anabranch.adapters.glider.writing import Example, prompt_of
 from anabranch.adapters.lora_mixer import MixedLowRank, load_mixture, mixed_layers
-from anabranch.adapters.peft_folder import CONFIG
+from anabranch.adapters.peft_place import CONFIG, check_there
 from anabranch.bounds import Size
 from anabranch.config import Config, Field, configclass
-from anabranch.errors import CheckpointError, ConfigError
+from anabranch.errors import ConfigError
 from anabranch.files import read_json
 from anabranch.lm.decoder import Decoder
 from anabranch.routing import HybridEntropy, Router, Select, TopK
@@ -157,6 +158,11 @@ class GliderPool:
         """In the order they were added, which is that of their numbers."""
         return tuple(self._experts)
 
+    @property
+    def base(self) -> str | None:
+        """What its experts call the model that they were trained on; None where none says."""
+        return next((expert.base for expert in self._experts.values() if expert.base), None)
+
     def __len__(self) -> int:
         return len(self._experts)
 
@@ -193,9 +199,8 @@ class GliderPool:
         name = folder.name if name is None else name
         if name in self._experts:
             raise ConfigError(f"expert {name!r} is in the pool already; remove it first, or give the other a name")
-        if not (folder / CONFIG).is_file():
-            raise CheckpointError(f"no adapter at {folder}: it has no {CONFIG}")
-        base = read_json(folder / CONFIG).get("base_model_name_or_path")
+        check_there(folder)
+        base = read_json(folder / CONFIG).get(BASE)
         check_bases({**{other: expert.base for other, expert in self._experts.items()}, name: base})
         if instruction is not None and examples is not None:
             raise ConfigError(f"expert {name!r} has an instruction and examples to make one of; give one of them")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.base_name import BASE, are_alike
 from anabranch.adapters.beside import Beside
 from anabranch.adapters.copies import same_numbers
 from anabranch.adapters.graft import graft, layers_of, patterns_of, strip
@@ -42,7 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate", "up", "gate_proj", "up_proj"),
 }
 # Fields of a config that tell of the model that an adapter was trained on.
-_OF_BASE = ("base_model_name_or_path", "revision", "task_type")
+_OF_BASE = (BASE, "revision", "task_type")
 _NUMBER = re.compile(r"\d+")
 
 
@@ -314,6 +315,8 @@ def _warn_of_bases(folders: Mapping[str, str | Path]) -> None:
     tables = {name: read_json(Path(folder) / CONFIG) for name, folder in folders.items()}
     for field in _OF_BASE:
         told = {name: table.get(field) for name, table in tables.items() if table.get(field) is not None}
+        if field == BASE and are_alike(told.values()):
+            continue
         if len({str(value) for value in told.values()}) > 1:
             each = ", ".join(f"{name}: {value!r}" for name, value in told.items())
             warnings.warn(

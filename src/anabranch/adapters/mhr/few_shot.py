@@ -21,7 +21,7 @@ from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.adapters.mhr.layer import MultiHeadRouted, routed_layers
 from anabranch.adapters.mhr.table import tables_of
 from anabranch.adapters.names import names_of
-from anabranch.adapters.own_folder import read_own
+from anabranch.adapters.own_folder import described_in, read_own
 from anabranch.adapters.peft_folder import Adapter, described, write_peft
 from anabranch.adapters.put_on import put_on, take_off
 from anabranch.adapters.routed import RoutedLowRank
@@ -196,6 +196,7 @@ def export_task(
             f"{folder} routes by task; name one of {shown(list(names))} with --task, or say --average, not both"
         )
     adapter = mu(base) if task is None else to_single_lora(base, task)
+    adapter = adapter.of_base(described_in(folder)["base"])
     return {"task": task or "average", **_held_against(out, base, adapter, task_rows(base, [task, task], 16))}
 
 
@@ -216,7 +217,8 @@ def _export_mixture(
             f"{said}{folder} is a mixture whose router chooses experts for each token, which no plain LoRA does; --average writes the "
             "plain average of its experts (anabranch.adapters.static_mixture, with weights of your own)"
         )
-    return {"task": "average", **_held_against(out, base, average_of(base), {})}
+    adapter = average_of(base).of_base(described_in(folder)["base"])
+    return {"task": "average", **_held_against(out, base, adapter, {})}
 
 
 def _held_against(out: str | Path, base: Decoder, adapter: Adapter, state: dict[str, Any]) -> dict[str, float | str]:

@@ -60,6 +60,7 @@ def route(
     Example: anabranch adapters route adapters "how many users signed up in May?"
     """
     require("lm", by="anabranch adapters route")
+    from anabranch.adapters.base_name import warn_of_base
     from anabranch.adapters.glider import GliderConfig, GliderPool, explain
 
     if not (query if instruction is None else instruction).strip():
@@ -78,6 +79,7 @@ def route(
     )
     ids = None
     if model is not None:
+        warn_of_base(f"the pool {pool}", made.base, model)
         from anabranch.lm import load_model
 
         base, tokenizer = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
