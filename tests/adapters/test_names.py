@@ -52,7 +52,7 @@ def test_a_model_with_routed_heads_is_refused_with_a_way_out_that_works(tmp_path
     for refused in (
         lambda: load_peft(tmp_path / "a", routed),
         lambda: load_pool({"a": tmp_path / "a"}, routed),
-        lambda: AdapterReader(routed.config).check(str(tmp_path / "a")),
+        lambda: AdapterReader(routed.config).look(str(tmp_path / "a")),
     ):
         with pytest.raises(
             CheckpointError, match=r"the model has routed heads, .* merge it .* before put_heads, or take"

@@ -54,6 +54,7 @@ OTHER = {
     "width": 3,
     "experts": {"a": 1},
     "adapters": ("a",),
+    "adapter_versions": {"a": "b"},
     "num_layers": 1,
     "max_depth": 2,
     "routes_depth": True,

@@ -1,6 +1,8 @@
 """What tells the base of an adapter from other models, by some of its numbers."""
 
 import hashlib
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -8,20 +10,26 @@ from torch import Tensor, nn
 from anabranch.adapters.around import bare_config, bare_name
 from anabranch.adapters.beside import Beside
 from anabranch.adapters.put_on import added_names
+from anabranch.lm.checkpoint import open_any
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import read_parts
 from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.quantize import FewBitLinear, PackedEmbedding, QuantizedPool
 from anabranch.nn.weight_kinds import FLOATS, numbers_of_kinds
 
-__all__ = ["base_digest", "is_same_base"]
+__all__ = ["Digest", "base_digest", "is_same_base", "stored_digest"]
+
+# By part and type, see `base_digest`.
+Digest = dict[str, dict[str, str]]
 
 # Numbers of each tensor by which a base is known again, and the types in which it may be read.
 _SAMPLED = 512
+_EMBEDDING = "embedding.weight"
 _READ_IN = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
-def base_digest(model: nn.Module) -> dict[str, dict[str, str]]:
+def base_digest(model: nn.Module) -> Digest:
     """What the base of ``model`` is, by some numbers of each of its tensors: a digest for each type that it may be read in.
 
     ``whole`` is of all tensors, with their names and sizes; of a model that is not ours, of its parameters, without what `load_mixture` put
@@ -31,10 +39,33 @@ def base_digest(model: nn.Module) -> dict[str, dict[str, str]]:
     """
     if isinstance(model, Decoder):
         state = _of_decoder(model)
-        parts = {"whole": state, "embedding": {"embedding.weight": state["embedding.weight"]}}
+        parts = {"whole": state, "embedding": {_EMBEDDING: state[_EMBEDDING]}}
     else:
         state = _of_module(model)
         parts = {"whole": state}
+    found = _digests(parts)
+    found["names"] = {"all": hashlib.sha256("\n".join(sorted(state)).encode()).hexdigest()[:16]}
+    if isinstance(model, Decoder) and _has_few_bits(model):
+        found["few_bits"] = {"kinds": ", ".join(sorted(numbers_of_kinds(model).keys() - set(FLOATS)))}
+    return found
+
+
+@torch.no_grad()
+def stored_digest(path: str | Path, dtype: torch.dtype) -> Digest:
+    """What is known of `base_digest` of a model that is not in memory: that of its embedding, which is read in ``dtype``.
+
+    ``path`` as for `anabranch.lm.load_model`. Raises CheckpointError as `anabranch.lm.checkpoint.open_any`.
+    """
+    opened = open_any(path)
+    like = torch.empty_like(opened.model.embedding.weight, dtype=dtype, device="meta")
+    state = read_parts(opened.source, opened.layout, {_EMBEDDING: like}, where=opened.where)
+    embedding = {name: _some_of(value) for name, value in state.items()}
+    # As of matrices that may have been rounded: nothing is said of these.
+    return _digests({"embedding": embedding}) | {"names": {}, "few_bits": {}}
+
+
+def _digests(parts: Mapping[str, Mapping[str, tuple[list[int], Tensor]]]) -> Digest:
+    """Of each part's tensors, (shape, some numbers) by name."""
     found = {}
     for part, tensors in parts.items():
         digests = {dtype: hashlib.sha256() for dtype in _READ_IN}
@@ -44,13 +75,10 @@ def base_digest(model: nn.Module) -> dict[str, dict[str, str]]:
                 digest.update(f"{name} {shape};".encode())
                 digest.update(kept.contiguous().view(torch.uint8).numpy().tobytes())
         found[part] = {str(dtype).removeprefix("torch."): each.hexdigest()[:16] for dtype, each in digests.items()}
-    found["names"] = {"all": hashlib.sha256("\n".join(sorted(state)).encode()).hexdigest()[:16]}
-    if isinstance(model, Decoder) and _has_few_bits(model):
-        found["few_bits"] = {"kinds": ", ".join(sorted(numbers_of_kinds(model).keys() - set(FLOATS)))}
     return found
 
 
-def is_same_base(told: dict[str, dict[str, str]], other: dict[str, dict[str, str]]) -> bool:
+def is_same_base(told: Digest, other: Digest) -> bool:
     """Whether two digests may be of one base, however it was loaded; of one in few bits the embedding says it alone.
 
     What matrices are rounded to depends on the type that they are rounded from, and a type of bits on what it may be.

@@ -12,7 +12,7 @@ LoRA is better kept as peft keeps it (`save_peft`), which other programs read; t
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from anabranch.adapters.around import around_config, put_around, take_around
-from anabranch.adapters.base_digest import base_digest, is_same_base
+from anabranch.adapters.base_digest import Digest, base_digest, is_same_base
 from anabranch.adapters.front import Front
 from anabranch.adapters.ladder import Ladder
 from anabranch.adapters.put_on import added_names, put_on, take_off
@@ -150,7 +150,7 @@ def read_own(
     model: Decoder,
     *,
     trainable: bool = False,
-    base: Decoder | None = None,
+    base: Decoder | Callable[[], Digest] | None = None,
     is_base_known: bool = True,
 ) -> Decoder:
     """Put the adapter in ``folder`` onto ``model``, in place, and return it.
@@ -159,7 +159,8 @@ def read_own(
         folder: as `write_own` wrote it.
         model: the base.
         trainable: whether the adapter learns. The base does not.
-        base: whose numbers the adapter has to know, where ``model`` has but their sizes; None for ``model``.
+        base: whose numbers the adapter has to know, where ``model`` has but their sizes, or what gives the digest of these; None for
+            ``model``.
         is_base_known: False where there are no such numbers, for a look at the folder alone.
 
     Raises CheckpointError where there is none, it is damaged or of another model, by sizes or by content; ConfigError as `put_on`. The
@@ -242,13 +243,14 @@ def _parts_of(place: Path, table: dict[str, Any]) -> _Parts:
     return parts
 
 
-def _check_base(place: Path, table: dict[str, Any], model: Decoder) -> None:
+def _check_base(place: Path, table: dict[str, Any], base: Decoder | Callable[[], Digest]) -> None:
     """Raise CheckpointError where the adapter is of another base; those of earlier versions do not say."""
     told = table.get("base_digest")
     if told is None:
         return
+    ours = base_digest(base) if isinstance(base, Decoder) else base()
     try:
-        is_same = is_same_base(told, base_digest(model))
+        is_same = is_same_base(told, ours)
     except (AttributeError, KeyError, TypeError):
         raise CheckpointError(f"base_digest in {place / OWN} is no digest of a base; copy the folder again") from None
     if not is_same:

@@ -1,7 +1,7 @@
 """`AdaptersConfig`: the adapters that a model is served with."""
 
 from anabranch.bounds import shown
-from anabranch.config import Config, configclass
+from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError, InputError
 from anabranch.serving.core.mixture import check_name
 from anabranch.sizes import parse_bytes
@@ -17,10 +17,13 @@ class AdaptersConfig(Config):
         load: ``NAME=FOLDER`` of each adapter that is there from the start and never leaves memory. A folder of adapters' folders is a
             router over them, also as ``NAME=arrow:FOLDER`` or ``NAME=phatgoose:FOLDER``, see `anabranch.serving.engine.layer_reader`.
         memory: bytes of all adapters in memory, such as ``2GiB``; those that no request uses leave when others come.
+        versions: of some of ``load`` by name, which version of their numbers they are: of an engine that is started in place of another.
+            One that cannot be read, or is another by now, does not keep that from starting, and requests for it are refused.
     """
 
     load: tuple[str, ...] = ()
     memory: str = "1GiB"
+    versions: dict[str, str] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parse_bytes(self.memory, "memory")

@@ -74,6 +74,7 @@ SAME = {
     "host_kv": _ROOM,
     "disk_kv": _ROOM,
     "adapters.memory": "which adapters are in memory, not what they are",
+    "adapters.versions": "what those of the start are, which their versions tell, whoever has told them",
     "expert_budget": _EXPERTS,
     **{
         f"experts.{name}": _EXPERTS

@@ -1,5 +1,6 @@
 """`ServingConfig`: everything about an engine that can be said in a file or on a command line."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -281,6 +282,20 @@ class ServingConfig(Config):
         if place == Path(self.model):
             return self
         return self.replace(model=str(place), name=self.name or Path(self.model).name or "model")
+
+    def engines(self) -> Callable[[], EngineClient]:
+        """Makes an engine's client, not started, and then others in its place, see `AdaptersConfig.versions`."""
+        last: Any = None
+        versions: dict[str, str] = {}
+
+        def make() -> EngineClient:
+            nonlocal last, versions
+            if last is not None and last.info is not None:
+                versions = last.info.adapter_versions
+            last = self.replace(adapters=self.adapters.replace(versions=versions)).build()
+            return last
+
+        return make
 
     def build(self, *args: Any, **kwargs: Any) -> EngineClient:
         """The engine's client, not started."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -17,6 +17,7 @@ from anabranch.lm.quantized import load_quantized, makes_experts
 from anabranch.lm.quantized_form import check_scheme
 from anabranch.lm.quantized_layers import Bits
 from anabranch.lm.seen_model import check_unchanged, see_model
+from anabranch.lm.tensors import has_weights
 from anabranch.nn import kernels
 from anabranch.nn.nf4 import quantize_nf4
 from anabranch.seen_files import SeenFiles
@@ -62,7 +63,7 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
         raise ConfigError("model is ''; give the folder or file of a model")
     # Once: a training run may have a newer checkpoint at any time.
     config = config.found()
-    seen, beside = see_model(config.model), _see_beside(config)
+    seen, beside, adapters = see_model(config.model), config.depth.seen(), _see_adapters(config)
     config = config.planned()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -76,21 +77,23 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     )
     engine = engine_of(loaded, config)
     numbers = f"{dtype_of(config)} {loaded.quantize}"
-    adapters = {one["name"]: one["version"] for one in engine.adapters.shelf.facts()}
-    settings = answer_settings(config, adapters)
-    engine.info = replace(engine.info, files=seen, beside=beside, numbers=numbers, settings=settings)
+    versions = {one["name"]: one["version"] for one in engine.adapters.shelf.facts()}
+    settings = answer_settings(config, versions)
+    engine.info = replace(
+        engine.info, files=seen, beside=beside, numbers=numbers, settings=settings, adapter_versions=versions
+    )
     check_unchanged(seen, config.model)
-    if changed := beside.difference(_see_beside(config)):
+    if changed := beside.difference(config.depth.seen()) or adapters.difference(_see_adapters(config)):
         raise CheckpointError(f"{changed} is another file than when it was read; start again, once it is written")
     if engine.runner.cut is not None:
         engine.runner.cut.agree(f"{seen.content} {numbers}", config.model)
     return engine, loaded.tokenizer
 
 
-def _see_beside(config: ServingConfig) -> SeenFiles:
-    """The files that are read beside the model's, as they are now: adapters that requests load are not among them."""
-    adapters = files_of(folder for _, folder in config.adapters.folders)
-    return SeenFiles((*config.depth.seen().files, *SeenFiles.of(adapters).files))
+def _see_adapters(config: ServingConfig) -> SeenFiles:
+    """The files of adapters that are there from the start, as they are now; of those that have to have a version it tells more."""
+    folders = [folder for name, folder in config.adapters.folders if name not in config.adapters.versions]
+    return SeenFiles.of(files_of(folders))
 
 
 def engine_of(loaded: Loaded, config: ServingConfig, *, most_positions: int | None = None) -> Engine:
@@ -198,18 +201,16 @@ def _bits(quantize: Quantize, found: Path) -> Bits | Literal["nf4"] | None:
 
 
 def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
-    """What `load_weights` would refuse of the bits, the budget of experts and their predictor, before weights are read.
+    """What `load` would refuse of the bits, the budget of experts and their predictor, and adapters, before weights are read.
 
-    Raises ConfigError, CheckpointError or DataError as that.
+    Of those only the embedding is, where an adapter tells of which model it is: a model in memory may show more.
+
+    Raises ConfigError, CheckpointError, CapacityError or DataError as that.
     """
     bits = _bits(quantize_of(config), find_model(config.model))
     check_depth(config.depth, config.model)
     if config.adapters.load:
-        from anabranch.serving.engine.adapter_reader import AdapterReader
-
-        reader = AdapterReader(load_config(config.model))
-        for _, folder in config.adapters.folders:
-            reader.check(folder)
+        _check_adapters(config)
     if config.expert_budget is None:
         return
     # A config with a budget of experts has no nf4.
@@ -231,6 +232,25 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
     if predictor is not None and Path(predictor).is_file():
         fingerprint = pools.fingerprint(tokenizer_fingerprint(tokenizer, model))
         load_predictor(predictor).fingerprint.check(fingerprint, predictor)
+
+
+def _check_adapters(config: ServingConfig) -> None:
+    """Load them as an engine does, but for their numbers."""
+    from anabranch.adapters.base_digest import stored_digest
+    from anabranch.serving.core.adapter_shelf import AdapterShelf
+    from anabranch.serving.engine.adapter_reader import AdapterReader, Looked, kept_as
+    from anabranch.serving.engine.served_adapters import load_first
+
+    found, dtype = find_model(config.model), dtype_of(config)
+    # A table in few bits is known by its numbers as they are before they are rounded to a type.
+    stored = cache(partial(stored_digest, found, torch.float32 if found.is_file() else dtype))
+    is_there = found.is_file() or has_weights(found)
+    reader = AdapterReader(load_config(found), dtype=kept_as(dtype), stored=stored if is_there else None)
+    shelf = AdapterShelf[Looked](reader.look, parse_bytes(config.adapters.memory))
+    try:
+        load_first(shelf, config.adapters)
+    finally:
+        shelf.close()
 
 
 def check_depth(depth: DepthConfig, model: str) -> None:

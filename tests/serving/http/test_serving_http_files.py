@@ -1,9 +1,11 @@
-"""An engine that is started again has the model that requests are read for, or the server gives up."""
+"""An engine that is started again has the model that requests are read for, or the server gives up; and the adapters that it had, or
+whoever asks for one is refused."""
 
 import asyncio
 import os
 import re
 import shutil
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,6 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.depth import DepthConfig
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.group import Group
-from anabranch.serving.engine.local import LocalEngine
 from anabranch.serving.http import frontend
 from anabranch.serving.http.config import HttpConfig
 from anabranch.serving.http.frontend import Frontend, OtherModelError
@@ -56,12 +57,17 @@ class Engines:
         self.made, self.clients = [], []
 
     def __call__(self):
-        self.clients.append(LocalEngine(self._make))
-        return self.clients[-1]
+        if not self.clients:
+            self._next = self.config.engines()
+        client = self._next()
+        make = client._make
+        client._make = lambda: self._noted(make())
+        self.clients.append(client)
+        return client
 
-    def _make(self):
-        self.made.append(self.config.make_engine())
-        return self.made[-1]
+    def _noted(self, engine):
+        self.made.append(engine)
+        return engine
 
     def die(self, running):
         def dead(batch):
@@ -162,7 +168,7 @@ def beside(tmp_path):
 BESIDE = ["skipper", "routers", "adapter", "pool"]
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", BESIDE[:2])
 def test_an_engine_that_finds_others_beside_its_model_is_not_served(folder, beside, name, caplog):
     changes, (place, another) = beside[name]
     engines = Engines(folder)
@@ -178,18 +184,60 @@ def test_an_engine_that_finds_others_beside_its_model_is_not_served(folder, besi
     assert f"{place} is another file than when the server was started" in caplog.text
 
 
+# What may become of a file of an adapter while a server runs.
+FATES = {
+    "cut": lambda place, another: os.truncate(place, 100),
+    "replaced": lambda place, another: os.replace(another, place),
+    "another text": lambda place, another: place.write_text("{ this is no table"),
+    "gone": lambda place, another: shutil.rmtree(place.parent),
+    "too many bytes": lambda place, another: place.write_bytes(struct.pack("<Q", 2**40) + b"{}"),
+}
+
+
+@pytest.mark.parametrize("fate", FATES)
 @pytest.mark.parametrize("name", ["adapter", "pool"])
-def test_an_engine_that_cannot_read_its_adapters_again_is_given_up_at_once(folder, beside, name, caplog):
-    changes, (place, _) = beside[name]
+def test_an_engine_that_finds_other_adapters_serves_all_else(folder, beside, tmp_path, name, fate, caplog):
+    """One of several no longer keeps the engine from starting again: whoever asks for it alone is refused, as for one that came later."""
+    changes, (place, another) = beside[name]
+    make_adapter(
+        tmp_path / "kept", {f"model.layers.{layer}.self_attn.q_proj": (16, 16) for layer in (0, 1)}, seed="kept"
+    )
+    engines = Engines(folder)
+    load = (*changes["adapters"].load, f"kept={tmp_path / 'kept'}")
+    engines.config = engines.config.replace(adapters=AdaptersConfig(load=load))
+    file = place.with_name("adapter_config.json") if fate == "another text" else place
+    with serving(engines, read_model(str(folder), HttpConfig())) as running:
+        before = {model: running.ask("/v1/completions", {**BODY, "model": model}) for model in ("small", "x", "kept")}
+        FATES[fate](file, another)
+        for number in (2, 3):
+            engines.die(running)
+            until(lambda number=number: len(engines.clients) == number and running.frontend.state == "ready")
+            for model in ("small", "kept"):
+                status, _, answer = running.ask("/v1/completions", {**BODY, "model": model})
+                assert status == 200
+                for told in ("choices", "system_fingerprint"):
+                    assert answer[told] == before[model][2][told]
+            status, _, answer = running.ask("/v1/completions", {**BODY, "model": "x"})
+            assert status == 503
+            assert "is known and cannot be read now" in answer["error"]["message"]
+            assert str(tmp_path) not in answer["error"]["message"]
+    assert "adapter x cannot be read again" in caplog.text
+
+
+def test_an_adapter_that_is_back_is_served_again(folder, beside):
+    changes, (place, another) = beside["adapter"]
     engines = Engines(folder)
     engines.config = engines.config.replace(**changes)
     with serving(engines, read_model(str(folder), HttpConfig())) as running:
-        assert running.ask("/v1/completions", {**BODY, "model": "x"})[0] == 200
-        os.truncate(place, 100)
+        body = {**BODY, "model": "x"}
+        before = running.ask("/v1/completions", body)[2]["choices"]
+        os.replace(place, place.with_name("before"))
+        shutil.copy(another, place)
         engines.die(running)
-        until(lambda: "no longer those" in running.frontend.error)
-    assert len(engines.clients) == 2
-    assert f"{place} is another file than when the server was started, and cannot be read" in caplog.text
+        until(lambda: len(engines.clients) == 2 and running.frontend.state == "ready")
+        assert running.ask("/v1/completions", body)[0] == 503
+        os.replace(place.with_name("before"), place)
+        assert running.ask("/v1/completions", body)[2]["choices"] == before
 
 
 @pytest.mark.parametrize("name", BESIDE)

@@ -98,20 +98,23 @@ class AdapterShelf(Generic[H]):
         with self._lock:
             return [entry.facts() for entry in self._entries.values()]
 
-    def load_now(self, name: str, folder: str, root: str | None = None, *, is_pinned: bool = False) -> dict[str, Any]:
+    def load_now(
+        self, name: str, folder: str, root: str | None = None, *, is_pinned: bool = False, version: str = ""
+    ) -> dict[str, Any]:
         """Read an adapter, in this thread; its facts. It takes the place of one of the same name once it is there.
 
         Args:
             name, folder: see the module.
             root: folder that ``folder`` has to be below, now and whenever it is read again; None where it may be anywhere.
             is_pinned: it never leaves memory.
+            version: that its numbers must have, as they were known before; "" for any.
 
         Raises InputError for a name that cannot be or is that of a pinned one, CapacityError or `BusyError` where it has no room, and what
-        ``read`` raises; all is as it was then.
+        ``read`` raises, or with a ``version`` what `AdapterSource.again` does; all is as it was then.
         """
         self._check_place(name, is_pinned)
         with self._lock:
-            load = self._loads.begin(Entry[H](name, folder, root, is_pinned))
+            load = self._loads.begin(Entry[H](name, folder, root, is_pinned, version=version))
         try:
             return self._load(load)
         finally:
@@ -127,7 +130,7 @@ class AdapterShelf(Generic[H]):
                 self._check_under_way(load)
                 self._memory.find_room(entry, before=self._entries.get(entry.name))
 
-        held = self._source.first(entry, check)
+        held = (self._source.again if entry.version else self._source.first)(entry, check)
         with self._lock:
             self._check_under_way(load)
             self._memory.hold(entry, held, before=self._entries.get(entry.name))

@@ -59,6 +59,7 @@ class EngineInfo:
         width: numbers in a vector.
         experts: how experts come where only some are in memory, as `anabranch.serving.expertflow.served.describe` has it; else empty.
         adapters: names of those that are there from the start; None where requests can have none.
+        adapter_versions: of the numbers of these, by name.
         num_layers: blocks of the model; 0 where nobody says.
         max_depth: most blocks that a request's own path may have; None where requests at a server say none.
         routes_depth: whether there are depth routers.
@@ -67,7 +68,7 @@ class EngineInfo:
         depth: ``routed``, ``pruned`` or ``full``, of a request that does not say.
         tasks: names of the tasks that the model itself goes by; none where it does not.
         files: that the model was read from, as they were; none where it was not read from files.
-        beside: likewise, what was read beside them: depth routers, a skipper of tokens, and adapters that are there from the start.
+        beside: likewise, what was read beside them that all requests may go by: depth routers and a skipper of tokens.
         numbers: type and bits in which it computes; empty where nobody says.
         settings: what else of its config changes answers, see `anabranch.serving.answering`; empty where nobody says.
     """
@@ -85,6 +86,7 @@ class EngineInfo:
     width: int = 0
     experts: dict[str, Any] = field(default_factory=dict)
     adapters: tuple[str, ...] | None = None
+    adapter_versions: dict[str, str] = field(default_factory=dict)
     num_layers: int = 0
     max_depth: int | None = None
     routes_depth: bool = False

@@ -3,12 +3,15 @@
 import functools
 import hashlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from anabranch.adapters import Adapter, Pair, read_peft
 from anabranch.adapters.attached import our_layers
+from anabranch.adapters.base_digest import Digest
 from anabranch.adapters.copies import without_copies
 from anabranch.adapters.fits import check_fits
 from anabranch.adapters.names import Names, names_of
@@ -25,7 +28,7 @@ from anabranch.serving.engine.layer_reader import NOT_FOR_SOME, LayerReader
 from anabranch.serving.engine.pass_adapters import ServedAdapter
 from anabranch.serving.engine.served_layers import ServedLayers
 
-__all__ = ["AdapterReader", "Served", "kept_as"]
+__all__ = ["AdapterReader", "Looked", "Served", "kept_as"]
 
 Served = ServedAdapter | ServedLayers
 
@@ -38,15 +41,24 @@ def kept_as(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
+@dataclass(frozen=True)
+class Looked:
+    """An adapter that was looked at and is not kept; ``nbytes`` it would take."""
+
+    nbytes: int
+    version: str = ""
+    told: dict[str, Any] = field(default_factory=dict)
+
+
 class AdapterReader:
     """Reads adapters of one model.
 
     Args:
         config: the model's, without adapters.
-        sites: its matrices where it is served; None to `check` alone.
+        sites: its matrices where it is served; None to `look` alone.
         device: where the numbers shall be.
         dtype: what they are kept in, see `kept_as`; layers are in float32.
-        is_steady: see `LayerReader`.
+        stored, is_steady: see `LayerReader`.
     """
 
     def __init__(
@@ -56,6 +68,7 @@ class AdapterReader:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         *,
+        stored: Callable[[], Digest] | None = None,
         is_steady: bool = False,
     ) -> None:
         if config.linears:
@@ -67,7 +80,7 @@ class AdapterReader:
         self._config = config.replace(tie_embeddings=False)
         self._sites, self._device, self._dtype = sites, torch.device(device), dtype
         self._names: Names | None = None
-        self._of_layers = LayerReader(config, sites, self._device, is_steady=is_steady)
+        self._of_layers = LayerReader(config, sites, self._device, stored=stored, is_steady=is_steady)
 
     def __call__(self, folder: str, root: str | None = None, check: Callable[[int], None] | None = None) -> Served:
         """What is in ``folder``.
@@ -84,25 +97,28 @@ class AdapterReader:
         """
         assert self._sites is not None, "a reader without sites only checks"
         with root_untold(root):
-            found = folder_of(folder, root)
-            check_small(found)
-            if check is not None:
-                check(size_of(found, self._dtype.itemsize, (self._config.vocab_size, self._config.dim)))
+            found = self._found(folder, root, check)
             made = self._made_of(found)
             if not isinstance(made, Adapter):
                 return made
             layers, kind = self._layers(made, found.path, self._sites)
             return self._served(layers, self._sites, str(found.path), kind)
 
-    def check(self, folder: str) -> int:
-        """The bytes that ``folder`` will take. Raises what reading it raises whatever the numbers of the model are."""
-        found = folder_of(folder, None)
-        check_small(found)
+    def look(self, folder: str, root: str | None = None, check: Callable[[int], None] | None = None) -> Looked:
+        """How large what is in ``folder`` will be. Arguments and errors as of a call, but for what the numbers of sites say."""
+        found = self._found(folder, root, check)
         made = self._made_of(found)
         if not isinstance(made, Adapter):
-            return made.nbytes
+            return Looked(made.nbytes)
         layers, _ = self._layers(made, found.path, None)
-        return sum(part_bytes(numbers, self._dtype) for numbers in layers.values())
+        return Looked(sum(part_bytes(numbers, self._dtype) for numbers in layers.values()))
+
+    def _found(self, folder: str, root: str | None, check: Callable[[int], None] | None) -> Folder:
+        found = folder_of(folder, root)
+        check_small(found)
+        if check is not None:
+            check(size_of(found, self._dtype.itemsize, (self._config.vocab_size, self._config.dim)))
+        return found
 
     def _made_of(self, found: Folder) -> ServedLayers | Adapter:
         """The layers of a pool, of an adapter of our own form, of a Poly of peft's; the numbers of any other."""

@@ -1,7 +1,7 @@
 """`LayerReader`: pools of adapters with their routers, and adapters that go by task, from folders to layers that can be served."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters import load_peft
+from anabranch.adapters.base_digest import Digest
 from anabranch.adapters.glider import GliderConfig, GliderPool
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.own_folder import read_own
@@ -52,6 +53,7 @@ class LayerReader:
         sites: its matrices where it is served, whose numbers adapters of our own form know; None where there are none to compare with,
             and all can be adapted.
         device: where the numbers shall be.
+        stored: gives the digest of the model's numbers where there are no sites; None where nobody has them.
         is_steady: a row's sums must not depend on how many rows there are, to the bit.
     """
 
@@ -61,11 +63,13 @@ class LayerReader:
         sites: Sites | None,
         device: torch.device,
         *,
+        stored: Callable[[], Digest] | None = None,
         is_steady: bool = False,
     ) -> None:
         self._config, self._device = config, device
         self._parts = None if sites is None else sites.parts
         self._base = None if sites is None else sites.model
+        self._known = stored if self._base is None else self._base
         self._is_steady = is_steady
 
     def pool(self, folder: Path, experts: Mapping[str, Path], kind: PoolKind | None) -> ServedLayers:
@@ -90,7 +94,7 @@ class LayerReader:
 
     def own(self, folder: Path) -> ServedLayers:
         """An adapter in our own form. Raises as `read_own`, ConfigError for what cannot be served."""
-        frame = read_own(folder, self._frame(), base=self._base, is_base_known=self._base is not None)
+        frame = read_own(folder, self._frame(), base=self._known, is_base_known=self._known is not None)
         if frame.config.replace(linears={}) != self._config.replace(linears={}):
             raise ConfigError(
                 f"{folder} has virtual tokens in front of the model, or a ladder along it, {NOT_FOR_SOME}"

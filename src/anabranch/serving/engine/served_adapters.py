@@ -1,6 +1,7 @@
 """`ServedAdapters`: the adapters of an engine, from the folder to the rows of a step; and the tasks that its model goes by."""
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from anabranch.errors import CapacityError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.routing import Router
 from anabranch.serving.adapters import AdaptersConfig
+from anabranch.serving.core.adapter_memory import NoRoomError
 from anabranch.serving.core.adapter_shelf import AdapterShelf
 from anabranch.serving.core.batch import Chunk
 from anabranch.serving.core.client import BusyError, FieldInputError
@@ -29,7 +31,9 @@ from anabranch.serving.engine.served_layers import BoundLayers, ServedLayers, nu
 from anabranch.serving.fast.adapters import AdapterTable, AdapterTables, AdapterUses
 from anabranch.sizes import parse_bytes
 
-__all__ = ["OPTION", "TASK_OPTION", "Bound", "ServedAdapters"]
+__all__ = ["OPTION", "TASK_OPTION", "Bound", "ServedAdapters", "load_first"]
+
+logger = logging.getLogger(__name__)
 
 # In `Request.options`, where they keep keys and values of other adapters, and of other tasks, apart.
 OPTION, TASK_OPTION = "adapters", "task"
@@ -48,6 +52,24 @@ class Bound:
     task: int | None = None
 
 
+def load_first(shelf: AdapterShelf[Any], config: AdaptersConfig) -> None:
+    """Load those that an engine has from the start.
+
+    Raises what the shelf's reader raises, and CapacityError where they have no room; for one that has a version in ``config`` neither.
+    """
+    for name, folder in config.folders:
+        version = config.versions.get(name, "")
+        try:
+            shelf.load_now(name, folder, is_pinned=True, version=version)
+        except (BusyError, CapacityError) as error:
+            if not version:
+                raise CapacityError(str(error)) from None
+            # It is one of several, and all that is served beside it is what it was. Why it cannot be read is in the log already.
+            if not isinstance(error, BusyError) or isinstance(error, NoRoomError):
+                logger.error("%s", error)
+            shelf.register(name, folder, version=version)
+
+
 class ServedAdapters:
     """What an engine's loop and its runner have of adapters.
 
@@ -61,7 +83,7 @@ class ServedAdapters:
         tables: what the runner's compiled step is told of adapters; None where it has none.
         is_steady: see `ServingConfig.deterministic`.
 
-    Raises as `AdapterReader` for one that cannot be had.
+    Raises as `AdapterReader` for one that cannot be had and has no version in ``config``.
     """
 
     def __init__(
@@ -86,11 +108,7 @@ class ServedAdapters:
         # What requests ask for, compared with the instructions of adapters beside the loop: by request, of each of its pools.
         self._biases: dict[str, dict[str, tuple[float, ...] | None]] = {}
         self._comparing: ThreadPoolExecutor | None = None
-        for name, folder in config.folders:
-            try:
-                self.shelf.load_now(name, folder, is_pinned=True)
-            except BusyError as error:
-                raise CapacityError(str(error)) from None
+        load_first(self.shelf, config)
 
     # Made when the first adapter comes: an engine without pays for nothing.
 

@@ -178,8 +178,8 @@ class Frontend:
     def _check_files(self, info: EngineInfo, reader: Reader) -> None:
         """Raise OtherModelError where an engine serves another model than requests are read for: its answers would be nonsense.
 
-        So it is where it goes by other routers, another skipper or other adapters from the start than the one before it: its answers would
-        be others.
+        So it is where it goes by other routers or another skipper than the one before it: its answers would be others. Adapters are
+        looked at one by one where they are read, see `AdaptersConfig.versions`.
         """
         known = reader.files if self.info is None else self.info.files
         changed = known.difference(info.files) if known.files and info.files.files else ""

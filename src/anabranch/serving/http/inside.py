@@ -60,9 +60,10 @@ class Inside:
     ) -> None:
         self.config = config
         self._engine, self._is_given = config.engine, bool(make_engine and make_reader)
+        self._engines = config.engine.engines()
         self.frontend = Frontend(
             config.http.replace(name=self.name_of(config)),
-            make_engine or (lambda: self._engine.build()),
+            make_engine or (lambda: self._engines()),
             make_reader or (lambda: read_model(self._engine.model, config.http)),
             is_shared=True,
         )
@@ -85,6 +86,7 @@ class Inside:
             if not self._is_given:
                 # Once, for what reads texts, the engine, and each one that is started after it.
                 self._engine = await asyncio.to_thread(self.config.engine.found)
+                self._engines = self._engine.engines()
             await self.frontend.start()
         except BaseException:
             await self.frontend.close()

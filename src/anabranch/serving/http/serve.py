@@ -124,7 +124,7 @@ class ServeConfig(Config):
 
         # Once, for what reads texts, the engine, and each one that is started after it.
         found = self.found()
-        make_engine = found.engine.build if found.devices is None else found._elastic().build
+        make_engine = found.engine.engines() if found.devices is None else found._elastic().build
         make_reader = partial(read_model, found.engine.model, found.http)
         # Processes that lost another do not find together again; whoever started them starts them anew.
         http = self.http if self.engine.context is None else self.http.replace(restarts=0)
@@ -135,7 +135,7 @@ class ServeConfig(Config):
         return self.replace(engine=self.engine.found())
 
     def check_model(self) -> None:
-        """Read the model's config and tokenizer, not its weights.
+        """Read the model's config and tokenizer, not its weights (of these at most the embedding, for adapters).
 
         Raises as loading would: AnabranchError for a model that cannot be served, or not like this.
         """

@@ -25,10 +25,10 @@ class AdapterBytes:
 
 
 def adapter_bytes(config: ServingConfig, model: str | Decoder.Config) -> AdapterBytes:
-    """Look at each adapter of ``config``, for a model by its path, or its config. Raises as `AdapterReader.check`."""
+    """Look at each adapter of ``config``, for a model by its path, or its config. Raises as `AdapterReader.look`."""
     if not config.adapters.load:
         return AdapterBytes()
     shape = model if isinstance(model, Decoder.Config) else load_config(model)
     reader = AdapterReader(shape, dtype=kept_as(dtype_of(config)))
-    sizes = [reader.check(folder) for _, folder in config.adapters.folders]
+    sizes = [reader.look(folder).nbytes for _, folder in config.adapters.folders]
     return AdapterBytes(sum(sizes), 2 * max(sizes))
