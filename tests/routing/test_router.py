@@ -154,6 +154,22 @@ def test_closed_destinations_do_not_gain_bias():
     assert router.balance[0].expert_bias[:6].any()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_router_is_not_balanced(frozen):
+    """It stands under what learns: neither biases nor losses move, nor is anything counted."""
+    router = build(balance=(BiasBalancer.Config(), SwitchLoss.Config(), ZLoss.Config()))
+    router.requires_grad_(not frozen)
+    context = RoutingContext(training=True)
+    x_ND = torch.randn(11, 6, requires_grad=True)
+    routing = router(x_ND, context)
+    context.commit()
+    assert bool(context.mean_losses()) is not frozen
+    assert bool(router.balance[0].load_E.any()) is not frozen
+    router.balance[0].on_step(0, 0.0)
+    assert bool(router.balance[0].expert_bias.any()) is not frozen
+    assert torch.equal(routing.index_NK, router(x_ND, RoutingContext(training=False)).index_NK) or not frozen
+
+
 # -- padding
 
 

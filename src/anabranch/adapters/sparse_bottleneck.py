@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from anabranch.adapters.after import SerialBottleneck
 from anabranch.adapters.bottleneck import ACTIVATIONS
+from anabranch.adapters.scoring import slopes_of
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn import BuildContext, Count
@@ -97,10 +98,21 @@ class SparseBottleneck(SerialBottleneck, kind="sparse_bottleneck"):
     @torch.no_grad()
     def score(self) -> Tensor:
         """All weights, which passes from now on compute with and have gradients of. Raises ConfigError once they are pruned."""
+        self._scored_W = self.drawn_W.to(self.value.device).requires_grad_()
+        return self._scored_W
+
+    @property
+    def drawn_W(self) -> Tensor:
+        """All weights. Raises ConfigError once they are pruned."""
         if self._drawn_W is None:
             raise ConfigError("this adapter has been pruned, and what was pruned is gone; make a new one")
-        self._scored_W = self._drawn_W.to(self.value.device).requires_grad_()
-        return self._scored_W
+        return self._drawn_W
+
+    def unscore(self) -> None:
+        """Passes compute with the weights that are kept again."""
+        if self._scored_W is not None:
+            self._scored_W.requires_grad_(False)
+        self._scored_W = None
 
     @torch.no_grad()
     def prune(self, score_W: Tensor) -> None:
@@ -129,15 +141,16 @@ class SparseBottleneck(SerialBottleneck, kind="sparse_bottleneck"):
 
 
 def snip(model: nn.Module, losses: Iterable[Tensor]) -> None:
-    """Prune the adapters of ``model`` by |w dL/dw| over ``losses``, which are made while this goes over them."""
+    """Prune the adapters of ``model`` by |w dL/dw| over ``losses``, which are made while this goes over them.
+
+    One that no loss goes through keeps the largest weights that were drawn. Raises InputError where nothing can be chosen, see `slopes_of`.
+    """
     layers = [module for module in model.modules() if isinstance(module, SparseBottleneck)]
-    scored = [layer.score() for layer in layers]
-    total = [torch.zeros_like(weight_W) for weight_W in scored]
-    for loss in losses:
-        found = torch.autograd.grad(loss, scored)
-        total = [sum_W + gradient_W for sum_W, gradient_W in zip(total, found, strict=True)]
-    for layer, weight_W, gradient_W in zip(layers, scored, total, strict=True):
-        layer.prune((weight_W.detach() * gradient_W).abs())
+    for layer, slope_W in zip(layers, slopes_of(layers, losses, power=1), strict=True):
+        if slope_W.any():
+            layer.prune((layer.drawn_W.to(slope_W.device) * slope_W).abs())
+        else:
+            layer.settle()
 
 
 def settle(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anabranch.adapters.scoring import slopes_of
 from anabranch.bounds import Size
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
@@ -75,9 +76,13 @@ class SparseDelta(Linear, kind="sparse_delta"):
         return F.linear(x.to(self.value.dtype), self.delta())
 
     def score(self) -> Tensor:
-        """zero_OC, which passes add to the matrix until `place`: its gradient is that of the matrix, which may be frozen or quantised."""
+        """zero_OC, which passes add to the matrix until `unscore`: its gradient is that of the matrix, which may be frozen or quantised."""
         self._scored_OC = self.value.new_zeros(self.out_dim, self.in_dim).requires_grad_()
         return self._scored_OC
+
+    def unscore(self) -> None:
+        """Passes add the entries that are learned again."""
+        self._scored_OC = None
 
     @torch.no_grad()
     def place(self, score_OC: Tensor) -> None:
@@ -89,7 +94,6 @@ class SparseDelta(Linear, kind="sparse_delta"):
             )
         self.index = flat.topk(self.config.entries).indices.sort().values.to(self.value.device)
         self.value.zero_()
-        self._scored_OC = None
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -100,14 +104,13 @@ def place_by_fisher(model: nn.Module, losses: Iterable[Tensor]) -> None:
     """Learn the entries of greatest empirical Fisher information (FISH mask, arXiv 2111.09839): the sum of the squares of dL/dW.
 
     Args:
-        model: that has layers of this kind; each has the k greatest of its own matrix, where the paper takes them of all matrices.
-        losses: one of each example, made while this goes over them, and -log p of the answer that the data has.
+        model: that has layers of this kind; each has the k greatest of its own matrix, where the paper takes them of all matrices. One that
+            no loss goes through keeps the entries that were drawn.
+        losses: of each example -log p(answer), the sum over its tokens; made while this goes over them.
+
+    Raises InputError where nothing can be chosen, see `slopes_of`.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseDelta)]
-    scored = [layer.score() for layer in layers]
-    total = [torch.zeros_like(zero_OC) for zero_OC in scored]
-    for loss in losses:
-        found = torch.autograd.grad(loss, scored, allow_unused=True)
-        total = [sum_OC if slope is None else sum_OC + slope**2 for sum_OC, slope in zip(total, found, strict=True)]
-    for layer, score_OC in zip(layers, total, strict=True):
-        layer.place(score_OC)
+    for layer, score_OC in zip(layers, slopes_of(layers, losses, power=2), strict=True):
+        if score_OC.any():
+            layer.place(score_OC)

@@ -153,7 +153,7 @@ class Router(Part, nn.Module):
 
         for override in overrides:
             routing = override.force(routing, weigh, context.item_mask_N)
-        if context.training:
+        if context.training and self._learns:
             self._balance(Observation(logit_NE, routing, seen_open_NE), context, overrides)
         return routing
 
@@ -169,6 +169,12 @@ class Router(Part, nn.Module):
             context = replace(context, item_mask_N=own_N)
         for part in self._balancers:
             part(seen, context)
+
+    @property
+    def _learns(self) -> bool:
+        """A router whose numbers are all frozen is not balanced: it is the base of what learns, and stays as it is."""
+        learns = [parameter.requires_grad for parameter in self.parameters()]
+        return True in learns or not learns
 
     @property
     def bias_E(self) -> Tensor | None:

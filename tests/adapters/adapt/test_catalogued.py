@@ -62,12 +62,13 @@ def place(tmp_path_factory):
     return root
 
 
-def trainer(place, out, id, steps, **more):
+def trainer(place, out, id, steps, base="base", accumulation=1, **more):
     method = Catalogued.Config(id=id, **OPTIONS[id])
-    task = AdaptTask.Config(model=str(place / "base"), data=str(place / "rows.jsonl"), method=method, held_out=0.0)
+    task = AdaptTask.Config(model=str(place / base), data=str(place / "rows.jsonl"), method=method, held_out=0.0)
     train = TrainConfig(
         steps=steps,
         batch_size=2,
+        accumulation=accumulation,
         learning_rate=0.01,
         eval_every=None,
         checkpoint_every=2,
@@ -132,18 +133,22 @@ def test_a_method_that_needs_a_whole_training_first_is_refused():
         method_named("lt-sft")
 
 
-def test_the_entries_of_fish_mask_have_the_greatest_gradients_of_the_first_rows(place, tmp_path):
-    run = trainer(place, tmp_path / "run", "fish-mask", 1)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_entries_of_fish_mask_have_the_greatest_information_of_the_rows(place, tmp_path, accumulation):
+    """However a step is cut up: of all rows where there are few, each for itself, and of the sum over the answer's tokens."""
+    run = trainer(place, tmp_path / "run", "fish-mask", 1, accumulation=accumulation)
     layers = layers_of(run.task.base)
     # Written out: the matrices themselves learn, one row after another.
     base, _ = load_model(place / "base")
     names, weights = [f"blocks.{n}.attention.qkv.weight" for n in range(2)], dict(base.named_parameters())
-    rows = Examples(*run.task.learned.tensors, *run.task.choices[0], seed=0).next_batch(2)
+    rows = Examples(*run.task.learned.tensors, *run.task.choices[0], seed=0).next_batch(6)
+    # Answers differ in length, or sum and mean would choose the same.
+    assert len({int(length - start) for start, length in zip(rows[1], rows[2], strict=True)}) > 1
     total = {name: torch.zeros_like(weights[name]) for name in names}
-    for row in range(2):
+    for row in range(6):
         token_L, start, length = rows[0][row].long(), int(rows[1][row]), int(rows[2][row])
         log_LV = base(token_L[None, :length]).logits_BLV[0].log_softmax(-1)
-        loss = -log_LV[start - 1 : length - 1].gather(1, token_L[start:length, None]).mean()
+        loss = -log_LV[start - 1 : length - 1].gather(1, token_L[start:length, None]).sum()
         for name, slope in zip(names, torch.autograd.grad(loss, [weights[name] for name in names]), strict=True):
             total[name] += slope**2
     # q has 32 outputs, k and v have 16 each.
@@ -155,6 +160,41 @@ def test_the_entries_of_fish_mask_have_the_greatest_gradients_of_the_first_rows(
         wanted = score_OC.reshape(-1).topk(layer.config.entries).indices.sort().values
         assert torch.equal(layer.index, wanted)
         assert not layer.value.any()
+
+
+@pytest.mark.parametrize("id", ["shira", "fish-mask", "dora", "full"])
+def test_routers_of_a_frozen_base_are_as_they_were(place, tmp_path, id):
+    """Biases too, which no gradient moves: they are not in what an adapter writes, and it would be used beside others than it learned."""
+    from anabranch.lm import save_model
+    from anabranch.nn import MoE
+    from anabranch.routing import BiasBalancer, Router, SwitchLoss, TopK
+
+    experts = MoE.Config(
+        num_experts=4,
+        hidden_dim=16,
+        router=Router.Config(select=TopK.Config(top_k=1), balance=(BiasBalancer.Config(), SwitchLoss.Config())),
+    )
+    config = Decoder.Config(
+        vocab_size=257,
+        dim=32,
+        num_layers=1,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+        feed_forward=experts,
+        max_positions=64,
+    )
+    save_model(tmp_path / "routed", config.build(seed=1), ByteTokenizer.Config().build())
+    before, _ = load_model(tmp_path / "routed")
+    run = trainer(place, tmp_path / "run", id, 3, base=tmp_path / "routed")
+    state = run.task.base.state_dict()
+    biases = [name for name in before.state_dict() if name.endswith("expert_bias")]
+    assert biases
+    # A look at the first rows counts nothing either.
+    assert not any(value.any() for name, value in run.task.base.named_buffers() if name.endswith("load_E"))
+    run.fit()
+    moved = {
+        name for name, value in before.state_dict().items() if name in state and not torch.equal(value, state[name])
+    }
+    assert moved.issuperset(biases) if id == "full" else not moved
 
 
 def test_names():

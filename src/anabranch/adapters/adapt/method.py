@@ -99,7 +99,7 @@ class Method(Part, family="adapter_method"):
         return self.begin(model, tasks, seed=seed)
 
     def look(self, model: Decoder, losses: Iterable[Tensor]) -> None:
-        """Before the first step of a new run: the loss of each row of its first batch, made while this goes over them. Default: none."""
+        """Before the first step of a new run: -log p(answer) of each of its first rows, made while this goes over them. Default: none."""
 
     def kept(self, model: Decoder) -> list[str]:
         """Names in the model's state of what checkpoints hold: all that is not the base's as it was read."""

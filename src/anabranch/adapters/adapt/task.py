@@ -29,6 +29,7 @@ from anabranch.errors import CheckpointError, ConfigError, DataError, InputError
 from anabranch.files import atomic_write_json, read_json
 from anabranch.lm.checkpoint import load_model, save_model
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import evaluating
 from anabranch.lm.shards import write_file
 from anabranch.nn import Linear
 from anabranch.nn.nf4 import quantize_nf4
@@ -43,6 +44,8 @@ __all__ = ["AdaptTask"]
 NUMBERS, CONFIG = "adapter.safetensors", "config.json"
 # Numbers of each tensor by which a base is known again.
 _SAMPLED = 512
+# Rows that a method looks at before the first step.
+_LOOKED_AT = 128
 
 
 @configclass
@@ -202,15 +205,18 @@ class AdaptTask(Task, kind="adapt"):
         return self._answers
 
     def _first_losses(self, context: TaskContext) -> Iterator[Tensor]:
-        """The loss of each row of the first batch, the same in all processes."""
+        """-log p(answer) of each of the rows that are learned first, the same in all processes and however steps are cut up."""
         assert self._answers is not None, "it is made by now"
-        batch = Examples(*self.learned.tensors, *self.choices[0], seed=context.settings.seed).next_batch(
-            context.batch_size
-        )
+        count = min(_LOOKED_AT, len(self.learned.tensors[0]))
+        rows = Examples(*self.learned.tensors, seed=context.settings.seed).next_batch(count)
         device = self.base.embedding.weight.device
-        batch = tuple(tensor.to(device) for tensor in batch)
-        for row in range(len(batch[0])):
-            yield self.step(self._answers, tuple(tensor[row : row + 1] for tensor in batch), context).total
+        # Nothing is drawn, balanced or counted by a look.
+        with evaluating(self._answers):
+            for row in range(count):
+                given = batch_of(*(tensor[row : row + 1].to(device) for tensor in rows))
+                task_B = given.pop("task_B")
+                nats_M, *_ = self._answers(**given, task_B=task_B if self.method.needs_task else None)
+                yield nats_M.sum()
 
     def sharded_parts(self, model: nn.Module) -> Iterable[nn.Module]:
         """As of a decoder."""
