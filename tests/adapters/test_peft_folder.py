@@ -1,6 +1,8 @@
 """Folders of peft's: what is read, what is written, and every way in which one can be damaged, each told in one line."""
 
 import json
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,6 +176,16 @@ def test_an_adapter_without_pairs_adds_nothing_and_is_refused(folder):
     save_file({"base_model.model.lm_head.weight": torch.ones(5, 8)}, folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="holds no pair of lora_A and lora_B"):
         read_peft(folder)
+
+
+def test_numbers_that_still_learn_are_written(folder):
+    """Of an adapter that was made in memory, and with no word of torch's."""
+    made = read_peft(folder)
+    learning = {name: replace(pair, a_RC=pair.a_RC.clone().requires_grad_()) for name, pair in made.pairs.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_peft(folder.parent / "written", replace(made, layers=learning))
+    assert read_peft(folder.parent / "written").pairs.keys() == made.pairs.keys()
 
 
 @pytest.mark.parametrize("place", ["nowhere", "a/adapter_config.json"])

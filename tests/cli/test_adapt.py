@@ -673,6 +673,14 @@ def test_what_trains_the_base_becomes_a_model(here, base):
         ("adapters eval {base}/base --data {base}/rows.jsonl --answers 600 --max-tokens 64", "answers 600"),
         ("adapters eval {base}/base {base}/no --data {base}/rows.jsonl", "no"),
         (
+            "adapters eval {routed} {base}/base --data {base}/rows.jsonl",
+            r"holds an adapter \(adapter.json\), which is not",
+        ),
+        (
+            "adapters eval {base}/adapters {base}/base --data {base}/rows.jsonl",
+            "no model in .*, a folder of adapters; name",
+        ),
+        (
             "adapters eval {base}/base {base}/base --data {base}/rows.jsonl",
             r"holds no adapter_config.json, and is a model \(config.json\)",
         ),
@@ -689,6 +697,8 @@ def test_their_mistakes_in_one_line(here, base, routed, command, told):
     import re
 
     (base / "untold.jsonl").write_text('{"input": "a", "output": "b"}')
+    (base / "adapters" / "one").mkdir(parents=True, exist_ok=True)
+    (base / "adapters" / "one" / "adapter_config.json").write_text("{}")
     code, out, err = here(*command.format(base=base, routed=routed).split(), "--quiet")
     assert (code, out) == (2, ""), err
     assert len(err.strip().splitlines()) == 1

@@ -122,7 +122,7 @@ def check_numbers(name: str, tensor: Tensor, where: Path | str) -> None:
         raise CheckpointError(
             f"{shown(name)} in {where} holds NaN or infinity; the adapter is damaged, or its training failed"
         )
-    greatest = float(tensor.abs().max()) if tensor.numel() else 0.0
+    greatest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
     if greatest > _MOST:
         raise CheckpointError(
             f"{shown(name)} in {where} holds a number of the size {greatest:.3g}; the adapter is damaged, or its training failed: "

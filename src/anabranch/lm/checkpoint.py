@@ -166,6 +166,8 @@ def find_model(path: str | Path) -> Path:
     hint = (
         f"; did you mean {gguf[0]}?" if gguf else " (looked for config.json and checkpoints/step-NNNNNNNN/config.json)"
     )
+    if any(path.glob("*/adapter_config.json")):
+        hint = ", a folder of adapters; name the model that they were made for"
     raise CheckpointError(f"no model in {path}{hint}")
 
 

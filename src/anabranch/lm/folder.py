@@ -72,7 +72,7 @@ _PARTS = re.compile(
 )
 _TEMPLATES = "additional_chat_templates"
 # Of the package peft; transformers applies it, and the model is another.
-_ADAPTER = "adapter_config.json"
+_ADAPTER, _OWN_ADAPTER = "adapter_config.json", "adapter.json"
 _DOCUMENTS = re.compile(r"(readme|licen[cs]e|notice|copying|use_policy|usage_policy|citation)([._-].*)?", re.IGNORECASE)
 
 # What lies in a folder, folders with a slash behind their names: (inode, size, nanosecond of the last change) of each.
@@ -124,9 +124,10 @@ def _is_of_model(path: Path) -> bool:
 
 def check_no_adapter(folder: Path) -> None:
     """Raise CheckpointError if ``folder`` holds an adapter, with which the model beside it is another than its weights say."""
-    if (folder / _ADAPTER).is_file():
+    held = next((name for name in (_ADAPTER, _OWN_ADAPTER) if (folder / name).is_file()), None)
+    if held is not None:
         raise CheckpointError(
-            f"{folder} holds an adapter ({_ADAPTER}), which is not applied here; name the model that it was made for, and put the adapter "
+            f"{folder} holds an adapter ({held}), which is not applied here; name the model that it was made for, and put the adapter "
             "onto it (--adapter of anabranch eval, anabranch.adapters.load_peft), or move that file elsewhere to take the model without it"
         )
 
