@@ -8,12 +8,24 @@ from anabranch.lm import save_model
 from anabranch.rl.router_r1 import word_tokenizer
 from anabranch.routers.router_r1.grammar import TAGS
 from rl_router_small import tiny_decoder
+from scripted_endpoint import chat
 
 WORDS = (
     "- : ? ; Question small large who wrote book Ann Bob None nothing of it knows all dollars a million tokens 1 2 0.5 4 yes no"
 ).split()
 ASKS = "<think> who </think> <search> small : who wrote it ? </search>"
 ANSWERS = "<think> it </think> <answer> Ann </answer>"
+QUESTIONS = [{"question": f"who wrote book {number} ?", "answers": ["Ann", "Ann Smith"]} for number in range(1, 25)]
+FEW = ["--set", "task.questions=4", "--set", "task.world.instruction={models}", "--set", "task.world.turn_tokens=16"]
+FEW += [
+    "--set",
+    "task.world.max_turns=2",
+    "--set",
+    "task.eval_episodes=2",
+    "--set",
+    "task.world.held_out=0.2",
+    "--quiet",
+]
 
 
 def tokenizer():
@@ -57,3 +69,41 @@ def router(folder, models, *, question="who wrote book {} ?"):
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def says(path, body):
+    """An endpoint's model that knows who wrote it."""
+    usage = {"prompt_tokens": 30, "completion_tokens": 5}
+    return 200, chat("Ann") | {"usage": usage}, {}
+
+
+def pool_file(files, url, **small):
+    table = {"base_url": f'"{url}"', "reply_tokens": "8"}
+    models = [
+        '[models.small]\nabout = "knows all"\nprice = { input_usd = 1, output_usd = 4 }',
+        *(f"{name} = {value}" for name, value in small.items()),
+        "[models.large]\nprice = { output_usd = 2 }",
+    ]
+    text = "\n".join([*(f"{name} = {value}" for name, value in table.items()), *models])
+    (files / "pool.toml").write_text(text + "\n")
+    return files / "pool.toml"
+
+
+def line(policy, out, *more, pool="pool.toml", name="router-r1", samples=8):
+    return [
+        "rl",
+        "train",
+        name,
+        "--model",
+        policy,
+        "--data",
+        "q.jsonl",
+        "--pool",
+        pool,
+        "--samples",
+        samples,
+        "--out",
+        out,
+        *FEW,
+        *more,
+    ]

@@ -2,11 +2,7 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
 import threading
-import time
 
 import pytest
 
@@ -14,21 +10,8 @@ from anabranch.cli.main import main
 from anabranch.lm import load_model
 from anabranch.routers.router_r1.kept_pool import KeptPool
 from gateway_process import ask, mock_config, served
-from rl_own_models import router, taught, tokenizer, write_lines
-from scripted_endpoint import chat, endpoint
-from waiting import until
-
-QUESTIONS = [{"question": f"who wrote book {number} ?", "answers": ["Ann", "Ann Smith"]} for number in range(1, 25)]
-FEW = ["--set", "task.questions=4", "--set", "task.world.instruction={models}", "--set", "task.world.turn_tokens=16"]
-FEW += [
-    "--set",
-    "task.world.max_turns=2",
-    "--set",
-    "task.eval_episodes=2",
-    "--set",
-    "task.world.held_out=0.2",
-    "--quiet",
-]
+from rl_own_models import QUESTIONS, line, pool_file, router, says, taught, tokenizer, write_lines
+from scripted_endpoint import endpoint
 
 
 def run(capfd, *line):
@@ -43,12 +26,6 @@ def told(result):
     return json.loads(out)
 
 
-def says(path, body):
-    """An endpoint's model that knows who wrote it."""
-    usage = {"prompt_tokens": 30, "completion_tokens": 5}
-    return 200, chat("Ann") | {"usage": usage}, {}
-
-
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     return router(tmp_path_factory.mktemp("policy"), {"small": "knows all", "large": "2 dollars a million tokens"})
@@ -59,38 +36,6 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "q.jsonl", QUESTIONS)
     return tmp_path
-
-
-def pool_file(files, url, **small):
-    table = {"base_url": f'"{url}"', "reply_tokens": "8"}
-    models = [
-        '[models.small]\nabout = "knows all"\nprice = { input_usd = 1, output_usd = 4 }',
-        *(f"{name} = {value}" for name, value in small.items()),
-        "[models.large]\nprice = { output_usd = 2 }",
-    ]
-    text = "\n".join([*(f"{name} = {value}" for name, value in table.items()), *models])
-    (files / "pool.toml").write_text(text + "\n")
-    return files / "pool.toml"
-
-
-def line(policy, out, *more, pool="pool.toml", name="router-r1", samples=8):
-    return [
-        "rl",
-        "train",
-        name,
-        "--model",
-        policy,
-        "--data",
-        "q.jsonl",
-        "--pool",
-        pool,
-        "--samples",
-        samples,
-        "--out",
-        out,
-        *FEW,
-        *more,
-    ]
 
 
 def test_from_questions_and_an_endpoint_to_a_router(capfd, files, policy):
@@ -346,73 +291,3 @@ def test_wrong_pools_and_lines_are_one_line(capfd, files, policy, change, more, 
 def test_options_that_do_not_go_together(capfd, files, words, message):
     code, _, err = run(capfd, "rl", "train", *words, "--out", "run")
     assert (code, message in err) == (2, True), err
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_commands_that_ask_a_pool_as_ctrl_c_does(capfd, files, policy, number):
-    """It ended the process at once: calls that were out, and may be billed, were in no file."""
-    interrupts = []
-
-    def interrupted(path, body):
-        if interrupts:
-            signal.pthread_kill(threading.main_thread().ident, interrupts.pop())
-        return says(path, body)
-
-    # What such a command leaves as it is would end the tests.
-    before = signal.signal(number, lambda *_: None)
-    try:
-        with endpoint(interrupted) as (url, seen):
-            pool_file(files, url)
-            told(run(capfd, *line(policy, "run", "--max-usd", 1, "--json")))
-            for words in (
-                ("rl", "eval", "run"),
-                ("rl", "replay", "run", "--out", "e.txt"),
-                ("routers", "route", "who wrote book 2 ?", "--router", "run"),
-            ):
-                (files / "run/pool.jsonl").unlink()
-                seen.clear()
-                interrupts.append(number)
-                code, _, err = run(capfd, *words)
-                assert (code, err) == (130, "interrupted\n")
-                kept = [json.loads(one) for one in (files / "run/pool.jsonl").read_text().splitlines()]
-                assert len(kept) == len(seen) > 0
-                assert all(one["usd"] > 0 for one in kept)
-    finally:
-        signal.signal(number, before)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_as_often_as_it_takes_end_a_training_whose_calls_are_out(files, policy, number):
-    """The third Ctrl-C stopped what calls were waiting for: the process hung, and what may have been billed was in no file.
-
-    The second SIGTERM ended the process at once, and it was not either.
-    """
-    asked, is_over = threading.Event(), threading.Event()
-
-    def hangs(path, body):
-        asked.set()
-        is_over.wait(600)
-        return 503, {}, {}
-
-    with endpoint(hangs) as (url, _):
-        pool_file(files, url)
-        command = [sys.executable, "-m", "anabranch", *map(str, line(policy, "run", "--max-usd", 1))]
-        process = subprocess.Popen(command, cwd=files, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            assert asked.wait(120)
-
-            def has_ended():
-                process.send_signal(number)
-                time.sleep(2)
-                return process.poll() is not None
-
-            until(has_ended)
-            assert process.wait() in (130, -number), process.communicate(timeout=60)[1]
-        finally:
-            is_over.set()
-            process.kill()
-            process.communicate()
-    kept = [json.loads(one) for one in (files / "run/pool.jsonl").read_text().splitlines()]
-    assert kept
-    assert all(one["error"].endswith("had not answered when the pool was closed") and one["usd"] > 0 for one in kept)

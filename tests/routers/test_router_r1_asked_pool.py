@@ -8,6 +8,7 @@ import pytest
 
 from anabranch.errors import BackendError, InputError
 from anabranch.routers.contract.ask import Answered, Arm
+from anabranch.routers.router_r1 import asked_pool
 from anabranch.routers.router_r1.asked_pool import AskPool, Member
 from anabranch.routers.router_r1.environment import Price, Reply
 from anabranch.routers.router_r1.prompts import agent_prompt
@@ -149,6 +150,39 @@ def test_calls_that_are_out_end_where_the_pool_is_closed():
     ask._wait = 0.0
     assert pool.reply("small", "Who?").text == "yes"
     pool.close()
+
+
+def test_what_cannot_be_cancelled_does_not_hold_up_who_closes(monkeypatch):
+    """The look-up of a name is a thread's."""
+    looking, is_over, raised = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(asked_pool, "_CLOSE_S", 0.1)
+
+    def looks():
+        looking.set()
+        is_over.wait(600)
+
+    async def ask(arm, messages, **how):
+        await asyncio.to_thread(looks)
+
+    pool = AskPool({"small": Member(ask, Arm("there"), Price(2.0))}, call_s=600)
+
+    def call():
+        with pytest.raises(BackendError, match="when the pool was closed") as error:
+            pool.reply("small", "Who?")
+        raised.append(error.value)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    assert looking.wait(60)
+    own = next(one for one in threading.enumerate() if one.name == "anabranch pool")
+    pool.close()
+    # The call has ended, and what it waited for has not.
+    thread.join(60)
+    assert len(raised) == 1
+    assert own.is_alive()
+    is_over.set()
+    own.join(60)
+    assert not own.is_alive()
 
 
 def test_a_pool_that_was_not_asked_closes_and_one_of_nobody_is_refused():

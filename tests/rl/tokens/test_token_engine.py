@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.errors import DataError, InputError, LimitError
+from anabranch.errors import AnabranchError, DataError, InputError, LimitError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.attention import SelfAttention
 from anabranch.nn.feed_forward import SwiGLU
@@ -16,6 +16,7 @@ from anabranch.rl.tokens import Drawn, Outcome, PolicyEngine, TokenPolicy, Told,
 from anabranch.routing import Router
 from anabranch.serving.fast import FastDecoder
 from rl_token_worlds import ASK, END, INFO, VOCABULARY, Echo
+from waiting import until
 
 DRAWN = Drawn(turn_tokens=4)
 
@@ -270,6 +271,45 @@ def test_an_interruption_of_the_engine_is_told_as_one(caplog, monkeypatch, waits
     assert not caplog.records
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_engine_that_fails_says_so_and_by_what(monkeypatch, waits):
+    """What it had failed by came bare, once an interruption was told as one."""
+    engine, error = PolicyEngine(decoder(), slots=2), RuntimeError("out of memory")
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(engine._loop, "_schedule_step", fails)
+    with pytest.raises(AnabranchError, match=r"^the engine failed: RuntimeError: out of memory$") as raised:
+        engine.play([Hostile(), Hostile()], [0, 1], DRAWN, waits=waits)
+    assert raised.value.__cause__ is error
+    # It stays so.
+    with pytest.raises(AnabranchError, match="the engine has ended: RuntimeError: out of memory"):
+        engine.play([Hostile()], [0], DRAWN, waits=waits)
+
+
+def test_an_interruption_does_not_wait_for_whoever_is_in_a_world():
+    """A Ctrl-C was held up for as long as a model that hangs may take."""
+    inside, is_over, left = threading.Event(), threading.Event(), []
+
+    class Waits(Hostile):
+        def step(self, turn):
+            inside.set()
+            left.append(is_over.wait(600))
+            return Told((), True)
+
+    class Interrupted(Hostile):
+        def step(self, turn):
+            inside.wait(60)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        PolicyEngine(decoder(), slots=2).play([Waits(), Interrupted()], [0, 1], DRAWN, waits=True)
+    assert left == []
+    is_over.set()
+    until(lambda: left)
+
+
 @pytest.mark.parametrize(
     "error", [LimitError("nobody may be asked"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
 )
@@ -290,6 +330,8 @@ def test_whoever_waits_in_a_world_does_not_where_the_episodes_end_early(error):
     engine = PolicyEngine(decoder(), slots=2)
     with pytest.raises(type(error)):
         engine.play([Waits(), Fails()], [0, 1], DRAWN, waits=True, over=over)
+    # An interruption does not wait for whoever is in a world.
+    until(lambda: waited)
     assert waited == [True]
     # Episodes that end by themselves set nothing.
     over.clear()

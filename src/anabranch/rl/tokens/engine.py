@@ -158,8 +158,10 @@ class PolicyEngine:
             waits: worlds take long to answer: they do in threads, while others write.
             over: set, and left so, where the episodes end by an error or an interruption.
 
-        Raises InputError for a prompt that leaves no room for a turn, none is cut; AnabranchError if the engine fails; and whatever a world
-        raises, once the calls of other episodes that are under way have ended. The engine can be used again after that.
+        Raises InputError for a prompt that leaves no room for a turn, none is cut; AnabranchError if the engine fails, whose cause is what
+        it failed by, and which it has ended with; and whatever a world raises, once the calls of other episodes that are under way have
+        ended. The engine can be used again after that. An interruption (KeyboardInterrupt) is raised at once: whoever closes the world
+        ends those calls.
         """
         for number, play in enumerate(plays):
             self._check(number, play)
@@ -167,18 +169,20 @@ class PolicyEngine:
         self._threads = ThreadPoolExecutor(_AT_A_TIME) if waits else None
         episodes = [Trajectory(tuple(play.prompt)) for play in plays]
         self._failed = None
+        is_interrupted = False
         try:
             with evaluating(self.model):
                 for number, (play, episode) in enumerate(zip(plays, episodes, strict=True)):
                     self._begin(number, play, episode)
                 self._run()
-        except BaseException:
+        except BaseException as error:
+            is_interrupted = not isinstance(error, Exception)
             if over is not None:
                 over.set()
             raise
         finally:
             if self._threads is not None:
-                self._threads.shutdown(wait=True, cancel_futures=True)
+                self._threads.shutdown(wait=not is_interrupted, cancel_futures=True)
             self._threads = None
             self._turns.clear()
             self._waiting.clear()
@@ -209,7 +213,12 @@ class PolicyEngine:
 
     def _run(self) -> None:
         while True:
-            self._loop.run(until_idle=True)
+            try:
+                self._loop.run(until_idle=True)
+            except AnabranchError:
+                raise
+            except Exception as error:
+                raise AnabranchError(f"the engine failed: {type(error).__name__}: {error}") from error
             if self._failed is not None:
                 raise self._failed
             if not self._waiting:
@@ -254,7 +263,7 @@ class PolicyEngine:
         if turn is None:
             return
         if output.engine_failed:
-            # The loop raises what it was itself: an interruption is no error.
+            # `_run` is told what it was: an interruption is no error.
             return
         if output.finish is Finish.ERROR:
             raise AnabranchError(output.error or "the engine gave no reason for an error")

@@ -8,6 +8,7 @@ So it goes on after any of its mini-batches, to the bit, from the rollout that a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from anabranch.rl.tokens.trajectory import Samples, Trajectory, padded
 from anabranch.rl.tokens.world import Play, Split, TokenWorld
 
 __all__ = ["Playing", "Rollout", "TokenRollouts"]
+
+logger = logging.getLogger(__name__)
 
 FILE, NOTES = "rollout.safetensors", "rollout.json"
 # Stand beside a rollout's number where generators are seeded.
@@ -235,9 +238,11 @@ class TokenRollouts:
             else:
                 self._engine.refresh()
             return self._engine.play(plays, draws, drawn, waits=self.world.waits, over=self.world.broken_off)
-        except BaseException:
-            # An engine that has failed stays so; and whoever is still in the world, since a further Ctrl-C broke off the wait for it, ends.
+        except BaseException as error:
+            # An engine that has failed stays so; and whoever is still in the world, since an interruption waits for nobody, ends.
             self._engine = None
+            if self.world.waits and not isinstance(error, Exception):
+                logger.warning("interrupted: ending calls that are out")
             self.world.close()
             raise
 

@@ -22,6 +22,8 @@ __all__ = ["AskPool", "Member"]
 
 # A token has at least one byte of its text; what a chat's template adds to a question is less than this.
 _TEMPLATE_TOKENS = 200
+# For calls that are cancelled to end in good order.
+_CLOSE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,16 @@ class AskPool:
         return self._loop
 
     def close(self) -> None:
-        """End what it began, calls that are out among it, which fail; asked again it begins anew."""
+        """End what it began, calls that are out among it, which fail; asked again it begins anew.
+
+        What cannot be cancelled, such as the look-up of a name, is waited for 5 seconds, and ends by itself after that.
+        """
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
         if loop is not None and thread is not None:
             loop.call_soon_threadsafe(loop.stop)
-            thread.join()
+            thread.join(_CLOSE_S)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

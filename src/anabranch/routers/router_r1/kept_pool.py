@@ -64,8 +64,8 @@ class KeptPool:
         retries: how often a call is made again that failed by what may be over in a moment (``is_transient``); each try is a call of its
             own to limits and file.
         wait_s: before the first of them, in seconds; twice as long before each further one.
-        over: set where nobody reads what is said any more, until `close` has ended that: whoever waits to call again does not. None for
-            never.
+        over: set where nobody reads what is said any more, until `close` has ended that: meanwhile no call is begun (BackendError, for
+            which nobody is billed), and none is made again. None for never.
 
     Raises DataError for a file that cannot be read.
     """
@@ -107,7 +107,9 @@ class KeptPool:
     def reply(self, model: str, query: str) -> Reply:
         """See `RoutePool`.
 
-        Raises LimitError where a call would pass a limit, or too many failed; DataError where a model is not there and was not recorded.
+        Raises LimitError where a call would pass a limit, or too many failed; DataError where a model is not there and was not recorded;
+        BackendError for what a model fails with, where the pool is closed before the answer is there, and where another thread that
+        asked the same was interrupted.
         """
         key, closed = (model, folded(query)), self._closed
         with self._lock:
@@ -121,7 +123,7 @@ class KeptPool:
                 try:
                     # Another process may have asked it meanwhile.
                     found = self._known.get(key)
-                    if found is None and self._closed != closed:
+                    if found is None and self._is_ended(closed):
                         raise BackendError(f"{model} was not asked: the pool was closed")
                     most = self._room_for(model, query) if found is None else 0.0
                 except BaseException:
@@ -136,7 +138,11 @@ class KeptPool:
         try:
             reply = self._tried(model, query, most, closed)
         except BaseException as error:
-            coming.set_exception(error)
+            # An interruption is of this thread alone.
+            is_shared = isinstance(error, Exception)
+            coming.set_exception(
+                error if is_shared else BackendError(f"{model} did not answer: who asked it first was interrupted")
+            )
             raise
         finally:
             with self._lock:
@@ -146,9 +152,13 @@ class KeptPool:
         return reply
 
     def close(self) -> None:
-        """End calls that are out, which count as any that failed, and free what models hold; asked again after that it begins anew."""
-        self._closed += 1
+        """End calls that are out, which count as any that failed, and free what models hold; asked again after that it begins anew.
+
+        Whoever asks meanwhile is refused (BackendError), which costs nothing.
+        """
+        # In this order: whoever comes between the two began before.
         self._over.set()
+        self._closed += 1
         # Not for ever: one may be a call of this very thread, or of a process that this one is a copy of.
         end, is_done = time.monotonic() + _CLOSE_S, False
         try:
@@ -167,7 +177,7 @@ class KeptPool:
 
     def _enter(self, closed: int) -> None:
         """Have the file alone from the first of the calls under way to the last, and take over what others added: limits are of all."""
-        if self._closed != closed:
+        if self._is_ended(closed):
             raise BackendError("nobody was asked: the pool was closed")
         if self._path is not None and self.live is not None and not self._under_way:
             with explained(self._path):
@@ -181,12 +191,16 @@ class KeptPool:
                 raise
         self._under_way += 1
 
+    def _is_ended(self, closed: int) -> bool:
+        """Whether nobody is asked for who came when the pool had been closed so often."""
+        return self._closed != closed or self._over.is_set()
+
     def _has_file(self, path: Path, closed: int) -> bool:
         """Wait for the file, which `close` ends."""
         end = time.monotonic() + _WAIT_S
         while not self._held.enter_context(locked(self._lock_file(path), wait_s=min(1.0, _WAIT_S))):
             self._held.close()
-            if self._closed != closed:
+            if self._is_ended(closed):
                 raise BackendError(f"nobody was asked, as another process had {path}, and the pool was closed")
             if time.monotonic() >= end:
                 return False
@@ -232,7 +246,7 @@ class KeptPool:
                 if not error.is_transient or self._over.wait(self._wait_s * 2**number):
                     raise
                 with self._lock:
-                    if self._closed != closed:
+                    if self._is_ended(closed):
                         raise
                     most = self._room_for(model, query)
         return self._called(model, query, most, is_last=True)
