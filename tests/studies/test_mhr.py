@@ -54,7 +54,12 @@ def test_arms_have_as_many_numbers():
     )
     learned = {}
     for name in ("lora", "poly", "mhr"):
-        model = ArmConfig(method=name, size=Size()).of().build().begin(config.build(), ["a", "b"], seed=0)
+        model = (
+            ArmConfig(method=name, learning_rate=1e-3, size=Size())
+            .of()
+            .build()
+            .begin(config.build(), ["a", "b"], seed=0)
+        )
         numbers = {key: p.numel() for key, p in model.named_parameters() if p.requires_grad}
         learned[name] = sum(number for key, number in numbers.items() if not key.endswith("table.z"))
     assert len(set(learned.values())) == 1

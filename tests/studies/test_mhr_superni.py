@@ -41,7 +41,7 @@ def tiny(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["lora", pytest.param("poly", marks=pytest.mark.slow), "mhr"])
 def test_the_quick_form_is_whole(method, tiny):
     size = make().arms[0].config.size
-    found = mhr_superni.run(ArmConfig(method=method, size=size, is_real=True), 0, lambda text: None)
+    found = mhr_superni.run(ArmConfig(method=method, learning_rate=3e-3, size=size, is_real=True), 0, lambda text: None)
     names = ["", "_zero", *(f"_few_{way}" for way in WAYS[method])]
     assert set(found) == {f"{what}{name}" for what in ("better", "rouge") for name in names}
     assert all(math.isfinite(value) for value in found.values())
@@ -71,7 +71,7 @@ def test_seeds_judge_other_rows_and_learn_from_other_examples(tiny, monkeypatch)
     found = []
     for seed in (0, 1):
         written.clear(), judged.clear()
-        mhr_superni.run(ArmConfig(method="lora", size=size, is_real=True), seed, lambda text: None)
+        mhr_superni.run(ArmConfig(method="lora", learning_rate=3e-3, size=size, is_real=True), seed, lambda text: None)
         shots = dict(written)["0.jsonl"]
         assert (len(shots), len(judged[0]), len(judged[1])) == (5, 8, 4)
         # What is new is judged on the same rows without examples and after them.

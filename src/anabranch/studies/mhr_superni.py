@@ -38,7 +38,7 @@ def run(config: "ArmConfig", seed: int, progress: Progress) -> Metrics:
     size, weights, routed = config.size, find_weights(), config.method != "lora"
     tasks, new = superni.some_tasks(size.real_tasks, size.real_new)
     asked = {name: superni.rows_for_seed(name, "test", size.real_rows, seed) for name in (*tasks, *new)}
-    options: dict[str, Any] = {"length": size.real_length, "dtype": "bfloat16", "rate": size.learning_rate}
+    options: dict[str, Any] = {"length": size.real_length, "dtype": "bfloat16", "rate": config.learning_rate}
     tokenizer = load_model(weights)[1]
     assert tokenizer is not None, "the file has one"
 
