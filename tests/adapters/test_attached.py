@@ -151,7 +151,7 @@ def test_whole_tensors_learn_with_the_adapter_and_not_after_it(place, tmp_path):
     assert torch.equal(logits(model), logits(opened(place)))
     assert all(parameter.requires_grad for parameter in model.parameters())
     layers = linear_layers(make_base(tmp_path / "base", "llama"), ["q_proj"])
-    part = {"model.layers.0.mlp.gate_proj.weight": drawn("gate", (48, 32))}
+    part = {f"model.layers.{layer}.mlp.gate_proj.weight": drawn(f"gate {layer}", (48, 32)) for layer in range(2)}
     make_adapter(tmp_path / "part", layers, extra=part, modules_to_save=["gate_proj"])
     with pytest.raises(
         ConfigError, match=r"brings model\.layers\.0\.mlp\.gate_proj\.weight whole, which is a part of a greater tensor"

@@ -36,6 +36,35 @@ def test_one_that_fits():
     check({Q[1]: pair()}, layers_to_transform=[1])
 
 
+NORMS = [f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1)]
+
+
+def test_all_of_what_modules_to_save_names_is_there():
+    both = {name: torch.ones(32) for name in NORMS}
+    check(GOOD, both, modules_to_save=["input_layernorm"])
+    with pytest.raises(CheckpointError, match=rf"lacks {NORMS[1]}, which modules_to_save names"):
+        check(GOOD, {NORMS[0]: both[NORMS[0]]}, modules_to_save=["input_layernorm"])
+    with pytest.raises(CheckpointError, match=r"lacks .*mlp\.gate_proj\.weight.*, which modules_to_save names"):
+        check(GOOD, {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}, modules_to_save=["mlp"])
+    # A word that no module has, as of a classifier, asks for nothing.
+    check(GOOD, modules_to_save=["score"])
+
+
+@pytest.mark.parametrize("brought", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_head_that_is_tied_is_there_once_the_embedding_is(brought):
+    tied, words = CONFIG.replace(tie_embeddings=True), ["embed_tokens", "lm_head"]
+    for config in (tied, CONFIG.replace(tie_embeddings=False)):
+        named = {name: one.shape for name, one in names_of(config, [], None).tensors.items()}
+        if brought not in named:
+            continue
+        given = {brought: torch.ones(named[brought])}
+        if config is tied:
+            check(GOOD, given, config=config, modules_to_save=words)
+        else:
+            with pytest.raises(CheckpointError, match="which modules_to_save names"):
+                check(GOOD, given, config=config, modules_to_save=words)
+
+
 @pytest.mark.parametrize(
     ("layers", "options", "message"),
     [

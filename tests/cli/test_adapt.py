@@ -1,7 +1,10 @@
 """``anabranch adapt``, from rows to an adapter that others read."""
 
 import json
+import re
 import shutil
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from safetensors.numpy import load_file
@@ -738,3 +741,21 @@ def test_adapters_are_weighed_by_rows(here, base):
     code, out, err = here("adapters", "merge", *folders, "--out", base / "weighed2", *given)
     assert code == 0, err
     assert "6 weights were tried" in " ".join(out.split())
+
+
+def test_help_and_guide_say_what_target_is_without_being_said():
+    """Methods with layers of their own, by name; of all others the card tells it."""
+    from anabranch.adapters.adapt import method_named, method_names
+    from anabranch.cli.adapt import adapt
+
+    told = get_type_hints(adapt, include_extras=True)["targets"].__metadata__[0].help
+    guide = (Path(__file__).parents[2] / "docs" / "adapters-guide.md").read_text().replace("`", "")
+    own = {name: targets for name in method_names() if (targets := getattr(method_named(name), "targets", None))}
+    by_layers = {layers: [name for name in own if own[name] == layers] for layers in own.values()}
+    words = {("*.attention.*",): "attention", ("gate", "up", "down"): "gate, up and down", ("down",): "down"}
+    assert by_layers.keys() == words.keys()
+    for layers, names in by_layers.items():
+        for text in (told, guide):
+            parts = re.split("; |[Dd]efault: ", text)
+            said = next(part for part in parts if re.match(rf"(the )?{words[layers]}( layers)? for ", part))
+            assert set(re.findall(r"[\w-]+", said.partition(" for ")[2])) - {"and"} == set(names)

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from anabranch.adapters.low_rank import Pair
-from anabranch.adapters.names import Names
+from anabranch.adapters.names import Names, Stored
 from anabranch.adapters.peft_config import TargetTable
 from anabranch.adapters.peft_folder import CONFIG, Adapter
 from anabranch.adapters.peft_tables import table_of
@@ -99,17 +99,26 @@ def _holds(adapter: Adapter) -> str:
     return next((numbers.holds for numbers in adapter.layers.values()), Pair.holds)
 
 
+def _stands(stored: Stored) -> tuple[str, str]:
+    """Our tensor, and where in it."""
+    return stored.tensor, repr(stored.piece.where)
+
+
 def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:
     brought = {**adapter.saved, **adapter.copies}
+    # By where they stand in the model: a head that is tied to the embedding is there once one of them is.
+    held = {_stands(names.tensors[name]) for name in brought if name in names.tensors}
     table: TargetTable = table_of(adapter.table, folder / CONFIG)
     for word in table.modules_to_save:
         # A word that no module of this model has asks for nothing: peft adds those of classifiers by itself.
-        named = [name for name in names.tensors if f".{word}." in f".{name}"]
-        if named and not brought.keys() & set(named):
+        missing = [
+            name for name, stored in names.tensors.items() if f".{word}." in f".{name}" and _stands(stored) not in held
+        ]
+        if missing:
             raise CheckpointError(
-                f"{folder} lacks {some(named)}, which modules_to_save names; copy it, or save it again from the trained model"
+                f"{folder} lacks {some(missing)}, which modules_to_save names; copy it, or save it again from the trained model"
             )
-    for name, tensor in {**adapter.saved, **adapter.copies}.items():
+    for name, tensor in brought.items():
         if name not in names.tensors:
             raise CheckpointError(f"{folder} brings {name}, for which the model, a {names.family}, has no place")
         shape = names.tensors[name].shape

@@ -57,7 +57,7 @@ def adapt(
         typer.Option(
             metavar="NAME",
             help="lora, poly, mhr, dynmole, lora_mixer, gate, or any method that anabranch adapters list --backend own shows "
-            "(dora, ia3, full, ...). Default: lora.",
+            "(dora, ia3, full, ...; not lt-sft, which needs a whole training first). Default: lora.",
         ),
     ] = None,
     targets: Annotated[
@@ -66,7 +66,8 @@ def adapt(
             "--target",
             metavar="LAYERS",
             help="Linear layers to adapt: a word (q, down), a pattern (blocks.3.*), or all. May be repeated. "
-            "Default: attention; of a method of the catalogue (dora, ia3, ...) what its card says, often q and v.",
+            "Default: attention for lora, poly, mhr, lora_mixer and gate; gate, up and down for dynmole; down for adapter-fusion; "
+            "for others what their card says, often q and v.",
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(metavar="R", min=1, help="Rank of the adapter (method.rank).")] = None,
