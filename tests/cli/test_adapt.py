@@ -1,16 +1,18 @@
 """``anabranch adapt``, from rows to an adapter that others read."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from anabranch.data import ByteTokenizer
-from anabranch.lm import Decoder, export_huggingface, save_model
+from anabranch.lm import Decoder, export_huggingface, load_model, save_model
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.nn.quantize import quantize
 from scripted_endpoint import chat, endpoint, vectors
@@ -89,6 +91,18 @@ def test_a_training_that_came_to_nothing_says_so(here, base):
     report = json.loads((base / "diverged" / "report.json").read_text(), parse_constant=refused)
     assert report["after"]["nats_per_token"] is None
     assert report["skipped_steps"] == 2
+
+
+def test_a_model_that_is_not_sound_is_not_blamed_on_the_learning_rate(here, base):
+    model, tokenizer = load_model(base / "base")
+    with torch.no_grad():
+        next(model.blocks.parameters()).view(-1)[0] = math.nan
+    save_model(base / "unsound", model, tokenizer)
+    line = ["adapt", base / "unsound", base / "rows.jsonl", "--out", base / "blamed", "--steps", 3, *QUICK, "--quiet"]
+    code, out, err = here(*line)
+    assert code == 0, err
+    assert f"nor were answers of {base / 'unsound'} before the first step, so the model itself is not sound" in out
+    assert "--learning-rate" not in out
 
 
 def test_resumed_to_the_bit(here, base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -385,7 +386,7 @@ def _tell(told: Mapping[str, Any], note: str) -> None:
     if told["skipped_steps"]:
         fact(
             "skipped",
-            f"{told['skipped_steps']} of {told['step']} steps changed nothing, as a gradient was not finite; take a lower --learning-rate",
+            f"{told['skipped_steps']} of {told['step']} steps changed nothing, as a gradient was not finite; {_advice(told)}",
         )
     if note:
         fact("note", note)
@@ -401,6 +402,14 @@ def _tell(told: Mapping[str, Any], note: str) -> None:
     if "choice_accuracy" in before and "choice_accuracy" in after:
         was, now = 100 * before["choice_accuracy"], 100 * after["choice_accuracy"]
         fact("choices", f"{now:.1f} % of held-out rows prefer their answer to all wrong choices; {was:.1f} % before")
+
+
+def _advice(told: Mapping[str, Any]) -> str:
+    """What helps where gradients were not finite."""
+    before = told["before"]
+    if before is not None and not math.isfinite(before["nats_per_token"]):
+        return f"nor were answers of {told['model']} before the first step, so the model itself is not sound"
+    return "take a lower --learning-rate"
 
 
 def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[str]:
