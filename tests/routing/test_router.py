@@ -23,6 +23,7 @@ from anabranch.routing import (
     ZLoss,
 )
 from anabranch.routing.destinations import Destinations
+from anabranch.routing.fixed import fix, release
 from anabranch.testing import check_router
 
 WIDE = LinearScore.Config(init_std=0.5)
@@ -155,10 +156,13 @@ def test_closed_destinations_do_not_gain_bias():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_frozen_router_is_not_balanced(frozen):
-    """It stands under what learns: neither biases nor losses move, nor is anything counted."""
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_router_of_a_fixed_base_is_not_balanced(frozen, learns):
+    """It stands under what learns: neither biases nor losses move, nor is anything counted, whatever has gradients."""
     router = build(balance=(BiasBalancer.Config(), SwitchLoss.Config(), ZLoss.Config()))
-    router.requires_grad_(not frozen)
+    router.requires_grad_(learns)
+    if frozen:
+        fix(router)
     context = RoutingContext(training=True)
     x_ND = torch.randn(11, 6, requires_grad=True)
     routing = router(x_ND, context)
@@ -168,6 +172,12 @@ def test_a_frozen_router_is_not_balanced(frozen):
     router.balance[0].on_step(0, 0.0)
     assert bool(router.balance[0].expert_bias.any()) is not frozen
     assert torch.equal(routing.index_NK, router(x_ND, RoutingContext(training=False)).index_NK) or not frozen
+    release(router)
+    router(x_ND, RoutingContext(training=True))
+    router.balance[0].on_step(1, 0.0)
+    again = RoutingContext(training=True)
+    router(x_ND, again)
+    assert again.mean_losses()
 
 
 # -- padding

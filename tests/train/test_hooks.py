@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from anabranch.routing.fixed import fix, release
 from anabranch.train import StepHooks, follow_steps
 
 
@@ -36,6 +37,20 @@ def test_all_modules_are_told_outer_ones_first_and_others_last():
         ("on inner", 1, 0.25),
         ("on task", 1, 0.25),
     ]
+
+
+def test_a_base_that_stays_as_it_is_is_not_told():
+    calls = []
+    base = Told("base", calls)
+    fix(base)
+    base.inner.append(Told("put on", calls))
+    hooks = StepHooks(base, 1)
+    hooks.run_after(0)
+    hooks.run_before(0)
+    assert [name for name, *_ in calls] == ["on put on", "before put on"]
+    release(base)
+    StepHooks(base, 1).run_after(0)
+    assert [name for name, *_ in calls[2:]] == ["on base", "on put on"]
 
 
 def test_a_training_of_no_steps_has_begun():

@@ -15,6 +15,7 @@ from anabranch.adapters.whole import part_head
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import Linear
+from anabranch.routing.fixed import fix
 
 __all__ = ["ATTACHED", "Attached", "attached_on", "begin", "check_bare", "configs_of", "our_layers", "put_on"]
 
@@ -73,6 +74,7 @@ def begin(model: Decoder, adapters: Mapping[str, Adapter], names: Names, config:
     attached = Attached(adapters, names, model.config, head=model.head)
     attached.learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
+    fix(model)
     if model.config.tie_embeddings and not config.tie_embeddings:
         part_head(model, config)
     object.__setattr__(model, ATTACHED, attached)

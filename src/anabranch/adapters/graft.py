@@ -19,6 +19,7 @@ from anabranch.nn import ExpertPool, Linear
 from anabranch.nn.expert_layers import layers_beside
 from anabranch.nn.linear import Added, numbers_of, start_beside
 from anabranch.nn.quantize import QuantizedPool
+from anabranch.routing.fixed import release
 
 __all__ = ["check_pools", "graft", "layers_of", "patterns_of", "start_layers", "strip", "with_layers"]
 
@@ -91,7 +92,8 @@ def _weight_of(matrix: nn.Module) -> Tensor:
 
 
 def strip(model: Decoder) -> None:
-    """Take the layers off that `graft` put on."""
+    """Take the layers off that `graft` put on; the base may be balanced again."""
+    release(model)
     for name, added in [(name, module) for name, module in model.named_modules() if isinstance(module, Added)]:
         _set(model, name, added.matrix)
     for name, _ in list(_pools(model)):

@@ -15,6 +15,7 @@ from anabranch.routing.balance import Balancer, Observation, SwitchLoss, ZLoss
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import UNUSED, Routing
 from anabranch.routing.destinations import Destinations
+from anabranch.routing.fixed import is_fixed
 from anabranch.routing.nan import refuse_nan
 from anabranch.routing.override import Override, hidden_items, overrides_of
 from anabranch.routing.renamed import Renamed
@@ -153,7 +154,7 @@ class Router(Part, nn.Module):
 
         for override in overrides:
             routing = override.force(routing, weigh, context.item_mask_N)
-        if context.training and self._learns:
+        if context.training and not is_fixed(self):
             self._balance(Observation(logit_NE, routing, seen_open_NE), context, overrides)
         return routing
 
@@ -169,12 +170,6 @@ class Router(Part, nn.Module):
             context = replace(context, item_mask_N=own_N)
         for part in self._balancers:
             part(seen, context)
-
-    @property
-    def _learns(self) -> bool:
-        """A router whose numbers are all frozen is not balanced: it is the base of what learns, and stays as it is."""
-        learns = [parameter.requires_grad for parameter in self.parameters()]
-        return True in learns or not learns
 
     @property
     def bias_E(self) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from anabranch.routing import sync_loads
+from anabranch.routing.fixed import is_fixed
 
 __all__ = ["StepHooks", "follow_steps"]
 
@@ -23,13 +24,13 @@ class StepHooks:
     """The hooks of ``model``'s modules, and of ``others`` after them.
 
     Args:
-        model: all of its modules are asked.
+        model: all of its modules are asked but those of a base that stays as it is (`anabranch.routing.fixed`).
         steps: of the whole training.
         others: e.g. a task.
     """
 
     def __init__(self, model: nn.Module, steps: int, others: Iterable[Any] = ()) -> None:
-        owners = [*model.modules(), *others]
+        owners = [*(module for module in model.modules() if not is_fixed(module)), *others]
         self.steps = steps
         self.before: list[Hook] = _methods(owners, "before_step")
         self.after: list[Hook] = _methods(owners, "on_step")

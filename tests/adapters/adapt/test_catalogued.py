@@ -12,9 +12,12 @@ from anabranch.adapters.graft import layers_of
 from anabranch.adapters.own_folder import is_own, read_own
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError
-from anabranch.lm import Decoder, export_huggingface, load_model
-from anabranch.nn import SelfAttention, SwiGLU
+from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
+from anabranch.lm import Decoder, export_huggingface, load_model, save_model
+from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.routing import BiasBalancer, HashScore, Router, SwitchLoss, TopK
 from anabranch.train import Constant, Examples, TaskRunConfig, TrainConfig, Trainer, read_task_run_config
+from anabranch.train.hooks import StepHooks
 
 OPTIONS = {
     "lora-plus": {"rank": 2},
@@ -162,27 +165,32 @@ def test_the_entries_of_fish_mask_have_the_greatest_information_of_the_rows(plac
         assert not layer.value.any()
 
 
-@pytest.mark.parametrize("id", ["shira", "fish-mask", "dora", "full"])
-def test_routers_of_a_frozen_base_are_as_they_were(place, tmp_path, id):
+@pytest.mark.parametrize("kind", ["linear", "hash", "rexmoe"])
+@pytest.mark.parametrize("id", ["fish-mask", "dora", "lst", "prompt-tuning", "full"])
+def test_routers_of_a_frozen_base_are_as_they_were(place, tmp_path, id, kind):
     """Biases too, which no gradient moves: they are not in what an adapter writes, and it would be used beside others than it learned."""
-    from anabranch.lm import save_model
-    from anabranch.nn import MoE
-    from anabranch.routing import BiasBalancer, Router, SwitchLoss, TopK
-
-    experts = MoE.Config(
-        num_experts=4,
-        hidden_dim=16,
-        router=Router.Config(select=TopK.Config(top_k=1), balance=(BiasBalancer.Config(), SwitchLoss.Config())),
-    )
+    if (id, kind) == ("prompt-tuning", "hash"):
+        pytest.skip("virtual tokens have no ids to route by")
+    balance = (BiasBalancer.Config(), SwitchLoss.Config())
+    router = Router.Config(select=TopK.Config(top_k=1), balance=balance)
+    hashed = Router.Config(score=HashScore.Config(), select=TopK.Config(top_k=1), balance=balance[:1])
+    experts = {
+        "linear": MoE.Config(num_experts=4, hidden_dim=16, router=router),
+        # Without a parameter, and with a schedule of candidates that is over.
+        "hash": MoE.Config(num_experts=4, hidden_dim=16, router=hashed),
+        "rexmoe": ReXMoE.Config(num_experts=4, hidden_dim=8, reuse=2, psr=ProgressiveScaling.Config(), router=router),
+    }[kind]
     config = Decoder.Config(
         vocab_size=257,
         dim=32,
-        num_layers=1,
+        num_layers=2,
         attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
         feed_forward=experts,
         max_positions=64,
     )
-    save_model(tmp_path / "routed", config.build(seed=1), ByteTokenizer.Config().build())
+    base = config.build(seed=1)
+    StepHooks(base, 10).run_after(10)
+    save_model(tmp_path / "routed", base, ByteTokenizer.Config().build())
     before, _ = load_model(tmp_path / "routed")
     run = trainer(place, tmp_path / "run", id, 3, base=tmp_path / "routed")
     state = run.task.base.state_dict()

@@ -33,6 +33,7 @@ from anabranch.lm.generate import evaluating
 from anabranch.lm.shards import write_file
 from anabranch.nn import Linear
 from anabranch.nn.nf4 import quantize_nf4
+from anabranch.routing.fixed import fix
 from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.examples import Examples
 from anabranch.train.language_model import decoder_parts
@@ -44,8 +45,8 @@ __all__ = ["AdaptTask"]
 NUMBERS, CONFIG = "adapter.safetensors", "config.json"
 # Numbers of each tensor by which a base is known again.
 _SAMPLED = 512
-# Rows that a method looks at before the first step.
-_LOOKED_AT = 128
+# Rows that a method looks at before the first step, one by one.
+_LOOKED_AT = 32
 
 
 @configclass
@@ -195,6 +196,8 @@ class AdaptTask(Task, kind="adapt"):
     def build_model(self, context: TaskContext) -> nn.Module:
         """The base with the method's layers on it."""
         layers, seed = _layers_in(context.checkpoint), context.settings.seed
+        if not self.method.trains_base:
+            fix(self.base)
         if layers is None:
             self.method.begin(self.base, self.names, seed=seed)
         else:

@@ -363,7 +363,7 @@ _CHEAPER = (
         frozen=each(lambda matrix, options: 2 * kept_weights(options["width"], matrix.out_dim, options["sparsity"])),
         work=SERIAL,
         starts_as_base=False,
-        limits="products are those of the wide adapter; `adapt` scores by the first 128 rows (SNIP), `apply` alone keeps the largest "
+        limits="products are those of the wide adapter; `adapt` scores by the first 32 rows (SNIP), `apply` alone keeps the largest "
         "weights until `anabranch.adapters.sparse_bottleneck.snip` is given losses",
     ),
     replace(

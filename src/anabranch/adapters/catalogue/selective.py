@@ -44,7 +44,7 @@ CARDS = (
         merges="yes",
         mixed="server",
         memory=_MASK,
-        limits="needs gradients before it starts: adapt takes those of the first 128 rows; in Python see `place_by_fisher`",
+        limits="needs gradients before it starts: adapt takes those of the first 32 rows; in Python see `place_by_fisher`",
     ),
     Card(
         "lt-sft",
