@@ -26,7 +26,6 @@ NOT_RUN = {
     "carl_highway",
     "dr_llm",
     "ftp",
-    "lora_mixer",
     "mhr",
     "peft_survey",
     "pvchat",
