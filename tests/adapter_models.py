@@ -47,6 +47,13 @@ CONFIGS = {
     ),
 }
 OTHERS = {
+    "mixtral": lambda: Decoder.Config(
+        **BODY,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+        feed_forward=MoE.Config(
+            num_experts=4, hidden_dim=16, router=ROUTER.replace(select=TopK.Config(top_k=2, normalize="sum"))
+        ),
+    ),
     "qwen3_moe": lambda: Decoder.Config(
         **BODY,
         attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm="head"),

@@ -129,6 +129,39 @@ def test_some_layers_with_other_ranks_and_alphas(bases, tmp_path):
     load_peft(tmp_path / "one", open_base(bases, "llama"))
 
 
+def test_layers_that_target_parameters_names_by_their_weight(bases, tmp_path):
+    """With ranks and alphas by the parameter, as peft has them; what is saved again names them as layers."""
+    downs = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    layers = dict.fromkeys(downs, (48, 32))
+    words = {"target_modules": [], "target_parameters": ["mlp.down_proj.weight"]}
+    # The pattern without the parameter's word fits none.
+    patterns = {
+        "rank_pattern": {"0.mlp.down_proj.weight": 2, "down_proj": 3},
+        "alpha_pattern": {"1.mlp.down_proj.weight": 5, "down_proj": 7},
+    }
+    made = make_adapter(tmp_path / "adapter", layers, ranks={downs[0]: 2}, **words, **patterns)
+    model = load_peft(tmp_path / "adapter", open_base(bases, "llama"))
+    close(logits(model), expected(bases, "llama", tmp_path, made, dict(zip(downs, (8 / 2, 5 / 4), strict=True))))
+    save_peft(tmp_path / "again", model)
+    close(logits(load_peft(tmp_path / "again", open_base(bases, "llama"))), logits(model))
+    make_adapter(tmp_path / "one", {downs[0]: (48, 32)}, **words)
+    with pytest.raises(CheckpointError, match=rf"lacks lora_A and lora_B of {downs[1]}, which target_parameters in"):
+        load_peft(tmp_path / "one", open_base(bases, "llama"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_router_that_peft_took_as_a_parameter_is_told(tmp_path, family):
+    """As peft writes it for target_modules that name gate, or for all-linear."""
+    base = make_base(tmp_path / "base", family)
+    gates = {f"model.layers.{layer}.mlp.gate": (32, 4) for layer in (0, 1)}
+    words = {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}
+    make_adapter(tmp_path / "adapter", linear_layers(base, ["q_proj"]) | gates, **words)
+    with pytest.raises(
+        CheckpointError, match=r"adapts model\.layers\.0\.mlp\.gate, .*, which chooses experts, and LoRA"
+    ):
+        load_peft(tmp_path / "adapter", load_model(tmp_path / "base")[0])
+
+
 def test_single_experts(bases, tmp_path):
     base = bases["olmoe"][1]
     layers = {
@@ -336,12 +369,12 @@ WRONG = {
     "one too many": (
         {Q0: (32, 32), Q1: (32, 32)},
         {"target_modules": ["k_proj"]},
-        f"holds numbers for {Q0}, {Q1}, which target_modules",
+        f"holds numbers for {Q0}, {Q1}, which neither target_modules",
     ),
     "unknown target": (
         {Q0: (32, 32), Q1: (32, 32)},
         {"target_modules": ["qproj"]},
-        "which target_modules in .* does not name",
+        "nor target_parameters in .* names",
     ),
     "an unknown tensor": (
         {Q0: (32, 32), Q1: (32, 32)},

@@ -149,6 +149,13 @@ def test_what_it_says(here, base):
             ["{base}/base", "{base}/rows.jsonl", "--out", "z", "--method", "gate", "--rank", "2"],
             "--rank is 2, which method 'gate' does not take; .*dora, .*lora",
         ),
+        *(
+            (
+                ["{base}/base", "{base}/rows.jsonl", "--out", "z", "--method", method, "--rank", "2"],
+                f"--rank is 2, which method '{method}' does not take; .*dora, .*lora",
+            )
+            for method in ("ia3", "prompt-tuning", "adamix")
+        ),
         (["{base}/base", "{base}/tests.jsonl", "--out", "z"], r"all 14 rows of .* held out \(split: test\)"),
         (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--target", "w1"], "fits no linear layer"),
         (["{base}/base", "{base}/rows.jsonl", "--out", "z", "--mode", "z"], "mode"),
@@ -472,14 +479,17 @@ def test_a_pool_of_adapters_with_gates_routes_queries(here, base, caplog):
     assert "law" in out
     assert "global share" in out
     # What its members call their base is the same wherever it lies, and another name is told.
-    for place in ("moved/base", "elsewhere"):
+    tables = [base / "pool" / name / "adapter_config.json" for name in asked]
+    for place, named in (("elsewhere", None), ("moved", "org/another"), ("another", "org/another")):
         shutil.copytree(base / "base", base / place)
+        for table in tables if named else ():
+            table.write_text(json.dumps({**json.loads(table.read_text()), "base_model_name_or_path": named}))
         caplog.clear()
         code, _, err = here("adapters", "route", base / "pool", "which law is it", "--model", base / place, "--json")
         assert code == 0, err
         told = [record.getMessage() for record in caplog.records]
         assert [f"the model is '{base / place}'; is it another one?" in one for one in told] == [True] * (
-            place == "elsewhere"
+            place == "moved"
         )
     told = clustered(here, base)
     assert told["weights"]["blocks.0.attention.q"].keys() == {"law", "sql"}

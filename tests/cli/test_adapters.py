@@ -75,18 +75,21 @@ def test_a_model_is_measured_with_the_sum_of_two_adapters(here, adapted):
 
 
 def test_adapters_that_name_different_bases_are_told(here, adapted, tmp_path, caplog):
-    """By the last word of the name: a model may lie in several places."""
-    for base, is_told in (("elsewhere/base", False), ("org/another", True)):
+    """By the last word of the name: a model may lie in several places. One that any model may have is told too."""
+    first = shutil.copytree(adapted / "first", tmp_path / "first")
+    said = json.loads((first / "adapter_config.json").read_text())
+    (first / "adapter_config.json").write_text(json.dumps({**said, "base_model_name_or_path": "org/one"}))
+    for base, is_told in (("elsewhere/One", False), ("org/another", True), ("runs/base", True)):
         folder = shutil.copytree(adapted / "second", tmp_path / base)
         table = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**table, "base_model_name_or_path": base}))
         caplog.clear()
-        code, _, err = here("adapters", "merge", adapted / "first", folder, "--out", tmp_path / "sum" / base)
+        code, _, err = here("adapters", "merge", first, folder, "--out", tmp_path / "sum" / base)
         assert code == 0, err
         told = [record.getMessage() for record in caplog.records]
-        assert ["name different bases, 'base' and 'org/another'" in one for one in told] == [True] * is_told
+        assert [f"name different bases, 'org/one' and '{base}'" in one for one in told] == [True] * is_told
         made = json.loads((tmp_path / "sum" / base / "adapter_config.json").read_text())
-        assert made["base_model_name_or_path"] == (None if is_told else "base")
+        assert made["base_model_name_or_path"] == (None if is_told else "org/one")
 
 
 def test_linear_tells_its_error(here, adapted):

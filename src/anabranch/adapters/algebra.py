@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from anabranch.adapters.base_name import BASE, are_alike
+from anabranch.adapters.base_name import BASE, is_one_base
 from anabranch.adapters.copies import common_copies
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.peft_folder import Adapter, described
@@ -171,9 +171,9 @@ def combine(
 
 
 def _base_of(adapters: Sequence[Adapter]) -> Any:
-    """What they call their base, where all name one; a warning tells where they name several."""
+    """What they call their base, where all name one; a warning tells where they name several, or what may be."""
     bases = [adapter.table.get(BASE) for adapter in adapters]
-    if not are_alike(bases):
+    if not is_one_base(bases):
         named = " and ".join(dict.fromkeys(shown(base) for base in bases if base))
         log.warning("the adapters name different bases, %s; a sum is of adapters of one model", named)
         return None

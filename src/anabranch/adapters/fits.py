@@ -22,12 +22,12 @@ _LAYER = re.compile(r"(?<=layers\.)\d+")
 def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: Path) -> None:
     """Raise CheckpointError unless the adapter is one of this model: no layer too many, none missing, all of the right widths."""
     unknown = [module for module in adapter.layers if module not in names.places]
-    routers = [module for module in unknown if _is_router(module, names)]
+    routers = _routers(unknown, names)
     if routers:
         word = routers[0].rpartition(".")[2]
         raise CheckpointError(
             f"{folder} adapts {some(routers)}, which chooses experts, and LoRA beside a router is not applied here; train it with "
-            f"target_modules that name other layers, or exclude_modules=[{word!r}]"
+            f"target_modules and target_parameters that name other layers, or exclude_modules=[{word!r}]"
         )
     if unknown:
         raise CheckpointError(
@@ -52,16 +52,26 @@ def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: P
     single = {module.rpartition(".")[2] for module in adapter.layers if ".experts." in module}
     missing = [module for module in missing if not _is_left_out(module, single)]
     if missing:
+        named = "target_parameters" if table.parameters(missing[0], ["weight"]) else "target_modules"
         raise CheckpointError(
-            f"{folder} lacks {_holds(adapter)} of {some(missing)}, which target_modules in {table.path} names; copy it again, or is it an "
+            f"{folder} lacks {_holds(adapter)} of {some(missing)}, which {named} in {table.path} names; copy it again, or is it an "
             "adapter of another model?"
         )
 
 
-def _is_router(module: str, names: Names) -> bool:
-    """Whether a layer of transformers is the one that chooses experts, which is no linear layer of ours."""
-    stored = names.tensors.get(f"{module}.weight")
-    return stored is not None and ".router." in stored.tensor
+def _routers(modules: Collection[str], names: Names) -> list[str]:
+    """Those of transformers' layers that choose experts, which are no linear layers of ours.
+
+    The part around one may be called otherwise in files (``block_sparse_moe``) than in memory (``mlp``), and so in an adapter.
+    """
+
+    def place_of(module: str) -> tuple[str, ...]:
+        words = module.split(".")
+        return (*words[:-2], words[-1])
+
+    choosing = [name.removesuffix(".weight") for name, stored in names.tensors.items() if ".router." in stored.tensor]
+    places = {place_of(module) for module in choosing}
+    return [module for module in modules if place_of(module) in places]
 
 
 def _check_stacks(adapter: Adapter, names: Names, config: Decoder.Config, folder: Path) -> None:

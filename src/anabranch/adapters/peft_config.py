@@ -116,7 +116,10 @@ class TargetTable(PeftTable):
         return [name for name in known if any(ends_with(f"{module}.{name}", word) for word in words)]
 
     def targets(self, modules: Collection[str]) -> set[str]:
-        """Which of ``modules``, the linear layers of a model, are adapted; none where the config names none."""
+        """Which of ``modules``, the linear layers of a model, are adapted; none where the config names none.
+
+        ``target_parameters`` may name a layer too, by its ``weight``; no exclusion of modules is for these.
+        """
         wanted = self.target_modules
         if wanted is None:
             found = set[str]()
@@ -132,12 +135,13 @@ class TargetTable(PeftTable):
             found -= self._fitting("exclude_modules", excluded, found)
         elif excluded:
             found -= _ending(found, excluded)
+        found |= self._by_weight(modules)
         return {name for name in found if not self.is_saved(name)}
 
     def check_named(self, modules: Collection[str], where: Path) -> None:
         """Raise CheckpointError unless it names all of ``modules``, the linear layers that a file ``where`` has numbers for.
 
-        Where it names none, peft takes some by the kind of model, or refuses, and leaves the rest of the file out.
+        Where it names none, peft takes some by the kind of model, which is not known here, or refuses.
         """
         named = self.targets(modules)
         outside = [module for module in modules if module not in named]
@@ -147,11 +151,17 @@ class TargetTable(PeftTable):
             self._refuse(
                 "target_modules",
                 self.table.get("target_modules"),
-                f"it must name the layers that the file has numbers for, {some(outside)}: by a list of names, a pattern or {ALL_LINEAR!r}",
+                f"peft may take its default layers for this kind of model then, and which these are is not known here; name those that the "
+                f"file has numbers for, {some(outside)}, there: by a list of names, a pattern or {ALL_LINEAR!r}",
             )
         raise CheckpointError(
-            f"{where} holds numbers for {some(outside)}, which target_modules in {self.path} does not name"
+            f"{where} holds numbers for {some(outside)}, which neither target_modules nor target_parameters in {self.path} names"
         )
+
+    def _by_weight(self, modules: Collection[str]) -> set[str]:
+        """Those that ``target_parameters`` names, by the weight that they have."""
+        weights = _ending([f"{name}.weight" for name in modules], self._words("target_parameters"))
+        return {name.removesuffix(".weight") for name in weights}
 
     def is_saved(self, module: str) -> bool:
         """Whether ``module`` is one of those brought whole, or lies in one."""
@@ -233,11 +243,13 @@ class LoraTable(TargetTable):
 
     def _by_pattern(self, name: str, modules: Collection[str], usual: Any) -> dict[str, Any]:
         """The value of the first pattern that fits each module, else the usual one."""
-        patterns = self._patterns(name)
+        patterns, by_weight = self._patterns(name), self._by_weight(modules)
         found = dict.fromkeys(modules, usual)
-        fitting = matching(list(patterns), modules, is_ending=True, what=f"{name} in {self.path}")
+        # As peft has it, what is named by its weight is looked up by that.
+        keys = {f"{module}.weight" if module in by_weight else module: module for module in modules}
+        fitting = matching(list(patterns), keys, is_ending=True, what=f"{name} in {self.path}")
         for own, value in reversed(list(zip(fitting, patterns.values(), strict=True))):
-            found |= dict.fromkeys(own, value)
+            found |= {keys[key]: value for key in own}
         return found
 
     def _patterns(self, name: str) -> dict[str, Any]:

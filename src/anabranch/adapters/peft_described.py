@@ -28,6 +28,10 @@ def described(table: Mapping[str, Any], layers: Mapping[str, Numbers]) -> dict[s
         for name, value in table.items()
         if name not in ("exclude_modules", "layers_to_transform", "layers_pattern")
     }
+    # Layers are named by target_modules below, and peft refuses one that both name.
+    if rest.get("target_parameters"):
+        stacked = [word for word in rest["target_parameters"] if word.rpartition(".")[2] != "weight"]
+        rest["target_parameters"] = stacked or None
     say: Any = {Pair: _low_rank, Decomposed: _low_rank, Scale: _scales, Skills: _skills}[kinds.pop()]
     return {**rest, **say(layers), "target_modules": sorted(layers)}
 

@@ -187,7 +187,8 @@ def _check_options(method: Any, said: Mapping[str, Any]) -> None:
     from anabranch.adapters.adapt import methods_with
 
     for name, option in _OF_METHODS.items():
-        if f"task.method.{name}" in said and not hasattr(method, name):
+        # By the methods' names: the catalogue's have one config, with the options of them all.
+        if f"task.method.{name}" in said and method.build().name not in methods_with(name):
             raise ConfigError(
                 f"{option} is {said[f'task.method.{name}']!r}, which method {method.build().name!r} does not take; "
                 f"{', '.join(methods_with(name))} do"

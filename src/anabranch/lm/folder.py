@@ -72,7 +72,9 @@ _PARTS = re.compile(
 )
 _TEMPLATES = "additional_chat_templates"
 # Of the package peft; transformers applies it, and the model is another.
-_ADAPTER, _OWN_ADAPTER = "adapter_config.json", "adapter.json"
+_ADAPTER = "adapter_config.json"
+# Ours, by its name and the format that it tells, see `anabranch.adapters.own_folder`; others may keep a file of that name beside a model.
+_OWN_ADAPTER, _OWN_FORMAT = "adapter.json", "anabranch-adapter"
 _DOCUMENTS = re.compile(r"(readme|licen[cs]e|notice|copying|use_policy|usage_policy|citation)([._-].*)?", re.IGNORECASE)
 
 # What lies in a folder, folders with a slash behind their names: (inode, size, nanosecond of the last change) of each.
@@ -124,7 +126,8 @@ def _is_of_model(path: Path) -> bool:
 
 def check_no_adapter(folder: Path) -> None:
     """Raise CheckpointError if ``folder`` holds an adapter, with which the model beside it is another than its weights say."""
-    held = next((name for name in (_ADAPTER, _OWN_ADAPTER) if (folder / name).is_file()), None)
+    is_own = _table(folder / _OWN_ADAPTER).get("format") == _OWN_FORMAT
+    held = _ADAPTER if (folder / _ADAPTER).is_file() else _OWN_ADAPTER if is_own else None
     if held is not None:
         raise CheckpointError(
             f"{folder} holds an adapter ({held}), which is not applied here; name the model that it was made for, and put the adapter "
@@ -262,7 +265,11 @@ def _first_named(entries: Entries) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     """The config.json of any folder; empty where it is none."""
-    path = folder / "config.json"
+    return _table(folder / "config.json")
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """The table in a JSON file; empty where it is none."""
     if not path.is_file():
         return {}
     try:

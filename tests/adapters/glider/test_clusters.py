@@ -358,6 +358,59 @@ def test_adapters_of_several_bases_are_no_pool(tmp_path):
             refused()
 
 
+def pool_of(folder, bases):
+    for name, base in bases.items():
+        words = {"base_model_name_or_path": str(base)}
+        make_adapter(folder / name, {"model.layers.0.self_attn.q_proj": (32, 32)}, seed=name, **words)
+    return folder
+
+
+def test_a_pool_of_what_may_be_several_bases_says_so_once(tmp_path, caplog):
+    """The last words say nothing of the model, and one that does is what the others are compared with."""
+    pool = pool_of(tmp_path / "pool", {"a": "/runs/one/base", "b": "/runs/two/base", "c": "step-00000010"})
+    for read in (lambda: merge_clusters(pool, 1), lambda: GliderPool.load(pool)):
+        caplog.clear()
+        read()
+        assert [record.getMessage() for record in caplog.records] == [
+            "expert 'b' was trained on '/runs/two/base', and 'a' on '/runs/one/base' (1 more like it); whether these are one model cannot "
+            "be told here, and a pool is of one"
+        ]
+    loaded = GliderPool.load(pool)
+    pool_of(pool, {"d": "org/one", "e": "org/two"})
+    loaded.add(pool / "d")
+    with pytest.raises(ConfigError, match="expert 'e' was trained on 'org/two', and 'd' on 'org/one'"):
+        loaded.add(pool / "e")
+    with pytest.raises(ConfigError, match="expert 'e' was trained on 'org/two', and 'd' on 'org/one'"):
+        GliderPool.load(pool)
+
+
+def test_bases_that_are_here_are_compared_by_what_they_hold(tmp_path, caplog):
+    base = make_base(tmp_path / "one" / "base", "llama")
+    for place in ("two/base", "three/other-name"):
+        shutil.copytree(tmp_path / "one" / "base", tmp_path / place)
+    pool = pool_of(tmp_path / "pool", {"a": tmp_path / "one" / "base", "b": tmp_path / "three" / "other-name"})
+    GliderPool.load(pool)
+    assert ["cannot be told" in record.getMessage() for record in caplog.records] == [True]
+    changed = {**base, "model.embed_tokens.weight": base["model.embed_tokens.weight"] + 1}
+    save_file(changed, tmp_path / "two" / "base" / "model.safetensors", metadata={"format": "pt"})
+    pool_of(pool, {"b": tmp_path / "two" / "base"})
+    with pytest.raises(
+        ConfigError, match=r"expert 'b' was trained on .*two/base', and 'a' on .*one/base'; a pool is of"
+    ):
+        GliderPool.load(pool)
+
+
+def test_of_several_adapters_of_peft_one_lies_above_the_others(tmp_path):
+    pool = pool_of(tmp_path / "pool", {"law": "base", "sql": "base"})
+    pool_of(tmp_path, {"pool": "base"})
+    assert GliderPool.load(pool).names == ("default", "law", "sql")
+    # Steps of one adapter are no pool.
+    steps = pool_of(tmp_path / "run", {"checkpoint-10": "base", "checkpoint-20": "base"})
+    pool_of(tmp_path, {"run": "base"})
+    with pytest.raises(CheckpointError, match=r"run is one adapter .*; give the one above it"):
+        GliderPool.load(steps)
+
+
 def test_a_gate_too_great_to_be_compared_is_told_by_its_folder(tmp_path):
     module = "model.layers.0.self_attn.q_proj"
     make_adapter(tmp_path / "pool" / "a", {module: (32, 32)}, seed="a")

@@ -277,6 +277,16 @@ def test_an_adapter_beside_a_model_is_refused(tmp_path, has_model):
         assert_alike(tmp_path / "a")
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"format": "other"}', "no JSON"])
+def test_anybodys_adapter_json_beside_a_model_is_no_adapter(tmp_path, text):
+    theirs(0).save_pretrained(tmp_path / "a")
+    (tmp_path / "a/adapter.json").write_text(text)
+    assert_alike(tmp_path / "a")
+    (tmp_path / "a/adapter.json").write_text('{"format": "anabranch-adapter", "schema": 1}')
+    with pytest.raises(CheckpointError, match=r"a holds an adapter \(adapter.json\), which is not applied here"):
+        load_model(tmp_path / "a")
+
+
 @pytest.mark.parametrize("source", ["a", "native"])
 def test_a_mixture_of_types_computes_with_experts_in_files_too(tmp_path, source):
     mixture(tmp_path / "a", {"lm_head.weight": torch.float32, "w1.weight": torch.float16, "w3.weight": torch.float16})

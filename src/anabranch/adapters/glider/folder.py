@@ -3,13 +3,15 @@
 describe_expert("my-lora", instruction="Write SQL that answers a question about a table.")
 """
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from anabranch.adapters.base_name import are_alike
+from anabranch.adapters.base_name import is_one_base, says_which
 from anabranch.adapters.glider.vectors import check_gates
 from anabranch.adapters.peft_place import CONFIG, check_there
 from anabranch.bounds import shown
@@ -20,7 +22,11 @@ from anabranch.lm.tensors import FLOATS, SafetensorsFiles
 
 __all__ = ["Described", "describe_expert", "expert_folders", "read_described", "read_instructions", "texts_of"]
 
+log = logging.getLogger(__name__)
+
 CARD, GATES = "glider.json", "glider.safetensors"
+# Of the trainer of transformers.
+_STEP = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,26 +111,40 @@ def read_instructions(folder: str | Path) -> tuple[str, ...]:
 
 
 def check_bases(bases: Mapping[str, object]) -> None:
-    """Raise ConfigError unless all experts that say which model they were trained on, by name, say one."""
-    told = [(name, base) for name, base in bases.items() if base]
+    """Raise ConfigError where experts say, by name, that they were trained on several models; a warning where that cannot be told."""
+    told = [(name, base) for name, base in bases.items() if isinstance(base, str) and base]
+    # All are compared with one that says which it is, where there is one.
+    told.sort(key=lambda one: not says_which(one[1]))
+    unsure = []
     for name, base in told[1:]:
         # One model may lie in several places.
-        if not are_alike([base, told[0][1]]):
-            raise ConfigError(
-                f"expert {name!r} was trained on {base!r}, and {told[0][0]!r} on {told[0][1]!r}; a pool is of one base model"
-            )
+        is_one = is_one_base([told[0][1], base])
+        said = f"expert {name!r} was trained on {shown(base)}, and {told[0][0]!r} on {shown(told[0][1])}"
+        if is_one is False:
+            raise ConfigError(f"{said}; a pool is of one base model")
+        if is_one is None:
+            unsure.append(said)
+    if unsure:
+        more = f" ({len(unsure) - 1} more like it)" if len(unsure) > 1 else ""
+        log.warning("%s%s; whether these are one model cannot be told here, and a pool is of one", unsure[0], more)
 
 
 def expert_folders(folder: str | Path) -> dict[str, Path]:
-    """The folders of adapters in ``folder``, by name, sorted. Raises CheckpointError where there are none."""
+    """The folders of adapters in ``folder``, by name, sorted. Raises CheckpointError where there are none.
+
+    Of several adapters peft writes one, ``default``, into the folder itself, and the others below.
+    """
     place = Path(folder)
-    if (place / CONFIG).is_file():
-        raise CheckpointError(
-            f"{place} is one adapter ({CONFIG}), and a pool is a folder of such folders; give the one above it"
-        )
     if not place.is_dir():
         raise CheckpointError(f"no pool at {place}: it must be a folder whose folders are adapters of peft's")
     found = {path.name: path for path in sorted(place.iterdir()) if (path / CONFIG).is_file()}
+    if (place / CONFIG).is_file():
+        # A trainer leaves earlier steps of the same adapter below it.
+        if all(_STEP.fullmatch(name) for name in found):
+            raise CheckpointError(
+                f"{place} is one adapter ({CONFIG}), and a pool is a folder of such folders; give the one above it"
+            )
+        found = {"default": place, **found}
     if not found:
         raise CheckpointError(f"{place} has no folder with {CONFIG}; a pool is a folder of adapters of peft's")
     return found

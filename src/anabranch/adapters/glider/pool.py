@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anabranch.adapters.attach import unload
 from anabranch.adapters.attached import ATTACHED, attached_on
-from anabranch.adapters.base_name import BASE
+from anabranch.adapters.base_name import BASE, says_which
 from anabranch.adapters.by_row import telling
 from anabranch.adapters.glider.calibration import Calibration
 from anabranch.adapters.glider.embed import TextEmbedder
@@ -146,8 +146,10 @@ class GliderPool:
         Raises as `add`, and CheckpointError where there are none.
         """
         pool = cls(config, **options)
-        for name, place in expert_folders(folder).items():
-            pool.add(place, name=name)
+        folders = expert_folders(folder)
+        check_bases({name: read_json(place / CONFIG).get(BASE) for name, place in folders.items()})
+        for name, place in folders.items():
+            pool._add(place, name, None, None, None)
         pool.matcher.fit()
         return pool
 
@@ -200,8 +202,22 @@ class GliderPool:
         if name in self._experts:
             raise ConfigError(f"expert {name!r} is in the pool already; remove it first, or give the other a name")
         check_there(folder)
+        # The others were compared with this one.
+        told = {other: expert.base for other, expert in self._experts.items() if expert.base}
+        first = sorted(told, key=lambda other: not says_which(told[other]))[:1]
+        check_bases({**{other: told[other] for other in first}, name: read_json(folder / CONFIG).get(BASE)})
+        return self._add(folder, name, gate, instruction, examples)
+
+    def _add(
+        self,
+        folder: Path,
+        name: str,
+        gate: Mapping[str, Tensor] | None,
+        instruction: str | Sequence[str] | None,
+        examples: Sequence[Example] | None,
+    ) -> str:
+        """`add`, once it is known to be of their base."""
         base = read_json(folder / CONFIG).get(BASE)
-        check_bases({**{other: expert.base for other, expert in self._experts.items()}, name: base})
         if instruction is not None and examples is not None:
             raise ConfigError(f"expert {name!r} has an instruction and examples to make one of; give one of them")
         found = read_described(folder)

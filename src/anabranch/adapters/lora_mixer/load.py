@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anabranch.adapters.base_name import BASE, are_alike
+from anabranch.adapters.base_name import BASE, is_one_base
 from anabranch.adapters.beside import Beside
 from anabranch.adapters.copies import same_numbers
 from anabranch.adapters.graft import graft, layers_of, patterns_of, strip
@@ -315,7 +315,7 @@ def _warn_of_bases(folders: Mapping[str, str | Path]) -> None:
     tables = {name: read_json(Path(folder) / CONFIG) for name, folder in folders.items()}
     for field in _OF_BASE:
         told = {name: table.get(field) for name, table in tables.items() if table.get(field) is not None}
-        if field == BASE and are_alike(told.values()):
+        if field == BASE and is_one_base(told.values()):
             continue
         if len({str(value) for value in told.values()}) > 1:
             each = ", ".join(f"{name}: {value!r}" for name, value in told.items())
