@@ -26,7 +26,6 @@ NOT_RUN = {
     "carl_highway",
     "dr_llm",
     "ftp",
-    "mhr",
     "peft_survey",
     "pvchat",
     "rexmoe_grown",
