@@ -55,6 +55,7 @@ OTHER = {
     "experts": {"a": 1},
     "adapters": ("a",),
     "adapter_versions": {"a": "b"},
+    "planned": ServingConfig(kv_memory="1B"),
     "num_layers": 1,
     "max_depth": 2,
     "routes_depth": True,

@@ -286,13 +286,15 @@ class ServingConfig(Config):
     def engines(self) -> Callable[[], EngineClient]:
         """Makes an engine's client, not started, and then others in its place, see `AdaptersConfig.versions`."""
         last: Any = None
-        versions: dict[str, str] = {}
+        config = self
 
         def make() -> EngineClient:
-            nonlocal last, versions
+            nonlocal last, config
             if last is not None and last.info is not None:
-                versions = last.info.adapter_versions
-            last = self.replace(adapters=self.adapters.replace(versions=versions)).build()
+                # A plan for adapters as they are by now might have other bits, or no room.
+                config = last.info.planned or config
+                config = config.replace(adapters=config.adapters.replace(versions=last.info.adapter_versions))
+            last = config.build()
             return last
 
         return make

@@ -64,7 +64,7 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     # Once: a training run may have a newer checkpoint at any time.
     config = config.found()
     seen, beside, adapters = see_model(config.model), config.depth.seen(), _see_adapters(config)
-    config = config.planned()
+    is_planned, config = config.memory is not None, config.planned()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     loaded = load_weights(
@@ -80,7 +80,13 @@ def load(config: ServingConfig) -> tuple[Engine, Tokenizer | None]:
     versions = {one["name"]: one["version"] for one in engine.adapters.shelf.facts()}
     settings = answer_settings(config, versions)
     engine.info = replace(
-        engine.info, files=seen, beside=beside, numbers=numbers, settings=settings, adapter_versions=versions
+        engine.info,
+        files=seen,
+        beside=beside,
+        numbers=numbers,
+        settings=settings,
+        adapter_versions=versions,
+        planned=config if is_planned else None,
     )
     check_unchanged(seen, config.model)
     if changed := beside.difference(config.depth.seen()) or adapters.difference(_see_adapters(config)):

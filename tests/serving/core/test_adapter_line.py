@@ -15,7 +15,7 @@ class Lines:
         self.room = AdapterRoom(100)
         self.entries = {}
         for name in pinned.split():
-            self.entry(name).is_pinned = True
+            self.entry(name).is_pinned, self.entry(name).held = True, "there"
             self.room.pinned.append(self.entry(name))
         self.line = AdapterLine(30.0, self.room)
 

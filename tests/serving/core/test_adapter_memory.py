@@ -57,7 +57,6 @@ def test_what_is_in_use_or_pinned_stays():
     made.use("a", "q30")
     made.entry("r30").is_pinned = True
     made.memory.hold(made.entry("r30"), SimpleNamespace(nbytes=30, version="v"))
-    made.room.pinned.append(made.entry("r30"))
     assert made.leaves("s40") == ["q30"]
     with pytest.raises(NoRoomError, match="takes 50 bytes, and those in use 60 of 100"):
         made.leaves("s50")

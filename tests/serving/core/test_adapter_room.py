@@ -11,6 +11,7 @@ def made(most_bytes=10, **sizes):
         entries[name] = entry = Entry(name, name, None, name == "p")
         entry.size = size
         if entry.is_pinned:
+            entry.held = "there"
             room.pinned.append(entry)
     return room, lambda id, key, *names: Waiter(id, key, tuple((entries[name], 1.0) for name in names))
 

@@ -263,6 +263,87 @@ def test_one_whose_folder_holds_other_numbers_by_now_is_not_read_again(folders, 
     shelf.close()
 
 
+class Places:
+    """Folders in which something else may be at any time: bytes and version by folder."""
+
+    def __init__(self, **found):
+        self.found = found
+
+    def __call__(self, folder, root, check):
+        nbytes, version = self.found[folder]
+        check(nbytes)
+        return Fake(nbytes, version)
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+@pytest.mark.parametrize("asked", ["a", "ab", "ba"])
+def test_one_that_grew_beyond_the_room_is_refused_until_its_files_are_back(is_restarted, asked, caplog):
+    """What is in its folder by now is no fault of the request, and says nothing of how large it is once its files are back."""
+    places = Places(p=(20, "p"), a=(40, "a"), b=(40, "b"), c=(70, "c"))
+    shelf = AdapterShelf(places, 100, wait_s=0.0)
+    shelf.load_now("p", "p", is_pinned=True)
+    for name in "abc":
+        if is_restarted:
+            shelf.register(name, name, version=name)
+        else:
+            shelf.load(name, name).result(60)
+    places.found["a"] = (90, "other")
+    for number in range(2):
+        with pytest.raises(BusyError, match="adapter 'a' is known and cannot be read now"):
+            begin(shelf, str(number), *asked)
+    assert "adapter a cannot be read again: adapter 'a' takes 90 bytes beside 20" in caplog.text
+    # Nor is it in anybody's way.
+    assert begin(shelf, "others", "c") == ["c"]
+    shelf.release("others")
+    places.found["a"] = (40, "a")
+    assert begin(shelf, "back", *asked) == list(asked)
+    shelf.close()
+
+
+def test_a_mixture_is_measured_again_once_its_files_are_back():
+    places = Places(a=(90, "other"), b=(40, "b"))
+    shelf = AdapterShelf(places, 100, wait_s=0.0)
+    for name in "ab":
+        shelf.register(name, name, version=name)
+    with pytest.raises(CapacityError):
+        begin(shelf, "1", "b", "a")
+    places.found["a"] = (40, "a")
+    assert begin(shelf, "2", "b", "a") == ["b", "a"]
+    shelf.close()
+
+
+def test_a_pinned_one_that_comes_later_is_as_any_other_until_it_is_there():
+    places = Places(p=(90, "other"), q=(20, "q"), a=(60, "a"), b=(40, "b"))
+    shelf = AdapterShelf(places, 100, wait_s=0.0)
+    shelf.register("p", "p", version="p", is_pinned=True)
+    shelf.load_now("q", "q", is_pinned=True)
+    assert [(facts["name"], facts["pinned"], facts["in_memory"]) for facts in shelf.facts()] == [
+        ("p", True, False),
+        ("q", True, True),
+    ]
+    for refused in (lambda: shelf.remove("p"), lambda: shelf.load("p", "b")):
+        with pytest.raises(InputError, match="'p' is pinned"):
+            refused()
+    with pytest.raises(BusyError, match="adapter 'p' is known and cannot be read now"):
+        begin(shelf, "1", "p", "q")
+    places.found["p"] = (40, "p")
+    shelf.load("a", "a").result(60)
+    # It waits for what others use, as they do.
+    begin(shelf, "2", "a")
+    with pytest.raises(BusyError, match="no memory for its adapters"):
+        begin(shelf, "3", "p")
+    shelf.release("2")
+    assert begin(shelf, "4", "p", "q") == ["p", "q"]
+    shelf.release("4")
+    assert in_memory(shelf) == {"p", "q"}
+    # From now on it stays, and its room is nobody else's.
+    shelf.load("b", "b").result(60)
+    assert in_memory(shelf) == {"p", "q", "b"}
+    with pytest.raises(CapacityError, match="takes 60 bytes beside 60 of those that are pinned"):
+        shelf.load("a", "a").result(60)
+    shelf.close()
+
+
 def test_one_that_cannot_be_read_for_no_reason_that_is_known(shelf, folders, caplog):
     def broken(folder, root, check):
         raise OSError(5, "Input/output error", "/somewhere/x")

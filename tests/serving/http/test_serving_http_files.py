@@ -224,6 +224,27 @@ def test_an_engine_that_finds_other_adapters_serves_all_else(folder, beside, tmp
     assert "adapter x cannot be read again" in caplog.text
 
 
+def test_an_engine_in_place_of_another_has_the_plan_of_its_memory(folder, beside):
+    """Adapters that cannot be read by now kept it from being planned, and others might have had other bits."""
+    changes, (place, _) = beside["adapter"]
+    engines = Engines(folder)
+    engines.config = engines.config.replace(**changes, memory="4GiB")
+    with serving(engines, read_model(str(folder), HttpConfig())) as running:
+        before = running.ask("/v1/completions", BODY)[2]
+        kept = place.with_name("adapter_config.json").read_text()
+        place.with_name("adapter_config.json").write_text("{")
+        # Also where the one in place of another is replaced.
+        for number in (2, 3):
+            engines.die(running)
+            until(lambda number=number: len(engines.clients) == number and running.frontend.state == "ready")
+            answer = running.ask("/v1/completions", BODY)[2]
+            for told in ("choices", "system_fingerprint"):
+                assert answer[told] == before[told]
+            assert running.ask("/v1/completions", {**BODY, "model": "x"})[0] == 503
+        place.with_name("adapter_config.json").write_text(kept)
+        assert running.ask("/v1/completions", {**BODY, "model": "x"})[0] == 200
+
+
 def test_an_adapter_that_is_back_is_served_again(folder, beside):
     changes, (place, another) = beside["adapter"]
     engines = Engines(folder)
@@ -236,8 +257,10 @@ def test_an_adapter_that_is_back_is_served_again(folder, beside):
         engines.die(running)
         until(lambda: len(engines.clients) == 2 and running.frontend.state == "ready")
         assert running.ask("/v1/completions", body)[0] == 503
+        assert running.ask("/v1/adapters/x")[2]["pinned"]
         os.replace(place.with_name("before"), place)
         assert running.ask("/v1/completions", body)[2]["choices"] == before
+        assert running.ask("/v1/adapters/x")[2]["pinned"]
 
 
 @pytest.mark.parametrize("name", BESIDE)

@@ -36,7 +36,7 @@ class Entry(Generic[H]):
     Attributes:
         name, folder: see above.
         root: folder that ``folder`` has to be below whenever it is read; None where it may be anywhere.
-        is_pinned: it never leaves memory.
+        is_pinned: it never leaves memory, once it is there.
         held: its numbers; None where they are not in memory.
         uses: requests under way with it.
         used_at: when one last began, by a count.
@@ -61,6 +61,11 @@ class Entry(Generic[H]):
     def nbytes(self) -> int:
         """Memory that it takes now."""
         return 0 if self.held is None else self.held.nbytes
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is in memory for good."""
+        return self.is_pinned and self.held is not None
 
     def facts(self) -> dict[str, Any]:
         """What an operator is told."""

@@ -61,6 +61,8 @@ class AdapterMemory(Generic[H]):
             other.held = None
             self.num_evictions += 1
         entry.held, entry.version = held, held.version
+        if entry.is_pinned:
+            self._room.pinned.append(entry)
         self.num_loads += 1
 
     def retire(self, entry: Entry[H]) -> None:
@@ -116,7 +118,7 @@ class AdapterMemory(Generic[H]):
     def never(self, entry: Entry[H], together: Iterable[Entry[H]]) -> CapacityError | None:
         """Why there never is room for one more, if so. Arguments as of `find_room`."""
         pinned = sum(other.nbytes for other in self._room.pinned)
-        mixed = sum(other.size for other in together if other is not entry and not other.is_pinned)
+        mixed = sum(other.size for other in together if other is not entry and not other.stays)
         if pinned + mixed + entry.size <= self._room.most_bytes:
             return None
         beside = [f"{pinned:,} of those that are pinned"] if pinned else []

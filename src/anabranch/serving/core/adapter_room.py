@@ -54,7 +54,7 @@ class AdapterRoom(Generic[H]):
 
     Attributes:
         most_bytes: that all adapters may take.
-        pinned: those that are.
+        pinned: those that stay in memory; one that is still to be read is as any other.
         used: those of requests under way.
     """
 
@@ -99,7 +99,7 @@ class AdapterRoom(Generic[H]):
 
     def adds_nothing(self, one: Waiter[H]) -> bool:
         """Whether a request uses nothing but what is pinned or in use."""
-        return all(entry.is_pinned or entry in self.used for entry in one.adapters)
+        return all(entry.stays or entry in self.used for entry in one.adapters)
 
     def fits(self, one: Waiter[H]) -> bool:
         """Whether a request has room now; one that adds nothing has, also where that which is in use has none for what is still read."""
@@ -116,7 +116,7 @@ class AdapterRoom(Generic[H]):
     def closable(self, one: Waiter[H]) -> list[Entry[H]]:
         """What could fall idle to make room for a request: what others alone use, and it does not; the least used first."""
         kept = self.own(one.key) | one.adapters
-        found = [entry for entry in self.used if not entry.is_pinned and entry not in kept]
+        found = [entry for entry in self.used if not entry.stays and entry not in kept]
         return sorted(found, key=lambda entry: (entry.uses, entry.used_at))
 
     def num_needed(self, one: Waiter[H], closable: Sequence[Entry[H]]) -> int:
@@ -134,6 +134,6 @@ class AdapterRoom(Generic[H]):
         return self.adds_nothing(one) or self._bytes_of(later) <= self.most_bytes
 
     def _bytes_of(self, entries: Iterable[Entry[H]]) -> int:
-        """Of these adapters and of those that are pinned."""
+        """Of these adapters and of those that stay."""
         pinned = sum(entry.size for entry in self.pinned)
-        return pinned + sum(entry.size for entry in entries if not entry.is_pinned)
+        return pinned + sum(entry.size for entry in entries if not entry.stays)

@@ -135,8 +135,6 @@ class AdapterShelf(Generic[H]):
             self._check_under_way(load)
             self._memory.hold(entry, held, before=self._entries.get(entry.name))
             self._room.touch(entry)
-            if entry.is_pinned:
-                self._room.pinned.append(entry)
             older = self._know(load)
             facts = entry.facts()
         self._end(older, load, facts)
@@ -241,14 +239,16 @@ class AdapterShelf(Generic[H]):
             if load.waits_as:
                 self.release(load.waits_as)
 
-    def register(self, name: str, folder: str, root: str | None = None, version: str = "") -> None:
+    def register(
+        self, name: str, folder: str, root: str | None = None, version: str = "", *, is_pinned: bool = False
+    ) -> None:
         """Know an adapter that is read when the first request asks for it; nothing for a name that there is. Raises InputError.
 
-        Arguments as of `load_now`; with a ``version`` it is read as long as its numbers are of that.
+        Arguments as of `load_now`; with a ``version`` it is read as long as it is of that, and a pinned one stays once it is there.
         """
         check_name(name)
         with self._lock:
-            self._entries.setdefault(name, Entry(name, folder, root, version=version))
+            self._entries.setdefault(name, Entry(name, folder, root, is_pinned, version=version))
 
     def remove(self, name: str) -> dict[str, Any]:
         """Know an adapter no more; its last facts. Requests under way end with it, and its memory is free then.
@@ -307,7 +307,7 @@ class AdapterShelf(Generic[H]):
             elif self._room.fits_ever(one):
                 begun = self._join(one)
             else:
-                first = next(entry for entry, _ in one.entries if not entry.is_pinned)
+                first = next(entry for entry, _ in one.entries if not entry.stays)
                 one.ready.set_exception(self._memory.never(first, one.adapters))
                 return one.ready
             is_ready = one in begun and one.is_there
@@ -395,6 +395,7 @@ class AdapterShelf(Generic[H]):
             with self._lock:
                 if self._room.lease(one.id) is one:
                     self._memory.end(one.id)
+                self._forget_sizes(one)
             self.advance()
             one.ready.set_exception(error)
         else:
@@ -414,7 +415,7 @@ class AdapterShelf(Generic[H]):
         if unknown is not None:
             nbytes = self._source.size_of(unknown)
             with self._lock:
-                unknown.size = max(unknown.size, nbytes)
+                self._note_size(unknown, nbytes)
             if unknown.size:
                 return False
         held = self._read_again(missing[0], one)
@@ -427,8 +428,7 @@ class AdapterShelf(Generic[H]):
     def _read_again(self, entry: Entry[H], one: Waiter[H]) -> H:
         def check(nbytes: int) -> None:
             with self._lock:
-                # Numbers may take more than was told before they were read, which is known where they were in memory.
-                entry.size = max(entry.size, nbytes)
+                self._note_size(entry, nbytes)
                 self._memory.find_room(entry, together=one.adapters, key=one.key)
                 # Whoever waited may begin. One whose size nobody knew before has begun already, and is looked at as if it came now.
                 if not one.until and self._room.end(one.id) is not None:
@@ -441,6 +441,22 @@ class AdapterShelf(Generic[H]):
         return (self._source.first if one.key == _OPERATOR else self._source.again)(entry, check)
 
     # With the lock
+
+    def _note_size(self, entry: Entry[H], nbytes: int) -> None:
+        """Of one that is read again, by what its folder says. Raises `BusyError` where one that was in memory never has room now."""
+        # Numbers may take more than was told before they were read, which is known where they were in memory.
+        entry.size = max(entry.size, nbytes)
+        # It had room, so that something else is in its folder or pinned: no fault of the request.
+        if entry.version and (error := self._memory.never(entry, ())) is not None:
+            raise self._source.refused(entry, error)
+
+    def _forget_sizes(self, one: Waiter[H]) -> None:
+        """After a request in vain: what its adapters' folders said, in which something else may be by the next one, which looks again."""
+        for entry in one.adapters:
+            # Whoever still waits for it waits for as much room as it was told to take.
+            is_wanted = entry.uses or any(entry in other.adapters for other in self._line)
+            if entry.version and entry.held is None and not is_wanted:
+                entry.size = 0
 
     def _join(self, one: Waiter[H]) -> list[Waiter[H]]:
         """Let a request begin, or wait, or refuse it where too many do, of its key or in all; those that begin now, whoever it is."""

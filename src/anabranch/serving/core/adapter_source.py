@@ -60,9 +60,14 @@ class AdapterSource(Generic[H]):
         except (BusyError, CapacityError, _MeasuredError):
             raise
         except Exception as error:
-            trace = None if isinstance(error, AnabranchError) else error
-            logger.error("adapter %s cannot be read again: %s", entry.name, error, exc_info=trace)
-        raise BusyError(
+            refused = self.refused(entry, error)
+        raise refused
+
+    def refused(self, entry: Entry[H], error: Exception) -> BusyError:
+        """What whoever asks for one that is known is told, where ``error`` is why it cannot be read, which is logged."""
+        trace = None if isinstance(error, AnabranchError) else error
+        logger.error("adapter %s cannot be read again: %s", entry.name, error, exc_info=trace)
+        return BusyError(
             f"adapter {entry.name!r} is known and cannot be read now, which is no fault of the request; the server's log says why"
         )
 

@@ -60,6 +60,7 @@ class EngineInfo:
         experts: how experts come where only some are in memory, as `anabranch.serving.expertflow.served.describe` has it; else empty.
         adapters: names of those that are there from the start; None where requests can have none.
         adapter_versions: of the numbers of these, by name.
+        planned: its config, with what ``memory`` means in its place; None where nothing was planned.
         num_layers: blocks of the model; 0 where nobody says.
         max_depth: most blocks that a request's own path may have; None where requests at a server say none.
         routes_depth: whether there are depth routers.
@@ -87,6 +88,7 @@ class EngineInfo:
     experts: dict[str, Any] = field(default_factory=dict)
     adapters: tuple[str, ...] | None = None
     adapter_versions: dict[str, str] = field(default_factory=dict)
+    planned: Any = None
     num_layers: int = 0
     max_depth: int | None = None
     routes_depth: bool = False

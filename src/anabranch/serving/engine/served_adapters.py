@@ -67,7 +67,7 @@ def load_first(shelf: AdapterShelf[Any], config: AdaptersConfig) -> None:
             # It is one of several, and all that is served beside it is what it was. Why it cannot be read is in the log already.
             if not isinstance(error, BusyError) or isinstance(error, NoRoomError):
                 logger.error("%s", error)
-            shelf.register(name, folder, version=version)
+            shelf.register(name, folder, version=version, is_pinned=True)
 
 
 class ServedAdapters:

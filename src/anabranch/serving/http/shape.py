@@ -32,7 +32,7 @@ MOST_APART = 256
 
 
 # Of an engine, what says nothing of its answers: how much room there is, and how experts come; and what is in its settings too.
-NOT_ANSWERS = ("num_blocks", "block_tokens", "experts", "beside", "adapter_versions")
+NOT_ANSWERS = ("num_blocks", "block_tokens", "experts", "beside", "adapter_versions", "planned")
 
 
 def fingerprint(info: EngineInfo, adapters: Sequence[tuple[str, str]] = ()) -> str:
