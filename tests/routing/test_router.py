@@ -162,7 +162,7 @@ def test_the_router_of_a_fixed_base_is_not_balanced(frozen, learns):
     router = build(balance=(BiasBalancer.Config(), SwitchLoss.Config(), ZLoss.Config()))
     router.requires_grad_(learns)
     if frozen:
-        fix(router)
+        fix(router, "test")
     context = RoutingContext(training=True)
     x_ND = torch.randn(11, 6, requires_grad=True)
     routing = router(x_ND, context)
@@ -172,7 +172,7 @@ def test_the_router_of_a_fixed_base_is_not_balanced(frozen, learns):
     router.balance[0].on_step(0, 0.0)
     assert bool(router.balance[0].expert_bias.any()) is not frozen
     assert torch.equal(routing.index_NK, router(x_ND, RoutingContext(training=False)).index_NK) or not frozen
-    release(router)
+    release(router, "test")
     router(x_ND, RoutingContext(training=True))
     router.balance[0].on_step(1, 0.0)
     again = RoutingContext(training=True)

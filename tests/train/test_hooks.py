@@ -42,13 +42,13 @@ def test_all_modules_are_told_outer_ones_first_and_others_last():
 def test_a_base_that_stays_as_it_is_is_not_told():
     calls = []
     base = Told("base", calls)
-    fix(base)
+    fix(base, "test")
     base.inner.append(Told("put on", calls))
     hooks = StepHooks(base, 1)
     hooks.run_after(0)
     hooks.run_before(0)
     assert [name for name, *_ in calls] == ["on put on", "before put on"]
-    release(base)
+    release(base, "test")
     StepHooks(base, 1).run_after(0)
     assert [name for name, *_ in calls[2:]] == ["on base", "on put on"]
 

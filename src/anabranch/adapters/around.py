@@ -1,5 +1,6 @@
 """What an adapter puts around a model, besides the layers beside its matrices: virtual tokens in front of it, a ladder along it.
 
+model.requires_grad_(False)
 put_around(model, front=Front.Config(num_tokens=20, of="keys"), seed=0)     # nothing but the virtual tokens learns
 put_around(model, ladder=Ladder.Config(reduction=8))
 take_around(model)                                                          # the base again
@@ -16,8 +17,11 @@ from anabranch.adapters.ladder import LADDERED, Ladder
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
+from anabranch.routing.fixed import fix, release
 
 __all__ = ["around_config", "bare_config", "bare_name", "put_around", "take_around"]
+
+_AROUND = "tokens in front or a ladder"
 
 
 def bare_config(config: Decoder.Config) -> Decoder.Config:
@@ -36,13 +40,17 @@ def bare_name(name: str) -> str:
 def put_around(
     model: Decoder, *, front: Front.Config | None = None, ladder: Ladder.Config | None = None, seed: int = 0
 ) -> Decoder:
-    """Put virtual tokens in front of ``model``, or a ladder along it, in place; these learn, what is there stays as it is.
+    """Put virtual tokens in front of ``model``, or a ladder along it, in place; these learn.
+
+    The base is fixed until `take_around`: no step hook moves it. Which of its parameters learn is left to who calls.
 
     Virtual embeddings start as those of tokens that are drawn, which learn much better than random ones; keys and values start near zero.
 
     Raises ConfigError where the model has streams or a ladder already, or its attention cannot meet keys that are no tokens'.
     """
     config = around_config(model.config, front, ladder)
+    if front is not None or ladder is not None:
+        fix(model, _AROUND)
     generator = torch.Generator().manual_seed(seed)
     device = model.embedding.weight.device
     if front is not None:
@@ -78,6 +86,7 @@ def around_config(config: Decoder.Config, front: Front.Config | None, ladder: La
 
 def take_around(model: Decoder) -> Decoder:
     """Take virtual tokens and ladder off, in place, and return the model; there may be none."""
+    release(model, _AROUND)
     if isinstance(model.streams, Front):
         model.streams, model.config = None, model.config.replace(streams=None)
     if isinstance(model.config.block, Ladder.Config):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from anabranch.adapters.attached import ATTACHED, attached_on, begin, check_bare, configs_of, our_layers, put_on
+from anabranch.adapters.attached import attached_on, begin, check_bare, configs_of, forget, our_layers, put_on
 from anabranch.adapters.copies import settled
 from anabranch.adapters.fits import check_fits
 from anabranch.adapters.front import Front, front_of
@@ -135,9 +135,7 @@ def unload(model: Decoder) -> Decoder:
     for name, tensor in attached.before.items():
         exchange(model, attached.names, name, tensor)
     model.head, model.config, model.streams = attached.head, attached.config, None
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in attached.learned)
-    object.__delattr__(model, ATTACHED)
+    forget(model)
     return model
 
 

@@ -15,9 +15,9 @@ from anabranch.adapters.whole import part_head
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import Linear
-from anabranch.routing.fixed import fix
+from anabranch.routing.fixed import fix, release
 
-__all__ = ["ATTACHED", "Attached", "attached_on", "begin", "check_bare", "configs_of", "our_layers", "put_on"]
+__all__ = ["ATTACHED", "Attached", "attached_on", "begin", "check_bare", "configs_of", "forget", "our_layers", "put_on"]
 
 # How a model remembers what was put onto it.
 ATTACHED = "_attached_adapter"
@@ -74,11 +74,20 @@ def begin(model: Decoder, adapters: Mapping[str, Adapter], names: Names, config:
     attached = Attached(adapters, names, model.config, head=model.head)
     attached.learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    fix(model)
+    fix(model, ATTACHED)
     if model.config.tie_embeddings and not config.tie_embeddings:
         part_head(model, config)
     object.__setattr__(model, ATTACHED, attached)
     return attached
+
+
+def forget(model: Decoder) -> None:
+    """Let parameters of the base learn that learned before, and the model not know of an adapter any more."""
+    attached = attached_on(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in attached.learned)
+    release(model, ATTACHED)
+    object.__delattr__(model, ATTACHED)
 
 
 def our_layers(names: Names, adapter: Adapter, config: Decoder.Config) -> dict[str, Numbers]:

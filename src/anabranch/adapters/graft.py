@@ -19,10 +19,11 @@ from anabranch.nn import ExpertPool, Linear
 from anabranch.nn.expert_layers import layers_beside
 from anabranch.nn.linear import Added, numbers_of, start_beside
 from anabranch.nn.quantize import QuantizedPool
-from anabranch.routing.fixed import release
+from anabranch.routing.fixed import fix, release
 
 __all__ = ["check_pools", "graft", "layers_of", "patterns_of", "start_layers", "strip", "with_layers"]
 
+_BESIDE = "layers beside matrices"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _LAST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.[^.]*$)")
 
@@ -63,7 +64,11 @@ def check_pools(model: Decoder, made: Decoder) -> None:
 
 
 def graft(model: Decoder, made: Decoder, put: Callable[[str, Any], None]) -> None:
-    """Put the layers of ``made`` beside the matrices of ``model``, and take over its config; ``put`` gives each its numbers, by part."""
+    """Put the layers of ``made`` beside the matrices of ``model``, and take over its config; ``put`` gives each its numbers, by part.
+
+    The base is fixed until `strip`; which parameters learn is left to who calls.
+    """
+    fix(model, _BESIDE)
     for part, layer in layers_of(made).items():
         put(part, layer)
     for name, added in [(name, module) for name, module in made.named_modules() if isinstance(module, Added)]:
@@ -92,8 +97,8 @@ def _weight_of(matrix: nn.Module) -> Tensor:
 
 
 def strip(model: Decoder) -> None:
-    """Take the layers off that `graft` put on; the base may be balanced again."""
-    release(model)
+    """Take the layers off that `graft` put on; the base may be balanced again, if nothing else is on it."""
+    release(model, _BESIDE)
     for name, added in [(name, module) for name, module in model.named_modules() if isinstance(module, Added)]:
         _set(model, name, added.matrix)
     for name, _ in list(_pools(model)):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.adapters.attached import ATTACHED, Attached, attached_on, configs_of, our_layers, put_on
+from anabranch.adapters.attached import Attached, attached_on, configs_of, forget, our_layers, put_on
 from anabranch.adapters.graft import check_pools, layers_of, strip, with_layers
 from anabranch.adapters.names import Place
 from anabranch.adapters.numbers import Numbers
@@ -60,9 +60,7 @@ def merge(model: Decoder, *, keep: bool = True) -> Decoder:
         target.copy_(made)
     attached.merged = adapter
     if not keep:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in attached.learned)
-        object.__delattr__(model, ATTACHED)
+        forget(model)
     return model
 
 

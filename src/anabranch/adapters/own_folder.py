@@ -32,7 +32,6 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import FLOATS, SafetensorsFiles, some
 from anabranch.nn import Linear
-from anabranch.routing.fixed import fix, release
 
 __all__ = ["OWN", "OwnAdapter", "described_in", "is_own", "load_numbers", "read_own", "write_own"]
 
@@ -67,13 +66,10 @@ class _Parts(Config):
         else:
             model.requires_grad_(False)
         put_around(model, front=self.streams, ladder=self.block)
-        if not self.linears:
-            fix(model)
 
     def take_off(self, model: Decoder) -> None:
         """The base again."""
         take_around(model)
-        release(model)
         if self.linears:
             take_off(model)
 

@@ -24,7 +24,6 @@ from anabranch.lm.tensors import build_empty, with_memory
 from anabranch.nn import BuildContext, Count, Linear
 from anabranch.nn.linear import Projection
 from anabranch.nn.quantize import FewBitLinear, PackedEmbedding, QuantizedPool
-from anabranch.routing.fixed import fix
 
 __all__ = ["added_names", "built_alone", "put_on", "take_off"]
 
@@ -83,7 +82,6 @@ def put_on(model: Decoder, linears: Mapping[str, Linear.Config], *, seed: int = 
     made = built_alone(base, linears, seed=seed)
     check_pools(model, made)
     model.requires_grad_(False)
-    fix(model)
     device = model.embedding.weight.device
     graft(model, made, lambda part, layer: layer.to(device))
     start_layers(model)

@@ -2,27 +2,32 @@
 
 Gradients do not tell it. Biases, loads and schedules of candidates are buffers that step hooks move, in routers without parameters too,
 and a training may freeze routers while the experts that they choose learn: those are balanced on.
+
+Whoever puts something onto a model fixes it by a name of its own, and releases it by that name alone: what stays on holds the base still.
 """
 
 from torch import nn
 
 __all__ = ["fix", "is_fixed", "release"]
 
-_FIXED = "is_fixed_base"
+_FIXED = "fixed_by"
 
 
-def fix(model: nn.Module) -> None:
+def fix(model: nn.Module, by: str) -> None:
     """From here on all modules that ``model`` has by now stay as they are; what is put onto it later does not."""
     for module in model.modules():
-        setattr(module, _FIXED, True)
+        if by not in (others := getattr(module, _FIXED, ())):
+            setattr(module, _FIXED, (*others, by))
 
 
-def release(model: nn.Module) -> None:
-    """All modules of ``model`` may be balanced and have their step hooks again."""
+def release(model: nn.Module, by: str) -> None:
+    """Modules of ``model`` that nothing but ``by`` fixed may be balanced and have their step hooks again."""
     for module in model.modules():
-        module.__dict__.pop(_FIXED, None)
+        left = tuple(one for one in module.__dict__.pop(_FIXED, ()) if one != by)
+        if left:
+            setattr(module, _FIXED, left)
 
 
 def is_fixed(module: object) -> bool:
     """Whether it is of a base that stays as it is."""
-    return bool(getattr(module, _FIXED, False))
+    return bool(getattr(module, _FIXED, ()))

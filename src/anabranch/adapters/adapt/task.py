@@ -33,7 +33,6 @@ from anabranch.lm.generate import evaluating
 from anabranch.lm.shards import write_file
 from anabranch.nn import Linear
 from anabranch.nn.nf4 import quantize_nf4
-from anabranch.routing.fixed import fix
 from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.examples import Examples
 from anabranch.train.language_model import decoder_parts
@@ -196,8 +195,6 @@ class AdaptTask(Task, kind="adapt"):
     def build_model(self, context: TaskContext) -> nn.Module:
         """The base with the method's layers on it."""
         layers, seed = _layers_in(context.checkpoint), context.settings.seed
-        if not self.method.trains_base:
-            fix(self.base)
         if layers is None:
             self.method.begin(self.base, self.names, seed=seed)
         else:

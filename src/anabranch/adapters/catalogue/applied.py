@@ -53,7 +53,6 @@ from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import SafetensorsFiles, build_empty, some
 from anabranch.nn import Linear
 from anabranch.routing import Router, SwitchLoss, TopK
-from anabranch.routing.fixed import fix, release
 
 __all__ = ["TABLE", "WEIGHTS", "Applied", "apply", "load_applied"]
 
@@ -146,7 +145,6 @@ class Applied:
     def _take_off(self, *, keeps_base: bool) -> None:
         if self.card.id in _AROUND:
             take_around(self.model)
-        release(self.model)
         if layers_of(self.model):
             take_off(self.model)
         named = dict(self.model.named_parameters())
@@ -211,8 +209,6 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
         if layers:
             put_on(model, patterns_of(layers, parts), seed=seed)
         put_around(model, **around, seed=seed)
-        if not layers:
-            fix(model)
         held = set(added_names(model))
         learns = {name for name in held if card.id != "lora-fa" or name.endswith(".b")}
     for name, parameter in model.named_parameters():
