@@ -1,6 +1,7 @@
 """Methods of the catalogue as methods of `adapt`: each learns from rows, and what it writes does the same on another copy of the base."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.lm import Decoder, export_huggingface, load_model, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
-from anabranch.routing import BiasBalancer, HashScore, Router, SwitchLoss, TopK
-from anabranch.train import Constant, Examples, TaskRunConfig, TrainConfig, Trainer, read_task_run_config
+from anabranch.routing import BiasBalancer, HashScore, Positive, RateBalance, ReluScore, Router, SwitchLoss, TopK
+from anabranch.train import Constant, Examples, TaskRunConfig, TrainConfig, Trainer, checkpoints, read_task_run_config
 from anabranch.train.hooks import StepHooks
 
 OPTIONS = {
@@ -43,6 +44,18 @@ OPTIONS = {
 IN_PEFTS_FORM = {"lora-plus", "lora-fa", "dylora", "dora", "ia3", "prompt-tuning", "prefix-tuning"}
 # Where one is enough, the others are among the slow ones.
 QUICK = {"dora", "lst", "mam", "ln-tuning"}
+TRAIN_THE_BASE = [id for id in method_names() if id in CARDS and CARDS[id].trains_base]
+BALANCE = (BiasBalancer.Config(), SwitchLoss.Config())
+ROUTER = Router.Config(select=TopK.Config(top_k=1), balance=BALANCE)
+HASHED = Router.Config(score=HashScore.Config(), select=TopK.Config(top_k=1), balance=BALANCE[:1])
+RATED = Router.Config(score=ReluScore.Config(), select=Positive.Config(), balance=(RateBalance.Config(),))
+EXPERTS = {
+    "linear": MoE.Config(num_experts=4, hidden_dim=16, router=ROUTER),
+    # Without a parameter, and with a schedule of candidates that is over.
+    "hash": MoE.Config(num_experts=4, hidden_dim=16, router=HASHED),
+    "rexmoe": ReXMoE.Config(num_experts=4, hidden_dim=8, reuse=2, psr=ProgressiveScaling.Config(), router=ROUTER),
+    "relu": MoE.Config(num_experts=4, hidden_dim=16, router=RATED),
+}
 TOKENS = torch.tensor([[3, 17, 60, 8, 90, 41, 7, 1], [0, 5, 22, 1, 59, 30, 2, 2]])
 
 
@@ -66,7 +79,7 @@ def place(tmp_path_factory):
 
 
 def trainer(place, out, id, steps, base="base", accumulation=1, **more):
-    method = Catalogued.Config(id=id, **OPTIONS[id])
+    method = Catalogued.Config(id=id, **OPTIONS.get(id, {}))
     task = AdaptTask.Config(model=str(place / base), data=str(place / "rows.jsonl"), method=method, held_out=0.0)
     train = TrainConfig(
         steps=steps,
@@ -79,6 +92,18 @@ def trainer(place, out, id, steps, base="base", accumulation=1, **more):
         schedule=Constant.Config(),
     )
     return Trainer(TaskRunConfig(task=task, train=train), out, **more)
+
+
+def routed(kind):
+    """A base whose routers are of this kind."""
+    return Decoder.Config(
+        vocab_size=257,
+        dim=32,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, qkv_bias=True),
+        feed_forward=EXPERTS[kind],
+        max_positions=64,
+    ).build(seed=1)
 
 
 def logits(model):
@@ -116,6 +141,27 @@ def test_resumed_to_the_bit(place, tmp_path, id):
     resumed = Trainer(config, tmp_path / "parts", resume=True)
     resumed.fit()
     assert torch.equal(logits(resumed.task.base), logits(straight.task.base))
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("id", TRAIN_THE_BASE)
+def test_a_base_that_moves_goes_on_where_it_stopped(place, tmp_path, id, kind):
+    """Biases, rates and schedules of its routers are no parameters; from those that it was read with, it was another run."""
+    base = tmp_path / "routed"
+    save_model(base, routed(kind), ByteTokenizer.Config().build())
+    straight = trainer(place, tmp_path / "straight", id, 4, base=base)
+    straight.fit()
+    wanted, begun = straight.task.base.state_dict(), routed(kind).state_dict()
+    buffers = wanted.keys() - dict(straight.task.base.named_parameters()).keys()
+    assert any(not torch.equal(wanted[name], begun[name]) for name in buffers)
+    # Ended after step 2 of 4, by whose share of all a schedule goes.
+    shutil.copytree(tmp_path / "straight", tmp_path / "ended")
+    *_, last = checkpoints(tmp_path / "ended")
+    shutil.rmtree(last)
+    resumed = trainer(place, tmp_path / "ended", id, 4, base=base, resume=True)
+    resumed.fit()
+    found = resumed.task.base.state_dict()
+    assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
 
 
 def test_b_of_lora_plus_learns_16_times_as_quickly(place, tmp_path):
@@ -171,24 +217,7 @@ def test_routers_of_a_frozen_base_are_as_they_were(place, tmp_path, id, kind):
     """Biases too, which no gradient moves: they are not in what an adapter writes, and it would be used beside others than it learned."""
     if (id, kind) == ("prompt-tuning", "hash"):
         pytest.skip("virtual tokens have no ids to route by")
-    balance = (BiasBalancer.Config(), SwitchLoss.Config())
-    router = Router.Config(select=TopK.Config(top_k=1), balance=balance)
-    hashed = Router.Config(score=HashScore.Config(), select=TopK.Config(top_k=1), balance=balance[:1])
-    experts = {
-        "linear": MoE.Config(num_experts=4, hidden_dim=16, router=router),
-        # Without a parameter, and with a schedule of candidates that is over.
-        "hash": MoE.Config(num_experts=4, hidden_dim=16, router=hashed),
-        "rexmoe": ReXMoE.Config(num_experts=4, hidden_dim=8, reuse=2, psr=ProgressiveScaling.Config(), router=router),
-    }[kind]
-    config = Decoder.Config(
-        vocab_size=257,
-        dim=32,
-        num_layers=2,
-        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
-        feed_forward=experts,
-        max_positions=64,
-    )
-    base = config.build(seed=1)
+    base = routed(kind)
     StepHooks(base, 10).run_after(10)
     save_model(tmp_path / "routed", base, ByteTokenizer.Config().build())
     before, _ = load_model(tmp_path / "routed")

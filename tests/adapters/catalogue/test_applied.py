@@ -10,11 +10,33 @@ from safetensors.torch import load_file, save_file
 from adapter_models import CONFIGS, TOKENS, drawn, logits
 from anabranch.adapters import catalogue
 from anabranch.adapters.catalogue.applied import TABLE, WEIGHTS
+from anabranch.adapters.catalogue.table import CARDS
 from anabranch.adapters.graft import layers_of
 from anabranch.errors import CheckpointError, ConfigError, DataError
+from anabranch.lm import Decoder
+from anabranch.nn import MoE, SelfAttention
 from anabranch.nn.nf4 import quantize_nf4
 from anabranch.nn.quantize import quantize
+from anabranch.routing import BiasBalancer, RateBalance, Router, TopK
+from anabranch.train.hooks import StepHooks
 from with_peft import needs_peft
+
+TRAIN_THE_BASE = [id for id, card in CARDS.items() if card.trains_base and card.backend == "own"]
+
+
+def routed():
+    """Whose routers have biases and rates that move."""
+    balanced = Router.Config(
+        select=TopK.Config(top_k=1), balance=(BiasBalancer.Config(), RateBalance.Config(target=0.9))
+    )
+    return Decoder.Config(
+        vocab_size=CONFIGS["llama"]().vocab_size,
+        dim=16,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=2, qkv_bias=True),
+        feed_forward=MoE.Config(num_experts=4, hidden_dim=8, router=balanced),
+        max_positions=64,
+    ).build(seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +165,37 @@ def test_the_base_that_was_trained_is_not_given_back(model):
     applied = catalogue.apply(model, "attention-tuning")
     with pytest.raises(ConfigError, match="trains the model's own matrices; load the model again"):
         applied.remove()
+
+
+@pytest.mark.parametrize("id", TRAIN_THE_BASE)
+def test_what_moves_in_the_base_is_the_method_s_too(id, tmp_path):
+    """Biases and rates of routers: they go where it goes, and are as they were where it is taken off."""
+    model = routed().train()
+    before, begun = {name: value.clone() for name, value in model.state_dict().items()}, routed()
+    applied = catalogue.apply(model, id)
+    StepHooks(model, 3).run_after(0)
+    for step in range(1, 4):
+        model(TOKENS, TOKENS)
+        StepHooks(model, 3).run_after(step)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    # Nothing has learned, so that this is all.
+    assert moved
+    assert moved.isdisjoint(dict(model.named_parameters()))
+    assert moved <= applied.state().keys()
+    applied.save(tmp_path / "saved")
+    catalogue.load_applied(tmp_path / "saved", begun)
+    assert all(torch.equal(value, begun.state_dict()[name]) for name, value in model.state_dict().items())
+    if id in ("attention-tuning", "full"):
+        return
+    applied.remove()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_matrices_in_few_bits_are_not_what_moves():
+    model = CONFIGS["qwen2"]().build()
+    quantize_nf4(model)
+    applied = catalogue.apply(model, "ln-tuning")
+    assert applied.state().keys() == set(applied.trainable)
 
 
 def test_matrices_of_one_size_have_places_of_their_own(model):

@@ -102,7 +102,7 @@ class Method(Part, family="adapter_method"):
         """Before the first step of a new run: -log p(answer) of each of its first rows, made while this goes over them. Default: none."""
 
     def kept(self, model: Decoder) -> list[str]:
-        """Names in the model's state of what checkpoints hold: all that is not the base's as it was read."""
+        """Names in the model's state of what checkpoints hold: all that is not the base's as it was read, be it a buffer."""
         return added_names(model)
 
     def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:

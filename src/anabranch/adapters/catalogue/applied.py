@@ -52,6 +52,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import SafetensorsFiles, build_empty, some
 from anabranch.nn import Linear
+from anabranch.nn.quantize import FewBitLinear, PackedEmbedding, QuantizedPool
 from anabranch.routing import Router, SwitchLoss, TopK
 
 __all__ = ["TABLE", "WEIGHTS", "Applied", "apply", "load_applied"]
@@ -109,7 +110,8 @@ class Applied:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def state(self) -> dict[str, Tensor]:
-        """What the method has made of the model, by the model's names: layers beside it, or the parameters that learn."""
+        """What the method has made of the model, by the model's names: layers beside it, or the parameters of the base that learn and its
+        buffers, such as biases of routers, which move in a training too."""
         return {name: value for name, value in self.model.state_dict().items() if name in self._held}
 
     def merge(self) -> Decoder:
@@ -147,10 +149,10 @@ class Applied:
             take_around(self.model)
         if layers_of(self.model):
             take_off(self.model)
-        named = dict(self.model.named_parameters())
+        named, state = dict(self.model.named_parameters()), self.model.state_dict()
         with torch.no_grad():
             for name, value in ({} if keeps_base else self._base).items():
-                named[name].copy_(value)
+                state[name].copy_(value)
         for name, learned in self._before.items():
             named[name].requires_grad_(learned)
 
@@ -198,8 +200,9 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     config = model.config
     if card.trains_base:
-        held = learns = {name for name in before if _is_trained(name, card)}
+        learns = {name for name in before if _is_trained(name, card)}
         _check_all_learn(model, card, learns)
+        held = learns | _moving(model)
     else:
         parts = [matrix.part for matrix in shape.matrices]
         layers = {matrix.part: _layer(card, matrix, found.options, shape.num_layers) for matrix in chosen}
@@ -213,8 +216,8 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
         learns = {name for name in held if card.id != "lora-fa" or name.endswith(".b")}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learns)
-    kept = learns if card.id in _SMALL else ()
-    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if name in kept}
+    kept = held if card.id in _SMALL else ()
+    base = {name: value.detach().clone() for name, value in model.state_dict().items() if name in kept}
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     told = (found.options, found.matched, found.skipped, trainable)
     return Applied(model, card, *told, before, config, base, frozenset(held))
@@ -358,6 +361,18 @@ def _check_all_learn(model: Decoder, card: Card, learns: Collection[str]) -> Non
             f"{card.id} {what}: matrices of this model are in few bits, in which neither they nor their biases learn ({some(lacking)}); "
             "take the model as it was before it was quantized, or a method whose layers stand beside it, such as lora"
         )
+
+
+def _moving(model: Decoder) -> set[str]:
+    """Buffers of the base that a training may move, such as biases of routers: those that are saved with it, but matrices in few bits."""
+    saved = model.state_dict().keys()
+    packed = {
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if isinstance(module, FewBitLinear | PackedEmbedding | QuantizedPool)
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    return {name for name, _ in model.named_buffers() if name in saved and name not in packed}
 
 
 def _is_trained(name: str, card: Card) -> bool:
