@@ -10,7 +10,7 @@ the numbers of the paper are not comparable, its orders are.
 
 One run: a plain model is pretrained on Korean, Latin and Greek (the same for all arms of a seed); for each of 10 subjects of Balinese and
 Early Aramaic it is copied, gets the arm's heads, which change nothing at first, and learns the subject from ONE drawing by one person, with
-80 clips and the same steps in all arms. Measured on 64 new clips of drawings by the 19 others, half of the clips without it, half of these
+80 clips and the same 120 steps in all arms. Measured on 64 new clips of drawings by the 19 others, half of them without it, half of these
 showing look-alikes; numbers are means over the subjects.
 
 Arms:
@@ -30,6 +30,16 @@ Arms:
     ways-moh     the same with a mixture of heads
     ways-remoh   the same with ReLU-routed heads
 
+How routers learn is the same in all arms, and was chosen by what share of heads was on, never by an answer: with seed 100, which is none
+of the study's, on a base of 200 steps that answers everything alike. The paper's rates do not fit: its routers begin at the border, half
+on by chance, and ours at z = 1, all on, so that heads change nothing at first. At 1/100 of the other rate z hardly moves from there; at 1
+and 10 times it heads swing between on and off together, since tokens are much alike to a router of that base (the norm of their mean is ten
+times that of their spread) and AdamW makes equal steps of the gradients of SPR and HAE, however weak those of answers are. While z comes
+down from 1 the paper's beta grows at the paper's k without effect, and is far too large when it has one.
+Of six short pilots (eleven settings, one subject each) the nearest to the target that no longer swung is frozen: 1/20 of the rate; k = .1
+and beta = .1 at first, the class defaults of the paper's code; HAE at .05, of which the paper says nothing, since there it has no
+gradient. Its activations were .45, .21 and .36: it MISSED the floor below. From a dead start k, beta and w are the paper's.
+
 The last three run if they are asked for: Omniglot's twenty-way task (its ``all_runs.zip``), the first 4 of its 20 runs, as clips of 4 a
 drawing that is to be told. 600 steps of 32 clips for all 20 subjects of a run.
 
@@ -38,10 +48,25 @@ seeds, ours - baseline - margin; it holds where that is above 0 by a two-sided p
 claims that have run, does not hold where it is below 0 by the same test, and is not resolved otherwise or with fewer than five seeds. The
 three claims about dead heads are of each run, which is deterministic: they hold if so in every seed, and do not hold if in none.
 
+Floors, of means over seeds; a claim that misses one does not hold but is not resolved. A claim on how well subjects are told needs .6
+(`LEARNED`) of the arm that is said to be as good or better: who says yes to all has .5, and who guesses has that with a standard error of
+.02 in a seed, of 640 questions.
+What positives alone do says something only if remoh, with negatives, has .6. Of twenty, .1 (`CHOOSES`) where chance is .05. A claim on
+ReMoH needs routed heads that are on average, over attentions and subjects, within .1 of their target, each attention for itself: heads that
+are on or off as a whole are at 0, 1/3, 2/3 or 1, and miss that. Where it is missed the claim does not fail either: nothing was routed. That
+losses fail from a dead start counts where ours do not.
+
 What is reported and judged by nobody: all four kinds of questions, images first against videos alone, and in the twenty-way task what the
 nearest drawing says by `InkEmbedder`, which learns nothing.
 
-Not run yet. The three arms of the twenty-way task, and the claims on them, were added before any run. It is planned for 5 seeds.
+NOT TO BE RUN YET: in its pilot routed heads miss their floor. Routers have to be tried again on a base of all 2,500 steps, and whether that
+tells subjects at all; neither was done. The three arms of the twenty-way task, and the claims on them, were added before any run; their
+file is not among the data that is shipped beside the project, so they cannot run until it is put there. 2026-12-02, before any run: rates
+of routers, and floors.
+
+It is planned for 5 seeds. Measured, in CPU seconds of one thread of a shared machine: 72 for a base of 200 steps, 14 to 16 for a subject.
+From that, not measured: .25 CPU hours for the base of a seed and .04 for each arm that learns 10 subjects, so 3 CPU hours for five seeds
+without the twenty-way task.
 """
 
 from __future__ import annotations
@@ -50,6 +75,7 @@ import copy
 import json
 import tempfile
 import warnings
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +93,7 @@ from anabranch.heads.pvchat import (
     OneShotSet,
     Pretraining,
     PVChat,
+    Rates,
     Score,
     Subject,
     exam,
@@ -83,6 +110,7 @@ from anabranch.heads.routed_heads import RoutedHeads
 from anabranch.places import data_file
 from anabranch.routing import RateBalance
 from anabranch.studies.asked import Asked, judged
+from anabranch.studies.floors import Floor, above_floors
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import every_seed
 from anabranch.train import follow_steps
@@ -128,12 +156,17 @@ COLUMNS = (
     Column("action", "action\nexact", ".3f"),
     Column("location", "location\nexact", ".3f"),
     Column("activation", "routed\nheads on", ".3f"),
+    Column("off_target", "off their\ntarget", ".3f"),
     Column("ways", "of twenty\nright", ".3f"),
     Column("ways_by_ink", "nearest\ndrawing", ".3f"),
 )
 TARGET = 0.5
-# |activation - target| that counts as reached.
+# |activation - target| that counts as reached. Of three heads that are each on or off for all tokens, no number is as near to a half.
 NEAR = 0.1
+# Existence, balanced, from which on a model counts as having learned to tell subjects; who says yes to all has .5.
+LEARNED = 0.6
+# Likewise of the twenty-way task; by chance it is .05.
+CHOOSES = 0.1
 _DRAWINGS = "images/omniglot_background_small1.zip"
 _SOURCE = "github.com/brendenlake/omniglot, python/images_background_small1.zip"
 _RUNS = "images/omniglot_all_runs.zip"
@@ -213,6 +246,9 @@ class Size(Config):
         exam_clips: by which it is measured.
         dead_steps: of the regression with dead heads.
         learning_rate: of personal tokens and words; other parts learn by `Rates` of it.
+        router_rate: of what routes heads, times that.
+        pressure_k, pressure_beta0: of SPR, but from a dead start.
+        floor_w: of HAE, likewise.
     """
 
     drawings: Drawings = Drawings()
@@ -226,6 +262,10 @@ class Size(Config):
     exam_clips: int = Field(default=64, ge=4)
     dead_steps: int = Field(default=300, ge=1)
     learning_rate: float = 1e-2
+    router_rate: float = 0.05
+    pressure_k: float = 0.1
+    pressure_beta0: float = 0.1
+    floor_w: float = 0.05
 
 
 @configclass
@@ -240,8 +280,10 @@ class ArmConfig(Config):
         """Those of this arm."""
         kinds: dict[str, Literal["topk", "none"]] = {"none": "none", "moh": "topk"}
         routing: Literal["relu", "topk", "none"] = kinds.get(self.arm.removeprefix("ways-"), "relu")
+        size, target = self.size, TARGET if routing == "relu" else None
+        control = RateBalance.Config(k=size.pressure_k, beta0=size.pressure_beta0, w=size.floor_w)
         # As the papers' codes begin is an option; here all arms begin as the model was pretrained.
-        return HeadRouting(num_shared=5, routing=routing, top_k=2, target=TARGET if routing == "relu" else None)
+        return HeadRouting(num_shared=5, routing=routing, top_k=2, target=target, control=control)
 
     def data(self, seed: int) -> OneShotSet.Config:
         """How many clips of what; equally many in all arms."""
@@ -265,8 +307,13 @@ class ArmConfig(Config):
             image_steps=images,
             video_steps=size.image_steps + size.video_steps - images,
             learning_rate=size.learning_rate,
+            rates=self.rates(),
             seed=seed,
         )
+
+    def rates(self) -> Rates:
+        """Of the parts of a model, the same in all arms."""
+        return Rates(router=self.size.router_rate)
 
     def control(self) -> RateBalance.Config:
         """The losses of an arm with dead heads."""
@@ -307,6 +354,7 @@ def make(full: bool = False, runs: Runs | None = None, **changes: Any) -> Study:
         run=run,
         judge=judge,
         columns=COLUMNS,
+        revision=2,
     )
 
 
@@ -341,7 +389,7 @@ def _personal(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
         questions = exam(model, "<Ab>", others, bank, clips=size.exam_clips, seed=seed + 1000)
         scores.append(measure(model, questions))
         activations += [module.report()["activation"] for module in model.routed()]
-    return {**_means(scores), "activation": sum(activations) / len(activations) if activations else None, "zero": 0.0}
+    return {**_means(scores), **_activation(activations), "zero": 0.0}
 
 
 def _of_twenty(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
@@ -352,7 +400,7 @@ def _of_twenty(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
     progress("pretraining")
     base = copy.deepcopy(_base(json.dumps(to_dict(size), sort_keys=True), seed)).with_heads(config.heads(), seed=seed)
     bank = portraits(read_drawings(size.drawings.path(), groups=size.drawings.known))
-    learning = runs.learning.replace(seed=seed, data=runs.learning.data.replace(seed=seed))
+    learning = runs.learning.replace(seed=seed, data=runs.learning.data.replace(seed=seed), rates=config.rates())
     found = []
     for number, trial in enumerate(trials):
         progress(f"run {number + 1} of {len(trials)}")
@@ -365,8 +413,18 @@ def _of_twenty(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
         "ways": sum(each.right for each in found) / len(found),
         "ways_by_ink": sum(each.right_by_ink for each in found) / len(found),
         "ways_chance": sum(1 / each.ways for each in found) / len(found),
+        **_activation([rate for each in found for rate in each.activation_A]),
         "zero": 0.0,
     }
+
+
+def _activation(rates: list[float]) -> Metrics:
+    """Of attentions with routed heads, of all models of an arm: the mean, how far they are off their target, each for itself, and how
+    much nearer than `NEAR` that is. A mean near the target would say nothing where half of them are all on and half all off."""
+    if not rates:
+        return {"activation": None, "off_target": None, "near": None}
+    off = sum(abs(rate - TARGET) for rate in rates) / len(rates)
+    return {"activation": sum(rates) / len(rates), "off_target": off, "near": NEAR - off}
 
 
 def _means(scores: list[Score]) -> Metrics:
@@ -427,8 +485,7 @@ def _dead_heads(config: ArmConfig, seed: int) -> Metrics:
     with torch.no_grad():
         x_BLD = torch.randn(64, 16, 32, generator=generator)
         heads(x_BLD, x_BLD, x_BLD, need_weights=False)
-    activation = heads.report()["activation"]
-    return {"activation": activation, "off_target": abs(activation - TARGET)}
+    return _activation([heads.report()["activation"]])
 
 
 # Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
@@ -495,16 +552,47 @@ _CLAIMS: tuple[Asked, ...] = (
 )
 
 
+# What must be so that a claim says something: that routed heads were near their target, and that what is said to win has learned.
+_ROUTED: Floor = ("near", "remoh", 0.0)
+_ROUTED_WAYS: Floor = ("near", "ways-remoh", 0.0)
+_KNOWS, _KNOWS_EASY, _KNOWS_HARD = (("balanced", arm, LEARNED) for arm in ("remoh", "easy", "hard"))
+_FLOORS: tuple[tuple[Floor, ...], ...] = (
+    (_ROUTED, _KNOWS),
+    (_ROUTED, _KNOWS),
+    # Who learns nothing from any data says yes to everything too.
+    (_KNOWS,),
+    (_KNOWS,),
+    (_KNOWS_EASY,),
+    (_KNOWS_HARD,),
+    (_KNOWS,),
+    (_ROUTED_WAYS,),
+    (_ROUTED_WAYS, ("ways", "ways-remoh", CHOOSES)),
+    (_ROUTED_WAYS, ("ways", "ways-remoh", CHOOSES)),
+)
+# That losses fail says nothing where no losses would do.
+_WORKS: tuple[Floor, ...] = (("near", "dead-ours", 0.0),)
+
+
 def judge(results: Results) -> list[Claim]:
     """The claims; see the rule in the module's docstring."""
     end = "from a dead start the share of heads that are on ends"
-    return [
-        *judged(results, _CLAIMS),
+    dead = [
         _off_target(results, "dead-ours", f"{end} within 0.1 of its target with our HAE", ".552 of .5", reached=True),
         _off_target(results, "dead-released", f"{end} further off with HAE as released", "-", reached=False),
         _off_target(results, "dead-spr", f"{end} further off with SPR alone", ".217 of .5", reached=False),
+    ]
+    asked = [_if_routed(results, *each) for each in zip(judged(results, _CLAIMS), _FLOORS, strict=True)]
+    return [
+        *above_floors(results, asked, _FLOORS),
+        *above_floors(results, dead, [(), _WORKS, _WORKS]),
         _same(results),
     ]
+
+
+def _if_routed(results: Results, claim: Claim, floors: tuple[Floor, ...]) -> Claim:
+    """``claim``, which does not fail either where its routed heads were off their target: then those were not tried."""
+    tried = all(results.mean(arm, metric).mean >= least for metric, arm, least in floors if metric == "near")
+    return claim if tried or claim.verdict != "does not hold" else replace(claim, verdict="not resolved")
 
 
 def _off_target(results: Results, arm: str, claim: str, paper: str, *, reached: bool) -> Claim:

@@ -79,6 +79,8 @@ class Ways:
         answer_N: the right places.
         chosen_N: those that the model chose.
         by_ink_N: those of the drawings that are nearest by `InkEmbedder`: nothing is learned there.
+        activation_A: of each attention with routed heads, the share of (token, routed head) pairs that were on meanwhile; empty where
+            none are routed.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Ways:
     answer_N: tuple[int, ...]
     chosen_N: tuple[int, ...]
     by_ink_N: tuple[int, ...]
+    activation_A: tuple[float, ...] = ()
 
     @property
     def right(self) -> float:
@@ -107,6 +110,7 @@ class Ways:
             "answers": list(self.answer_N),
             "chosen": list(self.chosen_N),
             "by_ink": list(self.by_ink_N),
+            "activation": list(self.activation_A),
         }
 
 
@@ -264,9 +268,13 @@ def ways(
     # Far from the seeds of what was learned from.
     generator = torch.Generator().manual_seed(config.seed ^ 2**41)
     seen = [clip for test in trial.tests for clip in composer.clips([test], clips, generator)]
+    for module in known.routed():
+        module.forget()
     odds_NCW = odds(known, seen, trial.names).view(len(trial.tests), clips, len(trial.references))
     chosen = tuple(odds_NCW.mean(1).argmax(-1).tolist())
-    found = Ways(trial.name, len(trial.references), trial.answer_N, chosen, by_ink(trial))
+    told = [module.report()["activation"] for module in known.routed()]
+    on = tuple(rate for rate in told if rate is not None)
+    found = Ways(trial.name, len(trial.references), trial.answer_N, chosen, by_ink(trial), on)
     atomic_write_json(out / RESULT, found.to_dict())
     return found
 
@@ -285,11 +293,10 @@ def _read(path: Path, trial: Trial) -> Ways:
     """A result that was written. Raises DataError for one of another trial, or a damaged one."""
     held = read_json(path)
     try:
-        found = Ways(
-            str(held["name"]),
-            int(held["ways"]),
-            *(tuple(int(each) for each in held[name]) for name in ("answers", "chosen", "by_ink")),
-        )
+        answers, chosen, near = (tuple(int(each) for each in held[name]) for name in ("answers", "chosen", "by_ink"))
+        # Results of before do not tell it.
+        on = tuple(float(each) for each in held.get("activation", ()))
+        found = Ways(str(held["name"]), int(held["ways"]), answers, chosen, near, on)
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{path} holds no result of a trial; remove it, and the trial is run again") from None
     if (found.name, found.ways, found.answer_N) != (trial.name, len(trial.references), trial.answer_N):
