@@ -160,9 +160,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, error: type[AnabranchError] = CheckpointError) -> dict[str, Any]:
-    """The table in ``path``. Raises ``error`` if it cannot be read or is no table."""
+    """The table in ``path``, which may begin with a byte order mark. Raises ``error`` if it cannot be read or is no table."""
     try:
-        table = parse_json(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as found:
         raise error(f"cannot read {path}: {found}") from None
     if not isinstance(table, dict):

@@ -162,6 +162,74 @@ def test_a_router_that_peft_took_as_a_parameter_is_told(tmp_path, family):
         load_peft(tmp_path / "adapter", load_model(tmp_path / "base")[0])
 
 
+@pytest.mark.parametrize("word", ["gate", "mlp"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+def test_mixtures_that_an_adapter_brings_whole_as_peft_saves_them(tmp_path, family, word):
+    """By the names that transformers 5 has in memory: its files call the part of Mixtral's otherwise, and hold experts one by one."""
+    tensors = make_base(tmp_path / "base", family)
+    bases = {family: (tmp_path / "base", tensors)}
+    block = "block_sparse_moe" if family == "mixtral" else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    brought, whole = {}, {}
+    for layer in (0, 1):
+        theirs = f"model.layers.{layer}"
+        parts = {name: value for name, value in tensors.items() if name.startswith(f"{theirs}.{block}.")}
+        parts = {
+            name: drawn(f"other {name}", value.shape)
+            for name, value in parts.items()
+            if word == "mlp" or ".gate." in name
+        }
+        whole |= parts
+        brought[f"{theirs}.mlp.gate.weight"] = parts[f"{theirs}.{block}.gate.weight"]
+        if word == "mlp":
+            each = [f"{theirs}.{block}.experts.{expert}" for expert in range(4)]
+            pairs = [torch.cat([parts[f"{name}.{half}.weight"] for half in (gate, up)]) for name in each]
+            brought[f"{theirs}.mlp.experts.gate_up_proj"] = torch.stack(pairs)
+            brought[f"{theirs}.mlp.experts.down_proj"] = torch.stack([parts[f"{name}.{down}.weight"] for name in each])
+    layers = linear_layers(tensors, ["q_proj"])
+    made = make_adapter(tmp_path / "adapter", layers, extra=brought, modules_to_save=[word])
+    model = load_peft(tmp_path / "adapter", open_base(bases, family))
+    close(logits(model), expected(bases, family, tmp_path, made, scales_of(layers, 2.0), whole))
+    save_peft(tmp_path / "again", model)
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == made.keys()
+    close(logits(load_peft(tmp_path / "again", open_base(bases, family))), logits(model))
+    merge(model)
+    unload(model)
+    assert torch.equal(logits(model), logits(open_base(bases, family)))
+    # One that lacks is told by a name that a file may have.
+    lacking = {name: value for name, value in brought.items() if name != "model.layers.1.mlp.gate.weight"}
+    make_adapter(tmp_path / "lacks", layers, extra=lacking, modules_to_save=[word])
+    with pytest.raises(
+        CheckpointError, match=r"lacks model\.layers\.1\.mlp\.gate\.weight, which modules_to_save names"
+    ):
+        load_peft(tmp_path / "lacks", open_base(bases, family))
+
+
+def test_one_tensor_by_two_names_is_told(tmp_path):
+    """What was there could not be given back."""
+    tensors = make_base(tmp_path / "base", "mixtral")
+    layers = linear_layers(tensors, ["q_proj"])
+    gates = {
+        f"model.layers.{layer}.{block}.gate.weight": torch.ones(4, 32)
+        for layer in (0, 1)
+        for block in ("mlp", "block_sparse_moe")
+    }
+    make_adapter(tmp_path / "gates", layers, extra=gates, modules_to_save=["gate"])
+    with pytest.raises(
+        CheckpointError, match=r"0\.block_sparse_moe\.gate\.weight and .*0\.mlp\.gate\.weight, which are one"
+    ):
+        load_peft(tmp_path / "gates", load_model(tmp_path / "base")[0])
+    both = {
+        "model.layers.0.mlp.experts.down_proj": torch.ones(4, 32, 16),
+        "model.layers.0.block_sparse_moe.experts.1.w2.weight": torch.ones(32, 16),
+    }
+    make_adapter(tmp_path / "both", layers, extra=both, modules_to_save=["experts"])
+    with pytest.raises(
+        CheckpointError, match=r"experts\.1\.w2\.weight and .*experts\.down_proj, of which that is a part"
+    ):
+        load_peft(tmp_path / "both", load_model(tmp_path / "base")[0])
+
+
 def test_single_experts(bases, tmp_path):
     base = bases["olmoe"][1]
     layers = {

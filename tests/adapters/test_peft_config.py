@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.adapters.patterns import matching
 from anabranch.adapters.peft_config import LoraTable
 from anabranch.adapters.peft_tables import Ia3Table, PolyTable, PrefixTable, PromptTable, PTuningTable, table_of
 from anabranch.errors import CheckpointError
+from with_peft import needs_peft
 
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.experts.3.up_proj")
 MODULES = [*(f"model.layers.{layer}.{name}" for layer in range(12) for name in LINEAR), "lm_head"]
@@ -41,14 +44,22 @@ ALL = range(12)
         ({"target_modules": ["q_proj"], "layers_to_transform": 11}, of([11], "self_attn.q_proj")),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}, of([0, 2], "self_attn.q_proj")),
         ({"target_modules": ["q_proj"], "layers_to_transform": []}, of(ALL, "self_attn.q_proj")),
-        # The last number of a name, as peft takes it: an expert's, unless a pattern says before what it stands.
+        # The first number of a name, as peft 0.21 takes it, never an expert's; and none for names that are given in full.
         (
-            {"target_modules": ["up_proj"], "layers_to_transform": [3]},
-            of([3], "mlp.up_proj") | of(ALL, "mlp.experts.3.up_proj"),
+            {"target_modules": ["up_proj"], "layers_to_transform": [4]},
+            of([4], "mlp.up_proj", "mlp.experts.3.up_proj"),
         ),
         (
-            {"target_modules": ["up_proj"], "layers_to_transform": [3], "layers_pattern": "layers"},
+            {"target_modules": ["up_proj"], "layers_to_transform": [3], "layers_pattern": "experts"},
+            of(ALL, "mlp.experts.3.up_proj"),
+        ),
+        (
+            {"target_modules": ["up_proj"], "layers_to_transform": [3], "layers_pattern": ["layers", "experts"]},
             of([3], "mlp.up_proj", "mlp.experts.3.up_proj"),
+        ),
+        (
+            {"target_modules": ["model.layers.0.mlp.up_proj", "k_proj"], "layers_to_transform": 1},
+            of([0], "mlp.up_proj") | of([1], "self_attn.k_proj"),
         ),
         ({"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": ["blocks"]}, set()),
         ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["q_proj"]}, of(ALL, "self_attn.k_proj")),
@@ -58,6 +69,43 @@ ALL = range(12)
 )
 def test_targets(fields, wanted):
     assert table(**fields).targets(MODULES) == wanted
+
+
+WORD = st.sampled_from(["layers", "h", "q", "mlp", "0", "1", "12"])
+NAMES = st.lists(st.lists(WORD, min_size=2, max_size=7).map(".".join), min_size=1, max_size=8, unique=True)
+
+
+@needs_peft
+@settings(deadline=None)
+@given(
+    names=NAMES,
+    layers=st.one_of(st.none(), st.integers(0, 1), st.lists(st.sampled_from([0, 1, 12]), max_size=2)),
+    pattern=st.one_of(st.none(), WORD, st.lists(WORD, max_size=2)),
+    draw=st.data(),
+)
+def test_targets_are_those_of_peft(names, layers, pattern, draw):
+    def endings(most, least=0):
+        """Of some of the names, whole ones too."""
+        ending = st.tuples(st.sampled_from(names), st.integers(0, 6)).map(lambda one: one[0].split(".")[one[1] :])
+        return draw.draw(st.lists(ending.filter(bool).map(".".join), min_size=least, max_size=most))
+
+    wanted, excluded, saved = endings(3, 1), endings(1), endings(1)
+    from types import SimpleNamespace
+
+    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+
+    fields = {
+        "target_modules": wanted,
+        "layers_to_transform": layers,
+        "layers_pattern": pattern,
+        "exclude_modules": excluded,
+        "modules_to_save": saved,
+        "target_parameters": None,
+    }
+    config = SimpleNamespace(**fields)
+    found = {name: check_target_module_exists(config, name) for name in names}
+    theirs = {name for name, one in found.items() if one and not isinstance(one, _ExcludedModule)}
+    assert table(**fields).targets(names) == theirs
 
 
 def test_ranks_and_alphas_by_pattern():

@@ -291,3 +291,11 @@ def test_one_half_under_two_names_is_refused(folder):
     save_file({**tensors, again: tensors[name] + 1}, folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="which are of one tensor"):
         read_peft(folder)
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path):
+    """As editors on Windows write it."""
+    make_adapter(tmp_path, {"model.layers.0.self_attn.q_proj": (32, 32)})
+    path = tmp_path / "adapter_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_peft(tmp_path).table["r"] == 4

@@ -392,3 +392,26 @@ def test_a_copy_that_is_another_head_is_put_where_peft_puts_it(family, tmp_path)
     save_file({**load_file(path), name: drawn("another head", (61, 32))}, path)
     model = load_peft(place / "a", load_model(place / "base")[0])
     torch.testing.assert_close(logits(model), logits_of_peft(place / "base", place / "a"), rtol=1e-5, atol=1e-5)
+
+
+@needs_peft
+@pytest.mark.parametrize("word", ["gate", "mlp"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_mixtures_that_peft_saves_whole(family, word, tmp_path):
+    import peft
+    import transformers
+
+    make_base(tmp_path / "base", family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[word]))
+        with torch.no_grad():
+            for name, one in model.named_parameters():
+                if one.requires_grad:
+                    one.copy_(drawn(name, one.shape))
+        model.save_pretrained(tmp_path / "saved")
+    found = load_peft(tmp_path / "saved", load_model(tmp_path / "base")[0])
+    torch.testing.assert_close(
+        logits(found), logits_of_peft(tmp_path / "base", tmp_path / "saved"), rtol=1e-5, atol=1e-5
+    )

@@ -16,6 +16,8 @@ from anabranch.lm.tensors import some
 
 __all__ = ["check_fits"]
 
+# Where a tensor stands that is all of one of ours.
+_WHOLE = repr(())
 _LAYER = re.compile(r"(?<=layers\.)\d+")
 
 
@@ -117,20 +119,43 @@ def _stands(stored: Stored) -> tuple[str, str]:
 def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:
     brought = {**adapter.saved, **adapter.copies}
     # By where they stand in the model: a head that is tied to the embedding is there once one of them is.
-    held = {_stands(names.tensors[name]) for name in brought if name in names.tensors}
+    held: dict[tuple[str, str], str] = {}
+    for name in brought:
+        if name not in names.tensors:
+            raise CheckpointError(f"{folder} brings {name}, for which the model, a {names.family}, has no place")
+        other = held.setdefault(_stands(names.tensors[name]), name)
+        if other != name:
+            raise CheckpointError(f"{folder} brings {other} and {name}, which are one tensor of the model")
+    parts: dict[str, set[tuple[str, str]]] = {}
+    for stored in names.tensors.values():
+        if stored.piece.where:
+            parts.setdefault(stored.tensor, set()).add(_stands(stored))
+    for name in brought:
+        stored = names.tensors[name]
+        if stored.piece.where and (whole := held.get((stored.tensor, _WHOLE))):
+            raise CheckpointError(f"{folder} brings {name} and {whole}, of which that is a part")
+
+    def is_held(stored: Stored) -> bool:
+        """Also as a part of a whole, or in all its parts, which experts are one by one."""
+        own = parts.get(stored.tensor, set())
+        return bool({_stands(stored), (stored.tensor, _WHOLE)} & held.keys()) or (
+            not stored.piece.where and bool(own) and own <= held.keys()
+        )
+
     table: TargetTable = table_of(adapter.table, folder / CONFIG)
     for word in table.modules_to_save:
         # A word that no module of this model has asks for nothing: peft adds those of classifiers by itself.
-        missing = [
-            name for name, stored in names.tensors.items() if f".{word}." in f".{name}" and _stands(stored) not in held
-        ]
-        if missing:
+        lacking = {
+            _stands(stored): name
+            for name, stored in names.tensors.items()
+            if f".{word}." in f".{name}" and not is_held(stored)
+        }
+        if lacking:
             raise CheckpointError(
-                f"{folder} lacks {some(missing)}, which modules_to_save names; copy it, or save it again from the trained model"
+                f"{folder} lacks {some(list(lacking.values()))}, which modules_to_save names; copy it, or save it again from the trained "
+                "model"
             )
     for name, tensor in brought.items():
-        if name not in names.tensors:
-            raise CheckpointError(f"{folder} brings {name}, for which the model, a {names.family}, has no place")
         shape = names.tensors[name].shape
         if tuple(tensor.shape) != shape:
             raise CheckpointError(

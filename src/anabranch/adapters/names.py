@@ -72,7 +72,7 @@ class Names:
     Attributes:
         family: its ``model_type``.
         places: linear layers, by the names of transformers' modules.
-        tensors: by the names of transformers' tensors.
+        tensors: by the names of transformers' tensors, in files and in memory.
         parts: of all linear layers of the model, those that transformers has no name for too.
     """
 
@@ -139,7 +139,9 @@ def names_of(config: Decoder.Config, wanted: Collection[str], family: str | None
         except CheckpointError:
             continue
         layout = chosen.sanitize(ready.config, ())
-        made = Names(name, _places(layout, parts), _tensors(layout, state_once(empty)), all_parts)
+        tensors = _tensors(layout, state_once(empty))
+        tensors |= _tensors(chosen.sanitize(ready.config, _in_memory(config.num_layers)), state_once(empty))
+        made = Names(name, _places(layout, parts), tensors, all_parts)
         if made.places.keys() >= set(wanted):
             return made
         first = first or made
@@ -152,6 +154,15 @@ def names_of(config: Decoder.Config, wanted: Collection[str], family: str | None
             f"adapters of peft name the layers of a Hugging Face model, and this model is none: {error}"
         ) from None
     raise AssertionError("a family that no loop over all families finds")
+
+
+def _in_memory(num_layers: int) -> set[str]:
+    """Names by which a layout is that of transformers 5 in memory, where experts are stacked, and ``block_sparse_moe`` is ``mlp``.
+
+    Adapters that peft saves from there have these.
+    """
+    stacks = {f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(num_layers)}
+    return {"model.layers.0.mlp.gate.weight", *stacks}
 
 
 def projections_of(config: Decoder.Config) -> list[Projection]:

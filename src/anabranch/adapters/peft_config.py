@@ -129,7 +129,8 @@ class TargetTable(PeftTable):
             found = self._fitting("target_modules", wanted, modules)
         else:
             named = _ending(modules, wanted)
-            found = {name for name in named if self._is_in_layer(name)}
+            full = set(wanted)
+            found = {name for name in named if name in full or self._is_in_layer(name)}
         excluded = self.table.get("exclude_modules")
         if isinstance(excluded, str):
             found -= self._fitting("exclude_modules", excluded, found)
@@ -173,19 +174,23 @@ class TargetTable(PeftTable):
         return leaf != "weight" or self.is_saved(module)
 
     def _is_in_layer(self, module: str) -> bool:
-        """Whether ``layers_to_transform`` names its layer: the last number in its name, as peft has it."""
+        """Whether ``layers_to_transform`` names its layer, as peft 0.21 has it.
+
+        That is the first number in its name, behind two words at least, or the first behind the first of ``layers_pattern`` that stands
+        before one: a later number may be an expert's.
+        """
         layers = self.table.get("layers_to_transform")
         if layers is None or layers == []:
             return True
         pattern = self.table.get("layers_pattern")
-        before = [pattern] if isinstance(pattern, str) else pattern or []
         words = module.split(".")
-        for place in range(len(words) - 2, 1, -1):
-            if words[place].isdecimal() and (
-                not before or any(ends_with(".".join(words[:place]), one) for one in before)
-            ):
-                return int(words[place]) in ([layers] if isinstance(layers, int) else layers)
-        return False
+        numbers = [place for place in range(1, len(words) - 1) if words[place].isdecimal()]
+        if pattern:
+            before = [pattern] if isinstance(pattern, str) else pattern
+            found = [place for one in before for place in numbers if ends_with(".".join(words[:place]), one)]
+        else:
+            found = [place for place in numbers if place > 1]
+        return bool(found) and int(words[found[0]]) in ([layers] if isinstance(layers, int) else layers)
 
     def _fitting(self, name: str, pattern: str, modules: Collection[str]) -> set[str]:
         return matching([pattern], modules, is_ending=False, what=f"{name} in {self.path}")[0]

@@ -409,6 +409,19 @@ def test_of_several_adapters_of_peft_one_lies_above_the_others(tmp_path):
     pool_of(tmp_path, {"run": "base"})
     with pytest.raises(CheckpointError, match=r"run is one adapter .*; give the one above it"):
         GliderPool.load(steps)
+    # Nor are they experts beside others.
+    pool_of(pool, {"checkpoint-10": "base"})
+    assert GliderPool.load(pool).names == ("default", "law", "sql")
+    # Where none lies above, a pool may be of them, and of one called default.
+    assert GliderPool.load(pool_of(tmp_path / "plain", {"default": "base", "checkpoint-10": "base"})).names == (
+        "checkpoint-10",
+        "default",
+    )
+    pool_of(pool, {"default": "base"})
+    with pytest.raises(
+        CheckpointError, match=r"pool has an adapter itself .* which peft calls default, and another in"
+    ):
+        GliderPool.load(pool)
 
 
 def test_a_gate_too_great_to_be_compared_is_told_by_its_folder(tmp_path):

@@ -140,9 +140,15 @@ def expert_folders(folder: str | Path) -> dict[str, Path]:
     found = {path.name: path for path in sorted(place.iterdir()) if (path / CONFIG).is_file()}
     if (place / CONFIG).is_file():
         # A trainer leaves earlier steps of the same adapter below it.
-        if all(_STEP.fullmatch(name) for name in found):
+        found = {name: path for name, path in found.items() if not _STEP.fullmatch(name)}
+        if not found:
             raise CheckpointError(
                 f"{place} is one adapter ({CONFIG}), and a pool is a folder of such folders; give the one above it"
+            )
+        if "default" in found:
+            raise CheckpointError(
+                f"{place} has an adapter itself ({CONFIG}), which peft calls default, and another in its folder default; give that folder "
+                "another name"
             )
         found = {"default": place, **found}
     if not found:
