@@ -546,6 +546,24 @@ def test_what_cannot_be_is_told(root, tmp_path):
         pool.bias(["x"], [None, None])
 
 
+def test_a_model_that_is_none_of_ours_is_refused_and_stays_as_it_was(root):
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, outputs in (("q", 32), ("k", 16), ("v", 16), ("o", 32)):
+                setattr(self, f"{name}_proj", torch.nn.Linear(32, outputs, bias=False))
+
+    blocks = [torch.nn.ModuleDict({"self_attn": Attention()}) for _ in range(2)]
+    foreign = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList(blocks)})})
+    before = [name for name, _ in foreign.named_modules()]
+    with pytest.raises(
+        ConfigError, match=r"a pool goes onto a Decoder, and model is a torch\.nn\.modules\..*ModuleDict"
+    ):
+        filled(root).onto(foreign)
+    assert [name for name, _ in foreign.named_modules()] == before
+    assert all(one.requires_grad for one in foreign.parameters())
+
+
 def test_terms_of_another_pass_are_told(root):
     pool = filled(root, names=("sql", "law"))
     model = pool.onto(opened(root))

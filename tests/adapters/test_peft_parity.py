@@ -192,6 +192,18 @@ def test_logits_are_those_that_peft_gives(family, name, tmp_path):
 
 
 @needs_peft
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "all"), ("llama", "dora"), ("olmoe", "ia3"), ("olmoe", "stacked")]
+)
+def test_matrices_that_are_called_turned_are_taken_as_they_lie(family, name, tmp_path):
+    """peft warns of ``fan_in_fan_out`` where a layer is no Conv1D, and goes on without."""
+    base, adapter = make(tmp_path, family, name)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fan_in_fan_out": True}))
+    torch.testing.assert_close(ours(base, adapter), logits_of_peft(base, adapter), rtol=1e-5, atol=1e-5)
+
+
+@needs_peft
 def test_what_peft_saves_is_read(tmp_path):
     base, adapter = make(tmp_path, "llama", "ranks")
     model = theirs(base, adapter)

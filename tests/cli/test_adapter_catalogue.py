@@ -66,6 +66,35 @@ def test_what_is_a_setting_of_training_is_said_to_be(here, id, setting):
     assert override(TrainConfig(), {name.removeprefix("train."): value}) != TrainConfig()
 
 
+@pytest.mark.parametrize(
+    ("id", "line"),
+    [
+        ("adapter-soup", ["adapters", "merge", "--method", "mean"]),
+        ("lorahub", ["adapters", "merge", "--method", "linear", "--model", "--data"]),
+        ("arrow", ["serve", "--adapter"]),
+        ("arrow", ["adapters", "route", "--model", "--local", "arrow"]),
+    ],
+)
+def test_what_another_command_runs_names_it(here, id, line):
+    """And there is such a command, with these options."""
+    out = " ".join(here("adapters", "card", id)[1].split())
+    command = " ".join(word for word in line if word[:2] != "--" and word not in ("mean", "linear", "arrow"))
+    assert "run by Anabranch: " in out
+    assert "nobody" not in out
+    assert command in told(here, "card", id)["way"]
+    code, text, _ = here(*command.split(), "--help")
+    assert code == 0
+    assert all(word in told(here, "card", id)["way"] and word in text for word in line)
+
+
+def test_what_is_called_in_python_names_it(here):
+    import anabranch.adapters
+
+    name, package = told(here, "card", "mola")["way"].split(",")[0].split(" of ")
+    assert package == anabranch.adapters.__name__
+    assert callable(getattr(anabranch.adapters, name))
+
+
 def test_costs_are_calculated(here, trained):
     trained, _ = trained
     found = told(here, "estimate", trained, "lora", "--rank", 4, "--targets", "q,v", "--sequence-length", 32)

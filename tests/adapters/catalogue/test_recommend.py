@@ -54,6 +54,7 @@ def test_measured_ones_come_first_best_first():
         (Limits(max_added_flops=0.0), "lora", "adapter-parallel", "of the model's FLOPs, above 0"),
         (Limits(backends=("own",)), "lora", "vera", "run by peft"),
         (Limits(), "lora", "side-tuning", "nobody runs it here"),
+        (Limits(), "lora", "lorahub", "not put on by its name: anabranch adapters merge --method linear"),
         (Limits(), "lora", "mezo", "a setting of training: train.optimizer=mezo"),
         (Limits(), "ln-tuning", "bitfit", "this model has no biases"),
     ],

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,31 @@ def test_a_card_says_what_it_must(id):
         assert card.peft_type
     if card.backend != "none":
         assert card.count is not None
+
+
+def who(card):
+    """As the page of the survey calls who runs it."""
+    if card.backend != "none":
+        return f"`{card.backend}`"
+    return "a setting of training" if card.setting else "another command or call" if card.way else "nobody"
+
+
+def test_the_pages_say_who_runs_what():
+    docs = Path(__file__).parents[3] / "docs"
+    page = (docs / "systems" / "peft-survey.md").read_text("utf-8")
+    rows = page.split("| run by | methods |\n|---|---|\n")[1].split("\n\n")[0]
+    told = {who: set(ids.split(", ")) for who, ids in re.findall(r"^\| (.+?) \| (.+) \|$", rows, re.M)}
+    found = defaultdict(set)
+    for card in CARDS.values():
+        found[who(card)].add(card.id)
+    assert told == found
+    own, run = len(found["`own`"]), len(found["`own`"] | found["`peft`"])
+    guide = (docs / "adapters-guide.md").read_text("utf-8")
+    assert f"of {len(CARDS)} methods, {run} of which run here or through peft" in guide
+    index = (docs / "systems" / "index.md").read_text("utf-8")
+    assert f"a card of each of {len(CARDS)} methods" in index
+    assert f"{own} methods of our own and" in index
+    assert f"{own} methods of our own and" in page
 
 
 def test_lists_are_of_what_learns_little_on_a_model():

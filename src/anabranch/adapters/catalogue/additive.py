@@ -116,6 +116,7 @@ CARDS = (
         merges="yes",
         mixed="pool",
         limits="`adapters merge --method mean` makes it of LoRA adapters; the mean of what they add is `--method exact` with equal weights",
+        way="anabranch adapters merge --method mean",
     ),
     Card(
         "mera",

@@ -67,7 +67,7 @@ class Card:
         where: where it sits in a model.
         formula: trainable parameters, in words of ``symbols``.
         papers: where it comes from.
-        backend: ``own`` code, through ``peft``, or ``none``: described, and not run here.
+        backend: ``own`` code, through ``peft``, or ``none``: neither puts it onto a model by its id, see ``setting`` and ``way``.
         peft_type: of the package peft, where it has the method.
         options: what may be set, with usual values.
         takes: whether a matrix that was chosen gets anything; None where all do.
@@ -88,6 +88,7 @@ class Card:
         limits: what it cannot do, or where it fails.
         needs_bias: whether the model must have biases.
         setting: of training, with any method, where it is that and no adapter: ``train.optimizer=mezo``.
+        way: what runs it, where nothing puts it on by its id and something else of Anabranch does: a command, or a call in Python.
     """
 
     id: str
@@ -115,12 +116,15 @@ class Card:
     limits: str = ""
     needs_bias: bool = False
     setting: str | None = None
+    way: str | None = None
 
     @property
     def run_by(self) -> str:
         """Who runs it, for people."""
         if self.setting is not None:
             return f"Anabranch, in training with any method: --set {self.setting}"
+        if self.way is not None:
+            return f"Anabranch: {self.way}"
         return {"own": "Anabranch", "peft": f"peft ({self.peft_type})", "none": "nobody here"}[self.backend]
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,6 +140,7 @@ class Card:
             "backend": self.backend,
             "peft_type": self.peft_type,
             "setting": self.setting,
+            "way": self.way,
             "options": dict(self.options),
             "starts_as_base": self.starts_as_base,
             "merges": self.merges,

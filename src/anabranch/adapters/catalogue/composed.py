@@ -113,6 +113,7 @@ _ROUTED = (
         merges="yes",
         mixed="pool",
         limits="`adapters merge --method linear --model MODEL --data ROWS` finds the weights by a few rows",
+        way="anabranch adapters merge --method linear --model MODEL --data ROWS",
     ),
     _routed(
         "molora",
@@ -148,6 +149,7 @@ _ROUTED = (
         "MoLA",
         "MixLoRA with more experts in higher layers",
         Paper("Higher Layers Need More LoRA Experts", 2024, "2402.08562"),
+        way="mola of anabranch.adapters, in Python",
     ),
     _tasks(
         "poly",
@@ -182,6 +184,7 @@ _ROUTED = (
         (Paper("Towards Modular LLMs by Building and Reusing a Library of LoRAs", 2024, "2405.11157"),),
         count=lambda matrices, shape, options: 0,
         mixed="server",
+        way="anabranch serve MODEL --adapter NAME=arrow:POOL, and adapters route POOL QUERY --model MODEL --local arrow",
     ),
 )
 

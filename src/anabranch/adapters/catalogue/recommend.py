@@ -147,6 +147,7 @@ def recommend(
     for card in CARDS.values():
         if card.backend not in limits.backends:
             who = "nobody runs it here" if card.backend == "none" else f"run by {card.backend}"
+            who = who if card.way is None else f"not put on by its name: {card.way}"
             rejected[card.id] = who if card.setting is None else f"a setting of training: {card.setting}"
             continue
         own = {name: value for name, value in (options or {}).items() if name in card.options}

@@ -275,8 +275,15 @@ class GliderPool:
         Rows that are told nothing are routed by token alone. Rows may still be told their experts (`rows_for`), which has precedence. The
         pool goes on with this model alone, if it was on another.
 
-        Raises ConfigError for an empty pool, ``top_k`` above the number of experts, and as `load_mixture`. The model is then as it was.
+        Raises ConfigError for a model that is none of ours, an empty pool, ``top_k`` above the number of experts, and as `load_mixture`.
+        The model is then as it was.
         """
+        # `load_mixture` takes other modules too, but queries are told in the state of a pass, which these have not.
+        if not isinstance(model, Decoder):
+            kind = f"{type(model).__module__}.{type(model).__name__}"
+            raise ConfigError(
+                f"a pool goes onto a Decoder, and model is a {kind}; open it with anabranch.lm.load_model"
+            )
         if not self._experts:
             raise ConfigError("the pool has no experts; add one first")
         self.config.router(len(self))

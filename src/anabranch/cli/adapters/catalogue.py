@@ -56,7 +56,8 @@ def list_methods(
         str | None,
         typer.Option(
             metavar="WHO",
-            help="Only methods that Anabranch runs itself (own), that peft runs (peft), or that neither runs (none).",
+            help="Only methods that Anabranch runs itself (own), that peft runs (peft), or that neither puts onto a model (none): "
+            "settings of training, what another command does, and what is only described.",
         ),
     ] = None,
     merges: Annotated[
