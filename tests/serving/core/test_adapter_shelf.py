@@ -300,6 +300,55 @@ def test_one_that_grew_beyond_the_room_is_refused_until_its_files_are_back(is_re
     shelf.close()
 
 
+def test_one_that_grew_beyond_the_room_is_measured_by_its_own_size_while_others_ask_for_it():
+    """Whoever asked beside another was told how large it had become, as if that were a fault of the request."""
+    places, turns = Places(a=(110, "other")), threading.Semaphore(0)
+
+    def read(folder, root, check):
+        assert turns.acquire(timeout=60)
+        return places(folder, root, check)
+
+    shelf = AdapterShelf(read, 100, wait_s=0.0)
+    shelf.register("a", "a", version="a")
+    first, second = (shelf.lease(id, (("a", 1.0),)) for id in "12")
+    turns.release()
+    with pytest.raises(BusyError, match="adapter 'a' is known and cannot be read now"):
+        first.result(60)
+    # The second uses it, and reads nothing before its turn.
+    third = shelf.lease("3", (("a", 1.0),))
+    assert not third.done()
+    turns.release()
+    with pytest.raises(BusyError, match="adapter 'a' is known and cannot be read now"):
+        second.result(60)
+    # Once its files are back it is there, though somebody has used it all the time.
+    fourth = shelf.lease("4", (("a", 1.0),))
+    places.found["a"] = (40, "a")
+    turns.release()
+    third.result(60)
+    fourth.result(60)
+    assert [held.version for _, held, _ in shelf.held_by("4")] == ["a"]
+    shelf.close()
+
+
+def test_what_a_pinned_one_that_came_later_leaves_no_room_is_no_fault_of_who_asks_for_it(caplog):
+    """It was loaded while the files of that were away."""
+    places = Places(p=(40, "other"), a=(70, "a"), b=(20, "b"))
+    shelf = AdapterShelf(places, 100, wait_s=0.0)
+    shelf.register("p", "p", version="p", is_pinned=True)
+    for name in "ba":
+        shelf.load(name, name).result(60)
+    places.found["p"] = (40, "p")
+    assert begin(shelf, "1", "p") == ["p"]
+    for number, asked in enumerate(("a", "ab", "ba", "pa")):
+        with pytest.raises(BusyError, match="adapter 'a' is known and cannot be read now"):
+            begin(shelf, str(number), *asked)
+    assert (
+        "adapter a cannot be read again: adapter 'a' takes 70 bytes beside 40 of those that are pinned" in caplog.text
+    )
+    assert begin(shelf, "2", "b", "p") == ["b", "p"]
+    shelf.close()
+
+
 def test_a_mixture_is_measured_again_once_its_files_are_back():
     places = Places(a=(90, "other"), b=(40, "b"))
     shelf = AdapterShelf(places, 100, wait_s=0.0)

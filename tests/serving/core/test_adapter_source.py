@@ -31,8 +31,8 @@ def source(*, size=7, version="1", error=None):
     return AdapterSource(read)
 
 
-def entry(version=""):
-    return Entry("a", "folder", "/root", version=version)
+def entry(version="", *, is_pinned=False):
+    return Entry("a", "folder", "/root", is_pinned, version=version)
 
 
 def test_what_there_is():
@@ -57,12 +57,15 @@ def test_an_operator_is_told_what_is_wrong_and_others_that_it_cannot_be_read(err
     assert ("Traceback" in caplog.text) == isinstance(error, OSError)
 
 
-def test_other_numbers_are_an_operators_to_load(caplog):
-    before = entry("folder /root 0")
+@pytest.mark.parametrize(
+    ("is_pinned", "mend"), [(False, "load it once more"), (True, "start the server again, or put its files back")]
+)
+def test_other_numbers_are_an_operators_to_load(is_pinned, mend, caplog):
+    before = entry("folder /root 0", is_pinned=is_pinned)
     assert source().first(before, lambda nbytes: None).version == "folder /root 1"
     with pytest.raises(BusyError, match="cannot be read now"):
         source().again(before, lambda nbytes: None)
-    assert "folder holds other numbers than when the adapter was loaded; load it once more" in caplog.text
+    assert f"folder holds other numbers than when the adapter was loaded; {mend}" in caplog.text
 
 
 @pytest.mark.parametrize("error", [BusyError("others use it"), CapacityError("it never has room")])

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from anabranch.errors import InputError
+from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.adapter_entry import Entry, H, Held, Read
 from anabranch.serving.core.adapter_line import AdapterLine
 from anabranch.serving.core.adapter_loads import AdapterLoads, Load
@@ -292,8 +292,8 @@ class AdapterShelf(Generic[H]):
         """Begin a request of a key with these adapters; a future where it has to wait or they have to be read, None where all are there.
 
         Until `release` they stay in memory. Raises InputError for a name that there is not. The future raises `BusyError` where there was
-        no room for `WAIT_S` beside those that others use, where too many wait for some, or where one cannot be read (why is logged), and
-        CapacityError where they have no room together.
+        no room for `WAIT_S` beside those that others use, where too many wait for some, or where one cannot be read, or that was in
+        memory never has room now (why is logged), and CapacityError where they have no room together.
         """
         with self._lock:
             unknown = [name for name, _ in mixture if name not in self._entries]
@@ -307,8 +307,7 @@ class AdapterShelf(Generic[H]):
             elif self._room.fits_ever(one):
                 begun = self._join(one)
             else:
-                first = next(entry for entry, _ in one.entries if not entry.stays)
-                one.ready.set_exception(self._memory.never(first, one.adapters))
+                one.ready.set_exception(self._why_never(one))
                 return one.ready
             is_ready = one in begun and one.is_there
         self._go_on([other for other in begun if not (other is one and is_ready)])
@@ -445,10 +444,23 @@ class AdapterShelf(Generic[H]):
     def _note_size(self, entry: Entry[H], nbytes: int) -> None:
         """Of one that is read again, by what its folder says. Raises `BusyError` where one that was in memory never has room now."""
         # Numbers may take more than was told before they were read, which is known where they were in memory.
-        entry.size = max(entry.size, nbytes)
+        before, entry.size = entry.size, max(entry.size, nbytes)
+        if (refused := self._refused(entry)) is not None:
+            # Others that ask for it meanwhile would be measured by what is not its own, also once its files are back.
+            entry.size = before
+            raise refused
+
+    def _refused(self, entry: Entry[H]) -> BusyError | None:
+        """Of one that was in memory and never has room now, by its size."""
         # It had room, so that something else is in its folder or pinned: no fault of the request.
-        if entry.version and (error := self._memory.never(entry, ())) is not None:
-            raise self._source.refused(entry, error)
+        error = None if entry.stays or not entry.version else self._memory.never(entry, ())
+        return None if error is None else self._source.refused(entry, error)
+
+    def _why_never(self, one: Waiter[H]) -> AnabranchError | None:
+        """Of a request that never has room, whose adapters' sizes are known."""
+        alone = (self._refused(entry) for entry, _ in one.entries)
+        first = next(entry for entry, _ in one.entries if not entry.stays)
+        return next(filter(None, alone), None) or self._memory.never(first, one.adapters)
 
     def _forget_sizes(self, one: Waiter[H]) -> None:
         """After a request in vain: what its adapters' folders said, in which something else may be by the next one, which looks again."""

@@ -53,9 +53,10 @@ class AdapterSource(Generic[H]):
         try:
             held = self.read(entry.folder, entry.root, check)
             if entry.version and held.version != entry.version:
-                raise CheckpointError(
-                    f"{entry.folder} holds other numbers than when the adapter was loaded; load it once more to have these"
-                )
+                # Nothing takes the place of a pinned one.
+                pinned = "start the server again, or put its files back"
+                mend = pinned if entry.is_pinned else "load it once more to have these"
+                raise CheckpointError(f"{entry.folder} holds other numbers than when the adapter was loaded; {mend}")
             return held
         except (BusyError, CapacityError, _MeasuredError):
             raise
