@@ -152,6 +152,49 @@ def test_calls_that_are_out_end_where_the_pool_is_closed():
     pool.close()
 
 
+def test_whoever_was_not_asked_yet_where_the_pool_is_closed_is_owed_nothing(monkeypatch):
+    """It counted as the most that it may have cost."""
+    blocks, go, comes, asked, ended = threading.Event(), threading.Event(), threading.Event(), [], {}
+    monkeypatch.setattr(asked_pool, "_CLOSE_S", 0.0)
+
+    async def ask(arm, prompt, **how):
+        # The loop has no turn for others meanwhile.
+        asked.append(prompt)
+        blocks.set()
+        go.wait(600)
+        await asyncio.sleep(600)
+
+    pool = AskPool({"small": Member(ask, Arm("there"), Price(2.0))}, call_s=600)
+    first = pool._asked
+
+    def begins(model, query, *more):
+        if query == "second":
+            comes.set()
+        return first(model, query, *more)
+
+    def call(query):
+        with pytest.raises(BackendError) as error:
+            pool.reply("small", query)
+        ended[query] = error.value
+
+    pool._asked = begins
+    threads = [threading.Thread(target=call, args=(query,), daemon=True) for query in ("first", "second")]
+    threads[0].start()
+    assert blocks.wait(60)
+    threads[1].start()
+    assert comes.wait(60)
+    # It has a place behind the second, whose task is made and has had no turn when the loop stops.
+    pool.close()
+    go.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(asked) == 1
+    assert {query: (str(error), error.is_free) for query, error in ended.items()} == {
+        "first": ("small had not answered when the pool was closed", False),
+        "second": ("small had not been asked when the pool was closed", True),
+    }
+
+
 def test_what_cannot_be_cancelled_does_not_hold_up_who_closes(monkeypatch):
     """The look-up of a name is a thread's."""
     looking, is_over, raised = threading.Event(), threading.Event(), []

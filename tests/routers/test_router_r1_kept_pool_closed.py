@@ -87,6 +87,28 @@ def test_whoever_asks_while_a_pool_is_closed_is_refused_and_pays_nothing(tmp_pat
     assert pool.reply("small", "later 0").text == "small says"
 
 
+def test_of_two_that_close_at_once_the_last_lets_calls_begin():
+    """The first let them in, and the second broke them off, at their most."""
+    closing, go, live = threading.Event(), threading.Event(), Live(most=0.25)
+
+    def slow():
+        closing.set()
+        go.wait(600)
+
+    live.close, pool = slow, KeptPool(live)
+    other = threading.Thread(target=pool.close, daemon=True)
+    other.start()
+    assert closing.wait(60)
+    live.close = lambda: None
+    pool.close()
+    with pytest.raises(BackendError, match="nobody was asked: the pool was closed"):
+        pool.reply("small", "a")
+    go.set()
+    other.join(60)
+    assert (live.asked, pool.calls, pool.usd) == ([], 0, 0.0)
+    assert pool.reply("small", "a").text == "small says"
+
+
 def test_an_interruption_is_told_to_its_own_thread_alone():
     """Whoever waited for the same answer was interrupted too."""
     begun, go, raised = threading.Event(), threading.Event(), {}

@@ -68,19 +68,30 @@ class AskPool:
         return (price.prompt * prompt + price.completion * self._reply_tokens) / 1e6
 
     def reply(self, model: str, query: str) -> Reply:
-        """See `RoutePool`. Raises BackendError for what a model fails with, and where it takes too long or the pool is closed."""
+        """See `RoutePool`.
+
+        Raises BackendError for what a model fails with, and where it takes too long or the pool is closed, which is free (``is_free``)
+        where that was before the model was asked.
+        """
+        begun = threading.Event()
         # At one go: a loop that is stopped in between would never come to it.
         with self._lock:
-            coming = asyncio.run_coroutine_threadsafe(self._asked(model, query), self._running())
+            coming = asyncio.run_coroutine_threadsafe(self._asked(model, query, begun), self._running())
         try:
             found = coming.result()
         except CancelledError:
-            raise BackendError(f"{model} had not answered when the pool was closed") from None
+            ended = BackendError(
+                f"{model} had not {'answered' if begun.is_set() else 'been asked'} when the pool was closed"
+            )
+            ended.is_free = not begun.is_set()
+            raise ended from None
         if not found.is_counted:
             return Reply(found.text, len(query.split()), len(found.text.split()), is_counted=False)
         return Reply(found.text, found.prompt_tokens, found.completion_tokens)
 
-    async def _asked(self, model: str, query: str) -> Any:
+    async def _asked(self, model: str, query: str, begun: threading.Event) -> Any:
+        # A task that is cancelled before its first step never comes here.
+        begun.set()
         member = self._members[model]
         try:
             async with asyncio.timeout(self._call_s):

@@ -99,8 +99,9 @@ class KeptPool:
         # Of the file: how far it is read, and what there was no room for; calls under way, while which no other process asks.
         self._read, self._num_lines, self._unwritten = 0, 0, b""
         self._under_way, self._held = 0, ExitStack()
-        # How often it was closed: who began before that asks nobody any more.
+        # How often it was closed: who began before that asks nobody any more. And closes under way.
         self._closed = 0
+        self._closing, self._closing_lock = set[object](), threading.RLock()
         if self._path is not None:
             self._go_on(self._path)
 
@@ -154,14 +155,16 @@ class KeptPool:
     def close(self) -> None:
         """End calls that are out, which count as any that failed, and free what models hold; asked again after that it begins anew.
 
-        Whoever asks meanwhile is refused (BackendError), which costs nothing.
+        Whoever asks meanwhile, until the last of several that close it has done so, is refused (BackendError), which costs nothing.
         """
-        # In this order: whoever comes between the two began before.
-        self._over.set()
-        self._closed += 1
         # Not for ever: one may be a call of this very thread, or of a process that this one is a copy of.
-        end, is_done = time.monotonic() + _CLOSE_S, False
+        end, is_done, this = time.monotonic() + _CLOSE_S, False, object()
         try:
+            # In this order: whoever comes between the two began before.
+            with self._closing_lock:
+                self._closing.add(this)
+                self._over.set()
+            self._closed += 1
             while not is_done and time.monotonic() < end:
                 # Again, for a call that there was room for before, and that came to a model only after it had been closed.
                 if self.live is not None:
@@ -171,7 +174,10 @@ class KeptPool:
                     # Not sound models ended them.
                     self._failures = 0
         finally:
-            self._over.clear()
+            with self._closing_lock:
+                self._closing.discard(this)
+                if not self._closing:
+                    self._over.clear()
 
     # Calls
 
