@@ -507,14 +507,8 @@ def test_experts_merged_are_the_mean(root):
 def test_what_cannot_be_is_told(root, tmp_path):
     pool = filled(root, names=("sql", "law"))
     shutil.copytree(root / "pool" / "sum", tmp_path / "sum")
-    for name in ("venus", "mars"):
-        words = {"base_model_name_or_path": f"org/{name}"}
-        make_adapter(tmp_path / name, {"model.layers.0.self_attn.q_proj": (32, 32)}, **words)
-    # One that calls its base as any may be called is let in.
-    pool.add(tmp_path / "venus")
     cases = [
         ((root / "pool" / "sql",), {}, "expert 'sql' is in the pool already"),
-        ((tmp_path / "mars",), {}, "expert 'mars' was trained on 'org/mars', and 'venus' on 'org/venus'"),
         ((tmp_path / "sum", {"x": torch.zeros(3)}), {}, "a gate is for x, which the adapter"),
         (
             (tmp_path / "sum", {"model.layers.0.self_attn.q_proj": torch.zeros(3)}),
@@ -529,10 +523,10 @@ def test_what_cannot_be_is_told(root, tmp_path):
     for args, options, message in cases:
         with pytest.raises(ConfigError, match=message):
             pool.add(*args, **options)
-    assert pool.names == ("sql", "law", "venus")
+    assert pool.names == ("sql", "law")
     with pytest.raises(CheckpointError, match="no adapter at"):
         pool.add(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="expert 'x' is not in the pool; there are 'sql', 'law', 'venus'"):
+    with pytest.raises(ConfigError, match="expert 'x' is not in the pool; there are 'sql', 'law'"):
         pool.remove("x")
     with pytest.raises(ConfigError, match="on no model"):
         pool.rows([None], 3)

@@ -11,16 +11,16 @@ import torch
 from anabranch.bounds import shown
 from anabranch.errors import AnabranchError
 
-__all__ = ["BASE", "is_one_base", "says_which", "warn_of_base"]
+__all__ = ["BASE", "how_vague", "is_one_base", "warn_of_base"]
 
 BASE = "base_model_name_or_path"
 
 log = logging.getLogger(__name__)
 
-# Words that a path to any model may end with: they say nothing of which it is.
+# Parts of words that a path to any model may end with: they say nothing of which it is.
 _GENERIC = re.compile(
-    r"((base|merged|final|best|last|latest|main|trained|finetuned)[-_]?)?(models?|base|checkpoints?|ckpt|weights|snapshots?|out|output)?"
-    r"([-_]?(step|epoch|checkpoint))?([-_]?\d+)?|[0-9a-f]{32,64}"
+    r"((models?|base|checkpoints?|ckpt|weights|snapshots?|out|output|merged|final|best|last|latest|main|new|old|trained|finetuned|step|"
+    r"epoch|run|v|fp|bf|f|int|nf|q)?\d*)|\d+[bmk]|hf|pt|gguf|gptq|awq|safetensors|pytorch|instruct|chat|[0-9a-f]{32,64}"
 )
 # What those who pack a model in few bits add to its name.
 _PACKED = re.compile(r"([-_.](i?q\d\w*|b?f16|f32))?\.gguf|(-unsloth)?-bnb-[48]bit")
@@ -29,35 +29,43 @@ _PACKED = re.compile(r"([-_.](i?q\d\w*|b?f16|f32))?\.gguf|(-unsloth)?-bnb-[48]bi
 def is_one_base(names: Iterable[object]) -> bool | None:
     """Whether all of ``names``, names and paths, are of one base; None where that cannot be told. Those that are no text say nothing.
 
-    Of two folders of models that are here the vectors of tokens are compared, which few trainings leave as they are; else names, by their
-    last words.
+    True for names whose last words are the same and tell a model. False alone for folders of models here whose vectors of tokens differ,
+    which few trainings leave as they are: one model has many names, as others pack, convert and copy it.
     """
-    told = list(dict.fromkeys(name for name in names if isinstance(name, str) and name))
+    told = sorted(dict.fromkeys(name for name in names if isinstance(name, str) and name), key=how_vague)
     found = [_are_one(told[0], name) for name in told[1:]]
     return False if False in found else None if None in found else True
 
 
-def says_which(name: str) -> bool:
-    """Whether a name or path has a word by which its model may be known elsewhere."""
-    return _word_of(name) is not None
+def how_vague(name: str) -> tuple[bool, bool]:
+    """A key that sorts names by how much can be told of them: folders here first, then those whose words tell a model."""
+    return not _is_folder(name), _word_of(name) is None
 
 
 def warn_of_base(what: str, told: object, base: str) -> None:
-    """Tell in one line that ``what`` names a base that is another one than ``base``, the model that it is put onto."""
-    if is_one_base([told, base]) is False:
+    """Ask in one line whether ``what`` is of another base than ``base``, the model that it is put onto: by content, or else by words."""
+    if not isinstance(told, str) or not told:
+        return
+    is_alike = _are_alike_here(told, base)
+    if is_alike is False or (
+        is_alike is None and _have_one_word(told, base) is False and not _is_one_place(told, base)
+    ):
         log.warning("%s names the base %s, and the model is %s; is it another one?", what, shown(told), shown(base))
 
 
 def _are_one(first: str, second: str) -> bool | None:
-    if _exists(first) and _exists(second) and os.path.samefile(first, second):
+    if _is_one_place(first, second):
         return True
+    if _are_alike_here(first, second) is False:
+        return False
+    # What was merged into a base leaves its vectors of tokens as they are, so that these alone are no yes.
+    return True if _have_one_word(first, second) else None
+
+
+def _have_one_word(first: str, second: str) -> bool | None:
+    """Whether two names tell the same model; None where one tells none."""
     one, other = _word_of(first), _word_of(second)
-    is_named = None if one is None or other is None else one == other
-    is_alike = _are_alike_here(first, second)
-    if is_alike is None:
-        return is_named
-    # What was merged into a base leaves its vectors of tokens as they are.
-    return (is_named or None) if is_alike else False
+    return None if one is None or other is None else one == other
 
 
 def _word_of(name: str) -> str | None:
@@ -66,7 +74,15 @@ def _word_of(name: str) -> str | None:
     parts = [part for part in re.split(r"[/\\]+", name) if part]
     cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
     word = _PACKED.sub("", (cached or parts or [""])[-1].casefold())
-    return None if word.strip(".") == "" or _GENERIC.fullmatch(word) else word
+    return None if all(map(_GENERIC.fullmatch, re.split(r"[-_.]", word))) else word
+
+
+def _is_one_place(first: str, second: str) -> bool:
+    return _exists(first) and _exists(second) and os.path.samefile(first, second)
+
+
+def _is_folder(name: str) -> bool:
+    return _exists(name) and Path(name).is_dir()
 
 
 def _exists(name: str) -> bool:
@@ -81,7 +97,7 @@ def _are_alike_here(first: str, second: str) -> bool | None:
     # They know of folders of peft's, which know of this.
     from anabranch.adapters.base_digest import is_same_base, stored_digest
 
-    if not all(_exists(name) and Path(name).is_dir() for name in (first, second)):
+    if not (_is_folder(first) and _is_folder(second)):
         return None
     try:
         return is_same_base(stored_digest(first, torch.float32), stored_digest(second, torch.float32))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from anabranch.adapters.base_name import is_one_base, says_which
+from anabranch.adapters.base_name import how_vague, is_one_base
 from anabranch.adapters.glider.vectors import check_gates
 from anabranch.adapters.peft_place import CONFIG, check_there
 from anabranch.bounds import shown
@@ -111,10 +111,10 @@ def read_instructions(folder: str | Path) -> tuple[str, ...]:
 
 
 def check_bases(bases: Mapping[str, object]) -> None:
-    """Raise ConfigError where experts say, by name, that they were trained on several models; a warning where that cannot be told."""
+    """Raise ConfigError where experts were trained on several models that are here; a warning where names alone cannot tell that."""
     told = [(name, base) for name, base in bases.items() if isinstance(base, str) and base]
-    # All are compared with one that says which it is, where there is one.
-    told.sort(key=lambda one: not says_which(one[1]))
+    # All are compared with one of which most can be told.
+    told.sort(key=lambda one: how_vague(one[1]))
     unsure = []
     for name, base in told[1:]:
         # One model may lie in several places.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anabranch.adapters.attach import unload
 from anabranch.adapters.attached import ATTACHED, attached_on
-from anabranch.adapters.base_name import BASE, says_which
+from anabranch.adapters.base_name import BASE, how_vague
 from anabranch.adapters.by_row import telling
 from anabranch.adapters.glider.calibration import Calibration
 from anabranch.adapters.glider.embed import TextEmbedder
@@ -204,7 +204,7 @@ class GliderPool:
         check_there(folder)
         # The others were compared with this one.
         told = {other: expert.base for other, expert in self._experts.items() if expert.base}
-        first = sorted(told, key=lambda other: not says_which(told[other]))[:1]
+        first = sorted(told, key=lambda other: how_vague(told[other]))[:1]
         check_bases({**{other: told[other] for other in first}, name: read_json(folder / CONFIG).get(BASE)})
         return self._add(folder, name, gate, instruction, examples)
 
