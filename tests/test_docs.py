@@ -529,6 +529,23 @@ def test_the_readme_says_what_came_out():
     assert len(listed) > 30
 
 
+def test_the_list_of_systems_knows_which_studies_have_run():
+    """Rows were written when a study was frozen, and five of them still said so after it had run."""
+    index = (DOCS / "systems" / "index.md").read_text("utf-8")
+    checked = 0
+    for row in re.findall(r"^\| \[[^]]+\]\([\w-]+\.md\).*$", index, re.MULTILINE):
+        study = row.split("](")[1].split(".md")[0].replace("-", "_")
+        found = hooks.headline(study)
+        if found is None:
+            continue
+        ran = (ROOT / "studies" / "results" / f"{study}.json").exists()
+        denied = [text for text in ("not yet run", "study is frozen and has not run", "no study has run") if text in row]
+        assert not (ran and denied), (study, denied)
+        assert ran or "not run" in row or denied, study
+        checked += 1
+    assert checked > 30
+
+
 def test_systems_table_by_hand(tmp_path, monkeypatch):
     recorded_study(tmp_path, "a_b", verdict="holds", count=5)
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
