@@ -26,7 +26,6 @@ NOT_RUN = {
     "carl_highway",
     "dr_llm",
     "ftp",
-    "peft_survey",
     "pvchat",
     "rexmoe_grown",
     "router_r1",

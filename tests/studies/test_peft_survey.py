@@ -10,7 +10,7 @@ from anabranch.lm import Decoder
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.studies.adapter_bench import BenchSize
 from anabranch.studies.harness import Results
-from anabranch.studies.peft_survey import METHODS, REAL, SHARE, ArmConfig, judge, make, run, write_measurements
+from anabranch.studies.peft_survey import METHODS, REAL, SHARE, ArmConfig, draw, judge, make, run, write_measurements
 
 
 def shape_of_bench():
@@ -86,6 +86,20 @@ def test_close_to_what_has_learned_nothing_says_nothing():
     made["superni-full"] = {seed: {**run, "gained": 0.1} for seed, run in made["superni-full"].items()}
     verdicts = {claim.claim: claim.verdict for claim in judge(Results(made))}
     assert {verdicts[claim] for claim in close} == {"holds"}
+
+
+def test_the_picture_has_what_ran_and_lies_where_the_command_says(tmp_path):
+    costs = {"parameters": 100, "training_kib": 9.0, "file_kib": 3.0}
+    results = Results({"ia3": runs([0.9] * 5, **costs), "superni-lora": {0: {"nats": -1.0}}})
+    draw(results, tmp_path / "peft_survey")
+    assert (tmp_path / "peft_survey.png").is_file()
+    told = (tmp_path / "peft_survey.svg").read_text()
+    assert "ia3" in told
+    assert "superni-lora" not in told
+    assert (tmp_path / "peft_survey" / "measurements.json").is_file()
+    # Of SuperNI alone there is nothing to draw.
+    draw(Results({"superni-lora": {0: {"nats": -1.0}}}), tmp_path / "other")
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_the_table_is_what_recommend_reads(tmp_path):

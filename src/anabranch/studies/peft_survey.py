@@ -27,8 +27,8 @@ least five seeds, and does not hold if in none. That a method is close to full f
 
 The table stands beside the runs as ``measurements.json``, which `anabranch adapters recommend --measurements` takes.
 
-Not run yet. It is planned for 5 seeds: by single steps that were timed, about 0.1 hours of one core for a method on the bench, whose
-base is smaller since 2026-12-02, 0.25 on SuperNI (70 and 35 runs: 16 CPU hours in all), and once 10 minutes for the base. Frozen anew on
+full and lora have run on the bench with 5 seeds (1.0 CPU hours), nothing else has. A run takes 0.1 hours of one core on the bench and, by
+single steps that were timed, 0.25 on SuperNI: 70 and 35 runs, 16 CPU hours in all. The base is smaller since 2026-12-02. Frozen anew on
 2026-12-02, before any run: the floors, and a fourth rate, since LoRA was best at the end of three in short runs that count nowhere.
 """
 
@@ -52,6 +52,7 @@ from anabranch.studies.asked import Asked, judged
 from anabranch.studies.floors import Floor, above_floors
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import SEEDS_NEEDED, Verdict, every_seed
+from anabranch.studies.picture import draw_costs
 from anabranch.train import TaskRunConfig, TrainConfig, Trainer
 
 # By method: its options, such that at most 5% of the parameters learn.
@@ -84,6 +85,11 @@ COLUMNS = (
     Column("latency", "forward /\nbase", ".2f"),
     Column("rate", "rate", ".4f"),
     Column("at_an_end", "at an end\nof the grid", ".1f"),
+)
+_COSTS = (
+    ("parameters", "numbers that learn"),
+    ("training_kib", "adapter, gradients, optimizer: KiB"),
+    ("file_kib", "file: KiB"),
 )
 _TIMED = 8
 
@@ -162,7 +168,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         columns=COLUMNS,
         default_arms=None if full else ("full", "lora", "ia3", "lst"),
         inputs=inputs,
-        draw=write_measurements,
+        draw=draw,
         # 2: test rows of SuperNI are others for each seed.
         # 4: whether the best rate is at an end of the grid, and what was gained on SuperNI.
         revision=4,
@@ -297,6 +303,21 @@ def latency(adapted: Decoder, base: Path) -> float:
     finally:
         torch.set_num_threads(threads)
     return quickest["adapted"] / quickest["base"]
+
+
+def draw(results: Results, path: Path) -> None:
+    """What methods reach on the bench against what they cost; and the measurements, in the folder of the runs."""
+    write_measurements(results, path)
+    if any(results.values(id, "accuracy") for id in METHODS):
+        draw_costs(
+            results,
+            path,
+            title="Methods on the adapter bench, each at its best rate",
+            metric="accuracy",
+            told="accuracy on unseen words",
+            costs=_COSTS,
+            scale="log",
+        )
 
 
 def write_measurements(results: Results, folder: Path) -> None:

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from anabranch.files import atomic_file, atomic_write_text
 from anabranch.report.style import GRID, INK, MARKERS, MUTED, SERIES, figure, horizontal_grid, to_png, to_svg
@@ -38,12 +38,30 @@ COSTS = (
 )
 
 
-def draw_costs(results: Results, path: Path, *, title: str, metric: str = "bits_per_byte") -> None:
-    """Write ``path``.png and ``path``.svg: what each arm reaches against what it costs, with 95% intervals over seeds."""
+def draw_costs(
+    results: Results,
+    path: Path,
+    *,
+    title: str,
+    metric: str = "bits_per_byte",
+    told: str = "bits per byte (lower is better)",
+    costs: Sequence[tuple[str, str]] = COSTS,
+    scale: Literal["linear", "log"] = "linear",
+) -> None:
+    """Write ``path``.png and ``path``.svg: what each arm reaches against what it costs, with 95% intervals over seeds.
+
+    Args:
+        results: arms without ``metric`` are left out.
+        path: without suffix.
+        title: of the picture.
+        metric: what is reached, and ``told``, its name.
+        costs: a panel for each, as (metric, name).
+        scale: of the costs.
+    """
     arms = [arm for arm in results.runs if results.values(arm, metric)]
-    with figure(11, 4.4, ncols=len(COSTS), sharey=True) as (made, panels):
+    with figure(11, 4.4, ncols=len(costs), sharey=True) as (made, panels):
         made.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
-        for axes, (cost, label) in zip(panels, COSTS, strict=True):
+        for axes, (cost, label) in zip(panels, costs, strict=True):
             for number, arm in enumerate(arms):
                 found, price = results.mean(arm, metric), results.mean(arm, cost)
                 width = found.half_width if math.isfinite(found.half_width) else 0.0
@@ -52,9 +70,12 @@ def draw_costs(results: Results, path: Path, *, title: str, metric: str = "bits_
                     price.mean, found.mean, yerr=width, fmt=marker, color=colour, capsize=3, markersize=6, label=arm
                 )
             axes.set_xlabel(label)
+            axes.set_xscale(scale)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            # Where a scale has one power of ten, matplotlib writes beside it in powers.
+            axes.xaxis.set_minor_formatter(NullFormatter())
             horizontal_grid(axes)
-        panels[0].set_ylabel("bits per byte (lower is better)")
+        panels[0].set_ylabel(told)
         made.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
         png, svg = to_png(made), to_svg(made)
     _write(path, png, svg)
