@@ -539,7 +539,9 @@ def test_the_list_of_systems_knows_which_studies_have_run():
         if found is None:
             continue
         ran = (ROOT / "studies" / "results" / f"{study}.json").exists()
-        denied = [text for text in ("not yet run", "study is frozen and has not run", "no study has run") if text in row]
+        denied = [
+            text for text in ("not yet run", "study is frozen and has not run", "no study has run") if text in row
+        ]
         assert not (ran and denied), (study, denied)
         assert ran or "not run" in row or denied, study
         checked += 1
