@@ -255,6 +255,10 @@ def test_names():
         (lambda: method_named("vera"), "run by peft, not by code of ours; train it with the package peft"),
         (lambda: method_named("mera"), "method is 'mera', which nobody runs here; "),
         (
+            lambda: method_named("lorahub"),
+            "method is 'lorahub', which adapt does not train; what runs it: anabranch adapters merge --method linear --model MODEL",
+        ),
+        (
             lambda: method_named("mezo"),
             "method is 'mezo', which is a setting of training and no adapter; say --set train.optimizer=mezo with any method",
         ),

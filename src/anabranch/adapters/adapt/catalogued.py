@@ -83,6 +83,8 @@ class Catalogued(Method, kind="catalogue"):
                 raise ConfigError(
                     f"method is {self.id!r}, which is a setting of training and no adapter; say --set {card.setting} with any method"
                 )
+            if card.way is not None:
+                raise ConfigError(f"method is {self.id!r}, which adapt does not train; what runs it: {card.way}")
             if card.backend != "own":
                 who = "nobody runs here" if card.backend == "none" else f"is run by {card.backend}, not by code of ours"
                 raise ConfigError(f"method is {self.id!r}, which {who}; {_why(card)}")
