@@ -1,5 +1,6 @@
 """Whether names may be of one base: the same words, words that any model may have, other ones, and folders that are here."""
 
+import itertools
 import os
 
 import pytest
@@ -88,6 +89,14 @@ def test_models_that_are_here_are_told_by_what_they_hold(tmp_path, first):
     assert is_one_base([one, copied]) is None
     # Whatever is named before, all are compared with one that is here.
     assert sorted([NAME, "model", one], key=how_vague) == [one, NAME, "model"]
+
+
+def test_a_folder_without_a_model_hides_nothing(tmp_path):
+    (tmp_path / "aempty").mkdir()
+    for seed, name in enumerate(("one", "two")):
+        save_model(tmp_path / name, CONFIGS["llama"]().build(seed=seed), ByteTokenizer.Config().build())
+    names = [str(tmp_path / name) for name in ("aempty", "one", "two")]
+    assert [is_one_base(order) for order in itertools.permutations(names)] == [False] * 6
 
 
 def test_a_model_by_other_words_is_asked_about(tmp_path, caplog):

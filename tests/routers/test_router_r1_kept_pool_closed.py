@@ -1,6 +1,7 @@
 """Pools whose replies are written down, closed or broken off: calls that are out are ended and counted, and none begins."""
 
 import asyncio
+import os
 import threading
 
 import pytest
@@ -106,6 +107,17 @@ def test_of_two_that_close_at_once_the_last_lets_calls_begin():
     go.set()
     other.join(60)
     assert (live.asked, pool.calls, pool.usd) == ([], 0, 0.0)
+    assert pool.reply("small", "a").text == "small says"
+
+
+def test_a_close_of_the_process_that_this_is_a_copy_of_ends_nowhere_here():
+    pool = KeptPool(Live())
+    # What a copy begins with that is made while another thread closes: that thread is not in it.
+    pool._closing.add((os.getpid() + 1, object()))
+    pool._over.set()
+    with pytest.raises(BackendError, match="nobody was asked"):
+        pool.reply("small", "a")
+    pool.close()
     assert pool.reply("small", "a").text == "small says"
 
 

@@ -4,13 +4,17 @@ import pytest
 import torch
 
 from anabranch.adapters import catalogue, load_peft, merge, save_peft, unload, unmerge
+from anabranch.adapters.around import put_around, take_around
+from anabranch.adapters.front import Front
+from anabranch.adapters.ladder import Ladder
 from anabranch.adapters.lora_mixer import load_mixture
 from anabranch.adapters.low_rank import LowRank
 from anabranch.adapters.put_on import put_on, take_off
+from anabranch.adapters.routed import RoutedLowRank
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SelfAttention
-from anabranch.routing import BiasBalancer, LinearScore, Router, TopK
+from anabranch.routing import BiasBalancer, LinearScore, Router, SwitchLoss, TopK
 from anabranch.routing.fixed import fix, is_fixed, release
 from anabranch.train.hooks import StepHooks
 
@@ -151,4 +155,34 @@ def test_what_cannot_be_put_on_fixes_nothing():
         put_on(model, {"*.nothing": LowRank.Config(rank=2)})
     with pytest.raises(ConfigError):
         catalogue.apply(model, "lora", targets=("nothing",))
+    assert moved(model)
+
+
+@pytest.mark.parametrize("is_around_first", [True, False])
+def test_routers_of_the_adapter_itself_are_balanced_in_any_order(is_around_first):
+    model = model_of()
+    router = Router.Config(select=TopK.Config(top_k=1), balance=(SwitchLoss.Config(),))
+    routed = {"*.attention.q": RoutedLowRank.Config(ranks=(2, 2), alphas=(2.0, 2.0), router=router)}
+    ways = [lambda: put_around(model, front=Front.Config(num_tokens=2)), lambda: put_on(model, routed)]
+    for way in ways if is_around_first else ways[::-1]:
+        way()
+    assert not moved(model)
+    assert set(model.train()(TOKENS, TOKENS).auxiliary) == {"load_balancing"}
+    own = [module for name, module in model.named_modules() if ".beside." in name and isinstance(module, Router)]
+    assert own
+    assert not any(map(is_fixed, own))
+    take_around(model)
+    take_off(model)
+    assert moved(model)
+
+
+@pytest.mark.parametrize("around", [{"front": Front.Config(num_tokens=2)}, {"ladder": Ladder.Config(reduction=2)}])
+def test_unloading_takes_off_what_was_put_around_since(folder, around):
+    model = model_of()
+    config = model.config
+    load_peft(folder, model, family="glm4_moe")
+    put_around(model, **around)
+    unload(model)
+    assert model.config == config
+    assert not any(isinstance(module, Front | Ladder) for module in model.modules())
     assert moved(model)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from anabranch.adapters.around import take_around
 from anabranch.adapters.attached import attached_on, begin, check_bare, configs_of, forget, our_layers, put_on
 from anabranch.adapters.copies import settled
 from anabranch.adapters.fits import check_fits
@@ -121,7 +122,7 @@ def _put_in_front(adapter: Adapter, model: Decoder, folder: Path, family: str | 
 
 @torch.no_grad()
 def unload(model: Decoder) -> Decoder:
-    """Take the adapter off, in place: the model computes what it did before `load_peft`.
+    """Take the adapter off, in place, and what was put around the model since: it computes what it did before `load_peft`.
 
     Raises ConfigError where there is none, or a matrix that must be given back is stored in few bits by now; the model is as it was then.
     """
@@ -129,6 +130,7 @@ def unload(model: Decoder) -> Decoder:
     # Nothing is taken off where one of them cannot be given back.
     for name in attached.before:
         tensor_of(model, attached.names.tensors[name].tensor)
+    take_around(model)
     if attached.merged is not None:
         unmerge(model)
     strip(model)

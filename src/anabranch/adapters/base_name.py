@@ -38,8 +38,8 @@ def is_one_base(names: Iterable[object]) -> bool | None:
 
 
 def how_vague(name: str) -> tuple[bool, bool]:
-    """A key that sorts names by how much can be told of them: folders here first, then those whose words tell a model."""
-    return not _is_folder(name), _word_of(name) is None
+    """A key that sorts names by how much can be told of them: folders of models here first, then those whose words tell a model."""
+    return not (_is_folder(name) and (Path(name) / "config.json").is_file()), _word_of(name) is None
 
 
 def warn_of_base(what: str, told: object, base: str) -> None:

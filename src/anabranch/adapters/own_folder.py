@@ -273,7 +273,7 @@ def load_numbers(model: Any, path: Path, *, prefix: str = "", names: Sequence[st
     extra = sorted({name.removeprefix(prefix) for name in source.names} - set(names))
     if missing or extra:
         what = f"lacks {some(missing)}" if missing else f"has {some(extra)}, for which the model has no layer"
-        raise CheckpointError(f"{path} {what}; is it of another model, or damaged?")
+        raise CheckpointError(f"{path} {what}; is it of another model, of a version before this one, or damaged?")
     for name in names:
         value, target = source.read(prefix + name), state[name]
         if value.shape != target.shape:

@@ -14,8 +14,9 @@ _FIXED = "fixed_by"
 
 
 def fix(model: nn.Module, by: str) -> None:
-    """From here on all modules that ``model`` has by now stay as they are; what is put onto it later does not."""
-    for module in model.modules():
+    """From here on the modules of ``model`` stay as they are, but what stands on a fixed base already, or is put onto it later."""
+    modules = list(model.modules())
+    for module in [module for module in modules if is_fixed(module)] or modules:
         if by not in (others := getattr(module, _FIXED, ())):
             setattr(module, _FIXED, (*others, by))
 

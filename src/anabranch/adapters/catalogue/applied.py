@@ -257,7 +257,7 @@ def load_applied(folder: str | Path, model: Decoder) -> Applied:
         odd = sorted(shapes.keys() ^ held.keys()) or [
             name for name in shapes if tuple(held[name].shape) != shapes[name]
         ]
-        raise CheckpointError(f"{place / WEIGHTS} does not hold what its options say: {some(odd)}")
+        raise CheckpointError(f"{place / WEIGHTS} does not hold what its options say in this version: {some(odd)}")
     try:
         _check_places(applied, held, place / WEIGHTS)
     except CheckpointError:

@@ -101,7 +101,7 @@ class KeptPool:
         self._under_way, self._held = 0, ExitStack()
         # How often it was closed: who began before that asks nobody any more. And closes under way.
         self._closed = 0
-        self._closing, self._closing_lock = set[object](), threading.RLock()
+        self._closing, self._closing_lock = set[tuple[int, object]](), threading.RLock()
         if self._path is not None:
             self._go_on(self._path)
 
@@ -158,7 +158,7 @@ class KeptPool:
         Whoever asks meanwhile, until the last of several that close it has done so, is refused (BackendError), which costs nothing.
         """
         # Not for ever: one may be a call of this very thread, or of a process that this one is a copy of.
-        end, is_done, this = time.monotonic() + _CLOSE_S, False, object()
+        end, is_done, this = time.monotonic() + _CLOSE_S, False, (os.getpid(), object())
         try:
             # In this order: whoever comes between the two began before.
             with self._closing_lock:
@@ -176,7 +176,8 @@ class KeptPool:
         finally:
             with self._closing_lock:
                 self._closing.discard(this)
-                if not self._closing:
+                # Closes of the process that this one is a copy of end nowhere here.
+                if all(process != os.getpid() for process, _ in self._closing):
                     self._over.clear()
 
     # Calls
