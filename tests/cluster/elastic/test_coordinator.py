@@ -88,6 +88,32 @@ def test_who_had_a_part_in_what_has_stopped_has_none_in_what_follows():
     assert [details["rank"] for _, one, details in host.history if one == "lost"] == []
 
 
+@pytest.mark.parametrize("way", ["stopped", "cast out"])
+def test_whoever_speaks_before_it_is_told_of_its_end_is_told_all_the_same(way, monkeypatch):
+    """A beat that came meanwhile closed the connection, and with it went what was to be sent: why training had stopped."""
+    with Coordinator(replicas=1, stages=1, restarts=1) as host:
+        rank = rank_of(host)
+        with host._lock:
+            (member,) = host._decisions.members.values()
+            channel, closed = member.channel, []
+            close = channel.close
+            monkeypatch.setattr(
+                channel, "close", lambda *told, **how: (closed.append((told, how)), close(*told, **how))
+            )
+            if way == "stopped":
+                host._decisions._stop("as a test wants it")
+                host._begin_anew()
+            else:
+                host._decisions._cast_out([member.rank], "as a test wants it")
+            before = list(closed)
+            host._on_frame(channel, {"kind": "beat", "epoch": 0, "waits": None, "is_long": False}, b"")
+            assert closed == before
+        if way == "stopped":
+            with pytest.raises(PeerError, match="as a test wants it"):
+                rank.step(BATCH)
+        rank.close()
+
+
 def test_a_number_that_is_none_is_refused():
     with pytest.raises(InputError, match="restarts is -1; use at least 0"):
         Coordinator(replicas=1, stages=1, restarts=-1)

@@ -173,7 +173,9 @@ class Coordinator:
                 return
             member = self._decisions.members.get(channel.peer)
             if member is None or member.channel is not channel:
-                channel.close("not a member")
+                # What it is told of its end may not be sent yet; it ends the connection when it has read that.
+                if channel not in (*self._parted, *self._decisions.cast_out):
+                    channel.close("not a member")
                 return
             member.heard = time.monotonic()
             try:
