@@ -1,18 +1,29 @@
 """The study of LoRA-Mixer: what its arms are, and its rule."""
 
+import json
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 
-from anabranch.studies import adapter_bench, lora_mixer
+from anabranch.adapters import load_peft, read_peft
+from anabranch.adapters.adapt import Row
+from anabranch.adapters.lorahub import Found
+from anabranch.lm import load_model
+from anabranch.studies import adapter_bench, frozen, lora_mixer_controls, lora_mixer_experts
 from anabranch.studies.adapter_bench import Bench, BenchSize
-from anabranch.studies.harness import Results
-from anabranch.studies.lora_mixer import ARMS, ArmConfig, Size, experts, judge, make
+from anabranch.studies.harness import Results, outcome_of
+from anabranch.studies.lora_mixer import ARMS, ArmConfig, Size, judge, make, run
+from anabranch.studies.lora_mixer_controls import run_hub, run_one
+from anabranch.studies.lora_mixer_experts import FEED_FORWARD, experts, mixed_rows, own_rows
+
+RECORDED = Path(__file__).parents[2] / "studies" / "results"
+SMALL = BenchSize(dim=16, num_layers=1, num_heads=1, base_steps=1, words_learned=8, words_measured=2)
 
 
 def test_arms_differ_in_their_loss_alone():
-    methods = {name: ArmConfig(arm=name).method(("a", "b", "c")) for name in ARMS if name != "ssm"}
+    methods = {name: ArmConfig(arm=name).method(("a", "b", "c")) for name in ("none", "balance", "ours", "printed")}
     found = {name: (each.balance_loss, each.entropy_loss, each.entropy) for name, each in methods.items()}
     assert found == {
         "none": (0.0, 0.0, "minimise"),
@@ -23,6 +34,8 @@ def test_arms_differ_in_their_loss_alone():
     assert {each.replace(balance_loss=1.0, entropy_loss=0.1, entropy="minimise") for each in methods.values()} == {
         methods["ours"]
     }
+    # In feed-forwards nothing else is other than in attention.
+    assert ArmConfig(arm="ffn").method(("a", "b", "c")) == methods["ours"]
 
 
 def test_the_rule():
@@ -73,12 +86,11 @@ def test_the_rule_of_a_state_space():
 def test_arms_of_a_seed_share_experts(tmp_path, monkeypatch):
     """They are the same in all arms; each arm trained them anew. Another seed, or another way of training them, has others."""
     monkeypatch.setattr(adapter_bench, "cache_folder", lambda: tmp_path)
-    bench = BenchSize(dim=16, num_layers=1, num_heads=1, base_steps=1, words_learned=8, words_measured=2)
-    size = Size(bench=bench, tasks=3, expert_rows=4, expert_steps=1, router_steps=1, rows=(3,), rank=2, batch_size=2)
+    size = Size(bench=SMALL, tasks=3, expert_rows=4, expert_steps=1, router_steps=1, rows=(3,), rank=2, batch_size=2)
     said = []
 
-    def found(size, seed=0):
-        return experts(size, seed, Bench.kept(size.bench), said.append)
+    def found(size, seed=0, **told):
+        return experts(size, seed, Bench.kept(size.bench), said.append, **told)
 
     first, right = found(size)
     assert said == ["expert 1", "expert 2", "expert 3"]
@@ -89,21 +101,116 @@ def test_arms_of_a_seed_share_experts(tmp_path, monkeypatch):
     assert found(size, seed=1)[0] != first
     assert found(size.replace(rank=3))[0] != first
     assert len(said) == 9
+    beside = read_peft(found(size, targets=FEED_FORWARD)[0][0]).pairs
+    assert {name.rpartition(".")[2] for name in beside} == {"gate_proj", "up_proj", "down_proj"}
+    assert len(said) == 12
 
 
 def test_experts_that_were_interrupted_are_kept_for_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(adapter_bench, "cache_folder", lambda: tmp_path)
-    bench = BenchSize(dim=16, num_layers=1, num_heads=1, base_steps=1, words_learned=8, words_measured=2)
-    size = Size(bench=bench, tasks=3, expert_rows=4, expert_steps=3, rank=2, batch_size=2)
-    base, whole = Bench.kept(bench), lora_mixer.Trainer
+    size = Size(bench=SMALL, tasks=3, expert_rows=4, expert_steps=3, rank=2, batch_size=2)
+    base, whole = Bench.kept(SMALL), lora_mixer_experts.Trainer
 
     def signalled(event):
         if event.kind == "step" and event.step == 1:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(lora_mixer, "Trainer", lambda *told: whole(*told, on_event=signalled))
+    monkeypatch.setattr(lora_mixer_experts, "Trainer", lambda *told: whole(*told, on_event=signalled))
     with pytest.raises(KeyboardInterrupt):
         experts(size, 0, base, lambda said: None)
     assert not list(tmp_path.rglob("oracle.json"))
-    monkeypatch.setattr(lora_mixer, "Trainer", whole)
+    monkeypatch.setattr(lora_mixer_experts, "Trainer", whole)
     assert len(experts(size, 0, base, lambda said: None)[0]) == 3
+
+
+@pytest.fixture
+def size(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_bench, "cache_folder", lambda: tmp_path)
+    return Size(
+        bench=SMALL,
+        tasks=3,
+        expert_rows=4,
+        expert_steps=2,
+        router_steps=5,
+        rows=(3, 6),
+        rank=2,
+        alpha=4.0,
+        batch_size=2,
+    )
+
+
+def numbers(adapter):
+    return sum(pair.a_RC.numel() + pair.b_OR.numel() for pair in adapter.pairs.values())
+
+
+def test_one_adapter_has_the_numbers_rows_and_steps_of_experts(size, tmp_path, monkeypatch):
+    """Rank, scale, rows and steps of the control are those of all experts together, and of the routers."""
+    folders, _ = experts(size, 0, Bench.kept(size.bench), lambda said: None)
+    runs, here = [], lora_mixer_experts.trained
+
+    def noted(method, bench, rows, out, steps, *told):
+        task = here(method, bench, rows, out, steps, *told)
+        task.write(tmp_path / f"one-{len(runs)}")
+        runs.append((method, [json.loads(line) for line in rows.read_text().splitlines()], steps))
+        return task
+
+    monkeypatch.setattr(lora_mixer_controls, "trained", noted)
+    assert set(run_one(size, 0, lambda said: None)) == {"accuracy_6", "whole"}
+    mixed, own = mixed_rows(size, 0, 6), [row for number in range(3) for row in own_rows(size, 0, number)]
+    assert [rows for _, rows, _ in runs] == [mixed, own + mixed]
+    assert [steps for *_, steps in runs] == [5, 3 * 2 + 5]
+    for number, (method, *_) in enumerate(runs):
+        assert method.alpha / method.rank == size.alpha / size.rank
+        assert numbers(read_peft(tmp_path / f"one-{number}")) == sum(numbers(read_peft(each)) for each in folders)
+
+
+def test_static_weights_are_found_on_the_rows_of_routers_and_measured(size, monkeypatch):
+    folders, right = experts(size, 0, Bench.kept(size.bench), lambda said: None)
+    asked, measured = [], []
+
+    def found(adapters, base, tokenizer, rows, **told):
+        asked.append((len(adapters), rows, told))
+        return Found((0.0, 1.0, 0.0), 2.0, 2.5, 40)
+
+    def accuracy(model, pairs, bench, *, routed):
+        measured.append((model, len(pairs)))
+        return 0.25
+
+    monkeypatch.setattr(lora_mixer_controls, "lorahub_weights", found)
+    monkeypatch.setattr(lora_mixer_controls, "accuracy", accuracy)
+    told = run_hub(size, 0, lambda said: None)
+    assert told == {"oracle": right, "accuracy_6": 0.25, "weights": [0.0, 1.0, 0.0], "gained_nats": 0.5}
+    [(count, rows, options)] = asked
+    assert (count, options["search_seed"], "steps" in options) == (3, 0, False)
+    wanted = [Row(row["task"], row["input"], row["output"]) for row in mixed_rows(size, 0, 6)]
+    assert rows == wanted
+    # Weights of one expert alone are that expert.
+    [(model, pairs)] = measured
+    alone = load_peft(folders[1], load_model(Bench.kept(size.bench).folder)[0])
+    tokens = torch.arange(1, 9)[None]
+    torch.testing.assert_close(model.eval()(tokens).logits_BLV, alone.eval()(tokens).logits_BLV)
+    assert pairs == 3
+
+
+@pytest.mark.parametrize("arm", ["hub", "ffn"])
+def test_controls_are_whole(size, arm):
+    found = run(ArmConfig(arm=arm, size=size), 0, lambda said: None)
+    assert {name for name in found if name.startswith("accuracy")} == {"accuracy_6"}
+    assert 0 <= found["accuracy_6"] <= 1
+    if arm == "hub":
+        assert len(found["weights"]) == 3
+        assert found["gained_nats"] >= 0
+
+
+def test_controls_void_nothing_of_before():
+    """They came after the first arms had run, of which nothing changed."""
+    entry = frozen.read(RECORDED, "lora_mixer").history[4]
+    assert entry["voids"] == []
+    assert {what for what in entry["changed"] if what.startswith("arm")} == {
+        "arm one is new",
+        "arm hub is new",
+        "arm ffn is new",
+    }
+    outcome = outcome_of(make(full=True), RECORDED)
+    assert not [claim.claim for claim in outcome.claims if claim.verdict == "void"]
+    assert not outcome.outdated
