@@ -128,6 +128,21 @@ def test_methods_are_recommended(here, tmp_path):
     assert out.splitlines()[1].split()[:2] == ["lora-fa", "0.700"]
     assert "by      last week" in out
     assert "methods exceed the limits" in err
+    rows = [
+        {"method": "dora", "accuracy": 0.9, "source": "first", "seeds": 5, "table": "bench"},
+        {"method": "lora-fa", "gained": 0.25, "source": "second", "seeds": 3, "table": "real"},
+    ]
+    path.write_text(json.dumps(rows))
+    code, out, _ = here("adapters", "recommend", "dense", "--measurements", path)
+    assert out.splitlines()[1].split()[:3] == ["dora", "0.900", "5"]
+    assert "unit    accuracy" in out
+    assert "not by  real: other tables of the same file, see --table" in out
+    code, out, _ = here("adapters", "recommend", "dense", "--measurements", path, "--table", "real")
+    assert out.splitlines()[1].split()[:3] == ["lora-fa", "0.250", "3"]
+    assert "unit    nats per token less than the model as it was" in out
+    code, out, err = here("adapters", "recommend", "dense", "--measurements", path, "--table", "reel")
+    assert (code, out) == (2, "")
+    assert "did you mean 'real'" in err
 
 
 @pytest.mark.parametrize(
@@ -150,6 +165,7 @@ def test_methods_are_recommended(here, tmp_path):
         ("recommend dense --max-file big", "--max-file"),
         ("recommend dense --max-parameters 1 --own", "no method keeps to these limits"),
         ("recommend dense --measurements none.json", "cannot read none.json"),
+        ("recommend dense --table real", "--table is of the measurements of a file"),
         ("recommend dense --targets w", "names no linear layer of this model"),
     ],
 )

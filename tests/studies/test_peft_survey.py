@@ -90,27 +90,39 @@ def test_close_to_what_has_learned_nothing_says_nothing():
 
 def test_the_picture_has_what_ran_and_lies_where_the_command_says(tmp_path):
     costs = {"parameters": 100, "training_kib": 9.0, "file_kib": 3.0}
-    results = Results({"ia3": runs([0.9] * 5, **costs), "superni-lora": {0: {"nats": -1.0}}})
+    results = Results({"ia3": runs([0.9] * 5, **costs), "superni-lora": {0: {"gained": 1.0, "parameters": 9}}})
     draw(results, tmp_path / "peft_survey")
     assert (tmp_path / "peft_survey.png").is_file()
     told = (tmp_path / "peft_survey.svg").read_text()
     assert "ia3" in told
     assert "superni-lora" not in told
     assert (tmp_path / "peft_survey" / "measurements.json").is_file()
-    # Of SuperNI alone there is nothing to draw.
-    draw(Results({"superni-lora": {0: {"nats": -1.0}}}), tmp_path / "other")
-    assert not list(tmp_path.glob("other*"))
+    # Of SuperNI alone there is nothing to draw, but a table.
+    draw(Results({"superni-lora": {0: {"gained": 1.0, "parameters": 9}}}), tmp_path / "other")
+    assert [path.name for path in tmp_path.rglob("other*")] == ["other"]
+    draw(Results({}), tmp_path / "none")
+    assert not list(tmp_path.glob("none*"))
 
 
-def test_the_table_is_what_recommend_reads(tmp_path):
-    write_measurements(
-        Results({"ia3": runs([0.9] * 5, parameters=100), "lora": runs([0.7] * 5, parameters=900)}), tmp_path
-    )
+def test_the_tables_are_what_recommend_reads(tmp_path):
+    """That of the bench, and that of SuperNI, whose order is another."""
+    made = {"ia3": runs([0.9] * 5, parameters=100), "lora": runs([0.7] * 5, parameters=900)}
+    made["superni-lora"] = {seed: {"gained": 0.5 + 0.1 * seed, "nats": 2.0, "parameters": 800} for seed in range(2)}
+    made["superni-ia3"] = {0: {"gained": 0.2, "nats": 1.0, "parameters": 80}}
+    write_measurements(Results(made), tmp_path)
     rows = read_measurements(tmp_path / "measurements.json", list(CARDS))
-    assert [(row.method, row.accuracy) for row in rows] == [("lora", 0.7), ("ia3", 0.9)]
+    assert [(row.method, row.score, row.seeds, row.table) for row in rows] == [
+        ("lora", 0.7, 5, "bench"),
+        ("ia3", 0.9, 5, "bench"),
+        ("lora", 0.55, 2, "superni"),
+        ("ia3", 0.2, 1, "superni"),
+    ]
     found = recommend(shape_of_bench(), Limits(), measurements=rows)
     assert [choice.estimate.card.id for choice in found.choices[:2]] == ["ia3", "lora"]
-    assert found.sources == ("anabranch study peft_survey, adapter bench, 5 seeds",)
+    assert found.sources == ("anabranch study peft_survey, adapter bench",)
+    real = recommend(shape_of_bench(), Limits(), measurements=rows, table="superni")
+    assert [choice.estimate.card.id for choice in real.choices[:2]] == ["lora", "ia3"]
+    assert real.sources == ("anabranch study peft_survey, SmolLM2-135M-Instruct on Super-NaturalInstructions",)
     assert (
         found.choices[0].estimate.card.id
         != recommend(shape_of_bench(), Limits(), measurements=MEASURED).choices[0].estimate.card.id

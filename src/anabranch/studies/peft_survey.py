@@ -25,7 +25,7 @@ fine-tuning (by that run's accuracies), and that what learns is what the catalog
 least five seeds, and does not hold if in none. That a method is close to full fine-tuning holds only where the latter has learned something
 (`_FLOORS`): an accuracy of .5 on the bench; on SuperNI, .05 nats per token less than the model as it was. Else it is not resolved.
 
-The table stands beside the runs as ``measurements.json``, which `anabranch adapters recommend --measurements` takes.
+Both tables stand beside the runs in ``measurements.json``, which `anabranch adapters recommend --measurements` takes (`--table`).
 
 full and lora have run on the bench with 5 seeds, rslora and dora with one (1.2 CPU hours), nothing else has. A run takes 0.1 hours of one
 core on the bench and, by single steps that were timed, 0.25 on SuperNI: 70 and 35 runs, 16 CPU hours in all. The base is smaller since
@@ -91,6 +91,11 @@ _COSTS = (
     ("parameters", "numbers that learn"),
     ("training_kib", "adapter, gradients, optimizer: KiB"),
     ("file_kib", "file: KiB"),
+)
+# Of measurements.json: name, what was measured on, arms, and the metric.
+_TABLES = (
+    ("bench", "adapter bench", "{}", "accuracy"),
+    ("superni", "SmolLM2-135M-Instruct on Super-NaturalInstructions", "superni-{}", "gained"),
 )
 _TIMED = 8
 
@@ -322,14 +327,18 @@ def draw(results: Results, path: Path) -> None:
 
 
 def write_measurements(results: Results, folder: Path) -> None:
-    """The tables as `anabranch adapters recommend` reads them: accuracies of the bench, by method."""
+    """The tables as `anabranch adapters recommend` reads them: accuracies of the bench, and what was gained on SuperNI, by method.
+
+    Rows of SuperNI are others for each seed, and methods may have other seeds: what was gained says less about rows than nats do.
+    """
     rows = []
-    for id in METHODS:
-        runs = results.runs.get(id, {})
-        if runs:
-            mean = {name: sum(run[name] for run in runs.values()) / len(runs) for name in ("accuracy", "parameters")}
-            told = f"anabranch study peft_survey, adapter bench, {len(runs)} seeds"
-            rows.append({"method": id, "variant": "best of its rates", "source": told, **mean})
+    for name, told, arm, metric in _TABLES:
+        for id in METHODS:
+            runs = list(results.runs.get(arm.format(id), {}).values())
+            if runs:
+                mean = {key: sum(run[key] for run in runs) / len(runs) for key in (metric, "parameters")}
+                which = {"table": name, "method": id, "variant": "best of its rates"}
+                rows.append({**which, "source": f"anabranch study peft_survey, {told}", "seeds": len(runs), **mean})
     if rows:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_json(folder / "measurements.json", rows)

@@ -81,9 +81,47 @@ def test_measurements_of_ones_own(tmp_path):
     assert found.used == 2
 
 
+def test_measurements_of_several_tables_are_not_mixed():
+    """Accuracies of one task and nats of another rank nothing together."""
+    rows = [
+        Measurement("vera", "", 0.9, source="a", seeds=5, table="bench"),
+        Measurement("lora", "", 0.5, source="a", seeds=1, table="bench"),
+        Measurement("lora", "", gained=0.3, source="b", seeds=2, table="real"),
+        Measurement("vera", "", gained=-0.1, source="b", seeds=2, table="real"),
+        Measurement("ia3", "", gained=0.1, source="b", seeds=2, table="real"),
+    ]
+    first, second = recommend(SHAPE, measurements=rows), recommend(SHAPE, measurements=rows, table="real")
+    assert ids(first)[:2] == ["vera", "lora"]
+    assert (first.used, first.sources, first.table, first.unit, first.other_tables) == (
+        2,
+        ("a",),
+        "bench",
+        "accuracy",
+        ("real",),
+    )
+    assert ids(second)[:3] == ["lora", "ia3", "vera"]
+    told = second.to_dict()
+    assert (told["table"], told["unit"]) == ("real", "nats per token less than the model as it was")
+    assert (told["measured_by"], told["other_tables"]) == (["b"], ["bench"])
+    assert told["choices"][0]["measurement"]["seeds"] == 2
+    with pytest.raises(ConfigError, match="no table 'rael' of measurements, only 'bench', 'real'; did you mean 'real'"):
+        recommend(SHAPE, measurements=rows, table="rael")
+    with pytest.raises(ConfigError, match="have accuracy in part and gained in part"):
+        recommend(SHAPE, measurements=[rows[0], Measurement("lora", "", gained=1.0, table="bench")])
+    assert recommend(SHAPE, measurements=()).used == 0
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('[{"method": "lora", "accuracy": 1, "gained": 1}]', "has both accuracy and gained"),
+        (
+            '[{"method": "lora", "gained": NaN}]',
+            "gained of measurement 1 in .* is nan; it must be a number, in nats per token",
+        ),
+        ('[{"method": "lora", "gained": 1, "seeds": 0}]', "seeds of measurement 1 in .* is 0"),
+        ('[{"method": "lora", "gained": 1, "seeds": true}]', "seeds of measurement 1 in .* is True"),
+        ('[{"method": "lora", "gained": 1, "table": 3}]', "table of measurement 1 in .* is 3"),
         ("[", "is not JSON"),
         ("{}", "must hold a list of measurements"),
         ("[]", "must hold a list of measurements"),

@@ -5,36 +5,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anabranch.bounds import shown
-from anabranch.errors import DataError
+from anabranch.bounds import near_name, shown
+from anabranch.errors import ConfigError, DataError
 from anabranch.files import parse_json
 
-__all__ = ["MEASURED", "SOURCE", "Measurement", "read_measurements"]
+__all__ = ["MEASURED", "SOURCE", "Measurement", "of_table", "read_measurements", "tables_of"]
 
 SOURCE = "huggingface/peft method_comparison/MetaMathQA: Llama-3.2-3B, learned from MetaMathQA, accuracy on GSM8K"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run.
+    """One run, or the mean of several.
 
     Attributes:
         method: id of its card.
         variant: which settings.
-        accuracy: from 0 to 1.
+        accuracy: from 0 to 1; None where ``gained`` was measured.
         parameters: that learned; None where nobody said.
         memory_gib: at most, while it trained.
         seconds: of training.
         source: where it was measured.
+        gained: nats per token less than the model as it was, on the same rows; None where ``accuracy`` was measured.
+        seeds: runs that it is the mean of; None where nobody said.
+        table: of measurements that may be compared.
     """
 
     method: str
     variant: str
-    accuracy: float
+    accuracy: float | None = None
     parameters: float | None = None
     memory_gib: float | None = None
     seconds: float | None = None
     source: str = SOURCE
+    gained: float | None = None
+    seeds: int | None = None
+    table: str = ""
+
+    @property
+    def score(self) -> float:
+        """What ranks it within its table; more is better."""
+        score = self.accuracy if self.gained is None else self.gained
+        assert score is not None, "one of the two was measured"
+        return score
+
+    @property
+    def unit(self) -> str:
+        """Of the score, for people."""
+        return "accuracy" if self.gained is None else "nats per token less than the model as it was"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, JSON-ready."""
@@ -66,8 +84,31 @@ MEASURED: tuple[Measurement, ...] = (
 )
 
 
+def tables_of(measurements: Sequence[Measurement]) -> list[str]:
+    """The tables that measurements are of, in order."""
+    return list(dict.fromkeys(row.table for row in measurements))
+
+
+def of_table(measurements: Sequence[Measurement], table: str | None = None) -> list[Measurement]:
+    """The rows of one table; None for the first that there is, if any.
+
+    Raises ConfigError for a table that there is not, and one whose rows cannot be compared: some have accuracies, others nats.
+    """
+    known = tables_of(measurements) or [""]
+    if table is not None and table not in known:
+        raise ConfigError(
+            f"there is no table {shown(table)} of measurements, only {', '.join(map(repr, known))}{near_name(table, known)}"
+        )
+    rows = [row for row in measurements if row.table == (known[0] if table is None else table)]
+    if len({row.unit for row in rows}) > 1:
+        raise ConfigError(
+            f"measurements of table {rows[0].table!r} have accuracy in part and gained in part; what cannot be compared is of two tables"
+        )
+    return rows
+
+
 def read_measurements(path: str | Path, known: Sequence[str]) -> list[Measurement]:
-    """Measurements of one's own: a JSON list of objects with ``method``, ``accuracy``, and what else `Measurement` has.
+    """Measurements of one's own: a JSON list of objects with ``method``, ``accuracy`` or ``gained``, and what else `Measurement` has.
 
     Raises DataError for a file that cannot be read or is no such list, a method that no card has, an accuracy that is none from 0 to 1.
     """
@@ -83,23 +124,43 @@ def read_measurements(path: str | Path, known: Sequence[str]) -> list[Measuremen
     return [_measurement(row, number, place, known) for number, row in enumerate(rows, 1)]
 
 
+# Numbers of a measurement: the least and the most that each may be.
+_BOUNDS = {
+    "accuracy": (0.0, 1.0),
+    "gained": (-1e30, 1e30),
+    "parameters": (0.0, 1e30),
+    "memory_gib": (0.0, 1e30),
+    "seconds": (0.0, 1e30),
+}
+
+
 def _measurement(row: dict[str, Any], number: int, place: Path, known: Sequence[str]) -> Measurement:
     where = f"measurement {number} in {place}"
     if row.get("method") not in known:
         raise DataError(f"{where} is of method {shown(row.get('method'))}, of which there is no card")
-    for name in ("accuracy", "parameters", "memory_gib", "seconds"):
-        value, most = row.get(name), 1.0 if name == "accuracy" else 1e30
-        # A NaN is not at most anything.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
-        if not is_number and (value is not None or name == "accuracy"):
-            allowed = "from 0 to 1" if name == "accuracy" else "at least 0"
+    # What ranks it must be there: gained, where that is said, and accuracy otherwise.
+    score, other = ("accuracy", "gained") if row.get("gained") is None else ("gained", "accuracy")
+    if row.get(other) is not None:
+        raise DataError(f"{where} has both accuracy and gained; a table is ranked by one of them")
+    for name, (least, most) in _BOUNDS.items():
+        value = row.get(name)
+        # A NaN is neither at least nor at most anything.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+        if not is_number and (value is not None or name == score):
+            allowed = {"accuracy": "from 0 to 1", "gained": "in nats per token"}.get(name, "at least 0")
             raise DataError(f"{name} of {where} is {shown(value)}; it must be a number, {allowed}")
+    seeds, table = row.get("seeds"), row.get("table", "")
+    if seeds is not None and (not isinstance(seeds, int) or isinstance(seeds, bool) or not 1 <= seeds <= 1_000_000):
+        raise DataError(f"seeds of {where} is {shown(seeds)}; it must be the number of runs that it is the mean of")
+    if not isinstance(table, str):
+        raise DataError(f"table of {where} is {shown(table)}; it must be a name")
+    numbers = {name: row.get(name) for name in _BOUNDS}
+    numbers[score] = float(row[score])
     return Measurement(
         row["method"],
         str(row.get("variant", "")),
-        float(row["accuracy"]),
-        row.get("parameters"),
-        row.get("memory_gib"),
-        row.get("seconds"),
-        str(row.get("source", place)),
+        source=str(row.get("source", place)),
+        seeds=seeds,
+        table=table,
+        **numbers,
     )

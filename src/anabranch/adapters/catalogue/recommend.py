@@ -6,7 +6,7 @@ from typing import Any
 
 from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import Estimate, estimate
-from anabranch.adapters.catalogue.measured import MEASURED, Measurement
+from anabranch.adapters.catalogue.measured import MEASURED, Measurement, of_table, tables_of
 from anabranch.adapters.catalogue.shape import Shape
 from anabranch.adapters.catalogue.table import CARDS
 from anabranch.errors import ConfigError
@@ -90,16 +90,21 @@ class Recommendation:
     """What `recommend` found.
 
     Attributes:
-        choices: best first: by measured accuracy, then those that nobody measured by how little they learn.
+        choices: best first: by what was measured, then those that nobody measured by how little they learn.
         rejected: why not, by id.
         sources: where what it was ranked by was measured.
         used: how many measurements ranked a choice.
+        table: of the measurements that ranked them, and ``unit``, what those are.
+        other_tables: that were there, too.
     """
 
     choices: tuple[Choice, ...]
     rejected: dict[str, str]
     sources: tuple[str, ...]
     used: int
+    table: str
+    unit: str
+    other_tables: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, JSON-ready."""
@@ -108,6 +113,9 @@ class Recommendation:
             "rejected": self.rejected,
             "measured_by": list(self.sources),
             "measurements_used": self.used,
+            "table": self.table,
+            "unit": self.unit,
+            "other_tables": list(self.other_tables),
         }
 
 
@@ -116,6 +124,7 @@ def recommend(
     limits: Limits | None = None,
     *,
     measurements: Sequence[Measurement] = MEASURED,
+    table: str | None = None,
     options: dict[str, Any] | None = None,
     length: int = 512,
     base_width: float = 4,
@@ -129,10 +138,11 @@ def recommend(
         shape: of the model.
         limits: None for none.
         measurements: the best of each method ranks it.
+        table: of the measurements, which can be compared within one alone; None for the first.
         options: such as rank and targets, for the methods that have them.
         length, base_width: as of `estimate`.
 
-    Raises ConfigError for a limit that is not positive.
+    Raises ConfigError for a limit that is not positive, and as `of_table`.
     """
     limits = limits or Limits()
     for name in ("max_parameters", "max_share", "max_file_bytes", "max_training_bytes"):
@@ -140,8 +150,9 @@ def recommend(
         if value is not None and not value > 0:
             raise ConfigError(f"{name} is {value}; it must be above 0")
     best: dict[str, Measurement] = {}
-    for row in measurements:
-        if row.method not in best or row.accuracy > best[row.method].accuracy:
+    rows = of_table(measurements, table)
+    for row in rows:
+        if row.method not in best or row.score > best[row.method].score:
             best[row.method] = row
     choices, rejected = [], {}
     for card in CARDS.values():
@@ -163,9 +174,12 @@ def recommend(
             rejected[card.id] = why
     choices.sort(key=_rank)
     used = [choice.measurement for choice in choices if choice.measurement is not None]
-    return Recommendation(tuple(choices), rejected, tuple(dict.fromkeys(row.source for row in used)), len(used))
+    sources = tuple(dict.fromkeys(row.source for row in used))
+    name, unit = (rows[0].table, rows[0].unit) if rows else ("", "")
+    told = name, unit, tuple(other for other in tables_of(measurements) if other != name)
+    return Recommendation(tuple(choices), rejected, sources, len(used), *told)
 
 
 def _rank(choice: Choice) -> tuple[bool, float, int]:
     measured = choice.measurement
-    return measured is None, 0.0 if measured is None else -measured.accuracy, choice.estimate.trainable
+    return measured is None, 0.0 if measured is None else -measured.score, choice.estimate.trainable

@@ -236,6 +236,14 @@ def recommend(
             help="JSON list of your own measurements (method, accuracy, ...), in place of the published ones.",
         ),
     ] = None,
+    measured_table: Annotated[
+        str | None,
+        typer.Option(
+            "--table",
+            metavar="NAME",
+            help="Which table of --measurements ranks methods. Default: the first in the file.",
+        ),
+    ] = None,
     rank: Rank = None,
     targets: Targets = None,
     sequence_length: Length = None,
@@ -266,12 +274,22 @@ def recommend(
         starts_as_base=starts_as_base,
         backends=("own",) if own else ("own", "peft"),
     )
+    if measured_table is not None and measurements is None:
+        raise ConfigError("--table is of the measurements of a file: give --measurements FILE too")
     measured = MEASURED if measurements is None else read_measurements(measurements, list(CARDS))
     shape, length = _shape(model, size_dial, sequence_length)
     options = _options(rank, targets)
     if targets is not None:
         shape.chosen(options["targets"])
-    found = find_methods(shape, limits, measurements=measured, options=options, length=length, base_width=_width(dtype))
+    found = find_methods(
+        shape,
+        limits,
+        measurements=measured,
+        table=measured_table,
+        options=options,
+        length=length,
+        base_width=_width(dtype),
+    )
     if as_json:
         print_json({"model": model, **found.to_dict()})
         return
@@ -280,9 +298,14 @@ def recommend(
             f"no method keeps to these limits on {model}; of {len(found.rejected)}, e.g. lora: {found.rejected.get('lora', '-')}"
         )
     rows = [_row(choice) for choice in found.choices[:_SHOWN]]
-    table(["method", "measured", "settings", "learns", "file", "adds FLOPs", "run by"], rows, text_columns=3)
+    heads = ["method", "measured", "seeds", "settings", "learns", "file", "adds FLOPs", "run by"]
+    table(heads, rows, text_columns=4)
+    if found.unit:
+        fact("unit", found.unit)
     for source in found.sources:
         fact("by", source)
+    if found.other_tables:
+        fact("not by", f"{', '.join(found.other_tables)}: other tables of the same file, see --table")
     rest = len(found.choices) - len(rows)
     more = f", {rest} more fit" if rest > 0 else ""
     say(
@@ -296,7 +319,8 @@ def _row(choice: Any) -> tuple[str, ...]:
     added = found.merged_flops if found.merged_flops is not None else found.added_flops
     return (
         found.card.id,
-        "-" if measured is None else f"{measured.accuracy:.3f}",
+        "-" if measured is None else f"{measured.score:.3f}",
+        "" if measured is None or measured.seeds is None else str(measured.seeds),
         "" if measured is None else measured.variant,
         quantity(found.trainable),
         size(found.file_bytes),
