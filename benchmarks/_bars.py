@@ -36,6 +36,11 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(1.0, "select, .* from its vector", "the bar"),
         Bar(1.0, "rewire, .*"),
     ),
+    "adapter_training": (
+        # At most half; and at most a tenth more.
+        Bar(2.0, "lst, .*", "lora"),
+        Bar(1 / 1.1, "mezo, .*", "inference"),
+    ),
     "coe": (Bar(1.0, peer="the bar"), Bar(1.0, "the same with embedding.*", "semantic-router.*")),
     "consistency": (Bar(20, "SRP.*", "numpy, window by window"), Bar(50, "SCH.*", "Python, size by size")),
     "designs": (Bar(0.87, ".*, training .*"), Bar(0.91, ".*, decoding.*")),
@@ -181,6 +186,8 @@ AWAITED: dict[str, frozenset[Bar]] = {
     # One step takes minutes.
     "rl": frozenset(bar for bar in BARS["rl"] if bar.case == "ppo"),
     "rl_tokens": frozenset(BARS["rl_tokens"]),
+    # A machine that does nothing else.
+    "adapter_training": frozenset(BARS["adapter_training"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
 }

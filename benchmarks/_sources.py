@@ -39,6 +39,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "adapter_dispatch": (*LAYERS, "adapters/dynmole.py", "adapters/routed.py", "adapters/low_rank.py"),
     "adapter_steps": (*LAYERS, "adapters/mhr", "adapters/glider", "adapters/rewiring", "lm/decoder.py"),
+    "adapter_training": (*MODEL, "adapters", "train"),
     "balance_audit": ("routing/assignment.py",),
     "coe": ("routers/coe", "routers/embed"),
     "consistency": ("routing/consistency.py", "routing/srp_statistics.py", "routing/cache_policy.py"),
