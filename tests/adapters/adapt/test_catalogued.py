@@ -23,6 +23,7 @@ from anabranch.train.hooks import StepHooks
 OPTIONS = {
     "lora-plus": {"rank": 2},
     "lora-fa": {"rank": 2},
+    "eva": {"rank": 2},
     "dylora": {"rank": 2},
     "dora": {"rank": 2},
     "ia3": {},
@@ -41,7 +42,7 @@ OPTIONS = {
     "full": {},
 }
 # What peft has, too, in its own form.
-IN_PEFTS_FORM = {"lora-plus", "lora-fa", "dylora", "dora", "ia3", "prompt-tuning", "prefix-tuning"}
+IN_PEFTS_FORM = {"lora-plus", "lora-fa", "eva", "dylora", "dora", "ia3", "prompt-tuning", "prefix-tuning"}
 # Where one is enough, the others are among the slow ones.
 QUICK = {"dora", "lst", "mam", "ln-tuning"}
 TRAIN_THE_BASE = [id for id in method_names() if id in CARDS and CARDS[id].trains_base]
@@ -209,6 +210,38 @@ def test_the_entries_of_fish_mask_have_the_greatest_information_of_the_rows(plac
         wanted = score_OC.reshape(-1).topk(layer.config.entries).indices.sort().values
         assert torch.equal(layer.index, wanted)
         assert not layer.value.any()
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("all",)])
+def test_eva_starts_in_the_main_directions_of_what_layers_are_given(place, tmp_path, targets, monkeypatch):
+    """Of the tokens of all rows, without padding; nothing is added before the first step, and what was written is LoRA of peft's."""
+    monkeypatch.setitem(OPTIONS, "eva", {"rank": 3, "targets": targets})
+    run = trainer(place, tmp_path / "run", "eva", 1)
+    layers = layers_of(run.task.base)
+    assert not any(layer.b.any() for layer in layers.values())
+    # Written out: what goes into q and v is what the norm before makes, and into o and down what stands before these.
+    base, _ = load_model(place / "base")
+    inputs = {}
+    for name, module in base.named_modules():
+        if name.endswith(("qkv", "attention.out", "w13", "w2")):
+            module.register_forward_pre_hook(
+                lambda module, given, name=name: inputs.setdefault(name, []).append(given[0][0])
+            )
+    rows = Examples(*run.task.learned.tensors, *run.task.choices[0], seed=0).next_batch(6)
+    with torch.no_grad():
+        for row in range(6):
+            base(rows[0][row].long()[None, : int(rows[2][row]) - 1])
+    fused = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "out", "gate": "w13", "up": "w13", "down": "w2"}
+    for name, layer in layers.items():
+        matrix, _, word = name.rpartition(".")
+        x_NC = torch.cat(inputs[f"{matrix}.{fused[word]}"]).double()
+        wanted_RC = torch.linalg.svd(x_NC, full_matrices=False).Vh[:3]
+        torch.testing.assert_close(layer.a.double() @ wanted_RC.mT @ wanted_RC, layer.a.double(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(layer.a @ layer.a.mT, torch.eye(3), atol=1e-5, rtol=0)
+    run.fit()
+    written = run.task.write(tmp_path / "adapter")
+    assert written.form == "peft"
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
 @pytest.mark.parametrize("kind", ["linear", "hash", "rexmoe"])

@@ -19,6 +19,7 @@ from anabranch.adapters.catalogue.applied import Applied, apply
 from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import settings
 from anabranch.adapters.catalogue.table import CARDS, find
+from anabranch.adapters.eva import start_by_inputs
 from anabranch.adapters.front import Front
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.numbers import Holder
@@ -133,11 +134,13 @@ class Catalogued(Method, kind="catalogue"):
         return model
 
     def look(self, model: Decoder, losses: Iterable[Tensor]) -> None:
-        """SparseAdapter is pruned by them, and FISH mask's entries are chosen."""
+        """SparseAdapter is pruned by them, FISH mask's entries are chosen, and EVA's A takes directions of what layers are given."""
         if self.config.id == "sparse-adapter":
             snip(model, losses)
         elif self.config.id == "fish-mask":
             place_by_fisher(model, losses)
+        elif self.config.id == "eva":
+            start_by_inputs(model, losses)
 
     def consistency(self) -> float:
         """AdaMix has two choices for each row."""

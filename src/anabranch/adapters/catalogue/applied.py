@@ -58,7 +58,7 @@ from anabranch.routing import Router, SwitchLoss, TopK
 __all__ = ["TABLE", "WEIGHTS", "Applied", "apply", "load_applied"]
 
 TABLE, WEIGHTS = "catalogue_adapter.json", "catalogue_adapter.safetensors"
-_LOW_RANK = ("lora", "rslora", "lora-plus", "lora-fa", "llm-adapters", "adapter-drop")
+_LOW_RANK = ("lora", "rslora", "lora-plus", "lora-fa", "eva", "llm-adapters", "adapter-drop")
 # Of the base itself, so little that what it was is kept.
 _SMALL = ("bitfit", "ln-tuning")
 _MASKS = ("shira", "fish-mask", "lt-sft")

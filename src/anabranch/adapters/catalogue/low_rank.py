@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from anabranch.adapters.catalogue.card import Card, Op, Options, Paper, Work
+from anabranch.adapters.catalogue.card import Backend, Card, Op, Options, Paper, Work
 from anabranch.adapters.catalogue.shape import Matrix, Shape
 from anabranch.adapters.catalogue.works import DENSE, FROZEN_PAIR, LOW_RANK, LOW_RANK_B, each, low_rank
 
@@ -36,7 +36,7 @@ def _randlora_ops(matrix: Matrix, options: Options) -> list[Op]:
     return [Op(2 * width * matrix.in_dim, trains=False), Op(2 * width * matrix.out_dim, trains=False, takes_x=False)]
 
 
-def _start(id: str, name: str, rule: str, paper: Paper, limits: str = _START) -> Card:
+def _start(id: str, name: str, rule: str, paper: Paper, limits: str = _START, backend: Backend = "peft") -> Card:
     """LoRA that starts elsewhere: the same numbers and products."""
     return Card(
         id,
@@ -46,7 +46,7 @@ def _start(id: str, name: str, rule: str, paper: Paper, limits: str = _START) ->
         "beside each chosen linear layer",
         "r (C + O)",
         (paper,),
-        backend="peft",
+        backend=backend,
         peft_type="LORA",
         options=dict(_RANK),
         count=each(low_rank),
@@ -140,9 +140,11 @@ CARDS = (
     _start(
         "eva",
         "EVA",
-        "LoRA whose A starts as the main directions of the layer's inputs, with ranks given out by how much those explain",
+        "LoRA whose A starts as the main directions of the layer's inputs",
         Paper("Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024, "2410.07170"),
-        "needs batches of data before it starts; ranks differ from layer to layer afterwards",
+        "needs data before it starts: adapt takes the first 32 rows, and keeps C^2 numbers of each layer for that time; in Python see "
+        "`start_by_inputs`. All layers have the same rank",
+        backend="own",
     ),
     _start(
         "loftq",
