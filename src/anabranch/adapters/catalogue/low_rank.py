@@ -36,6 +36,13 @@ def _randlora_ops(matrix: Matrix, options: Options) -> list[Op]:
     return [Op(2 * width * matrix.in_dim, trains=False), Op(2 * width * matrix.out_dim, trains=False, takes_x=False)]
 
 
+def _lily(matrices: Sequence[Matrix], shape: Shape, options: Options) -> int:
+    """An A and a router for each matrix, and the B of all those of one kind."""
+    rank, number = options["rank"], options["number"]
+    shared = {matrix.word: matrix.out_dim for matrix in matrices}
+    return sum(rank * (matrix.in_dim + number) for matrix in matrices) + number * rank * sum(shared.values())
+
+
 def _start(id: str, name: str, rule: str, paper: Paper, limits: str = _START, backend: Backend = "peft") -> Card:
     """LoRA that starts elsewhere: the same numbers and products."""
     return Card(
@@ -267,9 +274,12 @@ CARDS = (
         "reparameterised/shared projections",
         "A of neighbouring layers is one, and B is mixed out of k by a router",
         "beside each chosen linear layer",
-        "shared, by how layers are grouped",
+        "r (C + k) per layer, and k r O for all layers of one kind together",
         (Paper("Low-Rank Interconnected Adaptation across Layers", 2024, "2407.09946"),),
+        backend="peft",
         peft_type="LILY",
+        options={"rank": 32, "number": 2, "targets": _QV},
+        count=_lily,
         limits="a router chooses for each token, so it cannot be merged",
     ),
     Card(
@@ -280,20 +290,25 @@ CARDS = (
         "beside each chosen linear layer",
         "K for the whole model",
         (Paper("Uni-LoRA: One Vector is All You Need", 2025, "2506.00799"),),
+        backend="peft",
         peft_type="UNILORA",
-        options={"size": 256, "targets": _QV},
+        options={"rank": 4, "size": 256, "targets": _QV},
         count=lambda matrices, shape, options: options["size"],
         merges="yes",
+        starts_as_base=False,
     ),
     Card(
         "tinylora",
         "TinyLoRA",
         "reparameterised/intrinsic",
-        "a few numbers, shared by layers, along the main singular directions of each matrix",
+        "a few numbers along the main r singular directions of each matrix",
         "beside each chosen linear layer",
-        "u for each group of layers",
+        "u",
         (Paper("TinyLoRA", 2026, "2602.04118"),),
+        backend="peft",
         peft_type="TINYLORA",
+        options={"rank": 2, "size": 64, "targets": _QV},
+        count=each(lambda matrix, options: options["size"]),
         merges="yes",
     ),
     Card(

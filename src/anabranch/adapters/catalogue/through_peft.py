@@ -25,6 +25,9 @@ _OWN_NAMES: dict[str, dict[str, str]] = {
     "adalora": {"rank": "init_r"},
     "multitask-prompt-tuning": {"rank": "num_ranks", "tasks": "num_tasks"},
     "vblora": {"vectors": "num_vectors", "length": "vector_length"},
+    "lily": {"number": "num_B"},
+    "unilora": {"size": "theta_d_length"},
+    "tinylora": {"size": "u"},
     "ia3": {"feedforward": "feedforward_modules"},
     "road": {"group": "group_size"},
     "p-tuning": {"hidden": "encoder_hidden_size"},
@@ -53,8 +56,8 @@ _NEEDS_MORE = {
 def peft_config(id: str, options: Mapping[str, Any] | None = None) -> Any:
     """The config of the package peft for a method of the catalogue.
 
-    Raises ConfigError for a method that peft does not run by a config alone, and for an option that its card has not; MissingExtraError
-    where peft is not installed.
+    Raises ConfigError for a method that peft does not run by a config alone, or not in the version that is installed, and for an option
+    that its card has not; MissingExtraError where peft is not installed.
     """
     card = find(id)
     if card.peft_type is None or card.backend == "none":
@@ -65,6 +68,10 @@ def peft_config(id: str, options: Mapping[str, Any] | None = None) -> Any:
     from peft import PeftType, TaskType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    if card.peft_type not in PeftType.__members__:
+        raise ConfigError(
+            f"the installed peft has no {card.peft_type}; a newer one has {card.id} (0.21.2 has all of the catalogue)"
+        )
     names = _NAMES | _OWN_NAMES.get(card.id, {})
     told: dict[str, Any] = dict(_TOLD.get(card.id, {}))
     for name, value in settings(card, options or {}).items():
