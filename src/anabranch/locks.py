@@ -24,7 +24,8 @@ def locked(path: str | Path, *, wait_s: float = 0.0, on_wait: Callable[[], objec
     """Hold the lock file ``path`` (hidden, named ``.NAME.lock``) meanwhile; yields False if another process has it.
 
     The system frees the lock when a process dies, however it dies; what is left of the file then means nothing. The folder must be
-    there. Where there are no locks (Windows, some network file systems) everybody gets it.
+    there. Where there are no locks (Windows, some network file systems) everybody gets it. A copy of the process (fork) does not have it:
+    what it leaves stays its parent's.
 
     Args:
         path: the file; it is removed afterwards.
@@ -42,9 +43,12 @@ def locked(path: str | Path, *, wait_s: float = 0.0, on_wait: Callable[[], objec
         handle = _lock(Path(path))
     if fcntl is None or handle is not None:
         try:
+            owner = os.getpid()
             yield True
         finally:
-            if handle is not None:
+            if handle is not None and owner != os.getpid():
+                os.close(handle)
+            elif handle is not None:
                 # While it is still held: whoever opened the file before sees that it is no longer there, and makes another.
                 Path(path).unlink(missing_ok=True)
                 os.close(handle)

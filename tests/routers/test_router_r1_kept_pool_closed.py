@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import threading
 
 import pytest
@@ -110,15 +111,50 @@ def test_of_two_that_close_at_once_the_last_lets_calls_begin():
     assert pool.reply("small", "a").text == "small says"
 
 
-def test_a_close_of_the_process_that_this_is_a_copy_of_ends_nowhere_here():
-    pool = KeptPool(Live())
-    # What a copy begins with that is made while another thread closes: that thread is not in it.
-    pool._closing.add((os.getpid() + 1, object()))
-    pool._over.set()
-    with pytest.raises(BackendError, match="nobody was asked"):
-        pool.reply("small", "a")
-    pool.close()
-    assert pool.reply("small", "a").text == "small says"
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(
+    "way", ["asks the same", "closes, and asks the same", "while it is closed", "while it is locked"]
+)
+def test_a_copy_of_the_process_waits_for_nothing_that_is_under_way_in_the_other(tmp_path, way):
+    """A call, a close or a lock of a thread that the copy has not: it waited for them without end."""
+    begun, go, path = threading.Event(), threading.Event(), tmp_path / "kept.jsonl"
+
+    def reply(model, query):
+        if query == "slow" and not go.is_set():
+            begun.set()
+            go.wait(600)
+        return Reply("said", 1, 1)
+
+    # Without a file where the copy is to ask: with one it waits for its parent, as another process does.
+    pool = KeptPool(Live(reply), path if way == "while it is locked" else None)
+    call = threading.Thread(target=pool.reply, args=("small", "slow"), daemon=True)
+    call.start()
+    assert begun.wait(60)
+    if way == "while it is closed":
+        pool._closing.add(object())
+        pool._over.set()
+    if way == "while it is locked":
+        pool._lock.acquire()
+    child = os.fork()
+    if not child:
+        # What would wait without end is ended.
+        signal.alarm(60)
+        go.set()
+        if way == "while it is locked":
+            # Whose lock file stays, since its call is still out.
+            os._exit(0 if pool._lock.acquire(timeout=1) and pool._lock_file(path).exists() else 1)
+        if way.startswith("closes"):
+            pool.close()
+        os._exit(0 if pool.reply("small", "slow").text == "said" else 1)
+    try:
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        if way == "while it is locked":
+            pool._lock.release()
+        go.set()
+    call.join(60)
+    if way == "while it is locked":
+        assert (len(rows(path)), pool._lock_file(path).exists()) == (1, False)
 
 
 def test_an_interruption_is_told_to_its_own_thread_alone():

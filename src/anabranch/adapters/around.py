@@ -49,25 +49,37 @@ def put_around(
     Raises ConfigError where the model has streams or a ladder already, or its attention cannot meet keys that are no tokens'.
     """
     config = around_config(model.config, front, ladder)
+    generator = torch.Generator().manual_seed(seed)
+    # All that may fail is made before the model is touched.
+    streams = None if front is None else _tokens(model, config, generator)
+    rungs = [] if ladder is None else _rungs(model, config, generator)
     if front is not None or ladder is not None:
         fix(model, _AROUND)
-    generator = torch.Generator().manual_seed(seed)
-    device = model.embedding.weight.device
-    if front is not None:
-        streams = build_empty(config).streams
-        assert isinstance(streams, Front)
-        streams.put(_first(model, streams, generator), device, trainable=True)
-        model.streams = streams.train(model.training)
-    if ladder is not None:
-        made: Any = config.block
-        for number, context in enumerate(config.contexts(generator=generator, shared=model.shared)):
-            rung = Ladder(made, context, model.blocks[number]).train(model.training)
-            # What is the model's stays where it is, be it nowhere yet.
-            rung.rung.to(device)
-            rung.alpha.data = rung.alpha.data.to(device)
-            model.blocks[number] = rung
+    if streams is not None:
+        model.streams = streams
+    for number, rung in enumerate(rungs):
+        model.blocks[number] = rung
     model.config = config
     return model
+
+
+def _tokens(model: Decoder, config: Decoder.Config, generator: torch.Generator) -> Front:
+    streams = build_empty(config).streams
+    assert isinstance(streams, Front)
+    streams.put(_first(model, streams, generator), model.embedding.weight.device, trainable=True)
+    return streams.train(model.training)
+
+
+def _rungs(model: Decoder, config: Decoder.Config, generator: torch.Generator) -> list[Ladder]:
+    made: Any = config.block
+    device, rungs = model.embedding.weight.device, []
+    for number, context in enumerate(config.contexts(generator=generator, shared=model.shared)):
+        rung = Ladder(made, context, model.blocks[number]).train(model.training)
+        # What is the model's stays where it is, be it nowhere yet.
+        rung.rung.to(device)
+        rung.alpha.data = rung.alpha.data.to(device)
+        rungs.append(rung)
+    return rungs
 
 
 def around_config(config: Decoder.Config, front: Front.Config | None, ladder: Ladder.Config | None) -> Decoder.Config:

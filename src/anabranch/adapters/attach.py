@@ -28,7 +28,7 @@ from anabranch.adapters.names import Names, names_of
 from anabranch.adapters.peft_folder import CONFIG, Adapter, read_peft
 from anabranch.adapters.peft_tables import table_of
 from anabranch.adapters.skills import Skills
-from anabranch.adapters.whole import HEAD, exchange, tensor_of, with_parted_head
+from anabranch.adapters.whole import HEAD, exchange, state_of, tensor_in, tensor_of, with_parted_head
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
@@ -128,8 +128,11 @@ def unload(model: Decoder) -> Decoder:
     """
     attached = attached_on(model)
     # Nothing is taken off where one of them cannot be given back.
+    state = state_of(model)
     for name in attached.before:
-        tensor_of(model, attached.names.tensors[name].tensor)
+        tensor_in(state, attached.names.tensors[name].tensor)
+    for name, _, _ in attached.base:
+        tensor_in(state, name)
     take_around(model)
     if attached.merged is not None:
         unmerge(model)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from anabranch.adapters.graft import graft
+from anabranch.adapters.ladder import LADDERED
 from anabranch.adapters.names import Names
 from anabranch.adapters.numbers import Numbers
 from anabranch.adapters.peft_folder import Adapter
@@ -32,7 +33,7 @@ class Attached:
         names: of the model's layers.
         config: of the model before.
         before: what stood where the adapter's whole tensors are now, by the names of transformers.
-        learned: which parameters of the base learned before.
+        learned: whether a parameter of the base learned before, by its name then.
         head: of the model before.
         merged: the adapter that is in the matrices; None where it stands beside them.
         base: the numbers that it took the place of: (tensor of ours, where in it, what was there).
@@ -44,7 +45,7 @@ class Attached:
     names: Names
     config: Decoder.Config
     before: dict[str, Tensor] = field(default_factory=dict)
-    learned: list[str] = field(default_factory=list)
+    learned: dict[str, bool] = field(default_factory=dict)
     head: Any = None
     merged: Adapter | None = None
     base: list[tuple[str, tuple[int | slice, ...], Tensor]] = field(default_factory=list)
@@ -72,20 +73,24 @@ def attached_on(model: Decoder) -> Attached:
 def begin(model: Decoder, adapters: Mapping[str, Adapter], names: Names, config: Decoder.Config) -> Attached:
     """Note what the model is, freeze it, and give it the head of its own that ``config`` may say."""
     attached = Attached(adapters, names, model.config, head=model.head)
-    attached.learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    attached.learned = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     fix(model, ATTACHED)
     if model.config.tie_embeddings and not config.tie_embeddings:
         part_head(model, config)
+        # A head that came with the adapter is not the base's.
+        attached.learned = dict.fromkeys((name for name, _ in model.named_parameters()), False) | attached.learned
     object.__setattr__(model, ATTACHED, attached)
     return attached
 
 
 def forget(model: Decoder) -> None:
-    """Let parameters of the base learn that learned before, and the model not know of an adapter any more."""
+    """Let parameters of the base learn that learned before, and the model not know of an adapter any more. What was put around it since
+    learns as it did."""
     attached = attached_on(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in attached.learned)
+        if (learned := attached.learned.get(name.replace(LADDERED, "."))) is not None:
+            parameter.requires_grad_(learned)
     release(model, ATTACHED)
     object.__delattr__(model, ATTACHED)
 

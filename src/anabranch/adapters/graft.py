@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from anabranch.adapters.ladder import LADDERED
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
@@ -108,9 +109,9 @@ def strip(model: Decoder) -> None:
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
-    """The layers that stand beside parts of matrices, by the names of the parts."""
+    """The layers that stand beside parts of matrices, by the names of the parts, which are the same along a ladder."""
     found: dict[str, Any] = {}
-    for name, module in model.named_modules():
+    for name, module in ((name.replace(LADDERED, "."), module) for name, module in model.named_modules()):
         if isinstance(module, Added):
             found |= {".".join([*name.split(".")[:-1], part]): layer for part, layer in module.beside.items()}
         elif (layers := layers_beside(module)) is not None:

@@ -120,4 +120,4 @@ class Ladder(Block, kind="ladder"):
     def _linear(self, name: str, x_BLD: Tensor) -> Tensor:
         """In the type of the side; the model is not learned through it."""
         module: Any = self.rung[name]
-        return module(x_BLD.detach().to(module.weight.dtype))
+        return module(x_BLD.detach().to(self.alpha.dtype))

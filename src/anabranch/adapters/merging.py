@@ -12,7 +12,7 @@ from anabranch.adapters.names import Place
 from anabranch.adapters.numbers import Numbers
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.saving import adapter_of
-from anabranch.adapters.whole import tensor_in
+from anabranch.adapters.whole import state_of, tensor_in
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 
@@ -44,7 +44,7 @@ def merge(model: Decoder, *, keep: bool = True) -> Decoder:
     layers = our_layers(attached.names, adapter, model.config)
     if adapter.prompt_MW is not None or not all(numbers.merges for numbers in layers.values()):
         raise ConfigError(f"the adapter is {adapter.what}, which no matrix can take in; leave it beside")
-    state = model.state_dict(keep_vars=True)
+    state = state_of(model)
     for name, _, made in _written(state, attached, layers):
         if not made.isfinite().all():
             kind = str(made.dtype).removeprefix("torch.")
@@ -75,7 +75,7 @@ def unmerge(model: Decoder) -> Decoder:
     if attached.merged is None:
         raise ConfigError("the adapter is not merged")
     layers = our_layers(attached.names, attached.merged, model.config)
-    state = model.state_dict(keep_vars=True)
+    state = state_of(model)
     targets = [tensor_in(state, name)[where] for name, where, _ in attached.base]
     made = with_layers(
         model.config, configs_of(attached.merged, layers, trainable=attached.trainable), attached.names.parts

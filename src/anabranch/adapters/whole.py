@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.ladder import LADDERED
 from anabranch.adapters.names import Names
 from anabranch.adapters.peft_folder import Adapter
 from anabranch.errors import ConfigError
@@ -56,9 +57,14 @@ def tensor_in(state: Mapping[str, Any], name: str) -> Tensor:
     return found
 
 
+def state_of(model: Decoder) -> dict[str, Tensor]:
+    """The tensors of ``model`` themselves, for `tensor_in`; what stands along a ladder by the names that it has without."""
+    return {name.replace(LADDERED, "."): value for name, value in model.state_dict(keep_vars=True).items()}
+
+
 def tensor_of(model: Decoder, name: str) -> Tensor:
     """`tensor_in` the state of ``model``."""
-    return tensor_in(model.state_dict(keep_vars=True), name)
+    return tensor_in(state_of(model), name)
 
 
 @torch.no_grad()

@@ -114,6 +114,24 @@ def test_whoever_speaks_before_it_is_told_of_its_end_is_told_all_the_same(way, m
         rank.close()
 
 
+def test_whoever_speaks_as_the_coordinator_is_closed_is_told_that_it_was(monkeypatch):
+    host = Coordinator(replicas=1, stages=1)
+    rank = rank_of(host)
+    (member,) = host._decisions.members.values()
+    channel, send = member.channel, member.channel.send
+
+    def send_late(header, *body):
+        # What the rank says meanwhile comes when it is nobody's member any more.
+        host._on_frame(channel, {"kind": "beat", "epoch": 0, "waits": None, "is_long": False}, b"")
+        send(header, *body)
+
+    monkeypatch.setattr(channel, "send", send_late)
+    host.close()
+    with pytest.raises(PeerError, match="the coordinator was closed"):
+        rank.step(BATCH)
+    rank.close()
+
+
 def test_a_number_that_is_none_is_refused():
     with pytest.raises(InputError, match="restarts is -1; use at least 0"):
         Coordinator(replicas=1, stages=1, restarts=-1)

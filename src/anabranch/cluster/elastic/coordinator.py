@@ -109,14 +109,15 @@ class Coordinator:
         self._watching.set()
         self._listener.close()
         with self._lock:
-            members = list(self._decisions.members.values())
+            members = [member.channel for member in self._decisions.members.values()]
             self._decisions.members.clear()
             parted = [*self._parted, *self._decisions.cast_out]
-        for channel in parted:
-            channel.close()
-        for member in members:
-            member.channel.send({"kind": "stop", "why": "the coordinator was closed"})
-            member.channel.close(after_sends=True)
+            # Of whom something may still be heard before they are told.
+            self._parted += members
+        for channel in members:
+            channel.send({"kind": "stop", "why": "the coordinator was closed"})
+        for channel in (*parted, *members):
+            channel.close(after_sends=True)
 
     @property
     def version(self) -> int:

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
@@ -34,6 +35,19 @@ _WAIT_S = 600.0
 _CLOSE_S = 10.0
 # Between two times that they are ended.
 _AGAIN_S = 0.1
+
+
+# All that there are, for processes that are copies of this one.
+_POOLS = weakref.WeakSet["KeptPool"]()
+
+
+def _begin_in_copy() -> None:
+    for pool in list(_POOLS):
+        pool._begin_in_copy()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_copy)
 
 
 class LivePool(RoutePool, Protocol):
@@ -101,7 +115,8 @@ class KeptPool:
         self._under_way, self._held = 0, ExitStack()
         # How often it was closed: who began before that asks nobody any more. And closes under way.
         self._closed = 0
-        self._closing, self._closing_lock = set[tuple[int, object]](), threading.RLock()
+        self._closing, self._closing_lock = set[object](), threading.RLock()
+        _POOLS.add(self)
         if self._path is not None:
             self._go_on(self._path)
 
@@ -157,8 +172,8 @@ class KeptPool:
 
         Whoever asks meanwhile, until the last of several that close it has done so, is refused (BackendError), which costs nothing.
         """
-        # Not for ever: one may be a call of this very thread, or of a process that this one is a copy of.
-        end, is_done, this = time.monotonic() + _CLOSE_S, False, (os.getpid(), object())
+        # Not for ever: one may be a call of this very thread.
+        end, is_done, this = time.monotonic() + _CLOSE_S, False, object()
         try:
             # In this order: whoever comes between the two began before.
             with self._closing_lock:
@@ -176,9 +191,19 @@ class KeptPool:
         finally:
             with self._closing_lock:
                 self._closing.discard(this)
-                # Closes of the process that this one is a copy of end nowhere here.
-                if all(process != os.getpid() for process, _ in self._closing):
+                if not self._closing:
                     self._over.clear()
+
+    def _begin_in_copy(self) -> None:
+        """In a process that is a copy of another (fork): calls and closes that are under way there end nowhere here."""
+        self._lock, self._closing_lock = threading.Condition(), threading.RLock()
+        self._coming, self._under_way, self._reserved = {}, 0, 0.0
+        # They write what they cost themselves.
+        self._unwritten = b""
+        self._held.close()
+        if self._closing:
+            self._closing.clear()
+            self._over.clear()
 
     # Calls
 
