@@ -10,7 +10,7 @@ p are an item's scores as shares, U its open destinations. DynMoLE (arXiv 2504.0
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -115,6 +115,11 @@ class SoftLoss(Balancer, kind="soft"):
 
     config: Config
 
+    def __init__(self, config: Config, num_destinations: int) -> None:
+        super().__init__(config, num_destinations)
+        # Made here: a pass that is compiled would make one for each layer.
+        self._all_layers = _over_layers(config.alpha, num_destinations)
+
     def forward(self, seen: Observation, context: RoutingContext) -> None:
         """Emit ``soft_balancing``, or this layer's part of it."""
         routing, mask_N = seen.routing, context.item_mask_N
@@ -127,7 +132,7 @@ class SoftLoss(Balancer, kind="soft"):
         if self.config.scope == "layer":
             context.emit_loss("soft_balancing", self.config.alpha * num_open * (weight_E * share_E).sum())
         else:
-            context.emit_part(_over_layers(self.config.alpha, self.num_destinations), (weight_E, share_E, num_open))
+            context.emit_part(self._all_layers, (weight_E, share_E, num_open))
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,10 @@ class _OverLayers:
 
     alpha: float
     num_destinations: int
+
+    def __reduce__(self) -> Any:
+        """A copy is the same one."""
+        return _over_layers, (self.alpha, self.num_destinations)
 
     def close(self, parts: list[tuple[Tensor, ...]]) -> tuple[str, Tensor]:
         """(name, loss)."""
