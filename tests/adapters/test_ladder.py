@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from anabranch.adapters import catalogue
 from anabranch.adapters.around import bare_config, bare_name, put_around, take_around
 from anabranch.adapters.front import Front
 from anabranch.adapters.ladder import Ladder
+from anabranch.adapters.own_folder import read_own, write_own
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, SamplingConfig, generate
 from anabranch.nn import MoE, SelfAttention, SwiGLU
@@ -157,3 +159,16 @@ def test_a_new_base_that_cannot_learn_is_told(caplog):
     DecoderTask(DecoderTask.Config(model=new), model=laddered()).build_model(context)
     DecoderTask(DecoderTask.Config(model=bare_config(new))).build_model(context)
     assert not caplog.text
+
+
+def test_what_was_written_without_an_axis_is_read(tmp_path):
+    """Shards need one, and the number of a rung had none before."""
+    model = laddered()
+    write_own(tmp_path / "adapter", model)
+    file = tmp_path / "adapter" / "adapter.safetensors"
+    numbers = load_file(file)
+    alphas = [name for name in numbers if name.endswith(".alpha")]
+    assert len(alphas) == len(model.blocks)
+    save_file(numbers | {name: torch.tensor(0.25 + place) for place, name in enumerate(alphas)}, file)
+    again = read_own(tmp_path / "adapter", CONFIG.build(seed=1))
+    assert [block.alpha.tolist() for block in again.blocks] == [[0.25], [1.25], [2.25]]

@@ -30,7 +30,7 @@ class GatedLowRank(LowRank, kind="gated_low_rank"):
 
     Attributes:
         gate: parameter [C], v; 0 at first.
-        gate_bias: parameter, c, where there is one.
+        gate_bias: parameter [1], c, where there is one.
     """
 
     @configclass
@@ -47,12 +47,11 @@ class GatedLowRank(LowRank, kind="gated_low_rank"):
     def __init__(self, config: Config, projection: Projection, context: BuildContext) -> None:
         super().__init__(config, projection, context)
         self.gate = nn.Parameter(torch.zeros(projection.in_dim))
-        self.gate_bias = nn.Parameter(torch.zeros(())) if config.biased else None
+        self.gate_bias = nn.Parameter(torch.zeros(1)) if config.biased else None
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """What is added to y."""
-        bias_1 = None if self.gate_bias is None else self.gate_bias.reshape(1)
-        gate = F.linear(x.to(self.gate.dtype), self.gate.unsqueeze(0), bias_1).sigmoid()
+        gate = F.linear(x.to(self.gate.dtype), self.gate.unsqueeze(0), self.gate_bias).sigmoid()
         return gate * self.product(self.dropped(x))
 
     def numbers(self) -> Numbers:
@@ -64,7 +63,7 @@ class GatedLowRank(LowRank, kind="gated_low_rank"):
         super().put(pair, device, trainable=trainable)
         self.gate = nn.Parameter(torch.zeros(self.a.shape[1], device=device))
         if self.gate_bias is not None:
-            self.gate_bias = nn.Parameter(torch.zeros((), device=device))
+            self.gate_bias = nn.Parameter(torch.zeros(1, device=device))
 
 
 class GatedBottleneck(SerialBottleneck, kind="gated_bottleneck"):
@@ -72,7 +71,7 @@ class GatedBottleneck(SerialBottleneck, kind="gated_bottleneck"):
 
     Attributes:
         gate: parameter [O], v; 0 at first.
-        gate_bias: parameter, c.
+        gate_bias: parameter [1], c.
     """
 
     @configclass
@@ -88,10 +87,10 @@ class GatedBottleneck(SerialBottleneck, kind="gated_bottleneck"):
     def __init__(self, config: Config, projection: Projection, context: BuildContext) -> None:
         super().__init__(config, projection, context)
         self.gate = nn.Parameter(torch.zeros(projection.out_dim))
-        self.gate_bias = nn.Parameter(torch.zeros(()))
+        self.gate_bias = nn.Parameter(torch.zeros(1))
 
     def around(self, rows: Rows, context: Any = None) -> Tensor:
         """y. It is computed in the adapter's type, which may be wider than that of the matrix."""
         y = rows.y.to(self.down.dtype)
-        gate = F.linear(y, self.gate.unsqueeze(0), self.gate_bias.reshape(1)).sigmoid()
+        gate = F.linear(y, self.gate.unsqueeze(0), self.gate_bias).sigmoid()
         return (y + gate * self.made(y)).to(rows.y.dtype)

@@ -83,7 +83,8 @@ class Ladder(Block, kind="ladder"):
         self.rung["norm"] = context.norm(width)
         self.rung["wide"] = nn.Linear(width, 2 * hidden, bias=False)
         self.rung["narrow"] = nn.Linear(hidden, width, bias=False)
-        self.alpha = nn.Parameter(torch.zeros(()))
+        # With an axis, as shards need one.
+        self.alpha = nn.Parameter(torch.zeros(1))
         self.is_last = context.layer == context.num_layers - 1
         if self.is_last:
             self.rung["end_norm"] = context.norm(width)

@@ -276,7 +276,8 @@ def load_numbers(model: Any, path: Path, *, prefix: str = "", names: Sequence[st
         raise CheckpointError(f"{path} {what}; is it of another model, of a version before this one, or damaged?")
     for name in names:
         value, target = source.read(prefix + name), state[name]
-        if value.shape != target.shape:
+        # A single number used to be stored without an axis.
+        if value.shape != target.shape and (value.shape, target.shape) != ((), (1,)):
             raise CheckpointError(
                 f"{name} in {path} has shape {list(value.shape)}, and the model's {list(target.shape)}; is it of another model?"
             )

@@ -206,6 +206,12 @@ class LanguageModel(DecoderTask, TextTask, kind="language_model"):
 
 
 def decoder_parts(model: nn.Module) -> list[nn.Module]:
-    """What of a decoder is gathered on its own where weights are in shards: a pool that blocks share, and each block."""
+    """What of a decoder is gathered on its own where weights are in shards: a pool that blocks share, and each block.
+
+    Only what its outputs bring gradients to is gathered again for a backward pass. So blocks stay with the rest of the model where they
+    pass none, and where those of virtual tokens come by the keys and values alone that blocks have made of them.
+    """
     assert isinstance(model, Decoder), "a language model is a decoder"
-    return [*(module for module in model.shared.values() if isinstance(module, ExpertPool)), *model.blocks]
+    has_prompt = model.streams is not None and model.streams.prompt_MW is not None
+    blocks: Iterable[nn.Module] = [] if has_prompt or not model.config.block.passes_gradient else model.blocks
+    return [*(module for module in model.shared.values() if isinstance(module, ExpertPool)), *blocks]

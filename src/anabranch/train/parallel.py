@@ -384,6 +384,10 @@ def shard_parts(model: nn.Module, parts: Iterable[nn.Module], mesh: DeviceMesh) 
     """FSDP2 of the ``parts`` of a model alone, which may be called each by itself. Gives what of the model is spread already."""
     names = set(sharded_parameters(model))
     spread = {parameter for name, parameter in model.named_parameters() if name in names}
+    for parameter in model.parameters():
+        if not parameter.is_contiguous():
+            # FSDP takes none that lies turned in memory, as what was read from an adapter's file may.
+            parameter.data = parameter.data.contiguous()
     for part in parts:
         if all(parameter in spread for parameter in part.parameters()):
             # Each process has its own experts already.
