@@ -118,6 +118,11 @@ class Catalogued(Method, kind="catalogue"):
         """Whether parameters of the base learn."""
         return find(self.config.id).trains_base
 
+    @property
+    def parts_differ(self) -> str:
+        """As the card says."""
+        return find(self.config.id).parts_differ
+
     def layer(self, tasks: Sequence[str]) -> Linear.Config:
         """There is none for all matrices alike."""
         raise AssertionError("a method of the catalogue is put on whole")

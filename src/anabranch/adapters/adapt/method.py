@@ -78,6 +78,11 @@ class Method(Part, family="adapter_method"):
         """Whether what learns are parameters of the base, so that what comes out is a model and no adapter."""
         return False
 
+    @property
+    def parts_differ(self) -> str:
+        """Why a batch in parts (of processes, by ``train.accumulation``) teaches something else than at once; empty where it does not."""
+        return ""
+
     def layer(self, tasks: Sequence[str]) -> Linear.Config:
         """What stands beside each target; ``tasks`` are the names of the rows' tasks, sorted."""
         raise NotImplementedError  # abstract

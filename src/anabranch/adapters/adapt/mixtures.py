@@ -22,6 +22,8 @@ from anabranch.routing.uncertainty import EntropyKind
 
 __all__ = ["Dynmole", "LoraMixer"]
 
+_BALANCED = "the balance loss is a product of two means, which parts have not in common"
+
 
 class Dynmole(Method, kind="dynmole"):
     """LoRA experts beside feed-forward matrices, all or few for each token (arXiv 2504.00661)."""
@@ -72,6 +74,12 @@ class Dynmole(Method, kind="dynmole"):
 
     config: Config
 
+    @property
+    def parts_differ(self) -> str:
+        """Dropout and balance."""
+        drawn = "dropout is drawn for each part" if self.config.dropout else ""
+        return " and ".join(filter(None, (drawn, _BALANCED if self.config.balance_loss else "")))
+
     def layer(self, tasks: Sequence[str]) -> RoutedLowRank.Config:
         """The same for all tasks."""
         return self.config.settings().layer(self.config.experts)
@@ -111,6 +119,11 @@ class LoraMixer(Method, kind="lora_mixer"):
                 check_top_k(self.top_k, self.experts)
 
     config: Config
+
+    @property
+    def parts_differ(self) -> str:
+        """Balance."""
+        return _BALANCED if self.config.balance_loss else ""
 
     def layer(self, tasks: Sequence[str]) -> MixedLowRank.Config:
         """New experts."""

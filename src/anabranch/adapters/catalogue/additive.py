@@ -99,6 +99,7 @@ CARDS = (
         (Paper("AdaMix", 2022, "2205.12410"),),
         backend="own",
         options={"width": 16, "number": 4, "consistency": 1.0, "targets": ("o", "down")},
+        parts_differ="each part draws its own adapters",
         count=each(lambda matrix, options: options["number"] * serial(matrix, options)),
         work=SERIAL,
         limits="a step of `adapt` computes each row twice, for the consistency loss (0 for none); what it writes is the average, and "

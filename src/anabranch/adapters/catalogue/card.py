@@ -84,6 +84,7 @@ class Card:
         mixed: how rows of a batch have adapters of their own: in our pool (`load_pool`) and in a server, in a server alone, by peft's
             ``adapter_names``, or not.
         trains_base: whether what learns are parameters of the base.
+        parts_differ: why a batch in parts teaches something else than at once, see `Method.parts_differ`.
         memory: what it saves or costs in memory besides the bytes of its parameters.
         limits: what it cannot do, or where it fails.
         needs_bias: whether the model must have biases.
@@ -112,6 +113,7 @@ class Card:
     merges: Literal["yes", "no", "per task", "is the base"] = "no"
     mixed: Literal["pool", "server", "peft", "no"] = "no"
     trains_base: bool = False
+    parts_differ: str = ""
     memory: str = ""
     limits: str = ""
     needs_bias: bool = False

@@ -143,6 +143,7 @@ _ROUTED = (
         ),
         backend="own",
         options={"rank": 8, "alpha": 16.0, "number": 4, "active": 2, "targets": ("gate", "up", "down")},
+        parts_differ="the balance loss is a product of two means, which parts have not in common",
     ),
     _routed(
         "mola",

@@ -26,6 +26,7 @@ class Poly(Method, kind="poly"):
 
     needs_task: ClassVar[bool] = True
     summary: ClassVar[str] = "an inventory of adapters, weighed by task"
+    folders: ClassVar[tuple[str, ...]] = ("start",)
 
     @configclass
     class Config(Method.Config):
