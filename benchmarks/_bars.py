@@ -68,6 +68,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(1.0, peer=f".*{what}.*") for what in ("answered", "attempts", "percentile", "in use again")
     ),
     "gateway_large": (Bar(1.0, peer="bar"),),
+    "glider_matching": (Bar(1.0, peer="the bar"),),
     "gateway_memory": (
         Bar(1.0, "growth .*", "the bar"),
         Bar(1.0, "sockets .*", "the bar"),
@@ -188,6 +189,8 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "rl_tokens": frozenset(BARS["rl_tokens"]),
     # A machine that does nothing else.
     "adapter_training": frozenset(BARS["adapter_training"]),
+    # Needs the folder of UNITES-Lab/glider.
+    "glider_matching": frozenset(BARS["glider_matching"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
 }

@@ -503,6 +503,9 @@ OUTCOMES = {
 # Of a primary claim that is none of the paper's, which its cell for the paper says at the start: nothing is reproduced by it.
 OURS = "ours"
 OUTCOMES_OF_OURS = {"holds": "holds, a claim of ours", "does not hold": "does not hold, a claim of ours"}
+# Plans that were frozen with a figure in that cell which is none of what the claim says: a table of others (the survey has no figures of
+# its own), another task and measure, or a direction where five points are asked.
+ALSO_OURS = frozenset({"mhr", "peft_survey", "rewiring"})
 
 
 TESTS_ONLY = "tests only"
@@ -541,7 +544,7 @@ def headline(name: str) -> dict[str, Any] | None:
         "ours": _ours_told(judged),
         "count": count if judged["ours"] is not None and outcome != TESTS_ONLY else None,
     }
-    if paper.startswith(OURS):
+    if paper.startswith(OURS) or name in ALSO_OURS:
         outcome = OUTCOMES_OF_OURS.get(judged["verdict"], outcome)
     return found | told | {"paper": paper, "outcome": outcome}
 

@@ -677,6 +677,12 @@ def test_a_claim_of_ours_is_not_said_to_be_reproduced(verdict, told, tmp_path, m
     assert ("1 holds, a claim of ours" in hooks.headlines()) is (verdict == "holds")
 
 
+def test_a_figure_beside_a_claim_of_ours_makes_it_no_claim_of_the_paper():
+    """What "reproduced" and "contradicted" say, of studies whose frozen cell for the paper has a figure of something else."""
+    for name in hooks.ALSO_OURS:
+        assert hooks.headline(name)["outcome"] not in ("reproduced", "contradicted"), name
+
+
 def test_the_size_of_every_study_is_told():
     from anabranch.studies import STUDIES
 
