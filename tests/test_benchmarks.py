@@ -297,7 +297,11 @@ def test_a_record_says_what_was_asked_where_and_when(path, benchmark):
     text = path.read_text(encoding="utf-8")
     record = json.loads(text)
     bars = benchmark("_bars")
-    assert [row.get("bar") for row in record["rows"]] == [bars.bar_of(record["name"], row) for row in record["rows"]]
+    # Others say themselves what was asked: of the FLOPs that a row leaves out, for one.
+    if record["name"] in bars.BARS:
+        assert [row.get("bar") for row in record["rows"]] == [
+            bars.bar_of(record["name"], row) for row in record["rows"]
+        ]
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", record["date"])
     assert record["device"]
     assert re.match("[0-9a-f]{7}", record["commit"])
