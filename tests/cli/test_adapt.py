@@ -374,6 +374,8 @@ def test_an_adapter_is_described_and_queries_are_written_of_by_an_endpoint(here,
         asked = body["messages"][1]["content"]
         return 200, chat("Say it as in task two." if "two" in asked else "Shout."), {}
 
+    code, out, err = here("adapters", "route", pool, "what of two?")
+    assert (code, "describe" in out) == (0, True), err
     code, out, err = here(
         "adapters", "describe", pool / "one", "--instruction", "This is task one.", "--instruction", "One!", "--json"
     )

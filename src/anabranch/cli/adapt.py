@@ -251,6 +251,7 @@ def _resumed(
 ) -> TaskRunConfig:
     """That of the run in ``out``, with what is set anew."""
     from anabranch.adapters.adapt import AdaptTask
+    from anabranch.adapters.adapt.catalogued import plain_name
     from anabranch.config import override
     from anabranch.train import read_task_run_config
 
@@ -262,7 +263,7 @@ def _resumed(
                 f"{name} is {str(value)!r}, but the run in {out} began with {held}; leave it out to continue"
             )
     began = task.method.build().name
-    if method not in (None, began):
+    if method is not None and plain_name(method) != plain_name(began):
         raise ConfigError(f"--method is {method!r}, but the run in {out} uses {began!r}; leave it out to continue")
     _check_options(task.method, said)
     made = override(config, settings)

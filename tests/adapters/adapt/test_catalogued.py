@@ -304,3 +304,9 @@ def test_names():
 def test_what_cannot_be(make, told):
     with pytest.raises(ConfigError, match=told):
         make()
+
+
+def test_hyphens_and_underscores_name_the_same_method():
+    """Pages, cards and cures of errors have both."""
+    for name in method_names():
+        assert {method_named(name.replace("_", "-")), method_named(name.replace("-", "_"))} == {method_named(name)}

@@ -190,14 +190,24 @@ def methods_with(option: str) -> list[str]:
     return sorted(found | (cards & {*method_names()}))
 
 
+def plain_name(name: str) -> str:
+    """A method's name with hyphens, which pages and cards have where some kinds have underscores: `lora-mixer` for `lora_mixer`."""
+    return name.replace("_", "-")
+
+
 def method_named(name: str) -> Method.Config:
-    """The config of a method, with its usual values. Raises ConfigError, with the nearest name, for one that there is not."""
+    """The config of a method, with its usual values; hyphens and underscores are the same. Raises ConfigError, with the nearest name, for one
+    that there is not."""
     card = CARDS.get(name)
     if name not in kinds(_FAMILY) and card is not None:
         return Catalogued.Config(id=name)
     if name in method_names():
         made: Any = resolve(_FAMILY, name)
         return made.Config()
+    alike = plain_name(name)
+    for known in method_names():
+        if plain_name(known) == alike:
+            return method_named(known)
     if name in kinds(_FAMILY):
         raise ConfigError(f"--method {name} takes a method's id; say which, as in --method dora")
     near = difflib.get_close_matches(name, method_names(), n=1)

@@ -112,6 +112,12 @@ def route(
         for one in found.experts[:top]
     ]
     table(columns, rows)
+    if not any(one.cosine for one in found.experts):
+        fact(
+            "note",
+            "no instruction here has anything in common with the query; give each adapter one that does: anabranch adapters describe "
+            f"{pool}/{visible(found.experts[0].name)} --instruction TEXT",
+        )
 
 
 def _members(made: Any) -> int:
