@@ -161,6 +161,7 @@ def test_methods_are_recommended(here, tmp_path):
         ("estimate dense side-tuning", "cannot be told beforehand"),
         ("estimate dense bitfit", "bitfit would train nothing: this model has no biases"),
         ("estimate dense lora --dtype float8", "--dtype is 'float8'"),
+        ("estimate dense lora --rank 5 --set rank=4", "rank is given by --rank and by --set rank=...; give it once"),
         ("recommend dense --max-share nan", "--max-share is nan; it must be a finite number"),
         ("recommend dense --max-file big", "--max-file"),
         ("recommend dense --max-parameters 1 --own", "no method keeps to these limits"),

@@ -165,7 +165,10 @@ def estimate(
     from anabranch.adapters.catalogue import find
 
     card = find(method)
-    given = _options(rank, targets) | read_assignments(assignments)
+    given, assigned = _options(rank, targets), read_assignments(assignments)
+    for name in given.keys() & assigned.keys():
+        raise ConfigError(f"{name} is given by --{name} and by --set {name}=...; give it once")
+    given |= assigned
     shape, length = _shape(model, size_dial, sequence_length)
     found = estimate_cost(card, shape, given, batch=batch, length=length, base_width=_width(dtype))
     if as_json:
@@ -298,8 +301,8 @@ def recommend(
             f"no method keeps to these limits on {model}; of {len(found.rejected)}, e.g. lora: {found.rejected.get('lora', '-')}"
         )
     rows = [_row(choice) for choice in found.choices[:_SHOWN]]
-    heads = ["method", "measured", "seeds", "settings", "learns", "file", "adds FLOPs", "run by"]
-    table(heads, rows, text_columns=4)
+    heads = ["method", "measured", "seeds", "measured with", "counted with", "learns", "file", "adds FLOPs", "run by"]
+    table(heads, rows, text_columns=5)
     if found.unit:
         fact("unit", found.unit)
     for source in found.sources:
@@ -314,6 +317,10 @@ def recommend(
     )
 
 
+# Options that say how much a method learns.
+_SIZES = ("rank", "tokens", "width")
+
+
 def _row(choice: Any) -> tuple[str, ...]:
     found, measured = choice.estimate, choice.measurement
     added = found.merged_flops if found.merged_flops is not None else found.added_flops
@@ -322,6 +329,8 @@ def _row(choice: Any) -> tuple[str, ...]:
         "-" if measured is None else f"{measured.score:.3f}",
         "" if measured is None or measured.seeds is None else str(measured.seeds),
         "" if measured is None else measured.variant,
+        # What was measured was often greater than what a method is usually given, which is what is counted here.
+        " ".join(f"{name} {value}" for name, value in found.options.items() if name in _SIZES),
         quantity(found.trainable),
         size(found.file_bytes),
         "?" if added is None else f"{added / found.base_flops:.1%}",
