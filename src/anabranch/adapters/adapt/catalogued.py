@@ -196,8 +196,8 @@ def plain_name(name: str) -> str:
 
 
 def method_named(name: str) -> Method.Config:
-    """The config of a method, with its usual values; hyphens and underscores are the same. Raises ConfigError, with the nearest name, for one
-    that there is not."""
+    """The config of a method, with its usual values; hyphens and underscores are the same. Raises ConfigError, with the nearest
+    name, for one that there is not."""
     card = CARDS.get(name)
     if name not in kinds(_FAMILY) and card is not None:
         return Catalogued.Config(id=name)
