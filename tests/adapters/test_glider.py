@@ -682,3 +682,13 @@ def test_a_pool_that_left_its_model_goes_on_comparing(root):
     assert torch.equal(run(model), before)
     pool.remove("sum")
     assert torch.equal(run(model), before)
+
+
+@pytest.mark.slow
+def test_compiled_it_routes_the_same(root):
+    pool = filled(root, GliderConfig(weight=20.0))
+    model = pool.onto(opened(root))
+    state = pool.rows([QUERY, None], 6)
+    wanted = run(model, state)
+    torch.compiler.reset()
+    torch.testing.assert_close(run(torch.compile(model, fullgraph=True, backend="eager"), state), wanted)
