@@ -1,8 +1,12 @@
-"""How long does a batch take whose rows have adapters of their own, against peft, and served against the base alone?
+"""How long does a batch take whose rows have adapters of their own, against peft and grouped products, and served against the base alone?
 
     mixed     one forward pass, logits included, of 32 rows over 16 adapters of ranks 8 to 64 on all linear layers: ours with `load_pool`,
               against peft's own mixed batch (``adapter_names``) and against peft by swapping, adapter after adapter on its own rows.
               Logits are compared first. bars: 1.5 times peft's mixed batch, 4 times swapping
+    layer     what adapters add beside one matrix, for the same rows: ours, which takes rows in any order and sorts them itself, against
+              two `torch.bmm` over rows that are put in the order of their adapters, as many for each, with ranks padded by zeros to
+              the greatest, and put back; eager and compiled, of which the faster counts. float32 alone. Outputs are compared first.
+              no bar
     served    continuing prompts in the engine, each row with its adapter, against the same requests without adapters. That the rows say
               what they say alone is checked first. bar of all rows: 1.15 times the time of the base at most (ratio at least 0.87); how
               many bytes a step reads of adapters, as a share of the model's, says how much of the rest is memory alone
@@ -14,7 +18,7 @@ too, as it does by itself, and the quicker of both counts. Forward alone, withou
 
 peft and transformers must be installed for the rows of ``mixed``; without them these are left out, and said to be.
 """
-# Shapes: B rows, L tokens, V vocabulary, R rank
+# Shapes: B rows, L tokens, V vocabulary, E adapters, R greatest rank, C inputs, O outputs, M items of an adapter
 
 import importlib.util
 import itertools
@@ -30,9 +34,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from _harness import arguments, compare, finish, start
-from anabranch.adapters import load_pool, rows_for
+from anabranch.adapters import LowRankPool, load_pool, rows_for
 from anabranch.lm import Decoder, export_huggingface, load_model
 from anabranch.nn import SelfAttention, SwiGLU
+from anabranch.routing import Routing
 from anabranch.serving import Sampling
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
@@ -152,7 +157,7 @@ class Theirs:
 def check(case: str, ours: Tensor, theirs: Tensor, limit: float) -> None:
     error = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
     if not error <= limit:
-        raise SystemExit(f"{case}: logits differ by {error:.1e} of the greatest, more than {limit:.0e}")
+        raise SystemExit(f"{case}: outputs differ by {error:.1e} of the greatest, more than {limit:.0e}")
 
 
 def mixed_rows(root: Path, layers: int, dtype: torch.dtype, length: int, rounds: int) -> list[dict[str, Any]]:
@@ -172,7 +177,7 @@ def mixed_rows(root: Path, layers: int, dtype: torch.dtype, length: int, rounds:
 
     kinds = {"": True} if dtype == torch.float32 else {", adapters in float32": True, ", adapters in bfloat16": False}
     theirs = {kind: Theirs(root / "base", folders, dtype, widens=widens) for kind, widens in kinds.items()}
-    sizes = f"{ROWS} rows over {ADAPTERS} adapters, ranks {RANKS[0]} to {RANKS[-1]}, {length} token{'s' * (length > 1)} each"
+    sizes = f"{ROWS} rows over {ADAPTERS} adapters, ranks {RANKS[0]} to {RANKS[-1]}, {_tokens(length)}"
     case = f"mixed, {str(dtype).removeprefix('torch.')}, {sizes}"
     with torch.inference_mode():
         found = run()
@@ -191,6 +196,59 @@ def mixed_rows(root: Path, layers: int, dtype: torch.dtype, length: int, rounds:
         }
         made.append(compare(case, quiet(run), peers, rounds=rounds))
     return made
+
+
+# ---- one layer ----
+
+
+def grouped(pool: LowRankPool, row_B: Tensor) -> Callable[[Tensor], Tensor]:
+    """What computes y_BLO of x_BLC by two batched products, where adapter row_B[b] is that of row b, each that of as many rows."""
+    order_B = torch.argsort(row_B, stable=True)
+    back_B = torch.argsort(order_B)
+    scale_E = torch.tensor([float(scale) for scale in pool.scales])
+    a_ECR = pool.a.detach().transpose(1, 2).contiguous()
+    b_ERO = (pool.b.detach() * scale_E[:, None, None]).transpose(1, 2).contiguous()
+
+    def run(x_BLC: Tensor) -> Tensor:
+        x_EMC = x_BLC[order_B].flatten(0, 1).unflatten(0, (len(scale_E), -1))
+        return torch.bmm(torch.bmm(x_EMC, a_ECR), b_ERO).flatten(0, 1).view(*x_BLC.shape[:2], -1)[back_B]
+
+    return run
+
+
+def layer_row(inputs: int, outputs: int, length: int, rounds: int) -> dict[str, Any]:
+    """Ours against grouped products, of one matrix's adapters."""
+    generator = torch.Generator().manual_seed(3)
+    ranks = list(itertools.islice(itertools.cycle(RANKS), ADAPTERS))
+    pool = LowRankPool(in_dim=inputs, out_dim=outputs, ranks=ranks, alphas=[float(rank) for rank in ranks]).eval()
+    with torch.no_grad():
+        pool.a.normal_(std=inputs**-0.5, generator=generator)
+        pool.b.normal_(std=0.1, generator=generator)
+        # Rows beyond a rank are no part of an adapter.
+        for expert, rank in enumerate(ranks):
+            pool.a[expert, rank:], pool.b[expert, :, rank:] = 0.0, 0.0
+    row_B = torch.arange(ROWS) % ADAPTERS
+    x_BLC = torch.randn(ROWS, length, inputs, generator=generator)
+    items = ROWS * length
+    routing = Routing(row_B.repeat_interleave(length)[:, None], torch.ones(items, 1), torch.zeros(items, ADAPTERS))
+
+    def ours() -> Tensor:
+        return pool(x_BLC.flatten(0, 1), routing).view(ROWS, length, outputs)
+
+    sizes = f"{ROWS} rows over {ADAPTERS} adapters, ranks {RANKS[0]} to {RANKS[-1]}, {_tokens(length)}"
+    case = f"layer, float32, {sizes}, {inputs} -> {outputs}"
+    eager = grouped(pool, row_B)
+    torch.compiler.reset()
+    runs = {"grouped bmm": eager, "grouped bmm, compiled": torch.compile(eager)}
+    with torch.inference_mode():
+        for run in runs.values():
+            check(case, ours(), run(x_BLC), 1e-5)
+    peers = {name: quiet(lambda run=run: run(x_BLC)) for name, run in runs.items()}
+    return compare(case, quiet(ours), peers, rounds=rounds)
+
+
+def _tokens(length: int) -> str:
+    return f"{length} token{'s' * (length > 1)} each"
 
 
 # ---- served ----
@@ -274,6 +332,9 @@ def main() -> None:
         print("peft is not installed: the rows of mixed batches are left out", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     mixed = list(itertools.islice(itertools.cycle(RANKS), ADAPTERS))
+    for length, (inputs, outputs) in itertools.product((1, 16), sorted(set(SIZES.values()))):
+        if options.only in "layer, float32":
+            rows.append(layer_row(inputs, outputs, length, options.rounds))
     for dtype in (torch.float32, torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
         for length in (1, 16):

@@ -1094,3 +1094,41 @@ def test_both_sides_of_a_pipelines_bytes_recompute(benchmark):
         assert all(spared[rank]["saved"][side] < plain[rank]["saved"][side] / 2 for side in ("ours", "theirs"))
         # Inputs of all micro-batches, and one of them recomputed.
         assert spared[rank]["saved"]["theirs"] > plain[rank]["saved"]["theirs"] / made.MICRO_BATCHES
+
+
+# Adapters
+
+
+def test_routed_experts_are_compared_with_two_products_of_all_of_them(benchmark, monkeypatch):
+    dispatch, bars = benchmark("adapter_dispatch"), benchmark("_bars")
+    for name, size in (("TOKENS", 24), ("IN_DIM", 64), ("OUT_DIM", 32), ("RANK", 2), ("MOST_ACTIVE", 4.0)):
+        monkeypatch.setattr(dispatch, name, size)
+    # Whether torch can compile here is not what is asked.
+    monkeypatch.setattr(torch, "compile", lambda run: run)
+    for decided in (True, False):
+        loop, products = dispatch.hybrid_rows(8, decided, 1)
+        assert loop["case"] == products["case"]
+        assert loop["peer_name"] == "dense loop"
+        assert products["peer_name"] in ("two products", "two products, compiled")
+        # A loop is what was asked about.
+        assert (bars.bar_of("adapter_dispatch", loop), bars.bar_of("adapter_dispatch", products)) == (
+            2 if decided else None,
+            None,
+        )
+    wrong = dispatch.two_products
+    monkeypatch.setattr(dispatch, "two_products", lambda layer: lambda x_NC: 1.001 * wrong(layer)(x_NC))
+    with pytest.raises(SystemExit, match="outputs differ"):
+        dispatch.hybrid_rows(8, True, 1)
+
+
+def test_a_pool_is_compared_with_grouped_products(benchmark, monkeypatch):
+    batch, bars = benchmark("adapter_batch"), benchmark("_bars")
+    monkeypatch.setattr(batch, "RANKS", (2, 4))
+    monkeypatch.setattr(torch, "compile", lambda run: run)
+    row = batch.layer_row(24, 16, 3, 1)
+    assert row["peer_name"] in ("grouped bmm", "grouped bmm, compiled")
+    assert bars.bar_of("adapter_batch", row) is None
+    wrong = batch.grouped
+    monkeypatch.setattr(batch, "grouped", lambda pool, row_B: wrong(pool, row_B.roll(1)))
+    with pytest.raises(SystemExit, match="outputs differ"):
+        batch.layer_row(24, 16, 3, 1)
