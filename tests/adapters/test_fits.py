@@ -83,7 +83,8 @@ def test_a_head_that_is_tied_is_there_once_the_embedding_is(brought):
         (
             {**GOOD, "model.layers.0.mlp.gate": pair(32, 4)},
             {"config": CONFIGS["olmoe"]()},
-            r"adapts model\.layers\.0\.mlp\.gate, which chooses experts, and LoRA beside a router .*exclude_modules=\['gate'\]",
+            r"adapts model\.layers\.0\.mlp\.gate, which chooses experts, and LoRA beside a router .*target_parameters="
+            r"\['mlp\.experts\.gate_up_proj', 'mlp\.experts\.down_proj'\]: exclude_modules leaves no router out",
         ),
         (
             GOOD,

@@ -76,6 +76,15 @@ ADAPTERS = {
             "extra": {f"model.layers.{n}.self_attn.k_proj.base_layer.bias": drawn(f"bias {n}", (16,)) for n in (0, 1)},
         },
     ),
+    "velora": (
+        ["q_proj"],
+        {
+            "extra": {
+                f"model.layers.{n}.self_attn.q_proj.lora_velora_embed": drawn(f"velora {n}", (8,)) for n in (0, 1)
+            },
+            "velora_config": {"num_groups": 4, "scale": 1.0, "init_type": "batch_average_once"},
+        },
+    ),
     "one_layer": (["q_proj"], {"layers_to_transform": [1], "layers": [1]}),
     # Of other kinds: what `make_kind` is given.
     **{kind: kind for kind in KINDS},
@@ -89,6 +98,7 @@ CASES = [
         for name in ("attention", "all", "ranks", "head", "one_layer")
     ),
     ("qwen2", "biases"),
+    ("llama", "velora"),
     ("deepseek_v2", "latent"),
     *(("olmoe", name) for name in ("attention", "ranks", "stacked")),
     ("qwen3_moe", "stacked"),

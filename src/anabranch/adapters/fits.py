@@ -26,10 +26,10 @@ def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: P
     unknown = [module for module in adapter.layers if module not in names.places]
     routers = _routers(unknown, names)
     if routers:
-        word = routers[0].rpartition(".")[2]
         raise CheckpointError(
-            f"{folder} adapts {some(routers)}, which chooses experts, and LoRA beside a router is not applied here; train it with "
-            f"target_modules and target_parameters that name other layers, or exclude_modules=[{word!r}]"
+            f"{folder} adapts {some(routers)}, which chooses experts, and LoRA beside a router is not applied here; train it with the "
+            "layers by name, as target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'] and target_parameters="
+            "['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']: exclude_modules leaves no router out of peft's 'all-linear'"
         )
     if unknown:
         raise CheckpointError(

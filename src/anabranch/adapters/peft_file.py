@@ -21,6 +21,8 @@ PREFIX = "base_model.model."
 _MOST_NAME, _MOST = 500, 1e30
 # What peft calls a layer that another stands around.
 INNER = ".base_layer"
+# VeLoRA's vectors, by which gradients alone are computed: what comes out is plain LoRA.
+_OF_GRADIENTS = ".lora_velora_embed"
 # What an adapter may hold that is not of its kind, by what is in the names, and what that is.
 _OTHER = {
     ".lora_magnitude_vector": "DoRA, which adapter_config.json does not say (use_dora)",
@@ -72,12 +74,16 @@ class AdapterFile:
     def sorted(self, endings: Collection[str]) -> Sorted:
         """The tensors of layers, whose names have one of ``endings`` behind the module, and those that are brought whole.
 
+        What only peft's gradients need is left out.
+
         Raises CheckpointError for tensors of another kind of adapter, and one tensor under two names.
         """
         pattern = re.compile(rf"(?P<module>.+)\.(?P<ending>{'|'.join(map(re.escape, endings))})")
         found = Sorted()
         for stored in sorted(self.names):
             name = stored.removeprefix(PREFIX)
+            if name.endswith(_OF_GRADIENTS):
+                continue
             match = pattern.fullmatch(name)
             if match:
                 _put(found.layers.setdefault(match["module"], {}), match["ending"], stored, self.path)
