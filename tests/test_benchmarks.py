@@ -497,6 +497,23 @@ def test_every_bar_is_of_a_recorded_case_or_awaited(benchmark):
         assert set(asked) - seen == bars.AWAITED.get(name, frozenset()), name
 
 
+def test_a_mixture_and_its_peer_compute_the_same_and_more_than_the_base(benchmark):
+    routing = benchmark("adapter_routing")
+    plain = routing.PLAIN.replace(dim=36, num_layers=2, max_positions=12)
+    six, one = routing.contestants(4, plain)
+    tokens = routing.inputs(plain)
+    routing.check("a row", six, one, tokens)
+    base = plain.build(seed=0).eval()
+    assert not torch.allclose(one(tokens).logits_BLV, base(tokens).logits_BLV, atol=1e-3)
+    # Three of six work for a token, by routers that are not all of one mind.
+    [facts, *_] = routing.mixture_report(six, [(tokens, None, None)]).routers
+    assert sum(share > 0 for share in facts.load) > 3
+    with torch.no_grad():
+        next(module for module in six.modules() if hasattr(module, "pool")).pool.b[0] *= 2
+    with pytest.raises(SystemExit, match="a row: outputs differ by"):
+        routing.check("a row", six, one, tokens)
+
+
 # Serving
 
 

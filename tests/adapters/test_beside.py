@@ -379,3 +379,130 @@ def test_a_second_mixture_and_a_models_own_checkpointing_are_refused(load_llama,
     rows = Labelled.of([([1, 2], [3], "a")], "ab")
     with pytest.raises(ConfigError, match="own gradient checkpointing is on"):
         fit_router(model, rows, tmp_path / "run", train=TrainConfig(steps=1, batch_size=1))
+
+
+# Matrices that lie turned
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=61,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_inner=24,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+TURNED = ["c_attn", "c_proj", "c_fc"]
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory):
+    """Adapter folders for all Conv1D of GPT-2, as peft writes them: halves as beside linear layers, and ``fan_in_fan_out`` told."""
+    root = tmp_path_factory.mktemp("gpt2")
+    layers = {
+        name: tuple(module.weight.shape) for name, module in gpt2().named_modules() if name.split(".")[-1] in TURNED
+    }
+    assert len(layers) == 8
+    for seed, (name, words) in enumerate({"a": TURNED, "b": ["c_attn", "c_fc"], "c": ["c_attn"]}.items()):
+        chosen = {place: size for place, size in layers.items() if place.split(".")[-1] in words}
+        make_adapter(root / name, chosen, seed=name, rank=2 + seed, fan_in_fan_out=True)
+    return {name: root / name for name in "abc"}
+
+
+def test_each_expert_alone_is_its_adapter_in_turned_matrices(turned):
+    model = load_mixture(turned, gpt2())
+    for number, name in enumerate(turned):
+        plain = gpt2()
+        with torch.no_grad():
+            for place, pair in read_peft(turned[name]).pairs.items():
+                plain.get_submodule(place).weight += pair.delta().T
+        with passing(model, labels=hard(number), length=6):
+            found = logits(model)
+        torch.testing.assert_close(found, logits(plain), rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(found, logits(gpt2()))
+    # Code that reads such a matrix sees it as it lies.
+    assert mixed_layers(model).keys() == {
+        name for name in dict(gpt2().named_modules()) if name.split(".")[-1] in TURNED
+    }
+    beside = model.transformer.h[0].attn.c_attn
+    assert (beside.in_features, beside.out_features, tuple(beside.weight.shape)) == (16, 48, (16, 48))
+
+
+class DenseTurned(nn.Module):
+    """x W + b + sum_e p_e scale_e B_e A_e x, all experts for each token, by the formula."""
+
+    def __init__(self, matrix, layer, top_k):
+        super().__init__()
+        self.matrix, self.layer, self.top_k = matrix, layer, top_k
+        self.router = nn.Parameter(layer.router.score.weight.detach().clone())
+        self.a = nn.Parameter(layer.pool.a.detach().clone())
+
+    def forward(self, x):
+        logit = x @ self.router.T
+        for expert in self.layer.config.closed:
+            logit = logit.masked_fill(torch.arange(logit.shape[-1]) == expert, float("-inf"))
+        share = logit.softmax(-1)
+        if not self.training:
+            best = share.topk(self.top_k, -1).indices
+            share = share * torch.zeros_like(share).scatter(-1, best, 1.0)
+            share = share / share.sum(-1, keepdim=True)
+        y = x @ self.matrix.weight + self.matrix.bias
+        for expert, scale in enumerate(self.layer.pool.scales):
+            y = y + share[..., expert, None] * scale * (x @ self.a[expert].T @ self.layer.pool.b[expert].T)
+        return y
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mixture_in_turned_matrices_is_the_dense_formula_with_its_gradient(turned, training):
+    model, dense = load_mixture(turned, gpt2(), top_k=2), gpt2()
+    with torch.no_grad():
+        for layer in mixed_layers(model).values():
+            layer.router.score.weight.mul_(5)
+    for name, layer in mixed_layers(model).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(dense.get_submodule(owner), leaf, DenseTurned(dense.get_submodule(name), layer, 2))
+    for each in (model, dense):
+        # Without dropout, which GPT-2 has in training.
+        for module in each.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        each.train(training)
+    weight = torch.randn(*TOKENS.shape, 61, generator=torch.Generator().manual_seed(4))
+    with passing(model, length=6):
+        found = model(TOKENS, use_cache=False).logits
+        (found * weight).sum().backward()
+    wanted = dense(TOKENS, use_cache=False).logits
+    (wanted * weight).sum().backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    for name, layer in mixed_layers(model).items():
+        own = dense.get_submodule(name)
+        size = own.router.grad.abs().max()
+        # A router with one expert that is open has nothing to learn.
+        assert (size > 1e-3) == (len(layer.config.closed) < 2), name
+        torch.testing.assert_close(layer.router.score.weight.grad, own.router.grad, rtol=1e-3, atol=1e-4)
+        assert layer.pool.a.grad is None
+
+
+def test_routers_learn_in_turned_matrices(turned, tmp_path):
+    model = load_mixture(turned, gpt2())
+    rows = Labelled.of([([1, 2, 3], [4, 5], "a"), ([9, 8], [7, 6], "b"), ([3, 3], [1, 2], "c")] * 2, ("a", "b", "c"))
+    before = {name: layer.router.score.weight.detach().clone() for name, layer in mixed_layers(model).items()}
+    fitted = fit_router(model, rows, tmp_path / "run", train=TrainConfig(steps=2, batch_size=3))
+    assert any(not torch.equal(layer.router.score.weight, before[name]) for name, layer in mixed_layers(model).items())
+    again = load_fitted(fitted.result.checkpoint, load_mixture(turned, gpt2()))
+    assert torch.equal(logits(again), logits(model.eval()))
+
+
+def test_sizes_of_a_turned_matrix_are_checked(tmp_path):
+    make_adapter(tmp_path / "a", {"transformer.h.0.attn.c_attn": (48, 16)}, seed="a")
+    make_adapter(tmp_path / "b", {"transformer.h.0.attn.c_attn": (16, 48)}, seed="b")
+    with pytest.raises(CheckpointError, match="with 48 inputs and 16 outputs, and the model's has 16 and 48"):
+        load_mixture({name: tmp_path / name for name in "ab"}, gpt2())

@@ -24,7 +24,7 @@ from anabranch.errors import ConfigError
 from anabranch.nn.linear import call_linear
 from anabranch.routing import RoutingContext
 
-__all__ = ["Beside", "Seen", "passing"]
+__all__ = ["Beside", "Seen", "passing", "sizes_of"]
 
 _CURRENT: ContextVar["Seen | None"] = ContextVar("adapters_pass", default=None)
 
@@ -60,6 +60,24 @@ class Seen:
         return self._again
 
 
+def sizes_of(matrix: nn.Module) -> tuple[int, int] | None:
+    """(C, O) of a linear layer, or of a Conv1D of transformers' GPT-2, which is one whose weight is ``[C, O]``; None for others."""
+    if isinstance(matrix, nn.Linear):
+        return matrix.in_features, matrix.out_features
+    if not _is_turned(matrix):
+        return None
+    turned: Any = matrix
+    inputs, outputs = turned.weight.shape
+    return inputs, outputs
+
+
+def _is_turned(matrix: nn.Module) -> bool:
+    # By name: transformers need not be there.
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(matrix).__mro__
+    )
+
+
 class Beside(nn.Module):
     """A linear layer of somebody's model with a layer of ours beside it: y = matrix(x) + beside(x).
 
@@ -87,8 +105,9 @@ class Beside(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, for code that multiplies by it in the place of calling the layer; such a product has ours added, too."""
-        return _Matrix.of(self)
+        """The matrix, for code that multiplies by it in the place of calling the layer; such a product has ours added, too, but of a
+        matrix that lies turned."""
+        return self.matrix.weight if _is_turned(self.matrix) else _Matrix.of(self)  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
@@ -98,12 +117,12 @@ class Beside(nn.Module):
     @property
     def in_features(self) -> int:
         """C."""
-        return self.matrix.in_features  # type: ignore[return-value]
+        return sizes_of(self.matrix)[0]  # type: ignore[index]
 
     @property
     def out_features(self) -> int:
         """O."""
-        return self.matrix.out_features  # type: ignore[return-value]
+        return sizes_of(self.matrix)[1]  # type: ignore[index]
 
 
 class _Matrix(Tensor):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.base_name import BASE, is_one_base
-from anabranch.adapters.beside import Beside
+from anabranch.adapters.beside import Beside, sizes_of
 from anabranch.adapters.copies import same_numbers
 from anabranch.adapters.graft import graft, layers_of, patterns_of, strip
 from anabranch.adapters.lora_mixer.layer import MixedLowRank
@@ -68,7 +68,7 @@ def load_mixture(
 
     Args:
         folders: of peft's, at least two, by name; one will do for a ``router`` that is given.
-        model: one of ours, or a module of torch whose linear layers have the names that the adapters say.
+        model: one of ours, or a module of torch whose linear layers (or Conv1D of transformers' GPT-2) have the names that adapters say.
         top_k: experts of a token after training; None for 3, or all where there are fewer.
         loss: of the routers; None for the default, with the same ``top_k``.
         router: in the place of both.
@@ -226,10 +226,10 @@ def _onto_module(
     made = {}
     for place, config in configs.items():
         linear: Any = model.get_submodule(place)
-        context = BuildContext(
-            linear.in_features, layer=_layer_number(place), generator=generator, companions=companions
-        )
-        projection = Projection(place, linear.in_features, linear.out_features)
+        sizes_CO = sizes_of(linear)
+        assert sizes_CO is not None, "_check_linear let it pass"
+        context = BuildContext(sizes_CO[0], layer=_layer_number(place), generator=generator, companions=companions)
+        projection = Projection(place, *sizes_CO)
         layer: MixedLowRank = config.build(projection, context)
         layer.put(pairs[place])
         _take(layer, layer.pool.a, layer.pool.b)
@@ -280,13 +280,14 @@ def _placed(
 
 
 def _check_linear(module: Any, name: str, pair: Pair, rows: int, total: int, folder: str | Path) -> None:
-    if not isinstance(module, nn.Linear):
+    sizes_CO = sizes_of(module)
+    if sizes_CO is None:
         raise CheckpointError(
             f"{folder} adapts {name}, which is a {type(module).__name__} in the model and no linear layer"
         )
     given = (pair.a_RC.shape[1], pair.b_OR.shape[0])
-    if given != (module.in_features, rows) or total != module.out_features:
-        wanted = (module.in_features, rows if total == module.out_features else module.out_features)
+    if given != (sizes_CO[0], rows) or total != sizes_CO[1]:
+        wanted = (sizes_CO[0], rows if total == sizes_CO[1] else sizes_CO[1])
         raise CheckpointError(
             f"{folder} adapts {name} with {given[0]} inputs and {given[1]} outputs, and the model's has {wanted[0]} and {wanted[1]}"
         )
