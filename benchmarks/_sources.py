@@ -46,7 +46,13 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "adapters/pool.py",
         "adapters/segmented.py",
     ),
-    "adapter_routing": (*MODEL, "adapters/lora_mixer", "adapters/routed.py", "adapters/low_rank.py", "adapters/pool.py"),
+    "adapter_routing": (
+        *MODEL,
+        "adapters/lora_mixer",
+        "adapters/routed.py",
+        "adapters/low_rank.py",
+        "adapters/pool.py",
+    ),
     "adapter_steps": (
         *LAYERS,
         "adapters/mhr",
