@@ -193,8 +193,6 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "rl_tokens": frozenset(BARS["rl_tokens"]),
     # A machine that does nothing else.
     "adapter_training": frozenset(BARS["adapter_training"]),
-    # Needs the folder of UNITES-Lab/glider.
-    "glider_matching": frozenset(BARS["glider_matching"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
 }
