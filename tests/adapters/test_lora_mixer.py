@@ -339,6 +339,21 @@ def test_with_all_b_zero_it_is_the_base_to_the_bit(place):
     assert torch.equal(logits(model), logits(opened(place)))
 
 
+def test_what_one_matrix_of_a_group_lacks_is_zero_there_and_takes_nothing_from_the_others(place):
+    """c adapts q and v, which have one router with k."""
+    layers = mixed_layers(mixed(place))
+    q, k = (layers[f"blocks.0.attention.{part}"] for part in "qk")
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    routing = k.route(x, RoutingContext())
+    weight_NE = torch.zeros(7, 4).scatter(1, routing.index_NK, routing.weight_NK)
+    torch.testing.assert_close(weight_NE.sum(1), torch.ones(7))
+    assert (weight_NE[:, 2] > 0).any()
+    for layer, own in ((q, [0, 1, 2]), (k, [0, 1])):
+        wanted = sum(weight_NE[:, e : e + 1] * (x @ layer.pool.pair(e).delta().T) for e in own)
+        torch.testing.assert_close(layer(x, RoutingContext()), wanted, rtol=1e-5, atol=1e-5)
+    assert (q.lacking, k.lacking) == ((3,), (2, 3))
+
+
 def test_a_group_decides_once_and_as_each_would(place):
     model, apart = mixed(place), mixed(place, groups={})
     calls = []

@@ -5,11 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.adapters import LowRankPool
+from anabranch.adapters import LowRankPool, RoutedLowRank
 from anabranch.adapters.offloaded import OffloadedLowRank
 from anabranch.adapters.side_by_side import is_mostly_used
-from anabranch.nn import kernels
+from anabranch.errors import ConfigError
+from anabranch.nn import BuildContext, kernels
 from anabranch.nn.kernels import low_rank
+from anabranch.nn.linear import Projection
 from anabranch.routing.decision import Routing
 
 C, OUT, RANKS = 24, 40, (2, 5, 1, 4, 3, 5, 2, 1, 4)
@@ -160,3 +162,13 @@ def test_it_owns_no_numbers_and_says_its_sizes():
     assert (offloaded.num_experts, offloaded.dim, offloaded.out_dim, offloaded.dtype) == (9, C, OUT, pool.dtype)
     assert sum(offloaded.num_weights) == sum(stack.numel() for stack in pool.stacks)
     assert "num_adapters=9" in repr(offloaded)
+
+
+def test_what_a_matrix_lacks_is_told_of_adapters_in_memory():
+    config = RoutedLowRank.Config(ranks=RANKS, router=None)
+    layer = config.build(Projection("q", C, OUT), BuildContext(C, generator=torch.Generator().manual_seed(0)))
+    layer.pool.a.data[3] = 0
+    assert layer.lacking == (3,)
+    layer.pool = made(2)[2]
+    with pytest.raises(ConfigError, match="adapters are offloaded, so which of them a matrix lacks cannot be told"):
+        _ = layer.lacking

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from adapter_models import make_base, make_kind
-from anabranch.adapters import load_peft
+from anabranch.adapters import LowRank, load_mixture, load_peft, save_peft
 from anabranch.adapters.glider import GliderConfig, GliderPool
 from anabranch.adapters.mhr import MultiHeadRouted
 from anabranch.adapters.put_on import put_on
@@ -67,6 +67,21 @@ def test_what_rows_ask_for_counts(tmp_path):
     lacking = np.isnan(use.weight_TME[:, use.matrices.index("blocks.0.feed_forward.gate")])
     assert lacking.tolist() == [[name != "law" for name in pool.names]] * 3
     np.testing.assert_allclose(use.share_TE.sum(1), 1)
+
+
+def test_what_one_matrix_of_a_group_lacks_is_no_adapter_of_it(tmp_path):
+    """q has the first adapter and k has not, and one router chooses for both."""
+    for name, parts in (("law", "q"), ("sql", "qkv")):
+        layers = {f"*.attention.{part}": LowRank.Config(rank=2) for part in parts}
+        save_peft(tmp_path / name, put_on(make_model(), layers, seed=1))
+    model = load_mixture({name: tmp_path / name for name in ("law", "sql")}, make_model())
+    use = use_of_rows(model, [(rows(2), None, torch.tensor([0, 0]))], tasks=("a",), adapters=("law", "sql"))
+    q, k, v = (use.weight_TME[0, use.matrices.index(f"blocks.0.attention.{part}")] for part in "qkv")
+    assert q.sum() == pytest.approx(1, abs=1e-5)
+    assert 0 < q[0] < 1
+    for other in (k, v):
+        assert np.isnan(other[0])
+        assert other[1] == q[1]
 
 
 def test_tables_say_who_serves_a_task():

@@ -49,7 +49,7 @@ class NestedLowRank(LowRank, kind="nested_low_rank"):
         """What is added to y: by the rank of the step in training, by all of them otherwise."""
         rank = self.used if self.training else self.config.rank
         scale = scale_of(rank, self.config.alpha, self.config.rslora)
-        return F.linear(F.linear(x.to(self.a.dtype), self.a[:rank]), self.b[:, :rank]) * scale
+        return F.linear(F.linear(self.dropped(x), self.a[:rank]), self.b[:, :rank]) * scale
 
     def at(self, rank: int) -> Pair:
         """The adapter of a lower rank. Raises ConfigError for one that was not trained."""

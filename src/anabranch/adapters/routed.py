@@ -127,6 +127,14 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
             )
             self.router.matrix = projection.name
 
+    @property
+    def lacking(self) -> tuple[int, ...]:
+        """Adapters that are none here: each that is one has an A, be its B zero still. Raises ConfigError where they are offloaded."""
+        if not isinstance(self.pool, LowRankPool):
+            raise ConfigError("adapters are offloaded, so which of them a matrix lacks cannot be told; ask before that")
+        has_E = self.pool.a.detach().flatten(1).any(1)
+        return tuple((~has_E).nonzero().flatten().tolist())
+
     @classmethod
     def config_of(cls, pairs: Sequence[Pair | None]) -> Config:
         """The config for adapters that the caller chooses from; None is one that adds nothing here, and has a rank of 1."""

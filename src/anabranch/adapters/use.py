@@ -80,7 +80,8 @@ def use_of_rows(
         batches: (token_BL, mask_BL or None, task_B), where a task is a number from 0.
         tasks, adapters: their names, in the order of their numbers.
 
-    Raises ConfigError for a model without such routers, or with more adapters than names, InputError where a task has no tokens.
+    Raises ConfigError for a model without such routers, with more adapters than names, or with offloaded ones, InputError where a task has
+    no tokens.
     """
     tokens = [0] * len(tasks)
 
@@ -105,8 +106,8 @@ def use_of_rows(
         for name in facts.layers:
             for task in range(len(tasks)):
                 weight_TME[task, row, : len(facts.weight)] = facts.by_task[task]
-            # Those that this matrix lacks.
-            weight_TME[:, row, list(getattr(layers[name].config, "closed", ()))] = np.nan
+            # Also what a router chooses for other matrices of its.
+            weight_TME[:, row, list(layers[name].lacking)] = np.nan
             row += 1
     return AdapterUse(tuple(tasks), matrices, tuple(adapters), weight_TME, tuple(tokens))
 

@@ -155,7 +155,7 @@ _ROUTED = (
     _tasks(
         "poly",
         "Poly",
-        "sum_k z_tk s B_k A_k with learned selectors z of task t and skill k",
+        "s (sum_k z_tk B_k)(sum_k z_tk A_k), halves added up first, with learned selectors z of task t and skill k",
         "K r (C + O) + T K per layer",
         Paper("Combining Parameter-efficient Modules for Task-level Generalisation", 2022, "2202.13914"),
         1,

@@ -264,7 +264,7 @@ class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
 
 
 class Lacking(Candidates):
-    """Closes experts that a matrix lacks."""
+    """Closes experts that no matrix of a router has."""
 
     stage = "pre_softmax"
     open_E: Tensor

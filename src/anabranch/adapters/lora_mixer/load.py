@@ -1,7 +1,7 @@
 """`load_mixture`: LoRA adapters of peft's as the experts of one mixture, onto a model of ours or any module of torch.
 
-Adapters may have other ranks, scales and layers than each other. What an adapter does not adapt gets nothing of it, and the router of that
-layer does not choose it.
+Adapters may have other ranks, scales and layers than each other. What an adapter does not adapt gets nothing of it. A router does not
+choose an adapter that none of its layers has; one that some of them have keeps its weight at the others, and adds nothing there.
 """
 # Shapes: E experts, C inputs, O outputs, R rank
 
@@ -133,7 +133,7 @@ def _onto_decoder(
     load_pool(folders, model, family=family)
     pooled: dict[str, RoutedLowRank] = layers_of(model)
     plain = model.config.replace(linears={})
-    lacking = {part: _lacking(layer) for part, layer in pooled.items()}
+    lacking = {part: layer.lacking for part, layer in pooled.items()}
     configs = _configs(
         shared, {part: (layer.config.ranks, layer.config.alphas) for part, layer in pooled.items()}, lacking, groups
     )
@@ -145,12 +145,6 @@ def _onto_decoder(
     made.config = plain.replace(linears=linears)
     device = model.embedding.weight.device
     graft(model, made, lambda part, layer: _take(layer.to(device), pooled[part].pool.a, pooled[part].pool.b))
-
-
-def _lacking(layer: RoutedLowRank) -> tuple[int, ...]:
-    """Experts that do nothing here: an adapter has an A, be its B zero still."""
-    has_E = layer.pool.a.detach().flatten(1).any(1)
-    return tuple((~has_E).nonzero().flatten().tolist())
 
 
 def _take(layer: MixedLowRank, a_ERC: Tensor, b_EOR: Tensor) -> None:
@@ -167,7 +161,7 @@ def _configs(
     lacking: Mapping[str, tuple[int, ...]],
     groups: Mapping[str, Sequence[str]],
 ) -> dict[str, MixedLowRank.Config]:
-    """The config of each layer. A router of several is closed for what none of them has."""
+    """The config of each layer. A router of several is closed for what none of them has; what one of them lacks is zero there."""
     group = {part: _group_of(part, groups) for part in sizes}
     members: dict[tuple[str, str | None], list[str]] = {}
     for part, name in group.items():
