@@ -196,6 +196,14 @@ def test_layers_that_are_alike_lose_other_numbers():
     assert not torch.equal(made[NAMES[0]].a_RC, made[NAMES[1]].a_RC)
 
 
+def test_both_halves_of_a_layer_lose_other_numbers():
+    """Halves of one shape: numbers that were dropped of both in the same places would be a pattern."""
+    square = Pair(torch.ones(8, 8, dtype=torch.float64), torch.ones(8, 8, dtype=torch.float64), 8.0)
+    made = combine([Adapter({"peft_type": "LORA"}, {NAMES[0]: square})], [1.0], "dare").adapter.pairs[NAMES[0]]
+    assert set(made.a_RC.flatten().tolist()) == set(made.b_OR.flatten().tolist()) == {0.0, 2.0}
+    assert not torch.equal(made.a_RC, made.b_OR)
+
+
 def test_dare_is_dare_linear():
     adapters = [adapter([2, 2, 2]), adapter([2, 2, 2], seed=1)]
     first, second = (combine(adapters, [1, 1], name).adapter.pairs[NAMES[0]] for name in ("dare", "dare_linear"))

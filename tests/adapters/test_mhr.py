@@ -1,5 +1,7 @@
 """MHR's layers: the invariants of the method, exactly; and each path of a pass against a plain loop over rows."""
 
+import math
+
 import pytest
 import torch
 
@@ -68,6 +70,13 @@ def layer():
     made = layers(model_of(pattern="blocks.0.feed_forward.down"))[0]
     assert (made.inventory.a.shape, made.inventory.b.shape) == ((4, 3, 12, 2), (4, 3, 2, 8))
     return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_first_numbers_of_a_head_are_those_of_all_inputs(heads):
+    bound = 1 / math.sqrt(3 * 64)
+    greatest = AdapterInventory(64, 8, skills=4, heads=heads, rank=8).a.abs().max()
+    assert 0.95 * bound < greatest <= bound
 
 
 @pytest.mark.parametrize("rows", [[1, 1, 1], [2, 0, 2], [0, 1, 2]])

@@ -130,6 +130,14 @@ def test_pairs_go_in_and_come_out():
     assert "ranks=[2, 3]" in repr(pool)
 
 
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_pool_has_the_wider_type_of_both_halves(kinds):
+    pair = Pair(torch.randn(2, 6, dtype=kinds[0]), torch.randn(5, 2, dtype=kinds[1]), 2.0)
+    pool = LowRankPool.from_pairs([pair])
+    assert pool.a.dtype == pool.b.dtype == torch.float64
+    assert torch.equal(pool.pair(0).b_OR, pair.b_OR.double())
+
+
 def test_it_is_copied_moved_and_compiled_as_other_pools_are():
     pool = make([2, 3], 8, 8, torch.float32)
     routing = routed(5, 2, 2, torch.float32)

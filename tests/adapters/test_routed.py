@@ -19,6 +19,8 @@ from anabranch.adapters import (
 )
 from anabranch.errors import ConfigError, InputError
 from anabranch.lm import load_model
+from anabranch.nn import BuildContext
+from anabranch.nn.linear import Projection
 from anabranch.routing import Router, SwitchLoss, TopK, record_routing
 
 ROUTED = Router.Config(select=TopK.Config(top_k=2), balance=(SwitchLoss.Config(),))
@@ -302,3 +304,17 @@ def test_adapters_of_more_digits_keep_them():
         layer.put(pairs)
         assert layer.pool.a.dtype == layer.pool.b.dtype == wanted
         assert torch.equal(layer.pool.a[0], pairs[0].a_RC.to(wanted))
+
+
+@pytest.mark.parametrize("router", [None, ROUTED])
+def test_count_says_what_a_token_uses(router):
+    """One adapter where the caller chooses, as many as the router takes otherwise."""
+    config = RoutedLowRank.Config(ranks=(2, 3, 3), router=router)
+    count = config.count(Projection("q", 10, 20), BuildContext(10))
+    pair, score = 3 * (10 + 20), 0 if router is None else 3 * 10
+    used = pair if router is None else 2 * pair
+    assert (count.parameters, count.active, count.flops) == (
+        3 * pair + score,
+        used + score,
+        2 * (used + score),
+    )

@@ -231,3 +231,8 @@ def test_wrong_choices_become_less_likely_than_without_the_losses(place, tmp_pat
         found.append(float(torch.stack(nats).mean()))
         assert result.measures["choice_accuracy"] > task.before["choice_accuracy"]
     assert found[1] > found[0]
+
+
+def test_a_wrong_choice_that_is_as_likely_is_not_beaten():
+    right_B, wrong_X = torch.tensor([2.0, 2.0]), torch.tensor([2.0, 2.5])
+    assert likeliest(right_B, wrong_X, torch.tensor([0, 1])).tolist() == [False, True]

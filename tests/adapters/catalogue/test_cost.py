@@ -149,6 +149,18 @@ def test_flops_of_experts():
     assert full.training_flops == pytest.approx(full.full_flops)
 
 
+def test_a_head_that_is_the_embedding_learns_where_all_does():
+    shape = catalogue.Shape.of(CONFIG.replace(tie_embeddings=True, vocab_size=4096))
+    full = estimated("full", {}, shape)
+    assert full.training_flops == pytest.approx(full.full_flops)
+    # With frozen weights there is the gradient of its input alone.
+    lora, untied = (
+        estimated("lora", {}, catalogue.Shape.of(CONFIG.replace(tie_embeddings=tied, vocab_size=4096)))
+        for tied in (True, False)
+    )
+    assert lora.training_flops == pytest.approx(untied.training_flops)
+
+
 def test_prompts_and_prefixes_make_sequences_longer():
     tokens, length = 6, LENGTH
     prompt, prefix = estimated("prompt-tuning", {"tokens": tokens}), estimated("prefix-tuning", {"tokens": tokens})
@@ -308,6 +320,17 @@ def test_activations_that_a_step_keeps(id, base):
     model = copy.deepcopy(base)
     catalogue.apply(model, id, **KEPT[id])
     assert estimated(id, KEPT[id]).activation_bytes == pytest.approx(kept(model), rel=0.15)
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="without kernels more is kept")
+def test_activations_of_queries_behind_a_gate():
+    """Heads that are much wider than the model, so that what UniPELT keeps of queries is most of it."""
+    wide = SelfAttention.Config(num_heads=8, num_kv_heads=1, head_dim=32)
+    config = CONFIG.replace(dim=8, attention=wide, feed_forward=SwiGLU.Config(hidden_dim=8))
+    model, options = config.build(), {"tokens": 6, "rank": 2, "width": 2}
+    catalogue.apply(model, "unipelt", **options)
+    found = estimated("unipelt", options, catalogue.Shape.of(config))
+    assert found.activation_bytes == pytest.approx(kept(model), rel=0.05)
 
 
 def test_activations_of_what_goes_along_the_model_or_takes_no_gradient_below():

@@ -20,7 +20,7 @@ from anabranch.adapters.mhr import (
     mu,
     to_single_lora,
 )
-from anabranch.adapters.mhr.measure import Diagnosis
+from anabranch.adapters.mhr.measure import Diagnosis, shared_numbers
 from anabranch.adapters.put_on import put_on
 from anabranch.adapters.tasks import task_names, task_rows
 from anabranch.errors import ConfigError, InputError
@@ -273,6 +273,7 @@ def test_gradients_of_tasks_are_compared():
 
         return made
 
+    learned = [parameter.requires_grad_(number % 2 > 0) for number, parameter in enumerate(shared_numbers(model))]
     mean, pairs = gradient_alignment(model, {"x": loss(0), "same": loss(0), "other": loss(0, -1.0)})
     assert pairs["x", "same"] == pytest.approx(1.0)
     assert pairs["x", "other"] == pytest.approx(-1.0)
@@ -280,6 +281,8 @@ def test_gradients_of_tasks_are_compared():
     mean, _ = gradient_alignment(model, {"x": loss(0), "y": loss(1)})
     assert -1 < mean < 1
     assert all(parameter.grad is None for parameter in model.parameters())
+    # What learned and what did not is as it was.
+    assert [parameter.requires_grad for parameter in learned] == [number % 2 > 0 for number in range(len(learned))]
     with pytest.raises(ConfigError, match="at least two"):
         gradient_alignment(model, {"x": loss(0)})
     with pytest.raises(ConfigError, match="no adapters"):

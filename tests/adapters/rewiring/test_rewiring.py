@@ -219,6 +219,13 @@ def test_the_guard_looks_at_no_token_that_was_held_back():
     assert any(seen)
 
 
+@pytest.mark.parametrize(("length", "held"), [(20, 16), (59, 18), (61, 18), (63, 19), (1000, 300)])
+def test_how_many_tokens_are_held_back(length, held):
+    """0.3 of them to the nearest whole number, 16 at least."""
+    assert Rewiring().held_back(length) == held
+    assert Rewiring(guard=False).held_back(length) == 0
+
+
 def test_a_step_is_scaled_by_the_context():
     model = model_of()
     whole, _ = adapted(model, PLAIN.replace(steps=1), [text()])
