@@ -1,12 +1,18 @@
 """What is put around a model that has an adapter: taking the adapter off, merging it, and what fails leaves all as it was."""
 
+import copy
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapter_models import drawn, linear_layers, logits, make_adapter, make_base
 from anabranch.adapters import load_peft, merge, unload, unmerge
-from anabranch.adapters.around import put_around
+from anabranch.adapters.around import put_around, take_around
+from anabranch.adapters.catalogue import apply, load_applied
+from anabranch.adapters.catalogue.applied import WEIGHTS
 from anabranch.adapters.front import Front
+from anabranch.adapters.graft import layers_of
 from anabranch.adapters.ladder import Ladder
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, load_model
@@ -91,3 +97,37 @@ def test_what_cannot_be_put_around_leaves_the_base_free(around, monkeypatch):
         put_around(model, **around)
     assert not any(map(is_fixed, model.modules()))
     assert model.config == config
+
+
+@pytest.mark.parametrize("way", ["merge", "remove"])
+def test_a_method_is_taken_off_beneath_a_ladder(way):
+    model = Decoder.Config(num_layers=2, dim=32).build(seed=0).eval()
+    bare = copy.deepcopy(model)
+    applied = apply(model, "lora", rank=2)
+    for layer in layers_of(model).values():
+        torch.nn.init.normal_(layer.b, generator=torch.Generator().manual_seed(0))
+    token_BL = torch.tensor([[3, 1, 4, 1, 5]])
+    beside = model(token_BL).logits_BLV
+    put_around(model, ladder=Ladder.Config(reduction=2))
+    held = applied.state()
+    assert {name.rpartition(".")[2] for name in held} == {"a", "b"}
+    getattr(applied, way)()
+    wanted = beside if way == "merge" else bare(token_BL).logits_BLV
+    torch.testing.assert_close(take_around(model)(token_BL).logits_BLV, wanted, rtol=1e-5, atol=1e-5)
+    assert not layers_of(model)
+
+
+@pytest.mark.parametrize("id", ["lst", "unipelt"])
+def test_single_numbers_that_were_written_without_an_axis_are_read(tmp_path, id):
+    config = Decoder.Config(num_layers=2, dim=32)
+    applied = apply(config.build(seed=0), id)
+    singles = [name for name, value in applied.state().items() if value.numel() == 1]
+    applied.save(tmp_path / "new")
+    held = load_file(tmp_path / "new" / WEIGHTS)
+    assert singles
+    save_file(
+        {name: value.reshape(()) if name in singles else value for name, value in held.items()},
+        tmp_path / "new" / WEIGHTS,
+    )
+    read = load_applied(tmp_path / "new", config.build(seed=0))
+    assert all(torch.equal(value, held[name]) for name, value in read.state().items())

@@ -15,6 +15,7 @@ from torch import Tensor
 from anabranch.adapters.after import ScaleShift
 from anabranch.adapters.gated import GatedLowRank
 from anabranch.adapters.graft import layers_of
+from anabranch.adapters.ladder import LADDERED
 from anabranch.adapters.numbers import Holder
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.errors import ConfigError
@@ -77,7 +78,7 @@ def _merged(layer: Any, weight_OC: Tensor, bias_O: Tensor | None) -> tuple[Tenso
 def _matrix(model: Decoder, part: str) -> tuple[Tensor, Tensor | None]:
     """The rows of a matrix that are a part, and of its bias. Raises ConfigError where it is stored in few bits."""
     owner, _, word = part.rpartition(".")
-    for name, module in model.named_modules():
+    for name, module in ((name.replace(LADDERED, "."), module) for name, module in model.named_modules()):
         if isinstance(module, Added) and name.rpartition(".")[0] == owner and word in module.rows:
             weight, bias = (getattr(module.matrix, kind, None) for kind in ("weight", "bias"))
             if not isinstance(weight, Tensor) or not weight.is_floating_point():

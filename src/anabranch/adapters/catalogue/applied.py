@@ -34,7 +34,7 @@ from anabranch.adapters.fusion import AdapterFusion
 from anabranch.adapters.gated import GatedBottleneck, GatedLowRank
 from anabranch.adapters.graft import layers_of, patterns_of
 from anabranch.adapters.hashed_delta import HashedDelta
-from anabranch.adapters.ladder import Ladder
+from anabranch.adapters.ladder import LADDERED, Ladder
 from anabranch.adapters.low_rank import LowRank
 from anabranch.adapters.mhr import MultiHeadRouted
 from anabranch.adapters.nested import NestedLowRank
@@ -112,7 +112,7 @@ class Applied:
     def state(self) -> dict[str, Tensor]:
         """What the method has made of the model, by the model's names: layers beside it, or the parameters of the base that learn and its
         buffers, such as biases of routers, which move in a training too."""
-        return {name: value for name, value in self.model.state_dict().items() if name in self._held}
+        return {name: value for name, value in _state(self.model).items() if name in self._held}
 
     def merge(self) -> Decoder:
         """Add what was learned to the matrices, take the layers off, and return the model, which is a plain one.
@@ -149,7 +149,7 @@ class Applied:
             take_around(self.model)
         if layers_of(self.model):
             take_off(self.model)
-        named, state = dict(self.model.named_parameters()), self.model.state_dict()
+        named, state = _named(self.model), _state(self.model)
         with torch.no_grad():
             for name, value in ({} if keeps_base else self._base).items():
                 state[name].copy_(value)
@@ -197,7 +197,7 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
     shape = Shape.of(model.config)
     found = estimate(card, shape, options)
     chosen = [matrix for matrix in shape.matrices if matrix.part in set(found.matched)]
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = {name: parameter.requires_grad for name, parameter in _named(model).items()}
     config = model.config
     if card.trains_base:
         learns = {name for name in before if _is_trained(name, card)}
@@ -212,12 +212,12 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
         if layers:
             put_on(model, patterns_of(layers, parts), seed=seed)
         put_around(model, **around, seed=seed)
-        held = set(added_names(model))
+        held = {name.replace(LADDERED, ".") for name in added_names(model)}
         learns = {name for name in held if card.id != "lora-fa" or name.endswith(".b")}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _named(model).items():
         parameter.requires_grad_(name in learns)
     kept = held if card.id in _SMALL else ()
-    base = {name: value.detach().clone() for name, value in model.state_dict().items() if name in kept}
+    base = {name: value.detach().clone() for name, value in _state(model).items() if name in kept}
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     told = (found.options, found.matched, found.skipped, trainable)
     return Applied(model, card, *told, before, config, base, frozenset(held))
@@ -251,7 +251,12 @@ def load_applied(folder: str | Path, model: Decoder) -> Applied:
         raise CheckpointError(f"{place / WEIGHTS} does not hold the {asked} numbers that its options say")
     applied = apply(model, method, **made)
     state = applied.state()
+    # Of a version in which single numbers had no axis.
     shapes = {name: tuple(value.shape) for name, value in state.items()}
+    held = {
+        name: value.reshape(1) if value.ndim == 0 and shapes.get(name) == (1,) else value
+        for name, value in held.items()
+    }
     if {name: tuple(value.shape) for name, value in held.items()} != shapes:
         _drop(applied)
         odd = sorted(shapes.keys() ^ held.keys()) or [
@@ -268,6 +273,16 @@ def load_applied(folder: str | Path, model: Decoder) -> Applied:
             state[name].copy_(value)
     settle(model)
     return applied
+
+
+def _named(model: Decoder) -> dict[str, nn.Parameter]:
+    """The parameters by the names that they have without a ladder, which may be put along the model, or taken off, meanwhile."""
+    return {name.replace(LADDERED, "."): parameter for name, parameter in model.named_parameters()}
+
+
+def _state(model: Decoder) -> dict[str, Tensor]:
+    """Parameters and buffers by these names."""
+    return {name.replace(LADDERED, "."): value for name, value in model.state_dict().items()}
 
 
 def _drop(applied: Applied) -> None:
@@ -372,7 +387,7 @@ def _moving(model: Decoder) -> set[str]:
         if isinstance(module, FewBitLinear | PackedEmbedding | QuantizedPool)
         for name, _ in module.named_buffers(recurse=False)
     }
-    return {name for name, _ in model.named_buffers() if name in saved and name not in packed}
+    return {name.replace(LADDERED, ".") for name, _ in model.named_buffers() if name in saved and name not in packed}
 
 
 def _is_trained(name: str, card: Card) -> bool:
