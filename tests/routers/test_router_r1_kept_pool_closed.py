@@ -138,11 +138,11 @@ def test_a_copy_of_the_process_waits_for_nothing_that_is_under_way_in_the_other(
     child = os.fork()
     if not child:
         # What would wait without end is ended.
-        signal.alarm(60)
+        signal.alarm(120)
         go.set()
         if way == "while it is locked":
             # Whose lock file stays, since its call is still out.
-            os._exit(0 if pool._lock.acquire(timeout=1) and pool._lock_file(path).exists() else 1)
+            os._exit(0 if pool._lock.acquire(timeout=60) and pool._lock_file(path).exists() else 1)
         if way.startswith("closes"):
             pool.close()
         os._exit(0 if pool.reply("small", "slow").text == "said" else 1)
