@@ -14,7 +14,7 @@ from anabranch.adapters.catalogue.applied import WEIGHTS
 from anabranch.adapters.front import Front
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.ladder import Ladder
-from anabranch.errors import ConfigError
+from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm import Decoder, load_model
 from anabranch.nn.quantize import quantize
 from anabranch.routing.fixed import is_fixed
@@ -123,6 +123,8 @@ def test_single_numbers_that_were_written_without_an_axis_are_read(tmp_path, id)
     applied = apply(config.build(seed=0), id)
     singles = [name for name, value in applied.state().items() if value.numel() == 1]
     applied.save(tmp_path / "new")
+    with pytest.raises(CheckpointError, match="load_applied reads in Python"):
+        load_peft(tmp_path / "new", config.build(seed=0))
     held = load_file(tmp_path / "new" / WEIGHTS)
     assert singles
     save_file(

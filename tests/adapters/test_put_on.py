@@ -7,7 +7,11 @@ import torch
 
 from adapter_models import CONFIGS, TOKENS
 from anabranch.adapters import LowRank, RoutedLowRank
+from anabranch.adapters.around import put_around
+from anabranch.adapters.attached import check_bare
+from anabranch.adapters.catalogue import apply
 from anabranch.adapters.dora import Dora
+from anabranch.adapters.front import Front
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.own_folder import read_own, write_own
 from anabranch.adapters.put_on import added_names, put_on, take_off
@@ -248,3 +252,15 @@ def test_onto_a_frame_whose_numbers_are_elsewhere(tmp_path):
         read_own(tmp_path / "a", other)
     # Where there is nothing to compare with, nothing is compared.
     read_own(tmp_path / "a", frame(), is_base_known=False)
+
+
+def test_what_is_no_model_of_ours_is_told():
+    other = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    for put in (
+        lambda: put_on(other, {"*.0": LowRank.Config(rank=1)}),
+        lambda: put_around(other, front=Front.Config(num_tokens=1)),
+        lambda: apply(other, "lora"),
+        lambda: check_bare(other),
+    ):
+        with pytest.raises(ConfigError, match="the model is a Sequential, and adapters are put onto a Decoder"):
+            put()

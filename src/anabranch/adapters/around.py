@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anabranch.adapters.front import Front, check_gates
+from anabranch.adapters.graft import check_decoder
 from anabranch.adapters.ladder import LADDERED, Ladder
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -48,6 +49,7 @@ def put_around(
 
     Raises ConfigError where the model has streams or a ladder already, or its attention cannot meet keys that are no tokens'.
     """
+    check_decoder(model)
     config = around_config(model.config, front, ladder)
     generator = torch.Generator().manual_seed(seed)
     # All that may fail is made before the model is touched.

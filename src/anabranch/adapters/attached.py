@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anabranch.adapters.graft import graft
+from anabranch.adapters.graft import check_decoder, graft
 from anabranch.adapters.ladder import LADDERED
 from anabranch.adapters.names import Names
 from anabranch.adapters.numbers import Numbers
@@ -115,6 +115,7 @@ def put_on(model: Decoder, made: Decoder, layers: Mapping[str, Numbers], *, trai
 
 def check_bare(model: Decoder) -> None:
     """Raise ConfigError where something stands beside, or instead of, matrices of the model already."""
+    check_decoder(model)
     if getattr(model, ATTACHED, None) is not None:
         raise ConfigError("the model has an adapter already; unload it first, or make one adapter of both (combine)")
     if model.config.linears:

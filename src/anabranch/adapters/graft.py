@@ -22,11 +22,20 @@ from anabranch.nn.linear import Added, numbers_of, start_beside
 from anabranch.nn.quantize import QuantizedPool
 from anabranch.routing.fixed import fix, release
 
-__all__ = ["check_pools", "graft", "layers_of", "patterns_of", "start_layers", "strip", "with_layers"]
+__all__ = ["check_decoder", "check_pools", "graft", "layers_of", "patterns_of", "start_layers", "strip", "with_layers"]
 
 _BESIDE = "layers beside matrices"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _LAST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.[^.]*$)")
+
+
+def check_decoder(model: object) -> None:
+    """Raise ConfigError for a model that is none of ours, onto which nothing can be put."""
+    if not isinstance(model, Decoder):
+        raise ConfigError(
+            f"the model is a {type(model).__name__}, and adapters are put onto a Decoder of anabranch.lm: load_model reads models of "
+            "transformers, and load_mixture and apply_peft take these as they are"
+        )
 
 
 def with_layers(config: Decoder.Config, configs: Mapping[str, Linear.Config], parts: Collection[str]) -> Decoder:

@@ -40,6 +40,8 @@ def what_lies_at(place: Path) -> str:
             f"holds no {CONFIG}, and is a pool, a folder of adapters ({named}); name one of them here (anabranch adapters eval and "
             "route take pools)"
         )
+    if (place / "catalogue_adapter.json").is_file():
+        return f"holds no {CONFIG}, and is of catalogue.apply, which load_applied reads in Python; commands read what adapt writes"
     if (place / "config.json").is_file():
         return f"holds no {CONFIG}, and is a model (config.json); {give}, and the model where MODEL stands"
     return f"holds no {CONFIG}; {give}"

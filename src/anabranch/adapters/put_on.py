@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.around import bare_config, bare_name
-from anabranch.adapters.graft import check_pools, graft, layers_of, start_layers, strip
+from anabranch.adapters.graft import check_decoder, check_pools, graft, layers_of, start_layers, strip
 from anabranch.config import configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -66,6 +66,7 @@ def put_on(model: Decoder, linears: Mapping[str, Linear.Config], *, seed: int = 
     Raises ConfigError: no pattern, one that fits no layer, a kind that does not stand beside a matrix, a model that has ``linears``
     already, experts that nothing can stand beside, and what a kind itself refuses.
     """
+    check_decoder(model)
     if not linears:
         raise ConfigError("there is nothing to put on: name at least one pattern of layers, such as '*.attention.q'")
     if model.config.linears:

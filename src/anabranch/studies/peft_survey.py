@@ -27,7 +27,7 @@ least five seeds, and does not hold if in none. That a method is close to full f
 
 Both tables stand beside the runs in ``measurements.json``, which `anabranch adapters recommend --measurements` takes (`--table`).
 
-full and lora have run on the bench with 5 seeds, the other methods with one, superni-full, superni-lora and superni-ia3 with one (2.9 CPU
+full and lora have run on the bench with 5 seeds, the other methods with one, five of SuperNI with one (3.5 CPU
 hours), nothing else has. A run takes 0.1 hours of one core on the bench and 0.3 on SuperNI: 70 and 35 runs, 18 CPU hours in all. The base
 is smaller since 2026-12-02. Frozen anew on that day, before any run: the floors, and a fourth rate, since LoRA was best at the end of three
 in short runs that count nowhere.

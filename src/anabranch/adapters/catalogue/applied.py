@@ -32,7 +32,7 @@ from anabranch.adapters.dora import Dora
 from anabranch.adapters.front import Front
 from anabranch.adapters.fusion import AdapterFusion
 from anabranch.adapters.gated import GatedBottleneck, GatedLowRank
-from anabranch.adapters.graft import layers_of, patterns_of
+from anabranch.adapters.graft import check_decoder, layers_of, patterns_of
 from anabranch.adapters.hashed_delta import HashedDelta
 from anabranch.adapters.ladder import LADDERED, Ladder
 from anabranch.adapters.low_rank import LowRank
@@ -192,6 +192,7 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
             "apply_peft puts it onto a model of transformers" if card.backend == "peft" else "its card tells what it is"
         )
         raise ConfigError(f"{card.id} is not one of our own methods; {way}")
+    check_decoder(model)
     if model.config.linears:
         raise ConfigError(f"linears of the model has {next(iter(model.config.linears))!r} already; take that off first")
     shape = Shape.of(model.config)

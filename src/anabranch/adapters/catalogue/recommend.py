@@ -8,7 +8,7 @@ from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import Estimate, estimate
 from anabranch.adapters.catalogue.measured import MEASURED, Measurement, of_table, tables_of
 from anabranch.adapters.catalogue.shape import Shape
-from anabranch.adapters.catalogue.table import CARDS
+from anabranch.adapters.catalogue.table import CARDS, MERGED
 from anabranch.errors import ConfigError
 
 __all__ = ["Choice", "Limits", "Recommendation", "recommend"]
@@ -42,8 +42,8 @@ class Limits:
 
     def why_not(self, card: Card, found: Estimate) -> str | None:
         """The first limit that a method does not keep to; None where it keeps to all."""
-        if self.merges and card.merges == "no":
-            return "cannot be merged"
+        if self.merges and card.merges not in MERGED:
+            return "cannot be merged" if card.merges == "no" else "one task of it can be merged, not all"
         if self.mixed and card.mixed == "no":
             return "rows of a batch cannot have adapters of their own"
         if self.starts_as_base and not card.starts_as_base:

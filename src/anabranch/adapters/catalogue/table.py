@@ -25,6 +25,10 @@ def find(id: str) -> Card:
     return card
 
 
+# What a card says of methods that become part of the matrices, or are it.
+MERGED = ("yes", "is the base")
+
+
 def listed(
     *,
     family: str | None = None,
@@ -40,7 +44,7 @@ def listed(
     Args:
         family: the beginning of theirs, or a part of it: ``additive``, ``prompt``.
         backend: ``own``, ``peft`` or ``none``.
-        merges: whether a trained adapter can become part of the matrices.
+        merges: whether all that was trained can become part of the matrices; of what has tasks one alone can.
         mixed: whether rows of a batch can have adapters of their own.
         needs_bias: whether the model must have biases.
         max_parameters: most numbers that may learn on a model of ``shape``, with the usual options; a method that fits no such model, or
@@ -61,7 +65,7 @@ def listed(
         for card in CARDS.values()
         if (family is None or _is_of(card.family, family))
         and backend in (None, card.backend)
-        and merges in (None, card.merges in ("yes", "is the base", "per task"))
+        and merges in (None, card.merges in MERGED)
         and mixed in (None, card.mixed != "no")
         and needs_bias in (None, card.needs_bias)
         and (max_parameters is None or shape is None or _learns_at_most(card, shape, max_parameters))
