@@ -7,13 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapter_models import drawn, linear_layers, logits, make_adapter, make_base
-from anabranch.adapters import load_peft, merge, unload, unmerge
+from anabranch.adapters import LowRank, load_peft, merge, unload, unmerge
 from anabranch.adapters.around import put_around, take_around
 from anabranch.adapters.catalogue import apply, load_applied
 from anabranch.adapters.catalogue.applied import WEIGHTS
 from anabranch.adapters.front import Front
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.ladder import Ladder
+from anabranch.adapters.own_folder import read_own, write_own
+from anabranch.adapters.put_on import put_on, take_off
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm import Decoder, load_model
 from anabranch.nn.quantize import quantize
@@ -133,3 +135,23 @@ def test_single_numbers_that_were_written_without_an_axis_are_read(tmp_path, id)
     )
     read = load_applied(tmp_path / "new", config.build(seed=0))
     assert all(torch.equal(value, held[name]) for name, value in read.state().items())
+
+
+@pytest.mark.parametrize("order", [(take_off, take_around), (take_around, take_off)])
+def test_layers_and_a_ladder_are_written_read_and_taken_off_in_any_order(tmp_path, order):
+    base = Decoder.Config(num_layers=2, dim=32).build(seed=0).eval()
+    model = put_on(copy.deepcopy(base), {"*.attention.q": LowRank.Config(rank=2)})
+    put_around(model, ladder=Ladder.Config(reduction=2))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(generator=generator)
+    token_BL = torch.tensor([[3, 1, 4, 1, 5]])
+    both = model.eval()(token_BL).logits_BLV
+    write_own(tmp_path / "both", model, base="base")
+    read = read_own(tmp_path / "both", copy.deepcopy(base)).eval()
+    assert torch.equal(read(token_BL).logits_BLV, both)
+    for take in order:
+        take(read)
+    assert read.config == base.config
+    assert torch.equal(read(token_BL).logits_BLV, base(token_BL).logits_BLV)

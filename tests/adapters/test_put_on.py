@@ -9,7 +9,7 @@ from adapter_models import CONFIGS, TOKENS
 from anabranch.adapters import LowRank, RoutedLowRank
 from anabranch.adapters.around import put_around
 from anabranch.adapters.attached import check_bare
-from anabranch.adapters.catalogue import apply
+from anabranch.adapters.catalogue import apply, load_applied
 from anabranch.adapters.dora import Dora
 from anabranch.adapters.front import Front
 from anabranch.adapters.graft import layers_of
@@ -261,6 +261,8 @@ def test_what_is_no_model_of_ours_is_told():
         lambda: put_around(other, front=Front.Config(num_tokens=1)),
         lambda: apply(other, "lora"),
         lambda: check_bare(other),
+        lambda: read_own("none", other),
+        lambda: load_applied("none", other),
     ):
         with pytest.raises(ConfigError, match="the model is a Sequential, and adapters are put onto a Decoder"):
             put()

@@ -23,6 +23,7 @@ from torch import Tensor
 from anabranch.adapters.around import around_config, put_around, take_around
 from anabranch.adapters.base_digest import Digest, base_digest, is_same_base
 from anabranch.adapters.front import Front
+from anabranch.adapters.graft import check_decoder
 from anabranch.adapters.ladder import Ladder
 from anabranch.adapters.put_on import added_names, put_on, take_off
 from anabranch.config import Config, Field, configclass, from_dict, to_dict
@@ -166,6 +167,7 @@ def read_own(
     Raises CheckpointError where there is none, it is damaged or of another model, by sizes or by content; ConfigError as `put_on`. The
     model is then as it was. Of one whose matrices are quantized or elsewhere the content is looked at only where it is as it was.
     """
+    check_decoder(model)
     place = Path(folder)
     table = _table_of(place)
     for name, ours in (("dim", model.config.dim), ("num_layers", model.config.num_layers)):

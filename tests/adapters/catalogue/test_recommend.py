@@ -45,7 +45,7 @@ def test_measured_ones_come_first_best_first():
     ("limits", "inside", "outside", "why"),
     [
         (Limits(merges=True), "lora", "adapter-parallel", "cannot be merged"),
-        (Limits(merges=True), "full", "mhr", "one task of it can be merged, not all"),
+        (Limits(merges=True), "full", "mhr", "one task of it can be merged (adapters export --task), not all"),
         (Limits(mixed=True), "lora", "vera", "rows of a batch cannot"),
         (Limits(starts_as_base=True), "lora", "prefix-tuning", "a new adapter changes"),
         (Limits(max_parameters=3000), "road", "lora", "learns 3.277e+04 numbers, above 3000"),

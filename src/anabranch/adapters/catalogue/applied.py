@@ -229,6 +229,7 @@ def load_applied(folder: str | Path, model: Decoder) -> Applied:
 
     Raises CheckpointError: no such folder, a damaged one, one of another base, or NaN in it; ConfigError as `apply`.
     """
+    check_decoder(model)
     place = Path(folder)
     if not (place / TABLE).is_file():
         raise CheckpointError(f"no adapter of the catalogue at {place}: it holds no {TABLE}")

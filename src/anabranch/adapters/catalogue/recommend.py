@@ -43,7 +43,11 @@ class Limits:
     def why_not(self, card: Card, found: Estimate) -> str | None:
         """The first limit that a method does not keep to; None where it keeps to all."""
         if self.merges and card.merges not in MERGED:
-            return "cannot be merged" if card.merges == "no" else "one task of it can be merged, not all"
+            return (
+                "cannot be merged"
+                if card.merges == "no"
+                else "one task of it can be merged (adapters export --task), not all"
+            )
         if self.mixed and card.mixed == "no":
             return "rows of a batch cannot have adapters of their own"
         if self.starts_as_base and not card.starts_as_base:
