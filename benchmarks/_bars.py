@@ -186,13 +186,9 @@ AIMS: dict[str, tuple[Bar, ...]] = {
 
 # Bars of which no record has a row yet: asked since the benchmark last ran. They leave with the record that has them.
 AWAITED: dict[str, frozenset[Bar]] = {
-    # The machine was not quiet.
-    "adapter_routing": frozenset(BARS["adapter_routing"]),
     # One step takes minutes.
     "rl": frozenset(bar for bar in BARS["rl"] if bar.case == "ppo"),
     "rl_tokens": frozenset(BARS["rl_tokens"]),
-    # A machine that does nothing else.
-    "adapter_training": frozenset(BARS["adapter_training"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
 }
