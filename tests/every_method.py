@@ -81,10 +81,11 @@ def make_place(root):
 
 
 def cases():
-    """Names of methods, each with what it may begin from: ``mhr``, ``mhr from z``, ``lora_mixer from adapters``, ..."""
+    """Names of methods, each with what it may begin from, and when labels choose: ``mhr``, ``mhr from z``, ``lora_mixer in anneal``, ..."""
     found = []
     for name in method_names():
         method = method_named(name).owner
+        found += [f"{name} in {stages}" for stages in _choices(method, "stages")[1:]]
         assert set(FOLDERS.get(name, {})) == set(method.folders), (
             f"{name} may begin from {method.folders}: make such a folder"
         )
@@ -93,16 +94,25 @@ def cases():
             continue
         if _begins_alone(name):
             found.append(name)
-        modes = get_args(get_type_hints(method.Config).get("mode"))
-        found += [f"{name} from {mode}" for mode in modes or method.folders]
+        found += [f"{name} from {mode}" for mode in _choices(method, "mode") or method.folders]
     return found
+
+
+def _choices(method, field):
+    """What a field of its config may be, the usual first; none where it has no such field."""
+    return get_args(get_type_hints(method.Config).get(field))
+
+
+def name_of(case):
+    """The method of one of `cases`."""
+    return case.partition(" from ")[0].partition(" in ")[0]
 
 
 def method_of(case, place):
     """The config of one of `cases`."""
-    name, _, begun = case.partition(" from ")
+    name, begun, stages = name_of(case), case.partition(" from ")[2], case.partition(" in ")[2]
     if not begun:
-        return _small(name)
+        return _small(name).replace(**({"stages": stages} if stages else {}))
     told = {
         field: tuple(str(place / one) for one in folder) if isinstance(folder, tuple) else str(place / folder)
         for field, folder in FOLDERS[name].items()

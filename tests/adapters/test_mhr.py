@@ -10,7 +10,7 @@ from anabranch.adapters import LowRank
 from anabranch.adapters.mhr import AdapterInventory, MultiHeadRouted, RoutingTable, Weights, bin_of
 from anabranch.adapters.own_folder import read_own, write_own
 from anabranch.adapters.put_on import put_on
-from anabranch.adapters.tasks import on_tasks, task_names, task_rows
+from anabranch.adapters.tasks import TASK, on_tasks, task_names, task_rows
 from anabranch.errors import ConfigError, InputError
 from anabranch.lm import Decoder, SamplingConfig, generate
 from anabranch.nn import MoE, SelfAttention
@@ -56,7 +56,6 @@ class Told:
     """A forward context of a layer alone."""
 
     def __init__(self, task_BL):
-        from anabranch.adapters.tasks import TASK
         from anabranch.routing import RoutingContext
 
         self.made = RoutingContext(state={TASK: task_BL})
@@ -377,10 +376,21 @@ def test_layers_of_a_bin_must_agree():
         CONFIGS["llama"]().replace(linears=linears).build()
 
 
+def on_all(model, name):
+    with on_tasks(model, name, unknown="average"):
+        pass
+
+
 def test_tasks_that_there_are_not():
     model = model_of()
     with pytest.raises(InputError, match=r"task 'd' is not one of the 3 .* 'a', 'b', 'c'"):
         task_rows(model, ["a", "d"], 6)
+    model.train()
+    for told in (lambda: task_rows(model, ["a", "d"], 6, unknown="average"), lambda: on_all(model, "d")):
+        with pytest.raises(InputError, match=r"task 'd' is not one of the 3 .*in training, where unknown='average'"):
+            told()
+    assert task_rows(model, [None], 6, unknown="average")[TASK].unique().tolist() == [-1]
+    model.eval()
     averaged = task_rows(model, ["a", "d"], 6, unknown="average")
     with torch.no_grad():
         found = model(TOKENS, state=averaged).logits_BLV

@@ -7,7 +7,7 @@
 
 A row carries the number of its task in the forward context's state, ``[B, L]``, so that it goes where its tokens go: into experts, into
 blocks that some rows skip, through a cache. Names become numbers in one place, here. A name that no table has is an error; where a model
-is used, it may mean the average of all skills instead (``unknown="average"``).
+is used, and not trained, it may mean the average of all skills instead (``unknown="average"``).
 """
 # Shapes: B rows, L positions, N items
 
@@ -105,11 +105,11 @@ def task_rows(
         model: whose layers route by task.
         names: of each row; None for the average of all skills.
         length: L of the pass.
-        unknown: what a name means that there is not: "error", or "average" as None.
+        unknown: what a name means that there is not: "error", or "average" as None. In a model that is in training it is an error always.
 
     Raises InputError for an unknown name, ConfigError for a model that does not route by task.
     """
-    number_B = torch.tensor(numbers_of(names, task_names(model), unknown), dtype=torch.int64)
+    number_B = torch.tensor(_numbers(model, names, unknown), dtype=torch.int64)
     return told_tasks(number_B.to(next(model.parameters()).device), length)
 
 
@@ -130,10 +130,21 @@ def on_tasks(model: Decoder, names: str | Sequence[str | None], *, unknown: Unkn
 
     Raises InputError for an unknown name, and in a pass whose rows are neither these nor a multiple of them.
     """
-    known = task_names(model)
     one = isinstance(names, str)
-    numbers = numbers_of([names] if isinstance(names, str) else names, known, unknown)
-
-    number_B = torch.tensor(numbers, dtype=torch.int64)
+    number_B = torch.tensor(_numbers(model, [names] if isinstance(names, str) else names, unknown), dtype=torch.int64)
     with telling(model, TASK, number_B, told_tasks, what="tasks", for_all=one):
         yield
+
+
+def _numbers(model: nn.Module, names: Sequence[str | None], unknown: Unknown) -> list[int]:
+    """As `numbers_of` with the model's tasks. While a model learns, a name that is misspelt must not pass for the average."""
+    known = task_names(model)
+    numbers = numbers_of(names, known, unknown)
+    if model.training and unknown == "average":
+        try:
+            numbers_of(names, known)
+        except InputError as error:
+            raise InputError(
+                f"{error}. The model is in training, where unknown='average' holds for no name; say None, or call model.eval()"
+            ) from None
+    return numbers

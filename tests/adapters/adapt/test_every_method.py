@@ -25,7 +25,7 @@ from anabranch.routing.discovery import find_routers
 from anabranch.testing import check_task, run_ranks
 from anabranch.train import Trainer, read_metrics
 from anabranch.train.optimizer import full_tensor
-from every_method import TASKS, TOKENS, cases, drawn, make_place, method_of, run_of
+from every_method import TASKS, TOKENS, cases, drawn, make_place, method_of, name_of, run_of
 
 CASES = cases()
 RANKS = 2
@@ -40,7 +40,7 @@ def place(tmp_path_factory):
 
 
 def test_every_method_is_looked_at():
-    assert {case.partition(" from ")[0] for case in CASES} == set(method_names())
+    assert {name_of(case) for case in CASES} == set(method_names())
 
 
 # Training, and going on with it

@@ -1,12 +1,21 @@
 """Methods of `adapt` whose experts a router chooses: what they hand on to the systems themselves."""
 
 import dataclasses
+import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from anabranch.adapters import DynMoLE
-from anabranch.adapters.adapt.mixtures import Dynmole
-from anabranch.errors import ConfigError
+from anabranch.adapters import DynMoLE, load_mixture
+from anabranch.adapters.adapt import AdaptTask
+from anabranch.adapters.adapt.mixtures import Dynmole, LoraMixer
+from anabranch.adapters.lora_mixer import mixed_layers
+from anabranch.adapters.own_folder import read_own
+from anabranch.errors import ConfigError, DataError
+from anabranch.lm import load_model
+from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer, read_metrics
+from every_method import TASKS, TOKENS, make_place
 
 SHARED = {field.name for field in dataclasses.fields(DynMoLE)} & {
     field.name for field in dataclasses.fields(Dynmole.Config)
@@ -42,3 +51,153 @@ def test_every_setting_of_dynmole_is_handed_on():
 def test_what_the_system_refuses_is_refused_at_once():
     with pytest.raises(ConfigError, match="keep_top_k"):
         Dynmole.Config(experts=2, keep_top_k=3)
+
+
+# LoRA-Mixer: labels choose, and routers after them
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("mixtures"))
+
+
+def trained(place, out, *, steps=4, given=False, rows="rows.jsonl", **options):
+    """The trainer after a training of LoRA-Mixer: new experts, or the adapters ``law`` and ``sql``."""
+    adapters = tuple(str(place / name) for name in ("law", "sql")) if given else None
+    method = LoraMixer.Config(adapters=adapters, rank=2, top_k=1, **options)
+    task = AdaptTask.Config(model=str(place / "base"), data=str(place / rows), method=method, held_out=0.0)
+    train = TrainConfig(
+        steps=steps,
+        batch_size=4,
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        eval_every=None,
+        checkpoint_every=None,
+        log_every=1,
+        device="cpu",
+        schedule=Constant.Config(),
+    )
+    trainer = Trainer(TaskRunConfig(task=task, train=train), out)
+    trainer.fit()
+    return trainer
+
+
+def numbers(trainer):
+    """(A and B of all experts, layer by layer; weights of the routers)."""
+    layers = mixed_layers(trainer.task.base).values()
+    pools = [torch.cat([layer.pool.a.flatten(1), layer.pool.b.flatten(1)], dim=1).detach().clone() for layer in layers]
+    return pools, [layer.router.score.weight.detach().clone() for layer in layers]
+
+
+def terms(trainer):
+    return [set(line["auxiliary"]) for line in read_metrics(trainer.out) if line["kind"] == "train"]
+
+
+def some(place, name, *, task):
+    """A file of the rows of one task."""
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    (place / name).write_text("\n".join(json.dumps(row) for row in rows if row["task"] in task))
+    return name
+
+
+def test_new_experts_are_of_the_tasks_by_name(place, tmp_path):
+    trainer = trained(place, tmp_path, stages="hard_soft")
+    for layer in mixed_layers(trainer.task.base).values():
+        assert layer.config.experts == TASKS
+        assert layer.pool.num_experts == len(TASKS)
+    soft = trained(place, tmp_path / "soft")
+    assert {layer.pool.num_experts for layer in mixed_layers(soft.task.base).values()} == {6}
+
+
+def test_a_row_teaches_the_expert_of_its_task_alone(place, tmp_path):
+    rows = some(place, "law-alone.jsonl", task=["law"])
+    (place / rows).write_text((place / "rows.jsonl").read_text().replace('"back"', '"law"').replace('"up"', '"law"'))
+    trainer = trained(place, tmp_path, given=True, rows=rows, stages="hard", alignment=0.0)
+    pools, _ = numbers(trainer)
+    given, _ = load_model(place / "base")
+    load_mixture({name: place / name for name in ("law", "sql")}, given)
+    for found, layer in zip(pools, mixed_layers(given).values(), strict=True):
+        first = torch.cat([layer.pool.a.flatten(1), layer.pool.b.flatten(1)], dim=1)
+        assert not torch.equal(found[0], first[0])
+        assert torch.equal(found[1], first[1])
+
+
+@pytest.mark.parametrize(("hold", "moves"), [("frozen", False), ("preserved", True), ("free", True), (None, False)])
+def test_experts_learn_first_and_routers_after_them(place, tmp_path, hold, moves):
+    seen, step_of = [], AdaptTask.step
+
+    def watched(self, model, batch, context):
+        seen.append(numbers(SimpleNamespace(task=self)))
+        return step_of(self, model, batch, context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdaptTask, "step", watched)
+        trainer = trained(place, tmp_path, steps=6, stages="hard_soft", hold=hold)
+    seen.append(numbers(trainer))
+
+    def same(one, other, kind):
+        return all(torch.equal(a, b) for a, b in zip(seen[one][kind], seen[other][kind], strict=True))
+
+    assert not same(0, 3, 0)
+    assert same(3, 6, 0) != moves
+    assert not same(3, 6, 1)
+    found = terms(trainer)
+    assert "task_alignment" in found[0]
+    assert "specialisation" not in found[0]
+    assert "specialisation" in found[5]
+    assert [("preservation" in each) for each in found] == [False] * 3 + [hold == "preserved"] * 3
+
+
+def test_what_holds_experts_is_added_up_over_layers(place, tmp_path):
+    """beta sum_l sum_i ||theta_i - theta_i(0)||^2 of the step, which the line of the step tells."""
+    drifts, step_of = [], AdaptTask.step
+
+    def watched(self, model, batch, context):
+        drifts.append(sum(float(layer.drift().detach()) for layer in mixed_layers(self.base).values()))
+        return step_of(self, model, batch, context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdaptTask, "step", watched)
+        trainer = trained(place, tmp_path, steps=4, hold="preserved", beta=0.25)
+    lines = [line for line in read_metrics(trainer.out) if line["kind"] == "train"]
+    assert [line["auxiliary"]["preservation"] for line in lines] == pytest.approx([0.25 * drift for drift in drifts])
+    assert drifts[0] == 0 < drifts[-1]
+
+
+def test_what_is_trained_in_stages_is_read_back(place, tmp_path):
+    trainer = trained(place, tmp_path / "run", stages="hard_soft")
+    trainer.task.write(tmp_path / "adapter")
+    base, _ = load_model(place / "base")
+    read_own(tmp_path / "adapter", base)
+    with torch.no_grad():
+        found, wanted = base.eval()(TOKENS).logits_BLV, trainer.task.base.eval()(TOKENS).logits_BLV
+    assert torch.equal(found, wanted)
+
+
+def test_labels_lead_routers_that_choose_from_the_beginning(place, tmp_path):
+    """Rows of tasks that have no expert are led nowhere."""
+    text = (place / "rows.jsonl").read_text()
+    (place / "partly.jsonl").write_text(text.replace('"back"', '"law"'))
+    trainer = trained(place, tmp_path, given=True, rows="partly.jsonl", alignment=0.5)
+    assert all("task_alignment" in each for each in terms(trainer))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"given": True, "stages": "hard"}, ConfigError, "task 'back' has no expert; adapters are called 'law', 'sql'"),
+        ({"given": True, "alignment": 0.1}, ConfigError, "task 'back' has no expert"),
+        ({"stages": "hard", "experts": 2, "rows": "three.jsonl"}, ConfigError, "experts is 2, and rows are of 3 tasks"),
+        ({"stages": "hard", "rows": "one.jsonl"}, ConfigError, "rows are of 1 task, so there is nothing to choose"),
+        ({"stages": "hard", "rows": "none.jsonl"}, DataError, "the row names no task"),
+        ({"hold": "frozen"}, ConfigError, "hold is 'frozen' from the beginning, and new experts add nothing"),
+    ],
+)
+def test_what_cannot_be_in_stages(place, tmp_path, options, error, message):
+    text = (place / "rows.jsonl").read_text()
+    third = text.splitlines()[0].replace('"back"', '"third"')
+    (place / "three.jsonl").write_text(f"{text}\n{third}")
+    some(place, "one.jsonl", task=["up"])
+    (place / "none.jsonl").write_text(json.dumps({"input": "ab", "output": "ba"}))
+    with pytest.raises(error, match=message):
+        trained(place, tmp_path, **options)

@@ -1,7 +1,7 @@
 """`Answers`: the likelihood of answers, token by token, and the batches that it takes: rows padded on the left, each with its answer."""
 # Shapes: B rows, L positions, M tokens of answers, V vocabulary, R rows of several kinds
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from anabranch.adapters.adapter_mixture import twice_told
 from anabranch.adapters.by_row import check_told, told_rows
-from anabranch.adapters.tasks import told_tasks
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.linear import takes_context
 
@@ -46,7 +45,7 @@ class Answers(nn.Module):
         target_BL: Tensor,
         *,
         mask_BL: Tensor | None = None,
-        task_B: Tensor | None = None,
+        state: Mapping[str, Any] | None = None,
         twice: bool = False,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
         """(nats_M, spread_M, losses that layers add, what they measure, apart_M) of the tokens of answers, row by row.
@@ -55,7 +54,7 @@ class Answers(nn.Module):
             token_BL: int64 ids.
             target_BL: int64 ids of answers, one position early; -100 where there is none.
             mask_BL: bool, False for padding, which stands on the left.
-            task_B: the number of each row's task; None where nobody routes by it.
+            state: what layers are told of the rows, see `Method.state`.
             twice: the second half of the rows are those of the first again; what is given back is of the first.
 
         ``spread_M`` is the mean over the vocabulary of -log p, for smoothed labels; ``apart_M`` the mean of the divergences of both halves
@@ -64,12 +63,11 @@ class Answers(nn.Module):
         decoder = self.decoder
         # A pass that is made of its parts asks what blocks around it tell its rows.
         check_told(decoder, len(token_BL), "a pass over answers")
-        state = told_rows(decoder, range(len(token_BL)), token_BL.shape[1])
-        state |= {} if task_B is None else told_tasks(task_B, token_BL.shape[1])
+        told = told_rows(decoder, range(len(token_BL)), token_BL.shape[1]) | dict(state or {})
         if twice:
             num_streams, _ = decoder.streams_of(None)
-            state |= twice_told(*token_BL.shape, num_streams=num_streams, device=token_BL.device)
-        context = decoder.context(token_BL, token_mask_BL=mask_BL, state=state)
+            told |= twice_told(*token_BL.shape, num_streams=num_streams, device=token_BL.device)
+        context = decoder.context(token_BL, token_mask_BL=mask_BL, state=told)
         x_BLD = decoder.hidden(token_BL, context)
         if decoder.streams is not None:
             x_BLD = decoder.streams.merge(x_BLD, context)

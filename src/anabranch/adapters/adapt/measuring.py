@@ -124,7 +124,7 @@ def _likelihoods(
 ) -> None:
     device = model.embedding.weight.device
     given = batch_of(*(tensor.to(device) for tensor in data))
-    given["task_B"] = None
+    del given["task_B"]
     nats_M, *_ = Answers(model)(**given)
     row_M = (given["target_BL"] != IGNORED).nonzero()[:, 0]
     for row, value in zip(row_M.tolist(), nats_M.tolist(), strict=True):

@@ -18,6 +18,7 @@ from anabranch.adapters.own_folder import write_own
 from anabranch.adapters.peft_folder import write_peft
 from anabranch.adapters.put_on import added_names, put_on
 from anabranch.adapters.saving import adapter_on
+from anabranch.adapters.tasks import told_tasks
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import CheckpointError
@@ -109,6 +110,24 @@ class Method(Part, family="adapter_method"):
     def kept(self, model: Decoder) -> list[str]:
         """Names in the model's state of what checkpoints hold: all that is not the base's as it was read, be it a buffer."""
         return added_names(model)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether each row that is learned must name its task. Default: where the method routes by it."""
+        return self.needs_task
+
+    def state(self, task_B: Tensor, length: int, fraction: float | None) -> dict[str, Any]:
+        """What layers are told of the rows of a pass, by name. Default: the task of each, where the method routes by it.
+
+        Args:
+            task_B: the numbers of their tasks; -1 for one that is not learned.
+            length: L of the pass.
+            fraction: how far the training is; None where a pass is not for learning.
+        """
+        return told_tasks(task_B, length) if self.needs_task else {}
+
+    def before_step(self, model: Decoder, step: int, fraction: float) -> None:
+        """Do what a stage of the training wants, see `StepHooks`. Default: nothing."""
 
     def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
         """How quickly a parameter learns, see `Task.speed`; None as all others."""

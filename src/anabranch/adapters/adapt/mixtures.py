@@ -2,16 +2,23 @@
 
 anabranch adapt SmolLM2-135M rows.jsonl --method dynmole --out runs/experts
 anabranch adapt SmolLM2-135M rows.jsonl --method lora_mixer --set method.adapters='["law-lora", "sql-lora"]' --out runs/mixer
+anabranch adapt SmolLM2-135M rows.jsonl --method lora_mixer --set method.stages=hard_soft --out runs/joint     # an expert for each task
 """
+# Shapes: B rows, L positions, T tasks
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
 
 from anabranch.adapters.adapt.method import Method, patterns_of_targets
 from anabranch.adapters.dynmole import DynMoLE
-from anabranch.adapters.lora_mixer import MixedLowRank, SoftThenTopK, SpecialisationLoss, load_mixture
+from anabranch.adapters.lora_mixer import MixedLowRank, SoftThenTopK, SpecialisationLoss, load_mixture, mixed_layers
+from anabranch.adapters.lora_mixer.layer import NO_LABEL
 from anabranch.adapters.lora_mixer.loss import check_top_k
+from anabranch.adapters.lora_mixer.stages import Stages
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import ConfigError
@@ -22,6 +29,8 @@ from anabranch.routing.uncertainty import EntropyKind
 
 __all__ = ["Dynmole", "LoraMixer"]
 
+# New experts of LoRA-Mixer, where nobody says.
+_EXPERTS = 6
 _BALANCED = "the balance loss is a product of two means, which parts have not in common"
 
 
@@ -93,41 +102,70 @@ class LoraMixer(Method, kind="lora_mixer"):
 
     @configclass
     class Config(Method.Config):
-        """Who the experts are, and how they are chosen.
+        """Who the experts are, how they are chosen, and when they learn.
 
         Attributes:
-            adapters: folders of peft's, at least two, which become experts and stay as they are: routers alone learn. None for new experts,
-                which learn with their routers.
-            experts, rank, alpha: of new ones.
-            top_k: experts of a token after training.
+            adapters: folders of peft's, at least two, which become experts; None for new ones.
+            experts: number of new ones; None for 6, or where rows' tasks choose for one of each task.
+            rank, alpha: of new ones.
+            top_k: experts of a token after training; all where there are fewer.
             balance_loss, entropy_loss, entropy: a, lambda and its sign, see `SpecialisationLoss`.
+            stages: see `Stages`; in others than ``soft`` a row is its task's, whose expert has the name (given ones that of their folder).
+            hold: what experts do where routers choose, see `Stages.experts`; None for ``free`` where new ones learn softly from the
+                beginning, else ``frozen``.
+            beta, alignment: weights of what holds experts and leads routers, see `Stages`.
         """
 
         adapters: tuple[str, ...] | None = None
-        experts: Size = Field(default=6, ge=2)
+        experts: Size | None = Field(default=None, ge=2)
         rank: Size = Field(default=8, ge=1)
         alpha: float = 16.0
         top_k: int = Field(default=3, ge=1)
         balance_loss: float = Field(default=1.0, ge=0)
         entropy_loss: float = Field(default=0.1, ge=0)
         entropy: Literal["minimise", "maximise"] = "minimise"
+        stages: Literal["soft", "hard", "hard_soft", "anneal"] = "soft"
+        hold: Literal["frozen", "preserved", "free"] | None = None
+        beta: float = Field(default=0.01, ge=0)
+        alignment: float | None = Field(default=None, ge=0)
 
         def __post_init__(self) -> None:
             if self.adapters is not None and len(self.adapters) < 2:
                 raise ConfigError(f"adapters has {len(self.adapters)}; a router needs at least 2 to choose from")
-            if self.adapters is None:
-                check_top_k(self.top_k, self.experts)
+            if self.adapters is None and not self.in_stages.needs_tasks:
+                check_top_k(self.top_k, self.experts or _EXPERTS)
+            if self.adapters is None and self.stages == "soft" and self.hold == "frozen":
+                raise ConfigError("hold is 'frozen' from the beginning, and new experts add nothing then; leave it out")
+
+        @property
+        def in_stages(self) -> Stages:
+            """When labels choose and when routers do."""
+            begun_new = self.adapters is None and self.stages == "soft"
+            held = self.hold or ("free" if begun_new else "frozen")
+            return Stages(stages=self.stages, experts=held, beta=self.beta, alignment=self.alignment)
 
     config: Config
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.stages = config.in_stages
+        # The expert of each task by its number, -1 for none, where rows' tasks say something; and how many layers there are.
+        self._expert_T: Tensor | None = None
+        self._num_layers = 0
 
     @property
     def parts_differ(self) -> str:
         """Balance."""
         return _BALANCED if self.config.balance_loss else ""
 
+    @property
+    def needs_labels(self) -> bool:
+        """Where labels choose."""
+        return self.config.stages != "soft"
+
     def layer(self, tasks: Sequence[str]) -> MixedLowRank.Config:
         """New experts."""
-        config = self.config
+        config, number = self.config, self._number(tasks)
         loss = SpecialisationLoss.Config(
             a=config.balance_loss, lam=config.entropy_loss, entropy=config.entropy, top_k=config.top_k
         )
@@ -137,8 +175,23 @@ class LoraMixer(Method, kind="lora_mixer"):
             balance=(loss,),
         )
         return MixedLowRank.Config(
-            ranks=(config.rank,) * config.experts, alphas=(config.alpha,) * config.experts, router=router
+            ranks=(config.rank,) * number,
+            alphas=(config.alpha,) * number,
+            router=router,
+            preserved=self.stages.experts == "preserved",
+            experts=tuple(tasks) if self.stages.needs_tasks and number == len(tasks) else (),
         )
+
+    def _number(self, tasks: Sequence[str]) -> int:
+        """How many new experts there are. Raises ConfigError for fewer than tasks that are to choose one, or than two."""
+        number, stages = self.config.experts, self.stages
+        if not stages.needs_tasks:
+            return number or _EXPERTS
+        if number is not None and number < len(tasks):
+            raise ConfigError(f"experts is {number}, and rows are of {len(tasks)} tasks, which are to have one each")
+        if len(tasks) < 2 and number is None and self.config.adapters is None:
+            raise ConfigError(f"rows are of {len(tasks)} task, so there is nothing to choose; give rows of two tasks")
+        return number or len(tasks)
 
     def linears(self, tasks: Sequence[str]) -> dict[str, Linear.Config]:
         """One router for the q, k and v that are all adapted."""
@@ -151,12 +204,51 @@ class LoraMixer(Method, kind="lora_mixer"):
         return found
 
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
-        """New experts, or those that are given, frozen."""
+        """New experts, or those that are given."""
         if self.config.adapters is None:
-            return super().begin(model, tasks, seed=seed)
-        folders = {Path(folder).name: folder for folder in self.config.adapters}
-        if len(folders) < len(self.config.adapters):
-            folders = {f"{number}": folder for number, folder in enumerate(self.config.adapters)}
-        router = self.layer(tasks).router
-        assert router is not None
-        return load_mixture(folders, model, router=router, seed=seed)
+            names: tuple[str, ...] = tuple(tasks)
+            super().begin(model, tasks, seed=seed)
+        else:
+            names = tuple(folders := _by_name(self.config.adapters))
+            preserved, router = self.stages.experts == "preserved", self.layer(names).router
+            load_mixture(folders, model, router=router, preserved=preserved, seed=seed)
+        layers = mixed_layers(model)
+        self._num_layers = len(layers)
+        if self.stages.needs_tasks:
+            self._expert_T = torch.tensor(self._experts_of(tasks, names))
+        for layer in layers.values():
+            layer.pool.requires_grad_(self.stages.experts_learn)
+            if layer.router is not None:
+                layer.router.requires_grad_(self.stages.routers_learn)
+        return model
+
+    def _experts_of(self, tasks: Sequence[str], names: Sequence[str]) -> list[int]:
+        """The number of each task's expert. Raises ConfigError where one is to have some, and has none."""
+        without = [task for task in tasks if task not in names]
+        if without and (self.needs_labels or len(without) == len(tasks)):
+            there = ", ".join(map(repr, names))
+            raise ConfigError(
+                f"task {without[0]!r} has no expert; adapters are called {there} by their folders, and rows' tasks must have these names"
+            )
+        return [names.index(task) if task in names else NO_LABEL for task in tasks]
+
+    def state(self, task_B: Tensor, length: int, fraction: float | None) -> dict[str, Any]:
+        """In training the expert of each row's task, where it says something."""
+        if fraction is None or not (self.stages.needs_tasks or self.stages.experts == "preserved"):
+            return {}
+        expert_B = torch.full_like(task_B, NO_LABEL)
+        if self._expert_T is not None:
+            known_T = self._expert_T.to(task_B.device)
+            expert_B = torch.where(task_B < 0, NO_LABEL, known_T[task_B.clamp_min(0)])
+        return self.stages.state(expert_B, length, fraction, num_layers=self._num_layers)
+
+    def before_step(self, model: Decoder, step: int, fraction: float) -> None:
+        """Experts are frozen and free as the stage wants."""
+        if self.stages.experts_learn:
+            self.stages.enter(mixed_layers(model).values(), step, fraction)
+
+
+def _by_name(folders: Sequence[str]) -> dict[str, str]:
+    """Adapters by the names of their folders; by numbers where two have the same."""
+    named = {Path(folder).name: folder for folder in folders}
+    return named if len(named) == len(folders) else {f"{number}": folder for number, folder in enumerate(folders)}

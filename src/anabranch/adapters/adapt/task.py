@@ -163,7 +163,7 @@ class AdaptTask(Task, kind="adapt"):
         self._context: TaskContext | None = None
 
     def _rows(self) -> tuple[list[Row], list[Row]]:
-        config, needs = self.config, self.method.needs_task
+        config, needs = self.config, self.method.needs_labels
         rows = read_rows(config.data, needs_task=needs)
         if config.learns_choices and not any(row.wrong for row in rows):
             raise DataError(
@@ -213,10 +213,15 @@ class AdaptTask(Task, kind="adapt"):
         # Nothing is drawn, balanced or counted by a look.
         with evaluating(self._answers):
             for row in range(count):
-                given = batch_of(*(tensor[row : row + 1].to(device) for tensor in rows))
-                task_B = given.pop("task_B")
-                nats_M, *_ = self._answers(**given, task_B=task_B if self.method.needs_task else None)
+                given = self._given(tensor[row : row + 1].to(device) for tensor in rows)
+                nats_M, *_ = self._answers(**given)
                 yield nats_M.sum()
+
+    def _given(self, rows: Iterable[Tensor], fraction: float | None = None) -> dict[str, Any]:
+        """The arguments of a pass over ``rows`` (token, start, length, task); see `Method.state` for ``fraction``."""
+        given = batch_of(*rows)
+        task_B = given.pop("task_B")
+        return {**given, "state": self.method.state(task_B, given["token_BL"].shape[1], fraction)}
 
     def sharded_parts(self, model: nn.Module) -> Iterable[nn.Module]:
         """As of a decoder."""
@@ -265,11 +270,9 @@ class AdaptTask(Task, kind="adapt"):
             parts.append((wrong.token_XL, wrong.start_X, wrong.length_X, task_B[wrong.row_X]))
         held = self.method.consistency()
         # All of it once more, which other random choices are made for.
-        given = batch_of(*joined(parts * 2 if held else parts))
-        told_R = given.pop("task_B")
-        nats_M, spread_M, added, metrics, apart_M = model(
-            **given, task_B=told_R if self.method.needs_task else None, twice=bool(held)
-        )
+        together = joined(parts * 2 if held else parts)
+        given, told_R = self._given(together, context.fraction), together[3]
+        nats_M, spread_M, added, metrics, apart_M = model(**given, twice=bool(held))
         row_M = (given["target_BL"] != IGNORED).nonzero()[: len(nats_M), 0]
         told_R = told_R[: len(told_R) // (2 if held else 1)]
         nats_R = mean_of_rows(nats_M, row_M, len(told_R))
@@ -325,14 +328,13 @@ class AdaptTask(Task, kind="adapt"):
             self.on_rows(done, len(data[2]))
             done += len(row_B)
             batch = tuple(tensor[row_B] for tensor in data)
-            given = batch_of(*batch[:4])
-            task_B = given.pop("task_B")
-            nats_M, *_ = model(**given, task_B=task_B if self.method.needs_task else None)
+            given = self._given(batch[:4])
+            nats_M, *_ = model(**given)
             row_M = (given["target_BL"] != IGNORED).nonzero()[:, 0]
             if len(batch) > 4:
                 preferred.append(self._preferred(model, batch, mean_of_rows(nats_M, row_M, len(row_B)), context))
             row_M = row_M.cpu()
-            own_B = task_B.cpu() % totals.shape[1]
+            own_B = batch[3].cpu() % totals.shape[1]
             totals[0].index_add_(0, own_B[row_M], nats_M.double().cpu())
             totals[1].index_add_(0, own_B[row_M], torch.ones(len(row_M), dtype=torch.float64))
             totals[2].index_add_(0, own_B, torch.ones(len(own_B), dtype=torch.float64))
@@ -355,13 +357,16 @@ class AdaptTask(Task, kind="adapt"):
         found = []
         for some_X in torch.arange(len(wrong.row_X), device=token_BL.device).split(context.batch_size):
             rows = wrong.token_XL[some_X], wrong.start_X[some_X], wrong.length_X[some_X], task_B[wrong.row_X[some_X]]
-            given = batch_of(*rows)
-            told = given.pop("task_B")
-            nats_M, *_ = model(**given, task_B=told if self.method.needs_task else None)
+            given = self._given(rows)
+            nats_M, *_ = model(**given)
             row_M = (given["target_BL"] != IGNORED).nonzero()[:, 0]
             found.append(mean_of_rows(nats_M, row_M, len(some_X)))
         is_right_B = likeliest(right_B, torch.cat(found), wrong.row_X)
         return is_right_B[wrong.row_X.unique()].cpu()
+
+    def before_step(self, step: int, fraction: float) -> None:
+        """As the method says."""
+        self.method.before_step(self.base, step, fraction)
 
     def on_step(self, step: int, fraction: float) -> None:
         """Measure the held-out rows before the first step, when nothing is added yet."""

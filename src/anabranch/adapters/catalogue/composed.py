@@ -77,7 +77,7 @@ def _routed(id: str, name: str, rule: str, paper: Paper, **others: Any) -> Card:
 
 
 def _tasks(id: str, name: str, rule: str, formula: str, paper: Paper, heads: int) -> Card:
-    """K LoRAs that tasks share by learned selectors."""
+    """K LoRAs that tasks share by learned selectors; usual values are those of `anabranch adapt`."""
     return Card(
         id,
         name,
@@ -88,7 +88,7 @@ def _tasks(id: str, name: str, rule: str, formula: str, paper: Paper, heads: int
         (paper,),
         backend="own",
         peft_type="POLY",
-        options={"rank": 8, "alpha": 1.0, "number": 4, "tasks": 1, "heads": heads, "targets": _QV},
+        options={"rank": 16, "alpha": 1.0, "number": 8, "tasks": 1, "heads": heads, "targets": _QV},
         count=each(
             lambda matrix, options: _many(matrix, options) + options["tasks"] * options["number"] * options["heads"]
         ),
@@ -166,7 +166,7 @@ _ROUTED = (
         "Poly whose selectors choose for each of h slices of the inputs apart",
         "K r (C + O) + T K h per layer",
         Paper("Multi-Head Adapter Routing for Cross-Task Generalization", 2022, "2211.03831"),
-        4,
+        8,
     ),
     _routed(
         "xlora",

@@ -26,14 +26,18 @@ from anabranch.routing.destinations import Destinations
 __all__ = ["MixedLowRank", "labelled_rows", "preservation"]
 
 # Of a forward context's state: what `labelled_rows` makes.
-_LABEL, _STAGE, _SOFT, _ALIGNMENT = (f"lora_mixer.{name}" for name in ("label", "stage", "soft", "alignment"))
+_LABEL, _STAGE, _SOFT, _ALIGNMENT, _KEEPING = (
+    f"lora_mixer.{name}" for name in ("label", "stage", "soft", "alignment", "keeping")
+)
 # Of what it carries: decisions of a group, by its name.
 _HELD = "lora_mixer.held."
 # A row without a label.
 NO_LABEL = -1
 
 
-def labelled_rows(expert_B: Tensor, length: int, *, soft: float = 0.0, alignment: float = 0.0) -> dict[str, Any]:
+def labelled_rows(
+    expert_B: Tensor, length: int, *, soft: float = 0.0, alignment: float = 0.0, preservation: float = 0.0
+) -> dict[str, Any]:
     """The ``state`` of a forward pass whose rows are of tasks that have an expert each.
 
     Args:
@@ -42,6 +46,7 @@ def labelled_rows(expert_B: Tensor, length: int, *, soft: float = 0.0, alignment
         soft: a in p = (1 - a) onehot + a softmax, in [0, 1]; 0, the default, is hard: the router is not asked. 1 leaves it to the router.
             In evaluation what is in between is left to the router too.
         alignment: c_T of the loss c_T cross-entropy(mean_t p(x_t), expert), which is emitted in training.
+        preservation: weight of what `MixedLowRank.drift` gives of each layer, which is emitted in training; the mean over layers counts.
 
     Raises InputError for another shape, ConfigError for a number outside of its range.
     """
@@ -51,15 +56,17 @@ def labelled_rows(expert_B: Tensor, length: int, *, soft: float = 0.0, alignment
         )
     if not 0 <= soft <= 1:
         raise ConfigError(f"soft is {soft}; it must be 0 to 1")
-    if not alignment >= 0:
-        raise ConfigError(f"alignment is {alignment}; it must be at least 0")
+    for name, weight in (("alignment", alignment), ("preservation", preservation)):
+        if not weight >= 0:
+            raise ConfigError(f"{name} is {weight}; it must be at least 0")
     stage: Literal["hard", "blend", "soft"] = "hard" if soft == 0 else "soft" if soft == 1 else "blend"
     state: dict[str, Any] = {
         _LABEL: expert_B.unsqueeze(1).expand(-1, length),
         _STAGE: stage,
         _SOFT: OfPass(torch.tensor(float(soft), device=expert_B.device)),
     }
-    return state if alignment == 0 else {**state, _ALIGNMENT: OfPass(float(alignment))}
+    weights = {_ALIGNMENT: alignment, _KEEPING: preservation}
+    return state | {name: OfPass(float(weight)) for name, weight in weights.items() if weight}
 
 
 class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
@@ -174,6 +181,8 @@ class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
         label_N = self._labels(state, len(x_NC))
         if label_N is None:
             return self._by_router(x, x_NC, context)
+        if _KEEPING in state and context.training:
+            context.emit_loss("preservation", state[_KEEPING].value * self.drift())
         stage = state[_STAGE]
         if stage == "hard":
             if _ALIGNMENT in state and context.training and self._leads(x, context):

@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from anabranch.adapters.beside import passing
 from anabranch.adapters.fresh import BESIDE
-from anabranch.adapters.lora_mixer.layer import labelled_rows
 from anabranch.adapters.lora_mixer.load import mixed_layers
 from anabranch.adapters.lora_mixer.mixture_file import Mixture
+from anabranch.adapters.lora_mixer.stages import Stages
 from anabranch.adapters.mixture_report import Rows, mixture_report
-from anabranch.config import Field, configclass
+from anabranch.config import configclass
 from anabranch.data import Tokenizer
 from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.lm.checkpoint import load_weights, write_model
@@ -127,42 +127,8 @@ class MixtureTask(Task, kind="lora_mixer"):
     material: ClassVar[str] = "labelled rows"
 
     @configclass
-    class Config(Task.Config):
-        """The stages.
-
-        Attributes:
-            stages: ``soft``: routers alone choose (plug and play, experts given); ``hard``: labels alone (experts trained);
-                ``hard_soft``: hard for the first half; ``anneal``: hard for a third, then p = (1 - a) onehot + a softmax with a from 0
-                to 1 over the second third, then soft.
-            experts: what they do where routers choose: stay ``frozen``, are ``preserved``, or are ``free``.
-            beta: of the preservation loss.
-            alignment: c_T of the loss that draws a row's mean scores to its expert; None for 0 where stages are ``soft``, else 0.1.
-        """
-
-        stages: Literal["soft", "hard", "hard_soft", "anneal"] = "soft"
-        experts: Literal["frozen", "preserved", "free"] = "frozen"
-        beta: float = Field(default=0.01, ge=0)
-        alignment: float | None = Field(default=None, ge=0)
-
-        def soft_at(self, fraction: float) -> float:
-            """a, after this share of the training: 0 hard, 1 soft."""
-            if self.stages == "hard_soft":
-                return float(fraction >= 0.5)
-            if self.stages == "anneal":
-                return min(1.0, max(0.0, 3 * fraction - 1))
-            return float(self.stages == "soft")
-
-        @property
-        def c_t(self) -> float:
-            """The weight of the alignment."""
-            if self.alignment is not None:
-                return self.alignment
-            return 0.0 if self.stages == "soft" else 0.1
-
-        @property
-        def experts_learn(self) -> bool:
-            """Whether they do at any time."""
-            return self.stages != "soft" or self.experts != "frozen"
+    class Config(Stages, Task.Config):
+        """The stages."""
 
     config: Config
 
@@ -184,7 +150,7 @@ class MixtureTask(Task, kind="lora_mixer"):
         for rows in (data, held_out):
             if rows is not None and int(rows.expert_N.max()) >= number:
                 raise InputError(f"label {int(rows.expert_N.max())} names no expert; there are 0 to {number - 1}")
-        if config.stages in ("hard", "hard_soft") and bool((data.expert_N < 0).any()):
+        if config.needs_labels and bool((data.expert_N < 0).any()):
             raise InputError(
                 f"row {int((data.expert_N < 0).nonzero()[0])} has no label, by which stage 'hard' chooses; leave it out, or train 'soft'"
             )
@@ -202,18 +168,12 @@ class MixtureTask(Task, kind="lora_mixer"):
         if BESIDE not in name:
             return False
         if _ROUTER in name:
-            return self.config.stages != "hard" or self.config.c_t > 0
+            return self.config.routers_learn
         return _POOL in name and self.config.experts_learn
 
     def before_step(self, step: int, fraction: float) -> None:
         """Freeze and free experts as the stage wants, and note what they are where they are preserved from now on."""
-        soft = self.config.soft_at(fraction)
-        learn = self.config.experts_learn and (soft == 0 or self.config.experts != "frozen")
-        before = self.config.soft_at(fraction * (step - 1) / step) if step else 0.0
-        for layer in self.layers.values():
-            layer.pool.requires_grad_(learn)
-            if soft > 0 and before == 0:
-                layer.keep()
+        self.config.enter(self.layers.values(), step, fraction)
 
     def training_data(self, context: TaskContext) -> Examples:
         """Rows in an order drawn anew for each epoch."""
@@ -240,14 +200,11 @@ class MixtureTask(Task, kind="lora_mixer"):
         return fingerprint(*self.data.tensors, *held)
 
     def step(self, model: nn.Module, batch: Any, context: TaskContext) -> Losses:
-        """Cross-entropy of what is asked, what layers emit, and the preservation loss."""
+        """Cross-entropy of what is asked, and what layers emit, the preservation loss among it."""
         token_BL, target_BL, expert_B, mask_BL = batch
-        soft = self.config.soft_at(context.fraction)
-        labels = labelled_rows(expert_B, token_BL.shape[1], soft=soft, alignment=self.config.c_t)
+        layers = len(self.layers)
+        labels = self.config.state(expert_B, token_BL.shape[1], context.fraction, num_layers=layers)
         main, auxiliary, metrics = self._losses(model, token_BL, target_BL, mask_BL, labels)
-        if self.config.experts == "preserved" and soft > 0:
-            drift = torch.stack([layer.drift() for layer in self.layers.values()]).sum()
-            auxiliary = {**auxiliary, "preservation": self.config.beta * drift}
         terms = {"cross_entropy": main, **auxiliary}
         mean_of = {name: _MEAN_OF.get(name, "tokens") for name in (*terms, *metrics) if name != "preservation"}
         return Losses(sum(auxiliary.values(), start=main), terms, metrics, mean_of)
