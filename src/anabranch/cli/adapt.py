@@ -291,8 +291,7 @@ def _introduce(trainer: Trainer[Any]) -> None:
 
 def _sizes(task: AdaptTask) -> tuple[int, int]:
     """(parameters that learn, all)."""
-    parameters = list(task.base.parameters())
-    return sum(each.numel() for each in parameters if each.requires_grad), sum(each.numel() for each in parameters)
+    return task.num_learning, sum(each.numel() for each in task.base.parameters())
 
 
 def _tell_rows(trainer: Trainer[Any], progress: Progress) -> None:

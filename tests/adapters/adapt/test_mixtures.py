@@ -86,7 +86,8 @@ def numbers(trainer):
     """(A and B of all experts, layer by layer; weights of the routers)."""
     layers = mixed_layers(trainer.task.base).values()
     pools = [torch.cat([layer.pool.a.flatten(1), layer.pool.b.flatten(1)], dim=1).detach().clone() for layer in layers]
-    return pools, [layer.router.score.weight.detach().clone() for layer in layers]
+    shared = {id(layer.router): layer.router.score.weight.detach().clone() for layer in layers}
+    return pools, list(shared.values())
 
 
 def terms(trainer):
@@ -102,6 +103,9 @@ def some(place, name, *, task):
 
 def test_new_experts_are_of_the_tasks_by_name(place, tmp_path):
     trainer = trained(place, tmp_path, stages="hard_soft")
+    # What has learned at any time, though experts are frozen by now.
+    pools, routers = numbers(trainer)
+    assert trainer.task.num_learning == sum(each.numel() for each in (*pools, *routers))
     for layer in mixed_layers(trainer.task.base).values():
         assert layer.config.experts == TASKS
         assert layer.pool.num_experts == len(TASKS)

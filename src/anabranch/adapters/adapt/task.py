@@ -69,6 +69,7 @@ class AdaptTask(Task, kind="adapt"):
         names: of the tasks, sorted; their numbers are their places.
         most_tokens: of a row: ``sequence_length``, or the model's positions where those are fewer.
         num_cut: rows that were longer.
+        num_learning: numbers that learn at any time of the training, once the model is built.
 
     Raises DataError for rows that are none, ConfigError for a method that does not fit the model, TokenizerError for a model without
     tokenizer, CheckpointError as `load_model`.
@@ -156,6 +157,7 @@ class AdaptTask(Task, kind="adapt"):
         self.held_out = self._encoded(held_out) if held_out else None
         self.choices = self._choices(learned), self._choices(held_out)
         self.num_cut = self.learned.num_cut + (self.held_out.num_cut if self.held_out else 0)
+        self.num_learning = 0
         self.before: dict[str, Any] | None = None
         # Told how many of how many rows an evaluation has gone over.
         self.on_rows: Callable[[int, int], None] = lambda done, total: None
@@ -199,6 +201,7 @@ class AdaptTask(Task, kind="adapt"):
             self.method.begin(self.base, self.names, seed=seed)
         else:
             self.method.go_on(self.base, self.names, layers, seed=seed)
+        self.num_learning = sum(each.numel() for each in self.base.parameters() if each.requires_grad)
         self._answers = Answers(self.base)
         if layers is None:
             self.method.look(self.base, self._first_losses(context))
