@@ -263,7 +263,12 @@ def test_an_estimate_is_json():
         ("lora", {"targets": ("up_proi",)}, {}, "targets has 'up_proi', which names no linear layer"),
         ("lora", {}, {"batch": 0}, "batch is 0; it must be at least 1"),
         ("lora", {}, {"length": 0}, "length is 0; it must be at least 1"),
-        ("lily", {}, {}, "lily trains shared, by how layers are grouped, which cannot be told beforehand"),
+        (
+            "side-tuning",
+            {},
+            {},
+            "side-tuning trains those of the small network, and one, which cannot be told beforehand",
+        ),
         ("adapter-drop", {"drop": 3}, {}, "adapter-drop would train nothing: no linear layer is left to adapt"),
     ],
 )
