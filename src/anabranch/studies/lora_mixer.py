@@ -32,9 +32,9 @@ two-sided paired t-test at 5% after Holm's correction over all claims of this st
 the same test; else, and with fewer than five seeds, it is not resolved.
 
 The first five arms have run with 5 seeds: the first four, which share the experts of a seed, in 1.5 CPU hours, ssm in 0.7. The controls
-came after those results, with their claims, and were frozen before any of them ran (one has one seed now, hub and ffn two); by a pilot they
-take 1.5 CPU hours for 5 seeds: one 7 minutes a seed, hub 1 beside 4 for the experts where they are not kept yet, ffn 6. Cost is a
-benchmark, ``benchmarks/adapter_routing.py``.
+came after those results, with their claims, and were frozen before any of them ran (one has three seeds now, hub and ffn two); by a
+pilot they take 1.5 CPU hours for 5 seeds: one 7 minutes a seed, hub 1 beside 4 for the experts where they are not kept yet, ffn 6.
+Cost is a benchmark, ``benchmarks/adapter_routing.py``.
 """
 
 import tempfile
