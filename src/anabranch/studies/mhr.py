@@ -37,7 +37,7 @@ the margin of the primary claim is what it was, though Poly was but .033 above L
 The arms of the bench have run with 5 seeds (2.0 CPU hours), those of SuperNI with one (1.5). A run took 0.1 hours of one core, of mhr 0.2
 (until 2026-12-02, before any run, the base had 6 layers of width 192, and arms 1,500 steps); a pilot of another code and one seed
 (docs/systems/mhr.md) is no run of this. By what was timed for the study peft_survey (0.25 hours of one core for 120 such steps), the
-three arms of SuperNI take about 1.8 hours of one core a seed, 9 CPU hours in all.
+three arms of SuperNI were to take 1.8 hours of one core a seed; the first took 1.5, so that five take about 7.
 """
 
 import tempfile
