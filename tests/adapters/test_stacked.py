@@ -205,7 +205,10 @@ def test_an_expert_is_not_adapted_twice_nor_where_nothing_can_stand(base, tmp_pa
         load_peft(tmp_path / "a", load_model(base[0])[0])
     stacks = read_peft(tmp_path / "a").stacks
     nowhere = Names("llama", {}, {}, ())
-    with pytest.raises(CheckpointError, match=r"adapts blocks\.0\.\S+, .* and 21 more, beside which nothing can stand"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"adapts blocks\.0\.\S+, .* and 21 more \(\S+experts\S+, .* in its file\), beside which nothing can",
+    ):
         check_fits(Adapter({"peft_type": "LORA"}, {}, {}, stacks), nowhere, CONFIGS["olmoe"](), tmp_path)
 
 

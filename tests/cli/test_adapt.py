@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, export_huggingface, load_model, save_model
@@ -215,9 +215,52 @@ def test_a_task_of_an_inventory_leaves_it_as_plain_lora(here, base, routed):
     )
 
 
+def test_generate_with_an_adapter(here, base, routed):
+    """The same tokens as the library makes of the model with that adapter on it, of each task; and in a plan of memory."""
+    from anabranch.adapters.own_folder import read_own
+    from anabranch.adapters.tasks import on_tasks
+    from anabranch.lm import SamplingConfig
+    from anabranch.lm import generate as library
+
+    given = ["--prompt", "one: xy", "--max-tokens", 12, "--temperature", 0, "--json"]
+
+    def ids(*more):
+        code, out, err = here("generate", base / "base", *given, *more)
+        assert code == 0, err
+        return json.loads(out)["token_ids"]
+
+    model, tokenizer = load_model(base / "base")
+    # Larger numbers than a few steps learn, and a skill for each task, so that each has a text of its own.
+    strong = base / "strong"
+    shutil.copytree(routed, strong)
+    table = load_file(routed / "adapter.safetensors")
+    table = {name: number * 40 if name.endswith("inventory.b") else number for name, number in table.items()}
+    for name in (name for name in table if name.endswith("table.z")):
+        table[name][0], table[name][1] = [9.0, -9.0], [-9.0, 9.0]
+    save_file(table, strong / "adapter.safetensors")
+    read_own(strong, model)
+    texts = {}
+    for task in ("one", "two"):
+        with on_tasks(model, task):
+            prompt = tokenizer.encode_prompt("one: xy")
+            sampling = SamplingConfig(max_tokens=12, temperature=0, stop=tuple(tokenizer.stop_ids))
+            expected = library(model, [prompt], sampling)[0]
+        texts[task] = ids("--adapter", strong, "--task", task)
+        assert texts[task] == expected
+        assert ids("--adapter", strong, "--task", task, "--memory", "2GiB", "--dtype", "float32") == expected
+    assert texts["one"] != texts["two"]
+    assert ids() not in texts.values()
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [
+        ("generate {base} -p x --adapter {routed}", "one of .one., .two."),
+        ("chat {base} -m x --adapter {routed}/../checkpoints", "checkpoints"),
+        ("generate {base} -p x --adapter {routed} --task thre", "'thre'"),
+        ("generate {base} -p x --task one", "task"),
+        ("generate {base} -p x --adapter nowhere", "nowhere"),
+        ("generate {base} -p x --adapter {routed} --task one --rewire", "--adapter cannot be combined with --rewire"),
         ("eval {base} --adapter {routed} --data text/alpha", r"name the text's with --task, one of \['one', 'two'\]"),
         ("eval {base} --adapter {routed} --task thre --data text/alpha", "task 'thre' is not one of the 2"),
         ("eval {base} --task one --data text/alpha", "does not route by task"),

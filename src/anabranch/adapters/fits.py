@@ -82,7 +82,10 @@ def _check_stacks(adapter: Adapter, names: Names, config: Decoder.Config, folder
     places = {place.part for place in names.places.values()}
     homeless = [part for part in parts if part not in places]
     if homeless:
-        raise CheckpointError(f"{folder} adapts {some(homeless)}, beside which nothing can stand in this model")
+        raise CheckpointError(
+            f"{folder} adapts {some(homeless)} ({some(list(adapter.stacks))} in its file), beside which nothing can stand in this model: "
+            "where experts have biases, as in gpt-oss, or are no matrices of their own, leave target_parameters out"
+        )
     twice = [module for module in adapter.layers if names.places[module].part in parts]
     if twice:
         raise CheckpointError(

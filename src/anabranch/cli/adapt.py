@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from anabranch.adapters.adapt import AdaptTask
     from anabranch.train import Event, TaskRunConfig, Trainer, TrainResult
 
-ADAPTER, REPORT = "adapter", "report.json"
+REPORT = "report.json"
 # What an adaptation trains with unless somebody says otherwise: rows are few and the adapter starts at nothing.
 _TRAIN: dict[str, Any] = {
     "steps": 200,
@@ -312,6 +312,8 @@ def _show(event: Event, progress: Progress) -> None:
 
 
 def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json: bool) -> None:
+    from anabranch.adapters.adapt.method import ADAPTER
+
     task: Any = trainer.task
     learns, _ = _sizes(task)
     told: dict[str, Any] = {
@@ -322,7 +324,7 @@ def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json:
         "step": result.step,
         "steps": trainer.config.train.steps,
         "parameters": learns,
-        "tasks": len(task.names) if task.names != ("",) else 0,
+        "tasks": sum(bool(name) for name in task.names),
         "before": _measured(task.before),
         "after": _measured(result.measures),
         "seconds": result.seconds,

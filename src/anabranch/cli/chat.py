@@ -10,7 +10,18 @@ import typer
 
 from anabranch.bounds import MOST_SEED
 from anabranch.cli.boundary import USER_ERROR
-from anabranch.cli.continuing import AS_MODEL_SAYS, AS_STORED, WHOLE, Deep, Loading, Sampled, running, tokens_of
+from anabranch.cli.continuing import (
+    AS_MODEL_SAYS,
+    AS_STORED,
+    PLAIN,
+    WHOLE,
+    Adapted,
+    Deep,
+    Loading,
+    Sampled,
+    running,
+    tokens_of,
+)
 from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import AsJson, Model, Seed, Streams
 from anabranch.cli.output import print_json, say, visible
@@ -36,6 +47,7 @@ def chat(
     sampled: Sampled = AS_MODEL_SAYS,
     seed: Seed = 0,
     streams: Streams = None,
+    adapted: Adapted = PLAIN,
     deep: Deep = WHOLE,
     loading: Loading = AS_STORED,
     as_json: AsJson = False,
@@ -56,11 +68,14 @@ def chat(
     depth = deep.config()
     fields = {**sampled.of(model, _USUAL), "max_tokens": max_tokens}
     check_depth(depth, model)
-    loaded = loading.load(model)
+    adapted.check(model)
+    adapters = adapted.config()
+    loaded = loading.load(model, adapters=adapters)
     # A number that cannot be is no matter of a message.
     loaded.model.streams_of(streams)
-    with running(loaded, loaded.model.config.max_positions, streams=streams, prefix_cache=True, depth=depth) as engine:
-        talk = Conversation(engine, loaded.tokenizer, system, fields, num_streams=streams)
+    room = loaded.model.config.max_positions
+    with running(loaded, room, streams=streams, prefix_cache=True, depth=depth, adapters=adapters) as engine:
+        talk = Conversation(engine, loaded.tokenizer, system, fields, num_streams=streams, adapted=adapted)
         if message is not None:
             ids, answer = talk.answer(message, seed, show=not as_json)
             if as_json:
@@ -113,7 +128,9 @@ class Conversation:
         sampling: dict[str, Any],
         *,
         num_streams: int | None = None,
+        adapted: Adapted = PLAIN,
     ) -> None:
+        self._adapted = adapted
         self._engine, self._tokenizer, self._system, self._sampling = engine, tokenizer, system, sampling
         self._num_streams = num_streams
         self.ran: dict[str, Any] = {}
@@ -156,7 +173,8 @@ class Conversation:
         """The answer's tokens as they come."""
         self.ran = {}
         depth = self._engine.info.depth
-        return tokens_of(self._engine, prompt, fields, streams=self._num_streams, depth=depth, told=self.ran)
+        more: dict[str, Any] = {"streams": self._num_streams, "told": self.ran, "adapted": self._adapted}
+        return tokens_of(self._engine, prompt, fields, depth=depth, **more)
 
 
 def _read_line(interactive: bool) -> str | None:

@@ -15,6 +15,7 @@ from anabranch.cli.options import Device, Dtype, ExpertBudget, Memory, Quantize,
 from anabranch.errors import ConfigError
 
 if TYPE_CHECKING:
+    from anabranch.serving.adapters import AdaptersConfig
     from anabranch.serving.depth import DepthConfig
     from anabranch.serving.engine.background import Background
     from anabranch.serving.load import Loaded
@@ -115,6 +116,43 @@ class Deep(OptionSet):
 
 
 @dataclass(frozen=True)
+class Adapted(OptionSet):
+    """The adapter that the model is used with."""
+
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            help="Use the model with this adapter, a folder that peft or anabranch adapt saved. A folder of such folders is a router "
+            "over them.",
+        ),
+    ] = None
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="NAME", help="The task of the text, for what routes by task.")
+    ] = None
+
+    def config(self) -> AdaptersConfig:
+        """What the options mean for an engine, which nobody else asks for adapters."""
+        from anabranch.serving.adapters import AdaptersConfig
+
+        return AdaptersConfig(load=() if self.adapter is None else (f"{_NAME}={self.adapter}",), memory=_MOST_ADAPTERS)
+
+    def of_request(self) -> dict[str, Any]:
+        """Fields of `anabranch.serving.Request`."""
+        return {"adapters": () if self.adapter is None else _NAME, "task": self.task}
+
+    def check(self, model: str) -> None:
+        """Raises what loading the adapter would, before the weights of ``model`` are read."""
+        if self.adapter is None:
+            return
+        from anabranch.serving.config import ServingConfig
+        from anabranch.serving.load import check_adapters
+
+        check_adapters(ServingConfig(model=model, adapters=self.config()))
+
+
+@dataclass(frozen=True)
 class Loading(OptionSet):
     """How a model is held."""
 
@@ -124,17 +162,21 @@ class Loading(OptionSet):
     dtype: Dtype = None
     device: Device = None
 
-    def load(self, model: str, device: str | None = None, *, is_plain: bool = False) -> Loaded:
+    def load(
+        self, model: str, device: str | None = None, *, is_plain: bool = False, adapters: AdaptersConfig | None = None
+    ) -> Loaded:
         """See `load_parts`; on ``device`` where one is named, in floating point where it must be ``is_plain``."""
-        bits = "none" if is_plain else self.quantize
-        return load_parts(model, self.dtype, device or self.device, bits, self.expert_budget, self.memory)
+        bits, place = "none" if is_plain else self.quantize, device or self.device
+        return load_parts(model, self.dtype, place, bits, self.expert_budget, self.memory, adapters=adapters)
 
 
 # Where nothing is said.
-AS_MODEL_SAYS, WHOLE, AS_STORED = Sampled(), Deep(), Loading()
+AS_MODEL_SAYS, WHOLE, PLAIN, AS_STORED = Sampled(), Deep(), Adapted(), Loading()
 BLOCK = 16
 # Bytes of keys and values that a conversation may take.
 MOST_BYTES = 4 * 2**30
+# What the one adapter is called, and bytes that it may take: whoever names it wants it whole.
+_NAME, _MOST_ADAPTERS = "adapter", "1TiB"
 
 
 @contextmanager
@@ -145,11 +187,13 @@ def running(
     streams: int | None = None,
     prefix_cache: bool = False,
     depth: DepthConfig | None = None,
+    adapters: AdaptersConfig | None = None,
 ) -> Iterator[Background]:
     """The engine of a model, for one request of up to so many ``positions`` at a time; it ends with the block.
 
     More positions than the model is meant for are run, as `anabranch.lm.generate` does, and no more than fit `MOST_BYTES`, or a plan.
     """
+    from anabranch.serving.adapters import AdaptersConfig
     from anabranch.serving.config import ServingConfig
     from anabranch.serving.core.client import MOST_VISITS
     from anabranch.serving.depth import DepthConfig
@@ -165,6 +209,7 @@ def running(
         num_streams=streams,
         prefix_cache=prefix_cache,
         depth=depth,
+        adapters=adapters or AdaptersConfig(),
         # Room for any path, which also says how much a position takes.
         max_depth=None if depth.routers is None else MOST_VISITS * loaded.model.config.num_layers,
     )
@@ -186,6 +231,7 @@ def tokens_of(
     streams: int | None,
     depth: str = "full",
     told: dict[str, Any] | None = None,
+    adapted: Adapted = PLAIN,
 ) -> Iterator[int]:
     """The new tokens as they come; ``fields`` of `anabranch.serving.Sampling`.
 
@@ -194,7 +240,7 @@ def tokens_of(
     """
     from anabranch.serving.core.request import Sampling
 
-    more = {"routes_depth": depth == "routed", "skips_tokens": depth == "pruned"}
+    more = {"routes_depth": depth == "routed", "skips_tokens": depth == "pruned", **adapted.of_request()}
     for output in engine.stream(prompt, Sampling(**fields), num_streams=streams, **more):
         if told is not None:
             told |= {name: value for name in ("path", "computed") if (value := getattr(output, name)) is not None}

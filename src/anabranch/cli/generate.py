@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.continuing import AS_MODEL_SAYS, AS_STORED, WHOLE, Deep, Loading, Sampled, running, tokens_of
+from anabranch.cli.continuing import (
+    AS_MODEL_SAYS,
+    AS_STORED,
+    PLAIN,
+    WHOLE,
+    Adapted,
+    Deep,
+    Loading,
+    Sampled,
+    running,
+    tokens_of,
+)
 from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import AsJson, Model, Seed, Streams
 from anabranch.cli.output import print_json, say, visible
@@ -33,6 +44,7 @@ def generate(
     context: Context = None,
     rewire: Rewire = False,
     rewire_set: RewireSet = None,
+    adapted: Adapted = PLAIN,
     deep: Deep = WHOLE,
     loading: Loading = AS_STORED,
     as_json: AsJson = False,
@@ -61,6 +73,8 @@ def generate(
         "--expert-budget": loading.expert_budget,
         "--depth": deep.depth,
         "--skipper": deep.skipper,
+        "--adapter": adapted.adapter,
+        "--task": adapted.task,
     }
     depth = deep.config()
     beside = {name: value for name, value in apart.items() if name != "--expert-budget"}
@@ -84,7 +98,9 @@ def generate(
         if ranks or rewiring:
             fields = library_fields(fields, "--context" if ranks else "--rewire", talks=talks)
         check_depth(depth, model)
-        loaded = loading.load(model, ranks.device if ranks else None, is_plain=is_plain)
+        adapted.check(model)
+        adapters = adapted.config()
+        loaded = loading.load(model, ranks.device if ranks else None, is_plain=is_plain, adapters=adapters)
         tokenizer: Any = loaded.tokenizer
         used = loaded.model.streams_of(streams)[0]
         prompt_ids = tokenizer.encode_prompt(text)
@@ -98,10 +114,13 @@ def generate(
         elif rewired is not None:
             tokens = rewired.tokens(prompt_ids, {**fields, **stop})
         else:
-            engine = stack.enter_context(running(loaded, len(prompt_ids) + max_tokens, streams=streams, depth=depth))
+            room = len(prompt_ids) + max_tokens
+            engine = stack.enter_context(running(loaded, room, streams=streams, depth=depth, adapters=adapters))
             if engine.info.max_positions < len(prompt_ids) + max_tokens:
                 say(f"note: keys and values have room for {engine.info.max_positions} tokens, so the text ends there")
-            tokens = tokens_of(engine, prompt_ids, fields, streams=streams, depth=engine.info.depth, told=ran)
+            tokens = tokens_of(
+                engine, prompt_ids, fields, streams=streams, depth=engine.info.depth, told=ran, adapted=adapted
+            )
         ids = _shown(text, tokens, tokenizer, talks=talks and not as_json)
     if not talks:
         return

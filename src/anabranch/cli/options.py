@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from anabranch.cli.weights import Weights
     from anabranch.data import Tokenizer
     from anabranch.lm import Decoder
+    from anabranch.serving.adapters import AdaptersConfig
     from anabranch.serving.load import Loaded
 
 Model = Annotated[
@@ -185,12 +186,14 @@ def load_parts(
     memory: str | None = None,
     predictor: str = "auto",
     passes: Passes | None = None,
+    adapters: AdaptersConfig | None = None,
 ) -> Loaded:
     """As `load`, as `anabranch serve` does: in fewer bits, with a budget for experts, or what a plan for so much ``memory`` says.
 
-    ``predictor`` is what names experts ahead, as in `ExpertsConfig`; ``passes`` are what the model is for, where no engine runs it. The
-    errors of those are raised too.
+    ``predictor`` is what names experts ahead, as in `ExpertsConfig`; ``passes`` are what the model is for, where no engine runs it;
+    ``adapters`` what a plan has room for beside it. The errors of those are raised too.
     """
+    from anabranch.serving.adapters import AdaptersConfig
     from anabranch.serving.config import ServingConfig
     from anabranch.serving.experts import ExpertsConfig
     from anabranch.serving.load import dtype_of, load_weights, settled
@@ -216,6 +219,7 @@ def load_parts(
             device=place,
             max_seqs=1,
             process=False,
+            adapters=adapters or AdaptersConfig(),
         ).found()
         # What is planned for is what is loaded, also of a run that goes on.
         path = config.model

@@ -216,7 +216,7 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
     bits = _bits(quantize_of(config), find_model(config.model))
     check_depth(config.depth, config.model)
     if config.adapters.load:
-        _check_adapters(config)
+        check_adapters(config)
     if config.expert_budget is None:
         return
     # A config with a budget of experts has no nf4.
@@ -240,8 +240,8 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
         load_predictor(predictor).fingerprint.check(fingerprint, predictor)
 
 
-def _check_adapters(config: ServingConfig) -> None:
-    """Load them as an engine does, but for their numbers."""
+def check_adapters(config: ServingConfig) -> None:
+    """Load the adapters of ``config`` as an engine does, but for their numbers. Raises as that."""
     from anabranch.adapters.base_digest import stored_digest
     from anabranch.serving.core.adapter_shelf import AdapterShelf
     from anabranch.serving.engine.adapter_reader import AdapterReader, Looked, kept_as

@@ -31,9 +31,8 @@ words of the 6 tasks. A claim is about a paired difference over seeds, ours - ba
 two-sided paired t-test at 5% after Holm's correction over all claims of this study that have run; it does not hold where it is below 0 by
 the same test; else, and with fewer than five seeds, it is not resolved.
 
-The first five arms and one have run with 5 seeds: the first four, which share the experts of a seed, in 1.5 CPU hours, ssm in 0.7, one in
-0.6. The controls came after those results, with their claims, and were frozen before any of them ran (hub and ffn have three seeds now);
-by a pilot they take 1.5 CPU hours for 5 seeds: one 7 minutes a seed, hub 1 beside 4 for the experts where they are not kept yet, ffn 6.
+All have run with 5 seeds: the first four, which share the experts of a seed, in 1.5 CPU hours, ssm in 0.7, one in 0.6, hub and ffn in 0.5
+each. The controls came after the first five, with their claims, and were frozen before any of them ran.
 Cost is a benchmark, ``benchmarks/adapter_routing.py``.
 """
 

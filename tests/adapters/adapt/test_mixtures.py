@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -61,14 +62,16 @@ def place(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp("mixtures"))
 
 
-def trained(place, out, *, steps=4, given=False, rows="rows.jsonl", **options):
-    """The trainer after a training of LoRA-Mixer: new experts, or the adapters ``law`` and ``sql``."""
-    adapters = tuple(str(place / name) for name in ("law", "sql")) if given else None
+def trained(place, out, *, steps=4, given=False, rows="rows.jsonl", accumulation=1, **options):
+    """The trainer after a training of LoRA-Mixer: new experts, or the adapters ``law`` and ``sql``, or those ``given`` by their folders."""
+    folders = ("law", "sql") if given is True else given
+    adapters = tuple(str(place / name) for name in folders) if folders else None
     method = LoraMixer.Config(adapters=adapters, rank=2, top_k=1, **options)
     task = AdaptTask.Config(model=str(place / "base"), data=str(place / rows), method=method, held_out=0.0)
     train = TrainConfig(
         steps=steps,
         batch_size=4,
+        accumulation=accumulation,
         learning_rate=1e-2,
         weight_decay=0.0,
         eval_every=None,
@@ -124,6 +127,47 @@ def test_a_row_teaches_the_expert_of_its_task_alone(place, tmp_path):
         first = torch.cat([layer.pool.a.flatten(1), layer.pool.b.flatten(1)], dim=1)
         assert not torch.equal(found[0], first[0])
         assert torch.equal(found[1], first[1])
+
+
+def test_adapters_in_the_folders_of_their_runs_are_called_as_the_runs(place, tmp_path):
+    for name in ("law", "sql"):
+        shutil.copytree(place / name, tmp_path / "runs" / name / "adapter")
+    rows = some(place, "of-two.jsonl", task=["law", "sql"])
+    (place / rows).write_text((place / "rows.jsonl").read_text().replace('"back"', '"law"').replace('"up"', '"sql"'))
+    given = [tmp_path / "runs" / name / "adapter" for name in ("sql", "law")]
+    trainer = trained(place, tmp_path / "out", given=given, rows=rows, stages="hard")
+    assert {layer.config.experts for layer in mixed_layers(trainer.task.base).values()} == {("sql", "law")}
+    # Tasks are sorted, adapters as they are given.
+    state = trainer.task.method.state(torch.tensor([0, 1]), 1, 0.0)
+    assert next(value for value in state.values() if isinstance(value, torch.Tensor)).flatten().tolist() == [1, 0]
+
+
+def test_a_row_without_a_task_has_no_expert(place, tmp_path):
+    lines = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    lines += [{name: value for name, value in row.items() if name != "task"} for row in lines[:3]]
+    (place / "some-without.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    trainer = trained(place, tmp_path, rows="some-without.jsonl", alignment=0.5)
+    task = trainer.task
+    assert task.names == ("", *TASKS)
+    assert {layer.config.experts for layer in mixed_layers(task.base).values()} == {TASKS}
+    assert task.method.loss_counts(torch.tensor([-1, 0, 1, 2, 1])) == {"task_alignment": 3.0}
+
+
+@pytest.mark.parametrize("rows", ["rows.jsonl", "some-without-too.jsonl"])
+def test_a_batch_in_parts_draws_rows_to_their_experts_as_at_once(place, tmp_path, rows):
+    """Rows of several lengths, and some without an expert: no part has as many of either as another."""
+    lines = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    for number, row in enumerate(lines):
+        row["input"] *= 1 + number % 3
+        if number % 3 == 0 and rows != "rows.jsonl":
+            del row["task"]
+    (place / f"long-{rows}").write_text("\n".join(map(json.dumps, lines)))
+    options = {"alignment": 1.0, "balance_loss": 0.0, "entropy_loss": 0.0, "rows": f"long-{rows}", "steps": 2}
+    stages = "hard" if rows == "rows.jsonl" else "soft"
+    once = trained(place, tmp_path / "once", stages=stages, **options)
+    parts = trained(place, tmp_path / "parts", stages=stages, accumulation=2, **options)
+    for found, expected in zip(numbers(parts), numbers(once), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("hold", "moves"), [("frozen", False), ("preserved", True), ("free", True), (None, False)])
@@ -192,7 +236,11 @@ def test_labels_lead_routers_that_choose_from_the_beginning(place, tmp_path):
         ({"given": True, "stages": "hard"}, ConfigError, "task 'back' has no expert; adapters are called 'law', 'sql'"),
         ({"given": True, "alignment": 0.1}, ConfigError, "task 'back' has no expert"),
         ({"stages": "hard", "experts": 2, "rows": "three.jsonl"}, ConfigError, "experts is 2, and rows are of 3 tasks"),
-        ({"stages": "hard", "rows": "one.jsonl"}, ConfigError, "rows are of 1 task, so there is nothing to choose"),
+        (
+            {"stages": "hard", "rows": "one.jsonl"},
+            ConfigError,
+            "rows are of 1 named tasks, so there is nothing to choose",
+        ),
         ({"stages": "hard", "rows": "none.jsonl"}, DataError, "the row names no task"),
         ({"hold": "frozen"}, ConfigError, "hold is 'frozen' from the beginning, and new experts add nothing"),
     ],

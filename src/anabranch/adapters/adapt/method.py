@@ -26,7 +26,10 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn import Linear
 from anabranch.train.optimizer import Speed
 
-__all__ = ["Method", "Written", "patterns_of_targets", "write_peft_or_own"]
+__all__ = ["ADAPTER", "Method", "Written", "patterns_of_targets", "write_peft_or_own"]
+
+# The adapter in the folder of its run.
+ADAPTER = "adapter"
 
 # For --target: what is meant by one word.
 _ALL = "blocks.*"
@@ -125,6 +128,13 @@ class Method(Part, family="adapter_method"):
             fraction: how far the training is; None where a pass is not for learning.
         """
         return told_tasks(task_B, length) if self.needs_task else {}
+
+    def loss_counts(self, task_R: Tensor) -> dict[str, float]:
+        """What losses that layers add are means of, where not of tokens, by the names of these losses. Default: all are of tokens.
+
+        ``task_R``: the numbers of the tasks of a pass's rows, as of `state`.
+        """
+        return {}
 
     def before_step(self, model: Decoder, step: int, fraction: float) -> None:
         """Do what a stage of the training wants, see `StepHooks`. Default: nothing."""

@@ -6,6 +6,7 @@ anabranch adapt SmolLM2-135M rows.jsonl --method lora_mixer --set method.stages=
 """
 # Shapes: B rows, L positions, T tasks
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from anabranch.adapters.adapt.method import Method, patterns_of_targets
+from anabranch.adapters.adapt.method import ADAPTER, Method, patterns_of_targets
 from anabranch.adapters.dynmole import DynMoLE
 from anabranch.adapters.lora_mixer import MixedLowRank, SoftThenTopK, SpecialisationLoss, load_mixture, mixed_layers
 from anabranch.adapters.lora_mixer.layer import NO_LABEL
@@ -110,7 +111,8 @@ class LoraMixer(Method, kind="lora_mixer"):
             rank, alpha: of new ones.
             top_k: experts of a token after training; all where there are fewer.
             balance_loss, entropy_loss, entropy: a, lambda and its sign, see `SpecialisationLoss`.
-            stages: see `Stages`; in others than ``soft`` a row is its task's, whose expert has the name (given ones that of their folder).
+            stages: see `Stages`; in others than ``soft`` a row is its task's, whose expert has the name (given ones that of their folder,
+                of ``RUN/adapter`` that of the run).
             hold: what experts do where routers choose, see `Stages.experts`; None for ``free`` where new ones learn softly from the
                 beginning, else ``frozen``.
             beta, alignment: weights of what holds experts and leads routers, see `Stages`.
@@ -165,6 +167,8 @@ class LoraMixer(Method, kind="lora_mixer"):
 
     def layer(self, tasks: Sequence[str]) -> MixedLowRank.Config:
         """New experts."""
+        # Rows without a task are the router's alone.
+        tasks = [task for task in tasks if task]
         config, number = self.config, self._number(tasks)
         loss = SpecialisationLoss.Config(
             a=config.balance_loss, lam=config.entropy_loss, entropy=config.entropy, top_k=config.top_k
@@ -190,7 +194,9 @@ class LoraMixer(Method, kind="lora_mixer"):
         if number is not None and number < len(tasks):
             raise ConfigError(f"experts is {number}, and rows are of {len(tasks)} tasks, which are to have one each")
         if len(tasks) < 2 and number is None and self.config.adapters is None:
-            raise ConfigError(f"rows are of {len(tasks)} task, so there is nothing to choose; give rows of two tasks")
+            raise ConfigError(
+                f"rows are of {len(tasks)} named tasks, so there is nothing to choose; give rows of at least two tasks"
+            )
         return number or len(tasks)
 
     def linears(self, tasks: Sequence[str]) -> dict[str, Linear.Config]:
@@ -206,7 +212,7 @@ class LoraMixer(Method, kind="lora_mixer"):
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
         """New experts, or those that are given."""
         if self.config.adapters is None:
-            names: tuple[str, ...] = tuple(tasks)
+            names = tuple(task for task in tasks if task)
             super().begin(model, tasks, seed=seed)
         else:
             names = tuple(folders := _by_name(self.config.adapters))
@@ -224,13 +230,13 @@ class LoraMixer(Method, kind="lora_mixer"):
 
     def _experts_of(self, tasks: Sequence[str], names: Sequence[str]) -> list[int]:
         """The number of each task's expert. Raises ConfigError where one is to have some, and has none."""
-        without = [task for task in tasks if task not in names]
-        if without and (self.needs_labels or len(without) == len(tasks)):
+        without = [task for task in tasks if task and task not in names]
+        if without and (self.needs_labels or not {*names} & {*tasks}):
             there = ", ".join(map(repr, names))
             raise ConfigError(
                 f"task {without[0]!r} has no expert; adapters are called {there} by their folders, and rows' tasks must have these names"
             )
-        return [names.index(task) if task in names else NO_LABEL for task in tasks]
+        return [names.index(task) if task and task in names else NO_LABEL for task in tasks]
 
     def state(self, task_B: Tensor, length: int, fraction: float | None) -> dict[str, Any]:
         """In training the expert of each row's task, where it says something."""
@@ -242,6 +248,13 @@ class LoraMixer(Method, kind="lora_mixer"):
             expert_B = torch.where(task_B < 0, NO_LABEL, known_T[task_B.clamp_min(0)])
         return self.stages.state(expert_B, length, fraction, num_layers=self._num_layers)
 
+    def loss_counts(self, task_R: Tensor) -> dict[str, float]:
+        """Of the alignment: rows that have an expert."""
+        if not self.stages.c_t or self._expert_T is None:
+            return {}
+        expert_R = torch.where(task_R < 0, NO_LABEL, self._expert_T[task_R.clamp_min(0)])
+        return {"task_alignment": float((expert_R >= 0).sum())}
+
     def before_step(self, model: Decoder, step: int, fraction: float) -> None:
         """Experts are frozen and free as the stage wants."""
         if self.stages.experts_learn:
@@ -249,6 +262,10 @@ class LoraMixer(Method, kind="lora_mixer"):
 
 
 def _by_name(folders: Sequence[str]) -> dict[str, str]:
-    """Adapters by the names of their folders; by numbers where two have the same."""
-    named = {Path(folder).name: folder for folder in folders}
+    """Adapters by the names of their folders; by numbers where two have the same.
+
+    ``RUN/adapter``, as a run is laid out, has the name of the run.
+    """
+    paths = {folder: Path(os.path.abspath(folder)) for folder in folders}
+    named = {path.parent.name if path.name == ADAPTER else path.name: folder for folder, path in paths.items()}
     return named if len(named) == len(folders) else {f"{number}": folder for number, folder in enumerate(folders)}

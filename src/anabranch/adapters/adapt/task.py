@@ -293,7 +293,8 @@ class AdaptTask(Task, kind="adapt"):
             terms["unlikelihood"] = weight * (punished_B * is_other_B).mean()
         if choices:
             terms |= self._of_choices(wrong, nats_M, row_M, nats_R, rows)
-        return Losses.of(metrics=metrics, mean_of=dict.fromkeys([*added, *metrics], "tokens"), **terms)
+        mean_of = dict.fromkeys([*added, *metrics], "tokens") | {name: name for name in self.method.loss_counts(task_B)}
+        return Losses.of(metrics=metrics, mean_of={name: mean_of[name] for name in [*added, *metrics]}, **terms)
 
     def _of_choices(
         self, wrong: Wrong | None, nats_M: Tensor, row_M: Tensor, nats_R: Tensor, rows: int
@@ -310,13 +311,14 @@ class AdaptTask(Task, kind="adapt"):
         return {name: factor * loss_B.mean() for name, (factor, loss_B) in factors.items() if factor}
 
     def counts(self, batch: tuple[Tensor, ...], context: TaskContext) -> dict[str, float]:
-        """The tokens that layers see, of which losses that they add are means; rows differ in length."""
-        _, start_B, length_B, _, *choices = batch
+        """The tokens that layers see, of which losses that they add are means, and what others of these are means of."""
+        _, start_B, length_B, task_R, *choices = batch
         tokens = (length_B - 1).sum()
         if choices:
             said_BW = choices[1]
             tokens = tokens + ((said_BW + start_B[:, None]).clamp_max(self.most_tokens) - 1)[said_BW > 0].sum()
-        return {"tokens": float(tokens)}
+            task_R = task_R.repeat_interleave(1 + (said_BW > 0).sum(1))
+        return {"tokens": float(tokens), **self.method.loss_counts(task_R)}
 
     def evaluate(self, model: Any, data: tuple[Tensor, ...], context: TaskContext) -> dict[str, Any]:
         """Nats per token of answers: of all, and of each task (``by_task``: nats_per_token, tokens, rows).
