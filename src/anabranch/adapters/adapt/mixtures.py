@@ -157,8 +157,8 @@ class LoraMixer(Method, kind="lora_mixer"):
 
     @property
     def parts_differ(self) -> str:
-        """Balance."""
-        return _BALANCED if self.config.balance_loss else ""
+        """Balance, where routers choose at any time."""
+        return _BALANCED if self.config.balance_loss and self.config.stages != "hard" else ""
 
     @property
     def needs_labels(self) -> bool:
