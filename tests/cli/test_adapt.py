@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from anabranch.adapters import read_peft
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, export_huggingface, load_model, save_model
 from anabranch.nn import SelfAttention, SwiGLU
@@ -266,9 +267,17 @@ def test_generate_with_an_adapter(here, base, routed):
         ("eval {base} --task one --data text/alpha", "does not route by task"),
         ("adapters export {base} {routed} --out z", "name one of .* with --task, or say --average"),
         ("adapters export {base} {routed} --out z --task one --average", "not both"),
+        (
+            "adapters export {base} {routed} --out z --task one --data {base}/../rows.jsonl",
+            "nothing is measured on rows",
+        ),
+        (
+            "adapters export {base} {routed} --out z --data {base}/../rows.jsonl",
+            "name the one that is exported with --task",
+        ),
         ("adapters export {base} {routed} --out z --task no", "task 'no' is not one of the 2"),
         ("adapters export {base} {routed} --out z --task one --rank 2", "alone and without"),
-        ("adapters export {base} text --out z --task one", "routes by task, alone"),
+        ("adapters export {base} text --out z --task one", "that routes, alone"),
         ("eval {base} --adapter {routed}/../checkpoints --data text/alpha", "no adapter at"),
         ("eval {routed}/.. --data text/alpha", "adapt"),
     ],
@@ -287,6 +296,12 @@ def test_new_tasks_with_the_skills_of_another_adapter(here, base, routed):
     (base / "new.jsonl").write_text(rows)
     given = ["--method", "mhr", "--from", routed, "--mode", "z", "--steps", 3, "--out", base / "z"]
     told = adapted(here, base / "base", base / "new.jsonl", *given)
+    # What tables have come to, each and on average, between 0 and 1.
+    tables = told["routing"].pop("tables")
+    assert len(tables) == 4
+    for name, mean in told["routing"].items():
+        assert mean == pytest.approx(sum(table[name] for table in tables.values()) / 4)
+        assert 0 <= mean <= 1
     # Two targets in each of two blocks.
     assert told["parameters"] == 4 * 2 * 2
     assert told["tasks"] == 1
@@ -570,6 +585,20 @@ def test_an_adapter_is_not_put_onto_another_base(here, base, routed):
     assert not (base / "never").exists()
 
 
+def used_by(base, folder, task):
+    """A mixture's experts as the rows of a task use them, read and run one by one."""
+    from anabranch.adapters import mixture_report, static_mixture
+    from anabranch.adapters.own_folder import read_own
+
+    model, tokenizer = load_model(base / "base")
+    read_own(folder, model)
+    rows = [json.loads(line) for line in (base / "rows.jsonl").read_text().splitlines()]
+    texts = [(row["input"], row["output"]) for row in rows if row["task"] == task]
+    ids = [tokenizer.encode_prompt(asked) + tokenizer.encode(answer) for asked, answer in texts]
+    report = mixture_report(model, [(torch.tensor([row]), None, torch.tensor([0])) for row in ids])
+    return static_mixture(model, report.weights_of(0)).pairs
+
+
 @pytest.mark.parametrize("method", ["dynmole", "lora_mixer"])
 def test_a_mixture_leaves_as_the_average_of_its_experts(here, base, method):
     place = base / f"run-{method}"
@@ -579,13 +608,30 @@ def test_a_mixture_leaves_as_the_average_of_its_experts(here, base, method):
         code, out, err = here("adapters", "export", base / "base", place / "adapter", *options, "--out", place / "no")
         assert (code, out) == (2, "")
         assert said in err
-        assert "static_mixture" in err
+        assert "--task NAME --data ROWS" in err
     code, out, err = here(
         "adapters", "export", base / "base", place / "adapter", "--average", "--out", place / "out", "--json"
     )
     assert code == 0, err
     assert json.loads(out)["task"] == "average"
     assert json.loads(out)["ranks"] == [6]
+    # As the rows of a task use its experts: nearer to the mixture where it is used.
+    used = ["--task", "one", "--data", base / "rows.jsonl", "--out", place / "used", "--json"]
+    code, out, err = here("adapters", "export", base / "base", place / "adapter", *used)
+    assert code == 0, err
+    assert json.loads(out)["task"] == "one"
+    wanted, found = used_by(base, place / "adapter", "one"), read_peft(place / "used").pairs
+    assert found.keys() == wanted.keys()
+    for name, pair in found.items():
+        torch.testing.assert_close(pair.delta(), wanted[name].delta())
+    average = read_peft(place / "out").pairs
+    assert not all(
+        torch.allclose(pair.delta(), average[name].delta(), rtol=1e-4, atol=0) for name, pair in found.items()
+    )
+    code, out, err = here(
+        "adapters", "export", base / "base", place / "adapter", *used[:1], "three", *used[2:4], "--out", "z"
+    )
+    assert (code, out, "has no row of task 'three'" in err) == (2, "", True)
     assert here("adapters", "card", place / "out")[0] == 0
     code, out, _ = here("adapters", "card", place / "adapter")
     assert (code, str(place / "adapter") in out) == (0, True)

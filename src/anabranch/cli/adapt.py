@@ -337,6 +337,8 @@ def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json:
     if result.status == "finished":
         written = _write(trainer, out / ADAPTER)
         told |= {"adapter": str(written.folder), "form": written.form}
+        if routing := task.method.routing(task.base):
+            told["routing"] = routing
         note = written.note
         _save_report(out / REPORT, told)
     if as_json:
@@ -391,6 +393,9 @@ def _tell(told: Mapping[str, Any], note: str) -> None:
             "skipped",
             f"{told['skipped_steps']} of {told['step']} steps changed nothing, as a gradient was not finite; {_advice(told)}",
         )
+    if "routing" in told:
+        numbers = {name: value for name, value in told["routing"].items() if isinstance(value, float)}
+        fact("routing", "   ".join(f"{name} {value:.2f}" for name, value in numbers.items()))
     if note:
         fact("note", note)
     before, after = told["before"], told["after"]

@@ -11,6 +11,7 @@ import torch
 from anabranch.adapters import DynMoLE, load_mixture
 from anabranch.adapters.adapt import AdaptTask
 from anabranch.adapters.adapt.mixtures import Dynmole, LoraMixer
+from anabranch.adapters.graft import layers_of
 from anabranch.adapters.lora_mixer import mixed_layers
 from anabranch.adapters.own_folder import read_own
 from anabranch.errors import ConfigError, DataError
@@ -52,6 +53,27 @@ def test_every_setting_of_dynmole_is_handed_on():
 def test_what_the_system_refuses_is_refused_at_once():
     with pytest.raises(ConfigError, match="keep_top_k"):
         Dynmole.Config(experts=2, keep_top_k=3)
+
+
+def test_blocks_have_as_many_experts_as_is_said(place):
+    def of_blocks(*numbers):
+        model, _ = load_model(place / "base")
+        given = {"experts_per_layer": numbers, "rank": 2, "keep_top_k": 1}
+        return Dynmole.Config(**given).build().begin(model, [""], seed=0)
+
+    found = {name: layer.pool.num_experts for name, layer in layers_of(of_blocks(2, 4)).items()}
+    parts = ("gate", "up", "down")
+    assert found == {f"blocks.{block}.feed_forward.{part}": 2 + 2 * block for block in (0, 1) for part in parts}
+    with pytest.raises(ConfigError, match="3 values for 2 blocks"):
+        of_blocks(2, 4, 4)
+    with pytest.raises(ConfigError, match="targets has 'q'; with experts_per_layer"):
+        Dynmole.Config(experts_per_layer=(2, 2), targets=("q",))
+
+
+def test_the_loss_of_lora_mixer_is_as_is_said():
+    said = LoraMixer.Config(scale_by_experts=False, entropy_schedule="rising", balance_loss=0.5).build().layer([""])
+    (loss,) = said.router.balance
+    assert (loss.scale_by_experts, loss.schedule, loss.a) == (False, "rising", 0.5)
 
 
 # LoRA-Mixer: labels choose, and routers after them

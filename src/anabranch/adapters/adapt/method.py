@@ -143,6 +143,10 @@ class Method(Part, family="adapter_method"):
         """How quickly a parameter learns, see `Task.speed`; None as all others."""
         return None
 
+    def routing(self, model: Decoder) -> dict[str, Any]:
+        """What the trained routers have come to, for the report, JSON-ready. Default: nothing."""
+        return {}
+
     def unlikelihood(self) -> float:
         """What a loss weighs that punishes an answer's likelihood under a task that is not its own; 0 for none."""
         return 0.0

@@ -20,6 +20,7 @@ from anabranch.adapters.lora_mixer import MixedLowRank, SoftThenTopK, Specialisa
 from anabranch.adapters.lora_mixer.layer import NO_LABEL
 from anabranch.adapters.lora_mixer.loss import check_top_k
 from anabranch.adapters.lora_mixer.stages import Stages
+from anabranch.adapters.put_on import put_on
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import ConfigError
@@ -30,6 +31,7 @@ from anabranch.routing.uncertainty import EntropyKind
 
 __all__ = ["Dynmole", "LoraMixer"]
 
+_FEED_FORWARD = ("gate", "up", "down")
 # New experts of LoRA-Mixer, where nobody says.
 _EXPERTS = 6
 _BALANCED = "the balance loss is a product of two means, which parts have not in common"
@@ -42,10 +44,12 @@ class Dynmole(Method, kind="dynmole"):
 
     @configclass
     class Config(Method.Config):
-        """As `DynMoLE`, whose defaults these are, with ``experts`` for its number of experts."""
+        """As `DynMoLE`, whose defaults these are, with ``experts`` for its number of experts, ``experts_per_layer`` for that of each
+        block."""
 
         targets: tuple[str, ...] = Field(default=("gate", "up", "down"), min_length=1)
         experts: Size = Field(default=6, ge=1)
+        experts_per_layer: tuple[int, ...] = ()
         rank: Size = Field(default=24, ge=1)
         alpha: float = 48.0
         dropout: float = Field(default=0.05, ge=0, lt=1)
@@ -62,11 +66,17 @@ class Dynmole(Method, kind="dynmole"):
 
         def __post_init__(self) -> None:
             self.settings()
+            wrong = [target for target in self.targets if target not in _FEED_FORWARD]
+            if self.experts_per_layer and wrong:
+                raise ConfigError(
+                    f"targets has {wrong[0]!r}; with experts_per_layer they are of {', '.join(_FEED_FORWARD)}, in each block"
+                )
 
         def settings(self) -> DynMoLE:
             """The same as a `DynMoLE`. Raises ConfigError for what cannot be."""
             return DynMoLE(
                 num_experts=self.experts,
+                experts_per_layer=self.experts_per_layer,
                 rank=self.rank,
                 alpha=self.alpha,
                 dropout=self.dropout,
@@ -94,6 +104,14 @@ class Dynmole(Method, kind="dynmole"):
         """The same for all tasks."""
         return self.config.settings().layer(self.config.experts)
 
+    def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
+        """As many experts as the config has for each block. Raises ConfigError where it has them for another number of blocks."""
+        config = self.config
+        if not config.experts_per_layer:
+            return super().begin(model, tasks, seed=seed)
+        settings = config.settings().replace(targets=config.targets)
+        return put_on(model, settings.linears(model.config.num_layers), seed=seed)
+
 
 class LoraMixer(Method, kind="lora_mixer"):
     """LoRA experts in projections, given or new, and one router for q, k and v (arXiv 2507.00029)."""
@@ -110,7 +128,8 @@ class LoraMixer(Method, kind="lora_mixer"):
             experts: number of new ones; None for 6, or where rows' tasks choose for one of each task.
             rank, alpha: of new ones.
             top_k: experts of a token after training; all where there are fewer.
-            balance_loss, entropy_loss, entropy: a, lambda and its sign, see `SpecialisationLoss`.
+            balance_loss, entropy_loss, entropy, scale_by_experts, entropy_schedule: a, lambda, its sign, the factor E and how lambda goes,
+                see `SpecialisationLoss`.
             stages: see `Stages`; in others than ``soft`` a row is its task's, whose expert has the name (given ones that of their folder,
                 of ``RUN/adapter`` that of the run).
             hold: what experts do where routers choose, see `Stages.experts`; None for ``free`` where new ones learn softly from the
@@ -126,6 +145,8 @@ class LoraMixer(Method, kind="lora_mixer"):
         balance_loss: float = Field(default=1.0, ge=0)
         entropy_loss: float = Field(default=0.1, ge=0)
         entropy: Literal["minimise", "maximise"] = "minimise"
+        scale_by_experts: bool = True
+        entropy_schedule: Literal["constant", "rising"] = "constant"
         stages: Literal["soft", "hard", "hard_soft", "anneal"] = "soft"
         hold: Literal["frozen", "preserved", "free"] | None = None
         beta: float = Field(default=0.01, ge=0)
@@ -171,7 +192,12 @@ class LoraMixer(Method, kind="lora_mixer"):
         tasks = [task for task in tasks if task]
         config, number = self.config, self._number(tasks)
         loss = SpecialisationLoss.Config(
-            a=config.balance_loss, lam=config.entropy_loss, entropy=config.entropy, top_k=config.top_k
+            a=config.balance_loss,
+            lam=config.entropy_loss,
+            entropy=config.entropy,
+            scale_by_experts=config.scale_by_experts,
+            schedule=config.entropy_schedule,
+            top_k=config.top_k,
         )
         router = Router.Config(
             score=LinearScore.Config(init="kaiming_uniform"),

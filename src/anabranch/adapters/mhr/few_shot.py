@@ -8,12 +8,12 @@
 Export to plain LoRA, which any server loads: `to_single_lora` for one task, `mu` for the average.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anabranch.adapters.attach import load_peft
 from anabranch.adapters.graft import layers_of
@@ -169,7 +169,13 @@ def peft_adapter(model: Decoder, pairs: Mapping[str, Pair], family: str | None =
 
 @torch.no_grad()
 def export_task(
-    out: str | Path, base: Decoder, folder: str | Path, task: str | None, *, is_average: bool
+    out: str | Path,
+    base: Decoder,
+    folder: str | Path,
+    task: str | None,
+    *,
+    is_average: bool,
+    rows: Iterable[tuple[Tensor, Tensor | None]] | None = None,
 ) -> dict[str, float | str]:
     """Write the adapter of one task out of a folder of ours as plain LoRA, and hold it against what it is of.
 
@@ -179,18 +185,20 @@ def export_task(
         folder: as `write_own` wrote it.
         task: the task; None for the average of all skills, which ``is_average`` must say too.
         is_average: likewise.
+        rows: (token_BL, mask_BL or None) of the task, for a mixture whose router chooses for each token (DynMoLE, LoRA-Mixer): its experts
+            are weighed as these tokens weigh them on average. Such a mixture knows no task itself; None for the average of its experts.
 
     Returns the greatest difference of logits, and the greatest of them, over tokens drawn at random.
 
-    A mixture whose router chooses for each token (DynMoLE, LoRA-Mixer) has no tasks, and the average of its experts alone.
-
-    Raises ConfigError where neither or both are given, or the adapter is of another kind; InputError for a task that there is not;
-    others as `read_own` and `write_peft`.
+    Raises ConfigError where neither or both are given, the adapter is of another kind, or it routes by task and there are rows;
+    InputError for a task that there is not; others as `read_own` and `write_peft`.
     """
     read_own(folder, base)
     if not any(getattr(module, "routes_by_task", False) for module in base.modules()):
-        return _export_mixture(out, base, folder, task, is_average=is_average)
+        return _export_mixture(out, base, folder, task, is_average=is_average, rows=rows)
     names = task_names(base)
+    if rows is not None:
+        raise ConfigError(f"{folder} routes by task, so nothing is measured on rows; leave them out")
     if (task is None) != is_average:
         raise ConfigError(
             f"{folder} routes by task; name one of {shown(list(names))} with --task, or say --average, not both"
@@ -201,24 +209,38 @@ def export_task(
 
 
 def _export_mixture(
-    out: str | Path, base: Decoder, folder: str | Path, task: str | None, *, is_average: bool
+    out: str | Path,
+    base: Decoder,
+    folder: str | Path,
+    task: str | None,
+    *,
+    is_average: bool,
+    rows: Iterable[tuple[Tensor, Tensor | None]] | None,
 ) -> dict[str, float | str]:
-    """The average of experts that a router chooses: no plain LoRA does what the router does, so it is only near the mixture."""
+    """An average of experts that a router chooses: no plain LoRA does what the router does, so it is only near the mixture."""
+    from anabranch.adapters.mixture_report import mixture_report
     from anabranch.adapters.static import mu as average_of
+    from anabranch.adapters.static import static_mixture
 
     layers = layers_of(base).values()
     if not layers or not all(isinstance(layer, RoutedLowRank) for layer in layers):
         raise ConfigError(
             f"{folder} has no tasks and no experts that could be exported; load it with anabranch eval --adapter"
         )
-    if task is not None or not is_average:
+    if (task is None) != is_average or (task is None) != (rows is None):
         said = f"--task is {task!r}, but " if task is not None else ""
         raise ConfigError(
             f"{said}{folder} is a mixture whose router chooses experts for each token, which no plain LoRA does; --average writes the "
-            "plain average of its experts (anabranch.adapters.static_mixture, with weights of your own)"
+            "plain average of its experts, --task NAME --data ROWS their average as that task's rows use them"
         )
-    adapter = average_of(base).of_base(described_in(folder)["base"])
-    return {"task": "average", **_held_against(out, base, adapter, {})}
+    if rows is None:
+        adapter = average_of(base)
+    else:
+        report = mixture_report(
+            base, ((token_BL, mask_BL, torch.zeros(len(token_BL)).long()) for token_BL, mask_BL in rows)
+        )
+        adapter = static_mixture(base, report.weights_of(0))
+    return {"task": task or "average", **_held_against(out, base, adapter.of_base(described_in(folder)["base"]), {})}
 
 
 def _held_against(out: str | Path, base: Decoder, adapter: Adapter, state: dict[str, Any]) -> dict[str, float | str]:

@@ -1,18 +1,22 @@
 """Poly and MHR as methods of `anabranch adapt`, and their few-shot forms, which start from an adapter that was trained before."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar, Literal
+from statistics import fmean
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from anabranch.adapters.adapt.method import Method, Written, write_peft_or_own
 from anabranch.adapters.mhr.few_shot import adapt
 from anabranch.adapters.mhr.layer import MultiHeadRouted
+from anabranch.adapters.mhr.measure import diagnose
 from anabranch.adapters.mhr.penalties import Penalties
-from anabranch.adapters.mhr.table import Granularity
+from anabranch.adapters.mhr.table import Granularity, tables_of
 from anabranch.adapters.mhr.weights import Weights
 from anabranch.adapters.own_folder import read_own
+from anabranch.adapters.tasks import Unknown
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -34,6 +38,7 @@ class Poly(Method, kind="poly"):
 
         Attributes:
             table_speed: learning rate of routing tables, over that of skills: 0.1 for 1e-3. They have no weight decay.
+            unknown: what a row of no known task is where the adapter is used: an ``error``, or the ``average`` of all skills.
             start: the folder of an adapter that was trained before, whose skills a new task learns with; None to begin anew.
             mode: with ``start``, what learns: ``full``, ``z``, ``mu`` or ``random``, see `anabranch.adapters.mhr.adapt`.
         """
@@ -48,6 +53,7 @@ class Poly(Method, kind="poly"):
         weights: Weights = Weights()
         penalties: Penalties = Penalties()
         table_speed: float = Field(default=100.0, gt=0)
+        unknown: Unknown = "error"
         start: str | None = None
         mode: Literal["full", "z", "mu", "random"] = "full"
 
@@ -73,6 +79,7 @@ class Poly(Method, kind="poly"):
             anneal=config.anneal,
             weights=config.weights,
             penalties=config.penalties,
+            unknown=config.unknown,
         )
 
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
@@ -87,6 +94,14 @@ class Poly(Method, kind="poly"):
         """Routing tables learn quickly, and do not decay."""
         is_table = name.endswith("table.z") or (".routing_table_" in name and name.endswith(".z"))
         return Speed(self.config.table_speed, 0.0) if is_table else None
+
+    def routing(self, model: Decoder) -> dict[str, Any]:
+        """``sparsity``, ``discreteness`` and ``efficiency`` (see `anabranch.adapters.mhr.diagnose`), their means and of each table."""
+        if not tables_of(model):
+            return {}
+        tables = {name: asdict(found) for name, found in diagnose(model).items()}
+        names = next(iter(tables.values())).keys()
+        return {**{name: fmean(table[name] for table in tables.values()) for name in names}, "tables": tables}
 
     def unlikelihood(self) -> float:
         """As configured."""

@@ -1,17 +1,21 @@
 """``anabranch adapters export``: a mixture with fixed weights as one plain LoRA, held against the mixture itself."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from anabranch.cli.adapters.merge import read_weights
-from anabranch.cli.adapters.placing import check_no_adapter
+from anabranch.cli.adapters.placing import check_no_adapter, passes_of
 from anabranch.cli.options import FLAG, AsJson, Device, Dtype, Quiet, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
 from anabranch.files import check_apart
+
+# Of a task, to see how it uses the experts of a mixture.
+_ROWS = 32
 
 
 def export(
@@ -46,7 +50,18 @@ def export(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="For an ADAPTER that routes by task (poly, mhr): the task to export."),
+        typer.Option(
+            metavar="NAME",
+            help="For an ADAPTER that routes by task (poly, mhr): the task to export. For a mixture (dynmole, lora_mixer): the task of "
+            "--data whose rows say how much of each expert is exported.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="For a mixture and --task: rows of tasks as JSON lines; the first 32 of the task are run.",
+        ),
     ] = None,
     average: Annotated[
         bool,
@@ -79,21 +94,22 @@ def export(
         raise ConfigError(f"{twice} is given twice; give it once, with the sum of its weights")
     if rank is not None and not folders:
         raise ConfigError(f"--rank is {rank}, and there is no ADAPTER whose mixture could be made one of that rank")
-    check_apart([out], [*folders, *(files_of(model) if Path(model).is_dir() else [model])])
+    check_apart([out], [*folders, *filter(None, (data,)), *(files_of(model) if Path(model).is_dir() else [model])])
     check_no_adapter(out)
-    base, _ = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
+    base, tokenizer = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
     from anabranch.adapters import export_mixture, read_peft, save_peft
     from anabranch.adapters.mhr.few_shot import export_task
     from anabranch.adapters.own_folder import is_own
 
     told: dict[str, object] = {"folder": out, "model": model, "adapters": folders, "weights": numbers}
     routed = [folder for folder in folders if is_own(folder)]
-    if routed or task is not None or average:
+    if routed or task is not None or average or data is not None:
         if len(folders) != 1 or not routed or rank is not None or weights is not None:
             raise ConfigError(
-                "--task and --average are for one ADAPTER of anabranch adapt that routes by task, alone and without --weights and --rank"
+                "--task, --data and --average are for one ADAPTER of anabranch adapt that routes, alone and without --weights and --rank"
             )
-        told |= export_task(out, base, folders[0], task, is_average=average)
+        rows = None if data is None else _rows_of(base, tokenizer, data, task)
+        told |= export_task(out, base, folders[0], task, is_average=average, rows=rows)
         made = read_peft(out)
     elif folders:
         done = export_mixture(out, base, dict(zip(folders, numbers, strict=True)), rank=rank)
@@ -123,3 +139,18 @@ def export(
                 f"differ from the mixture's by at most {told['difference']:.2g}   (the largest is {told['greatest_logit']:.3g})",
             )
         wrote(f"{out}   {size(num_bytes)}", f"anabranch eval {shell_word(model)} --adapter {shell_word(out)}")
+
+
+def _rows_of(base: Any, tokenizer: Any, data: str, task: str | None) -> Iterator[tuple[Any, Any]]:
+    """Passes over the first rows of a task."""
+    from anabranch.adapters.adapt.rows import read_rows
+
+    if task is None:
+        raise ConfigError("--data has rows of tasks; name the one that is exported with --task")
+    rows = [row for row in read_rows(data) if row.task == task][:_ROWS]
+    if not rows:
+        raise DataError(f"{data} has no row of task {task!r}")
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer, so rows cannot be read")
+    passes = passes_of(base, tokenizer, rows, [task], None, base.config.max_positions)
+    return ((token_BL, mask_BL) for token_BL, mask_BL, _ in passes)

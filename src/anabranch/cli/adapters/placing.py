@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,11 @@ from anabranch.files import check_apart
 if TYPE_CHECKING:
     from anabranch.adapters.adapt.rows import Row
     from anabranch.adapters.glider import GliderPool
+    from anabranch.data import Tokenizer
     from anabranch.lm import Decoder
+
+# Rows of a pass.
+_BATCH = 8
 
 
 def put_adapter(base: Decoder, adapter: str) -> GliderPool | None:
@@ -80,3 +84,24 @@ def first_of_each(rows: Sequence[Row], most: int) -> list[Row]:
         if seen[row.task] <= most:
             kept.append(row)
     return kept
+
+
+def passes_of(
+    base: Decoder, tokenizer: Tokenizer, rows: list[Row], tasks: list[str], pool: GliderPool | None, max_tokens: int
+) -> Iterator[Any]:
+    """Rows as passes; while one is looked at, its rows ask a pool what they say."""
+    import torch
+
+    from anabranch.lm.generate import pad_left
+
+    length = min(max_tokens, base.config.max_positions)
+    for start in range(0, len(rows), _BATCH):
+        some = rows[start : start + _BATCH]
+        ids = [
+            (tokenizer.encode_prompt(row.prompt) + tokenizer.encode(row.answer, parse_special=False))[:length]
+            for row in some
+        ]
+        token_BL, mask_BL = pad_left(ids, base.embedding.weight.device)
+        task_B = torch.tensor([tasks.index(row.task or "(none)") for row in some])
+        with nullcontext() if pool is None else pool.answering([row.prompt for row in some]):
+            yield token_BL, mask_BL, task_B

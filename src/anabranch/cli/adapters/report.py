@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anabranch.cli.adapters.placing import check_adapter_apart, first_of_each, put_adapter
+from anabranch.cli.adapters.placing import check_adapter_apart, first_of_each, passes_of, put_adapter
 from anabranch.cli.options import AsJson, Device, Dtype, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, table, visible, wrote
 from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
 
 if TYPE_CHECKING:
-    from anabranch.adapters.adapt.rows import Row
-    from anabranch.adapters.glider import GliderPool
     from anabranch.adapters.use import AdapterUse
     from anabranch.data import Tokenizer
     from anabranch.lm import Decoder
 
-# Rows of a pass, and adapters that a terminal has room for.
-BATCH, COLUMNS = 8, 8
+# Adapters that a terminal has room for.
+COLUMNS = 8
 
 
 def report(
@@ -109,27 +106,4 @@ def _use(
     most = max(len(layer.config.ranks) for layer in routers.values())
     adapters = tuple(map(str, range(most))) if pool is None else pool.names
     tasks = list(dict.fromkeys(row.task or "(none)" for row in rows))
-    return use_of_rows(base, _batches(base, tokenizer, rows, tasks, pool, max_tokens), tasks=tasks, adapters=adapters)
-
-
-def _batches(
-    base: Decoder, tokenizer: Tokenizer, rows: list[Row], tasks: list[str], pool: GliderPool | None, max_tokens: int
-) -> Iterator[Any]:
-    """Rows as passes; while one is looked at, its rows ask a pool what they say."""
-    from contextlib import nullcontext
-
-    import torch
-
-    from anabranch.lm.generate import pad_left
-
-    length = min(max_tokens, base.config.max_positions)
-    for start in range(0, len(rows), BATCH):
-        some = rows[start : start + BATCH]
-        ids = [
-            (tokenizer.encode_prompt(row.prompt) + tokenizer.encode(row.answer, parse_special=False))[:length]
-            for row in some
-        ]
-        token_BL, mask_BL = pad_left(ids, base.embedding.weight.device)
-        task_B = torch.tensor([tasks.index(row.task or "(none)") for row in some])
-        with nullcontext() if pool is None else pool.answering([row.prompt for row in some]):
-            yield token_BL, mask_BL, task_B
+    return use_of_rows(base, passes_of(base, tokenizer, rows, tasks, pool, max_tokens), tasks=tasks, adapters=adapters)
