@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from anabranch.adapters.glider import GliderConfig, describe_expert
 from anabranch.adapters.glider.folder import Described, read_described
+from anabranch.errors import CheckpointError, ConfigError
 from anabranch.serving.engine import layer_reader
+from anabranch.serving.engine.adapter_place import MOST_CONFIG, files_of, folder_of
 from anabranch.serving.engine.adapter_reader import AdapterReader
 from anabranch.serving.engine.adapter_rows import Sites
 from served_adapters import make_model, make_pool, make_routers
@@ -98,10 +100,49 @@ def test_all_fields_are_looked_at():
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_pools_that_choose_otherwise_have_another_version(field, pool, version_of, monkeypatch):
+def test_pools_that_choose_otherwise_have_another_version(field, pool, version_of):
+    """As the file beside them says, of each setting that there is."""
     before = version_of(pool)
-    monkeypatch.setitem(layer_reader._POOLS, "glider", GliderConfig(**{field: FIELDS[field]}))
+    (pool / "pool.json").write_text(json.dumps({field: FIELDS[field]}))
     assert version_of(pool) != before
+
+
+def test_what_a_pool_says_is_what_it_chooses_by(pool):
+    (pool / "pool.json").write_text('{"threshold": 0.25, "weight": 7, "local": "none"}')
+    assert layer_reader.pool_of(folder_of(str(pool), None)).config == GliderConfig(
+        threshold=0.25, weight=7, local="none"
+    )
+    # A kind in front says for itself what it decides.
+    arrow = layer_reader.pool_of(folder_of(f"arrow:{pool}", None)).config
+    assert arrow == GliderConfig(threshold=0.25, weight=7, local="arrow", instruction=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "told"),
+    [
+        ('{"treshold": 0.25}', ConfigError, "pool.json: .*treshold"),
+        ('{"threshold": 2}', ConfigError, "pool.json: .*threshold"),
+        ('{"top_k": 1, "top_p": 0.5}', ConfigError, "pool.json: .*give one of them"),
+        ("[1]", CheckpointError, "pool.json: it holds a list"),
+        ("{", CheckpointError, "cannot read .*pool.json"),
+        (
+            '{"weight": ' + " " * MOST_CONFIG + "1}",
+            CheckpointError,
+            "pool.json: it has .* bytes; a pool is served with",
+        ),
+    ],
+)
+def test_what_a_pool_cannot_say(pool, version_of, text, error, told):
+    (pool / "pool.json").write_text(text)
+    with pytest.raises(error, match=told):
+        version_of(pool)
+    # Of one adapter it says nothing.
+    assert version_of(pool / "law")
+
+
+def test_the_file_of_a_pool_is_seen(pool):
+    assert pool / "pool.json" in files_of([str(pool)])
+    assert not any(path.name == "pool.json" for path in files_of([str(pool / "law")]))
 
 
 def test_kinds_of_one_pool_have_other_versions(pool, version_of):

@@ -29,7 +29,7 @@ def put_adapter(base: Decoder, adapter: str) -> GliderPool | None:
 
     found = folder_of(adapter, None)
     if found.experts:
-        pool = pool_of(found.experts, found.kind)
+        pool = pool_of(found)
         pool.onto(base)
         return pool
     if found.kind is not None:

@@ -33,13 +33,15 @@ __all__ = [
 
 PoolKind = Literal["glider", "phatgoose", "arrow"]
 PICKLE = "adapter_model.bin"
+# In the folder of a pool: how it chooses, fields of `anabranch.adapters.glider.GliderConfig`.
+POOL = "pool.json"
 _HEAD = f"{PREFIX}lm_head{INNER}.weight"
 # Bytes that are read as one table, which no other thread of the engine's process can interrupt: those of the largest adapters of attention
 # and dense layers are a third of it.
 MOST_CONFIG, MOST_HEADER = 256 << 10, 1 << 20
 # Adapters of a pool, and entries of its folder that are looked at.
 MOST_EXPERTS, MOST_ENTRIES = 1000, 10_000
-_FILES = (CONFIG, WEIGHTS, PICKLE, OWN, NUMBERS, CARD, GATES)
+_FILES = (CONFIG, WEIGHTS, PICKLE, OWN, NUMBERS, CARD, GATES, POOL)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class Folder:
     def is_own(self) -> bool:
         """Whether it is an adapter in our own form."""
         return (self.path / OWN).is_file()
+
+    @property
+    def settings(self) -> Path | None:
+        """The file that says how a pool chooses; None without one."""
+        path = self.path / POOL
+        return path if self.experts and path.is_file() else None
 
     @property
     def places(self) -> tuple[Path, ...]:
@@ -101,12 +109,11 @@ def folder_of(said: str, root: str | None) -> Folder:
 
 def files_of(folders: Iterable[str]) -> list[Path]:
     """Each file that is read of these folders where it is there: of a pool those of all its adapters. Raises as `folder_of`."""
-    return [
-        place / name
-        for found in (folder_of(said, None) for said in folders)
-        for place in found.places
-        for name in (*found.tables, *found.numbers_in(place))
-    ]
+    paths = []
+    for found in (folder_of(said, None) for said in folders):
+        paths += [found.path / POOL] if found.experts else []
+        paths += [place / name for place in found.places for name in (*found.tables, *found.numbers_in(place))]
+    return paths
 
 
 @contextmanager
@@ -183,6 +190,11 @@ def _experts_in(place: Path, root: str | None) -> dict[str, Path]:
 
 def check_small(folder: Folder) -> None:
     """Raise CheckpointError for a table or a header of tensors so large that to read it would hold all others up."""
+    settings = folder.settings
+    if settings is not None and (size := _file_size(settings)) > MOST_CONFIG:
+        raise CheckpointError(
+            f"cannot read {settings}: it has {size:,} bytes; a pool is served with {MOST_CONFIG:,} at most"
+        )
     for place in folder.places:
         sizes = [(place / name, _file_size(place / name), MOST_CONFIG, "it") for name in folder.tables]
         tensors = [name for name in folder.numbers_in(place) if name != PICKLE]

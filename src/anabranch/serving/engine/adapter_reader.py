@@ -124,7 +124,7 @@ class AdapterReader:
         """The layers of a pool, of an adapter of our own form, of a Poly of peft's; the numbers of any other."""
         place = found.path
         if found.experts:
-            return self._of_layers.pool(place, found.experts, found.kind)
+            return self._of_layers.pool(found)
         if found.kind is not None:
             raise CheckpointError(
                 f"{place} has no folders of adapters, so there is nothing that {found.kind} could choose from"

@@ -17,12 +17,13 @@ from anabranch.adapters.pool import LowRankPool
 from anabranch.adapters.put_on import added_names
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.tasks import goes_by_task, needs_task, task_names
-from anabranch.config import to_dict
+from anabranch.config import from_dict, to_dict
 from anabranch.errors import ConfigError
+from anabranch.files import read_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty, some
 from anabranch.nn.quantize import PackedEmbedding
-from anabranch.serving.engine.adapter_place import PoolKind
+from anabranch.serving.engine.adapter_place import Folder, PoolKind
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
 from anabranch.serving.engine.served_layers import ServedLayers
 
@@ -36,10 +37,11 @@ _OF_EXPERTS = (
 )
 # Queries of a pool whose vectors are kept, some ten kilobytes each at most.
 QUERIES = 64
-_POOLS: dict[PoolKind, GliderConfig] = {
-    "glider": GliderConfig(),
-    "phatgoose": GliderConfig(instruction=False),
-    "arrow": GliderConfig(local="arrow", instruction=False),
+# What a kind of pool decides.
+_KINDS: dict[PoolKind, dict[str, Any]] = {
+    "glider": {},
+    "phatgoose": {"local": "phatgoose", "instruction": False},
+    "arrow": {"local": "arrow", "instruction": False},
 }
 
 
@@ -72,25 +74,23 @@ class LayerReader:
         self._known = stored if self._base is None else self._base
         self._is_steady = is_steady
 
-    def pool(self, folder: Path, experts: Mapping[str, Path], kind: PoolKind | None) -> ServedLayers:
+    def pool(self, found: Folder) -> ServedLayers:
         """A router over these adapters of peft's, each with what `anabranch.adapters.glider.describe_expert` wrote.
 
         Args:
-            folder: of them all, for messages.
-            experts: their folders by name.
-            kind: ``glider`` (by what a request asks for, and token by token), ``phatgoose`` (by gates, and prototypes where there are
-                none), ``arrow`` (by prototypes); None for the first.
+            found: the folder of them all. Its kind is ``glider`` (by what a request asks for, and token by token), ``phatgoose`` (by gates,
+                and prototypes where there are none), ``arrow`` (by prototypes); None for the first.
 
         Raises CheckpointError and ConfigError as `GliderPool.add` and `GliderPool.onto`, ConfigError for what cannot be served.
         """
-        pool = pool_of(experts, kind)
+        pool = pool_of(found)
         frame = self._frame()
         pool.onto(frame)
         pool.leave()
         if pool.config.instruction and len(pool.matcher.members()[0]) > 1:
             # Now, and not while the first request waits.
             pool.calibrate()
-        return self._served(frame, folder, kind or "glider", experts=tuple(experts), pool=pool)
+        return self._served(frame, found.path, found.kind or "glider", experts=tuple(found.experts), pool=pool)
 
     def own(self, folder: Path) -> ServedLayers:
         """An adapter in our own form. Raises as `read_own`, ConfigError for what cannot be served."""
@@ -180,14 +180,26 @@ class LayerReader:
                 )
 
 
-def pool_of(experts: Mapping[str, Path], kind: PoolKind | None = None) -> GliderPool:
-    """A pool of these adapters, each with what was written beside it; on no model yet. See `LayerReader.pool`."""
-    pool = GliderPool(_POOLS[kind or "glider"], cached=QUERIES)
-    for name, path in experts.items():
+def pool_of(found: Folder) -> GliderPool:
+    """A pool of the adapters in a folder, each with what was written beside it; on no model yet. See `LayerReader.pool`.
+
+    It chooses as its ``pool.json`` says, a table of fields of `GliderConfig`; what its kind decides goes before that. Raises
+    CheckpointError for a file that cannot be read, ConfigError for settings that cannot be.
+    """
+    pool = GliderPool(_config_of(found), cached=QUERIES)
+    for name, path in found.experts.items():
         pool.add(path, name=name)
     pool.matcher.fit()
     pool.matcher.warns = False
     return pool
+
+
+def _config_of(found: Folder) -> GliderConfig:
+    said = {} if found.settings is None else read_json(found.settings)
+    try:
+        return from_dict(GliderConfig, {**said, **_KINDS[found.kind or "glider"]})
+    except ConfigError as error:
+        raise ConfigError(f"{found.settings}: {error}") from None
 
 
 def _chosen_by(pool: GliderPool | None) -> tuple[object, ...]:
