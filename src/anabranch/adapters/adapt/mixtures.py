@@ -278,7 +278,9 @@ class LoraMixer(Method, kind="lora_mixer"):
         """Of the alignment: rows that have an expert."""
         if not self.stages.c_t or self._expert_T is None:
             return {}
-        expert_R = torch.where(task_R < 0, NO_LABEL, self._expert_T[task_R.clamp_min(0)])
+        # Steps ask where the model is.
+        known_T = self._expert_T.to(task_R.device)
+        expert_R = torch.where(task_R < 0, NO_LABEL, known_T[task_R.clamp_min(0)])
         return {"task_alignment": float((expert_R >= 0).sum())}
 
     def before_step(self, model: Decoder, step: int, fraction: float) -> None:
