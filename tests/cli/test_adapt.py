@@ -252,6 +252,17 @@ def test_generate_with_an_adapter(here, base, routed):
     assert texts["one"] != texts["two"]
     assert ids() not in texts.values()
 
+    def answers(*more):
+        code, out, err = here(
+            "chat", base / "base", "-m", "xy", "--max-tokens", 12, "--temperature", 0, "--json", *more
+        )
+        assert code == 0, err
+        return json.loads(out)["token_ids"]
+
+    told = [answers("--adapter", strong, "--task", task) for task in texts]
+    assert told[0] != told[1]
+    assert answers() not in told
+
 
 @pytest.mark.parametrize(
     ("command", "told"),
