@@ -123,6 +123,10 @@ def test_what_a_pool_says_is_what_it_chooses_by(pool):
         ('{"treshold": 0.25}', ConfigError, "pool.json: .*treshold"),
         ('{"threshold": 2}', ConfigError, "pool.json: .*threshold"),
         ('{"top_k": 1, "top_p": 0.5}', ConfigError, "pool.json: .*give one of them"),
+        ('{"top_k": 99}', ConfigError, "pool.json: top_k is 99, but there are 3"),
+        ('{"clusters": 99}', ConfigError, "pool.json: clusters is 99; of 3 experts"),
+        ('{"weight": NaN}', ConfigError, "pool.json: weight is nan; it must be a finite number"),
+        ("[" * 5000, CheckpointError, "pool.json: it is nested too deeply"),
         ("[1]", CheckpointError, "pool.json: it holds a list"),
         ("{", CheckpointError, "cannot read .*pool.json"),
         (

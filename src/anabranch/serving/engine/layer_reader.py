@@ -197,7 +197,10 @@ def pool_of(found: Folder) -> GliderPool:
 def _config_of(found: Folder) -> GliderConfig:
     said = {} if found.settings is None else read_json(found.settings)
     try:
-        return from_dict(GliderConfig, {**said, **_KINDS[found.kind or "glider"]})
+        config = from_dict(GliderConfig, {**said, **_KINDS[found.kind or "glider"]})
+        # Of so many adapters, while it is known who said so.
+        config.router(len(found.experts))
+        return config
     except ConfigError as error:
         raise ConfigError(f"{found.settings}: {error}") from None
 
