@@ -11,8 +11,8 @@ from anabranch.adapters import read_peft
 from anabranch.adapters.adapt import measure_rows, read_rows
 from anabranch.adapters.lorahub import lorahub_weights, search
 from anabranch.adapters.low_rank import Pair
-from anabranch.adapters.mhr.few_shot import peft_adapter
 from anabranch.adapters.peft_folder import write_peft
+from anabranch.adapters.plain import peft_adapter
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError, DataError
 from anabranch.lm import Decoder

@@ -14,23 +14,14 @@ from torch import nn
 from anabranch.adapters.beside import Beside
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.low_rank import Pair
-from anabranch.adapters.names import names_of
-from anabranch.adapters.peft_folder import Adapter, described
+from anabranch.adapters.peft_folder import Adapter
+from anabranch.adapters.plain import peft_adapter
 from anabranch.adapters.pool import LowRankPool
 from anabranch.adapters.routed import RoutedLowRank
-from anabranch.errors import CheckpointError, ConfigError
+from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.tensors import some
 
 __all__ = ["mu", "static_mixture"]
-
-_TABLE = {
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": None,
-    "bias": "none",
-    "inference_mode": True,
-    "lora_dropout": 0.0,
-}
 
 
 def static_mixture(
@@ -68,7 +59,7 @@ def static_mixture(
             pairs[part] = made
     if not pairs:
         raise ConfigError("all weights are 0, so there is nothing to add")
-    return _named(model, pairs, family)
+    return peft_adapter(model, pairs, family)
 
 
 def mu(model: nn.Module, *, family: str | None = None) -> Adapter:
@@ -114,15 +105,3 @@ def _pair(pool: LowRankPool, weight_E: torch.Tensor) -> Pair | None:
     a_RC = torch.cat([pair.a_RC.to(wide) for pair, _ in parts])
     b_OR = torch.cat([pair.b_OR.to(wide) * (weight * pair.scale) for pair, weight in parts], dim=1)
     return Pair(a_RC, b_OR, float(len(a_RC)))
-
-
-def _named(model: nn.Module, pairs: Mapping[str, Pair], family: str | None) -> Adapter:
-    """The adapter, by the names of transformers."""
-    if not isinstance(model, Decoder):
-        return Adapter(described(_TABLE, pairs), pairs)
-    names = names_of(model.config.replace(linears={}), (), family)
-    homeless = [part for part in pairs if part not in {place.part for place in names.places.values()}]
-    if homeless:
-        raise CheckpointError(f"Hugging Face's {names.family} has no linear layer for {some(homeless)}")
-    theirs = {module: place.theirs(pairs[place.part]) for module, place in names.places.items() if place.part in pairs}
-    return Adapter(described(_TABLE, theirs), theirs)

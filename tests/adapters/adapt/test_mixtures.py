@@ -234,6 +234,56 @@ def test_what_holds_experts_is_added_up_over_layers(place, tmp_path):
     assert drifts[0] == 0 < drifts[-1]
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_the_chosen_experts_alone_are_held(place, tmp_path, given):
+    """beta sum_{i in C} of the step: what an expert outside of C moved is not in it."""
+    rows, names = "of-chosen.jsonl", ("law", "sql")
+    (place / rows).write_text((place / "rows.jsonl").read_text().replace('"back"', '"law"').replace('"up"', '"sql"'))
+    drifts, step_of = [], AdaptTask.step
+
+    def watched(self, model, batch, context):
+        one, all_of = torch.tensor([False, True]), torch.tensor([True, True])
+        layers = mixed_layers(self.base).values()
+        drifts.append([sum(float(layer.drift(which).detach()) for layer in layers) for which in (one, all_of)])
+        return step_of(self, model, batch, context)
+
+    options = {"given": given, "rows": rows, "hold": "preserved", "preserve": ("sql",), "alignment": 0.1, "beta": 0.5}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdaptTask, "step", watched)
+        trainer = trained(place, tmp_path, **options)
+    assert {layer.config.experts for layer in mixed_layers(trainer.task.base).values()} == {names}
+    lines = [line for line in read_metrics(trainer.out) if line["kind"] == "train"]
+    assert [line["auxiliary"]["preservation"] for line in lines] == pytest.approx([0.5 * one for one, _ in drifts])
+    assert 0 < drifts[-1][0] < drifts[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "routers"),
+    [
+        # Two blocks: q, k and v have one, and o its own.
+        ({}, 2 * 2),
+        ({"router_per": "projection"}, 2 * 4),
+        # Given ones are beside q and v.
+        ({"given": True}, 2),
+        ({"given": True, "router_per": "projection"}, 2 * 2),
+        ({"targets": ("q", "v", "gate", "up", "down")}, 2 * 3),
+        ({"targets": ("q", "v", "gate", "up", "down"), "router_per": "projection"}, 2 * 5),
+        ({"targets": ("q", "down")}, 2 * 2),
+    ],
+)
+def test_how_many_routers_there_are(place, tmp_path, options, routers):
+    """One for what reads the same, or one for each matrix; and they are read back so."""
+    trainer = trained(place, tmp_path / "run", steps=2, **options)
+    assert len(numbers(trainer)[1]) == routers
+    trainer.task.write(tmp_path / "adapter")
+    base, _ = load_model(place / "base")
+    read_own(tmp_path / "adapter", base)
+    assert len({id(layer.router) for layer in mixed_layers(base).values()}) == routers
+    with torch.no_grad():
+        found, wanted = base.eval()(TOKENS).logits_BLV, trainer.task.base.eval()(TOKENS).logits_BLV
+    assert torch.equal(found, wanted)
+
+
 def test_what_is_trained_in_stages_is_read_back(place, tmp_path):
     trainer = trained(place, tmp_path / "run", stages="hard_soft")
     trainer.task.write(tmp_path / "adapter")
@@ -265,6 +315,22 @@ def test_labels_lead_routers_that_choose_from_the_beginning(place, tmp_path):
         ),
         ({"stages": "hard", "rows": "none.jsonl"}, DataError, "the row names no task"),
         ({"hold": "frozen"}, ConfigError, "hold is 'frozen' from the beginning, and new experts add nothing"),
+        ({"preserve": ("up",)}, ConfigError, "preserve names 'up', and hold is None; set hold to 'preserved'"),
+        (
+            {"hold": "preserved", "preserve": ("none",), "alignment": 0.1},
+            ConfigError,
+            "preserved has 'none', which no expert is called; they are 'back', 'up'",
+        ),
+        (
+            {"given": True, "hold": "preserved", "preserve": ("law", "law")},
+            ConfigError,
+            "preserved has 'law' twice",
+        ),
+        (
+            {"hold": "preserved", "preserve": ("up",)},
+            ConfigError,
+            "'up', which no expert is called; they have no names",
+        ),
     ],
 )
 def test_what_cannot_be_in_stages(place, tmp_path, options, error, message):

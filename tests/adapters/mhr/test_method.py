@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from anabranch.adapters import load_peft
 from anabranch.adapters.adapt import AdaptTask
 from anabranch.adapters.mhr import MultiHeadRouted, Penalties, RoutingTable, Weights
 from anabranch.adapters.mhr.method import Mhr, Poly
@@ -125,6 +126,32 @@ def test_new_tasks_from_an_adapter(place, tmp_path, mode):
     assert trainer.task.write(tmp_path / f"{mode}-adapter").form == ("peft" if mode == "mu" else "anabranch")
     again = Trainer(config(place, method, data="new", steps=6), tmp_path / mode, resume=True)
     assert again.fit().step == 6
+
+
+def test_all_skills_may_learn_for_the_average(place, tmp_path):
+    """As the reference does it: K skills learn under equal weights, and what is written is one plain LoRA that does what the model does."""
+    first = Trainer(config(place, steps=2), tmp_path / "first")
+    first.fit()
+    first.task.write(tmp_path / "adapter")
+    method = SMALL.replace(start=str(tmp_path / "adapter"), mode="mu", redundant=True)
+    trainer = Trainer(config(place, method, data="new"), tmp_path / "run")
+    alone = Trainer(config(place, method.replace(redundant=False), data="new"), tmp_path / "alone")
+    learns, one = (
+        sum(parameter.numel() for parameter in each.model.parameters() if parameter.requires_grad)
+        for each in (trainer, alone)
+    )
+    assert learns == SMALL.skills * one
+    alone.close()
+    trainer.fit()
+    assert trainer.task.method.routing(trainer.task.base) == {}
+    assert trainer.task.write(tmp_path / "written").form == "peft"
+    token_BL = torch.tensor([[97, 98, 10]])
+    with torch.no_grad():
+        found = load_peft(tmp_path / "written", load_model(place / "base")[0].eval())(token_BL).logits_BLV
+        wanted = trainer.task.base.eval()(token_BL).logits_BLV
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="redundant is for mode 'mu', and mode is 'full'"):
+        SMALL.replace(redundant=True)
 
 
 def test_weights_move_to_the_average_at_the_end(place, tmp_path):

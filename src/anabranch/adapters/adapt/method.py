@@ -7,7 +7,7 @@ A method says which layer stands beside the matrices that are adapted; the rest 
 `anabranch.registry`, or by an entry point in the group ``anabranch.adapter_method``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from anabranch.adapters.own_folder import write_own
-from anabranch.adapters.peft_folder import write_peft
+from anabranch.adapters.peft_folder import Adapter, write_peft
 from anabranch.adapters.put_on import added_names, put_on
 from anabranch.adapters.saving import adapter_on
 from anabranch.adapters.tasks import told_tasks
@@ -168,10 +168,12 @@ class Method(Part, family="adapter_method"):
         return Written(folder, "anabranch")
 
 
-def write_peft_or_own(folder: Path, model: Decoder, base: str) -> Written:
-    """A folder of peft's; one of our own for a model that no family of Hugging Face's has."""
+def write_peft_or_own(
+    folder: Path, model: Decoder, base: str, adapter_of: Callable[[Decoder], Adapter] = adapter_on
+) -> Written:
+    """A folder of peft's with what ``adapter_of`` makes of the model; one of our own for a model that no family of Hugging Face's has."""
     try:
-        adapter = adapter_on(model)
+        adapter = adapter_of(model)
     except CheckpointError as error:
         write_own(folder, model, base=base)
         return Written(folder, "anabranch", f"peft has no names for the layers of this model: {error}")

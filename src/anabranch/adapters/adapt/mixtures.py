@@ -18,6 +18,7 @@ from anabranch.adapters.adapt.method import ADAPTER, Method, patterns_of_targets
 from anabranch.adapters.dynmole import DynMoLE
 from anabranch.adapters.lora_mixer import MixedLowRank, SoftThenTopK, SpecialisationLoss, load_mixture, mixed_layers
 from anabranch.adapters.lora_mixer.layer import NO_LABEL
+from anabranch.adapters.lora_mixer.load import GROUPS, numbers_of_experts
 from anabranch.adapters.lora_mixer.loss import check_top_k
 from anabranch.adapters.lora_mixer.stages import Stages
 from anabranch.adapters.put_on import put_on
@@ -132,8 +133,11 @@ class LoraMixer(Method, kind="lora_mixer"):
                 see `SpecialisationLoss`.
             stages: see `Stages`; in others than ``soft`` a row is its task's, whose expert has the name (given ones that of their folder,
                 of ``RUN/adapter`` that of the run).
+            router_per: ``input``: one router for q, k and v of a block, and one for gate and up, which read the same, where targets name
+                them; ``projection``: one for each.
             hold: what experts do where routers choose, see `Stages.experts`; None for ``free`` where new ones learn softly from the
                 beginning, else ``frozen``.
+            preserve: names of the experts that ``hold="preserved"`` holds, the others being free; empty for all.
             beta, alignment: weights of what holds experts and leads routers, see `Stages`.
         """
 
@@ -148,7 +152,9 @@ class LoraMixer(Method, kind="lora_mixer"):
         scale_by_experts: bool = True
         entropy_schedule: Literal["constant", "rising"] = "constant"
         stages: Literal["soft", "hard", "hard_soft", "anneal"] = "soft"
+        router_per: Literal["input", "projection"] = "input"
         hold: Literal["frozen", "preserved", "free"] | None = None
+        preserve: tuple[str, ...] = ()
         beta: float = Field(default=0.01, ge=0)
         alignment: float | None = Field(default=None, ge=0)
 
@@ -159,6 +165,10 @@ class LoraMixer(Method, kind="lora_mixer"):
                 check_top_k(self.top_k, self.experts or _EXPERTS)
             if self.adapters is None and self.stages == "soft" and self.hold == "frozen":
                 raise ConfigError("hold is 'frozen' from the beginning, and new experts add nothing then; leave it out")
+            if self.preserve and self.hold != "preserved":
+                raise ConfigError(
+                    f"preserve names {self.preserve[0]!r}, and hold is {self.hold!r}; set hold to 'preserved'"
+                )
 
         @property
         def in_stages(self) -> Stages:
@@ -204,12 +214,16 @@ class LoraMixer(Method, kind="lora_mixer"):
             select=SoftThenTopK.Config(top_k=config.top_k),
             balance=(loss,),
         )
+        experts = tuple(tasks) if self.stages.needs_tasks and number == len(tasks) else ()
+        # Given ones have the names of their folders, see `begin`.
+        preserve = () if config.adapters is not None else numbers_of_experts(config.preserve, experts)
         return MixedLowRank.Config(
             ranks=(config.rank,) * number,
             alphas=(config.alpha,) * number,
             router=router,
             preserved=self.stages.experts == "preserved",
-            experts=tuple(tasks) if self.stages.needs_tasks and number == len(tasks) else (),
+            preserved_experts=preserve,
+            experts=experts,
         )
 
     def _number(self, tasks: Sequence[str]) -> int:
@@ -226,13 +240,16 @@ class LoraMixer(Method, kind="lora_mixer"):
         return number or len(tasks)
 
     def linears(self, tasks: Sequence[str]) -> dict[str, Linear.Config]:
-        """One router for the q, k and v that are all adapted."""
-        made = self.layer(tasks)
+        """One router for those that read the same, if not told otherwise."""
+        made, patterns = self.layer(tasks), patterns_of_targets(self.config.targets)
+        if self.config.router_per == "projection":
+            return dict.fromkeys(patterns, made)
         found: dict[str, Linear.Config] = {}
-        for pattern in patterns_of_targets(self.config.targets):
-            if pattern == "*.attention.*":
-                found["*.attention.[qkv]"] = made.replace(router_group="qkv")
-            found[pattern] = made
+        if "*.attention.*" in patterns:
+            found["*.attention.[qkv]"] = made.replace(router_group="qkv")
+        for pattern in patterns:
+            group = next((name for name, words in GROUPS.items() if pattern.removeprefix("*.") in words), None)
+            found[pattern] = made.replace(router_group=group)
         return found
 
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
@@ -242,8 +259,9 @@ class LoraMixer(Method, kind="lora_mixer"):
             super().begin(model, tasks, seed=seed)
         else:
             names = tuple(folders := _by_name(self.config.adapters))
-            preserved, router = self.stages.experts == "preserved", self.layer(names).router
-            load_mixture(folders, model, router=router, preserved=preserved, seed=seed)
+            preserved: bool | tuple[str, ...] = self.config.preserve or self.stages.experts == "preserved"
+            groups = GROUPS if self.config.router_per == "input" else {}
+            load_mixture(folders, model, router=self.layer(names).router, groups=groups, preserved=preserved, seed=seed)
         layers = mixed_layers(model)
         self._num_layers = len(layers)
         if self.stages.needs_tasks:

@@ -81,6 +81,7 @@ class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
             router_group: layers beside each other (``q``, ``k``, ``v``) that name the same group have one router; they read the same.
             closed: experts that the router must not choose, since no layer of the group has them.
             preserved: keep what experts were (`MixedLowRank.keep`), from which `preservation` measures how far they moved.
+            preserved_experts: those that it measures, by their numbers; empty for all.
             experts: what each is called, as of `load_mixture`; empty where they have no names.
         """
 
@@ -92,14 +93,18 @@ class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
         router_group: str | None = None
         closed: tuple[int, ...] = ()
         preserved: bool = False
+        preserved_experts: tuple[int, ...] = ()
         experts: tuple[str, ...] = ()
 
         def __post_init__(self) -> None:
             RoutedLowRank.Config.__post_init__(self)
             number = len(self.ranks)
-            outside = [expert for expert in self.closed if not 0 <= expert < number]
-            if outside:
-                raise ConfigError(f"closed has {outside[0]}, but experts are 0 to {number - 1}")
+            for name, chosen in (("closed", self.closed), ("preserved_experts", self.preserved_experts)):
+                outside = [expert for expert in chosen if not 0 <= expert < number]
+                if outside:
+                    raise ConfigError(f"{name} has {outside[0]}, but experts are 0 to {number - 1}")
+            if self.preserved_experts and not self.preserved:
+                raise ConfigError("preserved_experts names some, and preserved is false; set it")
             if len(set(self.closed)) == number:
                 raise ConfigError(f"closed has all {number} experts; one at least must be open")
             if self.experts and len(self.experts) != number:
@@ -161,7 +166,7 @@ class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
             self.kept_b.copy_(self.pool.b)
 
     def drift(self, experts: Tensor | None = None) -> Tensor:
-        """sum ||theta_i - theta_i(0)||^2 of the experts that the bool ``[E]`` names; None for all.
+        """sum ||theta_i - theta_i(0)||^2 of the experts that the bool ``[E]`` names; None for those of the config.
 
         Raises ConfigError if nothing was kept.
         """
@@ -169,7 +174,10 @@ class MixedLowRank(RoutedLowRank, kind="mixed_low_rank"):
             raise ConfigError("the layer keeps nothing of its experts; build it with preserved=True")
         halves = (self.pool.a - self.kept_a, self.pool.b - self.kept_b)
         moved_E = torch.stack([half.square().flatten(1).sum(1) for half in halves]).sum(0)
-        return moved_E.sum() if experts is None else (moved_E * experts.to(moved_E)).sum()
+        if experts is not None:
+            return (moved_E * experts.to(moved_E)).sum()
+        chosen = self.config.preserved_experts
+        return moved_E[list(chosen)].sum() if chosen else moved_E.sum()
 
     def route(self, x: Tensor, context: Any) -> Routing | None:
         """See the top of this file."""
@@ -307,7 +315,8 @@ class _Held:
 
 
 def preservation(model: nn.Module, beta: float = 0.01, experts: Tensor | None = None) -> Tensor:
-    """beta sum_i ||theta_i - theta_i(0)||^2 over the experts of all mixed layers of ``model``; those that the bool ``[E]`` names, or all.
+    """beta sum_i ||theta_i - theta_i(0)||^2 over the experts of all mixed layers of ``model``; those that the bool ``[E]`` names, or those
+    of each layer's config, which is all where it names none.
 
     Raises ConfigError for a model without such layers, or whose layers keep nothing.
     """

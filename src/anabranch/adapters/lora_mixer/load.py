@@ -27,6 +27,7 @@ from anabranch.adapters.peft_folder import CONFIG, Adapter, read_peft
 from anabranch.adapters.pooled import load_pool
 from anabranch.adapters.put_on import built_alone
 from anabranch.adapters.routed import RoutedLowRank
+from anabranch.bounds import shown
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import read_json
 from anabranch.lm.decoder import Decoder
@@ -56,7 +57,7 @@ def load_mixture(
     router: Router.Config | None = None,
     groups: Mapping[str, Sequence[str]] = GROUPS,
     fused: Mapping[str, Sequence[tuple[str, int]]] | None = None,
-    preserved: bool = False,
+    preserved: bool | Sequence[str] = False,
     family: str | None = None,
     seed: int = 0,
     draws: bool = True,
@@ -75,7 +76,7 @@ def load_mixture(
         groups: layers that stand beside each other and have one router, by their last names; empty for a router each.
         fused: of a foreign model, linear layers that are several in one, with the parts' names in adapters and their rows:
             ``{"qkv_proj": (("q_proj", 32), ("k_proj", 16), ("v_proj", 16))}``.
-        preserved: keep what experts were, for `preservation`.
+        preserved: keep what experts were, for `preservation`: all (True), or those of these names.
         family: as for `load_peft`.
         seed: of the routers.
         draws: False for a ``router`` whose first numbers do not matter, since it will be given some: then of a model of ours nothing is
@@ -96,7 +97,13 @@ def load_mixture(
         balance = SpecialisationLoss.Config(top_k=top_k) if loss is None else loss
         score = LinearScore.Config(init="kaiming_uniform")
         router = Router.Config(score=score, select=SoftThenTopK.Config(top_k=top_k), balance=(balance,))
-    shared = MixedLowRank.Config(ranks=(1,) * len(folders), router=router, preserved=preserved, experts=tuple(folders))
+    shared = MixedLowRank.Config(
+        ranks=(1,) * len(folders),
+        router=router,
+        preserved=bool(preserved),
+        preserved_experts=() if isinstance(preserved, bool) else numbers_of_experts(preserved, tuple(folders)),
+        experts=tuple(folders),
+    )
     if isinstance(model, Decoder):
         _onto_decoder(folders, model, shared, groups, family, seed, draws=draws)
     else:
@@ -115,6 +122,17 @@ def mixed_layers(model: nn.Module) -> dict[str, MixedLowRank]:
     if not mixed:
         raise ConfigError(f"{type(model).__name__} has no mixed layers; put some on with load_mixture")
     return mixed
+
+
+def numbers_of_experts(names: Sequence[str], experts: Sequence[str]) -> tuple[int, ...]:
+    """Of the ``experts`` that ``names`` says. Raises ConfigError for one that there is not, or that is said twice."""
+    for name in names:
+        if name not in experts:
+            there = f"they are {', '.join(map(shown, experts))}" if experts else "they have no names"
+            raise ConfigError(f"preserved has {name!r}, which no expert is called; {there}")
+        if list(names).count(name) > 1:
+            raise ConfigError(f"preserved has {name!r} twice; name it once")
+    return tuple(list(experts).index(name) for name in names)
 
 
 # A model of ours

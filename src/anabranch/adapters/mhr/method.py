@@ -9,13 +9,14 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from anabranch.adapters.adapt.method import Method, Written, write_peft_or_own
-from anabranch.adapters.mhr.few_shot import adapt
+from anabranch.adapters.mhr.few_shot import adapt, mu
 from anabranch.adapters.mhr.layer import MultiHeadRouted
 from anabranch.adapters.mhr.measure import diagnose
 from anabranch.adapters.mhr.penalties import Penalties
 from anabranch.adapters.mhr.table import Granularity, tables_of
 from anabranch.adapters.mhr.weights import Weights
 from anabranch.adapters.own_folder import read_own
+from anabranch.adapters.saving import adapter_on
 from anabranch.adapters.tasks import Unknown
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import ConfigError
@@ -41,6 +42,7 @@ class Poly(Method, kind="poly"):
             unknown: what a row of no known task is where the adapter is used: an ``error``, or the ``average`` of all skills.
             start: the folder of an adapter that was trained before, whose skills a new task learns with; None to begin anew.
             mode: with ``start``, what learns: ``full``, ``z``, ``mu`` or ``random``, see `anabranch.adapters.mhr.adapt`.
+            redundant: with ``mu``, let all skills learn under equal weights, as the reference does; what is written is their average alike.
         """
 
         rank: Size = Field(default=16, ge=1)
@@ -56,8 +58,11 @@ class Poly(Method, kind="poly"):
         unknown: Unknown = "error"
         start: str | None = None
         mode: Literal["full", "z", "mu", "random"] = "full"
+        redundant: bool = False
 
         def __post_init__(self) -> None:
+            if self.redundant and self.mode != "mu":
+                raise ConfigError(f"redundant is for mode 'mu', and mode is {self.mode!r}; leave it out")
             if self.start is None and self.mode != "full":
                 raise ConfigError(
                     f"mode is {self.mode!r}, which goes on from skills that were trained before; name their folder in start"
@@ -88,7 +93,7 @@ class Poly(Method, kind="poly"):
             return super().begin(model, tasks, seed=seed)
         read_own(self.config.start, model, trainable=True)
         names = () if self.config.mode == "mu" else tuple(tasks)
-        return adapt(model, names, mode=self.config.mode, seed=seed)
+        return adapt(model, names, mode=self.config.mode, redundant=self.config.redundant, seed=seed)
 
     def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
         """Routing tables learn quickly, and do not decay."""
@@ -97,7 +102,8 @@ class Poly(Method, kind="poly"):
 
     def routing(self, model: Decoder) -> dict[str, Any]:
         """``sparsity``, ``discreteness`` and ``efficiency`` (see `anabranch.adapters.mhr.diagnose`), their means and of each table."""
-        if not tables_of(model):
+        # The average asks no table, though it may have one.
+        if self.config.mode == "mu" or not tables_of(model):
             return {}
         tables = {name: asdict(found) for name, found in diagnose(model).items()}
         names = next(iter(tables.values())).keys()
@@ -110,7 +116,7 @@ class Poly(Method, kind="poly"):
     def write(self, folder: Path, model: Decoder, base: str) -> Written:
         """A folder of our own with skills and table; the average alone is plain LoRA, in a folder of peft's."""
         if self.config.mode == "mu":
-            return write_peft_or_own(folder, model, base)
+            return write_peft_or_own(folder, model, base, mu if self.config.redundant else adapter_on)
         return super().write(folder, model, base)
 
 

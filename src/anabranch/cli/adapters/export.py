@@ -98,7 +98,7 @@ def export(
     check_no_adapter(out)
     base, tokenizer = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
     from anabranch.adapters import export_mixture, read_peft, save_peft
-    from anabranch.adapters.mhr.few_shot import export_task
+    from anabranch.adapters.export_routed import export_task
     from anabranch.adapters.own_folder import is_own
 
     told: dict[str, object] = {"folder": out, "model": model, "adapters": folders, "weights": numbers}
