@@ -513,6 +513,41 @@ def clustered(here, base):
     return json.loads(out)
 
 
+def test_route_chooses_as_the_pool_says(here, base, tmp_path):
+    """By the file that serve and generate read; options of the command go before it."""
+    pool = tmp_path / "pool"
+    for name, seed in (("one", 1), ("two", 2)):
+        adapted(here, base / "base", base / "rows.jsonl", "--out", tmp_path / name, "--seed", seed, "--steps", 1)
+        shutil.copytree(tmp_path / name / "adapter", pool / name)
+        code, _, err = here("adapters", "describe", pool / name, "--instruction", f"tell of {name}")
+        assert code == 0, err
+
+    def routed(place, *given):
+        code, out, err = here("adapters", "route", place, "tell of two", "--model", base / "base", "--json", *given)
+        assert code == 0, err
+        told = json.loads(out)
+        return told["a"], sorted(expert["weight"] for expert in told["experts"])
+
+    usual, both = routed(pool)
+    assert min(both) > 0
+    (pool / "pool.json").write_text(json.dumps({"weight": 7.0, "top_k": 1}))
+    assert routed(pool)[0] == 7.0 != usual
+    assert routed(pool)[1] == [0.0, 1.0]
+    assert routed(f"arrow:{pool}")[0] == 0.0
+    (pool / "pool.json").write_text(json.dumps({"local": "none"}))
+    assert routed(pool, "--local", "arrow") != routed(pool)
+    for place, given, told in (
+        (f"arrow:{pool}", ["--local", "phatgoose"], "says itself how tokens choose"),
+        (tmp_path / "one" / "adapter", [], "adapter"),
+        (tmp_path / "none", [], "none"),
+    ):
+        code, out, err = here("adapters", "route", place, "tell of two", *given)
+        assert (code, out, told in err, len(err.strip().splitlines())) == (2, "", True, 1), err
+    (pool / "pool.json").write_text(json.dumps({"top_k": 3}))
+    code, _, err = here("adapters", "route", pool, "tell of two")
+    assert (code, "pool.json: top_k is 3" in err) == (2, True), err
+
+
 def test_a_pool_of_adapters_with_gates_routes_queries(here, base, caplog):
     """From training each adapter and its gates apart to the command that says which of them a query is for."""
     asked = {

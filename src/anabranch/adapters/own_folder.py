@@ -38,7 +38,7 @@ __all__ = ["OWN", "OwnAdapter", "described_in", "is_own", "load_numbers", "read_
 
 OWN, NUMBERS = "adapter.json", "adapter.safetensors"
 FORMAT, SCHEMA = "anabranch-adapter", 1
-_REPLACED = rf"{re.escape(OWN)}|{re.escape(NUMBERS)}"
+_REPLACED = rf"{re.escape(OWN)}|{re.escape(NUMBERS)}|prompt\.json"
 
 
 @configclass

@@ -12,10 +12,10 @@ from anabranch.bounds import shown
 from anabranch.errors import CheckpointError
 from anabranch.lm.tensors import FLOATS, PickleFiles, SafetensorsFiles, TensorSource
 
-__all__ = ["INNER", "PREFIX", "WEIGHTS", "AdapterFile", "Sorted", "check_numbers"]
+__all__ = ["INNER", "PICKLE", "PREFIX", "WEIGHTS", "AdapterFile", "Sorted", "check_numbers"]
 
 WEIGHTS = "adapter_model.safetensors"
-_PICKLE = "adapter_model.bin"
+PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 # Characters of a tensor's name, which errors tell, and how great a number may be: beyond it nothing that is computed with it is one.
 _MOST_NAME, _MOST = 500, 1e30
@@ -145,6 +145,6 @@ def _put(found: dict[str, str], name: str, stored: str, where: Path) -> None:
 def _open(folder: Path) -> tuple[Path, TensorSource]:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS, SafetensorsFiles([folder / WEIGHTS])
-    if (folder / _PICKLE).is_file():
-        return folder / _PICKLE, PickleFiles([folder / _PICKLE])
-    raise CheckpointError(f"no weights in {folder} (looked for {WEIGHTS} and {_PICKLE})")
+    if (folder / PICKLE).is_file():
+        return folder / PICKLE, PickleFiles([folder / PICKLE])
+    raise CheckpointError(f"no weights in {folder} (looked for {WEIGHTS} and {PICKLE})")

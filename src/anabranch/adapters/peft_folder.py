@@ -34,7 +34,7 @@ __all__ = ["CONFIG", "WEIGHTS", "Adapter", "described", "read_peft", "write_peft
 
 _PROMPT = "prompt_embeddings"
 # What may lie in a folder that another adapter takes the place of.
-_OURS = re.compile(rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|README\.md|glider\.(json|safetensors)")
+_OURS = re.compile(rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|README\.md|prompt\.json|glider\.(json|safetensors)")
 
 
 @dataclass(frozen=True, eq=False)

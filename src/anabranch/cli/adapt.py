@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -337,8 +338,9 @@ def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json:
     if result.status == "finished":
         written = _write(trainer, out / ADAPTER)
         told |= {"adapter": str(written.folder), "form": written.form}
-        if routing := task.method.routing(task.base):
+        if routing := task.routing():
             told["routing"] = routing
+        told["template"] = task.config.template
         note = written.note
         _save_report(out / REPORT, told)
     if as_json:
@@ -354,7 +356,24 @@ def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json:
         following = f"anabranch eval {adapter}"
     elif told["form"] != "peft" and task.method.needs_task:
         following = f"anabranch adapters export {base} {adapter} --task {shell_word(task.names[0])} --out DIR"
+    fact("asked as", _form_of(task))
     wrote(told["adapter"], following)
+
+
+def _form_of(task: Any) -> str:
+    """How what was learned is asked, in words."""
+    from anabranch.adapters.adapt.prompts import CHAT
+
+    template = task.config.template
+    if template == CHAT:
+        return "the model's own form of a chat, as chat and /v1/chat/completions write it"
+    form = f"{json.dumps(template, ensure_ascii=False)}, which generate and /v1/completions are to be given"
+    has_form = task.tokenizer.chat_template is not None
+    return (
+        f"{form}   (chat writes prompts in another form: --set task.template={CHAT} learns that one)"
+        if has_form
+        else form
+    )
 
 
 def _write(trainer: Trainer[Any], folder: Path) -> Any:

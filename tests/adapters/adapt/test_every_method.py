@@ -7,6 +7,8 @@ Each column is one test here, but for two that stand elsewhere: what was written
 import copy
 import functools
 import itertools
+import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from anabranch.adapters.adapt import method_names
 from anabranch.adapters.tasks import goes_by_task, on_tasks, task_rows
 from anabranch.adapters.use import use_of_tables
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, DataError
 from anabranch.lm import SamplingConfig, generate, load_model
 from anabranch.routing import record_routing
 from anabranch.routing.discovery import find_routers
 from anabranch.testing import check_task, run_ranks
 from anabranch.train import Trainer, read_metrics
 from anabranch.train.optimizer import full_tensor
-from every_method import TASKS, TOKENS, cases, drawn, make_place, method_of, name_of, run_of
+from every_method import FOLDERS, TASKS, TOKENS, cases, drawn, make_place, method_of, name_of, run_of
 
 CASES = cases()
 RANKS = 2
@@ -49,6 +51,33 @@ def test_every_method_is_looked_at():
 @pytest.mark.parametrize("case", CASES)
 def test_it_trains_and_goes_on_to_the_bit(place, case):
     check_task(run_of(case, place, held_out=0.25), ranks=False)
+
+
+FROM_FOLDERS = [case for case in CASES if " from " in case]
+
+
+@pytest.mark.parametrize("case", FROM_FOLDERS)
+def test_a_run_goes_on_from_the_folders_that_it_began_from(place, tmp_path, case):
+    """Copied to another place or with a note beside they are the same; with another number they are not, and a method that reads them
+    again says so."""
+    for name in {
+        name for names in FOLDERS[name_of(case)].values() for name in ([names] if isinstance(names, str) else names)
+    }:
+        shutil.copytree(place / name, tmp_path / name)
+    (tmp_path / "base").symlink_to(place / "base")
+    (tmp_path / "rows.jsonl").write_bytes((place / "rows.jsonl").read_bytes())
+    first = Trainer(run_of(case, tmp_path, steps=1), tmp_path / "run")
+    first.fit()
+    changed = tmp_path / next(iter(name for name in os.listdir(tmp_path) if name not in ("base", "rows.jsonl", "run")))
+    (changed / "README.md").write_text("a note")
+    assert Trainer(run_of(case, tmp_path, steps=2), tmp_path / "run", resume=True).fit().step == 2
+    weights = next(path for path in changed.iterdir() if path.suffix == ".safetensors")
+    tensors = load_file(weights)
+    name = min(name for name, value in tensors.items() if value.numel())
+    save_file({**tensors, name: tensors[name] * 3}, weights, {"format": "pt"})
+    says = pytest.raises(DataError, match=r"method\.\w+ names adapters with other numbers")
+    with says if first.task.method.began_from() else nullcontext():
+        assert Trainer(run_of(case, tmp_path, steps=3), tmp_path / "run", resume=True).fit().step == 3
 
 
 # Two processes

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from anabranch.adapters.adapt.answers import IGNORED, Answers, batch_of
+from anabranch.adapters.adapt.prompts import asked_ids
 from anabranch.adapters.adapt.rows import Row, encoded
 from anabranch.data import Tokenizer
 from anabranch.errors import ConfigError, DataError
@@ -137,7 +138,7 @@ def _answers(
 ) -> list[str]:
     prompts = []
     for row in rows:
-        ids = tokenizer.encode_prompt(template.replace("{prompt}", row.prompt))[-(most - max_new_tokens) :]
+        ids = asked_ids(tokenizer, row.prompt, template)[-(most - max_new_tokens) :]
         # A pass needs a token.
         prompts.append(ids or [0 if tokenizer.eos_id is None else tokenizer.eos_id])
     stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)

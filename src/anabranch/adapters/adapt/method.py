@@ -7,6 +7,7 @@ A method says which layer stands beside the matrices that are adapted; the rest 
 `anabranch.registry`, or by an entry point in the group ``anabranch.adapter_method``.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from anabranch.adapters.own_folder import write_own
-from anabranch.adapters.peft_folder import Adapter, write_peft
+from anabranch.adapters.own_folder import NUMBERS, OWN, write_own
+from anabranch.adapters.peft_file import PICKLE
+from anabranch.adapters.peft_folder import CONFIG, WEIGHTS, Adapter, write_peft
 from anabranch.adapters.put_on import added_names, put_on
 from anabranch.adapters.saving import adapter_on
 from anabranch.adapters.tasks import told_tasks
@@ -30,6 +32,9 @@ __all__ = ["ADAPTER", "Method", "Written", "patterns_of_targets", "write_peft_or
 
 # The adapter in the folder of its run.
 ADAPTER = "adapter"
+
+# What of a folder decides what an adapter is.
+_OF_ADAPTERS = (CONFIG, WEIGHTS, PICKLE, OWN, NUMBERS)
 
 # For --target: what is meant by one word.
 _ALL = "blocks.*"
@@ -107,6 +112,17 @@ class Method(Part, family="adapter_method"):
         """
         return self.begin(model, tasks, seed=seed)
 
+    def began_from(self) -> dict[str, str]:
+        """What of `folders` `go_on` reads again, by content: a run goes on from the same alone. Default: all, where `go_on` is `begin`."""
+        if type(self).go_on is not Method.go_on:
+            return {}
+        named = {name: getattr(self.config, name) for name in self.folders}
+        return {
+            name: digest_of_folders([told] if isinstance(told, str) else told)
+            for name, told in named.items()
+            if told is not None
+        }
+
     def look(self, model: Decoder, losses: Iterable[Tensor]) -> None:
         """Before the first step of a new run: -log p(answer) of each of its first rows, made while this goes over them. Default: none."""
 
@@ -143,8 +159,12 @@ class Method(Part, family="adapter_method"):
         """How quickly a parameter learns, see `Task.speed`; None as all others."""
         return None
 
-    def routing(self, model: Decoder) -> dict[str, Any]:
-        """What the trained routers have come to, for the report, JSON-ready. Default: nothing."""
+    def routing(self, model: Decoder, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+        """What the trained routers have come to, for the report, JSON-ready. Default: nothing.
+
+        ``rows``: passes (token_BL, mask_BL, task_B) over rows that are held out, made while a method goes over them; the numbers of tasks
+        as of `state`.
+        """
         return {}
 
     def unlikelihood(self) -> float:
@@ -179,6 +199,19 @@ def write_peft_or_own(
         return Written(folder, "anabranch", f"peft has no names for the layers of this model: {error}")
     write_peft(folder, adapter.of_base(base))
     return Written(folder, "peft")
+
+
+def digest_of_folders(folders: Sequence[str]) -> str:
+    """Of adapters by content, in their order: of their settings and numbers, and of nothing else that lies there."""
+    hashed = hashlib.sha256()
+    for folder in folders:
+        for name in _OF_ADAPTERS:
+            path = Path(folder) / name
+            if path.is_file():
+                hashed.update(f"{name} {path.stat().st_size}\n".encode())
+                hashed.update(path.read_bytes())
+        hashed.update(b"\n")
+    return hashed.hexdigest()[:16]
 
 
 def patterns_of_targets(targets: Sequence[str]) -> list[str]:

@@ -6,8 +6,10 @@ anabranch adapt SmolLM2-135M rows.jsonl --method lora_mixer --set method.stages=
 """
 # Shapes: B rows, L positions, T tasks
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,12 +18,15 @@ from torch import Tensor
 
 from anabranch.adapters.adapt.method import ADAPTER, Method, patterns_of_targets
 from anabranch.adapters.dynmole import DynMoLE
+from anabranch.adapters.graft import layers_of
 from anabranch.adapters.lora_mixer import MixedLowRank, SoftThenTopK, SpecialisationLoss, load_mixture, mixed_layers
 from anabranch.adapters.lora_mixer.layer import NO_LABEL
 from anabranch.adapters.lora_mixer.load import GROUPS, numbers_of_experts
 from anabranch.adapters.lora_mixer.loss import check_top_k
 from anabranch.adapters.lora_mixer.stages import Stages
-from anabranch.adapters.put_on import put_on
+from anabranch.adapters.low_rank import LowRank
+from anabranch.adapters.mixture_report import mixture_report
+from anabranch.adapters.put_on import built_alone, put_on
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import ConfigError
@@ -105,6 +110,10 @@ class Dynmole(Method, kind="dynmole"):
         """The same for all tasks."""
         return self.config.settings().layer(self.config.experts)
 
+    def routing(self, model: Decoder, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+        """See `_of_routers`."""
+        return _of_routers(model, rows)
+
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
         """As many experts as the config has for each block. Raises ConfigError where it has them for another number of blocks."""
         config = self.config
@@ -134,7 +143,7 @@ class LoraMixer(Method, kind="lora_mixer"):
             stages: see `Stages`; in others than ``soft`` a row is its task's, whose expert has the name (given ones that of their folder,
                 of ``RUN/adapter`` that of the run).
             router_per: ``input``: one router for q, k and v of a block, and one for gate and up, which read the same, where targets name
-                them; ``projection``: one for each.
+                them (by a name, or by a pattern that ends with a star); ``projection``: one for each.
             hold: what experts do where routers choose, see `Stages.experts`; None for ``free`` where new ones learn softly from the
                 beginning, else ``frozen``.
             preserve: names of the experts that ``hold="preserved"`` holds, the others being free; empty for all.
@@ -239,24 +248,11 @@ class LoraMixer(Method, kind="lora_mixer"):
             )
         return number or len(tasks)
 
-    def linears(self, tasks: Sequence[str]) -> dict[str, Linear.Config]:
-        """One router for those that read the same, if not told otherwise."""
-        made, patterns = self.layer(tasks), patterns_of_targets(self.config.targets)
-        if self.config.router_per == "projection":
-            return dict.fromkeys(patterns, made)
-        found: dict[str, Linear.Config] = {}
-        if "*.attention.*" in patterns:
-            found["*.attention.[qkv]"] = made.replace(router_group="qkv")
-        for pattern in patterns:
-            group = next((name for name, words in GROUPS.items() if pattern.removeprefix("*.") in words), None)
-            found[pattern] = made.replace(router_group=group)
-        return found
-
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
         """New experts, or those that are given."""
         if self.config.adapters is None:
             names = tuple(task for task in tasks if task)
-            super().begin(model, tasks, seed=seed)
+            put_on(model, self._linears_of(model, tasks), seed=seed)
         else:
             names = tuple(folders := _by_name(self.config.adapters))
             preserved: bool | tuple[str, ...] = self.config.preserve or self.stages.experts == "preserved"
@@ -271,6 +267,20 @@ class LoraMixer(Method, kind="lora_mixer"):
             if layer.router is not None:
                 layer.router.requires_grad_(self.stages.routers_learn)
         return model
+
+    def _linears_of(self, model: Decoder, tasks: Sequence[str]) -> dict[str, Linear.Config]:
+        """New experts beside each target; those that read the same have one router, if not told otherwise."""
+        made, patterns = self.layer(tasks), patterns_of_targets(self.config.targets)
+        if self.config.router_per == "projection":
+            return dict.fromkeys(patterns, made)
+        one = LowRank.Config(rank=1)
+        names = list(layers_of(built_alone(model.config, dict.fromkeys(patterns, one))))
+        found: dict[str, Linear.Config] = {}
+        for pattern in patterns:
+            found |= {each: made.replace(router_group=group) for each, group in _narrower(pattern, names).items()}
+            if any(not any(fnmatchcase(name, each) for each in found) for name in names if fnmatchcase(name, pattern)):
+                found[pattern] = made
+        return found
 
     def _experts_of(self, tasks: Sequence[str], names: Sequence[str]) -> list[int]:
         """The number of each task's expert. Raises ConfigError where one is to have some, and has none."""
@@ -292,6 +302,10 @@ class LoraMixer(Method, kind="lora_mixer"):
             expert_B = torch.where(task_B < 0, NO_LABEL, known_T[task_B.clamp_min(0)])
         return self.stages.state(expert_B, length, fraction, num_layers=self._num_layers)
 
+    def routing(self, model: Decoder, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+        """See `_of_routers`."""
+        return _of_routers(model, rows)
+
     def loss_counts(self, task_R: Tensor) -> dict[str, float]:
         """Of the alignment: rows that have an expert."""
         if not self.stages.c_t or self._expert_T is None:
@@ -305,6 +319,31 @@ class LoraMixer(Method, kind="lora_mixer"):
         """Experts are frozen and free as the stage wants."""
         if self.stages.experts_learn:
             self.stages.enter(mixed_layers(model).values(), step, fraction)
+
+
+def _of_routers(model: Decoder, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+    """Means over routers of what `LayerFacts` has (``information`` where rows have tasks), and ``routers``, each by itself."""
+    report = mixture_report(model, rows)
+    names = ("active", "undecided", "entropy", "nats", "dropped", "information")
+    means = {name: report.mean(name) for name in names}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)} | report.to_dict()
+
+
+def _narrower(pattern: str, names: Sequence[str]) -> dict[str, str]:
+    """Of those of ``names`` that ``pattern`` fits: a pattern for each last name that shares a router with others, and their group."""
+    fitting = [name for name in names if fnmatchcase(name, pattern)]
+    found = {}
+    for group, words in GROUPS.items():
+        for word in words:
+            mine = [name for name in fitting if name.rpartition(".")[2] == word]
+            ways = (
+                [pattern]
+                if pattern.endswith(f".{word}")
+                else [f"{pattern.removesuffix('*')}{word}", f"{pattern}.{word}"]
+            )
+            fits = [way for way in ways if mine and all(fnmatchcase(name, way) for name in mine)]
+            found.update(dict.fromkeys(fits[:1], group))
+    return found
 
 
 def _by_name(folders: Sequence[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ held out, by what the rows say, so that it stays so when others are added.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anabranch.adapters.adapt.prompts import asked_ids
 from anabranch.bounds import shown_json
 from anabranch.data import Tokenizer
 from anabranch.data.reading import read_bytes
@@ -228,15 +229,15 @@ def encoded(
         rows: what is encoded.
         numbers: of their tasks.
         tokenizer: of the model.
-        template: what is written around a prompt, ``{prompt}`` standing for it.
+        template: what is written around a prompt, ``{prompt}`` standing for it; or ``chat``, see `asked_ids`.
         most_tokens: of a row. A prompt loses its front first, down to one token, then an answer its end.
     """
     ids, starts, cut = [], [], 0
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    for prompt, answer in _texts(rows, template):
+    for row in rows:
         # As it is encoded when the model is asked; what stands in an answer is data.
-        asked = tokenizer.encode_prompt(prompt)
-        said = tokenizer.encode(answer, parse_special=False) + end
+        asked = asked_ids(tokenizer, row.prompt, template)
+        said = tokenizer.encode(row.answer, parse_special=False) + end
         cut += len(asked) + len(said) > most_tokens
         said = said[: most_tokens - 1]
         room = most_tokens - len(said)
@@ -244,8 +245,8 @@ def encoded(
         ids.append(asked + said)
         starts.append(len(asked))
     token_NL = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int32)
-    for number, row in enumerate(ids):
-        token_NL[number, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    for number, own in enumerate(ids):
+        token_NL[number, : len(own)] = torch.tensor(own, dtype=torch.int32)
     lengths = torch.tensor([len(row) for row in ids])
     return Encoded(token_NL, torch.tensor(starts), lengths, torch.tensor(list(numbers)), cut)
 
@@ -265,9 +266,3 @@ def spread_rows(rows: Encoded, most_tokens: int | None) -> Tensor:
         within_N = rows.length_N[order_N].cumsum(0) <= most_tokens
         order_N = order_N[: max(1, int(within_N.sum()))]
     return order_N.sort().values
-
-
-def _texts(rows: Sequence[Row], template: str) -> Iterator[tuple[str, str]]:
-    for row in rows:
-        # Not format: a prompt may hold braces.
-        yield template.replace("{prompt}", row.prompt), row.answer

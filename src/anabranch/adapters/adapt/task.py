@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from anabranch.adapters.adapt.answers import IGNORED, Answers, batch_of, joined, mean_of_rows
 from anabranch.adapters.adapt.choices import Wrong, encoded_choices, likeliest, wrong_choices
 from anabranch.adapters.adapt.method import Method, Written
+from anabranch.adapters.adapt.prompts import check_template, write_template
 from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows, spread_rows
 from anabranch.adapters.own_folder import load_numbers
 from anabranch.adapters.tasks import numbers_of
@@ -89,7 +90,8 @@ class AdaptTask(Task, kind="adapt"):
             evaluation: one of rows that are held out; None takes them from ``data``.
             method: how.
             sequence_length: tokens of a row, at most.
-            template: what is written around a prompt.
+            template: what is written around a prompt, ``{prompt}``; or ``chat``, the base's own form of a chat with the prompt as what a
+                user says: what `anabranch chat` and a server's chats give the model.
             held_out: share of each task's rows that is held out where they do not say; 0 for none.
             label_smoothing: weight of the uniform distribution in what is learned.
             unlikelihood: factor of the loss that makes wrong choices of a row unlikely, see `choices`; T-Few's is 1.
@@ -116,8 +118,7 @@ class AdaptTask(Task, kind="adapt"):
         double_quantize: bool = True
 
         def __post_init__(self) -> None:
-            if "{prompt}" not in self.template:
-                raise ConfigError(f"template is {self.template!r}; {{prompt}} in it stands for what is asked")
+            check_template(self.template)
 
         @property
         def learns_choices(self) -> bool:
@@ -161,6 +162,8 @@ class AdaptTask(Task, kind="adapt"):
         self.before: dict[str, Any] | None = None
         # Told how many of how many rows an evaluation has gone over.
         self.on_rows: Callable[[int, int], None] = lambda done, total: None
+        # Of folders that the method began from, by content.
+        self._began_from: dict[str, str] = {}
         self._answers: Answers | None = None
         self._context: TaskContext | None = None
 
@@ -201,6 +204,7 @@ class AdaptTask(Task, kind="adapt"):
             self.method.begin(self.base, self.names, seed=seed)
         else:
             self.method.go_on(self.base, self.names, layers, seed=seed)
+        self._began_from = self.method.began_from()
         self.num_learning = sum(each.numel() for each in self.base.parameters() if each.requires_grad)
         self._answers = Answers(self.base)
         if layers is None:
@@ -219,6 +223,24 @@ class AdaptTask(Task, kind="adapt"):
                 given = self._given(tensor[row : row + 1].to(device) for tensor in rows)
                 nats_M, *_ = self._answers(**given)
                 yield nats_M.sum()
+
+    def routing(self) -> dict[str, Any]:
+        """What the routers have come to on the rows that are measured, or on as many that are learned where none are held out."""
+        return self.method.routing(self.base, self._passes())
+
+    def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        context, rows = self._context, self.held_out or self.learned
+        assert context is not None, "a trainer has asked for data"
+        device = self.base.embedding.weight.device
+        for row_B in spread_rows(rows, context.settings.eval_tokens).split(context.batch_size):
+            length_B = rows.length_N[row_B]
+            token_BL = rows.token_NL[row_B, : int(length_B.max())]
+            mask_BL = torch.arange(token_BL.shape[1]) < length_B[:, None]
+            yield token_BL.to(device), mask_BL.to(device), self._labels(rows.task_N[row_B]).to(device)
+
+    def _labels(self, task_B: Tensor) -> Tensor:
+        """Their numbers; -1 of rows that name no task."""
+        return torch.where(task_B == self.names.index(""), -1, task_B) if "" in self.names else task_B
 
     def _given(self, rows: Iterable[Tensor], fraction: float | None = None) -> dict[str, Any]:
         """The arguments of a pass over ``rows`` (token, start, length, task); see `Method.state` for ``fraction``."""
@@ -406,16 +428,23 @@ class AdaptTask(Task, kind="adapt"):
         load_numbers(model.decoder, folder / NUMBERS, prefix="decoder.", names=self.method.kept(model.decoder))
 
     def state_dict(self) -> dict[str, Any]:
-        """The base by content, and the evaluation before the first step."""
-        return {"base": self._base_digest, "before": self.before}
+        """The base and what the method began from by content, and the evaluation before the first step."""
+        return {"base": self._base_digest, "began_from": self._began_from, "before": self.before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises DataError where the base is another now."""
+        """Raises DataError where the base is another now, or an adapter that the method reads again."""
         if state["base"] != self._base_digest:
             raise DataError(
                 f"{self.config.model} is another model than when the run began: the base's weights are others; bring those back, or start "
                 "a new run"
             )
+        # Earlier checkpoints do not say.
+        for option, digest in self.method.began_from().items():
+            if state.get("began_from", {}).get(option, digest) != digest:
+                raise DataError(
+                    f"method.{option} names adapters with other numbers or settings than when "
+                    "the run began; bring those back, or start a new run"
+                )
         self.before = state["before"]
 
     def write(self, folder: Path) -> Written:
@@ -423,7 +452,9 @@ class AdaptTask(Task, kind="adapt"):
         if self.method.trains_base:
             save_model(folder, self.base, self.tokenizer)
             return Written(folder, "model", "parameters of the base have learned, so this is a model of its own")
-        return self.method.write(folder, self.base, self.config.model)
+        written = self.method.write(folder, self.base, self.config.model)
+        write_template(written.folder, self.config.template)
+        return written
 
 
 def _layers_in(checkpoint: Path | None) -> dict[str, Linear.Config] | None:

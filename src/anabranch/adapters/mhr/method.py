@@ -1,12 +1,12 @@
 """Poly and MHR as methods of `anabranch adapt`, and their few-shot forms, which start from an adapter that was trained before."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from anabranch.adapters.adapt.method import Method, Written, write_peft_or_own
 from anabranch.adapters.mhr.few_shot import adapt, mu
@@ -100,7 +100,7 @@ class Poly(Method, kind="poly"):
         is_table = name.endswith("table.z") or (".routing_table_" in name and name.endswith(".z"))
         return Speed(self.config.table_speed, 0.0) if is_table else None
 
-    def routing(self, model: Decoder) -> dict[str, Any]:
+    def routing(self, model: Decoder, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
         """``sparsity``, ``discreteness`` and ``efficiency`` (see `anabranch.adapters.mhr.diagnose`), their means and of each table."""
         # The average asks no table, though it may have one.
         if self.config.mode == "mu" or not tables_of(model):

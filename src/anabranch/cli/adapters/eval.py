@@ -40,8 +40,13 @@ def evaluate(
         ),
     ] = None,
     template: Annotated[
-        str, typer.Option(metavar="TEXT", help="Text around a prompt, as in training; \\n is a new line.")
-    ] = "{prompt}\\n",
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Text around a prompt, as in training, or chat for the model's own form of a chat; \\n is a new line. Default: what the "
+            "adapter learned, else {prompt}\\n.",
+        ),
+    ] = None,
     rows: Annotated[int | None, typer.Option(metavar="N", min=1, help="Rows of each task. Default: all.")] = None,
     max_tokens: Annotated[
         int, typer.Option(metavar="L", min=2, help="Maximum number of tokens in a row, as in training.")
@@ -58,12 +63,13 @@ def evaluate(
     """
     require("lm", by="anabranch adapters eval")
     from anabranch.adapters.adapt import measure_rows, read_rows
+    from anabranch.adapters.adapt.prompts import check_template
     from anabranch.adapters.tasks import goes_by_task, needs_task
 
     if data is None:
         raise ConfigError("there are no rows to measure; give a file with --data")
-    if "{prompt}" not in template:
-        raise ConfigError(f"--template is {template!r}; {{prompt}} in it stands for what is asked")
+    if template is not None:
+        check_template(template, "--template")
     found = read_rows(data)
     held_out = [row for row in found if row.is_held_out] or found
     some = held_out if rows is None else first_of_each(held_out, rows)
@@ -77,7 +83,7 @@ def evaluate(
             base,
             tokenizer,
             some,
-            template=template.replace("\\n", "\n"),
+            template=_template(template, adapter),
             most_tokens=max_tokens,
             max_new_tokens=answers,
             batch_size=batch_size,
@@ -94,6 +100,15 @@ def evaluate(
     columns = ["task", "nats/token", *(["ROUGE-L", "exact"] if answers else []), "rows"]
     named = [*((visible(name), score) for name, score in scores.by_task.items()), ("all", scores.all)]
     table(columns, [_line(name, score, answers) for name, score in named])
+
+
+def _template(said: str | None, adapter: str | None) -> str:
+    """What is written around prompts."""
+    from anabranch.adapters.adapt.prompts import template_in
+
+    if said is not None:
+        return said.replace("\\n", "\n")
+    return (None if adapter is None else template_in(adapter)) or "{prompt}\n"
 
 
 def _line(name: str, score: Any, answers: int | None) -> list[str]:

@@ -22,7 +22,11 @@ from anabranch.extras import require
 def route(
     pool: Annotated[
         str,
-        typer.Argument(metavar="POOL", help="A folder of adapters, each with an instruction in glider.json."),
+        typer.Argument(
+            metavar="POOL",
+            help="A folder of adapters, each with an instruction in glider.json; how it chooses is in its pool.json. Also arrow:DIR and "
+            "phatgoose:DIR.",
+        ),
     ],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],
     instruction: Annotated[
@@ -35,9 +39,13 @@ def route(
         typer.Option(metavar="MODEL", help="The base model; it runs on the query to score each adapter by tokens."),
     ] = None,
     local: Annotated[
-        Literal["phatgoose", "arrow", "none"],
-        typer.Option(help="With --model, how tokens choose adapters: by gates, by prototypes, or not at all."),
-    ] = "phatgoose",
+        Literal["phatgoose", "arrow", "none"] | None,
+        typer.Option(
+            help="With --model, how tokens choose adapters: by gates, by prototypes, or not at all. Default: as the pool says, else "
+            "phatgoose.",
+            show_default=False,
+        ),
+    ] = None,
     clusters: Annotated[
         int | None,
         typer.Option(
@@ -62,6 +70,8 @@ def route(
     require("lm", by="anabranch adapters route")
     from anabranch.adapters.base_name import warn_of_base
     from anabranch.adapters.glider import GliderConfig, GliderPool, explain
+    from anabranch.serving.engine.adapter_place import folder_of
+    from anabranch.serving.engine.layer_reader import config_of
 
     if not (query if instruction is None else instruction).strip():
         raise ConfigError("there is nothing to route: the query (or --instruction) is empty")
@@ -71,9 +81,15 @@ def route(
         )
     if key_env is not None and writer is None and embedder is None:
         raise ConfigError("--key-env is for --writer and --embedder, and neither is given; leave it out")
+    found_pool = folder_of(pool, None)
+    if found_pool.kind is not None and local is not None:
+        raise ConfigError(f"--local is {local!r}, and {pool} says itself how tokens choose; leave one of them out")
+    # Reading a folder that is no pool tells why.
+    config = config_of(found_pool) if found_pool.experts else GliderConfig()
+    said = {"local": local, "clusters": clusters}
     made = GliderPool.load(
-        pool,
-        GliderConfig(local=local, clusters=clusters),
+        found_pool.path,
+        config.replace(**{name: value for name, value in said.items() if value is not None}),
         embedder=embedder_of(embedder, embedder_model, key_env),
         writer=writer_of(writer, writer_model, key_env),
     )

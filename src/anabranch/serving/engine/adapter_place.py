@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from anabranch.adapters.glider.folder import CARD, GATES
 from anabranch.adapters.own_folder import NUMBERS, OWN
-from anabranch.adapters.peft_file import INNER, PREFIX
+from anabranch.adapters.peft_file import INNER, PICKLE, PREFIX
 from anabranch.adapters.peft_folder import CONFIG, WEIGHTS
 from anabranch.bounds import shown
 from anabranch.errors import AnabranchError, CheckpointError, ConfigError
@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 PoolKind = Literal["glider", "phatgoose", "arrow"]
-PICKLE = "adapter_model.bin"
 # In the folder of a pool: how it chooses, fields of `anabranch.adapters.glider.GliderConfig`.
 POOL = "pool.json"
 _HEAD = f"{PREFIX}lm_head{INNER}.weight"

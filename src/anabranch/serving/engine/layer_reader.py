@@ -27,7 +27,7 @@ from anabranch.serving.engine.adapter_place import Folder, PoolKind
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
 from anabranch.serving.engine.served_layers import ServedLayers
 
-__all__ = ["NOT_FOR_SOME", "LayerReader", "pool_of"]
+__all__ = ["NOT_FOR_SOME", "LayerReader", "config_of", "pool_of"]
 
 # The end of what is said of an adapter of a kind that is for all requests or for none.
 NOT_FOR_SOME = "which no request can have for itself; serve the model with it (anabranch adapters fuse)"
@@ -186,7 +186,7 @@ def pool_of(found: Folder) -> GliderPool:
     It chooses as its ``pool.json`` says, a table of fields of `GliderConfig`; what its kind decides goes before that. Raises
     CheckpointError for a file that cannot be read, ConfigError for settings that cannot be.
     """
-    pool = GliderPool(_config_of(found), cached=QUERIES)
+    pool = GliderPool(config_of(found), cached=QUERIES)
     for name, path in found.experts.items():
         pool.add(path, name=name)
     pool.matcher.fit()
@@ -194,7 +194,8 @@ def pool_of(found: Folder) -> GliderPool:
     return pool
 
 
-def _config_of(found: Folder) -> GliderConfig:
+def config_of(found: Folder) -> GliderConfig:
+    """How a pool chooses: by the fields of its ``pool.json``, and what its kind decides before that. Raises as `pool_of`."""
     said = {} if found.settings is None else read_json(found.settings)
     try:
         config = from_dict(GliderConfig, {**said, **_KINDS[found.kind or "glider"]})
