@@ -117,7 +117,10 @@ def method_of(case, place):
         field: tuple(str(place / one) for one in folder) if isinstance(folder, tuple) else str(place / folder)
         for field, folder in FOLDERS[name].items()
     }
-    return _small(name).replace(**told, **({} if begun in told else {"mode": begun}))
+    # What is given has sizes of its own.
+    usual = method_named(name)
+    own = {field: getattr(usual, field) for field in ("experts", "rank") if name == "lora_mixer"}
+    return _small(name).replace(**told, **own, **({} if begun in told else {"mode": begun}))
 
 
 def run_of(case, place, *, dtype=None, held_out=0.0, **train):

@@ -343,6 +343,14 @@ def test_experts_that_a_router_chooses(here, base, monkeypatch):
     assert code == 0, err
     # Two blocks with a router for q, k and v and one for o, of two rows of 32 numbers.
     assert (mixed["method"], mixed["parameters"]) == ("lora_mixer", 2 * 2 * 2 * 32)
+    # What routers do with the rows that are measured.
+    for told_of in (told, mixed):
+        found = told_of["routing"]
+        assert len(found["routers"]) == {"dynmole": 6, "lora_mixer": 4}[told_of["method"]]
+        assert found["active"] == pytest.approx(
+            sum(router["active"] for router in found["routers"]) / len(found["routers"])
+        )
+        assert 0 <= found["information"] < 1
     assert nats(here, base, "--adapter", base / "mixer" / "adapter") not in (plain, told)
     fresh = ["--method", "lora_mixer", "--rank", 2, "--set=method.experts=3"]
     new = adapted(here, base / "base", base / "rows.jsonl", "--out", base / "fresh", "--steps", 2, *fresh)

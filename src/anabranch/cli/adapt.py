@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from anabranch.cli.options import AsJson, Assignments, Quiet, only_file, read_assignments, read_toml
-from anabranch.cli.output import duration, fact, finite, print_json, quantity, shell_word, size, table, wrote
+from anabranch.cli.output import duration, fact, finite, print_json, quantity, shell_word, size, table, visible, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.train import INTERRUPTED
 from anabranch.errors import ConfigError, DataError
@@ -419,13 +419,20 @@ def _tell(told: Mapping[str, Any], note: str) -> None:
         fact("note", note)
     before, after = told["before"], told["after"]
     if after is None or before is None:
+        fact(
+            "note",
+            "no rows are held out, so nothing was measured; give some with --eval-data, or mark them with a split",
+        )
         return
     rows = [
-        [name, *_change(before["by_task"].get(name), found), str(found["rows"])]
+        [visible(name), *_change(before["by_task"].get(name), found), str(found["rows"])]
         for name, found in after["by_task"].items()
     ]
     rows.append(["all", *_change(before, after), str(sum(found["rows"] for found in after["by_task"].values()) or "")])
     table(["held-out answers, nats/token", "before", "after", "change", "rows"], rows)
+    if told["tasks"] > len(after["by_task"]):
+        missing = told["tasks"] - len(after["by_task"])
+        fact("note", f"{missing} of {told['tasks']} tasks have no rows among those that were measured")
     if "choice_accuracy" in before and "choice_accuracy" in after:
         was, now = 100 * before["choice_accuracy"], 100 * after["choice_accuracy"]
         fact("choices", f"{now:.1f} % of held-out rows prefer their answer to all wrong choices; {was:.1f} % before")

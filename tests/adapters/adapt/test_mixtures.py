@@ -88,7 +88,8 @@ def trained(place, out, *, steps=4, given=False, rows="rows.jsonl", accumulation
     """The trainer after a training of LoRA-Mixer: new experts, or the adapters ``law`` and ``sql``, or those ``given`` by their folders."""
     folders = ("law", "sql") if given is True else given
     adapters = tuple(str(place / name) for name in folders) if folders else None
-    method = LoraMixer.Config(adapters=adapters, rank=2, top_k=1, **options)
+    sizes = {} if adapters else {"rank": 2}
+    method = LoraMixer.Config(adapters=adapters, top_k=1, **sizes, **options)
     task = AdaptTask.Config(model=str(place / "base"), data=str(place / rows), method=method, held_out=0.0)
     train = TrainConfig(
         steps=steps,
@@ -269,6 +270,11 @@ def test_the_chosen_experts_alone_are_held(place, tmp_path, given):
         ({"targets": ("q", "v", "gate", "up", "down")}, 2 * 3),
         ({"targets": ("q", "v", "gate", "up", "down"), "router_per": "projection"}, 2 * 5),
         ({"targets": ("q", "down")}, 2 * 2),
+        # q, k, v; o; gate, up; down.
+        ({"targets": ("all",)}, 2 * 4),
+        ({"targets": ("all",), "router_per": "projection"}, 2 * 7),
+        ({"targets": ("blocks.*.attention.*", "blocks.1.feed_forward.up")}, 2 * 2 + 1),
+        ({"targets": ("blocks.1.*",)}, 4),
     ],
 )
 def test_how_many_routers_there_are(place, tmp_path, options, routers):
@@ -315,6 +321,9 @@ def test_labels_lead_routers_that_choose_from_the_beginning(place, tmp_path):
         ),
         ({"stages": "hard", "rows": "none.jsonl"}, DataError, "the row names no task"),
         ({"hold": "frozen"}, ConfigError, "hold is 'frozen' from the beginning, and new experts add nothing"),
+        ({"given": True, "targets": ("up",)}, ConfigError, "targets is of new experts, and adapters are given"),
+        ({"given": True, "experts": 9}, ConfigError, "experts is of new experts, and adapters are given"),
+        ({"given": True, "alpha": 9.0}, ConfigError, "alpha is of new experts, and adapters are given"),
         ({"preserve": ("up",)}, ConfigError, "preserve names 'up', and hold is None; set hold to 'preserved'"),
         (
             {"hold": "preserved", "preserve": ("none",), "alignment": 0.1},

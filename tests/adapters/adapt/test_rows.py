@@ -92,11 +92,24 @@ def test_or_by_a_share_of_what_they_are(number, share):
     assert bool(share) or not out
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), min_size=1, max_size=40),
+    st.sampled_from([0.1, 0.5, 0.9, 0.999]),
+)
+def test_tasks_keep_something_to_learn_and_questions_stand_on_one_side(drawn, share):
+    rows = [Row(task, f"question {number}", "y") for task, number in drawn]
+    kept, out = parted(rows, share)
+    assert {row.task for row in kept} == {row.task for row in rows}
+    assert not {row.prompt for row in kept} & {row.prompt for row in out}
+    prompts = {task: {row.prompt for row in rows if row.task == task} for task in "abc"}
+    can_spare = any(all({prompt} != theirs for theirs in prompts.values()) for prompt in {row.prompt for row in rows})
+    assert bool(out) == can_spare
+
+
 def test_nothing_left_to_learn():
     with pytest.raises(DataError, match=r"all 2 rows of a/b\.jsonl say that they are held out \(split: dev, test\)"):
         parted([Row("a", "x", "y", split, "a/b.jsonl, line 1") for split in ("test", "dev")], 0.1)
-    with pytest.raises(DataError, match=r"all 2 rows are held out, .* or task\.held_out=0"):
-        parted([Row("a", "x", "y")] * 2, 0.99)
+    assert parted([Row("a", "x", "y")] * 2, 0.99) == ([Row("a", "x", "y")] * 2, [])
 
 
 def test_the_digest_is_of_content_and_order():
@@ -130,6 +143,27 @@ def test_measured_rows_are_spread_over_tasks():
     assert spread_rows(made, 8).tolist() == [0, 4]
     assert spread_rows(made, 17).tolist() == [0, 1, 4, 5]
     assert spread_rows(made, 1).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": "2+2?", "output": ["four", 4], "choices": ["four", "4", "5"]},
+        {"input": "2+2?", "output": "four", "answer": 4, "choices": ["four", "4", "5"]},
+        {"input": "2+2?", "output": 4, "answer": "four", "choices": {"text": ["four", 4, 5]}},
+    ],
+)
+def test_an_answer_that_is_a_number_is_no_wrong_choice(tmp_path, row):
+    (found,) = read_rows(written(tmp_path, row))
+    assert {found.answer, *found.others} == {"four", "4"}
+    assert found.wrong == ("5",)
+
+
+@pytest.mark.parametrize("name", ["task", "input", "output", "split"])
+def test_half_a_character_is_told_where_it_stands(tmp_path, name):
+    row = {"task": "t", "input": "x", "output": "y"} | {name: "a\ud800"}
+    with pytest.raises(DataError, match=r"line 2: a text holds half of a character \(.ud800\)"):
+        read_rows(written(tmp_path, {"task": "t", "input": "x \U0001f600", "output": "y"}, row))
 
 
 def test_the_first_answer_that_is_not_empty(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from anabranch.adapters import load_peft
 from anabranch.adapters.adapt import AdaptTask
@@ -128,6 +129,54 @@ def test_new_tasks_from_an_adapter(place, tmp_path, mode):
     assert again.fit().step == 6
 
 
+def test_what_is_asked_of_skills_that_were_trained_before(place, tmp_path):
+    """Routing is set anew; sizes are theirs, and others are refused."""
+    first = Trainer(config(place, steps=2), tmp_path / "first")
+    first.fit()
+    first.task.write(tmp_path / "adapter")
+    given = Mhr.Config(start=str(tmp_path / "adapter"))
+
+    def layers(method):
+        trainer = Trainer(config(place, method, data="new"), tmp_path / "run")
+        trainer.close()
+        return [module.config for module in trainer.model.modules() if isinstance(module, MultiHeadRouted)]
+
+    anew = {"unknown": "average", "anneal": 0.5, "weights": Weights(form="l2"), "penalties": Penalties(sparsity=0.5)}
+    for mode in ("full", "z"):
+        for kind in layers(given.replace(mode=mode, **anew)):
+            assert {name: getattr(kind, name) for name in anew} == anew
+            assert (kind.skills, kind.heads, kind.rank) == (SMALL.skills, SMALL.heads, SMALL.rank)
+    for wrong, told in (
+        ({"rank": 3}, "rank is 3, and the skills in .* have 2; leave it out"),
+        ({"granularity": "coarsegrained"}, "granularity is 'coarsegrained', and the skills in .* have 'finegrained'"),
+        ({"targets": ("up",)}, r"targets are up, and the skills in .* stand beside \*\.attention\.\*"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            layers(given.replace(**wrong))
+    for name, value in {**anew, "table_speed": 3.0}.items():
+        with pytest.raises(ConfigError, match=f"{name} is of routing, and mode is 'mu'"):
+            given.replace(mode="mu", **{name: value})
+
+
+@pytest.mark.parametrize("redundant", [False, True])
+def test_the_average_needs_no_tasks(place, tmp_path, redundant):
+    first = Trainer(config(place, steps=2), tmp_path / "first")
+    first.fit()
+    first.task.write(tmp_path / "adapter")
+    rows = [json.loads(line) for line in (place / "new.jsonl").read_text().splitlines()]
+    (place / "bare.jsonl").write_text("\n".join(json.dumps({**row, "task": ""}) for row in rows))
+    method = Mhr.Config(start=str(tmp_path / "adapter"), mode="mu", redundant=redundant)
+    found = []
+    for data in ("bare", "new"):
+        trainer = Trainer(config(place, method, data=data), tmp_path / data)
+        trainer.fit()
+        trainer.task.write(tmp_path / f"{data}-adapter")
+        found.append(load_file(tmp_path / f"{data}-adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    with pytest.raises(DataError, match="names no task"):
+        Trainer(config(place, method.replace(mode="full", redundant=False), data="bare"), tmp_path / "full")
+
+
 def test_all_skills_may_learn_for_the_average(place, tmp_path):
     """As the reference does it: K skills learn under equal weights, and what is written is one plain LoRA that does what the model does."""
     first = Trainer(config(place, steps=2), tmp_path / "first")
@@ -143,7 +192,7 @@ def test_all_skills_may_learn_for_the_average(place, tmp_path):
     assert learns == SMALL.skills * one
     alone.close()
     trainer.fit()
-    assert trainer.task.method.routing(trainer.task.base) == {}
+    assert trainer.task.routing() == {}
     assert trainer.task.write(tmp_path / "written").form == "peft"
     token_BL = torch.tensor([[97, 98, 10]])
     with torch.no_grad():

@@ -9,7 +9,7 @@ A method says which layer stands beside the matrices that are adapted; the rest 
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn import Linear
 from anabranch.train.optimizer import Speed
 
-__all__ = ["ADAPTER", "Method", "Written", "patterns_of_targets", "write_peft_or_own"]
+__all__ = ["ADAPTER", "Method", "Written", "patterns_of_targets", "set_anew", "write_peft_or_own"]
 
 # The adapter in the folder of its run.
 ADAPTER = "adapter"
@@ -59,12 +59,10 @@ class Method(Part, family="adapter_method"):
     """How a frozen model is adapted.
 
     Attributes:
-        needs_task: whether it routes by task, so that each row must name one.
         summary: what it is, in a few words.
         folders: fields of its config that name folders, one or several.
     """
 
-    needs_task: ClassVar[bool] = False
     summary: ClassVar[str] = ""
     folders: ClassVar[tuple[str, ...]] = ()
 
@@ -81,6 +79,11 @@ class Method(Part, family="adapter_method"):
     def name(self) -> str:
         """What commands call it."""
         return str(self.kind)
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether it routes by task, so that each row must name one. Default: no."""
+        return False
 
     @property
     def trains_base(self) -> bool:
@@ -186,6 +189,13 @@ class Method(Part, family="adapter_method"):
         """
         write_own(folder, model, base=base)
         return Written(folder, "anabranch")
+
+
+def set_anew(config: BaseConfig) -> dict[str, Any]:
+    """The fields that are not as they come, by name; of a config that can be made without any."""
+    usual = type(config)()
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: value for name, value in values.items() if value != getattr(usual, name)}
 
 
 def write_peft_or_own(

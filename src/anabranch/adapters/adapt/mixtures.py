@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from anabranch.adapters.adapt.method import ADAPTER, Method, patterns_of_targets
+from anabranch.adapters.adapt.method import ADAPTER, Method, patterns_of_targets, set_anew
 from anabranch.adapters.dynmole import DynMoLE
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.lora_mixer import MixedLowRank, SoftThenTopK, SpecialisationLoss, load_mixture, mixed_layers
@@ -170,6 +170,11 @@ class LoraMixer(Method, kind="lora_mixer"):
         def __post_init__(self) -> None:
             if self.adapters is not None and len(self.adapters) < 2:
                 raise ConfigError(f"adapters has {len(self.adapters)}; a router needs at least 2 to choose from")
+            of_new = (name for name in ("targets", "experts", "rank", "alpha") if name in set_anew(self))
+            if self.adapters is not None and (name := next(of_new, None)):
+                raise ConfigError(
+                    f"{name} is of new experts, and adapters are given, which have their own; leave it out"
+                )
             if self.adapters is None and not self.in_stages.needs_tasks:
                 check_top_k(self.top_k, self.experts or _EXPERTS)
             if self.adapters is None and self.stages == "soft" and self.hold == "frozen":

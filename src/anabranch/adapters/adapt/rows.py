@@ -6,12 +6,14 @@ What is asked may be called ``input``, ``prompt``, ``question`` or ``instruction
 ``answer``; a ``definition`` or ``instruction`` beside an input stands before it. Of several answers the first that is not empty is
 learned. ``choices`` may list what else could be said, the answer among it or not: what is no answer is a wrong choice, see `choices`. Rows
 whose ``split`` is test, validation, dev or eval are held out, others learned; where no row says so, a share of each task is
-held out, by what the rows say, so that it stays so when others are added.
+held out, by what the rows ask, so that it stays so when others are added.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ _BEFORE = ("definition", "instruction")
 _ASKED = ("input", "prompt", "question")
 _ANSWERED = ("output", "target", "completion", "answer")
 _HELD_OUT = frozenset({"test", "validation", "valid", "val", "dev", "eval"})
+# Half of a pair of UTF-16, which JSON can say.
+_LONE = re.compile(r"[\ud800-\udfff]")
 # Bytes of a line: a row of a book is no row.
 _LONGEST = 64 * 2**20
 
@@ -99,6 +103,10 @@ def _row(line: str, where: str, needs_task: bool) -> Row:
         table = parse_json(line)
     except ValueError as error:
         raise DataError(f"{where}: this is no JSON ({error}); the file is to be JSON lines, one object each") from None
+    if lone := _LONE.search(json.dumps(table, ensure_ascii=False)):
+        raise DataError(
+            f"{where}: a text holds half of a character (\\u{ord(lone[0]):04x}), which stands for nothing alone; write the whole pair"
+        )
     if not isinstance(table, dict):
         raise DataError(
             f'{where}: {shown_json(table)} is no object; write {{"task": ..., "input": ..., "output": ...}}'
@@ -135,7 +143,11 @@ def _texts_of(table: dict[str, Any]) -> list[str]:
     found: list[str] = []
     for name in _ANSWERED:
         value = table.get(name)
-        found += [str(one) for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
+        found += [
+            str(one)
+            for one in (value if isinstance(value, list) else [value])
+            if isinstance(one, str | int | float) and not isinstance(one, bool) and one != ""
+        ]
     return found
 
 
@@ -156,32 +168,45 @@ def _text(table: dict[str, Any], name: str, where: str) -> str:
 
 
 def parted(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
-    """(rows to learn, rows held out), as the rows say, or by ``share`` of what they are where none does.
+    """(rows to learn, rows held out), as the rows say, or by ``share`` of what they ask where none does.
 
-    Raises DataError where nothing is left to learn.
+    Equal questions stand on one side, whatever their tasks. A task keeps something to learn; and if ``share`` is above 0 and of no question
+    that is to be had, the first that its tasks can do without is held out.
+
+    Raises DataError where the rows say that nothing is to be learned.
     """
     is_told = any(row.is_held_out for row in rows)
-    if is_told:
-        out = [row.is_held_out for row in rows]
-    else:
-        out = [_place(row) < share for row in rows]
+    held = set() if is_told else _held_out(rows, share)
+    out = [row.is_held_out or row.prompt in held for row in rows]
     kept = [row for row, is_out in zip(rows, out, strict=True) if not is_out]
-    if not kept and is_told:
+    if not kept:
         where, said = rows[0].where.rpartition(", line ")[0], ", ".join(sorted({row.split for row in rows}))
         raise DataError(
             f"all {len(rows)} rows{f' of {where}' if where else ''} say that they are held out (split: {said}), so there is nothing to "
             "learn; give rows to learn too, whose split is train or which have none"
         )
-    if not kept:
-        raise DataError(
-            f"all {len(rows)} rows are held out, so there is nothing to learn; give more rows, or task.held_out=0"
-        )
     return kept, [row for row, is_out in zip(rows, out, strict=True) if is_out]
 
 
-def _place(row: Row) -> float:
-    """A number from 0 to 1 that follows from what is asked: equal questions never stand on both sides."""
-    digest = hashlib.sha256(f"{row.task}\0{row.prompt}".encode("utf-8", "replace")).digest()
+def _held_out(rows: Sequence[Row], share: float) -> set[str]:
+    """The prompts that are held out, see `parted`."""
+    prompts_of: dict[str, set[str]] = {}
+    for row in rows:
+        prompts_of.setdefault(row.task, set()).add(row.prompt)
+    order = sorted({row.prompt for row in rows}, key=_place)
+    held = {prompt for prompt in order if _place(prompt) < share}
+    for prompts in prompts_of.values():
+        if prompts <= held:
+            held.discard(max(prompts, key=_place))
+    if share and not held:
+        spare = (prompt for prompt in order if not any(prompts == {prompt} for prompts in prompts_of.values()))
+        held.update(itertools.islice(spare, 1))
+    return held
+
+
+def _place(prompt: str) -> float:
+    """A number from 0 to 1 that follows from what is asked."""
+    digest = hashlib.sha256(prompt.encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
@@ -218,6 +243,14 @@ class Encoded:
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in this order."""
         return self.token_NL, self.start_N, self.length_N, self.task_N
+
+    def passes(self, row_X: Tensor, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(token_BL, mask_BL, task_B) of the rows ``row_X`` as they are learned, in their order."""
+        for row_B in row_X.split(batch_size):
+            length_B = self.length_N[row_B]
+            token_BL = self.token_NL[row_B, : int(length_B.max())].long()
+            mask_BL = torch.arange(token_BL.shape[1]) < length_B[:, None]
+            yield token_BL.to(device), mask_BL.to(device), self.task_N[row_B].to(device)
 
 
 def encoded(

@@ -87,7 +87,8 @@ class AdaptTask(Task, kind="adapt"):
         Attributes:
             model: whatever `anabranch.lm.load_model` reads.
             data: a file of rows, see `anabranch.adapters.adapt.read_rows`.
-            evaluation: one of rows that are held out; None takes them from ``data``.
+            evaluation: one of rows that are held out (those whose ``split`` says so, where some do); None takes them from ``data``, whose
+                rows that say so are not learned either way.
             method: how.
             sequence_length: tokens of a row, at most.
             template: what is written around a prompt, ``{prompt}``; or ``chat``, the base's own form of a chat with the prompt as what a
@@ -176,7 +177,9 @@ class AdaptTask(Task, kind="adapt"):
                 '"choices": [...], or leave both 0'
             )
         if config.evaluation is not None:
-            return rows, read_rows(config.evaluation, needs_task=needs)
+            measured = read_rows(config.evaluation, needs_task=needs)
+            # As rows say in either file: what is not to be learned is not, and what is to be learned is not measured beside the rest.
+            return parted(rows, 0.0)[0], [row for row in measured if row.is_held_out] or measured
         return parted(rows, config.held_out)
 
     def _encoded(self, rows: Sequence[Row]) -> Encoded:
@@ -231,16 +234,11 @@ class AdaptTask(Task, kind="adapt"):
     def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         context, rows = self._context, self.held_out or self.learned
         assert context is not None, "a trainer has asked for data"
-        device = self.base.embedding.weight.device
-        for row_B in spread_rows(rows, context.settings.eval_tokens).split(context.batch_size):
-            length_B = rows.length_N[row_B]
-            token_BL = rows.token_NL[row_B, : int(length_B.max())]
-            mask_BL = torch.arange(token_BL.shape[1]) < length_B[:, None]
-            yield token_BL.to(device), mask_BL.to(device), self._labels(rows.task_N[row_B]).to(device)
-
-    def _labels(self, task_B: Tensor) -> Tensor:
-        """Their numbers; -1 of rows that name no task."""
-        return torch.where(task_B == self.names.index(""), -1, task_B) if "" in self.names else task_B
+        row_N = spread_rows(rows, context.settings.eval_tokens)
+        none = self.names.index("") if "" in self.names else -1
+        for token_BL, mask_BL, task_B in rows.passes(row_N, context.batch_size, self.base.embedding.weight.device):
+            # A row that names no task has no number.
+            yield token_BL, mask_BL, torch.where(task_B == none, -1, task_B)
 
     def _given(self, rows: Iterable[Tensor], fraction: float | None = None) -> dict[str, Any]:
         """The arguments of a pass over ``rows`` (token, start, length, task); see `Method.state` for ``fraction``."""

@@ -9,6 +9,7 @@ Export to plain LoRA, which any server loads: `to_single_lora` for one task, `mu
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from anabranch.lm.decoder import Decoder
 __all__ = ["MODES", "Mode", "adapt", "merge_task", "mu", "to_single_lora"]
 
 Mode = Literal["full", "z", "mu", "random"]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 MODES: tuple[Mode, ...] = ("full", "z", "mu", "random")
 
 
@@ -37,6 +39,7 @@ def adapt(
     mode: Mode = "full",
     redundant: bool = False,
     seed: int = 0,
+    anew: Mapping[str, Any] = _NOTHING,
 ) -> Decoder:
     """Make ``model``, whose layers were trained on many tasks, ready to learn others; in place, and returned.
 
@@ -46,6 +49,7 @@ def adapt(
         mode: what learns, see the top of this file. All else is frozen.
         redundant: with ``mu``, keep all skills and weigh each 1/K, as the reference does; they learn K times as slowly in sum.
         seed: of fresh rows, and of skills that are drawn anew.
+        anew: fields of `MultiHeadRouted.Config` that routed layers have from now on: how rows are weighed, what is added to the loss.
 
     Raises ConfigError for another mode, no task where one is needed or one where none is, and a model without such layers.
     """
@@ -61,7 +65,7 @@ def adapt(
     routed_layers(model)
     if mode == "mu" and not redundant:
         return _as_average(model, seed)
-    changes: dict[str, Any] = {"uniform": True} if mode == "mu" else {"tasks": names}
+    changes: dict[str, Any] = {"uniform": True} if mode == "mu" else {"tasks": names, **anew}
     before = {part: _only_routed(part, layer) for part, layer in layers_of(model).items()}
     _replaced(model, {pattern: _changed(kind, **changes) for pattern, kind in model.config.linears.items()}, seed)
     if mode != "random":

@@ -1,6 +1,6 @@
 """Poly and MHR as methods of `anabranch adapt`, and their few-shot forms, which start from an adapter that was trained before."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from anabranch.adapters.adapt.method import Method, Written, write_peft_or_own
+from anabranch.adapters.adapt.method import Method, Written, patterns_of_targets, set_anew, write_peft_or_own
 from anabranch.adapters.mhr.few_shot import adapt, mu
 from anabranch.adapters.mhr.layer import MultiHeadRouted
 from anabranch.adapters.mhr.measure import diagnose
@@ -26,10 +26,14 @@ from anabranch.train.optimizer import Speed
 __all__ = ["Mhr", "Poly"]
 
 
+# What skills that were trained before have, and what may be set anew for new tasks.
+_SIZES = ("rank", "skills", "heads", "alpha", "granularity", "mixes")
+_ANEW = ("unknown", "anneal", "weights", "penalties")
+
+
 class Poly(Method, kind="poly"):
     """K skills and a routing table of tasks, with one head (Ponti et al. 2022, arXiv 2202.13914)."""
 
-    needs_task: ClassVar[bool] = True
     summary: ClassVar[str] = "an inventory of adapters, weighed by task"
     folders: ClassVar[tuple[str, ...]] = ("start",)
 
@@ -63,12 +67,22 @@ class Poly(Method, kind="poly"):
         def __post_init__(self) -> None:
             if self.redundant and self.mode != "mu":
                 raise ConfigError(f"redundant is for mode 'mu', and mode is {self.mode!r}; leave it out")
+            routers = (name for name in (*_ANEW, "table_speed") if name in set_anew(self))
+            if self.mode == "mu" and (name := next(routers, None)):
+                raise ConfigError(
+                    f"{name} is of routing, and mode is 'mu', whose average knows no tasks; leave one of them out"
+                )
             if self.start is None and self.mode != "full":
                 raise ConfigError(
                     f"mode is {self.mode!r}, which goes on from skills that were trained before; name their folder in start"
                 )
 
     config: Config
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether it routes: the average alone (``mu``) does not."""
+        return self.config.mode != "mu"
 
     def layer(self, tasks: Sequence[str]) -> MultiHeadRouted.Config:
         """An inventory for these tasks."""
@@ -88,12 +102,18 @@ class Poly(Method, kind="poly"):
         )
 
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
-        """Fresh skills, or those of ``start`` for new tasks."""
+        """Fresh skills, or those of ``start`` for new tasks, routed as set anew where anything is.
+
+        Raises ConfigError where the config asks for skills of other sizes or elsewhere than ``start`` has them.
+        """
         if self.config.start is None:
             return super().begin(model, tasks, seed=seed)
         read_own(self.config.start, model, trainable=True)
+        asked = set_anew(self.config)
+        _check_sizes(model, asked, self.config.start)
         names = () if self.config.mode == "mu" else tuple(tasks)
-        return adapt(model, names, mode=self.config.mode, redundant=self.config.redundant, seed=seed)
+        anew = {name: asked[name] for name in _ANEW if name in asked}
+        return adapt(model, names, mode=self.config.mode, redundant=self.config.redundant, seed=seed, anew=anew)
 
     def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
         """Routing tables learn quickly, and do not decay."""
@@ -118,6 +138,20 @@ class Poly(Method, kind="poly"):
         if self.config.mode == "mu":
             return write_peft_or_own(folder, model, base, mu if self.config.redundant else adapter_on)
         return super().write(folder, model, base)
+
+
+def _check_sizes(model: Decoder, asked: Mapping[str, Any], start: str) -> None:
+    """Raise ConfigError where sizes or targets are ``asked`` for that the layers of ``start`` have not."""
+    for pattern, kind in model.config.linears.items():
+        for name in _SIZES:
+            if name in asked and asked[name] != getattr(kind, name, asked[name]):
+                raise ConfigError(
+                    f"{name} is {asked[name]!r}, and the skills in {start} have {getattr(kind, name)!r}; leave it out"
+                )
+        if "targets" in asked and pattern not in patterns_of_targets(asked["targets"]):
+            raise ConfigError(
+                f"targets are {', '.join(asked['targets'])}, and the skills in {start} stand beside {pattern}; leave them out"
+            )
 
 
 class Mhr(Poly, kind="mhr"):

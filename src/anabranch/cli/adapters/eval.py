@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.adapters.placing import first_of_each, put_adapter, telling_rows
+from anabranch.cli.adapters.placing import first_of_each, put_adapter, telling_rows, template_of
 from anabranch.cli.options import AsJson, Device, Dtype, Quiet, load
 from anabranch.cli.output import fact, print_json, table, visible
 from anabranch.cli.progress import Progress
@@ -63,13 +63,11 @@ def evaluate(
     """
     require("lm", by="anabranch adapters eval")
     from anabranch.adapters.adapt import measure_rows, read_rows
-    from anabranch.adapters.adapt.prompts import check_template
     from anabranch.adapters.tasks import goes_by_task, needs_task
 
     if data is None:
         raise ConfigError("there are no rows to measure; give a file with --data")
-    if template is not None:
-        check_template(template, "--template")
+    written = template_of(template, adapter)
     found = read_rows(data)
     held_out = [row for row in found if row.is_held_out] or found
     some = held_out if rows is None else first_of_each(held_out, rows)
@@ -83,7 +81,7 @@ def evaluate(
             base,
             tokenizer,
             some,
-            template=_template(template, adapter),
+            template=written,
             most_tokens=max_tokens,
             max_new_tokens=answers,
             batch_size=batch_size,
@@ -100,15 +98,6 @@ def evaluate(
     columns = ["task", "nats/token", *(["ROUGE-L", "exact"] if answers else []), "rows"]
     named = [*((visible(name), score) for name, score in scores.by_task.items()), ("all", scores.all)]
     table(columns, [_line(name, score, answers) for name, score in named])
-
-
-def _template(said: str | None, adapter: str | None) -> str:
-    """What is written around prompts."""
-    from anabranch.adapters.adapt.prompts import template_in
-
-    if said is not None:
-        return said.replace("\\n", "\n")
-    return (None if adapter is None else template_in(adapter)) or "{prompt}\n"
 
 
 def _line(name: str, score: Any, answers: int | None) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.adapters.merge import read_weights
-from anabranch.cli.adapters.placing import check_no_adapter, passes_of
+from anabranch.cli.adapters.placing import check_no_adapter, passes_of, template_of
 from anabranch.cli.options import FLAG, AsJson, Device, Dtype, Quiet, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
 from anabranch.errors import ConfigError, DataError
@@ -108,7 +108,7 @@ def export(
             raise ConfigError(
                 "--task, --data and --average are for one ADAPTER of anabranch adapt that routes, alone and without --weights and --rank"
             )
-        rows = None if data is None else _rows_of(base, tokenizer, data, task)
+        rows = None if data is None else _rows_of(base, tokenizer, data, task, folders[0])
         told |= export_task(out, base, folders[0], task, is_average=average, rows=rows)
         made = read_peft(out)
     elif folders:
@@ -141,16 +141,16 @@ def export(
         wrote(f"{out}   {size(num_bytes)}", f"anabranch eval {shell_word(model)} --adapter {shell_word(out)}")
 
 
-def _rows_of(base: Any, tokenizer: Any, data: str, task: str | None) -> Iterator[tuple[Any, Any]]:
+def _rows_of(base: Any, tokenizer: Any, data: str, task: str | None, adapter: str) -> Iterator[tuple[Any, Any]]:
     """Passes over the first rows of a task."""
     from anabranch.adapters.adapt.rows import read_rows
 
-    if task is None:
+    if not task:
         raise ConfigError("--data has rows of tasks; name the one that is exported with --task")
     rows = [row for row in read_rows(data) if row.task == task][:_ROWS]
     if not rows:
         raise DataError(f"{data} has no row of task {task!r}")
     if tokenizer is None:
         raise DataError("the model has no tokenizer, so rows cannot be read")
-    passes = passes_of(base, tokenizer, rows, [task], None, base.config.max_positions)
+    passes = passes_of(base, tokenizer, rows, [task], None, base.config.max_positions, template_of(None, adapter))
     return ((token_BL, mask_BL) for token_BL, mask_BL, _ in passes)

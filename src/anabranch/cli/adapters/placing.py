@@ -87,21 +87,34 @@ def first_of_each(rows: Sequence[Row], most: int) -> list[Row]:
 
 
 def passes_of(
-    base: Decoder, tokenizer: Tokenizer, rows: list[Row], tasks: list[str], pool: GliderPool | None, max_tokens: int
+    base: Decoder,
+    tokenizer: Tokenizer,
+    rows: list[Row],
+    tasks: list[str],
+    pool: GliderPool | None,
+    max_tokens: int,
+    template: str,
 ) -> Iterator[Any]:
-    """Rows as passes; while one is looked at, its rows ask a pool what they say."""
+    """Rows as passes, written as they are learned; while one is looked at, its rows ask a pool what they say."""
     import torch
 
-    from anabranch.lm.generate import pad_left
+    from anabranch.adapters.adapt.rows import encoded
 
-    length = min(max_tokens, base.config.max_positions)
-    for start in range(0, len(rows), _BATCH):
-        some = rows[start : start + _BATCH]
-        ids = [
-            (tokenizer.encode_prompt(row.prompt) + tokenizer.encode(row.answer, parse_special=False))[:length]
-            for row in some
-        ]
-        token_BL, mask_BL = pad_left(ids, base.embedding.weight.device)
-        task_B = torch.tensor([tasks.index(row.task or "(none)") for row in some])
-        with nullcontext() if pool is None else pool.answering([row.prompt for row in some]):
-            yield token_BL, mask_BL, task_B
+    numbers = [tasks.index(row.task or "(none)") for row in rows]
+    found = encoded(rows, numbers, tokenizer, template, min(max_tokens, base.config.max_positions))
+    each = found.passes(torch.arange(len(rows)), _BATCH, base.embedding.weight.device)
+    for start, made in zip(range(0, len(rows), _BATCH), each, strict=True):
+        with nullcontext() if pool is None else pool.answering([row.prompt for row in rows[start : start + _BATCH]]):
+            yield made
+
+
+def template_of(said: str | None, adapter: str | None) -> str:
+    """What is written around prompts: what a user said (``\\n`` is a new line), what the adapter learned, or what `adapt` takes."""
+    from anabranch.adapters.adapt import AdaptTask
+    from anabranch.adapters.adapt.prompts import check_template, template_in
+
+    if said is not None:
+        check_template(said, "--template")
+        return said.replace("\\n", "\n")
+    noted = None if adapter is None else template_in(adapter)
+    return noted or str(AdaptTask.Config.__dataclass_fields__["template"].default)

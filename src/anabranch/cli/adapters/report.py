@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anabranch.cli.adapters.placing import check_adapter_apart, first_of_each, passes_of, put_adapter
+from anabranch.cli.adapters.placing import check_adapter_apart, first_of_each, passes_of, put_adapter, template_of
 from anabranch.cli.options import AsJson, Device, Dtype, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, table, visible, wrote
 from anabranch.errors import ConfigError, DataError
@@ -104,6 +104,9 @@ def _use(
     if tokenizer is None:
         raise DataError("the model has no tokenizer, so rows cannot be read")
     most = max(len(layer.config.ranks) for layer in routers.values())
-    adapters = tuple(map(str, range(most))) if pool is None else pool.names
+    named = {getattr(layer.config, "experts", ()) for layer in routers.values()} if pool is None else {pool.names}
+    # Experts of which not all layers have the same, or that have no names, are numbers.
+    adapters = next(iter(named)) if len(named) == 1 and all(named) else tuple(map(str, range(most)))
     tasks = list(dict.fromkeys(row.task or "(none)" for row in rows))
-    return use_of_rows(base, passes_of(base, tokenizer, rows, tasks, pool, max_tokens), tasks=tasks, adapters=adapters)
+    passes = passes_of(base, tokenizer, rows, tasks, pool, max_tokens, template_of(None, adapter))
+    return use_of_rows(base, passes, tasks=tasks, adapters=adapters)
