@@ -126,7 +126,7 @@ def test_what_it_says(here, base):
     assert "frozen" in err
     assert "14 rows" not in err  # some are held out
     assert "held out" in err
-    for word in ("one", "two", "all", "before", "after", "anabranch eval"):
+    for word in ("one", "two", "all", "before", "after", "asked as", "anabranch adapters eval"):
         assert word in out
 
 

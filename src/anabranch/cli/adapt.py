@@ -351,7 +351,9 @@ def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json:
         wrote(f"{result.checkpoint}", f"anabranch adapt --out {shell_word(out)} --resume")
         return
     base, adapter = shell_word(task.config.model), shell_word(told["adapter"])
-    following = f"anabranch eval {base} --adapter {adapter}"
+    following = (
+        f"anabranch adapters eval {base} {adapter} --data {shell_word(task.config.evaluation or task.config.data)}"
+    )
     if told["form"] == "model":
         following = f"anabranch eval {adapter}"
     elif told["form"] != "peft" and task.method.needs_task:

@@ -9,7 +9,7 @@ A method says which layer stands beside the matrices that are adapted; the rest 
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -194,7 +194,7 @@ class Method(Part, family="adapter_method"):
 def set_anew(config: BaseConfig) -> dict[str, Any]:
     """The fields that are not as they come, by name; of a config that can be made without any."""
     usual = type(config)()
-    values = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
+    values = {field.name: getattr(config, field.name) for field in fields(config)}  # type: ignore[arg-type]
     return {name: value for name, value in values.items() if value != getattr(usual, name)}
 
 

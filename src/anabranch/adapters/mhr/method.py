@@ -74,7 +74,7 @@ class Poly(Method, kind="poly"):
                 )
             if self.start is None and self.mode != "full":
                 raise ConfigError(
-                    f"mode is {self.mode!r}, which goes on from skills that were trained before; name their folder in start"
+                    f"mode is {self.mode!r}, which goes on from skills that were trained before; name their folder: --from, or method.start"
                 )
 
     config: Config
