@@ -151,6 +151,13 @@ def test_methods_are_recommended(here, tmp_path):
         ("list --family cheap", "there is no family 'cheap'; use one of additive"),
         ("list --backend others", "backend is 'others'"),
         ("card lorra", "there is no method 'lorra'; did you mean 'lora'"),
+        (
+            "card dynmole",
+            "'dynmole' has no card and no formula of its cost; anabranch adapt MODEL DATA --method dynmole",
+        ),
+        ("card lora_mixer", "'lora_mixer' has no card"),
+        ("estimate dense gate", "'gate' has no card"),
+        ("recommend dense --max-share 5", "--max-share is 5; it is a share of the model's parameters, from 0 to 1"),
         ("card nowhere/at/all", "no adapter at nowhere/at/all"),
         ("estimate dense lorra", "there is no method 'lorra'"),
         ("estimate nomodel lora", "'nomodel' is neither a model nor a preset"),

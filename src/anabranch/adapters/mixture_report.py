@@ -215,6 +215,8 @@ class _Sums:
     def facts(self, layers: tuple[str, ...]) -> LayerFacts:
         """What it comes to."""
         active, undecided, entropy, nats, dropped = (self._number / self.tokens).tolist()
+        # Weights that sum to 1 lack nothing, whatever they were rounded to.
+        dropped = max(dropped, 0.0)
         return LayerFacts(
             layers=layers,
             tokens=self.tokens,

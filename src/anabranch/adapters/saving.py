@@ -67,7 +67,9 @@ def _built(model: Decoder, family: str | None) -> Adapter:
         table = {**_USUAL, **model.streams.described(model.config)}
         return Adapter(table, {}, prompt_MW=model.streams.weight.detach())
     if not layers and not others:
-        raise ConfigError("the model has no adapter to save; put one onto it with load_peft")
+        raise ConfigError(
+            "the model has no adapter to save; name the adapter that is meant, or put it onto the model with load_peft"
+        )
     if others or model.streams is not None:
         other = others[0].owner.kind if others else getattr(model.streams, "kind", None)
         raise ConfigError(f"the model has {other!r}, which no adapter of peft's has beside")

@@ -206,6 +206,7 @@ def _started(
 ) -> TaskRunConfig:
     """The config of a new run; ``said`` are those of its settings that are options by themselves."""
     from anabranch.adapters.adapt import AdaptTask, method_named
+    from anabranch.adapters.adapt.rows import check_file
     from anabranch.config import override
     from anabranch.lm.folder import files_of
     from anabranch.train import TaskRunConfig, TrainConfig
@@ -215,6 +216,7 @@ def _started(
         raise ConfigError(
             f"{'MODEL' if model is None else 'DATA'} is missing; use anabranch adapt MODEL DATA --out DIR, or --resume"
         )
+    check_file(data)
     read = [data, settings.get("task.evaluation"), settings.get("task.method.start")]
     check_apart([out], [*read, *(files_of(model) if Path(model).exists() else [model])])
     check_free(out)

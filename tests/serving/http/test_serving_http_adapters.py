@@ -191,7 +191,7 @@ WRONG = [
     ({"adapters": "a"}, 400, "adapters", "an object"),
     ({"adapters": ["a"]}, 400, "adapters", "an object"),
     ({"adapters": 1}, 400, "adapters", "an object"),
-    ({"adapters": {"none": 1}}, 404, "adapters", "no adapter 'none'; the adapters 'a', 'b'"),
+    ({"adapters": {"none": 1}}, 404, "adapters", "no adapter 'none'; this server has the adapters 'a', 'b'"),
     ({"adapters": {"": 1}}, 404, "adapters", "no adapter ''"),
     ({"adapters": {"a": "1"}}, 400, "adapters.a", "-1000 to 1000"),
     ({"adapters": {"a": None}}, 400, "adapters.a", "missing"),

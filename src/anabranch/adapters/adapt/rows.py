@@ -28,7 +28,7 @@ from anabranch.data.reading import read_bytes
 from anabranch.errors import DataError
 from anabranch.files import parse_json
 
-__all__ = ["Encoded", "Row", "digest_of", "encoded", "parted", "read_rows", "spread_rows"]
+__all__ = ["Encoded", "Row", "check_file", "digest_of", "encoded", "parted", "read_rows", "spread_rows"]
 
 _BEFORE = ("definition", "instruction")
 _ASKED = ("input", "prompt", "question")
@@ -78,8 +78,7 @@ def read_rows(path: str | Path, *, needs_task: bool = False) -> list[Row]:
     Raises DataError: a file that cannot be read or has no rows, and a line that is no row, with its number.
     """
     place = Path(path)
-    if place.is_dir():
-        raise DataError(f"{place} is a folder; name a file of JSON lines, one row each")
+    check_file(place)
     try:
         text = read_bytes(place).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -94,6 +93,12 @@ def read_rows(path: str | Path, *, needs_task: bool = False) -> list[Row]:
             f'{place} holds no rows; each line is to be one, as {{"task": ..., "input": ..., "output": ...}}'
         )
     return rows
+
+
+def check_file(path: str | Path) -> None:
+    """Raise DataError for a folder."""
+    if Path(path).is_dir():
+        raise DataError(f"{path} is a folder; name a file of JSON lines, one row each")
 
 
 def _row(line: str, where: str, needs_task: bool) -> Row:

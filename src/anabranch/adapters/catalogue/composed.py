@@ -16,6 +16,8 @@ from anabranch.adapters.sparse_bottleneck import kept_weights
 __all__ = ["CARDS"]
 
 _QV = ("q", "v")
+# What `anabranch adapt` adapts by `*.attention.*`.
+_ATTENTION = ("q", "k", "v", "o")
 _UNIFIED = Paper("Towards a Unified View of Parameter-Efficient Transfer Learning", 2021, "2110.04366")
 _LORA = next(card for card in _LOW_RANK if card.id == "lora")
 
@@ -88,7 +90,7 @@ def _tasks(id: str, name: str, rule: str, formula: str, paper: Paper, heads: int
         (paper,),
         backend="own",
         peft_type="POLY",
-        options={"rank": 16, "alpha": 1.0, "number": 8, "tasks": 1, "heads": heads, "targets": _QV},
+        options={"rank": 16, "alpha": 1.0, "number": 8, "tasks": 1, "heads": heads, "targets": _ATTENTION},
         count=each(
             lambda matrix, options: _many(matrix, options) + options["tasks"] * options["number"] * options["heads"]
         ),

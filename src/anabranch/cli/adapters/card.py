@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.adapters.catalogue import show_card
+from anabranch.cli.adapters.catalogue import card_of, show_card
 from anabranch.cli.options import AsJson
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, visible
 from anabranch.extras import require
@@ -31,12 +31,13 @@ def card(
     """
     require("lm", by="anabranch adapters card")
     from anabranch.adapters import read_peft
-    from anabranch.adapters.catalogue import CARDS, find
+    from anabranch.adapters.adapt import method_names
+    from anabranch.adapters.catalogue import CARDS
     from anabranch.adapters.own_folder import is_own
     from anabranch.lm.tensors import some
 
-    if not Path(adapter).exists() and (adapter in CARDS or _is_word(adapter)):
-        show_card(find(adapter), as_json)
+    if not Path(adapter).exists() and (adapter in CARDS or adapter in method_names() or _is_word(adapter)):
+        show_card(card_of(adapter), as_json)
         return
     if is_own(adapter):
         _show_own(adapter, as_json)

@@ -139,6 +139,19 @@ def show_card(card: Card, as_json: bool) -> None:
         fact("paper", f"{paper.name} ({paper.year}{f', arXiv {paper.arxiv}' if paper.arxiv else ''})")
 
 
+def card_of(method: str) -> Any:
+    """The card of a method. Raises ConfigError for a word that is none, and for a method of `anabranch adapt` without a card."""
+    from anabranch.adapters.adapt import method_names
+    from anabranch.adapters.catalogue import CARDS, find
+
+    if method not in CARDS and method in method_names():
+        raise ConfigError(
+            f"{method!r} has no card and no formula of its cost; anabranch adapt MODEL DATA --method {method} --steps 1 shows how many "
+            "parameters learn"
+        )
+    return find(method)
+
+
 def estimate(
     model: Model,
     method: Annotated[str, typer.Argument(metavar="METHOD", help="A method of anabranch adapters list.")],
@@ -162,9 +175,8 @@ def estimate(
     """
     require("lm", by="anabranch adapters estimate")
     from anabranch.adapters.catalogue import estimate as estimate_cost
-    from anabranch.adapters.catalogue import find
 
-    card = find(method)
+    card = card_of(method)
     given, assigned = _options(rank, targets), read_assignments(assignments)
     for name in given.keys() & assigned.keys():
         raise ConfigError(f"{name} is given by --{name} and by --set {name}=...; give it once")
@@ -263,6 +275,10 @@ def recommend(
     from anabranch.adapters.catalogue import recommend as find_methods
     from anabranch.sizes import parse_bytes
 
+    if max_share is not None and max_share > 1:
+        raise ConfigError(
+            f"--max-share is {max_share:g}; it is a share of the model's parameters, from 0 to 1 (0.01 is 1%)"
+        )
     for name, value in (("--max-share", max_share), ("--max-added-flops", max_added_flops)):
         if value is not None and not 0 <= value < float("inf"):
             raise ConfigError(f"{name} is {value}; it must be a finite number, at least 0")

@@ -22,6 +22,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def check_name(name: Any) -> str:
     """The name of an adapter. Raises InputError for what cannot be one."""
+    if name is None:
+        raise InputError("the adapter has no name; give it one")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(
             f"the name of an adapter is {shown(name)}; it must have 1 to 64 letters, digits, '.', '_' or '-', and begin with one of the "

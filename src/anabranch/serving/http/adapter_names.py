@@ -84,9 +84,8 @@ def chosen(body: Mapping[str, Any], bases: Sequence[str], known: AdapterNames, *
     for name, weight in given.items():
         if name not in known:
             shown = name[:80] if name.isprintable() else "?"
-            raise ApiError(
-                404, "adapter_not_found", f"there is no adapter {shown!r}; {_listed(known.all)}", param="adapters"
-            )
+            there = f"this server has {_listed(known.all)}" if known.all else _listed(known.all)
+            raise ApiError(404, "adapter_not_found", f"there is no adapter {shown!r}; {there}", param="adapters")
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         # A NaN is not less.
         if not is_number or not abs(weight) <= MOST_WEIGHT:
