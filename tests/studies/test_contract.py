@@ -24,6 +24,7 @@ BUILT_IN = sorted(studies.STUDIES)
 NOT_RUN = {
     "carl",
     "carl_highway",
+    "ppo_tasks",
     "dr_llm",
     "ftp",
     "pvchat",

@@ -45,6 +45,7 @@ STUDIES = {
     "parscale": "anabranch.studies.parscale:make",
     "pccl": "anabranch.studies.pccl:make",
     "powerwalk": "anabranch.studies.powerwalk:make",
+    "ppo_tasks": "anabranch.studies.ppo_tasks:make",
     "pvchat": "anabranch.studies.pvchat:make",
     "peft_survey": "anabranch.studies.peft_survey:make",
     "rewiring": "anabranch.studies.rewiring:make",

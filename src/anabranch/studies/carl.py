@@ -45,20 +45,17 @@ seeds, about 17 hours of two cores.
 from __future__ import annotations
 
 import math
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 from anabranch.config import Config, Field, configclass, to_dict
-from anabranch.rl import PPO, LaneWorld, training
+from anabranch.rl import LaneWorld, training
 from anabranch.rl.laneworld import Settings
 from anabranch.rl.rewards import RouteReward
-from anabranch.rl.runs import samples_of
 from anabranch.studies.asked import Asked, judged
 from anabranch.studies.floors import Floor, above_floors
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
-from anabranch.train import Event, TaskRunConfig, Trainer
+from anabranch.studies.policy_training import train_policy
+from anabranch.train import TaskRunConfig
 
 # Learning rates that are tried, against CaRL's: of two that are as good the first is taken.
 RATES = {"": 1.0, "-slow": 0.5, "-fast": 2.0}
@@ -173,35 +170,8 @@ def make(full: bool = False, **changes: Any) -> Study:
 
 def run(config: TaskRunConfig, seed: int, progress: Progress) -> Metrics:
     """One arm: what its policy came to on routes that it had not seen."""
-    said = time.monotonic()
-
-    def tell(event: Event) -> None:
-        nonlocal said
-        if event.kind == "step" and time.monotonic() - said > _TOLD_EVERY_S:
-            said = time.monotonic()
-            progress(f"step {event.step:,} of {event.steps:,}")
-
-    config = config.replace(train=config.train.replace(seed=seed, checkpoint_every=None))
-    with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
-        trainer = Trainer(config, Path(folder) / "run", on_event=tell)
-        try:
-            result = trainer.fit()
-        finally:
-            trainer.stream.close()
-    samples = samples_of(config, result.step)
-    measured = {name: value for name, value in result.measures.items() if name not in ("step", "kind")}
-    task: Any = config.task
-    assert isinstance(task, PPO.Config)
-    return {
-        **measured,
-        "collapsed": float(measured["route_completion"] < 20),
-        "samples": samples,
-        "updates": samples // task.collecting.num_samples,
-        "gradient_steps": result.step - result.skipped_steps,
-        "learning_rate": config.train.learning_rate,
-        "seconds": result.seconds,
-        "samples_per_second": samples / max(result.seconds, 1e-9),
-    }
+    measured = train_policy(config, seed, progress)
+    return {**measured, "collapsed": float(measured["route_completion"] < 20)}
 
 
 # Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
