@@ -361,6 +361,13 @@ def test_experts_that_a_router_chooses(here, base, monkeypatch):
     ("options", "message"),
     [
         (["--method", "dynmole", "--set=method.keep_top_k=9"], "keep_top_k is 9, but there are 6 destinations"),
+        (
+            ["--method", "dynmole", "--set=method.experts=100000000"],
+            "experts is 100000000; it must be less than or equal to 65536",
+        ),
+        (["--method", "dynmole", "--set=method.experts_per_layer=[2, 99999999]"], "a layer has at most 65,536 experts"),
+        (["--method", "lora_mixer", "--set=method.experts=99999999"], "experts is 99999999; it must be less"),
+        (["--rank", 10**9], "are free; take a smaller rank, fewer experts or fewer layers"),
         (["--method", "lora_mixer", '--set=method.adapters=["a"]'], "adapters has 1; a router needs at least 2"),
         (["--method", "lora_mixer", "--set=method.top_k=9"], "top_k is 9, but there are 6 experts; use 1 to 6"),
         (["--method", "lora_mixer", '--set=method.adapters=["a", "b"]'], "/a: it is not there"),

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from anabranch.adapters.around import bare_config, bare_name
 from anabranch.adapters.graft import check_decoder, check_pools, graft, layers_of, start_layers, strip
 from anabranch.config import configclass
-from anabranch.errors import ConfigError
+from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty, with_memory
+from anabranch.machine import room_bytes
 from anabranch.nn import BuildContext, Count, Linear
 from anabranch.nn.linear import Projection
 from anabranch.nn.quantize import FewBitLinear, PackedEmbedding, QuantizedPool
@@ -63,8 +64,8 @@ def put_on(model: Decoder, linears: Mapping[str, Linear.Config], *, seed: int = 
         linears: by patterns of names, as `Decoder.Config.linears`.
         seed: of the first numbers.
 
-    Raises ConfigError: no pattern, one that fits no layer, a kind that does not stand beside a matrix, a model that has ``linears``
-    already, experts that nothing can stand beside, and what a kind itself refuses.
+    Raises CapacityError for layers that do not fit into memory; ConfigError: no pattern, one that fits no layer, a kind that does not
+    stand beside a matrix, a model that has ``linears`` already, experts that nothing can stand beside, and what a kind itself refuses.
     """
     check_decoder(model)
     if not linears:
@@ -80,6 +81,7 @@ def put_on(model: Decoder, linears: Mapping[str, Linear.Config], *, seed: int = 
     base = model.config
     # Checked as it will be, whose errors speak of what was asked for.
     wanted = base.replace(linears=dict(linears))
+    check_room(wanted.count().parameters - base.count().parameters)
     made = built_alone(base, linears, seed=seed)
     check_pools(model, made)
     model.requires_grad_(False)
@@ -91,6 +93,16 @@ def put_on(model: Decoder, linears: Mapping[str, Linear.Config], *, seed: int = 
             model.shared[name] = module.to(device)
     model.config = wanted
     return model
+
+
+def check_room(numbers: int, of_each: int = 4) -> None:
+    """Raise CapacityError where so many numbers of layers, of ``of_each`` bytes, are more than is free."""
+    wanted, free = numbers * of_each, room_bytes()
+    if wanted > free:
+        raise CapacityError(
+            f"what is put onto the model has {numbers:,} numbers, which take {wanted / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
+            "free; take a smaller rank, fewer experts or fewer layers"
+        )
 
 
 def built_alone(base: Decoder.Config, linears: Mapping[str, Linear.Config], *, seed: int = 0) -> Decoder:

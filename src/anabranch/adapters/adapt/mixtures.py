@@ -38,6 +38,8 @@ from anabranch.routing.uncertainty import EntropyKind
 __all__ = ["Dynmole", "LoraMixer"]
 
 _FEED_FORWARD = ("gate", "up", "down")
+# Of a layer: more are no layer that anybody trains, and take minutes to be counted.
+MOST_EXPERTS = 65_536
 # New experts of LoRA-Mixer, where nobody says.
 _EXPERTS = 6
 _BALANCED = "the balance loss is a product of two means, which parts have not in common"
@@ -54,7 +56,7 @@ class Dynmole(Method, kind="dynmole"):
         block."""
 
         targets: tuple[str, ...] = Field(default=("gate", "up", "down"), min_length=1)
-        experts: Size = Field(default=6, ge=1)
+        experts: Size = Field(default=6, ge=1, le=MOST_EXPERTS)
         experts_per_layer: tuple[int, ...] = ()
         rank: Size = Field(default=24, ge=1)
         alpha: float = 48.0
@@ -71,6 +73,9 @@ class Dynmole(Method, kind="dynmole"):
         balance_loss: float = Field(default=1e-3, ge=0)
 
         def __post_init__(self) -> None:
+            most = max(self.experts_per_layer, default=1)
+            if most > MOST_EXPERTS:
+                raise ConfigError(f"experts_per_layer has {most}; a layer has at most {MOST_EXPERTS:,} experts")
             self.settings()
             wrong = [target for target in self.targets if target not in _FEED_FORWARD]
             if self.experts_per_layer and wrong:
@@ -151,7 +156,7 @@ class LoraMixer(Method, kind="lora_mixer"):
         """
 
         adapters: tuple[str, ...] | None = None
-        experts: Size | None = Field(default=None, ge=2)
+        experts: Size | None = Field(default=None, ge=2, le=MOST_EXPERTS)
         rank: Size = Field(default=8, ge=1)
         alpha: float = 16.0
         top_k: int = Field(default=3, ge=1)

@@ -22,6 +22,7 @@ from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.adapt.prompts import check_template, write_template
 from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows, spread_rows
 from anabranch.adapters.own_folder import load_numbers
+from anabranch.adapters.put_on import check_room
 from anabranch.adapters.tasks import numbers_of
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Size, configclass, from_dict, to_dict
@@ -209,6 +210,9 @@ class AdaptTask(Task, kind="adapt"):
             self.method.go_on(self.base, self.names, layers, seed=seed)
         self._began_from = self.method.began_from()
         self.num_learning = sum(each.numel() for each in self.base.parameters() if each.requires_grad)
+        if context.settings.optimizer == "adamw" and not self.method.trains_base:
+            # A gradient and two moments of each.
+            check_room(self.num_learning, of_each=12)
         self._answers = Answers(self.base)
         if layers is None:
             self.method.look(self.base, self._first_losses(context))
