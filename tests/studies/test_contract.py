@@ -24,14 +24,12 @@ BUILT_IN = sorted(studies.STUDIES)
 NOT_RUN = {
     "carl",
     "carl_highway",
-    "ppo_tasks",
     "dr_llm",
     "ftp",
     "pvchat",
     "rexmoe_grown",
     "router_r1",
     "scale",
-    "ttspm",
 }
 RAN = sorted(set(BUILT_IN) - NOT_RUN)
 

@@ -53,6 +53,14 @@ def test_the_rule_of_pendulum(values, verdict):
     assert verdicts(pendulum=values)[1] == verdict
 
 
+def test_the_interval_is_that_of_the_difference():
+    values = dict(enumerate([-170.0, -172, -168, -175, -171]))
+    runs = {"pendulum": {seed: {"mean_return": value} for seed, value in values.items()}}
+    claim = judge(Results(runs))[1]
+    assert claim.difference == pytest.approx(28.8)
+    assert claim.interval[0] < 28.8 < claim.interval[1] < 35
+
+
 def test_what_cannot_be_run_here_is_listed():
     assert verdicts([500.0] * 5, [-170.0] * 5)[2] == "not run"
 

@@ -18,7 +18,7 @@ along the way are within 10 % of CleanRL's is asked too, and has not run: CleanR
 
 The presets were chosen on seeds 0 to 2 (Pendulum's gamma among eight settings), so the study's seeds are counted from 100.
 
-Not run yet. It is planned for 5 seeds: 150 seconds of a processor for a run of CartPole and 490 for one of Pendulum, 0.9 hours together.
+It has run: 15 seconds of a processor for a run of CartPole and a minute for one of Pendulum, six minutes together.
 """
 
 from __future__ import annotations
@@ -110,5 +110,5 @@ def _swings(results: Results) -> Claim:
         return Claim.not_run(_PENDULUM, paper)
     above = [value - RETURN for value in values]
     mean = sum(values) / len(values)
-    interval = estimate(above).interval
+    interval = estimate(values).interval
     return Claim.against(RETURN, _PENDULUM, paper, mean, holm({0: above})[0], interval, count=len(values))
