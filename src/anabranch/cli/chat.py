@@ -171,10 +171,12 @@ class Conversation:
 
     def _tokens(self, prompt: Sequence[int], fields: dict[str, Any]) -> Iterator[int]:
         """The answer's tokens as they come."""
+        from anabranch.serving.core.query import last_asked
+
         self.ran = {}
         depth = self._engine.info.depth
         more: dict[str, Any] = {"streams": self._num_streams, "told": self.ran, "adapted": self._adapted}
-        return tokens_of(self._engine, prompt, fields, depth=depth, **more)
+        return tokens_of(self._engine, prompt, fields, depth=depth, asked=last_asked(self.messages), **more)
 
 
 def _read_line(interactive: bool) -> str | None:

@@ -138,9 +138,13 @@ class Adapted(OptionSet):
 
         return AdaptersConfig(load=() if self.adapter is None else (f"{_NAME}={self.adapter}",), memory=_MOST_ADAPTERS)
 
-    def of_request(self) -> dict[str, Any]:
-        """Fields of `anabranch.serving.Request`."""
-        return {"adapters": () if self.adapter is None else _NAME, "task": self.task}
+    def of_request(self, asked: str) -> dict[str, Any]:
+        """Fields of `anabranch.serving.Request`; ``asked`` is the prompt, or of a chat the last message of its user."""
+        from anabranch.serving.core.query import instruction_in
+
+        if self.adapter is None:
+            return {"task": self.task}
+        return {"adapters": _NAME, "task": self.task, "instruction": instruction_in(asked)}
 
     def check(self, model: str) -> None:
         """Raises what loading the adapter would, before the weights of ``model`` are read."""
@@ -232,15 +236,16 @@ def tokens_of(
     depth: str = "full",
     told: dict[str, Any] | None = None,
     adapted: Adapted = PLAIN,
+    asked: str = "",
 ) -> Iterator[int]:
-    """The new tokens as they come; ``fields`` of `anabranch.serving.Sampling`.
+    """The new tokens as they come; ``fields`` of `anabranch.serving.Sampling`, ``asked`` see `Adapted.of_request`.
 
     Where routers or a skipper decide about ``depth``, ``told`` gets what they chose: ``path`` and ``computed``, see
     `anabranch.serving.Output`.
     """
     from anabranch.serving.core.request import Sampling
 
-    more = {"routes_depth": depth == "routed", "skips_tokens": depth == "pruned", **adapted.of_request()}
+    more = {"routes_depth": depth == "routed", "skips_tokens": depth == "pruned", **adapted.of_request(asked)}
     for output in engine.stream(prompt, Sampling(**fields), num_streams=streams, **more):
         if told is not None:
             told |= {name: value for name in ("path", "computed") if (value := getattr(output, name)) is not None}

@@ -118,9 +118,8 @@ def generate(
             engine = stack.enter_context(running(loaded, room, streams=streams, depth=depth, adapters=adapters))
             if engine.info.max_positions < len(prompt_ids) + max_tokens:
                 say(f"note: keys and values have room for {engine.info.max_positions} tokens, so the text ends there")
-            tokens = tokens_of(
-                engine, prompt_ids, fields, streams=streams, depth=engine.info.depth, told=ran, adapted=adapted
-            )
+            more: dict[str, Any] = {"depth": engine.info.depth, "told": ran, "adapted": adapted, "asked": text}
+            tokens = tokens_of(engine, prompt_ids, fields, streams=streams, **more)
         ids = _shown(text, tokens, tokenizer, talks=talks and not as_json)
     if not talks:
         return

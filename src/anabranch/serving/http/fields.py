@@ -8,6 +8,7 @@ from typing import Any
 
 from anabranch.bounds import MOST_LAYERS
 from anabranch.serving.chat import FieldError
+from anabranch.serving.core.query import MOST_QUERY
 from anabranch.serving.grammar.forms import depth_of
 from anabranch.web.api_error import ApiError, wrong, wrong_field
 from anabranch.web.body import is_int, said
@@ -16,8 +17,6 @@ Check = tuple[Callable[[Any], bool], str]
 MOST_STOPS, MOST_STOP_LENGTH, MOST_LOGPROBS = 4, 1000, 20
 # Of a depth; a block may come twice.
 MOST_BLOCKS = 2 * MOST_LAYERS
-# Characters of what a request asks for, as routers of adapters compare it with their instructions.
-MOST_QUERY = 2000
 INT64 = 2**63
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
 # Of the path of a field.

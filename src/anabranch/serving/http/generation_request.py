@@ -9,6 +9,7 @@ from anabranch.serving.chat import Dialect, FieldError, Tools, read_tools
 from anabranch.serving.chat.reasoning import Reasoning
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.mixture import Mixture
+from anabranch.serving.core.query import instruction_in, last_asked
 from anabranch.serving.core.request import Sampling
 from anabranch.serving.grammar.forms import key_of
 from anabranch.serving.http import fields
@@ -119,8 +120,7 @@ class GenerationRequest:
         """What a prompt asks for, in words, for routers of adapters; None for nothing."""
         if self.query is not None:
             return self.query or None
-        text = self.asked or (self.texts[prompt] if self.texts else "")
-        return text[: fields.MOST_QUERY] or None
+        return instruction_in(self.texts[prompt] if self.texts else "", self.asked)
 
     @property
     def grammar_param(self) -> str | None:
@@ -198,18 +198,6 @@ def _read_chat(
         unknown=(*unknown, *unknown_values),
         asked=last_asked(body["messages"]),
     )
-
-
-def last_asked(messages: Sequence[Any]) -> str:
-    """The text of the last message that a user wrote; "" where there is none."""
-    for message in reversed(messages):
-        if not isinstance(message, dict) or message.get("role") != "user":
-            continue
-        content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        texts = [part.get("text") for part in parts if isinstance(part, dict)]
-        return content if isinstance(content, str) else "\n".join(text for text in texts if isinstance(text, str))
-    return ""
 
 
 def read_completion(
