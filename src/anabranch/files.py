@@ -240,10 +240,7 @@ def atomic_folder(
     path = Path(path).resolve()  # through a link, to where the data lies
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_dir():
-            raise DataError(
-                f"cannot write {path}: it is a file, and a folder is to take its place; choose another name"
-            )
+        check_no_file(path)
         check_not_here(path)
         check_holds_only(path, replacing)
         _remove_leftovers(path)
@@ -324,6 +321,12 @@ def _remove_leftovers(path: Path, *, are_folders: bool = True) -> None:
                 os.close(handle)
 
 
+def check_no_file(folder: str | Path, *, advice: str = "choose another name") -> None:
+    """Raise DataError, with ``advice``, if ``folder`` is there and no folder: see `atomic_folder`."""
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise DataError(f"cannot write {folder}: it is a file, and a folder is to take its place; {advice}")
+
+
 def check_not_here(folder: str | Path) -> None:
     """Raise DataError if ``folder`` is or holds the working directory, which nothing can take the place of: see `atomic_folder`.
 
@@ -340,18 +343,18 @@ def check_not_here(folder: str | Path) -> None:
         )
 
 
-def check_holds_only(folder: Path, replacing: str, *, name: Path | None = None) -> None:
+def check_holds_only(
+    folder: Path, replacing: str, *, name: Path | None = None, advice: str = "choose a new folder"
+) -> None:
     """Raise DataError if ``folder`` holds a name that does not match the regular expression ``replacing``; see `atomic_folder`.
 
-    ``name`` is what the error calls the folder. Default: its path.
+    ``name`` is what the error calls the folder (default: its path), ``advice`` what it says to do.
     """
     if not folder.is_dir():
         return
     foreign = sorted(name for name in os.listdir(folder) if not re.fullmatch(replacing, name, re.DOTALL))
     if foreign:
-        raise DataError(
-            f"{name or folder} holds {foreign[0]}, which would be lost if it were replaced; choose a new folder"
-        )
+        raise DataError(f"{name or folder} holds {foreign[0]}, which would be lost if it were replaced; {advice}")
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -11,7 +11,6 @@ LoRA is better kept as peft keeps it (`save_peft`), which other programs read; t
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +21,14 @@ from torch import Tensor
 
 from anabranch.adapters.around import around_config, put_around, take_around
 from anabranch.adapters.base_digest import Digest, base_digest, is_same_base
+from anabranch.adapters.folder_files import NUMBERS, OWN, OWN_FORM, adapter_folder
 from anabranch.adapters.front import Front
 from anabranch.adapters.graft import check_decoder
 from anabranch.adapters.ladder import Ladder
 from anabranch.adapters.put_on import added_names, put_on, take_off
 from anabranch.config import Config, Field, configclass, from_dict, to_dict
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.files import atomic_folder, atomic_write_json, read_json
+from anabranch.files import atomic_write_json, read_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import FLOATS, SafetensorsFiles, some
@@ -36,9 +36,7 @@ from anabranch.nn import Linear
 
 __all__ = ["OWN", "OwnAdapter", "described_in", "is_own", "load_numbers", "read_own", "write_own"]
 
-OWN, NUMBERS = "adapter.json", "adapter.safetensors"
 FORMAT, SCHEMA = "anabranch-adapter", 1
-_REPLACED = rf"{re.escape(OWN)}|{re.escape(NUMBERS)}|prompt\.json"
 
 
 @configclass
@@ -108,8 +106,7 @@ class OwnAdapter:
         """As `write_own`."""
         for name, value in self.numbers.items():
             _check_finite(name, value, f"what would go to {folder}")
-        replaced = _REPLACED if is_own(folder) else ""
-        with atomic_folder(folder, replacing=replaced) as temporary:
+        with adapter_folder(folder, [OWN_FORM]) as temporary:
             atomic_write_json(temporary / OWN, dict(self.table))
             write_file(temporary / NUMBERS, {name: value.contiguous() for name, value in self.numbers.items()})
 
@@ -123,7 +120,8 @@ def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) ->
     """Write the layers beside the matrices of ``model``, all or nothing.
 
     Args:
-        folder: not there, empty, or with an adapter of this form and nothing else, which is replaced.
+        folder: not there, empty, or with an adapter of this form, whose settings and numbers are replaced; what people said of it stays,
+            see `anabranch.adapters.folder_files`.
         model: with layers.
         base: what the model was without, for the record.
 

@@ -7,7 +7,6 @@ Layers have the names that transformers gives them. Fields of the config that no
 """
 # Shapes: M virtual tokens, W numbers of each
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from anabranch.adapters.base_name import BASE
+from anabranch.adapters.folder_files import PEFT_FORM, adapter_folder
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.numbers import Numbers
 from anabranch.adapters.peft_config import TargetTable
@@ -26,15 +26,13 @@ from anabranch.adapters.peft_place import CONFIG, check_there
 from anabranch.adapters.peft_tables import VirtualTable, table_of
 from anabranch.adapters.stacked import Stack
 from anabranch.errors import CheckpointError, ConfigError
-from anabranch.files import atomic_folder, atomic_write_json, read_json
+from anabranch.files import atomic_write_json, read_json
 from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import some
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "described", "read_peft", "write_peft"]
 
 _PROMPT = "prompt_embeddings"
-# What may lie in a folder that another adapter takes the place of.
-_OURS = re.compile(rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|README\.md|prompt\.json|glider\.(json|safetensors)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +139,8 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
     """Write ``adapter`` as peft reads it, all or nothing.
 
     Args:
-        folder: the place: not there, empty, or with an adapter and nothing else, which is replaced.
+        folder: the place: not there, empty, or with an adapter of peft's, whose settings and numbers are replaced; what people said of it
+            (README.md, glider.json) stays, and gates of other numbers are set aside, see `anabranch.adapters.folder_files`.
         adapter: its table must say the ranks and scales that its pairs have, see `described`.
 
     Raises:
@@ -154,9 +153,7 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
     tensors = {f"{prefix}{name}": tensor for name, tensor in adapter.tensors().items()}
     for name, tensor in tensors.items():
         check_numbers(name, tensor, f"what would go to {folder}")
-    # A README.md alone is somebody's page, and no card of an adapter.
-    replaced = _OURS.pattern if (Path(folder) / CONFIG).exists() else ""
-    with atomic_folder(folder, replacing=replaced) as temporary:
+    with adapter_folder(folder, [PEFT_FORM]) as temporary:
         atomic_write_json(temporary / CONFIG, dict(adapter.table))
         write_file(temporary / WEIGHTS, tensors)
 

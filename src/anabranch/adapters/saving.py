@@ -42,7 +42,7 @@ def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) 
     """Write the adapter on ``model`` into a folder that peft reads; what its config said besides, known to us or not, is kept.
 
     Args:
-        folder: not there, empty, or with an adapter and nothing else, which is replaced.
+        folder: not there, empty, or with an adapter, as of `write_peft`.
         model: one that `load_peft` was given, or that was built or loaded with layers of one kind of adapter.
         family: the ``model_type`` whose names are written, where the model has its layers not from `load_peft`.
 

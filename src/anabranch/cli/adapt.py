@@ -135,6 +135,8 @@ def adapt(
     Example: anabranch adapt SmolLM2-135M rows.jsonl --out runs/mine && anabranch eval SmolLM2-135M --adapter runs/mine/adapter
     """
     require("lm", by="anabranch adapt")
+    from anabranch.adapters.adapt import AdaptTask
+    from anabranch.adapters.adapt.method import ADAPTER
     from anabranch.train import Trainer
 
     settings = {**_of_file(only_file(config_files)), **_under_task(read_assignments(assignments))}
@@ -154,6 +156,7 @@ def adapt(
     settings |= said
     make = _resumed if resume else _started
     config = make(out, model, data, method, settings, said)
+    AdaptTask.check_place(config.task, out / ADAPTER)
     first = int(os.environ.get("RANK", "0")) == 0
     progress = Progress(config.train.steps, "step", quiet=quiet or not first)
     with progress:

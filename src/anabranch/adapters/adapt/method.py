@@ -183,7 +183,7 @@ class Method(Part, family="adapter_method"):
         """Write the adapter as others use it. Default: a folder of our own, which `read_own` puts onto a model.
 
         Args:
-            folder: not there, empty, or with an adapter, which is replaced.
+            folder: not there or empty; whoever calls this puts what is made in the place of an earlier adapter, see `AdaptTask.write`.
             model: the adapted one.
             base: the model that was adapted, for the record.
         """

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from anabranch.adapters.folder_files import PROMPT_FILE
 from anabranch.data import Tokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import atomic_write_json, read_json
@@ -10,8 +11,6 @@ __all__ = ["CHAT", "PROMPT_FILE", "asked_ids", "check_template", "template_in", 
 
 # The template that is the model's own form of a chat.
 CHAT = "chat"
-# In an adapter's folder.
-PROMPT_FILE = "prompt.json"
 
 
 def check_template(template: str, name: str = "template") -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from anabranch.adapters.adapt.choices import Wrong, encoded_choices, likeliest, 
 from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.adapt.prompts import check_template, write_template
 from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows, spread_rows
+from anabranch.adapters.folder_files import check_writable, staged_adapter
 from anabranch.adapters.own_folder import load_numbers
 from anabranch.adapters.put_on import check_room
 from anabranch.adapters.tasks import numbers_of
@@ -28,9 +30,10 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Size, configclass, from_dict, to_dict
 from anabranch.data import Tokenizer
 from anabranch.errors import CheckpointError, ConfigError, DataError, InputError, TokenizerError
-from anabranch.files import atomic_write_json, read_json
+from anabranch.files import atomic_write_json, check_no_file, read_json
 from anabranch.lm.checkpoint import load_model, save_model
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.folder import check_replaceable
 from anabranch.lm.generate import evaluating
 from anabranch.lm.shards import write_file
 from anabranch.nn import Linear
@@ -449,14 +452,36 @@ class AdaptTask(Task, kind="adapt"):
                 )
         self.before = state["before"]
 
+    @staticmethod
+    def check_place(config: Config, folder: Path) -> None:
+        """Before the work: whether `write` may replace what lies at ``folder``.
+
+        Raises DataError for a file, the working directory and a folder that holds more than an adapter and what may lie beside one, and
+        CheckpointError where a model is written, and the folder holds anything but one that we saved.
+        """
+        if config.method.build().trains_base:
+            check_no_file(folder, advice="move it elsewhere")
+            check_replaceable(folder, advice="move it elsewhere")
+        else:
+            check_writable(folder)
+
     def write(self, folder: Path) -> Written:
-        """Write the adapter as others use it, see `Method.write`; the whole model where parameters of the base have learned."""
+        """Write the adapter as others use it, see `Method.write`; the whole model where parameters of the base have learned.
+
+        Args:
+            folder: not there, empty, or with an adapter, in either form, which is replaced at once; what people said of it stays, gates of
+                other numbers are set aside, see `anabranch.adapters.folder_files`.
+
+        Raises as `Method.write` and, for what lies there, as `check_place`.
+        """
         if self.method.trains_base:
             save_model(folder, self.base, self.tokenizer)
             return Written(folder, "model", "parameters of the base have learned, so this is a model of its own")
-        written = self.method.write(folder, self.base, self.config.model)
-        write_template(written.folder, self.config.template)
-        return written
+        # A method may write in several steps, none of which anybody is to see alone.
+        with staged_adapter(folder) as place:
+            written = self.method.write(place, self.base, self.config.model)
+            write_template(place, self.config.template)
+        return replace(written, folder=folder)
 
 
 def _layers_in(checkpoint: Path | None) -> dict[str, Linear.Config] | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from anabranch.adapters.base_name import how_vague, is_one_base
+from anabranch.adapters.folder_files import CARD, GATES
 from anabranch.adapters.glider.vectors import check_gates
 from anabranch.adapters.peft_place import CONFIG, check_there
 from anabranch.bounds import shown
@@ -24,7 +25,6 @@ __all__ = ["Described", "describe_expert", "expert_folders", "read_described", "
 
 log = logging.getLogger(__name__)
 
-CARD, GATES = "glider.json", "glider.safetensors"
 # Of the trainer of transformers.
 _STEP = re.compile(r"checkpoint-\d+")
 
