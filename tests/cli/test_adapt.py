@@ -216,6 +216,33 @@ def test_a_task_of_an_inventory_leaves_it_as_plain_lora(here, base, routed):
     )
 
 
+def test_what_is_made_of_an_adapter_is_asked_as_it_learned(here, base, tmp_path):
+    """An export, a merge and a pool of adapters that say the same."""
+    from anabranch.adapters.adapt.prompts import template_in
+
+    form = ["--set=task.template=Q: {prompt} A:", "--steps", 1]
+    for name, method in (("one", []), ("two", []), ("routed", ["--method", "mhr"])):
+        adapted(here, base / "base", base / "rows.jsonl", "--out", tmp_path / name, *method, *form)
+    one, two, routed = (tmp_path / name / "adapter" for name in ("one", "two", "routed"))
+    lines = {
+        "of-one": ("export", base / "base", one, two),
+        "of-task": ("export", base / "base", routed, "--task", "one"),
+        "merged": ("merge", one, two, "--method", "linear"),
+    }
+    for name, line in lines.items():
+        code, _, err = here("adapters", *line, "--out", tmp_path / name)
+        assert code == 0, err
+        assert template_in(tmp_path / name) == "Q: {prompt} A:", name
+    measured = []
+    for adapter, more in ((tmp_path / "of-one", []), (tmp_path / "of-one", ["--template", "Q: {prompt} A:"])):
+        code, out, err = here(
+            "adapters", "eval", base / "base", adapter, "--data", base / "rows.jsonl", "--json", *more
+        )
+        assert code == 0, err
+        measured.append(json.loads(out)["nats_per_token"])
+    assert measured[0] == measured[1]
+
+
 def test_generate_with_an_adapter(here, base, routed):
     """The same tokens as the library makes of the model with that adapter on it, of each task; and in a plan of memory."""
     from anabranch.adapters.own_folder import read_own

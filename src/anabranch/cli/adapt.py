@@ -156,7 +156,8 @@ def adapt(
     settings |= said
     make = _resumed if resume else _started
     config = make(out, model, data, method, settings, said)
-    AdaptTask.check_place(config.task, out / ADAPTER)
+    task: Any = config.task
+    AdaptTask.check_place(task, out / ADAPTER)
     first = int(os.environ.get("RANK", "0")) == 0
     progress = Progress(config.train.steps, "step", quiet=quiet or not first)
     with progress:
@@ -345,7 +346,7 @@ def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json:
         told |= {"adapter": str(written.folder), "form": written.form}
         if routing := task.routing():
             told["routing"] = routing
-        told["template"] = task.config.template
+        told["template"] = task.template
         note = written.note
         _save_report(out / REPORT, told)
     if as_json:
@@ -371,7 +372,7 @@ def _form_of(task: Any) -> str:
     """How what was learned is asked, in words."""
     from anabranch.adapters.adapt.prompts import CHAT
 
-    template = task.config.template
+    template = task.template
     if template == CHAT:
         return "the model's own form of a chat, as chat and /v1/chat/completions write it"
     form = f"{json.dumps(template, ensure_ascii=False)}, which generate and /v1/completions are to be given"

@@ -1,16 +1,17 @@
 """What is written around prompts: the same tokens in training, in measurements and where the model is asked."""
 
 import json
+import shutil
 
 import pytest
 
 from anabranch.adapters.adapt import measure_rows, read_rows
-from anabranch.adapters.adapt.prompts import asked_ids, template_in, write_template
+from anabranch.adapters.adapt.prompts import asked_ids, common_template, template_in, write_template
 from anabranch.data import ByteTokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm import load_model
 from anabranch.train import Trainer
-from every_method import make_place, run_of
+from every_method import FOLDERS, make_place, name_of, run_of
 
 BYTES = ByteTokenizer.Config().build()
 
@@ -53,6 +54,46 @@ def test_a_note_is_replaced_with_its_adapter(place, tmp_path, case):
         assert template_in(trainer.task.write(tmp_path / "adapter").folder) == "{prompt}\n"
 
 
+def noted(place, name, template, out):
+    """A copy of an adapter with such a note."""
+    shutil.copytree(place / name, out / name)
+    if template is not None:
+        write_template(out / name, template)
+    return out / name
+
+
+@pytest.mark.parametrize("case", ["gate from adapter", "lora_mixer from adapters", "mhr from full", "poly from mu"])
+def test_what_begins_from_adapters_writes_prompts_as_they_learned_them(place, tmp_path, case):
+    """If all of them say the same, and nobody another thing."""
+    names = sorted(
+        {name for told in FOLDERS[name_of(case)].values() for name in ([told] if isinstance(told, str) else told)}
+    )
+    for name in ("base", "rows.jsonl"):
+        (tmp_path / name).symlink_to(place / name)
+    for name in names:
+        noted(place, name, "Q: {prompt} A:", tmp_path)
+    run = run_of(case, tmp_path, steps=1)
+    assert run.task.build().template == "Q: {prompt} A:"
+    assert run.task.replace(template="chat").build().template == "chat"
+    trainer = Trainer(run, tmp_path / "run")
+    trainer.fit()
+    assert template_in(trainer.task.write(tmp_path / "adapter").folder) == "Q: {prompt} A:"
+    (tmp_path / names[0] / "prompt.json").unlink()
+    assert run.task.build().template == "{prompt}\n"
+
+
+def test_several_adapters_have_a_form_in_common_or_none(place, tmp_path):
+    one = noted(place, "law", "chat", tmp_path)
+    assert common_template([one]) == "chat"
+    assert common_template([]) is None
+    other = noted(place, "sql", None, tmp_path)
+    assert common_template([one, other]) is None
+    write_template(other, "chat")
+    assert common_template([one, other]) == "chat"
+    write_template(other, "{prompt}")
+    assert common_template([one, other]) is None
+
+
 def test_measured_rows_are_asked_in_the_form_that_is_said(place):
     model, tokenizer = load_model(place / "base")
     rows = read_rows(place / "rows.jsonl")[:4]
@@ -70,7 +111,7 @@ def test_what_is_no_template(place, tmp_path):
     ):
         run_of("lora", place).task.replace(template="x")
     assert template_in(tmp_path) is None
-    for bad in ("[]", '{"template": 3}', "{}"):
+    for bad in ("[]", '{"template": 3}', "{}", '{"template": ""}', '{"template": "Chat"}', '{"template": "{prompt"}'):
         (tmp_path / "prompt.json").write_text(bad)
         with pytest.raises(CheckpointError, match=r"prompt\.json"):
             template_in(tmp_path)

@@ -101,6 +101,8 @@ def test_tasks_keep_something_to_learn_and_questions_stand_on_one_side(drawn, sh
     kept, out = parted(rows, share)
     assert {row.task for row in kept} == {row.task for row in rows}
     assert not {row.prompt for row in kept} & {row.prompt for row in out}
+    again = parted(rows[::-1], share)[1]
+    assert sorted(row.prompt for row in again) == sorted(row.prompt for row in out)
     prompts = {task: {row.prompt for row in rows if row.task == task} for task in "abc"}
     can_spare = any(all({prompt} != theirs for theirs in prompts.values()) for prompt in {row.prompt for row in rows})
     assert bool(out) == can_spare
@@ -164,6 +166,11 @@ def test_half_a_character_is_told_where_it_stands(tmp_path, name):
     row = {"task": "t", "input": "x", "output": "y"} | {name: "a\ud800"}
     with pytest.raises(DataError, match=r"line 2: a text holds half of a character \(.ud800\)"):
         read_rows(written(tmp_path, {"task": "t", "input": "x \U0001f600", "output": "y"}, row))
+
+
+def test_what_nobody_reads_may_be_anything(tmp_path):
+    row = {"task": "t", "input": "x", "output": "y", "meta": {"source": "\ud800"}}
+    assert len(read_rows(written(tmp_path, row))) == 1
 
 
 def test_the_first_answer_that_is_not_empty(tmp_path):

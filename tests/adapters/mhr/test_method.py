@@ -149,6 +149,7 @@ def test_what_is_asked_of_skills_that_were_trained_before(place, tmp_path):
     for wrong, told in (
         ({"rank": 3}, "rank is 3, and the skills in .* have 2; leave it out"),
         ({"granularity": "coarsegrained"}, "granularity is 'coarsegrained', and the skills in .* have 'finegrained'"),
+        ({"targets": ("*.attention.*", "up")}, r"targets are \*\.attention\.\*, up, and the skills"),
         ({"targets": ("up",)}, r"targets are up, and the skills in .* stand beside \*\.attention\.\*"),
     ):
         with pytest.raises(ConfigError, match=told):

@@ -119,11 +119,16 @@ class Method(Part, family="adapter_method"):
         """What of `folders` `go_on` reads again, by content: a run goes on from the same alone. Default: all, where `go_on` is `begin`."""
         if type(self).go_on is not Method.go_on:
             return {}
+        return {name: digest_of_folders(told) for name, told in self._folders().items()}
+
+    def begins_from(self) -> list[str]:
+        """The folders of adapters that a new run begins from, of all `folders`."""
+        return [folder for told in self._folders().values() for folder in told]
+
+    def _folders(self) -> dict[str, list[str]]:
         named = {name: getattr(self.config, name) for name in self.folders}
         return {
-            name: digest_of_folders([told] if isinstance(told, str) else told)
-            for name, told in named.items()
-            if told is not None
+            name: [told] if isinstance(told, str) else list(told) for name, told in named.items() if told is not None
         }
 
     def look(self, model: Decoder, losses: Iterable[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """What is written around a prompt: while an adapter learns, and by whoever asks it afterwards."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from anabranch.adapters.folder_files import PROMPT_FILE
@@ -7,10 +8,21 @@ from anabranch.data import Tokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import atomic_write_json, read_json
 
-__all__ = ["CHAT", "PROMPT_FILE", "asked_ids", "check_template", "template_in", "write_template"]
+__all__ = [
+    "CHAT",
+    "DEFAULT",
+    "PROMPT_FILE",
+    "asked_ids",
+    "check_template",
+    "common_template",
+    "template_in",
+    "write_template",
+]
 
 # The template that is the model's own form of a chat.
 CHAT = "chat"
+# Where nobody says another.
+DEFAULT = "{prompt}\n"
 
 
 def check_template(template: str, name: str = "template") -> None:
@@ -43,4 +55,14 @@ def template_in(folder: str | Path) -> str | None:
     template = said.get("template") if isinstance(said, dict) else None
     if not isinstance(template, str):
         raise CheckpointError(f'{path} must be {{"template": TEXT}}; remove it, or mend it')
+    try:
+        check_template(template)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}; remove it, or mend it") from None
     return template
+
+
+def common_template(folders: Iterable[str | Path]) -> str | None:
+    """What the notes of several adapters say alike; None where one says nothing, or another thing."""
+    found = {template_in(folder) for folder in folders}
+    return found.pop() if len(found) == 1 else None

@@ -108,10 +108,6 @@ def _row(line: str, where: str, needs_task: bool) -> Row:
         table = parse_json(line)
     except ValueError as error:
         raise DataError(f"{where}: this is no JSON ({error}); the file is to be JSON lines, one object each") from None
-    if lone := _LONE.search(json.dumps(table, ensure_ascii=False)):
-        raise DataError(
-            f"{where}: a text holds half of a character (\\u{ord(lone[0]):04x}), which stands for nothing alone; write the whole pair"
-        )
     if not isinstance(table, dict):
         raise DataError(
             f'{where}: {shown_json(table)} is no object; write {{"task": ..., "input": ..., "output": ...}}'
@@ -128,7 +124,12 @@ def _row(line: str, where: str, needs_task: bool) -> Row:
         raise DataError(f"{where}: the row names no task, by which this method routes; give each row a task")
     others = tuple(dict.fromkeys(one for one in _texts_of(table) if one != answers[0]))
     wrong = tuple(one for one in _choices(table, where) if one != answers[0] and one not in others)
-    return Row(task, prompt, answers[0], _text(table, "split", where).lower(), where, others, wrong)
+    row = Row(task, prompt, answers[0], _text(table, "split", where).lower(), where, others, wrong)
+    if lone := _LONE.search("\n".join((task, prompt, row.answer, row.split, *others, *wrong))):
+        raise DataError(
+            f"{where}: a text holds half of a character (\\u{ord(lone[0]):04x}), which stands for nothing alone; write the whole pair"
+        )
+    return row
 
 
 def _choices(table: dict[str, Any], where: str) -> list[str]:
@@ -200,9 +201,8 @@ def _held_out(rows: Sequence[Row], share: float) -> set[str]:
         prompts_of.setdefault(row.task, set()).add(row.prompt)
     order = sorted({row.prompt for row in rows}, key=_place)
     held = {prompt for prompt in order if _place(prompt) < share}
-    for prompts in prompts_of.values():
-        if prompts <= held:
-            held.discard(max(prompts, key=_place))
+    # Of all tasks at once: what is held out does not follow from their order.
+    held -= {max(prompts, key=_place) for prompts in prompts_of.values() if prompts <= held}
     if share and not held:
         spare = (prompt for prompt in order if not any(prompts == {prompt} for prompts in prompts_of.values()))
         held.update(itertools.islice(spare, 1))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from anabranch.adapters.adapt.answers import IGNORED, Answers, batch_of, joined, mean_of_rows
 from anabranch.adapters.adapt.choices import Wrong, encoded_choices, likeliest, wrong_choices
 from anabranch.adapters.adapt.method import Method, Written
-from anabranch.adapters.adapt.prompts import check_template, write_template
+from anabranch.adapters.adapt.prompts import DEFAULT, check_template, common_template, write_template
 from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows, spread_rows
 from anabranch.adapters.folder_files import check_writable, staged_adapter
 from anabranch.adapters.own_folder import load_numbers
@@ -74,6 +74,7 @@ class AdaptTask(Task, kind="adapt"):
         names: of the tasks, sorted; their numbers are their places.
         most_tokens: of a row: ``sequence_length``, or the model's positions where those are fewer.
         num_cut: rows that were longer.
+        template: what is written around prompts.
         num_learning: numbers that learn at any time of the training, once the model is built.
 
     Raises DataError for rows that are none, ConfigError for a method that does not fit the model, TokenizerError for a model without
@@ -96,7 +97,8 @@ class AdaptTask(Task, kind="adapt"):
             method: how.
             sequence_length: tokens of a row, at most.
             template: what is written around a prompt, ``{prompt}``; or ``chat``, the base's own form of a chat with the prompt as what a
-                user says: what `anabranch chat` and a server's chats give the model.
+                user says: what `anabranch chat` and a server's chats give the model. None for what the adapters learned that the method
+                begins from, else the prompt and a new line.
             held_out: share of each task's rows that is held out where they do not say; 0 for none.
             label_smoothing: weight of the uniform distribution in what is learned.
             unlikelihood: factor of the loss that makes wrong choices of a row unlikely, see `choices`; T-Few's is 1.
@@ -112,7 +114,7 @@ class AdaptTask(Task, kind="adapt"):
         evaluation: str | None = None
         method: Method.Config
         sequence_length: Size = Field(default=512, ge=2)
-        template: str = "{prompt}\n"
+        template: str | None = None
         held_out: float = Field(default=0.1, ge=0, lt=1)
         label_smoothing: float = Field(default=0.0, ge=0, lt=1)
         unlikelihood: float = Field(default=0.0, ge=0)
@@ -123,7 +125,8 @@ class AdaptTask(Task, kind="adapt"):
         double_quantize: bool = True
 
         def __post_init__(self) -> None:
-            check_template(self.template)
+            if self.template is not None:
+                check_template(self.template)
 
         @property
         def learns_choices(self) -> bool:
@@ -135,6 +138,7 @@ class AdaptTask(Task, kind="adapt"):
     def __init__(self, config: Config, *, model: Decoder | None = None, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, model=model)
         self.method: Method = config.method.build()
+        self.template = config.template or common_template(self.method.begins_from()) or DEFAULT
         learned, held_out = self._rows()
         self.names = tuple(sorted({row.task for row in learned}))
         self._digest = digest_of([*learned, *held_out])
@@ -193,7 +197,7 @@ class AdaptTask(Task, kind="adapt"):
                 numbers += numbers_of([row.task], self.names, "error" if self.method.needs_task else "average")
             except InputError as error:
                 raise DataError(f"{row.where}: {error}") from None
-        return encoded(rows, numbers, self.tokenizer, self.config.template, self.most_tokens)
+        return encoded(rows, numbers, self.tokenizer, self.template, self.most_tokens)
 
     def _choices(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
         """The tensors of the wrong choices of ``rows``; none where nothing is learned of them."""
@@ -480,7 +484,7 @@ class AdaptTask(Task, kind="adapt"):
         # A method may write in several steps, none of which anybody is to see alone.
         with staged_adapter(folder) as place:
             written = self.method.write(place, self.base, self.config.model)
-            write_template(place, self.config.template)
+            write_template(place, self.template)
         return replace(written, folder=folder)
 
 

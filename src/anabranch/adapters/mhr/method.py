@@ -142,16 +142,17 @@ class Poly(Method, kind="poly"):
 
 def _check_sizes(model: Decoder, asked: Mapping[str, Any], start: str) -> None:
     """Raise ConfigError where sizes or targets are ``asked`` for that the layers of ``start`` have not."""
-    for pattern, kind in model.config.linears.items():
+    for kind in model.config.linears.values():
         for name in _SIZES:
             if name in asked and asked[name] != getattr(kind, name, asked[name]):
                 raise ConfigError(
                     f"{name} is {asked[name]!r}, and the skills in {start} have {getattr(kind, name)!r}; leave it out"
                 )
-        if "targets" in asked and pattern not in patterns_of_targets(asked["targets"]):
-            raise ConfigError(
-                f"targets are {', '.join(asked['targets'])}, and the skills in {start} stand beside {pattern}; leave them out"
-            )
+    there = list(model.config.linears)
+    if "targets" in asked and set(patterns_of_targets(asked["targets"])) != set(there):
+        raise ConfigError(
+            f"targets are {', '.join(asked['targets'])}, and the skills in {start} stand beside {', '.join(there)}; leave them out"
+        )
 
 
 class Mhr(Poly, kind="mhr"):

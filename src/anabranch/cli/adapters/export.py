@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.adapters.merge import read_weights
-from anabranch.cli.adapters.placing import check_no_adapter, passes_of, template_of
+from anabranch.cli.adapters.placing import check_no_adapter, note_template, passes_of, template_of
 from anabranch.cli.options import FLAG, AsJson, Device, Dtype, Quiet, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
 from anabranch.errors import ConfigError, DataError
@@ -111,9 +111,11 @@ def export(
         rows = None if data is None else _rows_of(base, tokenizer, data, task, folders[0])
         told |= export_task(out, base, folders[0], task, is_average=average, rows=rows)
         made = read_peft(out)
+        note_template(out, folders)
     elif folders:
         done = export_mixture(out, base, dict(zip(folders, numbers, strict=True)), rank=rank)
         made = done.made.adapter
+        note_template(out, folders)
         told |= {"error": done.made.error, "difference": done.difference, "greatest_logit": done.greatest}
     else:
         save_peft(out, base)

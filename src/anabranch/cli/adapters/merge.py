@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from anabranch.bounds import MOST_SEED
-from anabranch.cli.adapters.placing import check_no_adapter
+from anabranch.cli.adapters.placing import check_no_adapter, note_template
 from anabranch.cli.option_sets import OptionSet, takes_sets
 from anabranch.cli.options import AsJson, Quiet, load
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
@@ -156,6 +156,7 @@ def merge(
         numbers = list(found.weights)
     made = combine(parts, numbers, method, **options)
     write_peft(out, made.adapter)
+    note_template(out, adapters)
     num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
     ranks = sorted({pair.rank for pair in made.adapter.pairs.values()})
     if as_json:
@@ -219,6 +220,7 @@ def _average(
         own = next(folder for folder in adapters if is_own(folder))
         raise ConfigError(f"{own} is in anabranch's own form and {others[0]} is not; a mean is of adapters of one form")
     made = average_own(adapters, weights, out)
+    note_template(out, adapters)
     num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
     if as_json:
         print_json(

@@ -109,12 +109,20 @@ def passes_of(
 
 
 def template_of(said: str | None, adapter: str | None) -> str:
-    """What is written around prompts: what a user said (``\\n`` is a new line), what the adapter learned, or what `adapt` takes."""
-    from anabranch.adapters.adapt import AdaptTask
-    from anabranch.adapters.adapt.prompts import check_template, template_in
+    """What is written around prompts: what a user said (``\\n`` is a new line), what the adapter learned (of a pool: all of them), or what
+    `adapt` takes."""
+    from anabranch.adapters.adapt.prompts import DEFAULT, check_template, common_template
+    from anabranch.serving.engine.adapter_place import folder_of
 
     if said is not None:
         check_template(said, "--template")
         return said.replace("\\n", "\n")
-    noted = None if adapter is None else template_in(adapter)
-    return noted or str(AdaptTask.Config.__dataclass_fields__["template"].default)
+    return (None if adapter is None else common_template(folder_of(adapter, None).places)) or DEFAULT
+
+
+def note_template(out: str, adapters: Sequence[str]) -> None:
+    """Note beside an adapter that was made of others how the prompts of these were written, where all note the same."""
+    from anabranch.adapters.adapt.prompts import common_template, write_template
+
+    if (template := common_template(adapters)) is not None:
+        write_template(Path(out), template)
