@@ -305,6 +305,41 @@ CALLS = {
         ),
         "row 1 has weight inf",
     ),
+    **{
+        f"a row that is {row!r}": (
+            lambda place, model, row=row: rows_for(
+                own(model, lambda m: load_pool({"a": place / "a"}, m)), [None, row], 6
+            ),
+            message,
+        )
+        for row, message in {
+            5: "row 1 is 5; it must be the name of an adapter, a mapping of names to weights, or None",
+            False: "row 1 is False; it must be the name of an adapter",
+            (("a", 1),): "row 1 is (('a', 1),); it must be the name of an adapter",
+        }.items()
+    },
+    **{
+        f"a weight that is {weight!r}": (
+            lambda place, model, weight=weight: rows_for(
+                own(model, lambda m: load_pool({"a": place / "a"}, m)), [None, {"a": weight}], 6
+            ),
+            message,
+        )
+        for weight, message in {
+            "1": "row 1 has weight '1' for adapter 'a'; it must be a number",
+            None: "row 1 has weight None for adapter 'a'; it must be a number",
+            True: "row 1 has weight True for adapter 'a'; it must be a number",
+            10**400: "row 1 has weight inf for adapter 'a'",
+        }.items()
+    },
+    "a name that is none": (
+        lambda place, model: rows_for(own(model, lambda m: load_pool({"a": place / "a"}, m)), [{5: 1.0}], 6),
+        "adapter 5 is not on the model; there are 'a'",
+    ),
+    "adapters by numbers that are not whole": (
+        lambda place, model: chosen_rows(torch.zeros(2), 6),
+        "index has type torch.float32; it must be int64",
+    ),
     "rows of another batch": (
         lambda place, model: run(own(model, lambda m: load_pool({"a": place / "a"}, m)), ["a", None, "a"]),
         "chosen for 18 tokens of a pass of 12",

@@ -41,6 +41,12 @@ def test_one_adapter_computes_what_the_mixture_does(place, model, tmp_path):
     assert ranks == {"q_proj": 4, "v_proj": 7, "down_proj": 11}
 
 
+def test_whole_numbers_as_weights_are_the_mixture_that_is_written(place, model, tmp_path):
+    """The scale of b is no whole number."""
+    done = export_mixture(tmp_path / "sum", model, {place / "a": 1, place / "b": 2})
+    assert done.difference < 1e-4 < done.greatest
+
+
 def test_what_a_lower_rank_lacks_is_told(place, model, tmp_path):
     done = export_mixture(tmp_path / "sum", model, {place / "a": 1.0, place / "b": 1.0}, rank=5)
     assert done.made.error == done.made.cut_off > 0.05

@@ -111,6 +111,17 @@ def test_a_new_pool_adds_nothing_and_learning_leaves_what_is_beyond_a_rank_at_ze
     assert not pool.b[0, :, 2:].any()
 
 
+@pytest.mark.parametrize("backend", TORCH)
+@pytest.mark.parametrize("weight", [torch.tensor([[1, 2], [0, -3]]), torch.tensor([[True, True], [True, False]])])
+def test_whole_numbers_as_weights_round_no_scale(backend, weight):
+    pool = make([8, 4], 8, 8, torch.float32, alphas=[12.0, 2.0], backend=backend)
+    index, x = torch.tensor([[0, 1], [1, 0]]), torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, wanted = (pool(x, Routing(index, each, torch.zeros(2, 2))) for each in (weight, weight.float()))
+    assert wanted.any()
+    torch.testing.assert_close(found, wanted)
+
+
 def test_pairs_go_in_and_come_out():
     pairs = [
         Pair(torch.randn(rank, 6), torch.randn(5, rank), alpha, rslora)

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,25 @@ def test_a_mixture_is_the_sum(place, tmp_path):
     found = run(pooled(place), [{"a": 0.5, "c": -0.25}, "b"])
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1], alone(place, "b")[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("one", [1, 1.0, np.float32(1), np.int64(1)])
+def test_a_weight_is_what_it_says_whatever_kind_of_number_it_is(place, one):
+    """Scales are 2, 16 / sqrt 7 and -1.5: as whole numbers they would be others."""
+    model = pooled(place)
+    for name in "abc":
+        torch.testing.assert_close(run(model, [{name: one}] * 2), run(model, [name] * 2), rtol=1e-5, atol=1e-5)
+    for rows in ([{"a": one, "b": one}] * 2, [{"a": 2 * one, "b": -one}, {"b": one, "c": one}], [{"c": one}, {}]):
+        as_floats = [{name: float(weight) for name, weight in row.items()} for row in rows]
+        torch.testing.assert_close(run(model, rows), run(model, as_floats), rtol=1e-5, atol=1e-5)
+
+
+def test_whole_numbers_that_the_caller_chose_with_are_floats(place):
+    model, index = pooled(place), torch.tensor([[0, 1], [2, -1]])
+    for weight in (torch.tensor([[2, 1], [1, 0]]), torch.tensor([[True, True], [True, False]])):
+        with torch.no_grad():
+            found, wanted = (model(TOKENS, state=chosen_rows(index, 6, each)) for each in (weight, weight.float()))
+        torch.testing.assert_close(found.logits_BLV, wanted.logits_BLV, rtol=1e-5, atol=1e-5)
 
 
 def test_with_a_cache_and_over_other_paths(place):

@@ -207,11 +207,12 @@ class LowRankPool(nn.Module):
 
 
 def scales_of(scales: tuple[float, ...], routing: Routing) -> Tensor:
-    """scale_NK of each choice; one that names nobody has some scale, and weight 0."""
+    """scale_NK of each choice, floats also where weights are whole numbers; one that names nobody has some scale, and weight 0."""
     like = routing.weight_NK
+    dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
     if torch.compiler.is_compiling() or like.device.type != "cpu":
-        return like.new_tensor(scales)[routing.index_NK.clamp_min(0)]
-    return _scale_row(scales, like.dtype)[routing.index_NK.clamp_min(0)]
+        return like.new_tensor(scales, dtype=dtype)[routing.index_NK.clamp_min(0)]
+    return _scale_row(scales, dtype)[routing.index_NK.clamp_min(0)]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,6 +1,8 @@
 """`load_pool`: several adapters on one model, of which each row of a batch uses those that `rows_for` says."""
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from anabranch.adapters.peft_folder import Adapter, read_peft
 from anabranch.adapters.routed import RoutedLowRank, chosen_rows
 from anabranch.adapters.stacked import Stack
 from anabranch.adapters.whole import with_parted_head
+from anabranch.bounds import shown
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 
@@ -86,23 +89,46 @@ def rows_for(model: Decoder, rows: Sequence[str | Mapping[str, float] | None], l
         rows: for each row a name, names with weights (a mixture), or None for the base.
         length: L of the pass.
 
-    Raises ConfigError for a name that there is not, a model without a pool, and a weight that is not finite, be it only once it is
-    multiplied by the scale of its adapter: what is not finite in one row can end the pass of all.
+    Raises ConfigError for a row that is none of these, a name that there is not, a model without a pool, and a weight that is no number or
+    not finite, be it only once it is multiplied by the scale of its adapter: what is not finite in one row can end the pass of all.
     """
     attached = attached_on(model)
     if not attached.is_pool:
         raise ConfigError("the model has an adapter of load_peft, which all rows get; load_pool lets them choose")
     known = list(attached.adapters)
-    told = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
+    told = [_weights_of(number, row) for number, row in enumerate(rows)]
     unknown = [name for row in told for name in row if name not in known]
     if unknown:
-        raise ConfigError(f"adapter {unknown[0]!r} is not on the model; there are {', '.join(map(repr, known))}")
+        raise ConfigError(f"adapter {shown(unknown[0])} is not on the model; there are {', '.join(map(repr, known))}")
     _check_weights(attached.adapters, told)
     most = max([1, *map(len, told)])
-    index_BK = torch.tensor([[*map(known.index, row), *[-1] * (most - len(row))] for row in told]).view(-1, most)
+    index = [[*map(known.index, row), *[-1] * (most - len(row))] for row in told]
+    index_BK = torch.tensor(index, dtype=torch.int64).view(-1, most)
     weight_BK = torch.tensor([[*row.values(), *[0.0] * (most - len(row))] for row in told]).view(-1, most)
     device = model.embedding.weight.device
     return chosen_rows(index_BK.to(device), length, weight_BK.to(device))
+
+
+def _weights_of(number: int, row: Any) -> dict[str, float]:
+    """Names with weights, floats all of them, of what ``row`` of this number says. Raises ConfigError for what says none."""
+    if row is None or isinstance(row, str):
+        return {} if row is None else {row: 1.0}
+    if not isinstance(row, Mapping):
+        raise ConfigError(
+            f"row {number} is {shown(row)}; it must be the name of an adapter, a mapping of names to weights, or None for the base"
+        )
+    for name, weight in row.items():
+        if not isinstance(weight, Real) or isinstance(weight, bool):
+            raise ConfigError(f"row {number} has weight {shown(weight)} for adapter {shown(name)}; it must be a number")
+    return {name: _float(weight) for name, weight in row.items()}
+
+
+def _float(weight: Real) -> float:
+    """The nearest float; infinity for a whole number that has none."""
+    try:
+        return float(weight)
+    except OverflowError:
+        return math.copysign(math.inf, weight)
 
 
 def _check_weights(adapters: Mapping[str, Adapter], told: Sequence[Mapping[str, float]]) -> None:

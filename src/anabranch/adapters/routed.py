@@ -36,13 +36,16 @@ def chosen_rows(index_BK: Tensor, length: int, weight_BK: Tensor | None = None) 
     Args:
         index_BK: int64 ``[B]`` or ``[B, K]``, the adapters of each row; -1 for none.
         length: L of the pass.
-        weight_BK: what each is multiplied by; 1 if None.
+        weight_BK: what each is multiplied by; 1 if None. Whole numbers count as the floats that they are.
 
-    Raises InputError for shapes that do not fit.
+    Raises InputError for shapes that do not fit, and for an index that is no whole number.
     """
+    if index_BK.is_floating_point() or index_BK.dtype == torch.bool:
+        raise InputError(f"index has type {index_BK.dtype}; it must be int64, the numbers of adapters")
     index_BK = index_BK.unsqueeze(-1) if index_BK.dim() == 1 else index_BK
     weight_BK = torch.ones(index_BK.shape, device=index_BK.device) if weight_BK is None else weight_BK
     weight_BK = weight_BK.unsqueeze(-1) if weight_BK.dim() == 1 else weight_BK
+    weight_BK = weight_BK if weight_BK.is_floating_point() else weight_BK.to(torch.get_default_dtype())
     if index_BK.dim() != 2 or weight_BK.shape != index_BK.shape:
         raise InputError(
             f"index has shape {list(index_BK.shape)} and weight {list(weight_BK.shape)}; both must be [rows] or [rows, choices]"
