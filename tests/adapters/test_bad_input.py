@@ -329,9 +329,12 @@ CALLS = {
             "1": "row 1 has weight '1' for adapter 'a'; it must be a number",
             None: "row 1 has weight None for adapter 'a'; it must be a number",
             True: "row 1 has weight True for adapter 'a'; it must be a number",
-            10**400: "row 1 has weight inf for adapter 'a'",
         }.items()
     },
+    "a whole number that no float holds": (
+        lambda place, model: rows_for(own(model, lambda m: load_pool({"a": place / "a"}, m)), [{"a": -(10**400)}], 6),
+        "row 0 has weight -inf for adapter 'a'",
+    ),
     "a name that is none": (
         lambda place, model: rows_for(own(model, lambda m: load_pool({"a": place / "a"}, m)), [{5: 1.0}], 6),
         "adapter 5 is not on the model; there are 'a'",

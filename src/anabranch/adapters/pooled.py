@@ -128,7 +128,7 @@ def _float(weight: Real) -> float:
     try:
         return float(weight)
     except OverflowError:
-        return math.copysign(math.inf, weight)
+        return math.inf if weight > 0 else -math.inf
 
 
 def _check_weights(adapters: Mapping[str, Adapter], told: Sequence[Mapping[str, float]]) -> None:
