@@ -73,7 +73,9 @@ class OffloadedLowRank(OffloadedPool):
         can, has_kernel = can_segment(x_NC, weight_NK, a_SQC, b_SOQ), can_add(x_NC, a_SQC, b_SOQ)
         is_compiled = can and not torch.is_grad_enabled() and has_kernel
         if self.num_experts <= len(a_SQC) and is_mostly_used(routing, is_compiled=is_compiled):
-            return self._side_by_side(x_NC, routing)
+            made_NO = self._side_by_side(x_NC, routing)
+            if made_NO is not None:
+                return made_NO
         if not can:
             return super().forward(x_NC, routing, weight_on=weight_on, context=context)
         kind = torch.float32 if has_kernel else x_NC.dtype
@@ -112,9 +114,9 @@ class OffloadedLowRank(OffloadedPool):
                 a_QC, b_OQ = (stack[slot] for stack in self._slots())
                 add_adapter(y_NO, x_NC, plan, routing.weight_NK, expert, a_QC, b_OQ, self.ranks[expert])
 
-    def _side_by_side(self, x_NC: Tensor, routing: Routing) -> Tensor:
-        """All at once, which takes a copy of them in order."""
-        everybody, y_NO = list(range(self.num_experts)), x_NC
+    def _side_by_side(self, x_NC: Tensor, routing: Routing) -> Tensor | None:
+        """All at once, which takes a copy of them in order; None as of `side_by_side`."""
+        everybody, y_NO = list(range(self.num_experts)), None
         for slot_of in self._chunks(everybody, routing):
             a_EQC, b_EOQ = (stack[[slot_of[expert] for expert in everybody]] for stack in self._slots())
             y_NO = side_by_side(x_NC, routing, routing.weight_NK, a_EQC, b_EOQ)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from anabranch.adapters.low_rank import Pair, draw_a, scale_of
 from anabranch.adapters.segmented import add_segmented, can_add_segmented, can_segment, segmented
 from anabranch.adapters.side_by_side import is_mostly_used, side_by_side
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, InputError
 from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.grouped import expert_mlp
 from anabranch.nn.kernels.low_rank import can_add
@@ -162,7 +162,9 @@ class LowRankPool(nn.Module):
         """y_NO: what each item's adapters add, weighted and summed; zero for an item that has none.
 
         Called as an `ExpertPool` is. There is nothing between the two matrices, so that it is the same where weights act. ``plan`` is that
-        of the routing, where it was made before.
+        of the routing, where it was made before. A negative index names nobody, as -1.
+
+        Raises InputError for an adapter that there is not, on a CPU and eagerly; elsewhere nobody looks.
         """
         weight_NK = routing.weight_NK * scales_of(self.scales, routing)
         if self.backend == "auto" and not self.recompute:
@@ -170,7 +172,9 @@ class LowRankPool(nn.Module):
             # The kernel has no backward pass.
             is_compiled = can and not torch.is_grad_enabled() and can_add(x_NC, self.a, self.b)
             if is_mostly_used(routing, is_compiled=is_compiled):
-                return side_by_side(x_NC, routing, weight_NK, self.a, self.b)
+                y_NO = side_by_side(x_NC, routing, weight_NK, self.a, self.b)
+                if y_NO is not None:
+                    return y_NO
             if can:
                 return segmented(x_NC, plan or plan_dispatch(routing), weight_NK, self.a, self.b, self.ranks)
         return expert_mlp(
@@ -207,12 +211,19 @@ class LowRankPool(nn.Module):
 
 
 def scales_of(scales: tuple[float, ...], routing: Routing) -> Tensor:
-    """scale_NK of each choice, floats also where weights are whole numbers; one that names nobody has some scale, and weight 0."""
+    """scale_NK of each choice, floats also where weights are whole numbers; one that names nobody has some scale, and weight 0.
+
+    Raises InputError for an adapter that there is not, where looking makes nobody wait.
+    """
     like = routing.weight_NK
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
     if torch.compiler.is_compiling() or like.device.type != "cpu":
         return like.new_tensor(scales, dtype=dtype)[routing.index_NK.clamp_min(0)]
-    return _scale_row(scales, dtype)[routing.index_NK.clamp_min(0)]
+    try:
+        return _scale_row(scales, dtype)[routing.index_NK.clamp_min(0)]
+    except IndexError:
+        most = int(routing.index_NK.max())
+        raise InputError(f"adapter {most} is chosen; there are 0 to {len(scales) - 1}") from None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -123,7 +123,7 @@ def _weights_of(number: int, row: Any) -> dict[str, float]:
     return {name: _float(weight) for name, weight in row.items()}
 
 
-def _float(weight: Real) -> float:
+def _float(weight: Any) -> float:
     """The nearest float; infinity for a whole number that has none."""
     try:
         return float(weight)

@@ -7,6 +7,8 @@ gathering rows. So it is the quicker of the two where items use most of the adap
 """
 # Shapes: N items, E adapters, K choices per item, C inputs, O outputs, R greatest rank
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,12 +36,18 @@ def is_mostly_used(routing: Routing, *, is_compiled: bool = False) -> bool:
     return int((index_NK >= 0).sum()) >= mostly * routing.num_items * routing.num_destinations > 0
 
 
-def side_by_side(x_NC: Tensor, routing: Routing, weight_NK: Tensor, a_ERC: Tensor, b_EOR: Tensor) -> Tensor:
-    """y_NO = sum_k weight_nk B_e A_e x_n with e = index_nk; an adapter that an item names twice counts twice."""
+def side_by_side(x_NC: Tensor, routing: Routing, weight_NK: Tensor, a_ERC: Tensor, b_EOR: Tensor) -> Tensor | None:
+    """y_NO = sum_k weight_nk B_e A_e x_n with e = index_nk; an adapter that an item names twice counts twice.
+
+    None where the sum of all is not finite. A NaN or infinity of one adapter or item, which are multiplied by 0 for all others, would be
+    theirs too, in values and gradients, so that whoever calls goes adapter by adapter then.
+    """
     num_adapters, rank, _ = a_ERC.shape
     used_NK = routing.index_NK >= 0
     index_NK = routing.index_NK.clamp_min(0)
     weight_NE = weight_NK.new_zeros(routing.num_items, num_adapters).scatter_add(1, index_NK, weight_NK * used_NK)
     middle_NER = F.linear(x_NC, a_ERC.flatten(0, 1).to(x_NC.dtype)).unflatten(-1, (num_adapters, rank))
     middle_NER = middle_NER * weight_NE.unsqueeze(-1).to(middle_NER.dtype)
-    return F.linear(middle_NER.flatten(1), b_EOR.transpose(0, 1).flatten(1).to(x_NC.dtype))
+    y_NO = F.linear(middle_NER.flatten(1), b_EOR.transpose(0, 1).flatten(1).to(x_NC.dtype))
+    # Each number of A, B and x goes into y: where this is finite they all are. One sum costs less than to look at each number.
+    return y_NO if math.isfinite(float(y_NO.detach().sum())) else None
