@@ -1,6 +1,8 @@
 """DynMoLE: a layer against its equations, sparse against dense, losses under accumulation and recompute, whole trainings."""
 # Shapes: N items, E experts, C inputs, O outputs
 
+import math
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from anabranch.adapters import (
     read_peft,
     write_peft,
 )
+from anabranch.adapters.mixture_report import _Sums, routed_layers
 from anabranch.adapters.put_on import put_on
 from anabranch.config import from_dict, to_dict
 from anabranch.data import DataConfig, Files
@@ -24,7 +27,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, load_model, save_model
 from anabranch.nn import BuildContext, SelfAttention, SwiGLU
 from anabranch.nn.linear import Projection
-from anabranch.routing import HybridEntropy, RoutingContext, SoftLoss, TopK, UncertaintyLoss, uncertainty
+from anabranch.routing import HybridEntropy, Routing, RoutingContext, SoftLoss, TopK, UncertaintyLoss, uncertainty
 from anabranch.train import Constant, RunConfig, TrainConfig, Trainer, read_metrics
 
 SMALL = DynMoLE(num_experts=4, rank=3, alpha=6.0, dropout=0.0)
@@ -219,6 +222,22 @@ def test_a_report():
     assert report.mean("active") == pytest.approx(sum(facts.active for facts in report.routers) / 6)
     assert report.to_dict()["routers"][0]["layers"] == ("blocks.0.feed_forward.gate",)
     assert model.training
+
+
+def test_a_router_that_knows_no_threshold_is_undecided_above_nine_tenths():
+    """Shannon's entropy over log E: of (0.5, 0.5, 0, 0) it is 0.5, and of four that are nearly alike it is nearly 1."""
+    model = put_on(CONFIGS["llama"]().build(), {"*.feed_forward.down": mola(4).layer(4)}, seed=0)
+    layer = next(iter(routed_layers(model).values()))
+    logits = torch.tensor([[0.0, 0.0, -99, -99], [0, 0.1, 0, 0], [0, 0, 0, -1.5], [0, 0, 0, -9], [9, 0, 0, 0]])
+    share = logits.softmax(-1)
+    entropy = -(share * share.clamp_min(1e-30).log()).sum(-1) / math.log(4)
+    assert (entropy > 0.9).tolist() == [False, True, True, False, False]
+    assert (entropy > 0.7).tolist() == [False, True, True, True, False]
+    sums = _Sums(layer.router)
+    sums.begin(torch.zeros(1, 5, dtype=torch.int64), None, None)
+    sums.add(Routing(torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), share))
+    assert sums.facts(("x",)).undecided == pytest.approx(2 / 5)
+    assert sums.facts(("x",)).entropy == pytest.approx(float(entropy.mean()), rel=1e-5)
 
 
 def losses_of(model, recompute=False):

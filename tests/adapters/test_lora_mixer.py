@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from adapter_models import ATTENTION, TOKENS, linear_layers, logits, make_adapter, make_base
+from adapter_models import ATTENTION, CONFIGS, TOKENS, linear_layers, logits, make_adapter, make_base
 from anabranch.adapters import (
     Labelled,
     LowRankPool,
@@ -319,6 +319,21 @@ def test_a_mixture_of_adapters_of_any_make(place):
     assert {layer.pool.ranks for layer in layers.values()} == {(4, 7, 2, 1), (4, 7, 1, 1), (4, 7, 1, 3)}
     assert model.config.count().parameters == sum(parameter.numel() for parameter in model.parameters())
     assert not any(layer.pool.a.requires_grad for layer in layers.values())
+
+
+def test_a_router_counts_once_for_all_that_share_it():
+    """In parameters, in those that a token uses, and in operations: 3 routers less in each of two blocks of 4 matrices."""
+    own = CONFIGS["llama"]()
+    counts = []
+    for group in (None, "all"):
+        config = MixedLowRank.Config(ranks=(2,) * 5, router_group=group)
+        linears = {f"*.attention.{part}": config for part in "qkv"}
+        counts.append(own.replace(linears=linears).count())
+    alone, shared = counts
+    router = own.dim * 5
+    assert alone.parameters - shared.parameters == 2 * 2 * router
+    assert alone.active - shared.active == 2 * 2 * router
+    assert alone.flops - shared.flops == 2 * 2 * 2 * router
 
 
 def test_hard_rows_are_their_expert_alone(place):

@@ -9,7 +9,7 @@ import torch
 
 from anabranch.adapters import read_peft
 from anabranch.adapters.adapt import measure_rows, read_rows
-from anabranch.adapters.lorahub import lorahub_weights, search
+from anabranch.adapters.lorahub import _Strategy, lorahub_weights, search
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.peft_folder import write_peft
 from anabranch.adapters.plain import peft_adapter
@@ -34,6 +34,27 @@ def test_it_finds_the_minimum_of_a_square(count):
     assert found.loss == pytest.approx(5, abs=0.01)
     assert found.base_loss == loss([0.0] * count)
     assert found.tried == 300
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20])
+def test_constants_are_those_of_the_tutorial(count):
+    """Hansen, arXiv 1604.00772, table 1, without negative weights; the length of a normal vector is held against the gamma function."""
+    made = _Strategy(count, np.random.default_rng(0))
+    size = 4 + math.floor(3 * math.log(count)) if count > 1 else 4
+    weight_M = np.array([math.log((size + 1) / 2) - math.log(place) for place in range(1, size // 2 + 1)])
+    weight_M /= weight_M.sum()
+    mass = 1 / np.square(weight_M).sum()
+    c_sigma = (mass + 2) / (count + mass + 5)
+    c_one = 2 / ((count + 1.3) ** 2 + mass)
+    assert made.size == size
+    np.testing.assert_allclose(made._weight_M, weight_M)
+    assert made._c_sigma == pytest.approx(c_sigma)
+    assert made._damping == pytest.approx(1 + 2 * max(0, math.sqrt((mass - 1) / (count + 1)) - 1) + c_sigma)
+    assert made._c_path == pytest.approx((4 + mass / count) / (count + 4 + 2 * mass / count))
+    assert made._c_one == pytest.approx(c_one)
+    assert made._c_mass == pytest.approx(min(1 - c_one, 2 * (mass - 2 + 1 / mass) / ((count + 2) ** 2 + mass)))
+    usual = math.sqrt(2) * math.exp(math.lgamma((count + 1) / 2) - math.lgamma(count / 2))
+    assert made._usual == pytest.approx(usual, rel=2e-3)
 
 
 def test_weights_stay_within_bounds_and_the_base_may_be_best():

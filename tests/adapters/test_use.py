@@ -134,6 +134,13 @@ def test_what_cannot_be_told():
         AdapterUse(("a", "b"), ("m",), ("x",), np.zeros((1, 1, 1)), (1, 1))
 
 
+def test_what_is_taken_away_counts_as_what_is_added():
+    """Weights may be negative: -3 beside one matrix and 1 beside another are not -2."""
+    weights = np.array([[[-3.0, 1.0], [1.0, np.nan]]])
+    use = AdapterUse(("a",), ("m", "n"), ("x", "y"), weights, (3,))
+    np.testing.assert_allclose(use.share_TE, [[0.8, 0.2]])
+
+
 def test_nothing_is_shared_out_where_nobody_is_used():
     use = AdapterUse(("a",), ("m",), ("x", "y"), np.zeros((1, 1, 2)), (3,))
     assert use.share_TE.tolist() == [[0, 0]]

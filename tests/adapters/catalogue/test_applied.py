@@ -17,7 +17,7 @@ from anabranch.lm import Decoder
 from anabranch.nn import MoE, SelfAttention
 from anabranch.nn.nf4 import quantize_nf4
 from anabranch.nn.quantize import quantize
-from anabranch.routing import BiasBalancer, RateBalance, Router, TopK
+from anabranch.routing import BiasBalancer, RateBalance, Router, RoutingContext, TopK
 from anabranch.train.hooks import StepHooks
 from with_peft import needs_peft
 
@@ -51,6 +51,26 @@ def base():
 @pytest.fixture
 def model(base):
     return copy.deepcopy(base)
+
+
+def test_mixlora_gives_its_best_their_share_and_is_punished_for_uneven_loads(model):
+    """Weights of the two best are those of their softmax over the two (arXiv 2404.15159); molora's are of all, without a loss."""
+    losses = {}
+    for method, options in (("mixlora", {"number": 4, "active": 2}), ("molora", {"number": 4})):
+        put = copy.deepcopy(model)
+        catalogue.apply(put, method, rank=2, **options)
+        routers = [layer.router for layer in layers_of(put).values()]
+        x, context = drawn("x", (7, routers[0].score.weight.shape[1])), RoutingContext(training=True)
+        routing = routers[0].train()(x, context)
+        used = 2 if method == "mixlora" else 4
+        logit = x @ routers[0].score.weight.T
+        wanted = logit.topk(used).values.softmax(-1)
+        torch.testing.assert_close(routing.weight_NK.sort(descending=True).values, wanted.sort(descending=True).values)
+        losses[method] = {name: float(loss.detach()) for name, loss in context.mean_losses().items()}
+        if method == "mixlora":
+            share, load = logit.detach().softmax(-1).mean(0), routing.load_E() / routing.load_E().sum()
+            assert sum(losses[method].values()) == pytest.approx(0.01 * 4 * float((share * load).sum()), rel=1e-4)
+    assert losses["molora"] == {}
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ def root(tmp_path_factory):
     place = tmp_path_factory.mktemp("gates")
     base = make_base(place / "base", "llama")
     make_adapter(place / "one", linear_layers(base, ATTENTION), seed="a", rank=3)
+    make_adapter(place / "rs", linear_layers(base, ATTENTION), seed="a", rank=3, use_rslora=True)
     describe_expert(place / "one", instruction=["Say it.", "Tell it."])
     return place
 
@@ -32,25 +33,28 @@ def run(model):
     return model(TOKENS).logits_BLV
 
 
-def test_only_gates_learn_and_begin_at_a_half(root):
-    _, model = begun(root)
+@pytest.mark.parametrize("folder", ["one", "rs"])
+def test_only_gates_learn_and_begin_at_a_half(root, folder):
+    _, model = begun(root, folder)
     learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert all(name.endswith(".gate") for name in learned)
     assert len(learned) == len(layers_of(model)) == 8
     layer = layers_of(model)["blocks.0.attention.q"]
     assert isinstance(layer, GatedLowRank)
-    pair = read_peft(root / "one").pairs["model.layers.0.self_attn.q_proj"]
+    pair = read_peft(root / folder).pairs["model.layers.0.self_attn.q_proj"]
     x = torch.randn(2, 5, 32)
     assert torch.allclose(layer(x), 0.5 * F.linear(x, layer.delta()), atol=1e-5)
+    assert layer.scale == pytest.approx(pair.scale)
     layer.gate.data = torch.randn(32)
     expected = (x @ layer.gate).sigmoid().unsqueeze(-1) * pair.scale * (x @ pair.a_RC.T @ pair.b_OR.T)
     # Llama's queries stand in the order of files.
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
-def test_gates_wide_open_are_the_adapter(root):
-    _, model = begun(root)
-    plain = load_peft(root / "one", load_model(root / "base")[0].eval())
+@pytest.mark.parametrize("folder", ["one", "rs"])
+def test_gates_wide_open_are_the_adapter(root, folder):
+    _, model = begun(root, folder)
+    plain = load_peft(root / folder, load_model(root / "base")[0].eval())
     hooks = [layer.register_forward_hook(lambda _, args, y: 2 * y) for layer in layers_of(model).values()]
     with torch.no_grad():
         assert torch.allclose(run(model), run(plain), atol=1e-5)
@@ -92,6 +96,9 @@ def test_what_has_no_gate_is_told(root, tmp_path):
         GateMethod.Config().build().begin(base, [], seed=0)
     with pytest.raises(CheckpointError, match="no adapter at"):
         GateMethod.Config(adapter=str(tmp_path / "x")).build().begin(base, [], seed=0)
+    _, gated = begun(root)
+    with pytest.raises(ConfigError, match="the model has an adapter already; unload it first"):
+        GateMethod.Config(adapter=str(root / "one")).build().begin(gated, [], seed=0)
     head = {"lm_head.weight": torch.zeros(61, 32)}
     layers = {"model.layers.0.self_attn.q_proj": (32, 32)}
     make_adapter(tmp_path / "whole", layers, extra=head, modules_to_save=["lm_head"])

@@ -1,6 +1,7 @@
 """Poly and MHR trained by the trainer: two speeds, what is kept, new tasks, the average at the end."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from anabranch.adapters import load_peft
 from anabranch.adapters.adapt import AdaptTask
 from anabranch.adapters.mhr import MultiHeadRouted, Penalties, RoutingTable, Weights
 from anabranch.adapters.mhr.method import Mhr, Poly
+from anabranch.adapters.mhr.table import Granularity
 from anabranch.adapters.own_folder import read_own
-from anabranch.adapters.tasks import task_names, task_rows
+from anabranch.adapters.tasks import task_names, task_rows, told_tasks
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError, DataError
 from anabranch.lm import Decoder, load_model, save_model
@@ -58,8 +60,10 @@ def config(place, method=SMALL, data="rows", **train):
     return TaskRunConfig(task=task, train=TrainConfig(**train))
 
 
-def test_two_speeds(place, tmp_path):
-    trainer = Trainer(config(place, learning_rate=1e-3, weight_decay=0.1), tmp_path / "run")
+@pytest.mark.parametrize("granularity", get_args(Granularity))
+def test_two_speeds(place, tmp_path, granularity):
+    run = config(place, SMALL.replace(granularity=granularity), learning_rate=1e-3, weight_decay=0.1)
+    trainer = Trainer(run, tmp_path / "run")
     model = trainer.model
     tables = {id(module.z) for module in model.modules() if isinstance(module, RoutingTable)}
     assert tables
@@ -231,6 +235,33 @@ def test_what_is_added_to_the_loss_is_logged(place, tmp_path):
     }
     assert record["loss"] == pytest.approx(record["answer"] + sum(record["auxiliary"].values()), rel=1e-4)
     assert checkpoints(tmp_path / "run")
+
+
+def test_answers_are_made_unlikely_under_the_task_of_another_row(place, tmp_path):
+    """-log(1 - p) of each token of an answer, where the row before is of another task; 0 where it is of the same."""
+    trainer = Trainer(
+        config(place, SMALL.replace(penalties=Penalties(unlikelihood=0.5)), batch_size=3), tmp_path / "run"
+    )
+    task, model = trainer.task, trainer.model
+    with torch.no_grad():
+        for name, parameter in task.base.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    token_NL, start_N, length_N, task_N = task.learned.tensors[:4]
+    [first, second], third = [(task_N == number).nonzero()[0] for number in (0, 1)], (task_N == 1).nonzero()[1]
+    row_B = torch.cat([first, second, third])
+    assert task_N[row_B].tolist() == [0, 1, 1]
+    losses = task.step(model, tuple(tensor[row_B] for tensor in task.learned.tensors[:4]), task._context)
+    expected = []
+    # The first is told the last's task, the second the first's, and the third that of the second, which is its own.
+    for row, told in zip(row_B.tolist()[:2], (1, 0), strict=True):
+        token_1L = token_NL[row : row + 1, : length_N[row]].long()
+        logits_LV = task.base(token_1L, state=told_tasks(torch.tensor([told]), token_1L.shape[1])).logits_BLV[0]
+        place = torch.arange(int(start_N[row]), int(length_N[row]))
+        p = logits_LV.softmax(-1)[place - 1, token_1L[0, place]]
+        expected.append(-torch.log1p(-p).mean())
+    torch.testing.assert_close(losses.terms["unlikelihood"], 0.5 * sum(expected) / 3, rtol=1e-4, atol=1e-6)
+    trainer.close()
 
 
 def test_rows_of_a_task_that_is_not_learned(place, tmp_path):

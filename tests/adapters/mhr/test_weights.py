@@ -128,6 +128,26 @@ def test_orthogonality_of_skills_that_are_zero_has_a_gradient_of_zero():
     assert bool((b.grad == 0).all())
 
 
+def test_each_term_is_its_weight_times_what_the_top_of_the_file_says():
+    """Two tasks with a skill each, A of one direction, B of two at right angles; a head that knows nothing of the task."""
+    table = RoutingTable(["a", "b"], 1, 2, predicts_task=True)
+    with torch.no_grad():
+        table.z.copy_(torch.tensor([[[40.0, -40.0]], [[-40.0, 40.0]]]))
+        for parameter in table.head.parameters():
+            parameter.zero_()
+    a, b = torch.ones(1, 2, 3, 4), torch.eye(2).view(1, 2, 1, 2)
+    made = Penalties(sparsity=2.0, prediction=3.0, information=5.0, orthogonality=7.0).of(table, a, b)
+    wanted = {
+        "sparsity": 2 * 0.25,
+        "prediction": 3 * math.log(2),
+        "information": -5 * math.log(2),
+        "orthogonality": 7 / 2,
+    }
+    assert {name: float(loss.detach()) for name, loss in made.items()} == pytest.approx(
+        {f"mhr_{name}": value for name, value in wanted.items()}, rel=1e-5
+    )
+
+
 def test_only_what_has_a_weight_is_added():
     table = RoutingTable(["a", "b"], 1, 2, predicts_task=True)
     a, b = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 4, 3)

@@ -17,6 +17,7 @@ from anabranch.adapters.rewiring.step import Optimizer
 from anabranch.adapters.rewiring.vectors import Seen, Vectors, run
 from anabranch.depth.duo_llm import with_router
 from anabranch.errors import ConfigError
+from anabranch.experts.chain import Chain
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, load_model
 from anabranch.nn import MoE
@@ -265,6 +266,9 @@ def test_some_layers_are_updated_by_how_sure_they_are():
     assert moved(model, select="uncertain", r=0.3)[0] == [False, True, False]
     assert moved(model, select="decisive", r=0.3)[0] == [False, False, True]
     assert moved(model, select="uncertain", r=0.7)[0] == [True, True, False]
+    # Half of three, the usual share, are two.
+    assert moved(model, select="uncertain")[0] == [True, True, False]
+    assert moved(model, select="decisive", r=0.5)[0] == [True, False, True]
     assert moved(model, select="decisive", r=0.01)[0] == [False, False, True]
     assert moved(model, select="all", r=0.01)[0] == [True] * 3
     whole = moved(model, select="all", steps=1)[1]
@@ -275,6 +279,23 @@ def test_some_layers_are_updated_by_how_sure_they_are():
     soft = moved(model, select="decisive", choice="soft", steps=1)[1]
     torch.testing.assert_close(soft[2], whole[2])
     assert float(soft[1].norm() / whole[1].norm()) == pytest.approx(share, rel=1e-4)
+
+
+def test_a_router_that_runs_twice_a_pass_has_vectors_of_each():
+    """Against a router for each of its passes, with the same weights."""
+    shared, own = (
+        model_of(Chain.Config(num_experts=4, hidden_dim=16, independent_gates=independent), num_layers=2)
+        for independent in (False, True)
+    )
+    same = shared.state_dict()
+    own.load_state_dict(
+        {name: same[name.replace("more_routers.0", "router")] for name in own.state_dict()}, strict=True
+    )
+    found = [adapted(model, PLAIN, [text()])[0] for model in (shared, own)]
+    assert len(found[0]) == 4
+    assert all(delta_BE.any() for delta_BE in found[0])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_which_layers_follows_from_the_guard_unless_it_is_said():
