@@ -106,3 +106,15 @@ def test_what_has_no_gate_is_told(root, tmp_path):
         GateMethod.Config(adapter=str(tmp_path / "whole")).build().begin(base, [], seed=0)
     with pytest.raises(CheckpointError, match=r"it holds no adapter_config\.json, and is a pool"):
         describe_expert(tmp_path, instruction="x")
+
+
+def test_experts_that_nothing_can_stand_beside_are_told_before_anything_changes(tmp_path):
+    base = make_base(tmp_path / "base", "olmoe")
+    make_adapter(tmp_path / "a", linear_layers(base, ["q_proj", "down_proj"]))
+    model = load_model(tmp_path / "base")[0]
+    for block in model.blocks:
+        block.feed_forward.experts.exchange = lambda *_: None
+    with pytest.raises(ConfigError, match="are a ExpertPool, which nothing can stand beside"):
+        GateMethod.Config(adapter=str(tmp_path / "a")).build().begin(model, [], seed=0)
+    assert not model.config.linears
+    assert all(parameter.requires_grad for parameter in model.parameters())
