@@ -58,7 +58,7 @@ def run(model, rows, token_BL=TOKENS, **options):
 def test_each_row_is_as_alone(place, rows):
     model = pooled(place)
     expected = torch.stack([alone(place, name)[number] for number, name in enumerate(rows)])
-    torch.testing.assert_close(run(model, rows), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(model, rows), expected, rtol=1e-5, atol=3e-5)
 
 
 def test_rows_that_are_told_nothing_are_the_base(place):
@@ -144,7 +144,7 @@ def test_all_layers_of_a_pass_share_what_they_are_told(place, monkeypatch):
         # Experts see items that were gathered.
         assert len(made) == 1 or len(made) < sum(isinstance(module, RoutedLowRank) for module in model.modules()) / 2
         expected = torch.stack([alone(place, name)[number] for number, name in enumerate(rows)])
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-5)
 
 
 def test_taken_off_nothing_is_left(place):
