@@ -7,6 +7,7 @@ Each column is one test here, but for two that stand elsewhere: what was written
 import copy
 import functools
 import itertools
+import json
 import os
 import shutil
 from contextlib import nullcontext
@@ -70,6 +71,9 @@ def test_a_run_goes_on_from_the_folders_that_it_began_from(place, tmp_path, case
     first.fit()
     changed = tmp_path / next(iter(name for name in os.listdir(tmp_path) if name not in ("base", "rows.jsonl", "run")))
     (changed / "README.md").write_text("a note")
+    table = next(changed / name for name in ("adapter_config.json", "adapter.json") if (changed / name).exists())
+    table.write_text(json.dumps(json.loads(table.read_text()), indent=7))
+    (changed / "adapter_model.bin").write_text("nobody reads this")
     assert Trainer(run_of(case, tmp_path, steps=2), tmp_path / "run", resume=True).fit().step == 2
     weights = next(path for path in changed.iterdir() if path.suffix == ".safetensors")
     tensors = load_file(weights)

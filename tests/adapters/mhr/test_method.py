@@ -150,6 +150,22 @@ def test_what_is_asked_of_skills_that_were_trained_before(place, tmp_path):
         for kind in layers(given.replace(mode=mode, **anew)):
             assert {name: getattr(kind, name) for name in anew} == anew
             assert (kind.skills, kind.heads, kind.rank) == (SMALL.skills, SMALL.heads, SMALL.rank)
+    # Field by field: what nobody asks anew is as it was.
+    punished = SMALL.replace(penalties=Penalties(sparsity=0.5, unlikelihood=0.25))
+    second = Trainer(config(place, punished, steps=1), tmp_path / "second")
+    second.fit()
+    second.task.write(tmp_path / "punished")
+    of_second = Mhr.Config(start=str(tmp_path / "punished"))
+    for asked, wanted in (
+        (Penalties(), (0.5, 0.25)),
+        (Penalties(information=1.0), (0.5, 0.25)),
+        (Penalties(unlikelihood=2.0), (0.5, 2.0)),
+    ):
+        trainer = Trainer(config(place, of_second.replace(penalties=asked), data="new"), tmp_path / "run")
+        trainer.close()
+        kind = next(module.config for module in trainer.model.modules() if isinstance(module, MultiHeadRouted))
+        assert (kind.penalties.sparsity, kind.penalties.unlikelihood) == wanted
+        assert trainer.task.method.unlikelihood() == wanted[1]
     for wrong, told in (
         ({"rank": 3}, "rank is 3, and the skills in .* have 2; leave it out"),
         ({"granularity": "coarsegrained"}, "granularity is 'coarsegrained', and the skills in .* have 'finegrained'"),

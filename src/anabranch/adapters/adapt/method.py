@@ -8,6 +8,7 @@ A method says which layer stands beside the matrices that are adapted; the rest 
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from anabranch.adapters.tasks import told_tasks
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import CheckpointError
+from anabranch.files import read_json
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import Linear
 from anabranch.train.optimizer import Speed
@@ -34,7 +36,7 @@ __all__ = ["ADAPTER", "Method", "Written", "patterns_of_targets", "set_anew", "w
 ADAPTER = "adapter"
 
 # What of a folder decides what an adapter is.
-_OF_ADAPTERS = (CONFIG, WEIGHTS, PICKLE, OWN, NUMBERS)
+_SETTINGS, _NUMBERS = (CONFIG, OWN), (WEIGHTS, NUMBERS, PICKLE)
 
 # For --target: what is meant by one word.
 _ALL = "blocks.*"
@@ -217,15 +219,15 @@ def write_peft_or_own(
 
 
 def digest_of_folders(folders: Sequence[str]) -> str:
-    """Of adapters by content, in their order: of their settings and numbers, and of nothing else that lies there."""
+    """Of adapters by content, in their order: of their settings, however they are written, and numbers, and of nothing else there."""
     hashed = hashlib.sha256()
-    for folder in folders:
-        for name in _OF_ADAPTERS:
-            path = Path(folder) / name
-            if path.is_file():
-                hashed.update(f"{name} {path.stat().st_size}\n".encode())
-                hashed.update(path.read_bytes())
-        hashed.update(b"\n")
+    for folder in map(Path, folders):
+        for name in _SETTINGS:
+            if (folder / name).is_file():
+                hashed.update(f"{name} {json.dumps(read_json(folder / name), sort_keys=True)}\n".encode())
+        # Numbers are read from the first of these that is there.
+        path = next((folder / name for name in _NUMBERS if (folder / name).is_file()), None)
+        hashed.update(b"\n" if path is None else path.read_bytes())
     return hashed.hexdigest()[:16]
 
 

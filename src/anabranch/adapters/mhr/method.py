@@ -79,6 +79,10 @@ class Poly(Method, kind="poly"):
 
     config: Config
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._unlikelihood: float = config.penalties.unlikelihood
+
     @property
     def needs_task(self) -> bool:
         """Whether it routes: the average alone (``mu``) does not."""
@@ -112,7 +116,8 @@ class Poly(Method, kind="poly"):
         asked = set_anew(self.config)
         _check_sizes(model, asked, self.config.start)
         names = () if self.config.mode == "mu" else tuple(tasks)
-        anew = {name: asked[name] for name in _ANEW if name in asked}
+        anew = _anew(model, asked)
+        self._unlikelihood = anew["penalties"].unlikelihood
         return adapt(model, names, mode=self.config.mode, redundant=self.config.redundant, seed=seed, anew=anew)
 
     def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
@@ -130,14 +135,24 @@ class Poly(Method, kind="poly"):
         return {**{name: fmean(table[name] for table in tables.values()) for name in names}, "tables": tables}
 
     def unlikelihood(self) -> float:
-        """As configured."""
-        return self.config.penalties.unlikelihood
+        """As configured, or as of ``start`` where nothing else is asked."""
+        return self._unlikelihood
 
     def write(self, folder: Path, model: Decoder, base: str) -> Written:
         """A folder of our own with skills and table; the average alone is plain LoRA, in a folder of peft's."""
         if self.config.mode == "mu":
             return write_peft_or_own(folder, model, base, mu if self.config.redundant else adapter_on)
         return super().write(folder, model, base)
+
+
+def _anew(model: Decoder, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """How routed layers are from now on: field by field what is ``asked``, and of all else what those on the model have."""
+    own = next(kind for kind in model.config.linears.values() if isinstance(kind, MultiHeadRouted.Config))
+    anew = {name: asked.get(name, getattr(own, name)) for name in _ANEW}
+    parts = {
+        name: getattr(own, name).replace(**set_anew(asked[name])) for name in ("weights", "penalties") if name in asked
+    }
+    return anew | parts
 
 
 def _check_sizes(model: Decoder, asked: Mapping[str, Any], start: str) -> None:
