@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from anabranch.cli.options import AsJson, Assignments, Quiet, only_file, read_assignments, read_toml
+from anabranch.cli.options import AsJson, Assignments, Quiet, named_folder, only_file, read_assignments, read_toml
 from anabranch.cli.output import duration, fact, finite, print_json, quantity, shell_word, size, table, visible, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.train import INTERRUPTED
@@ -98,10 +98,11 @@ def adapt(
         ),
     ] = None,
     source: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--from",
             metavar="ADAPTER",
+            callback=named_folder,
             help="For poly and mhr: learn new tasks with the skills of an earlier adapter (DIR/adapter of its run).",
         ),
     ] = None,
@@ -143,7 +144,7 @@ def adapt(
     said = {
         "task.method.targets": None if targets is None else list(targets),
         "task.method.rank": rank,
-        "task.method.start": None if source is None else str(source.absolute()),
+        "task.method.start": None if source is None else str(Path(source).absolute()),
         "task.method.mode": mode,
         "train.steps": steps,
         "train.batch_size": batch_size,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.option_sets import OptionSet
-from anabranch.cli.options import Device, Dtype, ExpertBudget, Memory, Quantize, load_parts, sampling_of
+from anabranch.cli.options import Device, Dtype, ExpertBudget, Memory, Quantize, load_parts, named_folder, sampling_of
 from anabranch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -120,10 +120,11 @@ class Adapted(OptionSet):
     """The adapter that the model is used with."""
 
     adapter: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--adapter",
             metavar="DIR",
+            callback=named_folder,
             help="Use the model with this adapter, a folder that peft or anabranch adapt saved. A folder of such folders is a router "
             "over them.",
         ),
@@ -218,6 +219,8 @@ def running(
         max_depth=None if depth.routers is None else MOST_VISITS * loaded.model.config.num_layers,
     )
     kinds = Kinds.of(loaded.model, config)
+    # An engine has room for a token beside the prompt, though nobody may ask for one.
+    positions = max(positions, 2)
     blocks = min(kinds.needed(positions) + 1, kinds.blocks_in(loaded.kv_memory or MOST_BYTES))
     config = config.replace(num_blocks=blocks)
     engine = Background(engine_of(loaded, config, most_positions=positions))

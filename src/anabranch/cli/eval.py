@@ -6,7 +6,19 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.bounds import shown
-from anabranch.cli.options import AsJson, Device, Dtype, ExpertBudget, Memory, Model, Quantize, Quiet, Streams, parts
+from anabranch.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    ExpertBudget,
+    Memory,
+    Model,
+    Quantize,
+    Quiet,
+    Streams,
+    named_folder,
+    parts,
+)
 from anabranch.cli.output import fact, print_json, quantity, say, table
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -40,7 +52,9 @@ def evaluate(
     adapter: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="Use the model with this adapter, a folder that peft or anabranch adapt saved."
+            metavar="DIR",
+            callback=named_folder,
+            help="Use the model with this adapter, a folder that peft or anabranch adapt saved.",
         ),
     ] = None,
     task: Annotated[

@@ -126,6 +126,17 @@ def use_granted_cores() -> None:
         torch.set_num_threads(usable_cores())
 
 
+def named_folder(value: Any) -> Any:
+    """For options and arguments that name an adapter or a pool, one or several: an empty one would be the working directory.
+
+    With the word of a kind (``arrow:``) or without.
+    """
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if one is not None and not one.removeprefix("arrow:").removeprefix("phatgoose:").strip():
+            raise typer.BadParameter("it names no folder; give that of an adapter")
+    return value
+
+
 def finite_number(value: float | None) -> float | None:
     """For options that are numbers with limits, which NaN passes: it is neither below nor above any."""
     if value is not None and not math.isfinite(value):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.adapters.catalogue import card_of, show_card
-from anabranch.cli.options import AsJson
+from anabranch.cli.options import AsJson, named_folder
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, visible
 from anabranch.extras import require
 
@@ -20,6 +20,7 @@ def card(
         str,
         typer.Argument(
             metavar="ADAPTER|METHOD",
+            callback=named_folder,
             help="An adapter that peft or anabranch adapt saved, or a method of anabranch adapters list.",
         ),
     ],

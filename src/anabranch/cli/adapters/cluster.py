@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from anabranch.cli.options import AsJson
+from anabranch.cli.options import AsJson, named_folder
 from anabranch.cli.output import print_json, say, shell_word, table, visible, wrote
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -13,7 +13,9 @@ from anabranch.files import check_apart
 
 
 def cluster(
-    pool: Annotated[str, typer.Argument(metavar="POOL", help="A folder of adapters, all plain LoRA.")],
+    pool: Annotated[
+        str, typer.Argument(metavar="POOL", callback=named_folder, help="A folder of adapters, all plain LoRA.")
+    ],
     clusters: Annotated[int, typer.Option("--clusters", metavar="G", min=1, help="Number of clusters.")],
     out: Annotated[
         str | None,

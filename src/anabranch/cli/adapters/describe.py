@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from anabranch.cli.adapters.endpoints import KeyEnv, Writer, WriterModel, writer_of
-from anabranch.cli.options import AsJson
+from anabranch.cli.options import AsJson, named_folder
 from anabranch.cli.output import fact, print_json, visible, wrote
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -14,7 +14,9 @@ from anabranch.files import check_apart
 
 
 def describe(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter in peft's format.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", callback=named_folder, help="An adapter in peft's format.")
+    ],
     instruction: Annotated[
         list[str] | None,
         typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.adapters.placing import first_of_each, put_adapter, telling_rows, template_of
-from anabranch.cli.options import AsJson, Device, Dtype, Quiet, load
+from anabranch.cli.options import AsJson, Device, Dtype, Quiet, load, named_folder
 from anabranch.cli.output import fact, print_json, table, visible
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError
@@ -20,6 +20,7 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="[ADAPTER]",
+            callback=named_folder,
             help="An adapter that peft or anabranch adapt saved, or a pool (a folder of such folders; arrow:POOL or "
             "phatgoose:POOL for one kind of router only). Default: none, the model alone.",
         ),

@@ -8,7 +8,7 @@ import typer
 
 from anabranch.cli.adapters.merge import read_weights
 from anabranch.cli.adapters.placing import check_no_adapter, note_template, passes_of, template_of
-from anabranch.cli.options import FLAG, AsJson, Device, Dtype, Quiet, read_device, read_dtype
+from anabranch.cli.options import FLAG, AsJson, Device, Dtype, Quiet, named_folder, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
 from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
@@ -33,6 +33,7 @@ def export(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER...",
+            callback=named_folder,
             help="Adapters in peft's format, or one of anabranch adapt. Default: the adapters in the model.",
         ),
     ] = None,

@@ -8,14 +8,17 @@ from typing import Annotated
 import typer
 
 from anabranch.cli.adapters.placing import check_adapter_apart
-from anabranch.cli.options import FLAG, AsJson, Device, Dtype, Quiet, load
+from anabranch.cli.options import FLAG, AsJson, Device, Dtype, Quiet, load, named_folder
 from anabranch.cli.output import fact, print_json, shell_word, visible, wrote
 from anabranch.extras import require
 
 
 def fuse(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The base model of the adapter.")],
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter that peft or anabranch adapt saved.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER", callback=named_folder, help="An adapter that peft or anabranch adapt saved."),
+    ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder for the new model.")],
     task: Annotated[
         str | None,

@@ -13,7 +13,7 @@ import typer
 from anabranch.bounds import MOST_SEED
 from anabranch.cli.adapters.placing import check_no_adapter, note_template
 from anabranch.cli.option_sets import OptionSet, takes_sets
-from anabranch.cli.options import AsJson, Quiet, load
+from anabranch.cli.options import AsJson, Quiet, load, named_folder
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError
@@ -91,6 +91,7 @@ def merge(
         list[str],
         typer.Argument(
             metavar="ADAPTER...",
+            callback=named_folder,
             help="Folders with LoRA adapters of the same base model, in peft's format. With --method mean, also other adapters "
             "that anabranch adapt made with the same settings.",
         ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anabranch.cli.adapters.placing import check_adapter_apart, first_of_each, passes_of, put_adapter, template_of
-from anabranch.cli.options import AsJson, Device, Dtype, read_device, read_dtype
+from anabranch.cli.options import AsJson, Device, Dtype, named_folder, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, table, visible, wrote
 from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
@@ -28,6 +28,7 @@ def report(
         str,
         typer.Argument(
             metavar="ADAPTER",
+            callback=named_folder,
             help="A pool (a folder of adapters; arrow:POOL or phatgoose:POOL for one kind of router only), or an adapter with a "
             "router: dynmole, lora_mixer, poly or mhr of anabranch adapt, or peft's Poly.",
         ),

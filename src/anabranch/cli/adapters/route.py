@@ -13,7 +13,7 @@ from anabranch.cli.adapters.endpoints import (
     embedder_of,
     writer_of,
 )
-from anabranch.cli.options import AsJson, Device, Dtype, read_device, read_dtype
+from anabranch.cli.options import AsJson, Device, Dtype, named_folder, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, table, visible
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -24,6 +24,7 @@ def route(
         str,
         typer.Argument(
             metavar="POOL",
+            callback=named_folder,
             help="A folder of adapters, each with an instruction in glider.json; how it chooses is in its pool.json. Also arrow:DIR and "
             "phatgoose:DIR.",
         ),
