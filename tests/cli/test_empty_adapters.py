@@ -39,6 +39,7 @@ def test_an_adapter_without_a_name(here, command, empty):
     assert err.count("\n") == 1
     told = "must be NAME=FOLDER" if command == "serve" else "it names no folder; give that of an adapter"
     assert told in err
+    assert err.startswith(("error: --", "error: ADAPTER", "error: [ADAPTER", "error: POOL", "error: engine."))
 
 
 def test_no_command_with_an_adapter_is_forgotten():

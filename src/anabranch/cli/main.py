@@ -218,7 +218,9 @@ def _misuse(error: Exception, arguments: Sequence[str]) -> str:
     command = context.command_path if context is not None else _command_of(arguments)
     # A group without one has shown its help.
     message = message or "name a command"
-    return f"{message[:1].lower()}{message[1:]} (see {command} --help)"
+    # An argument is called by its name in capitals.
+    first = message[:1] if message[:2].isupper() else message[:1].lower()
+    return f"{first}{message[1:]} (see {command} --help)"
 
 
 def _given(option: str, arguments: Sequence[str]) -> str:
