@@ -35,7 +35,7 @@ class LayerFacts:
 
     Attributes:
         layers: the names of what its experts stand beside.
-        tokens: how many.
+        tokens: how many; of a router beside an expert, those that the expert was given, with ``information`` and ``by_task`` unknown.
         active: mean number of experts that a token uses.
         undecided: share of tokens whose H is above the threshold (of a `HybridEntropy`; else 0.9).
         entropy: mean H, from 0 to 1: of the kind that the select asks for, else Shannon's.
@@ -140,9 +140,11 @@ def mixture_report(model: nn.Module, rows: Iterable[Rows]) -> MixtureReport:
             for total in sums.values():
                 total.begin(token_BL, mask_BL, label_B)
             _run(model, token_BL, mask_BL)
-    if not all(total.tokens for total in sums.values()):
+    if not any(total.tokens for total in sums.values()):
         raise InputError("there are no rows to report on")
-    return MixtureReport(tuple(total.facts(tuple(names[router])) for router, total in sums.items()))
+    # Beside an expert that no token came to there is nothing to report.
+    seen = {router: total for router, total in sums.items() if total.tokens}
+    return MixtureReport(tuple(total.facts(tuple(names[router])) for router, total in seen.items()))
 
 
 def _run(model: nn.Module, token_BL: Tensor, mask_BL: Tensor | None) -> None:
@@ -173,6 +175,8 @@ class _Sums:
         self._load_E, self._weight_E = torch.zeros(2, number, dtype=torch.float64)
         self._by_task: dict[int, tuple[float, Tensor, Tensor]] = {}
         self._rows: Rows | None = None
+        # Whether it decided for all tokens of each pass.
+        self._is_whole = True
 
     def begin(self, token_BL: Tensor, mask_BL: Tensor | None, label_B: Tensor | None) -> None:
         """The rows of the next pass."""
@@ -182,7 +186,12 @@ class _Sums:
         """One decision for all tokens of these rows."""
         assert self._rows is not None
         token_BL, mask_BL, label_B = self._rows
-        real_N = torch.ones(token_BL.numel(), dtype=torch.bool) if mask_BL is None else mask_BL.reshape(-1).bool().cpu()
+        if routing.num_items != token_BL.numel():
+            # Beside experts: the tokens that one of them is given, which are never padding; whose they are is not known here.
+            mask_BL, label_B, self._is_whole = None, None, False
+        real_N = torch.ones(routing.num_items, dtype=torch.bool)
+        if mask_BL is not None:
+            real_N = mask_BL.reshape(-1).bool().cpu()
         score_NE = routing.score_NE.double().cpu()[real_N]
         share_NE = score_NE / score_NE.sum(-1, keepdim=True).clamp_min(1e-20)
         index_NK, weight_NK = routing.index_NK.cpu()[real_N], routing.weight_NK.double().cpu()[real_N]
@@ -214,6 +223,7 @@ class _Sums:
 
     def facts(self, layers: tuple[str, ...]) -> LayerFacts:
         """What it comes to."""
+        by_task = self._by_task if self._is_whole else {}
         active, undecided, entropy, nats, dropped = (self._number / self.tokens).tolist()
         # Weights that sum to 1 lack nothing, whatever they were rounded to.
         dropped = max(dropped, 0.0)
@@ -227,10 +237,9 @@ class _Sums:
             load=tuple((self._load_E / self._load_E.sum().clamp_min(1)).tolist()),
             weight=tuple((self._weight_E / self.tokens).tolist()),
             dropped=dropped,
-            information=_information([(count, share_E) for count, _, share_E in self._by_task.values()]),
+            information=_information([(count, share_E) for count, _, share_E in by_task.values()]),
             by_task={
-                label: tuple((weight_E / count).tolist())
-                for label, (count, weight_E, _) in sorted(self._by_task.items())
+                label: tuple((weight_E / count).tolist()) for label, (count, weight_E, _) in sorted(by_task.items())
             },
         )
 

@@ -275,6 +275,11 @@ def test_the_chosen_experts_alone_are_held(place, tmp_path, given):
         ({"targets": ("all",), "router_per": "projection"}, 2 * 7),
         ({"targets": ("blocks.*.attention.*", "blocks.1.feed_forward.up")}, 2 * 2 + 1),
         ({"targets": ("blocks.1.*",)}, 4),
+        # The first target that fits counts.
+        ({"targets": ("q", "all")}, 2 * 4),
+        ({"targets": ("*.attention.*", "all")}, 2 * 4),
+        ({"targets": ("gate", "all")}, 2 * 4),
+        ({"targets": ("q", "blocks.0.*")}, 4 + 1),
     ],
 )
 def test_how_many_routers_there_are(place, tmp_path, options, routers):

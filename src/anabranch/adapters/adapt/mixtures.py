@@ -287,9 +287,12 @@ class LoraMixer(Method, kind="lora_mixer"):
         names = list(layers_of(built_alone(model.config, dict.fromkeys(patterns, one))))
         found: dict[str, Linear.Config] = {}
         for pattern in patterns:
-            found |= {each: made.replace(router_group=group) for each, group in _narrower(pattern, names).items()}
-            if any(not any(fnmatchcase(name, each) for each in found) for name in names if fnmatchcase(name, pattern)):
-                found[pattern] = made
+            wanted = {each: made.replace(router_group=group) for each, group in _narrower(pattern, names).items()}
+            for each, kind in (wanted | ({} if pattern in wanted else {pattern: made})).items():
+                # What earlier targets leave to it.
+                left = [name for name in names if not any(fnmatchcase(name, other) for other in found)]
+                if any(fnmatchcase(name, each) for name in left):
+                    found[each] = kind
         return found
 
     def _experts_of(self, tasks: Sequence[str], names: Sequence[str]) -> list[int]:
