@@ -234,8 +234,7 @@ def test_a_router_that_knows_no_threshold_is_undecided_above_nine_tenths():
     assert (entropy > 0.9).tolist() == [False, True, True, False, False]
     assert (entropy > 0.7).tolist() == [False, True, True, True, False]
     sums = _Sums(layer.router)
-    sums.begin(torch.zeros(1, 5, dtype=torch.int64), None, None)
-    sums.add(Routing(torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), share))
+    sums.add(Routing(torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), share), torch.full((5,), -1))
     assert sums.facts(("x",)).undecided == pytest.approx(2 / 5)
     assert sums.facts(("x",)).entropy == pytest.approx(float(entropy.mean()), rel=1e-5)
 

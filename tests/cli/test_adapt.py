@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from anabranch.adapters import read_peft
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, export_huggingface, load_model, save_model
-from anabranch.nn import SelfAttention, SwiGLU
+from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.nn.quantize import quantize
 from scripted_endpoint import chat, endpoint, vectors
 
@@ -382,6 +382,46 @@ def test_experts_that_a_router_chooses(here, base, monkeypatch):
     fresh = ["--method", "lora_mixer", "--rank", 2, "--set=method.experts=3"]
     new = adapted(here, base / "base", base / "rows.jsonl", "--out", base / "fresh", "--steps", 2, *fresh)
     assert new["parameters"] > mixed["parameters"]
+
+
+@pytest.mark.parametrize("method", [["dynmole"], ["lora_mixer", "--target", "all"]])
+def test_mixtures_beside_experts_from_training_to_export(here, base, tmp_path, method):
+    """Each expert is given some of the tokens, and of some tasks perhaps none."""
+    experts = Decoder.Config(
+        vocab_size=257,
+        dim=32,
+        num_layers=1,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+        feed_forward=MoE.Config(num_experts=8, hidden_dim=8),
+        max_positions=64,
+    )
+    save_model(tmp_path / "moe", experts.build(seed=1), ByteTokenizer.Config().build())
+    given = ["--method", *method, "--rank", 2, "--set=method.experts=3", "--steps", 2]
+    given += ["--set=method.keep_top_k=1"] if method == ["dynmole"] else ["--set=method.top_k=2"]
+    told = adapted(here, tmp_path / "moe", base / "rows.jsonl", *given, "--out", tmp_path / "run")
+    assert told["routing"]["active"] >= 1
+    adapter = tmp_path / "run" / "adapter"
+    for line in (
+        ("report", tmp_path / "moe", adapter, "--data", base / "rows.jsonl", "--out", tmp_path / "page"),
+        (
+            "export",
+            tmp_path / "moe",
+            adapter,
+            "--task",
+            "one",
+            "--data",
+            base / "rows.jsonl",
+            "--out",
+            tmp_path / "one",
+        ),
+    ):
+        code, _, err = here("adapters", *line)
+        assert code == 0, err
+    code, out, err = here(
+        "adapters", "eval", tmp_path / "moe", tmp_path / "one", "--data", base / "rows.jsonl", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["nats_per_token"] > 0
 
 
 @pytest.mark.parametrize(

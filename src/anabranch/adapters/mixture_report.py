@@ -25,6 +25,10 @@ from anabranch.routing.uncertainty import uncertainty
 
 __all__ = ["LayerFacts", "MixtureReport", "mixture_report", "routed_layers"]
 
+# Of a forward context's state: the label of each token's row.
+_PLACE = "mixture_report.place"
+_PADDING = -2
+
 # (token_BL, mask_BL or None, label_B or None)
 Rows = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -35,13 +39,13 @@ class LayerFacts:
 
     Attributes:
         layers: the names of what its experts stand beside.
-        tokens: how many; of a router beside an expert, those that the expert was given, with ``information`` and ``by_task`` unknown.
+        tokens: how many; of a router beside an expert, those that the expert was given, maybe none.
         active: mean number of experts that a token uses.
         undecided: share of tokens whose H is above the threshold (of a `HybridEntropy`; else 0.9).
         entropy: mean H, from 0 to 1: of the kind that the select asks for, else Shannon's.
         nats: mean Shannon entropy of the scores.
         load: share of all choices that each expert has.
-        weight: mean weight of each expert.
+        weight: mean weight of each expert; all alike where there were no tokens.
         dropped: mean of what a token's weights lack to 1.
         information: I(task; expert) in nats, of tokens with a label and the experts' scores; None without labels.
         by_task: mean weight of each expert, for each label that occurs.
@@ -72,20 +76,21 @@ class MixtureReport:
     routers: tuple[LayerFacts, ...]
 
     def mean(self, name: str) -> float:
-        """The mean over routers of a number of theirs, such as ``active``."""
-        values = [getattr(facts, name) for facts in self.routers]
+        """The mean over routers of a number of theirs, such as ``active``; those that had no tokens have none."""
+        values = [getattr(facts, name) for facts in self.routers if facts.tokens]
         values = [value for value in values if value is not None]
         return sum(values) / len(values) if values else float("nan")
 
     def weights_of(self, task: int) -> dict[str, tuple[float, ...]]:
-        """The mean weights of a task's tokens by layer, for `static_mixture`. Raises InputError for a task that was not seen."""
-        found = {}
-        for facts in self.routers:
-            if task not in facts.by_task:
-                known = ", ".join(map(str, sorted(facts.by_task))) or "none"
-                raise InputError(f"task {task} has no tokens in the report; there are {known}")
-            found.update(dict.fromkeys(facts.layers, facts.by_task[task]))
-        return found
+        """The mean weights of a task's tokens by layer, for `static_mixture`; beside an expert that had none of them, those of all tokens.
+
+        Raises InputError for a task that was not seen.
+        """
+        known = sorted({label for facts in self.routers for label in facts.by_task})
+        if task not in known:
+            there = ", ".join(map(str, known)) or "none"
+            raise InputError(f"task {task} has no tokens in the report; there are {there}")
+        return {layer: facts.by_task.get(task, facts.weight) for facts in self.routers for layer in facts.layers}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -137,19 +142,26 @@ def mixture_report(model: nn.Module, rows: Iterable[Rows]) -> MixtureReport:
         for router, total in sums.items():
             stack.callback(router.register_forward_hook(partial(_see, total)).remove)
         for token_BL, mask_BL, label_B in rows:
+            place_BL = _places(token_BL, mask_BL, label_B)
             for total in sums.values():
-                total.begin(token_BL, mask_BL, label_B)
-            _run(model, token_BL, mask_BL)
+                total.place_BL = place_BL
+            _run(model, token_BL, mask_BL, place_BL)
     if not any(total.tokens for total in sums.values()):
         raise InputError("there are no rows to report on")
-    # Beside an expert that no token came to there is nothing to report.
-    seen = {router: total for router, total in sums.items() if total.tokens}
-    return MixtureReport(tuple(total.facts(tuple(names[router])) for router, total in seen.items()))
+    return MixtureReport(tuple(total.facts(tuple(names[router])) for router, total in sums.items()))
 
 
-def _run(model: nn.Module, token_BL: Tensor, mask_BL: Tensor | None) -> None:
+def _places(token_BL: Tensor, mask_BL: Tensor | None, label_B: Tensor | None) -> Tensor:
+    """int64 ``[B, L]``: the label of each token's row, -1 without one, `_PADDING` for padding."""
+    label_B = torch.full((len(token_BL),), -1) if label_B is None else label_B
+    place_BL = label_B.to(token_BL.device).long().clamp_min(-1).unsqueeze(1).expand(token_BL.shape)
+    return place_BL if mask_BL is None else torch.where(mask_BL.bool(), place_BL, _PADDING)
+
+
+def _run(model: nn.Module, token_BL: Tensor, mask_BL: Tensor | None, place_BL: Tensor) -> None:
     if isinstance(model, Decoder):
-        model(token_BL, token_mask_BL=mask_BL)
+        # It goes with the tokens, also to the experts that they are given.
+        model(token_BL, token_mask_BL=mask_BL, state={_PLACE: place_BL})
         return
     with passing(model, mask_BL=mask_BL, length=token_BL.shape[1]):
         options = {} if mask_BL is None else {"attention_mask": mask_BL.long()}
@@ -157,7 +169,8 @@ def _run(model: nn.Module, token_BL: Tensor, mask_BL: Tensor | None) -> None:
 
 
 def _see(total: "_Sums", router: nn.Module, args: Any, routing: Routing) -> None:
-    total.add(routing)
+    context = args[1] if len(args) > 1 else None
+    total.add(routing, None if context is None else context.state.get(_PLACE))
 
 
 class _Sums:
@@ -174,24 +187,15 @@ class _Sums:
         self._number = torch.zeros(5, dtype=torch.float64)
         self._load_E, self._weight_E = torch.zeros(2, number, dtype=torch.float64)
         self._by_task: dict[int, tuple[float, Tensor, Tensor]] = {}
-        self._rows: Rows | None = None
-        # Whether it decided for all tokens of each pass.
-        self._is_whole = True
+        self.place_BL = torch.zeros(0, 0, dtype=torch.int64)
 
-    def begin(self, token_BL: Tensor, mask_BL: Tensor | None, label_B: Tensor | None) -> None:
-        """The rows of the next pass."""
-        self._rows = token_BL, mask_BL, label_B
-
-    def add(self, routing: Routing) -> None:
-        """One decision for all tokens of these rows."""
-        assert self._rows is not None
-        token_BL, mask_BL, label_B = self._rows
-        if routing.num_items != token_BL.numel():
-            # Beside experts: the tokens that one of them is given, which are never padding; whose they are is not known here.
-            mask_BL, label_B, self._is_whole = None, None, False
-        real_N = torch.ones(routing.num_items, dtype=torch.bool)
-        if mask_BL is not None:
-            real_N = mask_BL.reshape(-1).bool().cpu()
+    def add(self, routing: Routing, place: Tensor | None) -> None:
+        """A decision for the tokens at these places; for all of the pass where nobody knows them."""
+        place_N = (self.place_BL if place is None else place).reshape(-1).cpu()
+        if len(place_N) < routing.num_items:
+            # One stream after another.
+            place_N = place_N.repeat(routing.num_items // len(place_N))
+        real_N = place_N != _PADDING
         score_NE = routing.score_NE.double().cpu()[real_N]
         share_NE = score_NE / score_NE.sum(-1, keepdim=True).clamp_min(1e-20)
         index_NK, weight_NK = routing.index_NK.cpu()[real_N], routing.weight_NK.double().cpu()[real_N]
@@ -211,22 +215,19 @@ class _Sums:
         )
         self._load_E += torch.zeros_like(share_NE).scatter_add(1, index_NK.clamp_min(0), used_NK.double()).sum(0)
         self._weight_E += weight_NE.sum(0)
-        if label_B is None:
-            return
-        label_N = label_B.cpu().unsqueeze(1).expand(token_BL.shape).reshape(-1)[real_N]
-        for label in label_N.unique().tolist():
+        label_N = place_N[real_N]
+        for label in label_N[label_N >= 0].unique().tolist():
             mine_N = label_N == label
             count, weight_E, share_E = self._by_task.get(label, (0.0, torch.zeros(()), torch.zeros(())))
             made = (count + int(mine_N.sum()), weight_E + weight_NE[mine_N].sum(0), share_E + share_NE[mine_N].sum(0))
-            if label >= 0:
-                self._by_task[label] = made
+            self._by_task[label] = made
 
     def facts(self, layers: tuple[str, ...]) -> LayerFacts:
         """What it comes to."""
-        by_task = self._by_task if self._is_whole else {}
-        active, undecided, entropy, nats, dropped = (self._number / self.tokens).tolist()
+        active, undecided, entropy, nats, dropped = (self._number / max(self.tokens, 1)).tolist()
         # Weights that sum to 1 lack nothing, whatever they were rounded to.
         dropped = max(dropped, 0.0)
+        even_E = torch.full_like(self._weight_E, 1 / len(self._weight_E))
         return LayerFacts(
             layers=layers,
             tokens=self.tokens,
@@ -235,11 +236,12 @@ class _Sums:
             entropy=entropy,
             nats=nats,
             load=tuple((self._load_E / self._load_E.sum().clamp_min(1)).tolist()),
-            weight=tuple((self._weight_E / self.tokens).tolist()),
+            weight=tuple((self._weight_E / self.tokens if self.tokens else even_E).tolist()),
             dropped=dropped,
-            information=_information([(count, share_E) for count, _, share_E in by_task.values()]),
+            information=_information([(count, share_E) for count, _, share_E in self._by_task.values()]),
             by_task={
-                label: tuple((weight_E / count).tolist()) for label, (count, weight_E, _) in sorted(by_task.items())
+                label: tuple((weight_E / count).tolist())
+                for label, (count, weight_E, _) in sorted(self._by_task.items())
             },
         )
 

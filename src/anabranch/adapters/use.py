@@ -104,8 +104,9 @@ def use_of_rows(
     row, layers = 0, routed_layers(model)
     for facts in report.routers:
         for name in facts.layers:
-            for task in range(len(tasks)):
-                weight_TME[task, row, : len(facts.weight)] = facts.by_task[task]
+            # Beside an expert there are those tasks whose tokens it was given.
+            for task, weight_E in facts.by_task.items():
+                weight_TME[task, row, : len(weight_E)] = weight_E
             # Also what a router chooses for other matrices of its.
             weight_TME[:, row, list(layers[name].lacking)] = np.nan
             row += 1
