@@ -378,6 +378,7 @@ def test_experts_that_a_router_chooses(here, base, monkeypatch):
             sum(router["active"] for router in found["routers"]) / len(found["routers"])
         )
         assert 0 <= found["information"] < 1
+        assert [int(number) for number in found["routers"][0]["by_task"]] == [0, 1] == list(range(len(found["tasks"])))
     assert nats(here, base, "--adapter", base / "mixer" / "adapter") not in (plain, told)
     fresh = ["--method", "lora_mixer", "--rank", 2, "--set=method.experts=3"]
     new = adapted(here, base / "base", base / "rows.jsonl", "--out", base / "fresh", "--steps", 2, *fresh)

@@ -239,8 +239,12 @@ class AdaptTask(Task, kind="adapt"):
                 yield nats_M.sum()
 
     def routing(self) -> dict[str, Any]:
-        """What the routers have come to on the rows that are measured, or on as many that are learned where none are held out."""
-        return self.method.routing(self.base, self._passes())
+        """What the routers have come to on the rows that are measured, or on as many that are learned where none are held out.
+
+        ``tasks`` are the names of the tasks, whose places are the numbers in ``by_task``.
+        """
+        found = self.method.routing(self.base, self._passes())
+        return {**found, "tasks": list(self.names)} if "routers" in found else found
 
     def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         context, rows = self._context, self.held_out or self.learned
