@@ -31,7 +31,7 @@ the matcher finds nothing there, so that no claim on what a found adapter gives 
 nowhere. Wordings were chosen by the matcher alone, before any run with them.
 
 It is planned for 5 seeds. `bench` and `paraphrased`, whose adapters are the same, have run (1.8 CPU hours), `superni`
-with one (.9 hours of one core a seed). A seed draws adapters, gates and order of rows anew.
+with three (.4 to .9 hours of one core a seed). A seed draws adapters, gates and order of rows anew.
 """
 
 import tempfile
