@@ -30,8 +30,8 @@ needs no verifier, spends is told and not judged. Recovery, of p = 0.1, 0.3 and 
 not judged: that small models gain by them is not claimed. Where a baseline is such that nothing can be said, a claim is not resolved: no
 spread in observed or predicted N*, an error of one p below 0.005, a best number worth less than 0.05, one that draws fewer than 2.
 
-The arm recovery has run, in 2 seconds, and one seed of small; the others have not. They are planned for 5 seeds, about 3.6 hours of one core for small, large and
-smollm2 together; the coder's take longer.
+The arm recovery has run, in 2 seconds, and one seed of small, in five minutes of a processor; the others have not. The coder's arms take
+longest.
 It was frozen anew on 2026-12-02, before that: curves were fitted to the beginning of a curve that was made of all samples, the best
 number in hindsight did not stop at a right answer, the limit of p was 2 %, and baselines of nothing were held against.
 """
