@@ -715,7 +715,7 @@ def test_an_adapter_is_not_put_onto_another_base(here, base, routed):
 
 
 def used_by(base, folder, task):
-    """A mixture's experts as the rows of a task use them, read and run one by one."""
+    """A mixture's experts as the rows of a task use them, written as they were learned, and run one by one."""
     from anabranch.adapters import mixture_report, static_mixture
     from anabranch.adapters.own_folder import read_own
 
@@ -723,7 +723,7 @@ def used_by(base, folder, task):
     read_own(folder, model)
     rows = [json.loads(line) for line in (base / "rows.jsonl").read_text().splitlines()]
     texts = [(row["input"], row["output"]) for row in rows if row["task"] == task]
-    ids = [tokenizer.encode_prompt(asked) + tokenizer.encode(answer) for asked, answer in texts]
+    ids = [tokenizer.encode_prompt(f"{asked}\n") + tokenizer.encode(answer) for asked, answer in texts]
     report = mixture_report(model, [(torch.tensor([row]), None, torch.tensor([0])) for row in ids])
     return static_mixture(model, report.weights_of(0)).pairs
 

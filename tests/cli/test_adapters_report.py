@@ -52,8 +52,8 @@ def test_a_page_for_each_kind(here, place, adapter, data, names, tmp_path):
         weights = [rows[told["matrices"].index("blocks.0.attention.q")] for rows in told["weights"]]
         best = {task: names[row.index(max(row))] for task, row in zip(told["tasks"], weights, strict=True)}
         assert best == {task: task for task in TASKS}
-        # As rows are learned: with a new line behind what is asked, and the end of the text behind the answer.
-        assert told["tokens"][0] == 2 * (len(f"{INSTRUCTIONS['sql']} Number 0.\nYes.") + 1)
+        # As rows are learned: with a new line behind what is asked; the end of the text is foretold and not read.
+        assert told["tokens"][0] == 2 * len(f"{INSTRUCTIONS['sql']} Number 0.\nYes.")
     # Once more, over the first, in words.
     code, out, err = here(*given)
     assert code == 0, err

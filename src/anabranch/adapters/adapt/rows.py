@@ -250,9 +250,12 @@ class Encoded:
         return self.token_NL, self.start_N, self.length_N, self.task_N
 
     def passes(self, row_X: Tensor, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(token_BL, mask_BL, task_B) of the rows ``row_X`` as they are learned, in their order."""
+        """(token_BL, mask_BL, task_B) of the rows ``row_X``, in their order: what layers are given while a model learns them.
+
+        That is all but the last token of each, which is foretold and not read.
+        """
         for row_B in row_X.split(batch_size):
-            length_B = self.length_N[row_B]
+            length_B = self.length_N[row_B] - 1
             token_BL = self.token_NL[row_B, : int(length_B.max())].long()
             mask_BL = torch.arange(token_BL.shape[1]) < length_B[:, None]
             yield token_BL.to(device), mask_BL.to(device), self.task_N[row_B].to(device)
