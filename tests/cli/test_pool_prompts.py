@@ -9,7 +9,6 @@ from anabranch.data import ByteTokenizer
 from anabranch.lm import save_model
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
-from anabranch.serving.core.query import MOST_QUERY, instruction_in, last_asked
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
 from served_adapters import INSTRUCTIONS, make_model, make_pool
@@ -87,11 +86,3 @@ def test_each_message_of_a_chat_is_compared_anew(here, root, server, monkeypatch
     from anabranch.cli.output import visible
 
     assert out == "".join(f"{visible(text)}\n" for text in texts)
-
-
-def test_what_is_asked_in_words():
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert instruction_in("prompt") == "prompt"
-    assert instruction_in("prompt", last_asked(chat)) == last_asked(chat) == "a"
-    assert instruction_in("", last_asked([])) is None
-    assert instruction_in("x" * 3000) == "x" * MOST_QUERY
