@@ -82,7 +82,6 @@ ARMS = {
 _WORLDS = {256: 64, 2048: 128, 16384: 256}
 # Mini-batches of a batch, and the size at which the learning rate is chosen; CaRL's.
 _BATCHES, _TUNED_AT, _LEARNING_RATE = 4, 256, 2.5e-4
-_TOLD_EVERY_S = 15.0
 COLUMNS = (
     Column("driving_score", "driving\nscore", ".1f"),
     Column("route_completion", "route\n%", ".1f"),
