@@ -31,6 +31,11 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(2, "hybrid, 8 experts, .*", "dense loop"),
         Bar(5, "hybrid, 32 experts, .*", "dense loop"),
     ),
+    "adapter_passes": (
+        # At most 3% more; and at most 1.9 times as long.
+        Bar(0.97, "global, .*", "by tokens alone"),
+        Bar(0.526, "generate, .*", "without"),
+    ),
     # At most 1.3 times as long.
     "adapter_routing": (Bar(0.77, "forward, .*", "one LoRA"),),
     "adapter_steps": (
@@ -186,6 +191,7 @@ AIMS: dict[str, tuple[Bar, ...]] = {
 
 # Bars of which no record has a row yet: asked since the benchmark last ran. They leave with the record that has them.
 AWAITED: dict[str, frozenset[Bar]] = {
+    "adapter_passes": frozenset(BARS["adapter_passes"]),
     # One step takes minutes.
     "rl": frozenset(bar for bar in BARS["rl"] if bar.case == "ppo"),
     "rl_tokens": frozenset(BARS["rl_tokens"]),

@@ -46,6 +46,16 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "adapters/pool.py",
         "adapters/segmented.py",
     ),
+    "adapter_passes": (
+        *MODEL,
+        "lm/generate.py",
+        "adapters/glider",
+        "adapters/lora_mixer",
+        "adapters/rewiring",
+        "adapters/routed.py",
+        "adapters/low_rank.py",
+        "adapters/pool.py",
+    ),
     "adapter_routing": (
         *MODEL,
         "adapters/lora_mixer",

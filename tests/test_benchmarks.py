@@ -514,6 +514,34 @@ def test_a_mixture_and_its_peer_compute_the_same_and_more_than_the_base(benchmar
         routing.check("a row", six, one, tokens)
 
 
+def test_a_query_that_weighs_next_to_nothing_changes_no_output_and_one_that_weighs_much_is_told(benchmark, monkeypatch):
+    passes = benchmark("adapter_passes")
+    monkeypatch.setattr(passes, "EXPERTS", 4)
+    plain = passes.PLAIN.replace(dim=36, num_layers=2, max_positions=12)
+    monkeypatch.setattr(
+        passes, "compare", lambda case, ours, peers, **options: [case, ours(), *(peer() for peer in peers.values())]
+    )
+    case, ours, theirs = passes.global_row(1, plain)
+    assert "4 adapters" in case
+    assert torch.allclose(ours, theirs, atol=1e-3 * float(theirs.abs().max()))
+    config = passes.GliderConfig
+    monkeypatch.setattr(
+        passes,
+        "GliderConfig",
+        lambda **fields: config(**fields, **({} if "instruction" in fields else {"local": "none"})),
+    )
+    with pytest.raises(SystemExit, match="outputs differ by"):
+        passes.global_row(1, plain)
+
+
+def test_a_generation_that_ends_early_is_told(benchmark, monkeypatch):
+    passes = benchmark("adapter_passes")
+    monkeypatch.setattr(passes, "generate", lambda *arguments: [[1, 2]])
+    monkeypatch.setattr(passes, "NEW", 3)
+    with pytest.raises(SystemExit, match="3 tokens came rewired and 2 without, not 3"):
+        passes.generation_row(4, guard=False, rounds=1)
+
+
 # Serving
 
 
