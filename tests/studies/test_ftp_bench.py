@@ -2,7 +2,7 @@
 
 import pytest
 
-from anabranch.errors import ConfigError
+from anabranch.errors import BackendError, ConfigError
 from anabranch.studies import ftp_bench
 from anabranch.studies.ftp import AGREE, OUTSIDE, ArmConfig, make, run
 from anabranch.studies.ftp_bench import Bench, Size
@@ -51,11 +51,24 @@ def test_outside_arms_read_text(arm):
         run(ArmConfig(arm=arm, size=TINY), 0, lambda text: None)
 
 
+def test_outside_arms_and_the_dense_model_beside_them_are_in_float32(kept, monkeypatch):
+    """Packages run in it; all else is in the type of the study."""
+    loaded, asked = ftp_bench.loaded, []
+    monkeypatch.setattr(ftp_bench, "loaded", lambda dtype: (asked.append(dtype), loaded(dtype))[1])
+    monkeypatch.delenv("ANABRANCH_KVPRESS", raising=False)
+    with pytest.raises(BackendError, match="ANABRANCH_KVPRESS is not set"):
+        run(ArmConfig(arm="kvpress", size=kept), 0, lambda text: None)
+    assert set(asked) == {"float32"}
+    asked.clear()
+    run(ArmConfig(arm="static", size=kept), 0, lambda text: None)
+    assert asked == ["bfloat16"]
+
+
 @pytest.fixture
 def kept(monkeypatch, tmp_path):
     """The size of the real model's way with the made one: what is fitted is kept on disk."""
     stack = ftp_bench._made(0)
-    monkeypatch.setattr(ftp_bench, "loaded", lambda: (stack, None))
+    monkeypatch.setattr(ftp_bench, "loaded", lambda dtype: (stack, None))
     monkeypatch.setattr(ftp_bench, "rows_of", lambda kind, counts, seed, tokenizer, sparsity: made_rows(counts, seed))
     monkeypatch.setattr(ftp_bench, "cache_folder", lambda: tmp_path)
     return TINY.replace(model="smollm2")
@@ -89,6 +102,7 @@ def test_nothing_is_read_back_of_another_fit(kept, tmp_path):
         (kept, 1, "questions", None),
         (kept, 2, "questions", None),
         (kept, 1, "questions", 0.2),
+        (kept.replace(dtype="float32"), 1, "questions", None),
         (kept.replace(generations=kept.generations + 1), 1, "questions", None),
         (kept.replace(context_calibration=kept.context_calibration + 1), 1, "contexts", None),
     ]

@@ -57,7 +57,7 @@ def run(size: "Size", seed: int, progress: Progress) -> Metrics:
     from anabranch.lm.gguf import load_gguf
 
     progress("loading SmolLM2")
-    model, tokenizer = load_gguf(find_weights(), dtype=torch.float32)
+    model, tokenizer = load_gguf(find_weights(), dtype=getattr(torch, size.dtype))
     assert tokenizer is not None, "the file has one"
     stack = stack_of(model.eval())
     searched, held_out = contexts_of(tokenizer, size, seed)

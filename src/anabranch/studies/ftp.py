@@ -37,9 +37,13 @@ minus the gap. PRIMARY: the gap of dynamic_tuned is at most half of that of shor
 ours - baseline - margin. It holds where that is above 0 by a two-sided paired t-test at 5% after Holm's correction over all claims of
 this study that have run; it does not hold where it is below 0 by the same test; else, and with fewer than five seeds, it is not resolved.
 
+All runs in bfloat16, but the two outside arms, whose packages run in float32: it was frozen anew on 2026-12-03, before any run, since
+float32 takes twice as long (with a pilot of seed 900, 12 rows: gaps differ by .001 to .03 where routers had learned for 20 steps, by .001
+elsewhere).
+
 Not run yet. The two outside arms, and the four that are their own baselines, were added with their claims before any run. It is planned
-for 5 seeds, about three hours of two cores each and, by their passes, as much again for the last four arms; what one arm has searched
-others of its seed read back. The smaller size runs on a made model and made rows, and only shows that all of it works. Times are measured
+for 5 seeds, about .8 hours of one core each and, by their passes, two more for the last four arms; what one arm has searched others of
+its seed read back. The smaller size runs on a made model and made rows, and only shows that all of it works. Times are measured
 by a benchmark (token_skipping).
 """
 

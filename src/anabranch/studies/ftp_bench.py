@@ -35,6 +35,9 @@ from anabranch.studies.ftp_rows import Counts, Kind, made_rows, rows_of
 from anabranch.studies.harness import Metrics, Progress
 from anabranch.studies.small_model import find_weights
 
+# Arms of packages that run elsewhere, and the type in which they do.
+PEERS, PEERS_DTYPE = ("llmlingua", "kvpress"), "float32"
+
 
 @configclass
 class Size(Config):
@@ -48,6 +51,7 @@ class Size(Config):
         population, generations: of each search.
         steps: of a router.
         threads: of the processor.
+        dtype: of SmolLM2, in which all of it runs but what is compared with packages that run in float32.
     """
 
     model: Literal["smollm2", "made"] = "smollm2"
@@ -59,7 +63,8 @@ class Size(Config):
     population: int = Field(default=12, ge=2)
     generations: int = Field(default=8, ge=0)
     steps: int = Field(default=500, ge=1)
-    threads: int = Field(default=2, ge=1)
+    threads: int = Field(default=1, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     @property
     def schedule(self) -> ScheduleConfig:
@@ -80,10 +85,17 @@ class Bench:
         progress: is told what is done.
         kind: of the rows.
         sparsity: S; None for that of ``size``.
+        dtype: of SmolLM2; None for that of ``size``.
     """
 
     def __init__(
-        self, size: Size, seed: int, progress: Progress, kind: Kind = "questions", sparsity: float | None = None
+        self,
+        size: Size,
+        seed: int,
+        progress: Progress,
+        kind: Kind = "questions",
+        sparsity: float | None = None,
+        dtype: str | None = None,
     ) -> None:
         self.size, self.seed, self._progress = size, seed, progress
         self.sparsity = size.sparsity if sparsity is None else sparsity
@@ -92,11 +104,17 @@ class Bench:
         if size.model == "made":
             self.stack, rows = _made(seed), made_rows(counts, seed)
         else:
-            self.stack, tokenizer = loaded()
+            self.stack, tokenizer = loaded(dtype or size.dtype)
             rows = rows_of(kind, counts, seed, tokenizer, self.sparsity)
         self.calibration, rest = rows[: counts.calibration], rows[counts.calibration :]
         self.learned, self.judged = rest[: counts.learned], rest[counts.learned :]
-        about = [self.stack.fingerprint(), to_dict(size), seed, self.sparsity, [item.tokens for item in rows]]
+        about = [
+            self.stack.fingerprint(),
+            to_dict(size.replace(dtype=dtype or size.dtype)),
+            seed,
+            self.sparsity,
+            [item.tokens for item in rows],
+        ]
         place = cache_folder() / "ftp-study" / f"{digest_of(about)[:24]}.jsonl"
         self._memo = FitMemo(place if size.model == "smollm2" else None, digest_of(about))
         self._uniform = uniform_schedule(self.sparsity, self.stack.num_blocks)
@@ -107,7 +125,7 @@ class Bench:
             return evaluate_truncated(self.stack, self.judged, self.sparsity)
         if arm == "shortgpt":
             return self._shortgpt()
-        if arm in ("llmlingua", "kvpress"):
+        if arm in PEERS:
             return self._outside(arm)
         return evaluate_items(self.skipper(arm), self.judged)
 
@@ -160,7 +178,7 @@ class Bench:
         """What runs elsewhere, held to the work or the keys of FTP on these rows."""
         if self.size.model == "made":
             raise ConfigError(f"the arm {arm} reads text, and the made model's rows are none; run it with --full")
-        ours, tokenizer = self.skipper("dynamic_tuned"), loaded()[1]
+        ours, tokenizer = self.skipper("dynamic_tuned"), loaded(PEERS_DTYPE)[1]
         self._progress(f"{arm} starts")
         if arm == "llmlingua":
             work = evaluate_items(ours, self.judged).work
@@ -171,11 +189,11 @@ class Bench:
 
 
 @cache
-def loaded() -> tuple[BlockStack, Any]:
-    """SmolLM2, and its tokenizer."""
+def loaded(dtype: str) -> tuple[BlockStack, Any]:
+    """SmolLM2 in one type, and its tokenizer."""
     from anabranch.lm.gguf import load_gguf
 
-    model, tokenizer = load_gguf(find_weights(), dtype=torch.float32)
+    model, tokenizer = load_gguf(find_weights(), dtype=getattr(torch, dtype))
     return stack_of(model.eval()), tokenizer
 
 
@@ -187,7 +205,7 @@ def _made(seed: int) -> BlockStack:
 
 def questions_run(arm: str, size: Size, seed: int, progress: Progress) -> Metrics:
     """An arm beside the dense model, on questions and their solutions."""
-    bench = Bench(size, seed, progress)
+    bench = Bench(size, seed, progress, dtype=PEERS_DTYPE if arm in PEERS else None)
     progress("dense")
     dense = evaluate_path(bench.stack, bench.judged)
     progress(f"{arm} on {len(bench.judged)} rows")
