@@ -1,17 +1,22 @@
 """Cards: every method of the survey's table has one, and each says what a machine can read."""
 
+import ast
+import inspect
 import json
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from anabranch.adapters import catalogue
-from anabranch.adapters.catalogue import CARDS, find, listed
+from anabranch.adapters.catalogue import CARDS, applied, cost, find, kept, listed
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
 
+# The package has a function of this name.
+recommend_module = sys.modules["anabranch.adapters.catalogue.recommend"]
 # The survey's methods, row by row.
 SURVEY = """
     adapter-houlsby adapter-pfeiffer adapter-parallel
@@ -50,6 +55,16 @@ def test_a_card_says_what_it_must(id):
         assert card.peft_type
     if card.backend != "none":
         assert card.count is not None
+    # And of what we run, what is put on a model or learns of it.
+    if card.backend == "own":
+        assert (card.trained is None) == any((card.layer, card.front, card.ladder))
+
+
+@pytest.mark.parametrize("module", [applied, cost, kept, recommend_module], ids=lambda module: module.__name__)
+def test_who_reads_cards_knows_none_by_its_id(module):
+    """What is special to a method is a field of its card."""
+    said = {node.value for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Constant)}
+    assert said & set(CARDS) == set()
 
 
 def who(card):

@@ -1,8 +1,13 @@
 """Cards of what adds modules, tokens or factors to a model that stays as it is."""
 
+from anabranch.adapters.adapter_mixture import AdapterMixture
+from anabranch.adapters.after import ScaleShift
 from anabranch.adapters.catalogue.card import Card, Op, Options, Paper, Work
 from anabranch.adapters.catalogue.shape import Matrix
-from anabranch.adapters.catalogue.works import BOTTLENECK, ELEMENTWISE, SERIAL, each, serial
+from anabranch.adapters.catalogue.works import BOTTLENECK, ELEMENTWISE, SERIAL, behind, beside, each, serial
+from anabranch.adapters.front import Front
+from anabranch.adapters.fusion import AdapterFusion
+from anabranch.adapters.scaling import Scaling
 
 __all__ = ["CARDS"]
 
@@ -43,6 +48,7 @@ CARDS = (
         options={"width": 64, "targets": ("o", "down")},
         count=each(serial),
         work=SERIAL,
+        layer=behind,
         limits="adds latency that no merge takes away; of a sublayer's last matrix, which is the sublayer's output",
     ),
     Card(
@@ -57,6 +63,7 @@ CARDS = (
         options={"width": 64, "targets": ("down",)},
         count=each(serial),
         work=SERIAL,
+        layer=behind,
         limits="adds latency that no merge takes away",
     ),
     Card(
@@ -71,6 +78,7 @@ CARDS = (
         options={"width": 16, "activation": "relu", "scale": 4.0, "targets": ("down",)},
         count=each(lambda matrix, options: options["width"] * (matrix.in_dim + matrix.out_dim + 1) + matrix.out_dim),
         work=BOTTLENECK,
+        layer=beside,
         mixed="server",
         limits="adds latency that no merge takes away; the paper's stands beside a whole feed-forward layer, ours beside a matrix of it",
     ),
@@ -86,6 +94,7 @@ CARDS = (
         options={"number": 4, "width": 64, "targets": ("down",)},
         count=each(lambda matrix, options: options["number"] * serial(matrix, options) + 3 * matrix.out_dim**2),
         work=_FUSION,
+        layer=lambda matrix, shape, options: AdapterFusion.Config(widths=(options["width"],) * options["number"]),
         limits="all k adapters run for every token; `adapt --method adapter-fusion --set method.adapters=[...]` takes trained ones, and "
         "starts as about their mean on top of the base",
     ),
@@ -99,6 +108,7 @@ CARDS = (
         (Paper("AdaMix", 2022, "2205.12410"),),
         backend="own",
         options={"width": 16, "number": 4, "consistency": 1.0, "targets": ("o", "down")},
+        layer=lambda matrix, shape, options: AdapterMixture.Config(width=options["width"], number=options["number"]),
         parts_differ="each part draws its own adapters",
         count=each(lambda matrix, options: options["number"] * serial(matrix, options)),
         work=SERIAL,
@@ -141,6 +151,7 @@ CARDS = (
         peft_type="PROMPT_TUNING",
         options={"tokens": 20},
         count=lambda matrices, shape, options: options["tokens"] * shape.dim,
+        front=lambda shape, options: Front.Config(num_tokens=options["tokens"]),
         added_tokens=lambda options: options["tokens"],
         starts_as_base=False,
         memory=_TOKENS,
@@ -176,6 +187,7 @@ CARDS = (
         peft_type="PREFIX_TUNING",
         options={"tokens": 20},
         count=lambda matrices, shape, options: 2 * shape.num_layers * options["tokens"] * shape.kv_width,
+        front=lambda shape, options: Front.Config(num_tokens=options["tokens"], of="keys"),
         prefix_positions=lambda options: options["tokens"],
         starts_as_base=False,
         memory=_POSITIONS,
@@ -248,6 +260,9 @@ CARDS = (
         options={"targets": ("k", "v", "down"), "feedforward": ("down",)},
         count=each(lambda matrix, options: matrix.in_dim if matrix.word in options["feedforward"] else matrix.out_dim),
         work=ELEMENTWISE,
+        layer=lambda matrix, shape, options: Scaling.Config(
+            of="input" if matrix.word in options["feedforward"] else "output"
+        ),
         merges="yes",
         mixed="server",
         limits="wants a higher learning rate than others: .455 at 5e-3 against .311 as it comes in the measured table",
@@ -264,6 +279,7 @@ CARDS = (
         options={"targets": ("all",)},
         count=each(lambda matrix, options: 2 * matrix.out_dim),
         work=ELEMENTWISE,
+        layer=lambda matrix, shape, options: ScaleShift.Config(),
         merges="yes",
         limits="merging its shift wants a matrix with a bias",
     ),

@@ -11,7 +11,7 @@ What stands beside matrices does so by the linear seam: the model's config says 
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anabranch.adapters.adapter_mixture import AdapterMixture
-from anabranch.adapters.after import ScaleShift, SerialBottleneck
 from anabranch.adapters.around import around_config, put_around, take_around
-from anabranch.adapters.bottleneck import Bottleneck
 from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import estimate, settings
-from anabranch.adapters.catalogue.shape import Matrix, Shape, is_bias, is_norm
+from anabranch.adapters.catalogue.shape import Shape
 from anabranch.adapters.catalogue.table import CARDS, find
-from anabranch.adapters.design_space import layer_at, prefixed
-from anabranch.adapters.dora import Dora
-from anabranch.adapters.front import Front
-from anabranch.adapters.fusion import AdapterFusion
-from anabranch.adapters.gated import GatedBottleneck, GatedLowRank
 from anabranch.adapters.graft import check_decoder, layers_of, patterns_of
-from anabranch.adapters.hashed_delta import HashedDelta
-from anabranch.adapters.ladder import LADDERED, Ladder
-from anabranch.adapters.low_rank import LowRank
-from anabranch.adapters.mhr import MultiHeadRouted
-from anabranch.adapters.nested import NestedLowRank
+from anabranch.adapters.ladder import LADDERED
 from anabranch.adapters.put_on import added_names, put_on, take_off
-from anabranch.adapters.routed import RoutedLowRank
-from anabranch.adapters.scaling import Scaling
 from anabranch.adapters.sparse_bottleneck import SparseBottleneck, settle
 from anabranch.adapters.sparse_delta import SparseDelta
 from anabranch.adapters.taking_in import take_in
@@ -51,30 +37,11 @@ from anabranch.files import atomic_folder, atomic_write_json, read_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import SafetensorsFiles, build_empty, some
-from anabranch.nn import Linear
 from anabranch.nn.quantize import FewBitLinear, PackedEmbedding, QuantizedPool
-from anabranch.routing import Router, SwitchLoss, TopK
 
 __all__ = ["TABLE", "WEIGHTS", "Applied", "apply", "load_applied"]
 
 TABLE, WEIGHTS = "catalogue_adapter.json", "catalogue_adapter.safetensors"
-_LOW_RANK = ("lora", "rslora", "lora-plus", "lora-fa", "eva", "llm-adapters", "adapter-drop")
-# Of the base itself, so little that what it was is kept.
-_SMALL = ("bitfit", "ln-tuning")
-_MASKS = ("shira", "fish-mask", "lt-sft")
-# What stands in front of a model, or along it.
-_AROUND: dict[str, Callable[[Mapping[str, Any], int], dict[str, Any]]] = {
-    "prompt-tuning": lambda options, layers: {"front": Front.Config(num_tokens=options["tokens"])},
-    "prefix-tuning": lambda options, layers: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
-    "mam": lambda options, layers: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
-    "unipelt": lambda options, layers: {"front": Front.Config(num_tokens=options["tokens"], of="keys", gated=True)},
-    "s4": lambda options, layers: {
-        "front": Front.Config(num_tokens=options["tokens"], of="keys", layers=prefixed(layers))
-    },
-    "lst": lambda options, layers: {
-        "ladder": Ladder.Config(reduction=options["reduction"], expansion=options["expansion"])
-    },
-}
 
 
 @dataclass(eq=False)
@@ -137,7 +104,7 @@ class Applied:
 
         Raises ConfigError for a method that trained the model's own matrices, of which nobody has kept a copy.
         """
-        if self.card.trains_base and self.card.id not in _SMALL:
+        if self.card.trains_base and not self.card.trains_little:
             raise ConfigError(
                 f"{self.card.id} trains the model's own matrices; load the model again to have it as it was"
             )
@@ -145,7 +112,7 @@ class Applied:
         return self.model
 
     def _take_off(self, *, keeps_base: bool) -> None:
-        if self.card.id in _AROUND:
+        if self.card.front is not None or self.card.ladder is not None:
             take_around(self.model)
         if layers_of(self.model):
             take_off(self.model)
@@ -201,23 +168,25 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
     before = {name: parameter.requires_grad for name, parameter in _named(model).items()}
     config = model.config
     if card.trains_base:
-        learns = {name for name in before if _is_trained(name, card)}
+        learns = {name for name in before if card.trains(name)}
         _check_all_learn(model, card, learns)
         held = learns | _moving(model)
     else:
         parts = [matrix.part for matrix in shape.matrices]
-        layers = {matrix.part: _layer(card, matrix, found.options, shape.num_layers) for matrix in chosen}
-        around = _AROUND[card.id](found.options, shape.num_layers) if card.id in _AROUND else {}
+        make = card.layer
+        layers = {} if make is None else {matrix.part: make(matrix, shape, found.options) for matrix in chosen}
+        front = None if card.front is None else card.front(shape, found.options)
+        ladder = None if card.ladder is None else card.ladder(shape, found.options)
         # What the model cannot have is told while it has nothing.
-        around_config(model.config, around.get("front"), around.get("ladder"))
+        around_config(model.config, front, ladder)
         if layers:
             put_on(model, patterns_of(layers, parts), seed=seed)
-        put_around(model, **around, seed=seed)
+        put_around(model, front=front, ladder=ladder, seed=seed)
         held = {name.replace(LADDERED, ".") for name in added_names(model)}
-        learns = {name for name in held if card.id != "lora-fa" or name.endswith(".b")}
+        learns = {name for name in held if card.learns(name)}
     for name, parameter in _named(model).items():
         parameter.requires_grad_(name in learns)
-    kept = held if card.id in _SMALL else ()
+    kept = held if card.trains_little else ()
     base = {name: value.detach().clone() for name, value in _state(model).items() if name in kept}
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     told = (found.options, found.matched, found.skipped, trainable)
@@ -309,67 +278,9 @@ def _fingerprint(config: Decoder.Config) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any], num_layers: int) -> Linear.Config:
-    """The config of the layer beside one matrix."""
-    if card.id == "s4":
-        made = layer_at(matrix.word, matrix.layer or 0, num_layers, options)
-        assert made is not None, "its card takes no other"
-        return made
-    if card.id == "dora":
-        return Dora.Config(rank=options["rank"], alpha=float(options["alpha"]), constant_norm=True)
-    if card.id == "ia3":
-        return Scaling.Config(of="input" if matrix.word in options["feedforward"] else "output")
-    if card.id == "ssf":
-        return ScaleShift.Config()
-    if card.id == "sparse-adapter":
-        return SparseBottleneck.Config(width=options["width"], sparsity=float(options["sparsity"]))
-    if card.id in ("adapter-houlsby", "adapter-pfeiffer"):
-        return SerialBottleneck.Config(width=options["width"])
-    if card.id == "adamix":
-        return AdapterMixture.Config(width=options["width"], number=options["number"])
-    if card.id == "adapter-fusion":
-        return AdapterFusion.Config(widths=(options["width"],) * options["number"])
-    if card.id == "unipelt":
-        if matrix.word == "down":
-            return GatedBottleneck.Config(width=options["width"])
-        return GatedLowRank.Config(rank=options["rank"], alpha=float(options["alpha"]), biased=True)
-    if card.id == "dylora":
-        return NestedLowRank.Config(rank=options["rank"], alpha=float(options["alpha"]))
-    if card.id in _LOW_RANK:
-        return LowRank.Config(rank=options["rank"], alpha=float(options["alpha"]), rslora=card.id == "rslora")
-    if card.id in _MASKS:
-        return SparseDelta.Config(entries=min(options["rank"] * (matrix.in_dim + matrix.out_dim), matrix.size))
-    if card.id == "intrinsic":
-        return HashedDelta.Config(size=options["size"])
-    if card.id in ("molora", "mixlora"):
-        number = options["number"]
-        active = options.get("active", number)
-        # All of them by their softmax, or the best by theirs with a loss for balance.
-        balance = () if card.id == "molora" else (SwitchLoss.Config(alpha=0.01),)
-        router = Router.Config(select=TopK.Config(top_k=active, normalize="sum"), balance=balance)
-        return RoutedLowRank.Config(
-            ranks=(options["rank"],) * number, alphas=(float(options["alpha"]),) * number, router=router
-        )
-    if card.id in ("poly", "mhr"):
-        return MultiHeadRouted.Config(
-            tasks=tuple(map(str, range(options["tasks"]))),
-            skills=options["number"],
-            heads=options["heads"],
-            rank=options["rank"],
-            alpha=float(options["alpha"]),
-        )
-    if card.id in ("adapter-parallel", "mam"):
-        return Bottleneck.Config(
-            width=options["width"], activation=options["activation"], scale=float(options["scale"])
-        )
-    raise AssertionError(f"{card.id} is said to be our own, and nothing builds it")
-
-
 def _check_all_learn(model: Decoder, card: Card, learns: Collection[str]) -> None:
     """Raise ConfigError where some of what a method trains is kept in few bits, or beside such a matrix, and cannot learn."""
-    wanted = {
-        name: one.numel() for name, one in build_empty(model.config).named_parameters() if _is_trained(name, card)
-    }
+    wanted = {name: one.numel() for name, one in build_empty(model.config).named_parameters() if card.trains(name)}
     lacking = [name for name in wanted if name not in learns]
     if lacking:
         number, total = sum(wanted[name] for name in lacking), sum(wanted.values())
@@ -390,14 +301,3 @@ def _moving(model: Decoder) -> set[str]:
         for name, _ in module.named_buffers(recurse=False)
     }
     return {name.replace(LADDERED, ".") for name, _ in model.named_buffers() if name in saved and name not in packed}
-
-
-def _is_trained(name: str, card: Card) -> bool:
-    """Whether a method trains this parameter of the base."""
-    if card.id == "bitfit":
-        return is_bias(name)
-    if card.id == "ln-tuning":
-        return is_norm(name)
-    if card.id == "attention-tuning":
-        return ".attention." in name and name.endswith("weight") and not is_norm(name)
-    return True

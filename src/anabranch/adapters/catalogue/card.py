@@ -4,12 +4,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from anabranch.adapters.catalogue.shape import Matrix, Shape
+from anabranch.adapters.catalogue.shape import Matrix, Shape, is_bias, is_norm, is_of_attention
+from anabranch.adapters.front import Front
+from anabranch.adapters.ladder import Ladder
+from anabranch.nn import Linear
 
-__all__ = ["Backend", "Card", "Op", "Options", "Paper", "Work"]
+__all__ = ["Backend", "Card", "Layer", "Op", "Options", "Paper", "Trained", "Work"]
 
 Options = Mapping[str, Any]
 Backend = Literal["own", "peft", "none"]
+# The config of what stands beside one matrix.
+Layer = Callable[[Matrix, Shape, Options], Linear.Config]
+# What methods train of a base: few of its numbers, matrices that are chosen, or everything.
+Trained = Literal["biases", "norms", "attention", "matrices", "all"]
+_IS_TRAINED: Mapping[Trained, Callable[[str], bool]] = {
+    "biases": is_bias,
+    "norms": is_norm,
+    "attention": is_of_attention,
+    "matrices": lambda name: not (is_bias(name) or is_norm(name)),
+    "all": lambda name: True,
+}
 
 
 @dataclass(frozen=True)
@@ -70,10 +84,16 @@ class Card:
         backend: ``own`` code, through ``peft``, or ``none``: neither puts it onto a model by its id, see ``setting`` and ``way``.
         peft_type: of the package peft, where it has the method.
         options: what may be set, with usual values.
+        least: of options that are whole numbers, the least value where that is not 1.
         takes: whether a matrix that was chosen gets anything; None where all do.
         count: trainable parameters, of chosen matrices of a model; None where they depend on what the card cannot know.
         frozen: numbers of 4 bytes that are kept and stored besides those that learn; None for none.
         work: what it adds to a matrix; None where nobody has counted that.
+        layer: what stands beside each matrix that was chosen; None where that is no layer of ours.
+        front: the virtual tokens of ours that stand in front of a model; None for none.
+        ladder: the network of ours that stands along it; None for none.
+        learns: of the parameters of layer, front and ladder, whether one learns, by its name.
+        trained: the parameters of the base that learn; None where they stay as they are.
         added_tokens: tokens that it puts in front of every sequence.
         prefix_positions: positions that every layer's attention sees besides.
         along: of a network that stands along the whole model, per token: (FLOPs forward, those of what the model's hidden states go
@@ -83,7 +103,6 @@ class Card:
         merges: whether a trained adapter can become part of the matrices.
         mixed: how rows of a batch have adapters of their own: in our pool (`load_pool`) and in a server, in a server alone, by peft's
             ``adapter_names``, or not.
-        trains_base: whether what learns are parameters of the base.
         parts_differ: why a batch in parts teaches something else than at once, see `Method.parts_differ`.
         memory: what it saves or costs in memory besides the bytes of its parameters.
         limits: what it cannot do, or where it fails.
@@ -102,23 +121,52 @@ class Card:
     backend: Backend = "none"
     peft_type: str | None = None
     options: Options = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
     count: Callable[[Sequence[Matrix], Shape, Options], int] | None = None
     takes: Callable[[Matrix, Shape, Options], bool] | None = None
     frozen: Callable[[Sequence[Matrix], Shape, Options], int] | None = None
     work: Work | None = None
+    layer: Layer | None = None
+    front: Callable[[Shape, Options], Front.Config] | None = None
+    ladder: Callable[[Shape, Options], Ladder.Config] | None = None
+    learns: Callable[[str], bool] = lambda name: True
+    trained: Trained | None = None
     added_tokens: Callable[[Options], int] | None = None
     prefix_positions: Callable[[Options], int] | None = None
     along: Callable[[Shape, Options], tuple[float, float, float]] | None = None
     starts_as_base: bool = True
     merges: Literal["yes", "no", "per task", "is the base"] = "no"
     mixed: Literal["pool", "server", "peft", "no"] = "no"
-    trains_base: bool = False
     parts_differ: str = ""
     memory: str = ""
     limits: str = ""
     needs_bias: bool = False
     setting: str | None = None
     way: str | None = None
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether what learns are parameters of the base."""
+        return self.trained is not None
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every parameter of the base learns."""
+        return self.trained == "all"
+
+    @property
+    def trains_norms(self) -> bool:
+        """Whether norms of the base learn."""
+        return self.trained in ("norms", "all")
+
+    @property
+    def trains_little(self) -> bool:
+        """Whether so little of the base learns that what it was is kept beside it."""
+        return self.trained in ("biases", "norms")
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of the base of this name learns."""
+        return self.trained is not None and _IS_TRAINED[self.trained](name)
 
     @property
     def run_by(self) -> str:

@@ -104,7 +104,7 @@ def settings(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{card.id} has no option {unknown[0]!r}; {known}")
     made = dict(card.options)
     for name, value in options.items():
-        made[name] = _checked(f"{name} of {card.id}", value, made[name], least=0 if name == "drop" else 1)
+        made[name] = _checked(f"{name} of {card.id}", value, made[name], card.least.get(name, 1))
     return made
 
 
@@ -154,8 +154,6 @@ def estimate(
     if card.count is None:
         raise ConfigError(f"{card.id} trains {card.formula}, which cannot be told beforehand")
     chosen = shape.chosen(made["targets"]) if "targets" in made else []
-    if "drop" in made:
-        chosen = [matrix for matrix in chosen if (matrix.layer or 0) >= made["drop"]]
     if card.takes is not None:
         chosen = [matrix for matrix in chosen if card.takes(matrix, shape, made)]
     trainable = card.count(chosen, shape, made)
@@ -198,7 +196,6 @@ class _Flow:
         self.card, self.shape, self.options = card, shape, options
         self.chosen = {matrix.part: matrix for matrix in chosen}
         self.length, self.tokens = length, tokens
-        self.is_full = card.id == "full"
         total = shape.config.count(length).flops
         self.head = (
             0 if any(matrix.word == "head" for matrix in shape.matrices) else 2 * shape.config.vocab_size * shape.dim
@@ -259,7 +256,7 @@ class _Flow:
             fed = self.card.along(self.shape, self.options)[1]
             return forward + added + 2 * added - fed + self._head
         # In front of the first layer only vectors, norms and the embedding learn.
-        learns = self.card.added_tokens is not None or self.is_full or self.card.id == "ln-tuning"
+        learns = self.card.added_tokens is not None or self.card.trains_norms
         backward, stream = 0.0, learns
         for layer in range(self.shape.num_layers):
             inside = [matrix for matrix in self.shape.matrices if matrix.layer == layer]
@@ -272,7 +269,7 @@ class _Flow:
         for matrix in self.shape.matrices:
             if matrix.layer is None:
                 backward += self._backward(matrix, stream)[0]
-        backward += self.head * (stream + self.is_full) + 2 * self.rest * stream
+        backward += self.head * (stream + self.card.trains_all) + 2 * self.rest * stream
         return forward + added + backward * self.longer
 
     @property
@@ -298,7 +295,7 @@ class _Flow:
     def _backward(self, matrix: Matrix, takes: bool) -> tuple[float, bool]:
         """(FLOPs backward of one matrix and what is beside it, whether its output needs a gradient), where its input does or not."""
         is_chosen = matrix.part in self.chosen
-        trains = self.is_full or (self.card.trains_base and is_chosen)
+        trains = self.card.trains_all or (self.card.trains_base and is_chosen)
         total, inner = 2.0 * matrix.size * (takes + trains), takes
         for op in self.ops(matrix):
             needs = takes if op.takes_x else inner

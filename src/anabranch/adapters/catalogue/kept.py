@@ -39,15 +39,18 @@ class _Pass:
         return sum(count(self.options) for count in counts if count is not None)
 
     @property
+    def has_gates(self) -> bool:
+        """Whether these positions stand behind a gate of each query."""
+        return self.card.front is not None and self.card.front(self.shape, self.options).gated
+
+    @property
     def learns_norms(self) -> bool:
         """Whether norms learn, whose inputs are kept though nothing learns below."""
-        return self.card.id in ("full", "ln-tuning")
+        return self.card.trains_norms
 
     def trains(self, matrix: Matrix) -> bool:
         """Whether the matrix itself learns."""
-        return self.card.id == "full" or (
-            self.card.trains_base and matrix.part in self.chosen and not self.card.needs_bias
-        )
+        return self.card.trains_all or (self.card.trains_base and matrix.part in self.chosen)
 
     def takes(self, matrix: Matrix) -> bool:
         """Whether what goes into a matrix is kept for something that learns by it."""
@@ -86,7 +89,7 @@ class _Pass:
             if inner and self.front:
                 # Keys and values are copied behind those in front.
                 kept += 2 * (self.shape.query_width + self.shape.kv_width * (1 + self.front / self.length))
-                if self.card.id == "unipelt":
+                if self.has_gates:
                     # Heads twice as wide, behind each query's gate; and queries as they were.
                     kept += 2 * (self.shape.query_width + self.shape.kv_width * (1 + self.front / self.length))
                     kept += self.shape.query_width
@@ -114,7 +117,7 @@ class _Pass:
 
     def blocks(self) -> float:
         """What all blocks keep."""
-        stream = self.card.id == "full"
+        stream = self.card.trains_all
         total = 0.0
         for layer in range(self.shape.num_layers):
             inside = [matrix for matrix in self.shape.matrices if matrix.layer == layer]

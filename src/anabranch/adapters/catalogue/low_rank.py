@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 from anabranch.adapters.catalogue.card import Backend, Card, Op, Options, Paper, Work
 from anabranch.adapters.catalogue.shape import Matrix, Shape
-from anabranch.adapters.catalogue.works import DENSE, FROZEN_PAIR, LOW_RANK, LOW_RANK_B, each, low_rank
+from anabranch.adapters.catalogue.works import DENSE, FROZEN_PAIR, LOW_RANK, LOW_RANK_B, each, lora, low_rank
+from anabranch.adapters.dora import Dora
+from anabranch.adapters.hashed_delta import HashedDelta
+from anabranch.adapters.nested import NestedLowRank
 
 __all__ = ["CARDS"]
 
@@ -58,6 +61,7 @@ def _start(id: str, name: str, rule: str, paper: Paper, limits: str = _START, ba
         options=dict(_RANK),
         count=each(low_rank),
         work=LOW_RANK,
+        layer=lora,
         merges="yes",
         mixed="pool",
         limits=limits,
@@ -78,6 +82,7 @@ CARDS = (
         options=dict(_RANK),
         count=each(low_rank),
         work=LOW_RANK,
+        layer=lora,
         merges="yes",
         mixed="pool",
     ),
@@ -94,6 +99,7 @@ CARDS = (
         options=dict(_RANK),
         count=each(low_rank),
         work=LOW_RANK,
+        layer=lambda matrix, shape, options: lora(matrix, shape, options).replace(rslora=True),
         merges="yes",
         mixed="pool",
     ),
@@ -110,6 +116,7 @@ CARDS = (
         options=dict(_RANK),
         count=each(low_rank),
         work=LOW_RANK,
+        layer=lora,
         merges="yes",
         mixed="pool",
         limits="the adapter is LoRA's; its two learning rates are the optimizer's matter",
@@ -128,6 +135,8 @@ CARDS = (
         count=each(lambda matrix, options: options["rank"] * matrix.out_dim),
         frozen=each(lambda matrix, options: options["rank"] * matrix.in_dim),
         work=LOW_RANK_B,
+        layer=lora,
+        learns=lambda name: name.endswith(".b"),
         merges="yes",
         mixed="pool",
         memory="keeps r numbers of a token for the backward pass where LoRA keeps C",
@@ -193,6 +202,7 @@ CARDS = (
         options=dict(_RANK),
         count=each(low_rank),
         work=LOW_RANK,
+        layer=lambda matrix, shape, options: NestedLowRank.Config(rank=options["rank"], alpha=float(options["alpha"])),
         merges="yes",
         mixed="pool",
     ),
@@ -227,6 +237,9 @@ CARDS = (
                 *LOW_RANK.ops(matrix, options),
                 Op(0, trains=False, per_call=2 * options["rank"] * matrix.size),
             ],
+        ),
+        layer=lambda matrix, shape, options: Dora.Config(
+            rank=options["rank"], alpha=float(options["alpha"]), constant_norm=True
         ),
         merges="yes",
         mixed="server",
@@ -327,6 +340,7 @@ CARDS = (
         options={"size": 256, "targets": ("q", "k", "v", "o")},
         count=lambda matrices, shape, options: options["size"],
         work=DENSE,
+        layer=lambda matrix, shape, options: HashedDelta.Config(size=options["size"]),
         merges="yes",
         mixed="server",
         memory="P is never stored: its places come of a hash, made anew in each pass",

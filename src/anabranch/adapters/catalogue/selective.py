@@ -1,8 +1,9 @@
 """Cards of what trains a part of the model's own parameters, or few entries of its matrices."""
 
 from anabranch.adapters.catalogue.card import Card, Options, Paper
-from anabranch.adapters.catalogue.shape import ATTENTION, Matrix
+from anabranch.adapters.catalogue.shape import ATTENTION, Matrix, Shape
 from anabranch.adapters.catalogue.works import DENSE, ELEMENTWISE, each, low_rank
+from anabranch.adapters.sparse_delta import SparseDelta
 
 __all__ = ["CARDS"]
 
@@ -11,6 +12,10 @@ _MASK = "the places are kept beside the values: 8 bytes each in memory, once for
 
 def _entries(matrix: Matrix, options: Options) -> int:
     return min(low_rank(matrix, options), matrix.size)
+
+
+def _mask(matrix: Matrix, shape: Shape, options: Options) -> SparseDelta.Config:
+    return SparseDelta.Config(entries=_entries(matrix, options))
 
 
 CARDS = (
@@ -41,6 +46,7 @@ CARDS = (
         count=each(_entries),
         frozen=each(lambda matrix, options: 2 * _entries(matrix, options)),
         work=DENSE,
+        layer=_mask,
         merges="yes",
         mixed="server",
         memory=_MASK,
@@ -59,6 +65,7 @@ CARDS = (
         count=each(_entries),
         frozen=each(lambda matrix, options: 2 * _entries(matrix, options)),
         work=DENSE,
+        layer=_mask,
         merges="yes",
         mixed="server",
         memory=_MASK,
@@ -78,6 +85,7 @@ CARDS = (
         count=each(_entries),
         frozen=each(lambda matrix, options: 2 * _entries(matrix, options)),
         work=DENSE,
+        layer=_mask,
         merges="yes",
         mixed="server",
         memory=_MASK,
@@ -101,7 +109,7 @@ CARDS = (
         count=lambda matrices, shape, options: shape.biases,
         work=ELEMENTWISE,
         merges="is the base",
-        trains_base=True,
+        trained="biases",
         needs_bias=True,
         limits="most decoders of today have no biases (Qwen2 has them at queries, keys and values)",
     ),
@@ -118,7 +126,7 @@ CARDS = (
         count=lambda matrices, shape, options: shape.norms,
         work=ELEMENTWISE,
         merges="is the base",
-        trains_base=True,
+        trained="norms",
     ),
     Card(
         "attention-tuning",
@@ -132,7 +140,7 @@ CARDS = (
         options={"targets": ATTENTION},
         count=each(lambda matrix, options: matrix.size),
         merges="is the base",
-        trains_base=True,
+        trained="attention",
         memory="gradients and optimizer state of a third of the model",
     ),
     Card(
@@ -161,7 +169,7 @@ CARDS = (
         backend="own",
         count=lambda matrices, shape, options: shape.parameters,
         merges="is the base",
-        trains_base=True,
+        trained="all",
         memory="gradients and optimizer state of the whole model: 16 bytes a parameter with AdamW in float32",
     ),
 )

@@ -139,6 +139,11 @@ def is_bias(name: str) -> bool:
     return name.endswith("bias")
 
 
+def is_of_attention(name: str) -> bool:
+    """Whether a parameter is a matrix of attention."""
+    return ".attention." in name and name.endswith("weight") and not is_norm(name)
+
+
 def _is_named(matrix: Matrix, target: str) -> bool:
     if target == "all":
         return matrix.layer is not None

@@ -2,7 +2,7 @@
 
 import difflib
 
-from anabranch.adapters.catalogue import additive, composed, low_rank, selective, structured
+from anabranch.adapters.catalogue import additive, efficient, hybrid, low_rank, mixed, selective, structured
 from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import estimate
 from anabranch.adapters.catalogue.shape import Shape
@@ -10,9 +10,8 @@ from anabranch.errors import ConfigError
 
 __all__ = ["CARDS", "find", "listed"]
 
-CARDS: dict[str, Card] = {
-    card.id: card for module in (additive, selective, low_rank, structured, composed) for card in module.CARDS
-}
+_FAMILIES = (additive, selective, low_rank, structured, mixed, hybrid, efficient)
+CARDS: dict[str, Card] = {card.id: card for module in _FAMILIES for card in module.CARDS}
 
 
 def find(id: str) -> Card:

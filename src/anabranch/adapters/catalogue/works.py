@@ -1,12 +1,15 @@
-"""What methods compute beside a matrix, and how many numbers they learn: shared by the cards.
+"""What stands beside a matrix, what that computes, and how many numbers it learns: shared by the cards.
 
 In words, C are a matrix's inputs, O its outputs, r a rank, d the model's width, p virtual tokens, n layers, d_kv the width of the keys.
 """
 
 from collections.abc import Callable, Sequence
 
+from anabranch.adapters.after import SerialBottleneck
+from anabranch.adapters.bottleneck import Bottleneck
 from anabranch.adapters.catalogue.card import Op, Options, Work
 from anabranch.adapters.catalogue.shape import Matrix, Shape
+from anabranch.adapters.low_rank import LowRank
 
 __all__ = [
     "BOTTLENECK",
@@ -16,7 +19,10 @@ __all__ = [
     "LOW_RANK",
     "LOW_RANK_B",
     "SERIAL",
+    "behind",
+    "beside",
     "each",
+    "lora",
     "low_rank",
     "serial",
 ]
@@ -37,6 +43,21 @@ def low_rank(matrix: Matrix, options: Options) -> int:
 def serial(matrix: Matrix, options: Options) -> int:
     """2 d m + d + m, of a bottleneck of m behind a matrix of d outputs."""
     return 2 * matrix.out_dim * options["width"] + matrix.out_dim + options["width"]
+
+
+def lora(matrix: Matrix, shape: Shape, options: Options) -> LowRank.Config:
+    """LoRA of ``rank`` and ``alpha``."""
+    return LowRank.Config(rank=options["rank"], alpha=float(options["alpha"]))
+
+
+def beside(matrix: Matrix, shape: Shape, options: Options) -> Bottleneck.Config:
+    """A bottleneck of ``width``, ``activation`` and ``scale``, of what goes into the matrix."""
+    return Bottleneck.Config(width=options["width"], activation=options["activation"], scale=float(options["scale"]))
+
+
+def behind(matrix: Matrix, shape: Shape, options: Options) -> SerialBottleneck.Config:
+    """A bottleneck of ``width``, of what comes out of the matrix."""
+    return SerialBottleneck.Config(width=options["width"])
 
 
 def _low_rank_ops(trains_a: bool, trains_b: bool) -> Callable[[Matrix, Options], list[Op]]:
