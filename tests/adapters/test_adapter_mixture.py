@@ -150,9 +150,11 @@ def test_two_choices_differ_beside_streams_and_beside_experts(config):
     moved(model).train()
     target_BL = TOKENS.roll(-1, 1).repeat(2, 1)
     torch.manual_seed(2)
-    *_, apart_M = Answers(model)(TOKENS.repeat(2, 1), target_BL, twice=True)
+    token_BL = TOKENS.repeat(2, 1)
+    state = twice_told(*token_BL.shape, num_streams=model.streams_of(None)[0])
+    *_, apart_M = Answers(model)(token_BL, target_BL, state=state, twice=True)
     assert (apart_M > 1e-4).all()
-    *_, none_M = Answers(model.eval())(TOKENS.repeat(2, 1), target_BL, twice=True)
+    *_, none_M = Answers(model.eval())(token_BL, target_BL, state=state, twice=True)
     assert none_M.abs().max() < 1e-9
 
 
@@ -167,7 +169,7 @@ def test_the_divergence_of_two_passes_by_hand():
     answers, given = Answers(model), given_rows()
     del given["task_B"]
     torch.manual_seed(2)
-    nats_M, spread_M, _, _, apart_M = answers(**given, twice=True)
+    nats_M, spread_M, _, _, apart_M = answers(**given, state=twice_told(4, 7), twice=True)
     torch.manual_seed(2)
     context = model.context(given["token_BL"], token_mask_BL=given["mask_BL"], state=twice_told(4, 7))
     log_p = model.logits(model.hidden(given["token_BL"], context)).log_softmax(-1)
@@ -182,7 +184,7 @@ def test_the_divergence_of_two_passes_by_hand():
     torch.testing.assert_close(nats_M, -a.gather(1, given["target_BL"][:2][asked][:, None])[:, 0])
     torch.testing.assert_close(spread_M, -a.mean(-1))
     # Outside of training both are the average.
-    *_, none_M = Answers(model.eval())(**given, twice=True)
+    *_, none_M = Answers(model.eval())(**given, state=twice_told(4, 7), twice=True)
     assert not none_M.detach().any()
 
 

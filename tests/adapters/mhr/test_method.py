@@ -1,6 +1,7 @@
 """Poly and MHR trained by the trainer: two speeds, what is kept, new tasks, the average at the end."""
 
 import json
+import math
 from typing import get_args
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from anabranch.adapters import load_peft
 from anabranch.adapters.adapt import AdaptTask
+from anabranch.adapters.adapt.lesson import Seen
 from anabranch.adapters.mhr import MultiHeadRouted, Penalties, RoutingTable, Weights
 from anabranch.adapters.mhr.method import Mhr, Poly
 from anabranch.adapters.mhr.table import Granularity
@@ -133,6 +135,15 @@ def test_new_tasks_from_an_adapter(place, tmp_path, mode):
     assert again.fit().step == 6
 
 
+def loss_of_others(method):
+    """The loss of two rows of two tasks, all of whose tokens have p = 1/2 under the other task."""
+    told = torch.tensor([[1, 2], [3, 4]]), torch.tensor([1, 1]), torch.tensor([2, 2]), torch.tensor([0, 1])
+    [lesson] = method.lessons(told)
+    assert lesson.rows[3].tolist() == [1, 0]
+    seen = Seen.of(torch.tensor([9.0, 9.0, math.log(2), math.log(2)]), torch.zeros(()), torch.arange(4), 4)
+    return lesson.losses(seen, slice(2, 4))["unlikelihood"]
+
+
 def test_what_is_asked_of_skills_that_were_trained_before(place, tmp_path):
     """Routing is set anew; sizes are theirs, and others are refused."""
     first = Trainer(config(place, steps=2), tmp_path / "first")
@@ -165,7 +176,7 @@ def test_what_is_asked_of_skills_that_were_trained_before(place, tmp_path):
         trainer.close()
         kind = next(module.config for module in trainer.model.modules() if isinstance(module, MultiHeadRouted))
         assert (kind.penalties.sparsity, kind.penalties.unlikelihood) == wanted
-        assert trainer.task.method.unlikelihood() == wanted[1]
+        assert float(loss_of_others(trainer.task.method)) == pytest.approx(wanted[1] * math.log(2))
     for wrong, told in (
         ({"rank": 3}, "rank is 3, and the skills in .* have 2; leave it out"),
         ({"granularity": "coarsegrained"}, "granularity is 'coarsegrained', and the skills in .* have 'finegrained'"),

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anabranch.adapters.adapter_mixture import twice_told
 from anabranch.adapters.by_row import check_told, told_rows
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.linear import takes_context
 
-__all__ = ["IGNORED", "Answers", "batch_of", "joined", "mean_of_rows"]
+__all__ = ["IGNORED", "Answers", "Rows", "batch_of", "joined", "mean_of_rows"]
+
+# (token_BL, start_B of answers, length_B, task_B), padded on the right.
+Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # The target of a position that is none of an answer.
 IGNORED = -100
@@ -55,7 +57,8 @@ class Answers(nn.Module):
             target_BL: int64 ids of answers, one position early; -100 where there is none.
             mask_BL: bool, False for padding, which stands on the left.
             state: what layers are told of the rows, see `Method.state`.
-            twice: the second half of the rows are those of the first again; what is given back is of the first.
+            twice: the second half of the rows are those of the first again, which layers are told by ``state``; what is given back is of
+                the first.
 
         ``spread_M`` is the mean over the vocabulary of -log p, for smoothed labels; ``apart_M`` the mean of the divergences of both halves
         from each other, 0 without.
@@ -64,9 +67,6 @@ class Answers(nn.Module):
         # A pass that is made of its parts asks what blocks around it tell its rows.
         check_told(decoder, len(token_BL), "a pass over answers")
         told = told_rows(decoder, range(len(token_BL)), token_BL.shape[1]) | dict(state or {})
-        if twice:
-            num_streams, _ = decoder.streams_of(None)
-            told |= twice_told(*token_BL.shape, num_streams=num_streams, device=token_BL.device)
         context = decoder.context(token_BL, token_mask_BL=mask_BL, state=told)
         x_BLD = decoder.hidden(token_BL, context)
         if decoder.streams is not None:
@@ -99,11 +99,12 @@ def batch_of(token_BL: Tensor, start_B: Tensor, length_B: Tensor, task_B: Tensor
     return {"token_BL": id_BL[:, :-1], "target_BL": target_BL[:, 1:], "mask_BL": mask_BL, "task_B": task_B}
 
 
-def joined(parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
-    """Rows of several kinds as one batch: (token, start, length, task), padded on the right to the longest."""
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Rows of several kinds as one batch, padded on the right to the longest."""
     longest = max(part[0].shape[1] for part in parts)
     token_RL = torch.cat([F.pad(part[0].long(), (0, longest - part[0].shape[1])) for part in parts])
-    return token_RL, *(torch.cat(of_kind) for of_kind in list(zip(*parts, strict=True))[1:])
+    _, starts, lengths, tasks = zip(*parts, strict=True)
+    return token_RL, torch.cat(starts), torch.cat(lengths), torch.cat(tasks)
 
 
 def mean_of_rows(value_M: Tensor, row_M: Tensor, rows: int) -> Tensor:

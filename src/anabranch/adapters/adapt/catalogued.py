@@ -8,24 +8,25 @@ What such a method may be told, and its usual values, is on its card (`anabranch
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from anabranch.adapters.adapt.answers import Rows
+from anabranch.adapters.adapt.lesson import Lesson, Seen
 from anabranch.adapters.adapt.method import Method, Written, write_peft_or_own
-from anabranch.adapters.adapter_mixture import averaged
+from anabranch.adapters.adapter_mixture import twice_told
 from anabranch.adapters.catalogue.applied import Applied, apply
 from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import settings
 from anabranch.adapters.catalogue.table import CARDS, find
-from anabranch.adapters.eva import start_by_inputs
 from anabranch.adapters.front import Front
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.numbers import Holder
 from anabranch.adapters.own_folder import OwnAdapter, write_own
-from anabranch.adapters.sparse_bottleneck import settle, snip
-from anabranch.adapters.sparse_delta import place_by_fisher
+from anabranch.adapters.sparse_bottleneck import settle
 from anabranch.bounds import shown
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
@@ -37,11 +38,7 @@ from anabranch.train.optimizer import Speed
 __all__ = ["Catalogued", "method_named", "method_names", "methods_with"]
 
 _FAMILY = "adapter_method"
-# LoRA+, section 4 of its paper: the rate of B over that of A.
-_B_OVER_A = 16.0
 _NOT_OPTIONS = ("id", "targets")
-# It needs what a training of the whole model moved, which nobody makes here.
-_NOT_BY_ROWS = ("lt-sft",)
 
 
 class Catalogued(Method, kind="catalogue"):
@@ -89,11 +86,8 @@ class Catalogued(Method, kind="catalogue"):
             if card.backend != "own":
                 who = "nobody runs here" if card.backend == "none" else f"is run by {card.backend}, not by code of ours"
                 raise ConfigError(f"method is {self.id!r}, which {who}; {_why(card)}")
-            if card.id in _NOT_BY_ROWS:
-                raise ConfigError(
-                    "method is 'lt-sft', which learns the entries that a full training moved furthest, and adapt makes none first; in "
-                    "Python give what it moved to `place` of each layer, or take 'fish-mask' (by gradients) or 'shira' (at random)"
-                )
+            if card.not_by_rows:
+                raise ConfigError(f"method is {self.id!r}, which {card.not_by_rows}")
             settings(card, self.options())
 
         def options(self) -> dict[str, Any]:
@@ -106,6 +100,7 @@ class Catalogued(Method, kind="catalogue"):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self._card = find(config.id)
         self._applied: Applied | None = None
 
     @property
@@ -116,12 +111,12 @@ class Catalogued(Method, kind="catalogue"):
     @property
     def trains_base(self) -> bool:
         """Whether parameters of the base learn."""
-        return find(self.config.id).trains_base
+        return self._card.trains_base
 
     @property
     def parts_differ(self) -> str:
         """As the card says."""
-        return find(self.config.id).parts_differ
+        return self._card.parts_differ
 
     def layer(self, tasks: Sequence[str]) -> Linear.Config:
         """There is none for all matrices alike."""
@@ -139,19 +134,15 @@ class Catalogued(Method, kind="catalogue"):
         return model
 
     def look(self, model: Decoder, losses: Iterable[Tensor]) -> None:
-        """SparseAdapter is pruned by them, FISH mask's entries are chosen, and EVA's A takes directions of what layers are given."""
-        if self.config.id == "sparse-adapter":
-            snip(model, losses)
-        elif self.config.id == "fish-mask":
-            place_by_fisher(model, losses)
-        elif self.config.id == "eva":
-            start_by_inputs(model, losses)
+        """As the card says."""
+        if self._card.looks is not None:
+            self._card.looks(model, losses)
 
-    def consistency(self) -> float:
-        """AdaMix has two choices for each row."""
-        if self.config.id != "adamix":
-            return 0.0
-        return float(settings(find("adamix"), self.config.options())["consistency"])
+    def lessons(self, batch: Rows) -> Sequence[Lesson]:
+        """Two choices for each row are held to each other, where a card has a weight for that."""
+        weight = float(settings(self._card, self.config.options()).get("consistency", 0.0))
+        assert self._applied is not None, "it is put on before anything is learned"
+        return [_consistency(batch, self._applied.model, weight)] if weight else []
 
     def kept(self, model: Decoder) -> list[str]:
         """What stands beside the model, or learns of it."""
@@ -159,8 +150,9 @@ class Catalogued(Method, kind="catalogue"):
         return list(self._applied.state())
 
     def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
-        """B of LoRA+ learns 16 times as quickly as A."""
-        return Speed(_B_OVER_A) if self.config.id == "lora-plus" and name.endswith(".b") else None
+        """As the card says."""
+        found = self._card.speed(name)
+        return None if found == 1 else Speed(found)
 
     def write(self, folder: Path, model: Decoder, base: str) -> Written:
         """A folder of peft's where peft has such an adapter, else one of our own."""
@@ -171,14 +163,24 @@ class Catalogued(Method, kind="catalogue"):
         ):
             return write_peft_or_own(folder, model, base)
         write_own(folder, model, base=base)
-        if self.config.id == "adamix":
-            averaged(OwnAdapter.read(folder)).write(folder)
+        if self._card.written is not None:
+            self._card.written(OwnAdapter.read(folder)).write(folder)
         return Written(folder, "anabranch")
+
+
+def _consistency(batch: Rows, model: Decoder, weight: float) -> Lesson:
+    """All rows twice, for which other random choices are made: the divergence of both, see `anabranch.adapters.adapter_mixture`."""
+    (num_streams, _), rows = model.streams_of(None), len(batch[0])
+
+    def losses(seen: Seen, own: slice) -> dict[str, Tensor]:
+        return {"consistency": weight * seen.mean_R(seen.apart_M)[:rows].mean()}
+
+    return Lesson(losses, again=partial(twice_told, num_streams=num_streams, device=batch[0].device))
 
 
 def method_names() -> list[str]:
     """What `--method` takes: methods by themselves, and those of the catalogue that are run by code of ours and train by rows alone."""
-    own = {id for id, card in CARDS.items() if card.backend == "own" and id not in _NOT_BY_ROWS}
+    own = {id for id, card in CARDS.items() if card.backend == "own" and not card.not_by_rows}
     return sorted({*kinds(_FAMILY), *own} - {"catalogue"})
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anabranch.adapters.adapt.answers import Rows
+from anabranch.adapters.adapt.lesson import Lesson, Seen
 from anabranch.adapters.adapt.rows import Row
 from anabranch.data import Tokenizer
 
-__all__ = ["Choices", "Wrong", "encoded_choices", "likeliest", "wrong_choices"]
+__all__ = ["Choices", "Wrong", "encoded_choices", "lesson_of_choices", "likeliest", "wrong_choices"]
 
 # 1 - p is at least this, of a p that rounding made 1.
 _LEAST = 1e-6
@@ -123,6 +125,37 @@ def wrong_choices(
     said_XL = token_BWT[row_X, place_X].long().gather(1, behind_XL)
     token_XL = torch.where(at_XL < start_X[:, None], asked_XL, said_XL)
     return Wrong(token_XL, start_X - cut_X, length_X, row_X, place_X)
+
+
+def lesson_of_choices(
+    rows: Rows,
+    token_BWT: Tensor,
+    length_BW: Tensor,
+    factors: tuple[float, float],
+    most_tokens: int,
+    most_choices: int,
+) -> Lesson:
+    """Both losses, means over all ``rows`` of a batch, by the names ``wrong_choices`` and ``preference``.
+
+    Args:
+        rows: whose prompts stand before the choices.
+        token_BWT, length_BW, most_tokens: see `wrong_choices`.
+        factors: of the unlikelihood and of the length-normalised loss; one of 0 is left out.
+        most_choices: of a row.
+    """
+    token_BL, start_B, _, task_B = rows
+    wrong = wrong_choices(token_BL, start_B, token_BWT, length_BW, most_tokens)
+
+    def losses(seen: Seen, own: slice) -> dict[str, Tensor]:
+        found_B = (seen.nats_M.new_zeros(len(task_B)),) * 2
+        if wrong is not None:
+            found_B = wrong.losses(seen.nats_M, seen.row_M, seen.nats_R, len(task_B), most_choices)
+        weighed = zip(("wrong_choices", "preference"), factors, found_B, strict=True)
+        return {name: factor * loss_B.mean() for name, factor, loss_B in weighed if factor}
+
+    if wrong is None:
+        return Lesson(losses)
+    return Lesson(losses, rows=(wrong.token_XL, wrong.start_X, wrong.length_X, task_B[wrong.row_X]))
 
 
 def likeliest(right_B: Tensor, wrong_X: Tensor, row_X: Tensor) -> Tensor:

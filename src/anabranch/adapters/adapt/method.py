@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from anabranch.adapters.adapt.answers import Rows
+from anabranch.adapters.adapt.lesson import Lesson
 from anabranch.adapters.own_folder import NUMBERS, OWN, write_own
 from anabranch.adapters.peft_file import PICKLE
 from anabranch.adapters.peft_folder import CONFIG, WEIGHTS, Adapter, write_peft
@@ -177,14 +179,9 @@ class Method(Part, family="adapter_method"):
         """
         return {}
 
-    def unlikelihood(self) -> float:
-        """What a loss weighs that punishes an answer's likelihood under a task that is not its own; 0 for none."""
-        return 0.0
-
-    def consistency(self) -> float:
-        """What a loss weighs that holds two passes over the same rows to each other, see `anabranch.adapters.adapter_mixture`; 0 for
-        none."""
-        return 0.0
+    def lessons(self, batch: Rows) -> Sequence[Lesson]:
+        """What a step learns besides the answers of ``batch``: rows that it has in the pass besides, and losses. Default: nothing."""
+        return ()
 
     def write(self, folder: Path, model: Decoder, base: str) -> Written:
         """Write the adapter as others use it. Default: a folder of our own, which `read_own` puts onto a model.

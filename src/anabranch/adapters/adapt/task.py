@@ -4,11 +4,10 @@
 
 Only what was put on learns and is kept in checkpoints; the base is read again from where it lies, and looked at whether it is the same.
 """
-# Shapes: B rows, L positions, M tokens of answers, R rows of a pass, X wrong choices
+# Shapes: B rows, L positions, M tokens of answers, R rows of a pass
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from anabranch.adapters.adapt.answers import IGNORED, Answers, batch_of, joined, mean_of_rows
-from anabranch.adapters.adapt.choices import Wrong, encoded_choices, likeliest, wrong_choices
+from anabranch.adapters.adapt.answers import IGNORED, Answers, batch_of
+from anabranch.adapters.adapt.checkpoint import NUMBERS, check_begun, digest_of_model, layers_in, write_checkpoint
+from anabranch.adapters.adapt.choices import encoded_choices, lesson_of_choices
+from anabranch.adapters.adapt.evaluation import Evaluation
+from anabranch.adapters.adapt.lesson import Lessons, Seen
 from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.adapt.prompts import DEFAULT, check_template, common_template, write_template
 from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows, spread_rows
@@ -26,38 +28,25 @@ from anabranch.adapters.folder_files import check_writable, staged_adapter
 from anabranch.adapters.own_folder import load_numbers
 from anabranch.adapters.put_on import check_room
 from anabranch.adapters.tasks import numbers_of
-from anabranch.config import Config as BaseConfig
-from anabranch.config import Field, Size, configclass, from_dict, to_dict
+from anabranch.config import Field, Size, configclass
 from anabranch.data import Tokenizer
-from anabranch.errors import CheckpointError, ConfigError, DataError, InputError, TokenizerError
-from anabranch.files import atomic_write_json, check_no_file, read_json
+from anabranch.errors import ConfigError, DataError, InputError, TokenizerError
+from anabranch.files import check_no_file
 from anabranch.lm.checkpoint import load_model, save_model
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.folder import check_replaceable
 from anabranch.lm.generate import evaluating
-from anabranch.lm.shards import write_file
-from anabranch.nn import Linear
 from anabranch.nn.nf4 import quantize_nf4
 from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.examples import Examples
 from anabranch.train.language_model import decoder_parts
 from anabranch.train.optimizer import Speed
-from anabranch.train.task import FORMAT, Losses, Task, TaskContext
+from anabranch.train.task import Losses, Task, TaskContext
 
 __all__ = ["AdaptTask"]
 
-NUMBERS, CONFIG = "adapter.safetensors", "config.json"
-# Numbers of each tensor by which a base is known again.
-_SAMPLED = 512
 # Rows that a method looks at before the first step, one by one.
 _LOOKED_AT = 32
-
-
-@configclass
-class _Layers(BaseConfig):
-    """Of a checkpoint: what stands beside matrices, by pattern."""
-
-    linears: dict[str, Linear.Config] = Field(default_factory=dict)
 
 
 class AdaptTask(Task, kind="adapt"):
@@ -154,7 +143,7 @@ class AdaptTask(Task, kind="adapt"):
                 f"the tokenizer of {config.model} has {tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}"
             )
         self.base, self.tokenizer = model, tokenizer
-        self._base_digest = _digest_of_model(model)
+        self._base_digest = digest_of_model(model)
         if config.quantize is not None:
             if self.method.trains_base:
                 raise ConfigError(
@@ -210,7 +199,7 @@ class AdaptTask(Task, kind="adapt"):
 
     def build_model(self, context: TaskContext) -> nn.Module:
         """The base with the method's layers on it."""
-        layers, seed = _layers_in(context.checkpoint), context.settings.seed
+        layers, seed = layers_in(context.checkpoint), context.settings.seed
         if layers is None:
             self.method.begin(self.base, self.names, seed=seed)
         else:
@@ -296,113 +285,44 @@ class AdaptTask(Task, kind="adapt"):
     # How
 
     def step(self, model: nn.Module, batch: tuple[Tensor, ...], context: TaskContext) -> Losses:
-        """The loss of the answers, what layers add, and what the method punishes."""
-        token_BL, start_B, length_B, task_B, *choices = batch
-        weight = self.method.unlikelihood() if self.method.needs_task else 0.0
-        rows, parts = len(token_BL), [(token_BL, start_B, length_B, task_B)]
-        if weight:
-            # The same rows again, each under the task of another, in the one call that a step may make.
-            parts.append((token_BL, start_B, length_B, task_B.roll(1)))
-        wrong = wrong_choices(token_BL, start_B, choices[0], choices[1], self.most_tokens) if choices else None
-        if wrong is not None:
-            parts.append((wrong.token_XL, wrong.start_X, wrong.length_X, task_B[wrong.row_X]))
-        held = self.method.consistency()
-        # All of it once more, which other random choices are made for.
-        together = joined(parts * 2 if held else parts)
-        given, told_R = self._given(together, context.fraction), together[3]
-        nats_M, spread_M, added, metrics, apart_M = model(**given, twice=bool(held))
+        """The loss of the answers, what layers add, and what is learned besides."""
+        lessons, task_B = self._lessons(batch), batch[3]
+        told, again = lessons.told, lessons.again
+        given = self._given(told, context.fraction)
+        if again is not None:
+            given["state"] = given["state"] | again(*given["token_BL"].shape)
+        nats_M, spread_M, added, metrics, apart_M = model(**given, twice=again is not None)
         row_M = (given["target_BL"] != IGNORED).nonzero()[: len(nats_M), 0]
-        told_R = told_R[: len(told_R) // (2 if held else 1)]
-        nats_R = mean_of_rows(nats_M, row_M, len(told_R))
-        answer_B, smooth = nats_R[:rows], self.config.label_smoothing
+        seen = Seen.of(nats_M, apart_M, row_M, len(lessons.rows[0]))
+        answer_B, smooth = seen.nats_R[: len(task_B)], self.config.label_smoothing
         if smooth:
-            answer_B = (1 - smooth) * answer_B + smooth * mean_of_rows(spread_M, row_M, len(told_R))[:rows]
-        terms = {"answer": answer_B.mean(), **added}
-        if held:
-            terms["consistency"] = held * mean_of_rows(apart_M, row_M, len(told_R))[:rows].mean()
-        if weight:
-            # -log(1 - p), where another task is told than the row's own.
-            punished_M = -torch.log1p(-(-nats_M).exp().clamp_max(1 - 1e-6))
-            is_other_B = (told_R[rows : 2 * rows] != task_B).float()
-            punished_B = mean_of_rows(punished_M, row_M, len(told_R))[rows : 2 * rows]
-            terms["unlikelihood"] = weight * (punished_B * is_other_B).mean()
-        if choices:
-            terms |= self._of_choices(wrong, nats_M, row_M, nats_R, rows)
+            answer_B = (1 - smooth) * answer_B + smooth * seen.mean_R(spread_M)[: len(task_B)]
+        terms = {"answer": answer_B.mean(), **added, **lessons.losses(seen)}
         mean_of = dict.fromkeys([*added, *metrics], "tokens") | {name: name for name in self.method.loss_counts(task_B)}
         return Losses.of(metrics=metrics, mean_of={name: mean_of[name] for name in [*added, *metrics]}, **terms)
 
-    def _of_choices(
-        self, wrong: Wrong | None, nats_M: Tensor, row_M: Tensor, nats_R: Tensor, rows: int
-    ) -> dict[str, Tensor]:
-        """The losses of wrong choices, means over all rows of the batch."""
+    def _lessons(self, batch: tuple[Tensor, ...]) -> Lessons:
+        """What a step learns of a batch: what the method says, and of wrong choices."""
         config = self.config
-        unlikely_B = preferred_B = nats_R.new_zeros(rows)
-        if wrong is not None:
-            unlikely_B, preferred_B = wrong.losses(nats_M, row_M, nats_R, rows, config.most_choices)
-        factors = {
-            "wrong_choices": (config.unlikelihood, unlikely_B),
-            "preference": (config.length_normalized, preferred_B),
-        }
-        return {name: factor * loss_B.mean() for name, (factor, loss_B) in factors.items() if factor}
+        token_BL, start_B, length_B, task_B, *choices = batch
+        rows = token_BL, start_B, length_B, task_B
+        lessons = [*self.method.lessons(rows)]
+        if choices:
+            factors = (config.unlikelihood, config.length_normalized)
+            lessons.append(
+                lesson_of_choices(rows, choices[0], choices[1], factors, self.most_tokens, config.most_choices)
+            )
+        return Lessons(rows, lessons)
 
     def counts(self, batch: tuple[Tensor, ...], context: TaskContext) -> dict[str, float]:
         """The tokens that layers see, of which losses that they add are means, and what others of these are means of."""
-        _, start_B, length_B, task_R, *choices = batch
-        tokens = (length_B - 1).sum()
-        if choices:
-            said_BW = choices[1]
-            tokens = tokens + ((said_BW + start_B[:, None]).clamp_max(self.most_tokens) - 1)[said_BW > 0].sum()
-            task_R = task_R.repeat_interleave(1 + (said_BW > 0).sum(1))
-        return {"tokens": float(tokens), **self.method.loss_counts(task_R)}
+        _, _, length_R, task_R = self._lessons(batch).rows
+        return {"tokens": float((length_R - 1).sum()), **self.method.loss_counts(task_R)}
 
     def evaluate(self, model: Any, data: tuple[Tensor, ...], context: TaskContext) -> dict[str, Any]:
-        """Nats per token of answers: of all, and of each task (``by_task``: nats_per_token, tokens, rows).
-
-        Where wrong choices are learned, ``choice_accuracy`` too: of the rows that have some, the share whose answer is likelier, token by
-        token on average, than all of them.
-        """
-        # Rows of tasks that are not learned stand behind all others.
-        totals = torch.zeros(3, len(self.names) + 1, dtype=torch.float64)
-        done, preferred = 0, []
-        for row_B in data[2].argsort(stable=True).split(context.batch_size):
-            self.on_rows(done, len(data[2]))
-            done += len(row_B)
-            batch = tuple(tensor[row_B] for tensor in data)
-            given = self._given(batch[:4])
-            nats_M, *_ = model(**given)
-            row_M = (given["target_BL"] != IGNORED).nonzero()[:, 0]
-            if len(batch) > 4:
-                preferred.append(self._preferred(model, batch, mean_of_rows(nats_M, row_M, len(row_B)), context))
-            row_M = row_M.cpu()
-            own_B = batch[3].cpu() % totals.shape[1]
-            totals[0].index_add_(0, own_B[row_M], nats_M.double().cpu())
-            totals[1].index_add_(0, own_B[row_M], torch.ones(len(row_M), dtype=torch.float64))
-            totals[2].index_add_(0, own_B, torch.ones(len(own_B), dtype=torch.float64))
-        nats, tokens, _ = totals.sum(1).tolist()
-        by_task = {
-            name: {"nats_per_token": nats / tokens, "tokens": int(tokens), "rows": int(rows)}
-            for name, (nats, tokens, rows) in zip(self.names, totals.T.tolist(), strict=False)
-            if tokens and name
-        }
-        measured = {"nats_per_token": nats / max(tokens, 1), "tokens": int(tokens), "by_task": by_task}
-        is_right_X = torch.cat(preferred) if preferred else torch.zeros(0)
-        return measured | ({"choice_accuracy": float(is_right_X.double().mean())} if len(is_right_X) else {})
-
-    def _preferred(self, model: Any, batch: tuple[Tensor, ...], right_B: Tensor, context: TaskContext) -> Tensor:
-        """bool: of the rows that have wrong choices, whether the answer is preferred; ``right_B`` are its nats per token."""
-        token_BL, start_B, _, task_B, *choices = batch
-        wrong = wrong_choices(token_BL, start_B, choices[0], choices[1], self.most_tokens)
-        if wrong is None:
-            return torch.zeros(0, dtype=torch.bool)
-        found = []
-        for some_X in torch.arange(len(wrong.row_X), device=token_BL.device).split(context.batch_size):
-            rows = wrong.token_XL[some_X], wrong.start_X[some_X], wrong.length_X[some_X], task_B[wrong.row_X[some_X]]
-            given = self._given(rows)
-            nats_M, *_ = model(**given)
-            row_M = (given["target_BL"] != IGNORED).nonzero()[:, 0]
-            found.append(mean_of_rows(nats_M, row_M, len(some_X)))
-        is_right_B = likeliest(right_B, torch.cat(found), wrong.row_X)
-        return is_right_B[wrong.row_X.unique()].cpu()
+        """Nats per token of answers, of all and by task, and how many are preferred to wrong choices; see `Evaluation.measured`."""
+        rows = Evaluation(model, self._given, batch_size=context.batch_size, most_tokens=self.most_tokens)
+        return rows.measured(data, self.names, self.on_rows)
 
     def before_step(self, step: int, fraction: float) -> None:
         """As the method says."""
@@ -426,14 +346,7 @@ class AdaptTask(Task, kind="adapt"):
         """The numbers of the adapter, and the task's config."""
         assert isinstance(model, Answers)
         names = {f"decoder.{name}" for name in self.method.kept(model.decoder)}
-        write_file(folder / NUMBERS, {name: tensor.detach() for name, tensor in tensors.items() if name in names})
-        told = {
-            "schema": 1,
-            "format": FORMAT,
-            "task": to_dict(self.config),
-            "linears": to_dict(self.base.config.linears),
-        }
-        atomic_write_json(folder / CONFIG, told)
+        write_checkpoint(folder, self.config, self.base.config.linears, tensors, names)
 
     def load(self, folder: Path, model: nn.Module) -> None:
         """The numbers of the adapter."""
@@ -446,18 +359,7 @@ class AdaptTask(Task, kind="adapt"):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises DataError where the base is another now, or an adapter that the method reads again."""
-        if state["base"] != self._base_digest:
-            raise DataError(
-                f"{self.config.model} is another model than when the run began: the base's weights are others; bring those back, or start "
-                "a new run"
-            )
-        # Earlier checkpoints do not say.
-        for option, digest in self.method.began_from().items():
-            if state.get("began_from", {}).get(option, digest) != digest:
-                raise DataError(
-                    f"method.{option} names adapters with other numbers or settings than when "
-                    "the run began; bring those back, or start a new run"
-                )
+        check_begun(state, self.config.model, self._base_digest, self.method.began_from())
         self.before = state["before"]
 
     @staticmethod
@@ -490,25 +392,3 @@ class AdaptTask(Task, kind="adapt"):
             written = self.method.write(place, self.base, self.config.model)
             write_template(place, self.template)
         return replace(written, folder=folder)
-
-
-def _layers_in(checkpoint: Path | None) -> dict[str, Linear.Config] | None:
-    """The layers beside matrices of a run, by pattern; None at its beginning, and where its checkpoint does not say."""
-    if checkpoint is None:
-        return None
-    told = read_json(checkpoint / CONFIG).get("linears")
-    try:
-        return None if told is None else from_dict(_Layers, {"linears": told}).linears
-    except ConfigError as error:
-        raise CheckpointError(f"{checkpoint / CONFIG} does not describe layers: {error}") from None
-
-
-def _digest_of_model(model: Decoder) -> str:
-    """Of names, sizes and some numbers of each tensor: enough to tell another model, in no time."""
-    hashed = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        flat = value.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]
-        hashed.update(f"{name} {list(value.shape)} {value.dtype};".encode())
-        hashed.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()[:16]

@@ -1,6 +1,6 @@
 """Cards of what adds modules, tokens or factors to a model that stays as it is."""
 
-from anabranch.adapters.adapter_mixture import AdapterMixture
+from anabranch.adapters.adapter_mixture import AdapterMixture, averaged
 from anabranch.adapters.after import ScaleShift
 from anabranch.adapters.catalogue.card import Card, Op, Options, Paper, Work
 from anabranch.adapters.catalogue.shape import Matrix
@@ -109,6 +109,7 @@ CARDS = (
         backend="own",
         options={"width": 16, "number": 4, "consistency": 1.0, "targets": ("o", "down")},
         layer=lambda matrix, shape, options: AdapterMixture.Config(width=options["width"], number=options["number"]),
+        written=averaged,
         parts_differ="each part draws its own adapters",
         count=each(lambda matrix, options: options["number"] * serial(matrix, options)),
         work=SERIAL,

@@ -1,12 +1,15 @@
 """`Card`: one method of parameter-efficient fine-tuning, as a machine and a person can read it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from torch import Tensor, nn
 
 from anabranch.adapters.catalogue.shape import Matrix, Shape, is_bias, is_norm, is_of_attention
 from anabranch.adapters.front import Front
 from anabranch.adapters.ladder import Ladder
+from anabranch.adapters.own_folder import OwnAdapter
 from anabranch.nn import Linear
 
 __all__ = ["Backend", "Card", "Layer", "Op", "Options", "Paper", "Trained", "Work"]
@@ -103,6 +106,10 @@ class Card:
         merges: whether a trained adapter can become part of the matrices.
         mixed: how rows of a batch have adapters of their own: in our pool (`load_pool`) and in a server, in a server alone, by peft's
             ``adapter_names``, or not.
+        looks: what it makes, before the first step, of -log p(answer) of each of the first rows; None for nothing, see `Method.look`.
+        speed: how many times as quickly as usual a parameter learns, by its name.
+        written: what becomes of a trained adapter in our own form when it is written; None where it stays as it is.
+        not_by_rows: why rows alone do not train it, and what would; empty where they do.
         parts_differ: why a batch in parts teaches something else than at once, see `Method.parts_differ`.
         memory: what it saves or costs in memory besides the bytes of its parameters.
         limits: what it cannot do, or where it fails.
@@ -137,6 +144,10 @@ class Card:
     starts_as_base: bool = True
     merges: Literal["yes", "no", "per task", "is the base"] = "no"
     mixed: Literal["pool", "server", "peft", "no"] = "no"
+    looks: Callable[[nn.Module, Iterable[Tensor]], None] | None = None
+    speed: Callable[[str], float] = lambda name: 1.0
+    written: Callable[[OwnAdapter], OwnAdapter] | None = None
+    not_by_rows: str = ""
     parts_differ: str = ""
     memory: str = ""
     limits: str = ""

@@ -7,7 +7,7 @@ from anabranch.adapters.catalogue.low_rank import CARDS as _LOW_RANK
 from anabranch.adapters.catalogue.shape import Matrix, Shape
 from anabranch.adapters.catalogue.works import SERIAL, each
 from anabranch.adapters.ladder import Ladder
-from anabranch.adapters.sparse_bottleneck import SparseBottleneck, kept_weights
+from anabranch.adapters.sparse_bottleneck import SparseBottleneck, kept_weights, snip
 
 __all__ = ["CARDS"]
 
@@ -83,6 +83,7 @@ CARDS = (
         layer=lambda matrix, shape, options: SparseBottleneck.Config(
             width=options["width"], sparsity=float(options["sparsity"])
         ),
+        looks=snip,
         starts_as_base=False,
         limits="products are those of the wide adapter; `adapt` scores by the first 32 rows (SNIP), `apply` alone keeps the largest "
         "weights until `anabranch.adapters.sparse_bottleneck.snip` is given losses",

@@ -1,11 +1,13 @@
 """Cards of what changes matrices by products of small ones: LoRA and what came of it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from anabranch.adapters.catalogue.card import Backend, Card, Op, Options, Paper, Work
 from anabranch.adapters.catalogue.shape import Matrix, Shape
 from anabranch.adapters.catalogue.works import DENSE, FROZEN_PAIR, LOW_RANK, LOW_RANK_B, each, lora, low_rank
 from anabranch.adapters.dora import Dora
+from anabranch.adapters.eva import start_by_inputs
 from anabranch.adapters.hashed_delta import HashedDelta
 from anabranch.adapters.nested import NestedLowRank
 
@@ -14,6 +16,8 @@ __all__ = ["CARDS"]
 _LORA = Paper("LoRA: Low-Rank Adaptation of Large Language Models", 2021, "2106.09685")
 _QV = ("q", "v")
 _RANK = {"rank": 8, "alpha": 16.0, "targets": _QV}
+# LoRA+, section 4 of its paper: the rate of B over that of A.
+_B_OVER_A = 16.0
 _START = "starts in the base's own directions, so the base that it stands beside is another: save it as plain LoRA to move it"
 
 
@@ -46,7 +50,9 @@ def _lily(matrices: Sequence[Matrix], shape: Shape, options: Options) -> int:
     return sum(rank * (matrix.in_dim + number) for matrix in matrices) + number * rank * sum(shared.values())
 
 
-def _start(id: str, name: str, rule: str, paper: Paper, limits: str = _START, backend: Backend = "peft") -> Card:
+def _start(
+    id: str, name: str, rule: str, paper: Paper, limits: str = _START, backend: Backend = "peft", **others: Any
+) -> Card:
     """LoRA that starts elsewhere: the same numbers and products."""
     return Card(
         id,
@@ -65,6 +71,7 @@ def _start(id: str, name: str, rule: str, paper: Paper, limits: str = _START, ba
         merges="yes",
         mixed="pool",
         limits=limits,
+        **others,
     )
 
 
@@ -117,6 +124,7 @@ CARDS = (
         count=each(low_rank),
         work=LOW_RANK,
         layer=lora,
+        speed=lambda name: _B_OVER_A if name.endswith(".b") else 1.0,
         merges="yes",
         mixed="pool",
         limits="the adapter is LoRA's; its two learning rates are the optimizer's matter",
@@ -161,6 +169,7 @@ CARDS = (
         "needs data before it starts: adapt takes the first 32 rows, and keeps C^2 numbers of each layer for that time; in Python see "
         "`start_by_inputs`. All layers have the same rank",
         backend="own",
+        looks=start_by_inputs,
     ),
     _start(
         "loftq",

@@ -3,7 +3,7 @@
 from anabranch.adapters.catalogue.card import Card, Options, Paper
 from anabranch.adapters.catalogue.shape import ATTENTION, Matrix, Shape
 from anabranch.adapters.catalogue.works import DENSE, ELEMENTWISE, each, low_rank
-from anabranch.adapters.sparse_delta import SparseDelta
+from anabranch.adapters.sparse_delta import SparseDelta, place_by_fisher
 
 __all__ = ["CARDS"]
 
@@ -47,6 +47,7 @@ CARDS = (
         frozen=each(lambda matrix, options: 2 * _entries(matrix, options)),
         work=DENSE,
         layer=_mask,
+        looks=place_by_fisher,
         merges="yes",
         mixed="server",
         memory=_MASK,
@@ -66,6 +67,8 @@ CARDS = (
         frozen=each(lambda matrix, options: 2 * _entries(matrix, options)),
         work=DENSE,
         layer=_mask,
+        not_by_rows="learns the entries that a full training moved furthest, and adapt makes none first; in Python give what it moved "
+        "to `place` of each layer, or take 'fish-mask' (by gradients) or 'shira' (at random)",
         merges="yes",
         mixed="server",
         memory=_MASK,

@@ -6,8 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.adapt.answers import Rows
+from anabranch.adapters.adapt.lesson import Lesson, Seen
 from anabranch.adapters.adapt.method import Method, Written, patterns_of_targets, set_anew, write_peft_or_own
 from anabranch.adapters.mhr.few_shot import adapt, mu
 from anabranch.adapters.mhr.layer import MultiHeadRouted
@@ -134,15 +137,28 @@ class Poly(Method, kind="poly"):
         names = next(iter(tables.values())).keys()
         return {**{name: fmean(table[name] for table in tables.values()) for name in names}, "tables": tables}
 
-    def unlikelihood(self) -> float:
-        """As configured, or as of ``start`` where nothing else is asked."""
-        return self._unlikelihood
+    def lessons(self, batch: Rows) -> Sequence[Lesson]:
+        """Rows under another's task, where that has a weight: as configured, or as of ``start`` where nothing else is asked."""
+        return [_under_another(batch, self._unlikelihood)] if self._unlikelihood and self.needs_task else []
 
     def write(self, folder: Path, model: Decoder, base: str) -> Written:
         """A folder of our own with skills and table; the average alone is plain LoRA, in a folder of peft's."""
         if self.config.mode == "mu":
             return write_peft_or_own(folder, model, base, mu if self.config.redundant else adapter_on)
         return super().write(folder, model, base)
+
+
+def _under_another(batch: Rows, weight: float) -> Lesson:
+    """The same rows again, each under the task of another, where its answer is to be unlikely: -log(1 - p) of its tokens."""
+    token_BL, start_B, length_B, task_B = batch
+    other_B = task_B.roll(1)
+
+    def losses(seen: Seen, own: slice) -> dict[str, Tensor]:
+        punished_M = -torch.log1p(-(-seen.nats_M).exp().clamp_max(1 - 1e-6))
+        punished_B = seen.mean_R(punished_M)[own]
+        return {"unlikelihood": weight * (punished_B * (other_B != task_B).float()).mean()}
+
+    return Lesson(losses, rows=(token_BL, start_B, length_B, other_B))
 
 
 def _anew(model: Decoder, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     prediction       -log p(task | its row of Z), by a linear head
     information      -I(task; skill) = mean_t H(alpha_t) - H(mean_t alpha_t), in nats, of the weights
     orthogonality    mean squared cosine of two skills, over A and over B
-    unlikelihood     -log(1 - p(answer)) where a row is told another row's task; made by whoever trains (`AdaptTask`)
+    unlikelihood     -log(1 - p(answer)) where a row is told another row's task; made of a batch (`Poly.lessons`)
 
 The reference code has these terms without a formula in the paper; the forms are ours.
 """
