@@ -27,19 +27,17 @@ from anabranch.nn import Linear
 from anabranch.routing import Balancer, HybridEntropy, LinearScore, Router, Select, SoftLoss, TopK, UncertaintyLoss
 from anabranch.routing.uncertainty import EntropyKind
 
-__all__ = ["DynMoLE", "lora_moe", "mola"]
+__all__ = ["DynMoLE", "Experts", "lora_moe", "mola"]
 
 
 @configclass
-class DynMoLE(Config):
-    """The paper's settings; defaults are those of its code.
+class Experts(Config):
+    """What experts are and how they are chosen; defaults are those of the paper's code.
 
     Attributes:
-        num_experts: N, beside each matrix.
-        experts_per_layer: N of each block instead (MoLA's idea: more in higher ones); empty for ``num_experts`` in all.
+        experts_per_layer: N of each block (MoLA's idea: more in higher ones); empty for as many in all.
         rank, alpha: of each expert.
         dropout: on the input of each expert.
-        targets: the parts of feed-forward layers that are adapted, by their last names.
         policy: ``hybrid`` (DynMoLE), ``top_k`` (keep_top_k of them), ``top_p`` (by mass alone) or ``soft`` (all).
         top_p, keep_top_k, entropy_threshold, entropy, entropy_index, nucleus: see `HybridEntropy`.
         renormalize: make the kept weights sum to 1.
@@ -47,12 +45,10 @@ class DynMoLE(Config):
         balance_loss: c_B.
     """
 
-    num_experts: Size = Field(default=6, ge=1)
     experts_per_layer: tuple[int, ...] = ()
     rank: Size = Field(default=24, ge=1)
     alpha: float = 48.0
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    targets: tuple[str, ...] = Field(default=("gate", "up", "down"), min_length=1)
     policy: Literal["hybrid", "top_k", "top_p", "soft"] = "hybrid"
     top_p: float = Field(default=0.75, gt=0, le=1)
     keep_top_k: int = Field(default=2, ge=1)
@@ -63,12 +59,6 @@ class DynMoLE(Config):
     renormalize: bool = False
     entropy_loss: float = Field(default=1e-2, ge=0)
     balance_loss: float = Field(default=1e-3, ge=0)
-
-    def __post_init__(self) -> None:
-        for number in self.experts_per_layer or (self.num_experts,):
-            if number < 1:
-                raise ConfigError(f"experts_per_layer has {number}; each must be at least 1")
-            self.layer(number)
 
     def select(self, num_experts: int) -> Select.Config:
         """How experts are chosen among so many."""
@@ -110,6 +100,25 @@ class DynMoLE(Config):
             router=self.router(num_experts),
             dropout=self.dropout,
         )
+
+
+@configclass
+class DynMoLE(Experts):
+    """The paper's settings.
+
+    Attributes:
+        num_experts: N, beside each matrix, where ``experts_per_layer`` does not say.
+        targets: the parts of feed-forward layers that are adapted, by their last names.
+    """
+
+    num_experts: Size = Field(default=6, ge=1)
+    targets: tuple[str, ...] = Field(default=("gate", "up", "down"), min_length=1)
+
+    def __post_init__(self) -> None:
+        for number in self.experts_per_layer or (self.num_experts,):
+            if number < 1:
+                raise ConfigError(f"experts_per_layer has {number}; each must be at least 1")
+            self.layer(number)
 
     def linears(self, num_layers: int) -> dict[str, Linear.Config]:
         """What ``Decoder.Config.linears`` of a model of so many blocks is with it.

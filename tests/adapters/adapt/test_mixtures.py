@@ -1,6 +1,5 @@
 """Methods of `adapt` whose experts a router chooses: what they hand on to the systems themselves."""
 
-import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -8,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from anabranch.adapters import DynMoLE, load_mixture
+from anabranch.adapters import load_mixture
 from anabranch.adapters.adapt import AdaptTask
 from anabranch.adapters.adapt.mixtures import Dynmole, LoraMixer
 from anabranch.adapters.graft import layers_of
@@ -18,36 +17,6 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.lm import load_model
 from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer, read_metrics
 from every_method import TASKS, TOKENS, make_place
-
-SHARED = {field.name for field in dataclasses.fields(DynMoLE)} & {
-    field.name for field in dataclasses.fields(Dynmole.Config)
-}
-OTHER = {
-    "rank": 3,
-    "alpha": 5.0,
-    "dropout": 0.25,
-    "policy": "top_p",
-    "top_p": 0.5,
-    "keep_top_k": 1,
-    "entropy_threshold": 0.4,
-    "entropy": "shannon",
-    "entropy_index": 1.5,
-    "nucleus": "inclusive",
-    "renormalize": True,
-    "entropy_loss": 0.5,
-    "balance_loss": 0.25,
-}
-
-
-def test_dynmole_starts_from_the_systems_own_settings():
-    settings, own = Dynmole.Config().settings(), DynMoLE()
-    assert {name: getattr(settings, name) for name in SHARED} == {name: getattr(own, name) for name in SHARED}
-
-
-def test_every_setting_of_dynmole_is_handed_on():
-    assert OTHER.keys() <= SHARED
-    settings = Dynmole.Config(**OTHER).settings()
-    assert {name: getattr(settings, name) for name in OTHER} == OTHER
 
 
 def test_what_the_system_refuses_is_refused_at_once():

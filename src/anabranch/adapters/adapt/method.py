@@ -32,7 +32,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn import Linear
 from anabranch.train.optimizer import Speed
 
-__all__ = ["ADAPTER", "Method", "Written", "patterns_of_targets", "set_anew", "write_peft_or_own"]
+__all__ = ["ADAPTER", "Method", "Written", "patterns_of_targets", "set_anew", "values_of", "write_peft_or_own"]
 
 # The adapter in the folder of its run.
 ADAPTER = "adapter"
@@ -200,6 +200,11 @@ def set_anew(config: BaseConfig) -> dict[str, Any]:
     usual = type(config)()
     values = {field.name: getattr(config, field.name) for field in fields(config)}  # type: ignore[arg-type]
     return {name: value for name, value in values.items() if value != getattr(usual, name)}
+
+
+def values_of(config: BaseConfig, kind: type[BaseConfig]) -> dict[str, Any]:
+    """What ``config`` says of the fields of ``kind``, from which it has them, by name."""
+    return {field.name: getattr(config, field.name) for field in fields(kind)}  # type: ignore[arg-type]
 
 
 def write_peft_or_own(

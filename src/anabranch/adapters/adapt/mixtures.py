@@ -16,14 +16,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from anabranch.adapters.adapt.method import ADAPTER, Method, patterns_of_targets, set_anew
-from anabranch.adapters.dynmole import DynMoLE
+from anabranch.adapters.adapt.method import ADAPTER, Method, patterns_of_targets, set_anew, values_of
+from anabranch.adapters.dynmole import DynMoLE, Experts
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.lora_mixer import MixedLowRank, SoftThenTopK, SpecialisationLoss, load_mixture, mixed_layers
 from anabranch.adapters.lora_mixer.layer import NO_LABEL
 from anabranch.adapters.lora_mixer.load import GROUPS, numbers_of_experts
-from anabranch.adapters.lora_mixer.loss import check_top_k
-from anabranch.adapters.lora_mixer.stages import Stages
+from anabranch.adapters.lora_mixer.loss import Specialisation, check_top_k
+from anabranch.adapters.lora_mixer.stages import Order, Stages
 from anabranch.adapters.low_rank import LowRank
 from anabranch.adapters.mixture_report import mixture_report
 from anabranch.adapters.put_on import built_alone, put_on
@@ -33,7 +33,6 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import Linear
 from anabranch.routing import LinearScore, Router
-from anabranch.routing.uncertainty import EntropyKind
 
 __all__ = ["Dynmole", "LoraMixer"]
 
@@ -51,26 +50,11 @@ class Dynmole(Method, kind="dynmole"):
     summary: ClassVar[str] = "experts that a router chooses for each token, all where it is undecided"
 
     @configclass
-    class Config(Method.Config):
-        """As `DynMoLE`, whose defaults these are, with ``experts`` for its number of experts, ``experts_per_layer`` for that of each
-        block."""
+    class Config(Experts, Method.Config):
+        """As `DynMoLE`, with ``experts`` for its number of experts."""
 
         targets: tuple[str, ...] = Field(default=("gate", "up", "down"), min_length=1)
         experts: Size = Field(default=6, ge=1, le=MOST_EXPERTS)
-        experts_per_layer: tuple[int, ...] = ()
-        rank: Size = Field(default=24, ge=1)
-        alpha: float = 48.0
-        dropout: float = Field(default=0.05, ge=0, lt=1)
-        policy: Literal["hybrid", "top_k", "top_p", "soft"] = "hybrid"
-        top_p: float = Field(default=0.75, gt=0, le=1)
-        keep_top_k: int = Field(default=2, ge=1)
-        entropy_threshold: float = Field(default=0.9, gt=0)
-        entropy: EntropyKind = "tsallis"
-        entropy_index: float = Field(default=1.1, gt=0, le=2)
-        nucleus: Literal["exclusive", "inclusive"] = "exclusive"
-        renormalize: bool = False
-        entropy_loss: float = Field(default=1e-2, ge=0)
-        balance_loss: float = Field(default=1e-3, ge=0)
 
         def __post_init__(self) -> None:
             most = max(self.experts_per_layer, default=1)
@@ -85,23 +69,7 @@ class Dynmole(Method, kind="dynmole"):
 
         def settings(self) -> DynMoLE:
             """The same as a `DynMoLE`. Raises ConfigError for what cannot be."""
-            return DynMoLE(
-                num_experts=self.experts,
-                experts_per_layer=self.experts_per_layer,
-                rank=self.rank,
-                alpha=self.alpha,
-                dropout=self.dropout,
-                policy=self.policy,
-                top_p=self.top_p,
-                keep_top_k=self.keep_top_k,
-                entropy_threshold=self.entropy_threshold,
-                entropy=self.entropy,
-                entropy_index=self.entropy_index,
-                nucleus=self.nucleus,
-                renormalize=self.renormalize,
-                entropy_loss=self.entropy_loss,
-                balance_loss=self.balance_loss,
-            )
+            return DynMoLE(num_experts=self.experts, **values_of(self, Experts))
 
     config: Config
 
@@ -135,7 +103,7 @@ class LoraMixer(Method, kind="lora_mixer"):
     folders: ClassVar[tuple[str, ...]] = ("adapters",)
 
     @configclass
-    class Config(Method.Config):
+    class Config(Order, Specialisation, Method.Config):
         """Who the experts are, how they are chosen, and when they learn.
 
         Attributes:
@@ -143,34 +111,26 @@ class LoraMixer(Method, kind="lora_mixer"):
             experts: number of new ones; None for 6, or where rows' tasks choose for one of each task.
             rank, alpha: of new ones.
             top_k: experts of a token after training; all where there are fewer.
-            balance_loss, entropy_loss, entropy, scale_by_experts, entropy_schedule: a, lambda, its sign, the factor E and how lambda goes,
-                see `SpecialisationLoss`.
-            stages: see `Stages`; in others than ``soft`` a row is its task's, whose expert has the name (given ones that of their folder,
+            balance_loss, entropy_loss, entropy_schedule: a, lambda, and how lambda goes, see `SpecialisationLoss`.
+            stages: see `Order`; in others than ``soft`` a row is its task's, whose expert has the name (given ones that of their folder,
                 of ``RUN/adapter`` that of the run).
             router_per: ``input``: one router for q, k and v of a block, and one for gate and up, which read the same, where targets name
                 them (by a name, or by a pattern that ends with a star); ``projection``: one for each.
             hold: what experts do where routers choose, see `Stages.experts`; None for ``free`` where new ones learn softly from the
                 beginning, else ``frozen``.
             preserve: names of the experts that ``hold="preserved"`` holds, the others being free; empty for all.
-            beta, alignment: weights of what holds experts and leads routers, see `Stages`.
         """
 
         adapters: tuple[str, ...] | None = None
         experts: Size | None = Field(default=None, ge=2, le=MOST_EXPERTS)
         rank: Size = Field(default=8, ge=1)
         alpha: float = 16.0
-        top_k: int = Field(default=3, ge=1)
         balance_loss: float = Field(default=1.0, ge=0)
         entropy_loss: float = Field(default=0.1, ge=0)
-        entropy: Literal["minimise", "maximise"] = "minimise"
-        scale_by_experts: bool = True
         entropy_schedule: Literal["constant", "rising"] = "constant"
-        stages: Literal["soft", "hard", "hard_soft", "anneal"] = "soft"
         router_per: Literal["input", "projection"] = "input"
         hold: Literal["frozen", "preserved", "free"] | None = None
         preserve: tuple[str, ...] = ()
-        beta: float = Field(default=0.01, ge=0)
-        alignment: float | None = Field(default=None, ge=0)
 
         def __post_init__(self) -> None:
             if self.adapters is not None and len(self.adapters) < 2:
@@ -194,7 +154,7 @@ class LoraMixer(Method, kind="lora_mixer"):
             """When labels choose and when routers do."""
             begun_new = self.adapters is None and self.stages == "soft"
             held = self.hold or ("free" if begun_new else "frozen")
-            return Stages(stages=self.stages, experts=held, beta=self.beta, alignment=self.alignment)
+            return Stages(experts=held, **values_of(self, Order))
 
     config: Config
 
@@ -223,10 +183,8 @@ class LoraMixer(Method, kind="lora_mixer"):
         loss = SpecialisationLoss.Config(
             a=config.balance_loss,
             lam=config.entropy_loss,
-            entropy=config.entropy,
-            scale_by_experts=config.scale_by_experts,
             schedule=config.entropy_schedule,
-            top_k=config.top_k,
+            **values_of(config, Specialisation),
         )
         router = Router.Config(
             score=LinearScore.Config(init="kaiming_uniform"),

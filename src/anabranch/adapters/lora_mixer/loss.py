@@ -5,13 +5,13 @@ from typing import Literal, cast
 
 from torch import Tensor
 
-from anabranch.config import Field, configclass
+from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.routing import Balancer, RoutingContext, Select, TopK, count_destinations
 from anabranch.routing.balance import Observation, masked_mean
 from anabranch.routing.select import stable_top_k
 
-__all__ = ["SoftThenTopK", "SpecialisationLoss"]
+__all__ = ["SoftThenTopK", "Specialisation", "SpecialisationLoss"]
 
 
 class SoftThenTopK(Select, kind="soft_then_top_k"):
@@ -49,6 +49,21 @@ class SoftThenTopK(Select, kind="soft_then_top_k"):
         return self.best.choose(value_NE)
 
 
+@configclass
+class Specialisation(Config):
+    """What is even and what is decided.
+
+    Attributes:
+        entropy: ``minimise`` it, or ``maximise`` it as printed.
+        scale_by_experts: whether the balance has the factor E, see `SpecialisationLoss`.
+        top_k: experts that a token counts for (default 3, as many as it uses later; all where there are fewer).
+    """
+
+    entropy: Literal["minimise", "maximise"] = "minimise"
+    scale_by_experts: bool = True
+    top_k: int = Field(default=3, ge=1)
+
+
 class SpecialisationLoss(Balancer, kind="specialisation"):
     """L = a E sum_i pbar_i fbar_i + lambda mean H(p): even over all tokens, decided for each (LoRA-Mixer's RSL, eq. 5).
 
@@ -58,23 +73,17 @@ class SpecialisationLoss(Balancer, kind="specialisation"):
     """
 
     @configclass
-    class Config(Balancer.Config):
-        """The weights.
+    class Config(Specialisation, Balancer.Config):
+        """As `Specialisation`, and the weights.
 
         Attributes:
             a: of the balance (default 1).
             lam: lambda, of the entropy (default 0.1).
-            entropy: ``minimise`` it, or ``maximise`` it as printed.
-            scale_by_experts: see the class.
-            top_k: experts that a token counts for (default 3, as many as it uses later; all where there are fewer).
             schedule: of lambda: ``constant``, or ``rising`` from 0 over the first third of the training.
         """
 
         a: float = Field(default=1.0, ge=0)
         lam: float = Field(default=0.1, ge=0)
-        entropy: Literal["minimise", "maximise"] = "minimise"
-        scale_by_experts: bool = True
-        top_k: int = Field(default=3, ge=1)
         schedule: Literal["constant", "rising"] = "constant"
 
     config: Config

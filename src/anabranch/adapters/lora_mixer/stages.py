@@ -9,26 +9,31 @@ from torch import Tensor
 from anabranch.adapters.lora_mixer.layer import MixedLowRank, labelled_rows
 from anabranch.config import Config, Field, configclass
 
-__all__ = ["Stages"]
+__all__ = ["Order", "Stages"]
 
 
 @configclass
-class Stages(Config):
-    """When labels choose and when routers do, and what experts do then.
+class Order(Config):
+    """When labels choose and when routers do, and what holds experts and leads routers.
 
     Attributes:
         stages: ``soft``: routers alone choose (plug and play, experts given); ``hard``: labels alone (experts trained);
             ``hard_soft``: hard for the first half; ``anneal``: hard for a third, then p = (1 - a) onehot + a softmax with a from 0
             to 1 over the second third, then soft.
-        experts: what they do where routers choose: stay ``frozen``, are ``preserved``, or are ``free``.
         beta: of the preservation loss.
         alignment: c_T of the loss that draws a row's mean scores to its expert; None for 0 where stages are ``soft``, else 0.1.
     """
 
     stages: Literal["soft", "hard", "hard_soft", "anneal"] = "soft"
-    experts: Literal["frozen", "preserved", "free"] = "frozen"
     beta: float = Field(default=0.01, ge=0)
     alignment: float | None = Field(default=None, ge=0)
+
+
+@configclass
+class Stages(Order):
+    """As `Order`, and ``experts``: what they do where routers choose: stay ``frozen``, are ``preserved``, or are ``free``."""
+
+    experts: Literal["frozen", "preserved", "free"] = "frozen"
 
     def soft_at(self, fraction: float) -> float:
         """a, after this share of the training: 0 hard, 1 soft."""

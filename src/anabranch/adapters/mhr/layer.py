@@ -21,7 +21,7 @@ from anabranch.adapters.mhr.table import Granularity, RoutingTable, bin_of
 from anabranch.adapters.mhr.weights import Weights
 from anabranch.adapters.tasks import AVERAGE, TASK, Unknown, numbers_of
 from anabranch.adapters.together import can_go_together
-from anabranch.config import Field, Size, configclass
+from anabranch.config import Config, Field, Size, configclass
 from anabranch.errors import ConfigError, InputError
 from anabranch.nn import BuildContext, Count, Linear
 from anabranch.nn.context import set_unregistered
@@ -30,7 +30,36 @@ from anabranch.nn.linear import Projection, Rows, is_hooked
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import plan_dispatch
 
-__all__ = ["MultiHeadRouted"]
+__all__ = ["MultiHeadRouted", "Skills"]
+
+
+@configclass
+class Skills(Config):
+    """Sizes of an inventory, and how it is routed.
+
+    Attributes:
+        skills: K.
+        heads: q; it divides inputs and outputs of every layer. 1 is Poly.
+        rank: R.
+        alpha: the scale is alpha / R.
+        granularity: which layers share a routing table, see `anabranch.adapters.mhr.table`.
+        mixes: ``weights``, the method's definition; or ``outputs`` of the skills, of one head.
+        unknown: what a pass is that no task is told: an error, or the average of all skills.
+        anneal: share of the training, at its end, in which weights move to the average (zero-shot MHR-mu); 0 for none.
+        weights: how they are made of a table's numbers.
+        penalties: what is added to the loss.
+    """
+
+    skills: Size = Field(default=8, ge=1)
+    heads: Size = Field(default=8, ge=1)
+    rank: Size = Field(default=16, ge=1)
+    alpha: float = 1.0
+    granularity: Granularity = "finegrained"
+    mixes: Literal["weights", "outputs"] = "weights"
+    unknown: Unknown = "error"
+    anneal: float = Field(default=0.0, ge=0, le=1)
+    weights: Weights = Weights()
+    penalties: Penalties = Penalties()
 
 
 class MultiHeadRouted(Linear, kind="multi_head_routed"):
@@ -40,38 +69,18 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
     routes_by_task: ClassVar[bool] = True
 
     @configclass
-    class Config(Linear.Config):
-        """Sizes, tasks, and how weights are made.
+    class Config(Skills, Linear.Config):
+        """As `Skills`, and of which tasks.
 
         Attributes:
             tasks: names of the tasks; a row is of one of them.
-            skills: K.
-            heads: q; it divides inputs and outputs of every layer. 1 is Poly.
-            rank: R.
-            alpha: the scale is alpha / R.
-            granularity: which layers share a routing table, see `anabranch.adapters.mhr.table`.
-            mixes: ``weights``, the method's definition; or ``outputs`` of the skills, of one head.
-            unknown: what a pass is that no task is told: an error, or the average of all skills.
             uniform: all skills weigh the same whatever the task, so that the average learns in this form (MHR-mu of the reference).
-            anneal: share of the training, at its end, in which weights move to the average (zero-shot MHR-mu); 0 for none.
-            weights: how they are made of a table's numbers.
-            penalties: what is added to the loss.
         """
 
         is_added: ClassVar[bool] = True
 
         tasks: tuple[str, ...] = Field(default=("all",), min_length=1)
-        skills: Size = Field(default=8, ge=1)
-        heads: Size = Field(default=8, ge=1)
-        rank: Size = Field(default=16, ge=1)
-        alpha: float = 1.0
-        granularity: Granularity = "finegrained"
-        mixes: Literal["weights", "outputs"] = "weights"
-        unknown: Unknown = "error"
         uniform: bool = False
-        anneal: float = Field(default=0.0, ge=0, le=1)
-        weights: Weights = Weights()
-        penalties: Penalties = Penalties()
 
         def __post_init__(self) -> None:
             twice = next((task for task in self.tasks if self.tasks.count(task) > 1), None)

@@ -11,16 +11,13 @@ from torch import Tensor, nn
 
 from anabranch.adapters.adapt.answers import Rows
 from anabranch.adapters.adapt.lesson import Lesson, Seen
-from anabranch.adapters.adapt.method import Method, Written, patterns_of_targets, set_anew, write_peft_or_own
+from anabranch.adapters.adapt.method import Method, Written, patterns_of_targets, set_anew, values_of, write_peft_or_own
 from anabranch.adapters.mhr.few_shot import adapt, mu
-from anabranch.adapters.mhr.layer import MultiHeadRouted
+from anabranch.adapters.mhr.layer import MultiHeadRouted, Skills
 from anabranch.adapters.mhr.measure import diagnose
-from anabranch.adapters.mhr.penalties import Penalties
-from anabranch.adapters.mhr.table import Granularity, tables_of
-from anabranch.adapters.mhr.weights import Weights
+from anabranch.adapters.mhr.table import tables_of
 from anabranch.adapters.own_folder import read_own
 from anabranch.adapters.saving import adapter_on
-from anabranch.adapters.tasks import Unknown
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -41,28 +38,18 @@ class Poly(Method, kind="poly"):
     folders: ClassVar[tuple[str, ...]] = ("start",)
 
     @configclass
-    class Config(Method.Config):
-        """As `MultiHeadRouted.Config`, and how it is trained.
+    class Config(Skills, Method.Config):
+        """As `Skills`, with one head, and how it is trained.
 
         Attributes:
             table_speed: learning rate of routing tables, over that of skills: 0.1 for 1e-3. They have no weight decay.
-            unknown: what a row of no known task is where the adapter is used: an ``error``, or the ``average`` of all skills.
             start: the folder of an adapter that was trained before, whose skills a new task learns with; None to begin anew.
             mode: with ``start``, what learns: ``full``, ``z``, ``mu`` or ``random``, see `anabranch.adapters.mhr.adapt`.
             redundant: with ``mu``, let all skills learn under equal weights, as the reference does; what is written is their average alike.
         """
 
-        rank: Size = Field(default=16, ge=1)
-        skills: Size = Field(default=8, ge=1)
         heads: Size = Field(default=1, ge=1)
-        alpha: float = 1.0
-        granularity: Granularity = "finegrained"
-        mixes: Literal["weights", "outputs"] = "weights"
-        anneal: float = Field(default=0.0, ge=0, le=1)
-        weights: Weights = Weights()
-        penalties: Penalties = Penalties()
         table_speed: float = Field(default=100.0, gt=0)
-        unknown: Unknown = "error"
         start: str | None = None
         mode: Literal["full", "z", "mu", "random"] = "full"
         redundant: bool = False
@@ -93,20 +80,7 @@ class Poly(Method, kind="poly"):
 
     def layer(self, tasks: Sequence[str]) -> MultiHeadRouted.Config:
         """An inventory for these tasks."""
-        config = self.config
-        return MultiHeadRouted.Config(
-            tasks=tuple(tasks),
-            skills=config.skills,
-            heads=config.heads,
-            rank=config.rank,
-            alpha=config.alpha,
-            granularity=config.granularity,
-            mixes=config.mixes,
-            anneal=config.anneal,
-            weights=config.weights,
-            penalties=config.penalties,
-            unknown=config.unknown,
-        )
+        return MultiHeadRouted.Config(tasks=tuple(tasks), **values_of(self.config, Skills))
 
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
         """Fresh skills, or those of ``start`` for new tasks, routed as set anew where anything is.
