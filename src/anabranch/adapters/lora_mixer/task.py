@@ -112,6 +112,10 @@ class MixtureTask(Task, kind="lora_mixer"):
     Stages follow from how far the training is. While it is *hard*, labels choose, and experts learn, each from its own task; while it is
     *soft*, routers choose and learn, and experts are frozen, held by the preservation loss, or free.
 
+    It is for rows of tokens, and for modules that are not ours too; its loss is the mean over all tokens that are asked, and a checkpoint
+    is the whole model. For rows of text on a decoder of ours there is `anabranch.adapters.adapt.mixtures.LoraMixer`, whose loss is the mean
+    over rows and which keeps the adapter alone; stages, losses of layers and reports of routers are the same in both.
+
     Args:
         config: the stages.
         model: with mixed layers; a `Decoder`, or a module that is called with ``input_ids`` and gives ``logits``.
