@@ -327,5 +327,18 @@ def test_the_figures_of_the_page_are_made_by_its_script(tmp_path, monkeypatch):
     assert (found["tasks"], found["foreign"], found["top_1"], found["top_2"]) == (2, 2, 0.5, 1)
     # Both are above the egg, and below what is word for word the same.
     assert found["auroc"] == 0.5
+    # Both tasks are known by a greater cosine than the other's instruction has, or by none: without its own each query has one left.
+    matcher = Matcher()
+    for task, text in first.items():
+        matcher.add(task, (text,))
+    matcher.fit()
+    cosine = {task: matcher.cosines("", second[task]) for task in first}
+    best = {task: max(of.values()) for task, of in cosine.items()}
+    left = {task: min(value for name, value in cosine[task].items() if name != task) for task in first}
+    above = [(best[one] > left[other]) + (best[one] >= left[other]) for one in first for other in first]
+    assert found["left_out_auroc"] == pytest.approx(sum(above) / 8)
+    assert found["own_cosine"] == pytest.approx((cosine["sql"]["sql"] + cosine["law"]["law"]) / 2)
+    assert found["other_cosine"] == pytest.approx((cosine["sql"]["law"] + cosine["law"]["sql"]) / 2)
+    assert (found["p3_tasks"], "p3_top_1" in found) == (0, False)
     with pytest.raises(SystemExit, match="has no flan_instruction"):
         measured(tmp_path / "none")
