@@ -228,6 +228,8 @@ generate trained -p x --rewire --rewire-set steps
 generate trained -p x --rewire --rewire-set steps=0
 generate trained -p x --rewire --rewire-set steps={HUGE}
 generate trained -p x --rewire --rewire-set r=2
+generate trained -p x --rewire --rewire-set r=0.25
+generate trained -p x --rewire --rewire-set choice=soft
 generate trained -p x --rewire --rewire-set eta=nan
 generate trained -p x --rewire --rewire-set window=3
 generate trained -p x --rewire --rewire-set interval=half

@@ -270,7 +270,7 @@ def test_some_layers_are_updated_by_how_sure_they_are():
     assert moved(model, select="uncertain")[0] == [True, True, False]
     assert moved(model, select="decisive", r=0.5)[0] == [True, False, True]
     assert moved(model, select="decisive", r=0.01)[0] == [False, False, True]
-    assert moved(model, select="all", r=0.01)[0] == [True] * 3
+    assert moved(model, select="all")[0] == [True] * 3
     whole = moved(model, select="all", steps=1)[1]
     soft = moved(model, select="uncertain", choice="soft", steps=1)[1]
     torch.testing.assert_close(soft[1], whole[1])
@@ -533,6 +533,16 @@ def test_what_cannot_be():
         ({"tail": 1.0}, "tail is 1"),
         ({"window": 17}, "window is 17, of which the guard holds back 16"),
         ({"select": "some"}, "select is 'some'"),
+        (
+            {"choice": "soft"},
+            r"choice is 'soft', and all layers are updated alike \(as it is with the guard\): give select=uncertain",
+        ),
+        ({"r": 0.25}, "r is 0.25, and all layers are updated alike"),
+        (
+            {"select": "all", "guard": False, "r": 0.25},
+            r"r is 0.25, and all layers are updated alike \(as select says\)",
+        ),
+        ({"select": "decisive", "choice": "soft", "r": 0.25}, "r is 0.25, and choice=soft updates all layers"),
         ({"most_seconds": -1}, "most_seconds is -1"),
     ):
         with pytest.raises(ConfigError, match=message):
