@@ -34,7 +34,7 @@ from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import FLOATS, SafetensorsFiles, some
 from anabranch.nn import Linear
 
-__all__ = ["OWN", "OwnAdapter", "described_in", "is_own", "load_numbers", "read_own", "write_own"]
+__all__ = ["OWN", "OwnAdapter", "described_in", "is_own", "load_numbers", "own_of", "read_own", "write_own"]
 
 FORMAT, SCHEMA = "anabranch-adapter", 1
 
@@ -128,11 +128,8 @@ def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) ->
     Raises ConfigError for a model without any, CheckpointError for numbers that are not finite, DataError where the folder holds something
     else or cannot be written, CapacityError where the disk is full.
     """
-    parts = _Parts.of(model.config)
-    if parts == _Parts():
+    if _Parts.of(model.config) == _Parts():
         raise ConfigError("the model has no adapter to save; put layers onto it first")
-    state = model.state_dict()
-    numbers = {name: state[name].detach() for name in added_names(model)}
     told = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -141,7 +138,13 @@ def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) ->
         "num_layers": model.config.num_layers,
         "base_digest": base_digest(model),
     }
-    OwnAdapter({**told, **to_dict(parts)}, parts, numbers).write(folder)
+    own_of(model, told).write(folder)
+
+
+def own_of(model: Decoder, told: Mapping[str, Any]) -> OwnAdapter:
+    """What is on ``model``, with ``told`` of the base in its table."""
+    parts, state = _Parts.of(model.config), model.state_dict()
+    return OwnAdapter({**told, **to_dict(parts)}, parts, {name: state[name].detach() for name in added_names(model)})
 
 
 def read_own(

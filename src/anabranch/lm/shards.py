@@ -14,7 +14,7 @@ from torch import Tensor
 from anabranch.errors import CheckpointError
 from anabranch.lm.tensors import BLOCK, DTYPE_NAMES, DTYPES
 
-__all__ = ["MAX_SHARD_BYTES", "Later", "write_file", "write_tensors"]
+__all__ = ["MAX_SHARD_BYTES", "Later", "file_size", "write_file", "write_tensors"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -64,6 +64,33 @@ def write_file(path: Path, tensors: Mapping[str, Tensor | Later]) -> None:
 
     Raises OSError, CheckpointError for a type that the format has not.
     """
+    text, start_of, _ = _header(tensors)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        begin = file.tell()
+        for name, start in start_of.items():
+            tensor = tensors[name]
+            if isinstance(tensor, Tensor):
+                file.seek(begin + start)
+                _write(file, tensor)
+        for made in _together(tensors):
+            for name, tensor in made.items():
+                if name in start_of:
+                    file.seek(begin + start_of[name])
+                    _write(file, tensor)
+
+
+def file_size(tensors: Mapping[str, Tensor | Later]) -> int:
+    """Bytes of the file that `write_file` would write. Tensors need no numbers: those of the device ``meta`` will do.
+
+    Raises CheckpointError for a type that the format has not.
+    """
+    text, _, end = _header(tensors)
+    return 8 + len(text) + end
+
+
+def _header(tensors: Mapping[str, Tensor | Later]) -> tuple[bytes, dict[str, int], int]:
+    """(the header as it is written behind its length, where each tensor begins behind it, in the file's order, and bytes of all)."""
     names = sorted(tensors, key=lambda name: tensors[name].nbytes % BLOCK != 0)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start_of: dict[str, int] = {}
@@ -76,20 +103,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor | Later]) -> None:
         start_of[name] = start
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + 8) % BLOCK)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        begin = file.tell()
-        for name in names:
-            tensor = tensors[name]
-            if isinstance(tensor, Tensor):
-                file.seek(begin + start_of[name])
-                _write(file, tensor)
-        for made in _together(tensors):
-            for name, tensor in made.items():
-                if name in start_of:
-                    file.seek(begin + start_of[name])
-                    _write(file, tensor)
+    return text + b" " * (-(len(text) + 8) % BLOCK), start_of, end
 
 
 def _together(tensors: Mapping[str, Tensor | Later]) -> Iterator[Mapping[str, Tensor]]:

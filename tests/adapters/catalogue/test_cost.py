@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from anabranch.adapters import catalogue
-from anabranch.adapters.catalogue.applied import WEIGHTS
 from anabranch.adapters.tasks import task_rows
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
@@ -93,7 +92,7 @@ def estimated(id, options, shape=SHAPE):
 
 
 @pytest.mark.parametrize("id", [*CASES, *IN_FRONT])
-def test_numbers_and_bytes(id, base, tmp_path):
+def test_numbers_and_bytes(id, base):
     options = (CASES | IN_FRONT)[id]
     model, found = copy.deepcopy(base), estimated(id, options)
     applied = catalogue.apply(model, id, **options)
@@ -116,11 +115,6 @@ def test_numbers_and_bytes(id, base, tmp_path):
     )
     assert found.gradient_bytes == pytest.approx(gradients, rel=0.15)
     assert found.optimizer_bytes == pytest.approx(moments, rel=0.15)
-    applied.save(tmp_path / "saved")
-    size = (tmp_path / "saved" / WEIGHTS).stat().st_size
-    # A file's header has the names of its tensors, which are a part of the smallest ones.
-    header = int.from_bytes((tmp_path / "saved" / WEIGHTS).read_bytes()[:8], "little") + 8
-    assert found.file_bytes == pytest.approx(size - header, rel=0.15)
 
 
 @pytest.mark.parametrize("id", CASES)

@@ -50,7 +50,9 @@ def test_measured_ones_come_first_best_first():
         (Limits(starts_as_base=True), "lora", "prefix-tuning", "a new adapter changes"),
         (Limits(max_parameters=3000), "road", "lora", "learns 3.277e+04 numbers, above 3000"),
         (Limits(max_share=0.001), "road", "lora", "of the model's parameters, above 0.001"),
-        (Limits(max_file_bytes=20_000), "ia3", "lora", "bytes in a file, above"),
+        (Limits(max_file_bytes=23_000), "ia3", "lora", "bytes in a file, above"),
+        # A model that is written whole.
+        (Limits(max_file_bytes=23_000), "ia3", "ln-tuning", "bytes in a file, above"),
         (Limits(max_training_bytes=20_000_000), "lora", "full", "bytes in training, above"),
         (Limits(max_added_flops=0.0), "lora", "adapter-parallel", "of the model's FLOPs, above 0"),
         (Limits(backends=("own",)), "lora", "vera", "run by peft"),

@@ -22,9 +22,7 @@ from anabranch.adapters.catalogue.applied import Applied, apply
 from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import settings
 from anabranch.adapters.catalogue.table import CARDS, find
-from anabranch.adapters.front import Front
-from anabranch.adapters.graft import layers_of
-from anabranch.adapters.numbers import Holder
+from anabranch.adapters.catalogue.written import goes_to_peft
 from anabranch.adapters.own_folder import OwnAdapter, write_own
 from anabranch.adapters.sparse_bottleneck import settle
 from anabranch.bounds import shown
@@ -156,11 +154,7 @@ class Catalogued(Method, kind="catalogue"):
 
     def write(self, folder: Path, model: Decoder, base: str) -> Written:
         """A folder of peft's where peft has such an adapter, else one of our own."""
-        layers = layers_of(model).values()
-        is_front = isinstance(model.streams, Front)
-        if (layers and not is_front and all(isinstance(layer, Holder) for layer in layers)) or (
-            is_front and not layers
-        ):
+        if goes_to_peft(model):
             return write_peft_or_own(folder, model, base)
         write_own(folder, model, base=base)
         if self._card.written is not None:

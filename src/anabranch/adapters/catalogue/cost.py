@@ -1,12 +1,14 @@
 """`estimate`: what a method costs on a model before it is trained: by formulas held against measured numbers, bytes and FLOPs."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from anabranch.adapters.catalogue.card import Card, Op
 from anabranch.adapters.catalogue.kept import kept_bytes
 from anabranch.adapters.catalogue.shape import Matrix, Shape
+from anabranch.adapters.catalogue.written import written_bytes
 from anabranch.bounds import MOST_SIZE, shown
 from anabranch.errors import ConfigError
 
@@ -29,7 +31,8 @@ class Estimate:
         share: of the model's parameters.
         adapter_bytes: of all that stands beside the base, what is drawn once and stays included.
         gradient_bytes, optimizer_bytes: of training with AdamW.
-        file_bytes: of the adapter's file.
+        file_bytes: of the file that `anabranch adapt` writes, header included: of the adapter, or of the whole model where parameters of
+            the base learn. Counted when it is asked for. Of methods that peft runs the header is counted roughly.
         base_bytes: of the model's weights in the type that was asked for.
         activation_bytes: that a training step keeps of its forward pass, by the formula of `anabranch.adapters.catalogue.kept`; without
             recomputation. None where nobody has counted what the method computes.
@@ -48,7 +51,6 @@ class Estimate:
     adapter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    file_bytes: int
     base_bytes: int
     activation_bytes: int | None
     base_flops: float
@@ -56,6 +58,12 @@ class Estimate:
     training_flops: float | None
     full_flops: float
     merged_flops: float | None
+    _file: Callable[[], int] = field(repr=False, compare=False)
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """See above."""
+        return self._file()
 
     @property
     def training_bytes(self) -> int:
@@ -176,7 +184,6 @@ def estimate(
         adapter_bytes=0 if card.trains_base else _FLOAT * (trainable + frozen),
         gradient_bytes=_GRADIENT * trainable,
         optimizer_bytes=_MOMENTS * trainable,
-        file_bytes=_FLOAT * (trainable + frozen),
         base_bytes=round(shape.parameters * base_width),
         activation_bytes=None if added is None else flow.kept(base_width),
         base_flops=forward,
@@ -184,6 +191,7 @@ def estimate(
         training_flops=None if added is None else flow.training(),
         full_flops=3 * forward,
         merged_flops={"yes": 0.0, "is the base": 0.0}.get(card.merges),
+        _file=partial(written_bytes, card, shape, chosen, made, trainable + frozen, base_width),
     )
 
 

@@ -21,7 +21,7 @@ class Limits:
     Attributes:
         max_parameters: that learn.
         max_share: the same as a share of the model's.
-        max_file_bytes: of the adapter's file.
+        max_file_bytes: of the file that is written, see `Estimate`: of the whole model where parameters of the base learn.
         max_training_bytes: of base, adapter, gradients and optimizer state; activations come on top.
         max_added_flops: that it may add to a token of the served model, as a share of the model's; a merged adapter adds none.
         merges: whether it must become part of the matrices.
@@ -52,11 +52,13 @@ class Limits:
             return "rows of a batch cannot have adapters of their own"
         if self.starts_as_base and not card.starts_as_base:
             return "a new adapter changes what the model computes"
+        # Counted where somebody asks.
+        size = None if self.max_file_bytes is None else found.file_bytes
         added = found.merged_flops if found.merged_flops is not None else found.added_flops
         numbers = (
             ("learns", found.trainable, self.max_parameters, "numbers"),
             ("learns", found.share, self.max_share, "of the model's parameters"),
-            ("takes", found.file_bytes, self.max_file_bytes, "bytes in a file"),
+            ("takes", size, self.max_file_bytes, "bytes in a file"),
             ("takes", found.training_bytes, self.max_training_bytes, "bytes in training"),
             ("adds", None if added is None else added / found.base_flops, self.max_added_flops, "of the model's FLOPs"),
         )
