@@ -231,6 +231,13 @@ def test_an_estimate_is_json():
             assert told["bytes"]["optimizer"] == 8 * told["trainable"]
 
 
+@pytest.mark.parametrize("ids", ["3,17", ("3", "17"), [3, 17]])
+def test_ids_of_tokens(ids):
+    found = estimated("trainable-tokens", {"ids": ids})
+    assert (found.options["ids"], found.trainable) == (("3", "17"), 2 * 64)
+    assert estimated("trainable-tokens", {"ids": 3}).options["ids"] == ("3",)
+
+
 @pytest.mark.parametrize(
     ("id", "options", "more", "message"),
     [
@@ -245,6 +252,9 @@ def test_an_estimate_is_json():
             {},
             "rank of lora is 1000000000000; it must be a whole number, at least 1 and at most",
         ),
+        ("cpt", {"ids": ("3", "x")}, {}, r"ids of cpt is \('3', 'x'\); it must be ids of tokens, such as 3,17"),
+        ("trainable-tokens", {"ids": ("3", "3")}, {}, "it must be ids of tokens, such as 3,17, each once"),
+        ("cartridge", {"tokens": 1}, {}, "tokens of cartridge is 1; it must be a whole number, at least 2"),
         ("lora", {"targets": 3}, {}, "targets of lora is 3; it must be names of linear layers"),
         (
             "adapter-parallel",

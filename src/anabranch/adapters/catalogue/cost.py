@@ -119,10 +119,7 @@ def settings(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(what: str, value: Any, usual: Any, least: int) -> Any:
     """The value of an option, of the kind of its usual one. Raises ConfigError."""
     if isinstance(usual, tuple):
-        words = value.split(",") if isinstance(value, str) else value
-        if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
-            raise ConfigError(f"{what} is {shown(value)}; it must be names of linear layers, such as q,v")
-        return tuple(words)
+        return _words(what, value, usual)
     if isinstance(usual, int) and (type(value) is not int or not least <= value <= MOST_SIZE):
         raise ConfigError(
             f"{what} is {shown(value)}; it must be a whole number, at least {least} and at most {MOST_SIZE}"
@@ -132,6 +129,23 @@ def _checked(what: str, value: Any, usual: Any, least: int) -> Any:
     if isinstance(usual, str) and not isinstance(value, str):
         raise ConfigError(f"{what} is {shown(value)}; it must be a word, such as {usual}")
     return value
+
+
+def _words(what: str, value: Any, usual: Sequence[str]) -> tuple[str, ...]:
+    """Names or ids of tokens, told as words, by commas, or as numbers. Raises ConfigError."""
+    are_ids = _are_ids(usual)
+    kind = "ids of tokens, such as 3,17" if are_ids else "names of linear layers, such as q,v"
+    words = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    words = [str(word) if are_ids and type(word) is int else word for word in words]
+    if not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{what} is {shown(value)}; it must be {kind}")
+    if are_ids and not (words and _are_ids(words) and len(set(words)) == len(words)):
+        raise ConfigError(f"{what} is {shown(value)}; it must be {kind}, each once")
+    return tuple(words)
+
+
+def _are_ids(words: Sequence[str]) -> bool:
+    return all(word.isdecimal() and word.isascii() and len(word) < 10 for word in words)
 
 
 def estimate(

@@ -196,7 +196,8 @@ CARDS = (
         "X-LoRA",
         "trained LoRAs, weighed for each token and layer by what the model without them has seen",
         Paper("X-LoRA: Mixture of Low-Rank Adapter Experts", 2024, "2402.07148"),
-        limits="runs the model twice; in peft it wants use_cache=False",
+        peft_type="XLORA",
+        limits="runs the model twice; peft has it, and puts it on from the folders of trained LoRAs, which are no options",
     ),
     Card(
         "arrow",

@@ -2,7 +2,7 @@
 
 import difflib
 
-from anabranch.adapters.catalogue import additive, efficient, hybrid, low_rank, mixed, selective, structured
+from anabranch.adapters.catalogue import additive, efficient, hybrid, later, low_rank, mixed, selective, structured
 from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import estimate
 from anabranch.adapters.catalogue.shape import Shape
@@ -10,7 +10,7 @@ from anabranch.errors import ConfigError
 
 __all__ = ["CARDS", "find", "listed"]
 
-_FAMILIES = (additive, selective, low_rank, structured, mixed, hybrid, efficient)
+_FAMILIES = (additive, selective, low_rank, structured, mixed, hybrid, efficient, later)
 CARDS: dict[str, Card] = {card.id: card for module in _FAMILIES for card in module.CARDS}
 
 

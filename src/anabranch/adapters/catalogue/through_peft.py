@@ -31,6 +31,12 @@ _OWN_NAMES: dict[str, dict[str, str]] = {
     "ia3": {"feedforward": "feedforward_modules"},
     "road": {"group": "group_size"},
     "p-tuning": {"hidden": "encoder_hidden_size"},
+    "llama-adapter": {"tokens": "adapter_len", "layers": "adapter_layers"},
+    "adamss": {"subspaces": "num_subspaces"},
+    "frod": {"share": "sparse_rate"},
+    "osf": {"kept": "effective_rank"},
+    "trainable-tokens": {"ids": "token_indices"},
+    "cpt": {"ids": "cpt_token_ids"},
 }
 # What else peft must be told for a method to be what its card says.
 _TOLD: dict[str, dict[str, Any]] = {
@@ -44,6 +50,10 @@ _TOLD: dict[str, dict[str, Any]] = {
     "c3a": {"init_weights": True},
     "delora": {"init_weights": True},
     "hra": {"init_weights": True},
+    "frod": {"progressbar": False},
+    # Only layers with biases would have them.
+    "glora": {"config_C": "none", "config_D_E": "none"},
+    "cartridge": {"num_frozen_tokens": 1},
 }
 _THEIRS = {word: f"{word}_proj" for word in ("q", "k", "v", "o", "gate", "up", "down")}
 # Methods that peft needs more for than a config: data, or a quantised base.
@@ -77,6 +87,8 @@ def peft_config(id: str, options: Mapping[str, Any] | None = None) -> Any:
     for name, value in settings(card, options or {}).items():
         if name == "targets":
             told["target_modules"] = _modules(value)
+        elif name == "ids":
+            told[names[name]] = [int(id) for id in value]
         elif name == "feedforward":
             told[names[name]] = _modules(value)
         else:
