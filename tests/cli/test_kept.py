@@ -162,6 +162,11 @@ COMMANDS = {
         {"OUT": "m/ways.json"},
     ),
     "pvchat compose": ("{drawings} --out {OUT}", {"drawings": "m/d.zip"}, {"OUT": "m"}),
+    "generate": (
+        "{model} -p x --rewire --rewire-load {state} --rewire-save {SAVE}",
+        {"model": "m/config.json", "state": "s.json"},
+        {"SAVE": "m/o.json"},
+    ),
     "adapters report": (
         "{model} {adapter} --data {data} --out {OUT}",
         {"model": "m/config.json", "adapter": "a/adapter_config.json", "data": "text/a.txt"},
@@ -258,6 +263,7 @@ def test_every_option_that_names_a_place_is_gone_over():
             continue
         text = COMMANDS.get(name, ("",))[0].lower()
         known = {"picture": "{picture}", "table_file": "{shares}", "save_hardware": "{save}"}
+        known |= {"rewire_load": "{state}", "rewire_save": "{save}"}
         missed = {one for one in places if known.get(one, f"{{{one}}}") not in text and f"{name} {one}" not in READ}
         assert not missed, f"{name}: what it does with {missed} belongs into COMMANDS"
 

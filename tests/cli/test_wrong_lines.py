@@ -234,6 +234,14 @@ generate trained -p x --rewire --rewire-set eta=nan
 generate trained -p x --rewire --rewire-set window=3
 generate trained -p x --rewire --rewire-set interval=half
 generate trained -p x --rewire --rewire-set stepz=3
+generate trained -p x --rewire-save z
+generate trained -p x --rewire --rewire-load nowhere
+generate trained -p x --rewire --rewire-load deep.json
+generate trained -p x --rewire --rewire-load scores.jsonl --rewire-save z
+generate trained -p x --rewire --rewire-load text
+chat trained -m x --rewire-set steps=3
+chat trained -m x --rewire --task law
+chat trained -m x --rewire --rewire-set steps=0
 generate no.gguf -p x
 chat trained -m x --temperature nan
 chat trained -m x --seed {HUGE}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -19,12 +20,14 @@ from anabranch.cli.continuing import (
     Deep,
     Loading,
     Sampled,
+    engine_alone,
     running,
     tokens_of,
 )
 from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import AsJson, Model, Seed, Streams
 from anabranch.cli.output import print_json, say, visible
+from anabranch.cli.rewired import Rewired, Turned, is_plain, library_fields
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.extras import require
 
@@ -34,9 +37,10 @@ if TYPE_CHECKING:
 
 # What neither the user nor the model says.
 _USUAL = {"temperature": 0.2, "top_p": 0.9}
+_AS_THEY_ARE = Turned()
 
 
-@takes_sets(temperature="0.2", top_p="0.9")
+@takes_sets(temperature="0.2", top_p="0.9", turned="before each answer, then every 128 tokens of it")
 def chat(
     model: Model,
     message: Annotated[
@@ -47,6 +51,7 @@ def chat(
     sampled: Sampled = AS_MODEL_SAYS,
     seed: Seed = 0,
     streams: Streams = None,
+    turned: Turned = _AS_THEY_ARE,
     adapted: Adapted = PLAIN,
     deep: Deep = WHOLE,
     loading: Loading = AS_STORED,
@@ -59,6 +64,9 @@ def chat(
 
     With --depth (Dr.LLM) or --skipper (FTP), the conversation so far decides at each message which blocks run, or which tokens each block
     computes. --json then has a field depth, as in generate.
+
+    --rewire needs a mixture of experts. What is fitted stays from message to message, until /reset. --json then has a field rewiring, as in
+    generate. See the page Rewiring.
     """
     require("lm", by="anabranch chat")
     from anabranch.serving.load import check_depth
@@ -66,23 +74,41 @@ def chat(
     if as_json and message is None:
         raise ConfigError("--json needs a message; give one with --message")
     depth = deep.config()
+    apart = engine_alone(sampled, streams, loading, deep, adapted)
+    rewiring = turned.config({**apart, "--expert-budget": None})
+    plain = is_plain(rewiring, loading)
     fields = {**sampled.of(model, _USUAL), "max_tokens": max_tokens}
     check_depth(depth, model)
     adapted.check(model)
     adapters = adapted.config()
-    loaded = loading.load(model, adapters=adapters)
+    loaded = loading.load(model, is_plain=plain, adapters=adapters)
+    tokenizer: Any = loaded.tokenizer
     # A number that cannot be is no matter of a message.
     loaded.model.streams_of(streams)
     room = loaded.model.config.max_positions
-    with running(loaded, room, streams=streams, prefix_cache=True, depth=depth, adapters=adapters) as engine:
-        talk = Conversation(engine, loaded.tokenizer, system, fields, num_streams=streams, adapted=adapted)
-        if message is not None:
-            ids, answer = talk.answer(message, seed, show=not as_json)
-            if as_json:
-                ran = {"depth": {"num_layers": len(loaded.model.blocks), **talk.ran}} if talk.ran else {}
-                print_json({"text": answer, "token_ids": ids, "messages": talk.messages, **ran})
+    with ExitStack() as stack:
+        rewired = None
+        if rewiring is not None:
+            if loaded.experts is not None:
+                stack.callback(loaded.experts.close)
+            fields = library_fields(fields, "--rewire", talks=True)
+            rewired = Rewired(loaded.model, rewiring, tokenizer.stop_ids)
+        voice: Voice = rewired or _OfEngine(
+            stack.enter_context(
+                running(loaded, room, streams=streams, prefix_cache=True, depth=depth, adapters=adapters)
+            ),
+            streams,
+            adapted,
+        )
+        talk = Conversation(voice, tokenizer, system, fields)
+        if message is None:
+            _talk(model, talk, seed)
             return
-        _talk(model, talk, seed)
+        ids, answer = talk.answer(message, seed, show=not as_json)
+        if as_json:
+            ran = {"depth": {"num_layers": len(loaded.model.blocks), **voice.ran}} if voice.ran else {}
+            told = {} if rewired is None else {"rewiring": rewired.report()}
+            print_json({"text": answer, "token_ids": ids, "messages": talk.messages, **told, **ran})
 
 
 def _talk(model: str, talk: Conversation, seed: int) -> None:
@@ -103,48 +129,96 @@ def _talk(model: str, talk: Conversation, seed: int) -> None:
 
 def _try(talk: Conversation, line: str, seed: int) -> bool:
     """Whether a message was answered; one that cannot be is taken back, and why is said."""
-    before = list(talk.messages)
+    before, mark = list(talk.messages), talk.voice.mark()
     try:
         talk.answer(line, seed)
     except AnabranchError as error:
         talk.messages = before
+        talk.voice.back(mark)
         say(f"error: {' '.join(str(error).split())}")
         return False
     return True
 
 
-class Conversation:
-    """Messages so far, and the engine that answers them. ``sampling`` are fields of `anabranch.serving.Sampling`.
+class Voice(Protocol):
+    """What continues the prompts of a conversation.
 
     Attributes:
-        ran: what routers of depth, or a skipper, chose for the last message, see `tokens_of`; empty without them.
+        most: positions that it reads.
+        ran: what routers of depth, or a skipper, chose for the last prompt, see `tokens_of`; empty without them.
     """
 
-    def __init__(
-        self,
-        engine: Background,
-        tokenizer: Any,
-        system: str | None,
-        sampling: dict[str, Any],
-        *,
-        num_streams: int | None = None,
-        adapted: Adapted = PLAIN,
-    ) -> None:
-        self._adapted = adapted
-        self._engine, self._tokenizer, self._system, self._sampling = engine, tokenizer, system, sampling
-        self._num_streams = num_streams
-        self.ran: dict[str, Any] = {}
+    most: int
+    ran: dict[str, Any]
+
+    def tokens(self, prompt: Sequence[int], fields: dict[str, Any], asked: str = "") -> Iterator[int]:
+        """The answer's tokens as they come; ``fields`` of sampling, ``asked`` what the last message asks."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Lines about the last prompt."""
+        ...
+
+    def mark(self) -> Any:
+        """What it keeps of the prompts so far, to go `back` to."""
+        ...
+
+    def back(self, mark: Any) -> None:
+        """Keep what it kept then."""
+        ...
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        ...
+
+
+class _OfEngine:
+    """An engine, which keeps nothing of a prompt but what makes the next one faster."""
+
+    def __init__(self, engine: Background, streams: int | None, adapted: Adapted) -> None:
+        self._engine, self._streams, self._adapted = engine, streams, adapted
+        self.most, self.ran = engine.info.max_positions, dict[str, Any]()
+
+    def tokens(self, prompt: Sequence[int], fields: dict[str, Any], asked: str = "") -> Iterator[int]:
+        """See `Voice`."""
+        self.ran = {}
+        depth = self._engine.info.depth
+        more: dict[str, Any] = {"streams": self._streams, "told": self.ran, "adapted": self._adapted}
+        return tokens_of(self._engine, prompt, fields, depth=depth, asked=asked, **more)
+
+    def notes(self) -> list[str]:
+        """See `Voice`."""
+        return []
+
+    def mark(self) -> None:
+        """See `Voice`."""
+
+    def back(self, mark: None) -> None:
+        """See `Voice`."""
+
+    def forget(self) -> None:
+        """See `Voice`."""
+
+
+class Conversation:
+    """Messages so far, and the voice that answers them. ``sampling`` are its fields of sampling."""
+
+    def __init__(self, voice: Voice, tokenizer: Any, system: str | None, sampling: dict[str, Any]) -> None:
+        self.voice, self._tokenizer, self._system, self._sampling = voice, tokenizer, system, sampling
         self.reset()
 
     def reset(self) -> None:
         """Forget all but the system message."""
         self.messages = [{"role": "system", "content": self._system}] if self._system is not None else []
+        self.voice.forget()
 
     def answer(self, text: str, seed: int, *, show: bool = True) -> tuple[list[int], str]:
         """Add a message of the user's and the model's answer; returns the answer's ids and text. ``show`` prints it as it comes."""
+        from anabranch.serving.core.query import last_asked
+
         self.messages.append({"role": "user", "content": text})
         prompt = self._tokenizer.encode_chat(self._tokenizer.apply_chat_template(self.messages))
-        most = self._engine.info.max_positions
+        most = self.voice.most
         room = most - len(prompt)
         if room < 1:
             is_first = all(message["role"] == "system" for message in self.messages[:-1])
@@ -153,7 +227,7 @@ class Conversation:
         fields = {**self._sampling, "max_tokens": min(self._sampling["max_tokens"], room), "seed": seed}
         decoder, ids, pieces = self._tokenizer.stream(), [], []
         try:
-            for token in self._tokens(prompt, fields):
+            for token in self.voice.tokens(prompt, fields, last_asked(self.messages)):
                 ids.append(token)
                 pieces.append(decoder.push(token))
                 if show:
@@ -165,18 +239,11 @@ class Conversation:
         pieces.append(decoder.flush())
         if show:
             print(pieces[-1])
+        for note in self.voice.notes():
+            say(note)
         answer = "".join(pieces)
         self.messages.append({"role": "assistant", "content": answer})
         return ids, answer
-
-    def _tokens(self, prompt: Sequence[int], fields: dict[str, Any]) -> Iterator[int]:
-        """The answer's tokens as they come."""
-        from anabranch.serving.core.query import last_asked
-
-        self.ran = {}
-        depth = self._engine.info.depth
-        more: dict[str, Any] = {"streams": self._num_streams, "told": self.ran, "adapted": self._adapted}
-        return tokens_of(self._engine, prompt, fields, depth=depth, asked=last_asked(self.messages), **more)
 
 
 def _read_line(interactive: bool) -> str | None:

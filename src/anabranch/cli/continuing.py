@@ -175,6 +175,23 @@ class Loading(OptionSet):
         return load_parts(model, self.dtype, place, bits, self.expert_budget, self.memory, adapters=adapters)
 
 
+def engine_alone(
+    sampled: Sampled, streams: int | None, loading: Loading, deep: Deep, adapted: Adapted
+) -> dict[str, Any]:
+    """Values of the options that only the engine knows, by their names: what goes on without it takes none of them."""
+    return {
+        "--min-p": sampled.min_p,
+        "--repetition-penalty": sampled.repetition_penalty,
+        "--streams": streams,
+        "--memory": loading.memory,
+        "--expert-budget": loading.expert_budget,
+        "--depth": deep.depth,
+        "--skipper": deep.skipper,
+        "--adapter": adapted.adapter,
+        "--task": adapted.task,
+    }
+
+
 # Where nothing is said.
 AS_MODEL_SAYS, WHOLE, PLAIN, AS_STORED = Sampled(), Deep(), Adapted(), Loading()
 BLOCK = 16

@@ -18,6 +18,7 @@ from anabranch.cli.continuing import (
     Deep,
     Loading,
     Sampled,
+    engine_alone,
     running,
     tokens_of,
 )
@@ -25,15 +26,16 @@ from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import AsJson, Model, Seed, Streams
 from anabranch.cli.output import print_json, say, visible
 from anabranch.cli.over_ranks import Context, over_ranks
-from anabranch.cli.rewired import Rewire, Rewired, RewireSet, library_fields, rewiring_of
+from anabranch.cli.rewired import KeptState, Rewired, Turned, is_plain, library_fields
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 
 # What neither the user nor the model says.
 _USUAL = {"temperature": 0.8}
+_AS_THEY_ARE, _NOWHERE = Turned(), KeptState()
 
 
-@takes_sets(temperature="0.8", top_p="1")
+@takes_sets(temperature="0.8", top_p="1", turned="once before generation, then every 128 tokens")
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue; - reads stdin.")],
@@ -42,8 +44,8 @@ def generate(
     seed: Seed = 0,
     streams: Streams = None,
     context: Context = None,
-    rewire: Rewire = False,
-    rewire_set: RewireSet = None,
+    turned: Turned = _AS_THEY_ARE,
+    kept: KeptState = _NOWHERE,
     adapted: Adapted = PLAIN,
     deep: Deep = WHOLE,
     loading: Loading = AS_STORED,
@@ -60,32 +62,17 @@ def generate(
     With torchrun --nproc-per-node N -m anabranch generate ... --context N, each of N processes keeps all weights and a share of the keys
     and values, so the text may be longer than fits into one process.
 
-    --rewire needs a mixture of experts. --json then has a field rewiring with what each update of the routers did. See the page Rewiring.
+    --rewire needs a mixture of experts. --json then has a field rewiring with what each update of the routers did. --rewire-save keeps how
+    the routers are turned, and --rewire-load goes on with it. See the page Rewiring.
     """
     require("lm", by="anabranch generate")
     from anabranch.serving.load import check_depth
 
-    apart: dict[str, Any] = {
-        "--min-p": sampled.min_p,
-        "--repetition-penalty": sampled.repetition_penalty,
-        "--streams": streams,
-        "--memory": loading.memory,
-        "--expert-budget": loading.expert_budget,
-        "--depth": deep.depth,
-        "--skipper": deep.skipper,
-        "--adapter": adapted.adapter,
-        "--task": adapted.task,
-    }
+    apart = engine_alone(sampled, streams, loading, deep, adapted)
     depth = deep.config()
-    beside = {name: value for name, value in apart.items() if name != "--expert-budget"}
-    rewiring = rewiring_of(rewire, rewire_set, {"--context": context, **beside})
-    # Of experts that come when they are wanted, gradients need numbers in floating point.
-    is_plain = rewiring is not None and loading.expert_budget is not None
-    if is_plain and loading.quantize not in (None, "none"):
-        raise ConfigError(
-            f"--quantize is {loading.quantize}, and no gradient, which --rewire needs, goes through experts in few bits that come when "
-            "they are wanted; leave --expert-budget out, or use --quantize none"
-        )
+    rewiring = turned.config({"--context": context, **{**apart, "--expert-budget": None}})
+    told = kept.read(model, rewires=rewiring is not None)
+    plain = is_plain(rewiring, loading)
     ran: dict[str, Any] = {}
     with ExitStack() as stack:
         ranks = stack.enter_context(over_ranks(context, loading.device, apart))
@@ -100,19 +87,20 @@ def generate(
         check_depth(depth, model)
         adapted.check(model)
         adapters = adapted.config()
-        loaded = loading.load(model, ranks.device if ranks else None, is_plain=is_plain, adapters=adapters)
+        loaded = loading.load(model, ranks.device if ranks else None, is_plain=plain, adapters=adapters)
         tokenizer: Any = loaded.tokenizer
         used = loaded.model.streams_of(streams)[0]
         prompt_ids = tokenizer.encode_prompt(text)
         if rewiring is not None and loaded.experts is not None:
             stack.callback(loaded.experts.close)
-        rewired = None if rewiring is None else Rewired(loaded.model, rewiring)
+        rewired = None
+        if rewiring is not None:
+            rewired = Rewired(loaded.model, rewiring, tokenizer.stop_ids, told, kept.rewire_load)
         started = time.perf_counter()
-        stop = {"stop": tuple(tokenizer.stop_ids)}
         if ranks is not None:
-            tokens = ranks.tokens(loaded.model, prompt_ids, {**fields, **stop})
+            tokens = ranks.tokens(loaded.model, prompt_ids, {**fields, "stop": tuple(tokenizer.stop_ids)})
         elif rewired is not None:
-            tokens = rewired.tokens(prompt_ids, {**fields, **stop})
+            tokens = rewired.tokens(prompt_ids, fields)
         else:
             room = len(prompt_ids) + max_tokens
             engine = stack.enter_context(running(loaded, room, streams=streams, depth=depth, adapters=adapters))
@@ -121,6 +109,8 @@ def generate(
             more: dict[str, Any] = {"depth": engine.info.depth, "told": ran, "adapted": adapted, "asked": text}
             tokens = tokens_of(engine, prompt_ids, fields, streams=streams, **more)
         ids = _shown(text, tokens, tokenizer, talks=talks and not as_json)
+        if rewired is not None:
+            rewired.save(kept.rewire_save)
     if not talks:
         return
     seconds = time.perf_counter() - started

@@ -1,28 +1,25 @@
-"""``anabranch generate --rewire``: its options, and the tokens of a `anabranch.adapters.rewiring.Rerouter`."""
+"""``--rewire`` of ``generate``, ``chat`` and ``eval``: its options, and the tokens of a `anabranch.adapters.rewiring.Rerouter`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.option_sets import OptionSet
 from anabranch.cli.options import FLAG
 from anabranch.cli.output import say
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from anabranch.adapters.rewiring import Rewiring
+    from anabranch.adapters.rewiring import Rewiring, RewiringState
+    from anabranch.cli.continuing import Loading
     from anabranch.lm import Decoder
 
-Rewire = Annotated[
-    bool,
-    typer.Option(
-        "--rewire",
-        metavar=FLAG,
-        help="Fit the routers of a mixture of experts to the text: once before generation, then every 128 tokens.",
-    ),
-]
 RewireSet = Annotated[
     list[str] | None,
     typer.Option(
@@ -31,24 +28,89 @@ RewireSet = Annotated[
         help="A setting of --rewire, such as steps=10, eta=0.1, interval=64, guard=false. May be repeated.",
     ),
 ]
+# Of a state: OLMoE's has 1,024 numbers, the largest that there are 15,000.
+MOST_STATE_BYTES = 64 << 20
 
 
-def rewiring_of(wanted: bool, assignments: Sequence[str] | None, others: dict[str, Any]) -> Rewiring | None:
-    """The settings, None without --rewire. ``others`` are values of options that do not go with it.
+@dataclass(frozen=True)
+class Turned(OptionSet):
+    """Whether routers are turned to the text, and how. Commands tell when: ``{turned}``."""
 
-    Raises ConfigError for settings that cannot be, or without --rewire, and for an option that does not go with it.
+    rewire: Annotated[
+        bool,
+        typer.Option("--rewire", metavar=FLAG, help="Fit the routers of a mixture of experts to the text: {turned}."),
+    ] = False
+    rewire_set: RewireSet = None
+
+    def config(self, others: dict[str, Any]) -> Rewiring | None:
+        """The settings, None without --rewire. ``others`` are values of options that do not go with it.
+
+        Raises ConfigError for settings that cannot be, or without --rewire, and for an option that does not go with it.
+        """
+        if not self.rewire:
+            if self.rewire_set:
+                raise ConfigError("--rewire-set is given, but --rewire is not; give both")
+            return None
+        for name, value in others.items():
+            if value not in (None, False):
+                raise ConfigError(f"{name} cannot be combined with --rewire; leave one of them out")
+        from anabranch.adapters.rewiring import Rewiring
+        from anabranch.config import from_dict, parse_assignment
+
+        return from_dict(Rewiring, dict(parse_assignment(text) for text in self.rewire_set or ()))
+
+
+@dataclass(frozen=True)
+class KeptState(OptionSet):
+    """Where the vectors of a conversation come from, and where they go."""
+
+    rewire_load: Annotated[
+        Path | None,
+        typer.Option(
+            "--rewire-load",
+            metavar="FILE",
+            help="With --rewire, begin with the routers as --rewire-save, or a server, left them: a conversation goes on.",
+        ),
+    ] = None
+    rewire_save: Annotated[
+        Path | None,
+        typer.Option("--rewire-save", metavar="FILE", help="With --rewire, write how the routers are turned (JSON)."),
+    ] = None
+
+    def read(self, model: str, *, rewires: bool) -> dict[str, Any] | None:
+        """What --rewire-load names, before the model is there; None for nothing.
+
+        Raises ConfigError without --rewire, InputError where --rewire-save would take the place of what is read, and DataError for a file
+        that is none, or too large for a state.
+        """
+        said = {"--rewire-load": self.rewire_load, "--rewire-save": self.rewire_save}
+        given = [name for name, value in said.items() if value is not None]
+        if given and not rewires:
+            raise ConfigError(f"{given[0]} is given, but --rewire is not; give both")
+        from anabranch.files import check_apart, read_json
+
+        check_apart([self.rewire_save], [self.rewire_load, model])
+        if self.rewire_load is None:
+            return None
+        if self.rewire_load.is_file() and self.rewire_load.stat().st_size > MOST_STATE_BYTES:
+            size = self.rewire_load.stat().st_size
+            raise DataError(f"{self.rewire_load} has {size:,} bytes; a state has at most {MOST_STATE_BYTES:,}")
+        return read_json(self.rewire_load, DataError)
+
+
+def is_plain(rewiring: Rewiring | None, loading: Loading) -> bool:
+    """Whether weights have to be in floating point: gradients go through no experts in few bits that come when they are wanted.
+
+    Raises ConfigError where others are asked for.
     """
-    if not wanted:
-        if assignments:
-            raise ConfigError("--rewire-set is given, but --rewire is not; give both")
-        return None
-    for name, value in others.items():
-        if value is not None:
-            raise ConfigError(f"{name} cannot be combined with --rewire; leave one of them out")
-    from anabranch.adapters.rewiring import Rewiring
-    from anabranch.config import from_dict, parse_assignment
-
-    return from_dict(Rewiring, dict(parse_assignment(text) for text in assignments or ()))
+    if rewiring is None or loading.expert_budget is None:
+        return False
+    if loading.quantize not in (None, "none"):
+        raise ConfigError(
+            f"--quantize is {loading.quantize}, and no gradient, which --rewire needs, goes through experts in few bits that come when "
+            "they are wanted; leave --expert-budget out, or use --quantize none"
+        )
+    return True
 
 
 def rewiring_settings(assignments: Sequence[str] | None, path: str) -> dict[str, Any]:
@@ -68,23 +130,65 @@ def library_fields(fields: dict[str, Any], option: str, *, talks: bool) -> dict[
 
 
 class Rewired:
-    """The new tokens of one prompt, and afterwards the report of how its routers were turned."""
+    """The new tokens of a prompt, or of one prompt of a conversation after another, and how routers were turned to each.
 
-    def __init__(self, model: Decoder, config: Rewiring) -> None:
+    Attributes:
+        most: positions that the model reads.
+        ran: nothing; see `anabranch.cli.chat.Voice`.
+
+    Args:
+        model: a mixture of experts.
+        config: how they are turned.
+        stop: tokens that end an answer.
+        told: the state to begin with, see `anabranch.adapters.rewiring.Rerouter.told_state`; None for a new one.
+        place: where that is from.
+
+    Raises ConfigError for a model without routers of experts, and a state that is not of it.
+    """
+
+    def __init__(
+        self, model: Decoder, config: Rewiring, stop: Sequence[int], told: Any = None, place: Path | None = None
+    ) -> None:
         from anabranch.adapters.rewiring import Rerouter
 
-        self._rerouter = Rerouter(model, config)
+        self._rerouter, self._stop = Rerouter(model, config), tuple(stop)
+        self.most, self.ran = model.config.max_positions, dict[str, Any]()
         self._state = self._rerouter.new_state()
+        if told is not None:
+            try:
+                self._state = self._rerouter.state_from_told(told)
+            except ConfigError as error:
+                raise ConfigError(f"{place} cannot be gone on with: {error}") from None
 
-    def tokens(self, prompt: Sequence[int], fields: dict[str, Any]) -> Iterator[int]:
-        """As they come; ``fields`` of `anabranch.lm.SamplingConfig`."""
+    def tokens(self, prompt: Sequence[int], fields: dict[str, Any], asked: str = "") -> Iterator[int]:
+        """As they come; ``fields`` of `anabranch.lm.SamplingConfig`. What was fitted to the prompts before stays, to go on from."""
         from anabranch.lm import SamplingConfig
 
-        for step in self._rerouter.stream([prompt], SamplingConfig(**fields), states=[self._state]):
+        self._state.go_on()
+        for step in self._rerouter.stream([prompt], SamplingConfig(**fields, stop=self._stop), states=[self._state]):
             yield from step.tokens
 
+    def mark(self) -> RewiringState:
+        """How far it has come, to go `back` to."""
+        return self._state.copy()
+
+    def back(self, mark: RewiringState) -> None:
+        """Forget what came behind a `mark`."""
+        self._state = mark
+
+    def forget(self) -> None:
+        """Begin anew, with routers as the model has them."""
+        self._state.reset()
+
+    def save(self, place: Path | None) -> None:
+        """Write the state as JSON, all or nothing; nowhere for None. Raises as `anabranch.files.atomic_write_json`."""
+        if place is not None:
+            from anabranch.files import atomic_write_text
+
+            atomic_write_text(place, json.dumps(self._rerouter.told_state(self._state)) + "\n")
+
     def report(self) -> dict[str, Any]:
-        """Settings, routers by name, and of each phase 1 what it did."""
+        """Settings, routers by name, and of each phase 1 of the last prompt what it did; steps and seconds of the conversation."""
         from dataclasses import asdict
 
         from anabranch.config import to_dict
@@ -98,6 +202,6 @@ class Rewired:
         }
 
     def notes(self) -> list[str]:
-        """A line for each phase 1 that left something out."""
+        """A line for each phase 1 of the last prompt that left something out."""
         skipped = dict.fromkeys(phase.skipped for phase in self._state.phases if phase.skipped)
         return [f"note: routers were not turned: {reason}" for reason in skipped]

@@ -83,9 +83,9 @@ def _why_not(config: Rewiring, length: int, state: RewiringState) -> str | None:
         return f"a context of {length} token has nothing to predict; it needs at least 2"
     if length - config.held_back(length) < 2:
         return f"a context of {length} tokens is too short for the guard, which holds back {config.held_back(length)} and needs 2 to fit"
-    if config.most_steps is not None and state.steps >= config.most_steps:
+    if config.most_steps is not None and state.own_steps >= config.most_steps:
         return f"the request has taken its {config.most_steps} steps (most_steps)"
-    if config.most_seconds is not None and state.seconds >= config.most_seconds:
+    if config.most_seconds is not None and state.own_seconds >= config.most_seconds:
         return f"the request has spent its {config.most_seconds:g} seconds (most_seconds)"
     return None
 
@@ -241,9 +241,9 @@ class _Batch:
         allowed = []
         for row, state in enumerate(self.states):
             reason = None
-            if config.most_steps is not None and state.steps + int(taken.steps_B[row]) >= config.most_steps:
+            if config.most_steps is not None and state.own_steps + int(taken.steps_B[row]) >= config.most_steps:
                 reason = f"the request has taken its {config.most_steps} steps (most_steps)"
-            elif config.most_seconds is not None and state.seconds + spent >= config.most_seconds:
+            elif config.most_seconds is not None and state.own_seconds + spent >= config.most_seconds:
                 reason = f"the request has spent its {config.most_seconds:g} seconds (most_seconds)"
             allowed.append(reason is None)
             taken.skipped[row] = taken.skipped[row] or reason
@@ -331,10 +331,9 @@ class _Batch:
             read = self._losses([new])
             after_B = row_means(read.loss_CBL[0], self.real_BL)
         self._hand_on(read, torch.zeros(self.size, dtype=torch.int64, device=self.device))
-        before, seen = self.before, read.seen
-        reports = [
-            self._report(before, seen, (row, row), self.loss_before_B[row], after_B[row]) for row in range(self.size)
-        ]
+        # Where time was up before the first step nothing was looked at, and nothing has changed.
+        before, before_B = (self.before, self.loss_before_B) if self.before else (read.seen, after_B)
+        reports = [self._report(before, read.seen, (row, row), before_B[row], after_B[row]) for row in range(self.size)]
         return reports, new
 
     def _report(

@@ -4,6 +4,8 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.phase import Clock, fit
 from anabranch.adapters.rewiring.prefill import Prefill
 from anabranch.adapters.rewiring.state import Phase, RewiringState
+from anabranch.adapters.rewiring.told_state import fingerprint_of, state_from_told, told_state
 from anabranch.adapters.rewiring.vectors import Texts, Vectors, routed_layers, router_of, run
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm.cache import KeyValueCache
@@ -49,23 +52,45 @@ class Rerouter:
         """Routers, as vectors stand for them in order; one that routes several times has an entry for each of its passes."""
         return tuple(layer.name for layer in self.layers)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the routers, to which vectors are added; as they were when it was first asked for. See `told_state`."""
+        return fingerprint_of(self.layers)
+
+    def told_state(self, state: RewiringState) -> dict[str, Any]:
+        """``state`` as JSON: the vectors, L lists of E numbers, what they cost, and which routers they are of."""
+        return told_state(self, state)
+
+    def state_from_told(self, found: Any) -> RewiringState:
+        """What `told_state` told, wherever it came from, for a request that goes on with it (`RewiringState.go_on`).
+
+        Raises ConfigError for what is no such state, is of another model, or has a number that is not finite or beyond 10,000.
+        """
+        return state_from_told(self, found)
+
     def new_state(self) -> RewiringState:
         """Of a request that begins: vectors of zeros."""
         dtype = torch.promote_types(self.model.embedding.weight.dtype, torch.float32)
         return RewiringState([torch.zeros(router_of(layer).num_destinations, dtype=dtype) for layer in self.layers])
 
     def adapt(
-        self, contexts: Sequence[Sequence[int]], states: Sequence[RewiringState], *, clock: Clock = time.perf_counter
+        self,
+        contexts: Sequence[Sequence[int]],
+        states: Sequence[RewiringState],
+        *,
+        clock: Clock = time.perf_counter,
+        config: Rewiring | None = None,
     ) -> list[Phase]:
         """One phase 1 of each context, together; ``states`` go on. Gives the reports.
 
         ``clock`` tells seconds, and is asked before each step. What it raises ends the phase, and leaves the states as they were.
+        ``config`` is for these alone, None for the rerouter's own.
 
         Raises ConfigError for another number of states than contexts, one state named twice, a state of another model, an empty context
         or ids outside the vocabulary, for a model through whose experts no gradient comes, and in a block that tells rows of the model
         other than one query or task for each context, or one for all.
         """
-        return self._adapt(contexts, states, Texts.all(len(contexts)), clock=clock)
+        return self._adapt(contexts, states, Texts.all(len(contexts)), clock=clock, config=config)
 
     def _adapt(
         self,
@@ -74,12 +99,15 @@ class Rerouter:
         texts: Texts,
         prefill: Prefill | None = None,
         clock: Clock = time.perf_counter,
+        config: Rewiring | None = None,
     ) -> list[Phase]:
         self._check(contexts, states)
         if not contexts:
             return []
         check_told(self.model, texts.total, "a rerouter")
-        return fit(self.model, self.layers, self.config, contexts, states, clock, texts=texts, prefill=prefill)
+        return fit(
+            self.model, self.layers, config or self.config, contexts, states, clock, texts=texts, prefill=prefill
+        )
 
     @contextmanager
     def attached(self, state: RewiringState) -> Iterator[None]:

@@ -12,7 +12,11 @@ from torch import Tensor
 from anabranch.bounds import shown
 from anabranch.errors import ConfigError
 
-__all__ = ["Phase", "RewiringState"]
+__all__ = ["MOST_SHIFT", "Phase", "RewiringState"]
+
+# What a vector adds to a logit at most, up or down. Long before it an expert is chosen for certain, or never; logits in float16, which
+# end at 65,504, stay numbers with it, whatever steps came to and whoever wrote a state.
+MOST_SHIFT = 1e4
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,42 @@ class RewiringState:
     """Vectors of one request, which goes on with them in its next call.
 
     Attributes:
-        delta: float32 ``[E]`` for each router (float64 for a model in float64).
+        delta: float32 ``[E]`` for each router (float64 for a model in float64), of size `MOST_SHIFT` at most.
         steps: gradient steps so far.
         seconds: spent in phases 1 so far.
         phases: reports, in order.
+        begun: (steps, seconds) of the conversation as the request began; what came behind counts against its limits, see `go_on`.
     """
 
     delta: list[Tensor]
     steps: int = 0
     seconds: float = 0.0
     phases: list[Phase] = field(default_factory=list)
+    begun: tuple[int, float] = (0, 0.0)
 
     def reset(self) -> None:
         """Begin anew, as a request that has just come."""
         self.delta = [torch.zeros_like(delta_E) for delta_E in self.delta]
-        self.steps, self.seconds, self.phases = 0, 0.0, []
+        self.steps, self.seconds, self.phases, self.begun = 0, 0.0, [], (0, 0.0)
+
+    def go_on(self) -> None:
+        """The next request of a conversation begins: it keeps the vectors and the sums, and has limits and reports of its own."""
+        self.phases, self.begun = [], (self.steps, self.seconds)
+
+    @property
+    def own_steps(self) -> int:
+        """Gradient steps of this request."""
+        return self.steps - self.begun[0]
+
+    @property
+    def own_seconds(self) -> float:
+        """Seconds that this request has spent in phases 1."""
+        return self.seconds - self.begun[1]
 
     def copy(self) -> Self:
         """Another request that goes on from here on its own (a sampled chain)."""
-        return type(self)([delta_E.clone() for delta_E in self.delta], self.steps, self.seconds, list(self.phases))
+        delta = [delta_E.clone() for delta_E in self.delta]
+        return type(self)(delta, self.steps, self.seconds, list(self.phases), self.begun)
 
     @property
     def is_zero(self) -> bool:
@@ -100,9 +121,12 @@ class RewiringState:
         kept = [new_E.detach().to(old_E, copy=True) for new_E, old_E in zip(delta, self.delta, strict=True)]
         if not all(bool(torch.isfinite(delta_E).all()) for delta_E in kept):
             raise ConfigError(f"the state has a number that is not finite in {kept[0].dtype}")
+        largest = max((float(delta_E.abs().max()) for delta_E in kept if len(delta_E)), default=0.0)
+        if largest > MOST_SHIFT:
+            raise ConfigError(f"the state has a number of size {largest:g}; it may be {MOST_SHIFT:,.0f} at most")
         steps, seconds = found["steps"], found["seconds"]
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ConfigError(f"steps of the state is {shown(steps)}; it must be an integer of at least 0")
         if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
             raise ConfigError(f"seconds of the state is {shown(seconds)}; it must be a finite number of at least 0")
-        self.delta, self.steps, self.seconds = kept, steps, float(seconds)
+        self.delta, self.steps, self.seconds, self.begun = kept, steps, float(seconds), (0, 0.0)

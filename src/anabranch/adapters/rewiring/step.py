@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anabranch.adapters.rewiring.config import Rewiring
+from anabranch.adapters.rewiring.state import MOST_SHIFT
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
@@ -65,6 +66,7 @@ class Optimizer:
             new_BE = delta_BE - scale_B[:, None] * update_BE
             if self._centred[place]:
                 new_BE = new_BE - new_BE.mean(-1, keepdim=True)
+            new_BE = new_BE.clamp(-MOST_SHIFT, MOST_SHIFT)
             stepped.append(torch.where(active_B[:, None], new_BE, delta_BE))
         return stepped
 
