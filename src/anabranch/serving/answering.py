@@ -81,6 +81,7 @@ SAME = {
         for name in ("predictor", "policy", "least", "extra", "drop_cache", "workers", "dual_batch", "regroup")
     },
     **dict.fromkeys(("watchdog_s", "process", "context_timeout_s", "pace_s", "pace_token_s"), _LIFE),
+    "rewiring.limits": "what a request may ask for, not what it gets",
     "seed": "of requests that bring none, which nobody can ask for again",
     **dict.fromkeys(
         ("devices", "weights", "device_memory", "mode", "standby", "ahead", "busy", "mapped", "p2p", "forks"), _SCALING

@@ -1,7 +1,9 @@
 """`RewiringConfig`: whether requests may have the routers of a mixture of experts turned to their text, and how."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from anabranch.bounds import near_name, shown
 from anabranch.config import Config, Field, configclass, from_dict
 from anabranch.errors import ConfigError
 
@@ -14,30 +16,46 @@ __all__ = ["WINDOW", "RewiringConfig"]
 WINDOW = 512
 
 
+# Settings that say how long a request takes, or how much memory, and whether more of them is less.
+LIMITED = {"steps": False, "interval": True, "window": False, "most_steps": False, "most_seconds": False}
+
+
 @configclass
 class RewiringConfig(Config):
     """Rewiring of requests that ask for it (`Request.rewires`), see `anabranch.adapters.rewiring`.
 
     Attributes:
         on: whether they may.
-        settings: fields of `anabranch.adapters.rewiring.Rewiring`, the same for all requests. ``window`` is 512 where nobody says it,
-            so that no request takes more memory than others need; keys and values are always computed again (``cache``).
+        settings: fields of `anabranch.adapters.rewiring.Rewiring`, of requests that say nothing else. ``window`` is 512 where nobody says
+            it, so that no request takes more memory than others need; keys and values are always computed again (``cache``).
+        limits: how far a request may go with what it says for itself: most ``steps``, ``window``, ``most_steps`` and ``most_seconds``, and
+            the least ``interval``. What is not said is as in ``settings``, so that no request takes more than others.
+
+    Raises ConfigError for settings that cannot be, or beyond the limits.
     """
 
     on: bool = False
     settings: dict[str, Any] = Field(default_factory=dict)
+    limits: dict[str, Any] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.on:
-            if self.settings:
-                raise ConfigError("settings is given, but on is not; set both (--rewire), or none")
+            given = [name for name in ("settings", "limits") if getattr(self, name)]
+            if given:
+                raise ConfigError(f"{given[0]} is given, but on is not; set both (--rewire), or none")
             return
         if self.settings.get("cache", "recompute") != "recompute":
             raise ConfigError(
                 f"settings.cache is {self.settings['cache']!r}; a server always computes keys and values again, for which "
                 "request loses them first depends on others: leave it out"
             )
-        _ = self.rewiring
+        for name in self.limits:
+            if name not in LIMITED:
+                hint = near_name(name, LIMITED) or f"; it has {', '.join(LIMITED)}"
+                raise ConfigError(f"limits has no {shown(name)}{hint}")
+        over = beyond(self.rewiring, self.limit)
+        if over is not None:
+            raise ConfigError(f"settings.{over} (limits)")
 
     @property
     def rewiring(self) -> "Rewiring":
@@ -46,3 +64,37 @@ class RewiringConfig(Config):
         from anabranch.adapters.rewiring import Rewiring
 
         return from_dict(Rewiring, {"window": WINDOW, **self.settings}, "settings")
+
+    @property
+    def limit(self) -> "Rewiring":
+        """The settings that ask for as much as a request may. Raises ConfigError for limits that cannot be."""
+        from anabranch.adapters.rewiring import Rewiring
+
+        # Whatever else the settings are: a window that leaves a guard nothing is no matter of the limits.
+        table = {"window": WINDOW, **self.settings, "guard": False, **self.limits}
+        return from_dict(Rewiring, table, "limits")
+
+    def of_request(self, wanted: Mapping[str, Any]) -> "Rewiring":
+        """The settings of a request that says some for itself. Raises ConfigError for those that cannot be, or beyond the limits."""
+        from anabranch.adapters.rewiring import Rewiring
+
+        made: Rewiring = from_dict(Rewiring, {"window": WINDOW, **self.settings, **wanted}, "rewire")
+        over = beyond(made, self.limit)
+        if over is not None:
+            raise ConfigError(f"rewire.{over} (engine.rewiring.limits)")
+        return made
+
+
+def beyond(made: "Rewiring", limit: "Rewiring") -> str | None:
+    """What of ``made`` goes beyond ``limit``, and what it may be; None where nothing does."""
+    for name, is_least in LIMITED.items():
+        value, most = getattr(made, name), getattr(limit, name)
+        # Without an interval there is the one phase of the prompt, and without any other there is no end.
+        if is_least:
+            is_over, allowed = value is not None and (most is None or value < most), "null"
+            allowed = allowed if most is None else f"{most} or more, or null"
+        else:
+            is_over, allowed = most is not None and (value is None or value > most), f"{most} or less"
+        if is_over:
+            return f"{name} is {'null' if value is None else shown(value)}; it may be {allowed} here"
+    return None

@@ -262,7 +262,7 @@ def test_what_cannot_be_is_refused(tiny_model):
         ({"task": "law"}, "task"),
         ({"adapters": {"law": 1.0}}, "adapters"),
     ):
-        with pytest.raises(InputError, match=f"rewire is true, which does not go with {name}"):
+        with pytest.raises(InputError, match=f"rewire is set, which does not go with {name}"):
             llm.generate([PROMPTS["one"]], rewires=True, **more)
     with pytest.raises(InputError, match="rewires is 1"):
         llm.generate([PROMPTS["one"]], rewires=1)

@@ -10,8 +10,10 @@ from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
 from anabranch.lm import SamplingConfig, generate
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.rewires import SETTINGS as OF_REQUESTS
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
+from anabranch.serving.http.fields import REWIRE_FIELDS
 from anabranch.serving.rewiring import RewiringConfig
 from serving_models import posted, saved_dense, saved_moe, serve_process, small_moe
 from serving_thread import serving, streamed
@@ -108,9 +110,31 @@ def test_chats_and_streams_and_choices_too(server, model):
 @pytest.mark.parametrize(
     ("more", "param", "says"),
     [
-        ({"rewire": 1}, "rewire", "rewire is 1; it must be true or false"),
+        ({"rewire": 1}, "rewire", "rewire is 1; it must be true or false, or an object of settings"),
         ({"rewire": "on"}, "rewire", "it must be true or false"),
-        ({"rewire": {"steps": 3}}, "rewire", "it must be true or false"),
+        ({"rewire": [True]}, "rewire", "rewire is a list; it must be true or false"),
+        (
+            {"rewire": {"steps": 3}},
+            "rewire.steps",
+            "rewire.steps is 3; it may be 2 or less here (engine.rewiring.limits)",
+        ),
+        ({"rewire": {"interval": 3}}, "rewire.interval", "rewire.interval is 3; it may be 4 or more, or null here"),
+        ({"rewire": {"window": None}}, "rewire.window", "rewire.window is null; it may be 512 or less here"),
+        ({"rewire": {"steps": 0}}, "rewire.steps", "rewire.steps is 0; it must be an integer from 1"),
+        ({"rewire": {"steps": 1.5}}, "rewire.steps", "rewire.steps is 1.5; it must be an integer"),
+        ({"rewire": {"steps": True}}, "rewire.steps", "it must be an integer"),
+        ({"rewire": {"eta": 0}}, "rewire.eta", "rewire.eta is 0"),
+        ({"rewire": {"eta": 1e38}}, "rewire.eta", "it must be a number from 0 to 1e+37"),
+        ({"rewire": {"guard": "no"}}, "rewire.guard", "it must be true or false"),
+        ({"rewire": {"select": ["all"]}}, "rewire.select", "it must be all, uncertain or decisive"),
+        ({"rewire": {"window": 2, "guard": True}}, "rewire.window", "of which the guard holds back 16"),
+        ({"rewire": {"stepz": 1}}, "rewire.stepz", "rewire has no field 'stepz'; it takes steps, eta"),
+        ({"rewire": {"cache": "keep"}}, "rewire.cache", "rewire has no field 'cache'"),
+        ({"rewire": {"checkpointing": True}}, "rewire.checkpointing", "rewire has no field"),
+        ({"rewire": {"return_state": 1}}, "rewire.return_state", "it must be true or false"),
+        ({"rewire": {"state": []}}, "rewire.state", "rewire.state is a list with nothing in it; it must be an object"),
+        ({"rewire": {"state": {}}}, "rewire.state", "it is no state of a rewired request"),
+        ({"rewire": {"steps": 1}, "num_streams": 1}, "rewire", "rewire is set, which does not go with num_streams"),
         ({"rewire": True, "num_streams": 1}, "rewire", "does not go with num_streams"),
         ({"rewires": True}, "rewires", "rewires is True, which this server does not do"),
     ],
@@ -124,16 +148,143 @@ def test_what_cannot_be_is_a_mistake_of_the_request(server, more, param, says):
 
 def test_a_server_that_turns_no_routers(model):
     with serving(make_engine(model)) as other:
-        status, _, answer = other.ask("/v1/completions", {**BODY, "rewire": True})
-        assert (status, answer["error"]["param"]) == (400, "rewire")
-        assert "the server turns no routers (--rewire)" in answer["error"]["message"]
+        for wanted in (True, {}, {"steps": 1}):
+            status, _, answer = other.ask("/v1/completions", {**BODY, "rewire": wanted})
+            assert (status, answer["error"]["param"]) == (400, "rewire")
+            assert "the server turns no routers (--rewire)" in answer["error"]["message"]
         assert other.ask("/v1/completions", {**BODY, "rewire": False})[0] == 200
 
 
 def test_it_is_described(server):
     schemas = server.ask("/openapi.json")[2]["components"]["schemas"]
     for kind in ("Chat", "Completion"):
-        assert "boolean" in json.dumps(schemas[kind]["properties"]["rewire"])
+        flag, table = schemas[kind]["properties"]["rewire"]["anyOf"]
+        assert "boolean" in flag["type"]
+        assert set(table["properties"]) == set(REWIRE_FIELDS) == {*OF_REQUESTS, "state", "return_state"}
+
+
+class Talk:
+    """A conversation with a server that keeps nothing of it, and the same with a rerouter."""
+
+    def __init__(self, model, **settings):
+        self.rerouter = Rerouter(model, RewiringConfig(on=True, settings={**SETTINGS, **settings}).rewiring)
+        self.state, self.text, self.settings, self.told = self.rerouter.new_state(), "who is it? ", settings, None
+
+    def body(self):
+        return {**BODY, "prompt": self.text, "rewire": {**self.settings, "state": self.told, "return_state": True}}
+
+    def take(self, text, told):
+        self.state.go_on()
+        config = SamplingConfig(temperature=0, max_tokens=10)
+        [tokens] = self.rerouter.generate([ByteTokenizer().encode(self.text)], config, states=[self.state])
+        assert text == ByteTokenizer().decode(tokens)
+        assert {**told, "seconds": 0} == {**self.rerouter.told_state(self.state), "seconds": 0}
+        # What the model said may be no text.
+        self.text, self.told = f"{self.text} {len(self.text)} and then? ", told
+
+
+def events(raw):
+    return [json.loads(line[6:]) for line in raw.decode().splitlines() if line.startswith("data: {")]
+
+
+def test_a_conversation_goes_on_with_its_state(server, model):
+    """Whole, in a stream, and with settings of its own; the server keeps nothing between."""
+    talk, other = Talk(model), Talk(model, steps=1, eta=0.3, interval=5)
+    for _ in range(3):
+        for one in (talk, other):
+            status, _, made = server.ask("/v1/completions", one.body())
+            assert status == 200, made
+            [choice] = made["choices"]
+            one.take(choice["text"], choice["rewire_state"])
+    assert talk.state.steps > other.state.steps
+    status, _, raw = server.ask("/v1/completions", {**talk.body(), "stream": True})
+    told = [choice for event in events(raw) for choice in event["choices"] if "rewire_state" in choice]
+    assert [choice["finish_reason"] for choice in told] == ["length"]
+    talk.take(streamed(raw), told[0]["rewire_state"])
+    # Nobody else's, and not unasked.
+    status, _, made = server.ask("/v1/completions", {**BODY, "rewire": {"state": talk.told}})
+    assert (status, "rewire_state" in made["choices"][0]) == (200, False)
+
+
+def test_choices_have_a_state_each_and_one_that_is_cut_by_a_text_too(server, model):
+    body = {**BODY, "prompt": ["hello", "who is it?"], "n": 2, "temperature": 1, "seed": 3}
+    status, _, made = server.ask("/v1/completions", {**body, "rewire": {"return_state": True, "interval": 4}})
+    assert status == 200
+    states = [choice["rewire_state"] for choice in made["choices"]]
+    assert len({json.dumps(state["delta"]) for state in states}) == 4
+    text = wanted(model, "hello")[0]
+    status, _, made = server.ask("/v1/completions", {**BODY, "stop": [text[4:7]], "rewire": {"return_state": True}})
+    assert (status, made["choices"][0]["finish_reason"]) == (200, "stop")
+    assert made["choices"][0]["rewire_state"]["kind"] == "anabranch.rewiring_state"
+
+
+def test_chats_and_responses_too(server):
+    chat = {"model": "small", "messages": [{"role": "user", "content": "who is it?"}], "max_tokens": 5}
+    chat |= {"ignore_eos": True, "rewire": {"return_state": True}, "temperature": 0}
+    _, _, made = server.ask("/v1/chat/completions", chat)
+    state = {**made["choices"][0]["rewire_state"], "seconds": 0}
+    assert state["steps"] == 4
+    _, _, raw = server.ask("/v1/chat/completions", {**chat, "stream": True})
+    told = [choice for event in events(raw) for choice in event["choices"] if "rewire_state" in choice]
+    assert [{**choice["rewire_state"], "seconds": 0} for choice in told] == [state]
+    body = {"model": "small", "input": "who is it?", "max_output_tokens": 5}
+    body |= {name: chat[name] for name in ("ignore_eos", "rewire", "temperature")}
+    _, _, made = server.ask("/v1/responses", body)
+    assert {**made["rewire_state"], "seconds": 0} == state
+    _, _, raw = server.ask("/v1/responses", {**body, "stream": True})
+    assert {**events(raw)[-1]["response"]["rewire_state"], "seconds": 0} == state
+
+
+STATES = [
+    ({"kind": 3}, "it is no state of a rewired request"),
+    ({"version": 7}, "its version is 7"),
+    ({"model": "rt_0000000000000000"}, "it is of the routers 'rt_0000000000000000'"),
+    ({"routers": ["x"]}, "vectors of one model mean nothing to another"),
+    ({"more": 1}, "it has the field 'more'"),
+    ({"delta": [[0.0]]}, "its delta is 1 lists"),
+    ({"delta": [[0.0]] * 10_000}, "its delta is 10000 lists"),
+    ({"delta": "x" * 10_000}, "its delta is '"),
+    ({"delta": [[10**400] * 4] * 2}, "its delta[0][0] is "),
+    ({"delta": [[1e5] * 4] * 2}, "it must be a number from -10,000 to 10,000"),
+    ({"delta": [["1"] * 4] * 2}, "its delta[0][0] is '1'"),
+    ({"steps": -1}, "steps of the state is -1"),
+    ({"seconds": -1}, "seconds of the state is -1"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), STATES, ids=[str(number) for number in range(len(STATES))])
+def test_a_state_that_cannot_be_is_a_mistake_of_its_request(server, model, change, says):
+    rerouter = Rerouter(model)
+    told = {**rerouter.told_state(rerouter.new_state()), **change}
+    assert len(rerouter.layers) == 2
+    for path, body in (
+        ("/v1/completions", BODY),
+        ("/v1/completions", {**BODY, "stream": True}),
+        ("/v1/chat/completions", {"model": "small", "messages": [{"role": "user", "content": "x"}]}),
+    ):
+        status, _, answer = server.ask(path, {**body, "rewire": {"state": told}})
+        answer = json.loads(answer) if isinstance(answer, bytes) else answer
+        assert (status, answer["error"]["param"]) == (400, "rewire.state"), answer
+        message = answer["error"]["message"]
+        assert message.startswith("rewire.state cannot be gone on with: ")
+        assert says in message
+        assert len(message) < 500
+
+
+def test_a_state_of_many_numbers_is_told_in_pieces(monkeypatch, server, model):
+    """As what takes long to write is."""
+    monkeypatch.setattr("anabranch.serving.http.shape.MOST_AT_ONCE", 4)
+    talk = Talk(model)
+    for stream in (False, True, False):
+        status, _, made = server.ask("/v1/completions", {**talk.body(), "stream": stream})
+        assert status == 200
+        if stream:
+            [state] = [
+                one["rewire_state"] for event in events(made) for one in event["choices"] if "rewire_state" in one
+            ]
+            talk.take(streamed(made), state)
+        else:
+            talk.take(made["choices"][0]["text"], made["choices"][0]["rewire_state"])
 
 
 def test_lines(capsys):
@@ -143,6 +294,12 @@ def test_lines(capsys):
         (["--rewire", "--rewire-set", "steps"], "write path=value"),
         (["--rewire", "--rewire-set", "steps=0"], "steps is 0"),
         (["--rewire", "--rewire-set", "cache=keep"], "settings.cache is 'keep'"),
+        (["--set", "engine.rewiring.limits.steps=3"], "limits is given, but on is not"),
+        (
+            ["--rewire", "--set", "engine.rewiring.limits.steps=3"],
+            "settings.steps is 5; it may be 3 or less here (limits)",
+        ),
+        (["--rewire", "--set", "engine.rewiring.limits.eta=3"], "limits has no 'eta'"),
         (["--rewire", "--memory", "1GiB"], "does not go with memory"),
         (["--rewire", "--expert-budget", "1MiB"], "does not go with expert_budget"),
         (["--rewire", "--devices", "2"], "engine.rewiring is for one engine"),
@@ -153,7 +310,7 @@ def test_lines(capsys):
         assert error.count("\n") == 1, error
     assert main(["serve", saved_dense(), "--rewire", "--check"]) == 2
     assert "has no router that chooses experts" in capsys.readouterr().err
-    for more in ([], ["--quantize", "int8"]):
+    for more in ([], ["--quantize", "int8"], ["--set", "engine.rewiring.limits.steps=20"]):
         assert main(["serve", saved_moe(), "--rewire", "--rewire-set", "interval=none", *more, "--check"]) == 0
 
 

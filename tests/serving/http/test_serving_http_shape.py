@@ -73,6 +73,7 @@ class Asked:
         scores = types.SimpleNamespace(rows=[self.row] * (length - 1)) if is_echo and logprobs is not None else None
         self.choices = [
             types.SimpleNamespace(
+                rewire_state=None,
                 scores=scores,
                 prompt_tokens=length,
                 completion_tokens=num_new,

@@ -1,7 +1,7 @@
 """`EngineClient`: what a front end needs of an engine, be it in this process, in another, or many behind a coordinator."""
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -111,10 +111,10 @@ class EngineInfo:
         known = ", ".join(map(str, self.stream_choices))
         raise InputError(f"num_streams is {num_streams!r}; the model runs with {known}")
 
-    def check_rewire(self, wanted: bool | None) -> None:
-        """Raises InputError where routers are to be turned and none can be."""
-        if wanted and not self.rewires:
-            raise InputError("rewire is true, but the server turns no routers (--rewire); leave it out")
+    def check_rewire(self, wanted: bool | Mapping[str, Any] | None) -> None:
+        """Raises InputError where routers are to be turned and none can be. Settings and a state are the engine's to look at."""
+        if wanted not in (None, False) and not self.rewires:
+            raise InputError("rewire is set, but the server turns no routers (--rewire); leave it out")
 
     def check_depth(self, depth: Any) -> None:
         """Raises InputError for a depth that a request cannot have, or not here."""

@@ -5,7 +5,7 @@ and choices (``n``) are the front end's: a request of n choices is n requests, w
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Integral, Real
@@ -14,6 +14,7 @@ from typing import Any
 from anabranch.bounds import MOST_SIZE, shown
 from anabranch.errors import InputError
 from anabranch.serving.core.mixture import Mixture, check_mixture, pairs_of
+from anabranch.serving.core.rewires import Rewires
 
 _MAY_BE_NONE = ("seed", "logprobs", "prompt_logprobs")
 _WHOLE = ("max_tokens", "min_tokens", "top_k", *_MAY_BE_NONE)
@@ -208,7 +209,8 @@ class Request:
         depth_control: how deep they go for it, as `DepthConfig.control`; None for the engine's. Whatever it says, no more blocks run than
             the engine keeps keys and values of.
         rewires: let the routers of its experts be turned to its text, before it begins and while it goes on, see
-            `anabranch.adapters.rewiring`; where the engine does that (`ServingConfig.rewiring`).
+            `anabranch.adapters.rewiring`; where the engine does that (`ServingConfig.rewiring`). `Rewires`, or a mapping that it is made
+            of, for one that brings settings or vectors of its own, or wants these back.
         turn_every: new tokens after each of which nothing is computed for it until it is told to go on; for the engine alone.
         skips_tokens: let blocks pass over tokens of the prompt as the engine's skipper decides by it, see `anabranch.serving.depth`; its
             prefix is not shared. What each block computed is told with the first output (`Output.computed`).
@@ -239,7 +241,7 @@ class Request:
     routes_depth: bool = False
     depth_control: float | None = None
     skips_tokens: bool = False
-    rewires: bool = False
+    rewires: bool | Rewires = False
     turn_every: int | None = None
     pooling: str | None = None
     adapters: Mixture = ()
@@ -253,6 +255,8 @@ class Request:
         object.__setattr__(self, "adapters", pairs_of(self.adapters))
         object.__setattr__(self, "prompt", _tokens(self.prompt))
         object.__setattr__(self, "path", _tokens(self.path))
+        if isinstance(self.rewires, Mapping):
+            object.__setattr__(self, "rewires", Rewires.of(self.rewires))
         for name in ("num_streams", "depth_control"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
 
@@ -340,6 +344,8 @@ class Output:
             to wait for room, True once that is there. Both come before all else, with nothing but that.
         rewiring: where routers are turned to its text, a report of each time since the last output: the fields of
             `anabranch.adapters.rewiring.Phase`.
+        rewire_state: there, where asked for, the vectors that its tokens have from this output on: what `Rewires.state` takes, so that a
+            conversation goes on. None where they are those of before.
     """
 
     id: str
@@ -356,6 +362,7 @@ class Output:
     path: tuple[int, ...] | None = None
     computed: tuple[int, ...] | None = None
     rewiring: tuple[dict[str, Any], ...] = ()
+    rewire_state: dict[str, Any] | None = None
     is_prepared: bool | None = None
 
     @property

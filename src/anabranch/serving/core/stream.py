@@ -39,6 +39,7 @@ def joined(first: Output, second: Output) -> Output:
         cached_tokens=second.cached_tokens if first.cached_tokens is None else first.cached_tokens,
         embedding=second.embedding or first.embedding,
         rewiring=first.rewiring + second.rewiring,
+        rewire_state=second.rewire_state or first.rewire_state,
         path=second.path if first.path is None else first.path,
         computed=second.computed if first.computed is None else first.computed,
         queue_s=second.queue_s if first.queue_s is None else first.queue_s,

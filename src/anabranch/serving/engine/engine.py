@@ -117,7 +117,7 @@ class Engine:
             raise ConfigError(
                 "depth.skipper is set, and hooks override single requests, row by row; where blocks pass over tokens there are other rows"
             )
-        rewired = RewiredRequests(model, config.rewiring.rewiring) if config.rewiring.on else None
+        rewired = RewiredRequests(model, config.rewiring) if config.rewiring.on else None
         if rewired is not None:
             hooks = (*hooks, rewired)
         if memory is None and config.admit_by_peak:

@@ -10,6 +10,7 @@ Su et al.: "Rewiring Experts on the Fly", 2025, arXiv 2510.14853; `anabranch.ada
 import copy
 import itertools
 import math
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from anabranch.adapters.rewiring import Rerouter, Rewiring, RewiringState
-from anabranch.errors import InputError
+from anabranch.errors import ConfigError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.routing.override import Override
 from anabranch.serving.core.batch import Batch, Sampled
@@ -29,9 +30,14 @@ from anabranch.serving.core.client import EngineStats, FieldInputError
 from anabranch.serving.core.hooks import RequestOverride
 from anabranch.serving.core.queue import WaitingQueue
 from anabranch.serving.core.request import Output, Request
+from anabranch.serving.core.rewires import Rewires
 from anabranch.serving.engine.overrides import OPTION
+from anabranch.serving.rewiring import RewiringConfig
 
 __all__ = ["RewiredRequests", "check_rewired"]
+
+# Of a setting of a request.
+_FIELD = re.compile(r"rewire\.\w+")
 
 
 class _DroppedError(Exception):
@@ -51,6 +57,7 @@ class _Phase:
     cost: int
     context: tuple[int, ...]
     state: RewiringState
+    config: Rewiring
     waiting: dict[str, "Future[Request | None]"] = field(default_factory=dict)
 
     @property
@@ -60,13 +67,18 @@ class _Phase:
 
 @dataclass
 class _Rewired:
-    """A request, as it goes on: what it says now, its text, what the phase under way of it is, and overrides by layer."""
+    """A request, as it goes on: what it says now, its text, how it is turned, what the phase under way of it is, and overrides by layer.
+
+    ``told`` is its state as it is told, where it wants that back.
+    """
 
     request: Request
     text: list[int]
     options: tuple[tuple[str, str], ...]
     serial: int
     state: RewiringState
+    config: Rewiring
+    told: dict[str, Any] | None = None
     phase: _Phase | None = None
     turns: int = 0
     num_told: int = 0
@@ -78,19 +90,19 @@ class RewiredRequests:
 
     Args:
         model: as the runner runs it; from now on none of its weights wants a gradient.
-        config: how.
+        config: how, and what requests may say of it for themselves.
 
     Raises ConfigError for a model without routers of experts, or through which no gradient comes.
     """
 
-    def __init__(self, model: Decoder, config: Rewiring) -> None:
-        self.config, self._device = config, model.embedding.weight.device
+    def __init__(self, model: Decoder, config: RewiringConfig) -> None:
+        self._config, self.config, self._device = config, config.rewiring, model.embedding.weight.device
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self._rerouter = Rerouter(_beside(model), config)
+        self._rerouter = Rerouter(_beside(model), self.config)
         self._requests: dict[str, _Rewired] = {}
-        # Phases of prompts that wait, by salt and prompt: chains that begin alike are fitted once.
-        self._first: dict[tuple[str, tuple[int, ...]], _Phase] = {}
+        # Phases of prompts that wait, by salt, prompt and how they are turned from where: chains that begin alike are fitted once.
+        self._first: dict[tuple[Any, ...], _Phase] = {}
         self._serial = itertools.count()
         # Of the queue, what begins alike, and the counts.
         self._lock = threading.Lock()
@@ -107,15 +119,34 @@ class RewiredRequests:
 
     # In the loop's thread
 
+    def read(self, wanted: bool | Rewires) -> tuple[Rewiring, RewiringState]:
+        """How a request that wants it is turned, and where it begins. Raises FieldInputError for what cannot be, or not here."""
+        if not isinstance(wanted, Rewires):
+            return self.config, self._rerouter.new_state()
+        try:
+            config = self._config.of_request(wanted.settings) if wanted.settings else self.config
+        except ConfigError as error:
+            field = str(error).split(" ", 1)[0]
+            raise FieldInputError(str(error), field if _FIELD.fullmatch(field) else "rewire") from None
+        if wanted.state is None:
+            return config, self._rerouter.new_state()
+        try:
+            return config, self._rerouter.state_from_told(wanted.state)
+        except ConfigError as error:
+            raise FieldInputError(f"rewire.state cannot be gone on with: {error}", "rewire.state") from None
+
     def prepare(self, request: Request) -> "Future[Request | None] | None":
         """Begin a request: fit its vectors to its prompt. None for one that is computed as ever."""
         if not request.rewires:
             return None
-        serial = next(self._serial)
-        one = _Rewired(request, list(request.prompt), request.options, serial, self._rerouter.new_state())
+        config, state = self.read(request.rewires)
+        one = _Rewired(request, list(request.prompt), request.options, next(self._serial), state, config)
+        if not state.is_zero:
+            one.routing = self._overrides(state)
         self._requests[request.id] = one
         future: Future[Request | None] = Future()
-        where = (request.cache_salt, request.prompt)
+        begins = (state.steps, state.seconds, *(delta_E.numpy().tobytes() for delta_E in state.delta))
+        where = (request.cache_salt, request.prompt, config, begins)
         with self._lock:
             phase = self._first.get(where)
             if phase is None or not phase.is_wanted:
@@ -132,7 +163,7 @@ class RewiredRequests:
         if one is None:
             return request
         one.options = request.options
-        one.request = replace(request, options=self._options(one), turn_every=self.config.interval)
+        one.request = replace(request, options=self._options(one), turn_every=one.config.interval)
         return one.request
 
     def turn(self, output: Output) -> "Future[Request | None] | None":
@@ -141,8 +172,10 @@ class RewiredRequests:
         if one is None:
             return None
         output.rewiring = tuple(self._told(one))
+        if output.rewiring:
+            output.rewire_state = one.told
         one.text += output.tokens
-        num_new, interval = len(one.text) - len(one.request.prompt), self.config.interval
+        num_new, interval = len(one.text) - len(one.request.prompt), one.config.interval
         if not output.tokens or output.finish is not None or interval is None or num_new % interval:
             return None
         future: Future[Request | None] = Future()
@@ -170,7 +203,9 @@ class RewiredRequests:
     def _phase(self, one: _Rewired, context: tuple[int, ...]) -> _Phase:
         request = one.request
         rank = (request.priority, request.arrival or time.monotonic(), one.serial)
-        return _Phase(rank, request.own_priority, request.key, max(1, len(context)), context, one.state)
+        # Whoever takes more steps waits for it more often than others.
+        cost = max(1, len(context)) * one.config.steps
+        return _Phase(rank, request.own_priority, request.key, cost, context, one.state, one.config)
 
     def _add(self, phase: _Phase) -> None:
         self._queue.add(phase)
@@ -184,7 +219,8 @@ class RewiredRequests:
         with self._lock:
             phase = self._queue.pop()
         try:
-            self._rerouter.adapt([phase.context], [state := phase.state.copy()], clock=lambda: self._clock(phase))
+            state = phase.state.copy()
+            self._rerouter.adapt([phase.context], [state], clock=lambda: self._clock(phase), config=phase.config)
         except _DroppedError:
             self._end(phase)
             for future in list(phase.waiting.values()):
@@ -224,14 +260,20 @@ class RewiredRequests:
         """Give a request its new vectors; how it goes on, None where they are the old ones. It is in no step."""
         is_same = all(torch.equal(old_E, new_E) for old_E, new_E in zip(one.state.delta, state.delta, strict=True))
         one.state = state
+        if isinstance(one.request.rewires, Rewires) and one.request.rewires.returns_state:
+            one.told = self._rerouter.told_state(state)
         if is_same:
             return None
         one.turns += 1
-        one.routing = {
+        one.routing = self._overrides(state)
+        return replace(one.request, options=self._options(one))
+
+    def _overrides(self, state: RewiringState) -> dict[int | str, Override]:
+        """What a row with these vectors has, by router."""
+        return {
             name: Override(logit_NE=delta_E.to(self._device))
             for name, delta_E in zip(self._rerouter.names, state.delta, strict=True)
         }
-        return replace(one.request, options=self._options(one))
 
     # In the runner's
 
@@ -272,12 +314,12 @@ def _finite(value: Any) -> Any:
 
 def check_rewired(request: Request, rewired: RewiredRequests | None) -> None:
     """Raise FieldInputError for a request that cannot have what it asks for."""
-    if not isinstance(request.rewires, bool):
-        raise InputError(f"rewires is {request.rewires!r:.80}; it must be True or False")
+    if not isinstance(request.rewires, bool | Rewires):
+        raise InputError(f"rewires is {request.rewires!r:.80}; it must be True or False, or a table of settings")
     if not request.rewires:
         return
     if rewired is None:
-        raise FieldInputError("rewire is true, but the server turns no routers (--rewire); leave it out", "rewire")
+        raise FieldInputError("rewire is set, but the server turns no routers (--rewire); leave it out", "rewire")
     others = {
         "adapters": request.adapters,
         "task": request.task,
@@ -289,4 +331,5 @@ def check_rewired(request: Request, rewired: RewiredRequests | None) -> None:
     if request.routes_depth or request.skips_tokens:
         taken = "depth"
     if taken is not None:
-        raise FieldInputError(f"rewire is true, which does not go with {taken}; leave one of them out", "rewire")
+        raise FieldInputError(f"rewire is set, which does not go with {taken}; leave one of them out", "rewire")
+    rewired.read(request.rewires)

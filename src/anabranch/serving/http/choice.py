@@ -112,6 +112,7 @@ class Choice:
         finish: why it ended; None while it goes on.
         path: the blocks that its tokens run, where they are not all blocks; None for all.
         rewiring: reports of each time that routers were turned to its text, see `Output.rewiring`.
+        rewire_state: how they are turned, see `Output.rewire_state`; None where that was not asked for.
         computed: where blocks pass over tokens of the prompt, how many of these each has computed; None elsewhere.
         scores: of its prompt, complete before the first change; None where they were not asked for.
 
@@ -141,6 +142,7 @@ class Choice:
         self.path: tuple[int, ...] | None = request.path
         self.computed: tuple[int, ...] | None = None
         self.rewiring: list[dict[str, Any]] = []
+        self.rewire_state: dict[str, Any] | None = None
         self.queue_s: float | None = None
         self.first_at: float | None = None
         self._last_at, self._on_gap = 0.0, on_gap
@@ -170,6 +172,7 @@ class Choice:
         if output.path is not None:
             self.path = output.path
         self.rewiring += output.rewiring
+        self.rewire_state = output.rewire_state or self.rewire_state
         if output.computed is not None:
             self.computed = output.computed
         if self.scores is not None:

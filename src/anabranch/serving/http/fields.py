@@ -93,6 +93,28 @@ KWARGS: Check = (
     _is_kwargs,
     "an object of at most 16 names, nested at most 8 deep, with at most 10,000 characters as JSON",
 )
+REWIRE: Check = (lambda value: isinstance(value, bool | dict), "true or false, or an object of settings")
+_LARGEST = 1e37
+# Of an object there: what is of the server's limits, and of the model, its engine looks at.
+REWIRE_FIELDS: dict[str, Check] = {
+    "steps": integer(1, 2**31 - 1),
+    "eta": number(0, _LARGEST),
+    "interval": integer(1, 2**31 - 1),
+    "window": integer(2, 2**31 - 1),
+    "guard": BOOL,
+    "tail": number(0, 1),
+    "least_tail": integer(1, 2**31 - 1),
+    "select": (lambda value: value in ("all", "uncertain", "decisive"), "all, uncertain or decisive"),
+    "r": number(0, 1),
+    "choice": (lambda value: value in ("hard", "soft"), "hard or soft"),
+    "optimizer": (lambda value: value in ("adam", "sgd"), "adam or sgd"),
+    "scale_step": BOOL,
+    "full_step_at": integer(1, 2**31 - 1),
+    "most_steps": integer(0, 2**31 - 1),
+    "most_seconds": number(0, _LARGEST),
+    "state": (OBJECT[0], "an object, as an answer had it"),
+    "return_state": BOOL,
+}
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 SHARED: dict[str, Check] = {
     "model": text(256),
@@ -122,7 +144,7 @@ SHARED: dict[str, Check] = {
     "num_streams": integer(1, 2**31 - 1),
     "depth": DEPTH,
     "depth_control": number(-1, 1),
-    "rewire": BOOL,
+    "rewire": REWIRE,
     "adapters": ADAPTERS,
     "task": TASK,
     "query": text(MOST_QUERY),

@@ -11,6 +11,7 @@ from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.mixture import Mixture
 from anabranch.serving.core.query import instruction_in, last_asked
 from anabranch.serving.core.request import Sampling
+from anabranch.serving.core.rewires import Rewires
 from anabranch.serving.grammar.forms import key_of
 from anabranch.serving.http import fields
 from anabranch.serving.http.answer_text import AnswerText
@@ -92,7 +93,7 @@ class GenerationRequest:
     task: str | None = None
     query: str | None = None
     asked: str = ""
-    rewires: bool = False
+    rewires: bool | Rewires = False
     unknown: tuple[str, ...] = ()
     response_of: dict[str, Any] | None = None
 
@@ -262,10 +263,7 @@ def _shared(
         info.check_streams(body.get("num_streams"))
     except InputError as error:
         raise wrong("num_streams", str(error)) from None
-    try:
-        info.check_rewire(body.get("rewire"))
-    except InputError as error:
-        raise wrong("rewire", str(error)) from None
+    rewires = _rewires(body.get("rewire"), info)
     n = body.get("n") or 1
     if n > most_n:
         raise wrong("n", f"n is {n}; this server makes at most {most_n} choices")
@@ -283,10 +281,22 @@ def _shared(
         "cache_salt": body.get("cache_salt") or "",
         "num_streams": body.get("num_streams"),
         **_depth(body, info, logprobs),
-        "rewires": bool(body.get("rewire")),
+        "rewires": rewires,
         "task": body.get("task"),
         "query": body.get("query"),
     }
+
+
+def _rewires(wanted: bool | dict[str, Any] | None, info: EngineInfo) -> bool | Rewires:
+    """Whether its routers are turned, and how. Raises ApiError (400)."""
+    try:
+        info.check_rewire(wanted)
+    except InputError as error:
+        raise wrong("rewire", str(error)) from None
+    if not isinstance(wanted, dict):
+        return bool(wanted)
+    fields.only(wanted, "rewire", fields.REWIRE_FIELDS)
+    return Rewires.of(wanted)
 
 
 def _depth(body: Mapping[str, Any], info: EngineInfo, logprobs: int | None) -> dict[str, Any]:

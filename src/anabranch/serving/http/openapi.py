@@ -57,14 +57,39 @@ def _shared(most_n: int) -> dict[str, Any]:
         "num_streams": {**_integer(1), "description": "parallel streams, of a model that has them (ParScale)"},
         "depth": _depth(),
         "depth_control": {**_number(-1, 1), "description": _CONTROL},
-        "rewire": {
-            **_maybe("boolean"),
-            "description": "turn routers of experts to this text as it goes on, where the server does that",
-        },
+        "rewire": _rewire(),
         "adapters": _adapters(),
         "task": _task(),
         "query": {**_maybe("string", maxLength=2000), "description": _QUERY},
     }
+
+
+def _rewire() -> dict[str, Any]:
+    properties = {
+        "steps": _integer(1),
+        "eta": {**_number(0, 1e37), "exclusiveMinimum": 0},
+        "interval": _integer(1),
+        "window": _integer(2),
+        "guard": _maybe("boolean"),
+        "tail": _number(0, 1),
+        "least_tail": _integer(1),
+        "select": {"enum": ["all", "uncertain", "decisive", None]},
+        "r": _number(0, 1),
+        "choice": {"enum": ["hard", "soft"]},
+        "optimizer": {"enum": ["adam", "sgd"]},
+        "scale_step": _maybe("boolean"),
+        "full_step_at": _integer(1),
+        "most_steps": _integer(0),
+        "most_seconds": _number(0, 1e37),
+        "state": {**_maybe("object"), "description": "rewire_state of a choice: the conversation goes on with it"},
+        "return_state": {**_maybe("boolean"), "description": "tell rewire_state with each choice"},
+    }
+    what = (
+        "turn routers of experts to this text as it goes on, where the server does that: true, or settings of this request within the "
+        "server's limits"
+    )
+    settings = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {"anyOf": [_maybe("boolean"), settings], "description": what}
 
 
 def _depth() -> dict[str, Any]:

@@ -130,7 +130,8 @@ class ResponseShape(ChatShape):
     def has_long_end(self) -> bool:
         """See `Shape`: the last events tell all that was said, each once more, with all log probabilities."""
         tokens = sum(choice.completion_tokens for choice in self.choices)
-        return tokens * (1 if self.request.logprobs is None else self._each) > MOST_AT_ONCE
+        told = tokens * (1 if self.request.logprobs is None else self._each)
+        return told + sum(map(self._of_state, range(len(self.choices)))) > MOST_AT_ONCE
 
     def long_last_events(self) -> Iterator[bytes]:
         """See `Shape`."""

@@ -219,7 +219,26 @@ class Shape:
 
     def _num_values(self, changes: Iterable[ChoiceDelta]) -> int:
         """Values that are told of changes."""
-        return sum(1 + len(one.text) // VALUE_CHARACTERS + self._of_tokens(one.tokens) for one in changes)
+        return sum(
+            1 + len(one.text) // VALUE_CHARACTERS + self._of_tokens(one.tokens) + self._of_end(one) for one in changes
+        )
+
+    def _of_end(self, change: ChoiceDelta) -> int:
+        """Values that a choice tells as it ends."""
+        return 0 if change.finish is None else self._of_state(change.index)
+
+    def _of_state(self, index: int) -> int:
+        """Values of how the routers of a choice are turned, where asked for."""
+        state = self.choices[index].rewire_state
+        return 0 if state is None else sum(map(len, state["delta"]))
+
+    def _state(self, change: ChoiceDelta) -> dict[str, Any]:
+        """How the routers of a choice that ends are turned, where asked for."""
+        state = self.choices[change.index].rewire_state
+        if change.finish is None or state is None:
+            return {}
+        rows: Any = self._rows(self._of_state(change.index), lambda: state["delta"])
+        return {"rewire_state": {**state, "delta": rows}}
 
     def _of_tokens(self, tokens: Sequence[TokenText]) -> int:
         """Values that are told of tokens: themselves with their rivals, and where they went."""
@@ -293,7 +312,7 @@ class ChatShape(Shape):
             deltas = [{"content": ""}]
         made += [self._delta(change.index, delta, more if not at else {}) for at, delta in enumerate(deltas)]
         if change.finish is not None:
-            made.append(self._delta(change.index, {}, finish=self._reason(change)))
+            made.append(self._delta(change.index, {}, self._state(change), finish=self._reason(change)))
         return made
 
     def _deltas(self, change: ChoiceDelta) -> list[Delta]:
@@ -321,6 +340,7 @@ class ChatShape(Shape):
             "logprobs": None,
             **self._logprobs(tokens),
             **self._route(tokens),
+            **self._state(changes[-1]),
             "finish_reason": self._reason(changes[-1]),
         }
 
@@ -359,7 +379,8 @@ class CompletionShape(Shape):
         if not text and not change.tokens and change.finish is None and not has_scores:
             return []
         self._has_begun[change.index] = True
-        return [self._chunk(self._part(change.index, text, change.tokens, change.finish, is_first=is_first))]
+        part = self._part(change.index, text, change.tokens, change.finish, is_first=is_first)
+        return [self._chunk({**part, **self._state(change)})]
 
     def is_long(self, changes: Sequence[ChoiceDelta]) -> bool:
         """See `Shape`; the first change of a choice brings its prompt."""
@@ -392,7 +413,8 @@ class CompletionShape(Shape):
     def _choice(self, at: int, changes: Sequence[ChoiceDelta]) -> dict[str, Any]:
         text = self._echo(at) + "".join(change.text for change in changes)
         tokens = [item for change in changes for item in change.tokens]
-        return self._part(at, text, tokens, changes[-1].finish, is_first=True)
+        part = self._part(at, text, tokens, changes[-1].finish, is_first=True)
+        return {**part, **self._state(changes[-1])}
 
     def _part(
         self, index: int, text: str, tokens: Sequence[TokenText], finish: Finish | None, *, is_first: bool

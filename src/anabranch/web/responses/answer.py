@@ -41,6 +41,8 @@ _SHOWN: dict[str, Any] = {
 
 # Of the usage of our own servers, which say it under these names everywhere: the layers that ran, and each turn of routers to the text.
 _OURS = ("depth", "rewiring")
+# Likewise of a choice: how its routers are turned, for a conversation to go on with.
+_OURS_OF_CHOICE = ("rewire_state",)
 
 
 def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def to_response(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     if output and why_cut(choice.get("finish_reason")) and (is_text_last or not message.get("tool_calls")):
         output[-1]["status"] = "incomplete"
     output += [image_item(kind, data) for kind, data in images_of(message)]
-    made = response_of(body, answer.get("model"), answer.get("created"))
+    made = {**response_of(body, answer.get("model"), answer.get("created")), **own_of(choice)}
     return finished(made, output, choice.get("finish_reason"), answer.get("usage"), beside(message))
 
 
@@ -123,6 +125,11 @@ def response_of(body: dict[str, Any], model: str | None, created: int | None) ->
         "usage": None,
         **shown,
     }
+
+
+def own_of(choice: dict[str, Any]) -> dict[str, Any]:
+    """What our own servers tell of a choice that has ended, beside what it says."""
+    return {name: choice[name] for name in _OURS_OF_CHOICE if choice.get(name) is not None}
 
 
 def why_cut(reason: str | None) -> str | None:

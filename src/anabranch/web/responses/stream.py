@@ -5,7 +5,7 @@ from typing import Any
 
 from anabranch.web.beside import beside, images_of, is_whole, joined
 from anabranch.web.reasoning_details import details_in, joined_details, sealed_blocks
-from anabranch.web.responses.answer import finished, response_of, why_cut
+from anabranch.web.responses.answer import finished, own_of, response_of, why_cut
 from anabranch.web.responses.items import (
     call_item,
     image_item,
@@ -86,6 +86,7 @@ class ResponseStream:
         for choice in (chunk.get("choices") or ())[:1]:
             delta = choice.get("delta") or {}
             self._reason = choice.get("finish_reason") or self._reason
+            self._made.update(own_of(choice))
             self._beside = joined(self._beside, beside(delta))
             self._details += details_in(delta)
             texts = (
