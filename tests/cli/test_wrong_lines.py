@@ -266,6 +266,12 @@ oracle text --out z
 convert no.gguf z --to native
 convert trained z --to native --quantize int4 --group {HUGE}
 convert trained /dev/null --to native
+eval trained --rewire-after 3
+eval trained --rewire --rewire-after 0
+eval trained --rewire --rewire-after {HUGE}
+eval trained --rewire --cached
+eval trained --rewire --rewire-set interval=half
+eval trained --rewire --rewire-after 8
 eval trained --adapter text
 eval trained --adapter text --task x
 adapt trained text --out z

@@ -76,7 +76,7 @@ def chat(
     depth = deep.config()
     apart = engine_alone(sampled, streams, loading, deep, adapted)
     rewiring = turned.config({**apart, "--expert-budget": None})
-    plain = is_plain(rewiring, loading)
+    plain = is_plain(rewiring, loading.quantize, loading.expert_budget)
     fields = {**sampled.of(model, _USUAL), "max_tokens": max_tokens}
     check_depth(depth, model)
     adapted.check(model)

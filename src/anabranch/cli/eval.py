@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.bounds import shown
+from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import (
     AsJson,
     Device,
@@ -20,13 +21,18 @@ from anabranch.cli.options import (
     parts,
 )
 from anabranch.cli.output import fact, print_json, quantity, say, table
+from anabranch.cli.rewired import Turned, is_plain
+from anabranch.cli.rewired_eval import check_first, compare, first_of, show
 from anabranch.errors import ConfigError
 from anabranch.extras import require
+
+_AS_THEY_ARE = Turned()
 
 # Tokens that --cached gives the model at a time: some one by one would do as well, and take as long as generating them.
 PIECE = 64
 
 
+@takes_sets(turned="each token is foretold with what was fitted to those before it")
 def evaluate(
     model: Model,
     data: Annotated[
@@ -61,6 +67,15 @@ def evaluate(
         str | None, typer.Option(metavar="NAME", help="The task of the text, for an adapter that routes by task.")
     ] = None,
     streams: Streams = None,
+    turned: Turned = _AS_THEY_ARE,
+    rewire_after: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens of a window that are read before --rewire begins. Default: its interval, or half of the window.",
+        ),
+    ] = None,
     memory: Memory = None,
     quantize: Quantize = None,
     expert_budget: ExpertBudget = None,
@@ -72,8 +87,15 @@ def evaluate(
     """Measure a model in nats per token and bits per byte.
 
     The text is cut into windows of L tokens without overlap; every token but the first is predicted once.
+
+    With --rewire (a mixture of experts) what is measured is what follows the first N tokens of each window: by the model as it is, and by
+    routers that are fitted to what was read so far, again and again. See the page Rewiring.
     """
     require("lm", by="anabranch eval")
+    beside = {"--path": path, "--cached": cached, "--adapter": adapter, "--task": task, "--streams": streams}
+    rewiring = turned.config({**beside, "--memory": memory})
+    check_first(rewire_after, rewiring)
+    bits: Any = "none" if is_plain(rewiring, quantize, expert_budget) else quantize
     from anabranch.adapters import load_peft
     from anabranch.adapters.own_folder import is_own, read_own
     from anabranch.cli.corpora import Tracked, default_length, passes_of, run_of, say_defaults, windows_of
@@ -82,7 +104,7 @@ def evaluate(
     from anabranch.train import evaluate as measure
 
     passes = None if memory is None else passes_of(model, sequence_length, all_logits=True)
-    with parts(model, dtype, device, quantize, expert_budget, memory, passes) as (network, tokenizer, weights):
+    with parts(model, dtype, device, bits, expert_budget, memory, passes) as (network, tokenizer, weights):
         if adapter is not None:
             put = read_own if is_own(adapter) else load_peft
             put(adapter, network)
@@ -92,15 +114,24 @@ def evaluate(
         length = sequence_length or default_length(run, network.config.max_positions)
         if length > network.config.max_positions:
             say(f"warning: {model} is meant for {network.config.max_positions} positions, windows have {length}")
+        first = 0 if rewiring is None else first_of(length, rewire_after, rewiring)
         windows, name = windows_of(data, run, tokenizer, length, tokens)
         say_defaults(model, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
         # The rule of depth routing, as everywhere: no block is come to a third time.
         blocks: Any = None if path is None else check_depth_path(read_path(path), len(network.blocks))
         measured = OnPath(network, blocks, chunk=PIECE if cached else None, num_streams=streams)
-        with told:
-            result = measure(measured, Tracked(windows, quiet))
+        compared: dict[str, Any] | None = None
+        if rewiring is not None:
+            compared = compare(network, rewiring, Tracked(windows, quiet), first)
+        else:
+            with told:
+                result = measure(measured, Tracked(windows, quiet))
+    if compared is not None and as_json:
+        how = {"model": model, "data": name, "sequence_length": length, "weights": weights.to_dict()}
+        print_json({**how, "rewiring": compared})
+        return
     if as_json:
-        how: dict[str, Any] = {
+        how = {
             "path": None if measured.path is None else list(measured.path),
             "cached": cached,
             "streams": used,
@@ -122,6 +153,9 @@ def evaluate(
     if cached:
         fact("cached", f"pieces of {PIECE} tokens, with a key-value cache")
     fact("data", f"{name}   windows of {length} tokens")
+    if compared is not None:
+        show(compared)
+        return
     rows = [(part, found) for part, found in result.by_domain.items()] + [("all", result)]
     table(
         ["", "bits/byte", "nats/token", "tokens", "bytes"],

@@ -72,7 +72,7 @@ def generate(
     depth = deep.config()
     rewiring = turned.config({"--context": context, **{**apart, "--expert-budget": None}})
     told = kept.read(model, rewires=rewiring is not None)
-    plain = is_plain(rewiring, loading)
+    plain = is_plain(rewiring, loading.quantize, loading.expert_budget)
     ran: dict[str, Any] = {}
     with ExitStack() as stack:
         ranks = stack.enter_context(over_ranks(context, loading.device, apart))

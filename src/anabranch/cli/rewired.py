@@ -17,7 +17,6 @@ from anabranch.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from anabranch.adapters.rewiring import Rewiring, RewiringState
-    from anabranch.cli.continuing import Loading
     from anabranch.lm import Decoder
 
 RewireSet = Annotated[
@@ -98,16 +97,16 @@ class KeptState(OptionSet):
         return read_json(self.rewire_load, DataError)
 
 
-def is_plain(rewiring: Rewiring | None, loading: Loading) -> bool:
+def is_plain(rewiring: Rewiring | None, quantize: str | None, expert_budget: str | None) -> bool:
     """Whether weights have to be in floating point: gradients go through no experts in few bits that come when they are wanted.
 
     Raises ConfigError where others are asked for.
     """
-    if rewiring is None or loading.expert_budget is None:
+    if rewiring is None or expert_budget is None:
         return False
-    if loading.quantize not in (None, "none"):
+    if quantize not in (None, "none"):
         raise ConfigError(
-            f"--quantize is {loading.quantize}, and no gradient, which --rewire needs, goes through experts in few bits that come when "
+            f"--quantize is {quantize}, and no gradient, which --rewire needs, goes through experts in few bits that come when "
             "they are wanted; leave --expert-budget out, or use --quantize none"
         )
     return True

@@ -52,7 +52,7 @@ def test_it_is_what_reading_again_would_give(name, guard):
     delta = [torch.stack(of_layer) for of_layer in zip(*(state.delta for state in states), strict=True)]
     cache, length = model.new_cache(token_BL.shape[1] + 9), token_BL.shape[1]
     with torch.no_grad():
-        wanted = run(model, token_BL, mask_BL, Vectors(turned.layers, delta, length), cache=cache, last_only=True)
+        wanted = run(model, token_BL, mask_BL, Vectors(turned.layers, delta, length), cache=cache, last=1)
         torch.testing.assert_close(prefill.logits_BV, wanted[:, -1], rtol=1e-4, atol=1e-4)
         assert prefill.cache.length == prefill.cache.max_length == length
         prefill.cache.grow(length + 9)

@@ -14,6 +14,7 @@ from anabranch.adapters.by_row import check_told, told_keys
 from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.phase import Clock, fit
 from anabranch.adapters.rewiring.prefill import Prefill
+from anabranch.adapters.rewiring.scored import Scored, score
 from anabranch.adapters.rewiring.state import Phase, RewiringState
 from anabranch.adapters.rewiring.told_state import fingerprint_of, state_from_told, told_state
 from anabranch.adapters.rewiring.vectors import Texts, Vectors, routed_layers, router_of, run
@@ -119,6 +120,22 @@ class Rerouter:
         delta = dict(zip([(layer.router, layer.pass_index) for layer in self.layers], state.delta, strict=True))
         with overriding(self.model, _InAllRows(delta, {layer.router: layer.num_passes for layer in self.layers})):
             yield
+
+    def score(self, token_BL: Tensor, *, first: int | None = None) -> Scored:
+        """What each token of texts of one length costs while routers are turned to them, beside the model as it is.
+
+        Each is foretold with vectors that were fitted to what stands before it: the phases are those of generation, behind the ``first``
+        tokens and then each ``interval``; with ``cache`` ``keep`` keys and values are those of the old vectors, as there.
+
+        Args:
+            token_BL: int64 ``[B, L]``; each text begins anew.
+            first: tokens that are read before the first phase; None for the interval, and where there is none for half of the text.
+
+        Raises ConfigError as `adapt`, for a model that is not causal, and where no token is left to measure.
+        """
+        check_prompts(self.model, token_BL.tolist())
+        self.model.check_causal()
+        return score(self, token_BL, first)
 
     def generate(
         self,
@@ -302,7 +319,7 @@ class _Decoding:
             self._cache = self._model.new_cache(token_BL.shape[1] + self._room(len(texts), token_BL.shape[1], room))
         delta = [torch.stack(of_layer).to(device) for of_layer in zip(*(state.delta for state in states), strict=True)]
         vectors = Vectors(self._layers, delta, token_BL.shape[1])
-        return run(self._model, token_BL, mask_BL, vectors, those, cache=self._cache, last_only=True)[:, -1]
+        return run(self._model, token_BL, mask_BL, vectors, those, cache=self._cache, last=1)[:, -1]
 
 
 class _InAllRows:

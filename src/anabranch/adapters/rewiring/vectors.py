@@ -125,20 +125,21 @@ def run(
     texts: Texts | None = None,
     *,
     cache: KeyValueCache | None = None,
-    last_only: bool = False,
+    last: int | None = None,
     prefix: Prefix | None = None,
 ) -> Tensor:
     """logits_BLV of a forward pass with ``vectors``; a row that is not finite does not end it for the others.
 
-    ``prefix`` is what the model makes of these rows before its first router.
+    Of the ``last`` so many positions, None for all. ``prefix`` is what the model makes of these rows before its first router.
     """
     told = {} if texts is None else texts.state(model, token_BL.shape[1])
     context = model.context(token_BL, cache=cache, token_mask_BL=mask_BL, state=told)
     context.routing.append(vectors)
     context.refuses_nan = False
-    keep_L = torch.tensor([token_BL.shape[1] - 1], device=token_BL.device) if last_only else None
+    length = token_BL.shape[1]
+    keep_L = None if last is None else torch.arange(length - last, length, device=token_BL.device)
     x_BLD = model.hidden(token_BL, context) if prefix is None else prefix.hidden(model, token_BL, context)
-    x_BLD = x_BLD[:, -1:] if last_only else x_BLD
+    x_BLD = x_BLD if last is None else x_BLD[:, length - last :]
     if model.streams is not None:
         x_BLD = model.streams.merge(x_BLD, context)
     return model.logits(x_BLD, context, keep_L=keep_L)
