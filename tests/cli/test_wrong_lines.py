@@ -271,7 +271,7 @@ eval trained --rewire --rewire-after 0
 eval trained --rewire --rewire-after {HUGE}
 eval trained --rewire --cached
 eval trained --rewire --rewire-set interval=half
-eval trained --rewire --rewire-after 8
+eval trained --rewire --rewire-after 32
 eval trained --adapter text
 eval trained --adapter text --task x
 adapt trained text --out z

@@ -172,7 +172,7 @@ class Rewires(OptionSet):
         typer.Option(
             "--rewire",
             metavar=FLAG,
-            help="Turn the routers of a mixture of experts to the text of each request that says rewire: true (engine.rewiring.on).",
+            help="Turn the routers of a mixture of experts to the text of each request that says rewire (engine.rewiring.on).",
         ),
     ] = False
     rewire_set: RewireSet = None

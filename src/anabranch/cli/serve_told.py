@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch.cli.output import binary_size, fact, print_json
 from anabranch.config import to_dict
+from anabranch.serving.rewiring import LIMITED
 
 if TYPE_CHECKING:
     from anabranch.serving.core.client import EngineInfo
@@ -44,7 +45,8 @@ class Told:
         engine = self._config.engine
         self._experts.update(info.experts)
         if info.rewires:
-            self._rewiring.update(to_dict(engine.rewiring.rewiring))
+            limit = to_dict(engine.rewiring.limit)
+            self._rewiring.update(to_dict(engine.rewiring.rewiring), limits={name: limit[name] for name in LIMITED})
         if info.routes_depth:
             self._depth.update(control=engine.depth.control, max_depth=info.max_depth)
         if info.skips_tokens:
@@ -100,4 +102,6 @@ def _depth(routed: dict[str, Any]) -> str:
 
 def _rewiring(rewired: dict[str, Any]) -> str:
     each = "the prompt alone" if rewired["interval"] is None else f"the prompt and each {rewired['interval']} tokens"
-    return f"of requests that say rewire: true, by {each}   {rewired['steps']} steps of {rewired['eta']:g}"
+    steps, most = rewired["steps"], rewired["limits"]["steps"]
+    own = f", at most {most} where a request says so" if most > steps else ""
+    return f"of requests that say rewire, by {each}   {steps} steps of {rewired['eta']:g}{own}"

@@ -321,3 +321,7 @@ def test_a_server_process(model):
         for prompt in PROMPTS:
             answer = posted(running.url, {**BODY, "model": "small-moe", "prompt": prompt, "rewire": True})
             assert answer["choices"][0]["text"] == wanted(model, prompt)[0]
+        talk = Talk(model)
+        for _ in range(2):
+            [choice] = posted(running.url, {**talk.body(), "model": "small-moe"})["choices"]
+            talk.take(choice["text"], choice["rewire_state"])
