@@ -217,6 +217,8 @@ generate trained -p x --rewire-set steps=3
 generate trained -p x --rewire --streams 2
 generate trained -p x --rewire --context 1
 generate trained -p x --context 0
+generate trained -p x --instruction y
+chat trained -m x --instruction y
 generate trained -p x --context 2
 generate trained -p x --context {HUGE}
 generate trained -p x --context 1 --min-p 0.1

@@ -132,6 +132,15 @@ class Adapted(OptionSet):
     task: Annotated[
         str | None, typer.Option("--task", metavar="NAME", help="The task of the text, for what routes by task.")
     ] = None
+    instruction: Annotated[
+        str | None,
+        typer.Option(
+            "--instruction",
+            metavar="TEXT",
+            help="With a router over adapters: text to compare with the adapters' instructions; '' leaves the choice to the tokens. "
+            "Default: what is asked.",
+        ),
+    ] = None
 
     def config(self) -> AdaptersConfig:
         """What the options mean for an engine, which nobody else asks for adapters."""
@@ -141,14 +150,23 @@ class Adapted(OptionSet):
 
     def of_request(self, asked: str) -> dict[str, Any]:
         """Fields of `anabranch.serving.Request`; ``asked`` is the prompt, or of a chat the last message of its user."""
-        from anabranch.serving.core.query import instruction_in
+        from anabranch.serving.core.query import asked_in
 
         if self.adapter is None:
             return {"task": self.task}
-        return {"adapters": _NAME, "task": self.task, "instruction": instruction_in(asked)}
+        return {"adapters": _NAME, "task": self.task, **asked_in(asked, told=self.instruction)}
 
     def check(self, model: str) -> None:
-        """Raises what loading the adapter would, before the weights of ``model`` are read."""
+        """Raises what loading the adapter would, before the weights of ``model`` are read, and for an instruction that nobody compares."""
+        from anabranch.serving.core.query import MOST_QUERY
+        from anabranch.serving.engine.adapter_place import folder_of
+
+        if self.instruction is not None and (self.adapter is None or not folder_of(self.adapter, None).experts):
+            raise ConfigError(
+                "--instruction is compared with the instructions of a pool's adapters; name a pool with --adapter, or leave it out"
+            )
+        if self.instruction is not None and len(self.instruction) > MOST_QUERY:
+            raise ConfigError(f"--instruction has {len(self.instruction):,} characters; it may have {MOST_QUERY:,}")
         if self.adapter is None:
             return
         from anabranch.serving.config import ServingConfig
@@ -189,6 +207,7 @@ def engine_alone(
         "--skipper": deep.skipper,
         "--adapter": adapted.adapter,
         "--task": adapted.task,
+        "--instruction": adapted.instruction,
     }
 
 

@@ -114,8 +114,8 @@ def test_what_a_client_asks_for_without_words_is_no_warning_of_the_server(folder
     layers = shared(folders).engine.adapters.shelf.peek("pool")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert layers.bias("?! ...") is None
-    assert layers.bias(INSTRUCTIONS["sql"]) is not None
+        assert layers.terms("?! ...").bias is None
+    assert layers.terms(INSTRUCTIONS["sql"]).bias is not None
 
 
 # As the model that has it put on
@@ -458,10 +458,10 @@ def test_what_they_take_is_told_and_given_back(folders):
         modules = [*held.parts.values(), *(layer.table for layer in held.parts.values() if hasattr(layer, "table"))]
         own = {tensor.data_ptr(): tensor.nbytes for module in modules for tensor in module.state_dict().values()}
         assert held.nbytes == sum(own.values())
-        layers, pool = weakref.ref(next(iter(held.parts.values()))), held.pool
-        if pool is not None:
-            assert pool._model is None
-        del held, own, modules, pool
+        layers, asked = weakref.ref(next(iter(held.parts.values()))), held.asked
+        if asked is not None:
+            assert asked.pool._model is None
+        del held, own, modules, asked
         gc.disable()
         try:
             shelf.remove(name)
@@ -614,8 +614,8 @@ def test_gates_are_kept_once(uneven, monkeypatch):
     gc.collect()
     assert len(kept) >= 8
     assert not any(gate() is not None for gate in kept)
-    assert held.bias("number 3") is not None
+    assert held.terms("number 3").bias is not None
     # Nor are all queries kept that ever came.
     for number in range(200):
-        held.bias(f"query {number}")
-    assert len(held.pool.matcher._seen) == layer_reader.QUERIES
+        held.terms(f"query {number}")
+    assert len(held.asked.pool.matcher._seen) == layer_reader.QUERIES

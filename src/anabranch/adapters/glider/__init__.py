@@ -24,6 +24,7 @@ from anabranch.adapters.glider.gates import GateMethod
 from anabranch.adapters.glider.matcher import Match, Matcher
 from anabranch.adapters.glider.pool import GliderConfig, GliderPool
 from anabranch.adapters.glider.score import GliderScore, bias_rows
+from anabranch.adapters.glider.settings import Plugins, PoolSettings, TextEndpoint, read_settings
 from anabranch.adapters.glider.vectors import arrow_prototype, mean_activations, standardised
 from anabranch.adapters.glider.writing import prompt_of
 
@@ -42,7 +43,10 @@ __all__ = [
     "HiddenStates",
     "Match",
     "Matcher",
+    "Plugins",
+    "PoolSettings",
     "TextEmbedder",
+    "TextEndpoint",
     "TextFeatures",
     "arrow_prototype",
     "bias_rows",
@@ -52,5 +56,6 @@ __all__ = [
     "merge_clusters",
     "merged_experts",
     "prompt_of",
+    "read_settings",
     "standardised",
 ]

@@ -2,6 +2,7 @@
 # Shapes: N texts, D dimensions, F features of one text, G of all, P numbers of all texts, M texts of a stack, K nearest
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -118,10 +119,19 @@ class HiddenStates:
         model: of ours.
         tokenizer: its own.
         max_tokens: a text is cut to so many.
+        turn: entered for each pass, by whoever shares the model with others; None where nobody else runs it.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, *, max_tokens: int = 256) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int = 256,
+        turn: AbstractContextManager[Any] | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self._turn = nullcontext() if turn is None else turn
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -129,15 +139,20 @@ class HiddenStates:
         model = self.model
         device = model.embedding.weight.device
         vector_ND = np.zeros((len(texts), model.config.dim), np.float32)
-        with evaluating(model):
-            for row, text in enumerate(texts):
-                ids = self.tokenizer.encode(text, parse_special=False)[: self.max_tokens]
-                if not ids:
-                    continue
-                token_BL = torch.tensor([ids], device=device)
+        most = min(self.max_tokens, model.config.max_positions)
+        for row, text in enumerate(texts):
+            ids = self.tokenizer.encode(text, parse_special=False)[:most]
+            if not ids:
+                continue
+            token_BL = torch.tensor([ids], device=device)
+            with self._turn, evaluating(model):
                 attached = getattr(model, ATTACHED, None)
                 state = rows_for(model, [None], len(ids)) if attached is not None and attached.is_pool else None
-                x_BLD = model.hidden(token_BL, model.context(token_BL, state=state))
+                context = model.context(token_BL, state=state)
+                # Whoever records routing is told of texts that are continued, and of no others.
+                is_repeated_N = torch.ones(len(ids) * context.num_streams, dtype=torch.bool, device=device)
+                context.state |= {"repeated_N": is_repeated_N}
+                x_BLD = model.hidden(token_BL, context)
                 vector_ND[row] = x_BLD[0].float().mean(0).cpu().numpy()
         return vector_ND
 

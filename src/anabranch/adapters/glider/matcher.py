@@ -1,9 +1,11 @@
 """`Matcher`: which experts an instruction is nearest to, and how much that is to count. Knows no model."""
 # Shapes: E experts, D dimensions of a text's vector, Q queries
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +61,9 @@ class Matcher:
         self.vectors: dict[str, Vector | None] = {}
         self.written = 0
         self._seen: OrderedDict[tuple[str, str | None], tuple[str, Vector]] = OrderedDict()
+        # What threads are asking for at the moment; several may, of an endpoint.
+        self._under_way: dict[tuple[str, str | None], Future[tuple[str, Vector]]] = {}
+        self._lock = threading.Lock()
         self._stacked: tuple[list[str], Stack] | None = None
         self._places: np.ndarray | None = None
         self._index: Any = None
@@ -66,7 +71,7 @@ class Matcher:
 
     def add(self, name: str, texts: Sequence[str]) -> None:
         """An expert with these wordings; none for one that the global router does not know. No other vector changes."""
-        vector_D = self._vector_of(name, texts, self.dim)
+        vector_D = self._vectors_of({name: texts}, self.dim)[name]
         # Ids of the graph are places among the members, of whom a new one is the last; one that is told anew stays where it was.
         index = None if name in self.vectors else self._index
         # Before all else: where it cannot be, nothing has changed.
@@ -87,21 +92,30 @@ class Matcher:
             return
         self.embedder.fit([text for texts in self.texts.values() for text in texts])
         # All of them, before any is forgotten.
-        made = {name: self._vector_of(name, texts, None) for name, texts in self.texts.items()}
+        made = self._vectors_of(self.texts, None)
         self._seen.clear()
         self.vectors = made
         self._changed()
 
-    def _vector_of(self, name: str, texts: Sequence[str], dim: int | None) -> Vector | None:
-        if not texts:
-            return None
-        vector_D = embedded(self.embedder, texts[:1], dim)[0]
-        if is_zero(vector_D):
-            warnings.warn(
-                f"the instruction of {name!r} has a vector of length 0, so that no query finds it: its global score is 0",
-                stacklevel=4,
-            )
-        return vector_D
+    def fill(self, texts: Mapping[str, Sequence[str]]) -> None:
+        """These experts in the place of those there are, embedded in one call, after the embedder has learned from them where it does."""
+        if hasattr(self.embedder, "fit"):
+            self.embedder.fit([text for own in texts.values() for text in own])
+        self.vectors, self.texts = self._vectors_of(texts, None), {name: tuple(own) for name, own in texts.items()}
+        self._seen.clear()
+        self._changed()
+
+    def _vectors_of(self, texts: Mapping[str, Sequence[str]], dim: int | None) -> dict[str, Vector | None]:
+        """Of each expert its first wording's, in one call of the embedder, which may be far away; None for one without."""
+        first = {name: own[0] for name, own in texts.items() if own}
+        made = dict(zip(first, embedded(self.embedder, list(first.values()), dim) if first else [], strict=True))
+        for name, vector_D in made.items():
+            if is_zero(vector_D):
+                warnings.warn(
+                    f"the instruction of {name!r} has a vector of length 0, so that no query finds it: its global score is 0",
+                    stacklevel=4,
+                )
+        return {name: made.get(name) for name in texts}
 
     @property
     def dim(self) -> int | None:
@@ -124,9 +138,39 @@ class Matcher:
     def instruct(self, query: str, instruction: str | None = None) -> tuple[str, Vector]:
         """(instruction, its unit vector) of a query: as told (a system prompt), or as the writer writes it; kept for the next time."""
         key = (query, instruction) if instruction is None else ("", instruction)
-        if key in self._seen:
-            self._seen.move_to_end(key)
-            return self._seen[key]
+        with self._lock:
+            if key in self._seen:
+                self._seen.move_to_end(key)
+                return self._seen[key]
+            first = self._under_way.get(key)
+            own: Future[tuple[str, Vector]] = Future()
+            if first is None:
+                self._under_way[key] = own
+        if first is not None:
+            # Another thread asks for the same, which may cost money.
+            return first.result()
+        try:
+            found = self._instructed(query, instruction)
+        except BaseException as error:
+            own.set_exception(error)
+            raise
+        else:
+            own.set_result(found)
+            with self._lock:
+                self._seen[key] = found
+                while len(self._seen) > self.cached:
+                    self._seen.popitem(last=False)
+        finally:
+            with self._lock:
+                del self._under_way[key]
+        return found
+
+    def knows(self, query: str, instruction: str | None = None) -> bool:
+        """Whether `instruct` of the same has no need of the writer and the embedder."""
+        with self._lock:
+            return ((query, None) if instruction is None else ("", instruction)) in self._seen
+
+    def _instructed(self, query: str, instruction: str | None) -> tuple[str, Vector]:
         text = instruction
         if text is None:
             text = query if self.writer is None else self.writer(query)
@@ -135,10 +179,7 @@ class Matcher:
                 raise ConfigError(f"the writer gave a {type(text).__name__} for a query; it must be a text")
         found = text, embedded(self.embedder, [text], self.dim)[0]
         if self.warns and self.members()[0] and is_zero(found[1]):
-            warnings.warn("the instruction of a query has a vector of length 0: all global scores are 0", stacklevel=4)
-        self._seen[key] = found
-        while len(self._seen) > self.cached:
-            self._seen.popitem(last=False)
+            warnings.warn("the instruction of a query has a vector of length 0: all global scores are 0", stacklevel=5)
         return found
 
     def cosines(self, query: str, instruction: str | None = None) -> dict[str, float]:
@@ -216,11 +257,12 @@ class Matcher:
             wordings: Mapping[int, Sequence[str]] = {
                 number: others[number] or thinned(self.texts[name][0]) for number, name in enumerate(names)
             }
+            said = [text for texts in wordings.values() for text in texts]
+            made = iter(embedded(self.embedder, said, self.dim) if said else [])
             worded = {}
             for number, texts in wordings.items():
-                made = embedded(self.embedder, texts, self.dim) if texts else []
                 # A wording whose vector has length 0 is a query that no threshold decides of: its scores are 0.
-                if cosines := [stack.cosines(vector) for vector in made if not is_zero(vector)]:
+                if cosines := [stack.cosines(other) for _ in texts if not is_zero(other := next(made))]:
                     worded[number] = np.stack(cosines)
             known = [vector for name in names if (vector := self.vectors[name]) is not None]
             asked = {number: stack.cosines(vector) for number, vector in enumerate(known)}

@@ -145,12 +145,17 @@ class GliderPool:
 
         Raises as `add`, and CheckpointError where there are none.
         """
+        return cls.of(expert_folders(folder), config, **options)
+
+    @classmethod
+    def of(cls, folders: Mapping[str, Path], config: GliderConfig | None = None, **options: Any) -> Self:
+        """The pool of these folders, by name; as `load`. All instructions are embedded in one call."""
         pool = cls(config, **options)
-        folders = expert_folders(folder)
-        check_bases({name: read_json(place / CONFIG).get(BASE) for name, place in folders.items()})
+        bases = {name: read_json(place / CONFIG).get(BASE) for name, place in folders.items()}
+        check_bases(bases)
+        pool.matcher.fill({name: read_described(place).instructions for name, place in folders.items()})
         for name, place in folders.items():
-            pool._add(place, name, None, None, None)
-        pool.matcher.fit()
+            pool._experts[name] = _Expert(place, base if isinstance(base := bases[name], str) else None, None)
         return pool
 
     # Experts
@@ -385,9 +390,14 @@ class GliderPool:
         bias_BE = np.zeros((len(queries), len(self)), np.float32)
         for row, (query, instruction) in enumerate(zip(queries, told, strict=True)):
             if self.config.instruction and (query is not None or instruction is not None):
-                cosine_E = self.matcher.cosine_array(query or "", instruction)
-                bias_BE[row] = self._weight(cosine_E[self.matcher.member_M]) * cosine_E
+                a, cosine_E = self.terms(query or "", instruction)
+                bias_BE[row] = a * cosine_E
         return torch.from_numpy(bias_BE)
+
+    def terms(self, query: str, instruction: str | None = None) -> tuple[float, np.ndarray]:
+        """(a, cosine_E) of a query; see `bias`."""
+        cosine_E = self.matcher.cosine_array(query, instruction)
+        return self._weight(cosine_E[self.matcher.member_M]), cosine_E
 
     def rows(
         self, queries: Sequence[str | None], length: int, *, instructions: Sequence[str | None] | None = None

@@ -73,7 +73,7 @@ def evaluate(
     held_out = [row for row in found if row.is_held_out] or found
     some = held_out if rows is None else first_of_each(held_out, rows)
     base, tokenizer = load(model, dtype, device)
-    pool = None if adapter is None else put_adapter(base, adapter)
+    pool = None if adapter is None else put_adapter(base, tokenizer, adapter)
     if pool is None and goes_by_task(base) and needs_task(base) and not all(row.task for row in some):
         bare = next(row for row in some if not row.task)
         raise ConfigError(f"{adapter} goes by task, and {bare.where} names none; give each row a task")

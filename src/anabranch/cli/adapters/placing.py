@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 _BATCH = 8
 
 
-def put_adapter(base: Decoder, adapter: str) -> GliderPool | None:
-    """What is at ``adapter`` onto the base; the pool, where it is one."""
+def put_adapter(base: Decoder, tokenizer: Tokenizer | None, adapter: str) -> GliderPool | None:
+    """What is at ``adapter`` onto the base, which embeds texts where a pool wants it; the pool, where it is one."""
     from anabranch.adapters import load_peft
+    from anabranch.adapters.glider import HiddenStates
     from anabranch.adapters.own_folder import read_own
     from anabranch.serving.engine.adapter_place import folder_of
     from anabranch.serving.engine.layer_reader import pool_of
 
     found = folder_of(adapter, None)
     if found.experts:
-        pool = pool_of(found)
+        pool = pool_of(found, states=None if tokenizer is None else HiddenStates(base, tokenizer))
         pool.onto(base)
         return pool
     if found.kind is not None:

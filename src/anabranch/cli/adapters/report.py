@@ -88,7 +88,7 @@ def _use(
 
     # Before anything runs.
     rows = [] if data is None else first_of_each(read_rows(data), most_rows)
-    pool = put_adapter(base, adapter)
+    pool = put_adapter(base, tokenizer, adapter)
     if goes_by_task(base):
         if data is not None:
             raise ConfigError(f"{adapter} routes by task, so the report needs no rows; leave out --data")

@@ -70,9 +70,10 @@ def route(
     """
     require("lm", by="anabranch adapters route")
     from anabranch.adapters.base_name import warn_of_base
-    from anabranch.adapters.glider import GliderConfig, GliderPool, explain
+    from anabranch.adapters.glider import GliderPool, HiddenStates, Plugins, PoolSettings, explain
+    from anabranch.adapters.glider.folder import expert_folders
     from anabranch.serving.engine.adapter_place import folder_of
-    from anabranch.serving.engine.layer_reader import config_of
+    from anabranch.serving.engine.layer_reader import settings_of, told_by
 
     if not (query if instruction is None else instruction).strip():
         raise ConfigError("there is nothing to route: the query (or --instruction) is empty")
@@ -85,23 +86,27 @@ def route(
     found_pool = folder_of(pool, None)
     if found_pool.kind is not None and local is not None:
         raise ConfigError(f"--local is {local!r}, and {pool} says itself how tokens choose; leave one of them out")
+    given = Plugins(embedder_of(embedder, embedder_model, key_env), writer_of(writer, writer_model, key_env))
     # Reading a folder that is no pool tells why.
-    config = config_of(found_pool) if found_pool.experts else GliderConfig()
+    expert_folders(found_pool.path)
+    settings = settings_of(found_pool) if found_pool.experts else PoolSettings()
+    needs_model = settings.needs_model and given.embedder is None
+    opened = _opened(model, dtype, device) if model is not None and needs_model else None
+    with told_by(found_pool):
+        if needs_model and opened is None:
+            raise ConfigError("embedder is 'hidden-states', of the base model; name it with --model")
+        plugins = settings.plugins(None if opened is None else HiddenStates(*opened), given)
     said = {"local": local, "clusters": clusters}
     made = GliderPool.load(
         found_pool.path,
-        config.replace(**{name: value for name, value in said.items() if value is not None}),
-        embedder=embedder_of(embedder, embedder_model, key_env),
-        writer=writer_of(writer, writer_model, key_env),
+        settings.choice.replace(**{name: value for name, value in said.items() if value is not None}),
+        embedder=plugins.embedder,
+        writer=plugins.writer,
     )
     ids = None
     if model is not None:
         warn_of_base(f"the pool {pool}", made.base, model)
-        from anabranch.lm import load_model
-
-        base, tokenizer = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
-        if tokenizer is None:
-            raise ConfigError(f"{model} has no tokenizer, so that the query has no tokens; leave out --model")
+        base, tokenizer = opened or _opened(model, dtype, device)
         ids = tokenizer.encode_prompt(query)
         if not ids:
             raise ConfigError("the query has no tokens; leave out --model")
@@ -135,6 +140,15 @@ def route(
             "no instruction here has anything in common with the query; give each adapter one that does: anabranch adapters describe "
             f"{pool}/{visible(found.experts[0].name)} --instruction TEXT",
         )
+
+
+def _opened(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    from anabranch.lm import load_model
+
+    base, tokenizer = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
+    if tokenizer is None:
+        raise ConfigError(f"{model} has no tokenizer, so that the query has no tokens; leave out --model")
+    return base, tokenizer
 
 
 def _members(made: Any) -> int:

@@ -6,18 +6,24 @@ Servers and the command line ask here, so that the same prompt finds the same ad
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["MOST_QUERY", "instruction_in", "last_asked"]
+__all__ = ["MOST_QUERY", "asked_in", "last_asked"]
 
 # Characters that are compared.
 MOST_QUERY = 2000
 
 
-def instruction_in(prompt: str, asked: str = "") -> str | None:
-    """The `Request.instruction` of whoever says no other: of a chat what was ``asked`` last, else the text of the ``prompt``.
+def asked_in(prompt: str, asked: str = "", *, told: str | None = None) -> dict[str, Any]:
+    """Fields of a `Request`: its ``instruction`` where one is ``told``, else its ``query``; neither where nothing is said.
 
-    At most `MOST_QUERY` characters, the first; None where there are none.
+    Args:
+        prompt: the text, whose first `MOST_QUERY` characters are the query.
+        asked: of a chat, what was asked last, in the place of the prompt.
+        told: an instruction; "" for none, and no query either.
     """
-    return (asked or prompt)[:MOST_QUERY] or None
+    if told is not None:
+        return {"instruction": told} if told else {}
+    query = (asked or prompt)[:MOST_QUERY]
+    return {"query": query} if query else {}
 
 
 def last_asked(messages: Sequence[Any]) -> str:

@@ -219,8 +219,9 @@ class Request:
         adapters: names and weights of the adapters, and routers over several, that are added up for it; none for the base. A name, or a
             mapping, is taken too.
         task: name of its task, where the model or what is added goes by tasks; None for none.
-        instruction: what its routers compare with the instructions of their adapters: what it asks for, in words. None for token by token
-            alone.
+        query: what it asks for, in words: what its routers compare with the instructions of their adapters, or the writer of a pool makes
+            an instruction of. None, beside no ``instruction``, for token by token alone.
+        instruction: what they compare in the place of that, as it is.
         bound: what the engine has found for ``adapters``; for the engine alone.
         buffer: outputs that wait for its reader before it is paused; None for `core.stream.BUFFER`.
         stall_s: seconds that its reader may leave it paused before it is ended; None for `core.stream.STALL_S`, infinity for no end.
@@ -246,6 +247,7 @@ class Request:
     pooling: str | None = None
     adapters: Mixture = ()
     task: str | None = None
+    query: str | None = None
     instruction: str | None = None
     bound: Any = field(default=None, repr=False, compare=False)
     buffer: int | None = None
@@ -271,7 +273,7 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise InputError(f"{name} is {shown(value)}; it must be text")
-        for name in ("task", "instruction"):
+        for name in ("task", "query", "instruction"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise InputError(f"{name} is {shown(value)}; it must be text, or None")

@@ -58,7 +58,7 @@ class AdapterReader:
         sites: its matrices where it is served; None to `look` alone.
         device: where the numbers shall be.
         dtype: what they are kept in, see `kept_as`; layers are in float32.
-        stored, is_steady: see `LayerReader`.
+        stored, is_steady, states: see `LayerReader`.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class AdapterReader:
         *,
         stored: Callable[[], Digest] | None = None,
         is_steady: bool = False,
+        states: Any = None,
     ) -> None:
         if config.linears:
             first = next(iter(config.linears))
@@ -80,7 +81,7 @@ class AdapterReader:
         self._config = config.replace(tie_embeddings=False)
         self._sites, self._device, self._dtype = sites, torch.device(device), dtype
         self._names: Names | None = None
-        self._of_layers = LayerReader(config, sites, self._device, stored=stored, is_steady=is_steady)
+        self._of_layers = LayerReader(config, sites, self._device, stored=stored, is_steady=is_steady, states=states)
 
     def __call__(self, folder: str, root: str | None = None, check: Callable[[int], None] | None = None) -> Served:
         """What is in ``folder``.

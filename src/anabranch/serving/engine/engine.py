@@ -140,6 +140,7 @@ class Engine:
             takes_weights=takes_weights,
             kinds=kinds,
             adapters=config.adapters,
+            tokenizer=tokenizer,
             depths=Depths.of(model, config, depth_bank, most_visits),
             skips=None if skipper is None else Skips(skipper, model.embedding.weight.device),
         )

@@ -1,7 +1,8 @@
 """`LayerReader`: pools of adapters with their routers, and adapters that go by task, from folders to layers that can be served."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 
 from anabranch.adapters import load_peft
 from anabranch.adapters.base_digest import Digest
-from anabranch.adapters.glider import GliderConfig, GliderPool
+from anabranch.adapters.glider import GliderPool, PoolSettings, TextFeatures, read_settings
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.own_folder import read_own
 from anabranch.adapters.pool import LowRankPool
 from anabranch.adapters.put_on import added_names
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.tasks import goes_by_task, needs_task, task_names
-from anabranch.config import from_dict, to_dict
+from anabranch.config import to_dict
 from anabranch.errors import ConfigError
 from anabranch.files import read_json
 from anabranch.lm.decoder import Decoder
@@ -25,9 +26,10 @@ from anabranch.lm.tensors import build_empty, some
 from anabranch.nn.quantize import PackedEmbedding
 from anabranch.serving.engine.adapter_place import Folder, PoolKind
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
+from anabranch.serving.engine.asking import Asking
 from anabranch.serving.engine.served_layers import ServedLayers
 
-__all__ = ["NOT_FOR_SOME", "LayerReader", "config_of", "pool_of"]
+__all__ = ["NOT_FOR_SOME", "LayerReader", "pool_of", "settings_of", "told_by"]
 
 # The end of what is said of an adapter of a kind that is for all requests or for none.
 NOT_FOR_SOME = "which no request can have for itself; serve the model with it (anabranch adapters fuse)"
@@ -57,6 +59,7 @@ class LayerReader:
         device: where the numbers shall be.
         stored: gives the digest of the model's numbers where there are no sites; None where nobody has them.
         is_steady: a row's sums must not depend on how many rows there are, to the bit.
+        states: embeds texts by the model that is served; None where nothing runs it.
     """
 
     def __init__(
@@ -67,8 +70,9 @@ class LayerReader:
         *,
         stored: Callable[[], Digest] | None = None,
         is_steady: bool = False,
+        states: Any = None,
     ) -> None:
-        self._config, self._device = config, device
+        self._config, self._device, self._states = config, device, states
         self._parts = None if sites is None else sites.parts
         self._base = None if sites is None else sites.model
         self._known = stored if self._base is None else self._base
@@ -81,16 +85,19 @@ class LayerReader:
             found: the folder of them all. Its kind is ``glider`` (by what a request asks for, and token by token), ``phatgoose`` (by gates,
                 and prototypes where there are none), ``arrow`` (by prototypes); None for the first.
 
-        Raises CheckpointError and ConfigError as `GliderPool.add` and `GliderPool.onto`, ConfigError for what cannot be served.
+        Raises CheckpointError and ConfigError as `GliderPool.add` and `GliderPool.onto`, ConfigError for what cannot be served, DataError
+        where an endpoint that its file names makes no vectors of instructions.
         """
-        pool = pool_of(found)
+        settings = settings_of(found)
+        pool = pool_of(found, settings, states=self._states, is_looked_at=self._parts is None)
         frame = self._frame()
         pool.onto(frame)
         pool.leave()
         if pool.config.instruction and len(pool.matcher.members()[0]) > 1:
             # Now, and not while the first request waits.
             pool.calibrate()
-        return self._served(frame, found.path, found.kind or "glider", experts=tuple(found.experts), pool=pool)
+        asked = Asking(pool, settings, str(found.path))
+        return self._served(frame, found.path, found.kind or "glider", experts=tuple(found.experts), asked=asked)
 
     def own(self, folder: Path) -> ServedLayers:
         """An adapter in our own form. Raises as `read_own`, ConfigError for what cannot be served."""
@@ -130,7 +137,7 @@ class LayerReader:
         kind: str,
         *,
         experts: tuple[str, ...] = (),
-        pool: GliderPool | None = None,
+        asked: Asking | None = None,
     ) -> ServedLayers:
         layers: dict[str, Any] = layers_of(frame)
         self._check(layers, folder)
@@ -147,13 +154,13 @@ class LayerReader:
         tasks, needs = task_names(frame) if goes_by_task(frame) else (), needs_task(frame)
         return ServedLayers(
             layers,
-            version=_digest(frame.config, tensors, tasks, needs, _chosen_by(pool)),
+            version=_digest(frame.config, tensors, tasks, needs, () if asked is None else asked.chosen_by),
             nbytes=sum(tensor.nbytes for tensor in tensors.values()),
             kind=kind,
             experts=experts,
             tasks=tasks,
             needs_task=needs,
-            pool=pool,
+            asked=asked,
         )
 
     def _check(self, layers: Mapping[str, Any], folder: Path) -> None:
@@ -180,37 +187,54 @@ class LayerReader:
                 )
 
 
-def pool_of(found: Folder) -> GliderPool:
+def pool_of(
+    found: Folder, settings: PoolSettings | None = None, *, states: Any = None, is_looked_at: bool = False
+) -> GliderPool:
     """A pool of the adapters in a folder, each with what was written beside it; on no model yet. See `LayerReader.pool`.
 
-    It chooses as its ``pool.json`` says, a table of fields of `GliderConfig`; what its kind decides goes before that. Raises
-    CheckpointError for a file that cannot be read, ConfigError for settings that cannot be.
+    It chooses, and compares queries, as its ``pool.json`` says.
+
+    Args:
+        found: the folder.
+        settings: of it; None for `settings_of`.
+        states: the `HiddenStates` of the model that it is for; None where there is none.
+        is_looked_at: endpoints are not asked, nor the model run; what is made of that is for nobody to choose by.
+
+    Raises CheckpointError for a file that cannot be read, ConfigError for settings that cannot be, DataError for an endpoint that makes no
+    vectors of instructions.
     """
-    pool = GliderPool(config_of(found), cached=QUERIES)
-    for name, path in found.experts.items():
-        pool.add(path, name=name)
-    pool.matcher.fit()
+    settings = settings_of(found) if settings is None else settings
+    with told_by(found):
+        plugins = settings.plugins(TextFeatures() if is_looked_at else states)
+    pool = GliderPool.of(
+        found.experts,
+        settings.choice,
+        cached=QUERIES,
+        embedder=None if is_looked_at else plugins.embedder,
+        writer=plugins.writer,
+    )
     pool.matcher.warns = False
     return pool
 
 
-def config_of(found: Folder) -> GliderConfig:
-    """How a pool chooses: by the fields of its ``pool.json``, and what its kind decides before that. Raises as `pool_of`."""
+def settings_of(found: Folder) -> PoolSettings:
+    """What the ``pool.json`` of a pool says, a table of fields of `PoolSettings`, and what its kind decides before that.
+
+    Raises as `pool_of`.
+    """
     said = {} if found.settings is None else read_json(found.settings)
-    try:
-        config = from_dict(GliderConfig, {**said, **_KINDS[found.kind or "glider"]})
+    with told_by(found):
         # Of so many adapters, while it is known who said so.
-        config.router(len(found.experts))
-        return config
+        return read_settings(said, _KINDS[found.kind or "glider"], len(found.experts))
+
+
+@contextmanager
+def told_by(found: Folder) -> Iterator[None]:
+    """Errors of settings name the file of a pool that has them."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(f"{found.settings}: {error}") from None
-
-
-def _chosen_by(pool: GliderPool | None) -> tuple[object, ...]:
-    """What beside its numbers decides whom a pool chooses: how, and what requests are compared with, if they are."""
-    if pool is None:
-        return ()
-    return to_dict(pool.config), list(pool.matcher.texts.values()) if pool.config.instruction else None
 
 
 def _digest(config: Decoder.Config, tensors: Mapping[str, Tensor], *beside: object) -> str:

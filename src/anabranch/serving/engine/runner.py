@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from anabranch.adapters.glider import HiddenStates
 from anabranch.bounds import is_whole
+from anabranch.data import Tokenizer
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.serving.adapters import AdaptersConfig
@@ -38,6 +40,7 @@ from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.served_adapters import ServedAdapters
 from anabranch.serving.engine.skips import Skips
 from anabranch.serving.engine.stores import Stores
+from anabranch.serving.engine.turnstile import Turnstile
 from anabranch.serving.engine.under_way import UnderWay
 from anabranch.serving.engine.variants import Variants, check_own_path
 from anabranch.serving.engine.verify import sampled_rows, verify, without_drafts
@@ -83,6 +86,7 @@ class ModelRunner:
         takes_weights: the model is nobody else's, see `FastDecoder`.
         kinds: of its layers, by how far back they see, with memory for each; None for one kind that keeps all.
         adapters: which requests may have; None for none. Raises as `ServedAdapters` for those that cannot be had.
+        tokenizer: of the texts that pools of adapters embed by the model; None where none do.
         depths: depth routers, and the requests whose path they are to choose; None for none.
         skips: a skipper of tokens, and what it has decided about requests; None for none.
         cut: the processes over which blocks are cut; all of them make such a runner, and those that are not the first `follow`.
@@ -120,6 +124,7 @@ class ModelRunner:
         takes_weights: bool = False,
         kinds: Kinds | None = None,
         adapters: AdaptersConfig | None = None,
+        tokenizer: Tokenizer | None = None,
         depths: Depths | None = None,
         skips: Skips | None = None,
         cut: Cut | None = None,
@@ -158,9 +163,12 @@ class ModelRunner:
             self.fast = compiled_form(model, self.pool, takes_weights=takes_weights)
         self.tap, self.watch = RoutingTap(model), Watch(model)
         self.adapters: ServedAdapters | None = None
+        # Whoever runs the model, one at a time: batches, and texts that are embedded beside them.
+        self._turn = Turnstile()
         if adapters is not None:
             tables = None if self.fast is None else self.fast.adapters
-            self.adapters = ServedAdapters(model, adapters, tables, is_steady=deterministic)
+            states = None if tokenizer is None else HiddenStates(model, tokenizer, turn=self._turn)
+            self.adapters = ServedAdapters(model, adapters, tables, is_steady=deterministic, states=states)
         self.depths, self.skips = depths, skips
         self.requests = UnderWay(
             Variants(self.num_streams, len(model.blocks)),
@@ -197,6 +205,10 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
         """One result for each chunk that samples or is scored, in order."""
+        with self._turn:
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> list[Sampled]:
         self._set_up(batch)
         overrides = self.requests.overrides
         if overrides is not None or self.ways.is_watched:

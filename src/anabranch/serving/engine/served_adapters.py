@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from anabranch.adapters.glider import HiddenStates
 from anabranch.adapters.tasks import goes_by_task, needs_task, task_names, told_tasks
 from anabranch.errors import CapacityError, InputError
 from anabranch.lm.decoder import Decoder
@@ -25,6 +26,7 @@ from anabranch.serving.core.request import Request, Route
 from anabranch.serving.engine.adapter_parts import LowRankPart, PartRows
 from anabranch.serving.engine.adapter_reader import AdapterReader, Served, kept_as
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
+from anabranch.serving.engine.asking import Either, Terms, Threads
 from anabranch.serving.engine.futures import after
 from anabranch.serving.engine.pass_adapters import Mixed, PassAdapters, ServedAdapter
 from anabranch.serving.engine.served_layers import BoundLayers, ServedLayers, number_of
@@ -82,6 +84,7 @@ class ServedAdapters:
         config: which are there from the start, and how much memory there is.
         tables: what the runner's compiled step is told of adapters; None where it has none.
         is_steady: see `ServingConfig.deterministic`.
+        states: embeds texts by the model, for pools that want it; None for nobody.
 
     Raises as `AdapterReader` for one that cannot be had and has no version in ``config``.
     """
@@ -93,8 +96,9 @@ class ServedAdapters:
         tables: AdapterTables | None = None,
         *,
         is_steady: bool = False,
+        states: HiddenStates | None = None,
     ) -> None:
-        self._model, self._device = model, model.embedding.weight.device
+        self._model, self._device, self._states = model, model.embedding.weight.device, states
         self._tables, self._is_steady = tables, is_steady
         self.tasks = task_names(model) if goes_by_task(model) else ()
         self._needs_task = needs_task(model)
@@ -106,8 +110,9 @@ class ServedAdapters:
         self._used: dict[str, tuple[tuple[AdapterTable, float], ...]] = {}
         self._table_of: WeakKeyDictionary[ServedAdapter, AdapterTable] = WeakKeyDictionary()
         # What requests ask for, compared with the instructions of adapters beside the loop: by request, of each of its pools.
-        self._biases: dict[str, dict[str, tuple[float, ...] | None]] = {}
-        self._comparing: ThreadPoolExecutor | None = None
+        self._terms: dict[str, dict[str, Terms | None]] = {}
+        self._near: ThreadPoolExecutor | None = None
+        self._far = Threads()
         load_first(self.shelf, config)
 
     # Made when the first adapter comes: an engine without pays for nothing.
@@ -120,7 +125,8 @@ class ServedAdapters:
     def _reader(self) -> AdapterReader:
         model = self._model
         dtype = kept_as(model.embedding.weight.dtype)
-        return AdapterReader(model.config, self._sites, self._device, dtype, is_steady=self._is_steady)
+        more: dict[str, Any] = {"is_steady": self._is_steady, "states": self._states}
+        return AdapterReader(model.config, self._sites, self._device, dtype, **more)
 
     def _read(self, folder: str, root: str | None, check: Callable[[int], None]) -> Served:
         return self._reader(folder, root, check)
@@ -156,37 +162,40 @@ class ServedAdapters:
             return None
         # One without a weight is checked, and then of no account.
         reading = self.shelf.lease(request.id, request.adapters, request.key)
-        if request.instruction is None or (reading is None and not self._compares(request)):
+        says_nothing = request.query is None and request.instruction is None
+        if says_nothing or (reading is None and not self._pools(request)):
             return reading
-        if self._comparing is None:
-            self._comparing = ThreadPoolExecutor(1, "anabranch-instructions")
-        return after(reading, self._comparing, lambda: self._compare(request))
+        if self._near is None:
+            self._near = ThreadPoolExecutor(1, "anabranch-instructions")
+        executor = Either(lambda: self._is_far(request), self._far, self._near)
+        return after(reading, executor, lambda: self._compare(request))
 
     def _pools(self, request: Request) -> dict[str, ServedLayers]:
         held = self.shelf.held_by(request.id)
         return {name: one for name, one, weight in held if isinstance(one, ServedLayers) and one.compares and weight}
 
-    def _compares(self, request: Request) -> bool:
-        return bool(self._pools(request))
+    def _is_far(self, request: Request) -> bool:
+        """Whether what a request asks for goes to endpoints, for which no other request is to wait."""
+        return any(one.asked is not None and one.asked.is_remote for one in self._pools(request).values())
 
     def _compare(self, request: Request) -> None:
-        """In a thread of its own: what a request asks for may be long, and the embedder slow."""
-        assert request.instruction is not None
-        found = {name: one.bias(request.instruction) for name, one in self._pools(request).items()}
+        """In another thread: what a request asks for may be long, and the embedder slow."""
+        pools = self._pools(request)
+        found = {name: one.terms(request.query, request.instruction) for name, one in pools.items()}
         # It may have been aborted meanwhile.
         if self._pools(request):
-            self._biases[request.id] = found
+            self._terms[request.id] = found
 
     def bind(self, request: Request) -> Request:
         """The request with what its adapters add, and their versions among its options; with the number of its task.
 
         Raises `FieldInputError` for a task that there is not, or that must be said.
         """
-        biases = self._biases.pop(request.id, {})
+        terms = self._terms.pop(request.id, {})
         # In an order of their own, so that the sum is the same to the bit however they were named.
         found = sorted(
             (
-                (self._bound(name, held, request, biases.get(name)), float(weight))
+                (self._bound(name, held, request, terms.get(name)), float(weight))
                 for name, held, weight in self.shelf.held_by(request.id)
                 if weight
             ),
@@ -208,14 +217,12 @@ class ServedAdapters:
         return replace(request, bound=Bound(tuple(found), task), options=options)
 
     @staticmethod
-    def _bound(
-        name: str, held: Served, request: Request, bias: tuple[float, ...] | None
-    ) -> ServedAdapter | BoundLayers:
-        return held.bound(name, request.task, bias) if isinstance(held, ServedLayers) else held
+    def _bound(name: str, held: Served, request: Request, terms: Terms | None) -> ServedAdapter | BoundLayers:
+        return held.bound(name, request.task, terms) if isinstance(held, ServedLayers) else held
 
     def release(self, id: str) -> None:
         """A request has ended."""
-        self._biases.pop(id, None)
+        self._terms.pop(id, None)
         self.shelf.release(id)
 
     # In the runner's
@@ -318,5 +325,5 @@ class ServedAdapters:
     def close(self) -> None:
         """The engine ends."""
         self.shelf.close()
-        if self._comparing is not None:
-            self._comparing.shutdown(wait=False, cancel_futures=True)
+        if self._near is not None:
+            self._near.shutdown(wait=False, cancel_futures=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anabranch.adapters.glider import GliderPool, bias_rows
+from anabranch.adapters.glider import bias_rows
 from anabranch.adapters.tasks import AVERAGE, numbers_of, told_tasks
 from anabranch.bounds import shown
 from anabranch.errors import InputError
@@ -23,6 +23,7 @@ from anabranch.routing.context import argument_of
 from anabranch.routing.sequences import ITEMS
 from anabranch.serving.core.client import FieldInputError
 from anabranch.serving.engine.adapter_parts import PartRows
+from anabranch.serving.engine.asking import Asking, Terms
 from anabranch.serving.engine.pass_adapters import ROUTES
 
 __all__ = ["BoundLayers", "LayerPart", "ServedLayers", "number_of"]
@@ -41,7 +42,7 @@ class ServedLayers:
         experts: the adapters that routers choose among, in the order of their numbers; none where a task says who is used.
         tasks: that they go by, in the order of their numbers; none where they do not.
         needs_task: whether a request must say its task.
-        pool: what compares a request with the instructions of adapters; None where nobody does.
+        asked: what compares a request with the instructions of adapters; None where nobody does.
     """
 
     parts: Mapping[str, nn.Module]
@@ -51,7 +52,7 @@ class ServedLayers:
     experts: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     needs_task: bool = False
-    pool: GliderPool | None = None
+    asked: Asking | None = None
 
     def __post_init__(self) -> None:
         for router in self.routers.values():
@@ -82,28 +83,24 @@ class ServedLayers:
     @property
     def compares(self) -> bool:
         """Whether what a request asks for has a part in who is chosen."""
-        return self.pool is not None and self.pool.config.instruction and bool(self.pool.matcher.members()[0])
+        return self.asked is not None and self.asked.compares
 
-    def bias(self, instruction: str) -> tuple[float, ...] | None:
-        """What is added to the logits of each adapter for a request that asks for this; None for nothing."""
-        if not self.compares:
-            return None
-        assert self.pool is not None
-        bias_E = self.pool.bias([None], [instruction])[0]
-        return tuple(bias_E.tolist()) if bool(bias_E.any()) else None
+    def terms(self, query: str | None, instruction: str | None = None) -> Terms | None:
+        """What a request that asks for this says of each adapter, see `Asking.terms`; None where nobody compares it."""
+        return None if self.asked is None else self.asked.terms(query, instruction)
 
-    def bound(self, name: str, task: str | None, bias: tuple[float, ...] | None) -> "BoundLayers":
+    def bound(self, name: str, task: str | None, terms: Terms | None) -> "BoundLayers":
         """With what a request says. Raises `FieldInputError` for a task that it must name, or that there is not.
 
         Args:
             name: that the request calls it by.
             task: of the request; None where it says none.
-            bias: see `bias`.
+            terms: see `terms`.
         """
         number = None
         if self.tasks:
             number = number_of(task, self.tasks, needs_task=self.needs_task, who=f"adapter {name!r}")
-        return BoundLayers(self, number, bias)
+        return BoundLayers(self, number, terms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +110,17 @@ class BoundLayers:
     Attributes:
         layers: which.
         task: number of its task; None where they do not go by tasks.
-        bias: added to the logits of each adapter; None for nothing.
+        terms: what it asks for says of each adapter; None where nobody compares it.
     """
 
     layers: ServedLayers
     task: int | None = None
-    bias: tuple[float, ...] | None = None
+    terms: Terms | None = None
+
+    @cached_property
+    def bias(self) -> tuple[float, ...] | None:
+        """Added to the logits of each adapter; None for nothing."""
+        return None if self.terms is None else self.terms.bias
 
     @cached_property
     def parts(self) -> Mapping[str, "LayerPart"]:

@@ -367,7 +367,7 @@ class Frontend:
             rewires=request.rewires,
             adapters=request.adapters,
             task=request.task,
-            instruction=request.instruction_of(at // request.n) if request.adapters else None,
+            **(request.asked_of(at // request.n) if request.adapters else {}),
             # How long one may wait for a reader is the connection's to say.
             buffer=config.limits.stream_events,
             stall_s=math.inf,

@@ -9,7 +9,7 @@ from anabranch.serving.chat import Dialect, FieldError, Tools, read_tools
 from anabranch.serving.chat.reasoning import Reasoning
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.mixture import Mixture
-from anabranch.serving.core.query import instruction_in, last_asked
+from anabranch.serving.core.query import asked_in, last_asked
 from anabranch.serving.core.request import Sampling
 from anabranch.serving.core.rewires import Rewires
 from anabranch.serving.grammar.forms import key_of
@@ -59,7 +59,8 @@ class GenerationRequest:
         is_routing: tell which experts each token went to.
         priority, cache_salt, num_streams, adapters, task: see `Request`.
         adapter_versions: see `AdapterNames.told`.
-        query: what is asked for, in words, for routers of adapters; None for what is asked last (`asked`), or the prompt.
+        query: the instruction that routers of adapters compare, as it is; None for what is asked last (`asked`), or the prompt, of which
+            the writer of a pool makes one.
         asked: the last message of a chat that a user wrote.
         depth: ``full``, ``routed``, ``pruned``, or the blocks to run.
         depth_control: see `Request`.
@@ -117,11 +118,9 @@ class GenerationRequest:
         """What makes the text of a choice."""
         return AnswerText(reader, self.stop, self.reasoning, shows_marks=self.tools is not None)
 
-    def instruction_of(self, prompt: int) -> str | None:
-        """What a prompt asks for, in words, for routers of adapters; None for nothing."""
-        if self.query is not None:
-            return self.query or None
-        return instruction_in(self.texts[prompt] if self.texts else "", self.asked)
+    def asked_of(self, prompt: int) -> dict[str, Any]:
+        """Fields of a `Request` that say what a prompt asks for, in words, for routers of adapters."""
+        return asked_in(self.texts[prompt] if self.texts else "", self.asked, told=self.query)
 
     @property
     def grammar_param(self) -> str | None:

@@ -1,0 +1,164 @@
+"""`Asking`: what requests ask of a pool, as terms of its experts; an endpoint that fails or is slow has no part in them and fails nobody.
+
+While an endpoint that makes vectors or writes instructions does not answer, or is later than a request waits for it, requests go by their
+tokens alone (a = 0). What comes late is for the next request with the same query.
+"""
+# Shapes: E experts
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anabranch.adapters.glider import GliderPool, PoolSettings
+from anabranch.config import to_dict
+from anabranch.errors import AnabranchError
+
+__all__ = ["REST_S", "Asking", "Either", "Terms", "Threads"]
+
+logger = logging.getLogger(__name__)
+
+# Seconds in which nobody asks an endpoint that has failed.
+REST_S = 10.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a query says of each expert.
+
+    Attributes:
+        a: the weight of its cosines; 0 where the query says nothing, or nothing of it is known.
+        cosines: of the E experts.
+    """
+
+    a: float
+    cosines: tuple[float, ...]
+
+    @property
+    def bias(self) -> tuple[float, ...] | None:
+        """What is added to the logits of each; None for nothing."""
+        bias_E = (self.a * np.asarray(self.cosines)).astype(np.float32)
+        return tuple(bias_E.tolist()) if bias_E.any() else None
+
+
+class Threads(Executor):
+    """Each call in a thread of its own, for calls that wait for somebody else; the end of the process does not wait for them."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        """Begin."""
+        made: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                made.set_result(work(*args, **kwargs))
+            except BaseException as error:
+                made.set_exception(error)
+
+        threading.Thread(target=run, name="anabranch endpoint of a pool", daemon=True).start()
+        return made
+
+
+class Either(Executor):
+    """Each call by one executor, or by another, as is known when it begins."""
+
+    def __init__(self, is_first: Callable[[], bool], first: Executor, second: Executor) -> None:
+        self._is_first, self._first, self._second = is_first, first, second
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        """Begin."""
+        return (self._first if self._is_first() else self._second).submit(work, *args, **kwargs)
+
+
+class Asking:
+    """Asks one pool, from any thread.
+
+    Args:
+        pool: whose experts are on no model.
+        settings: of its file.
+        place: what the log calls it.
+        rest_s: see `REST_S`.
+    """
+
+    def __init__(self, pool: GliderPool, settings: PoolSettings, place: str, *, rest_s: float = REST_S) -> None:
+        self.pool, self._settings, self._place, self._rest_s = pool, settings, place, rest_s
+        self._lock = threading.Lock()
+        # Whether it was told that something is wrong, and until when no endpoint is asked.
+        self._has_told, self._rests_until = False, 0.0
+        self._threads = Threads()
+
+    @property
+    def compares(self) -> bool:
+        """Whether what a request asks for has a part in who is chosen."""
+        return self.pool.config.instruction and bool(self.pool.matcher.members()[0])
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether endpoints are asked, which may take long."""
+        return self._settings.is_remote
+
+    @property
+    def chosen_by(self) -> tuple[object, ...]:
+        """What beside their numbers decides which experts are chosen: how, and what queries are compared with, and by whom, if they are."""
+        if not self.pool.config.instruction:
+            return to_dict(self.pool.config), None
+        named = {what: getattr(self._settings, what) for what in ("embedder", "writer")}
+        by = {
+            what: said if isinstance(said, str) else (said.url, said.model)
+            for what, said in named.items()
+            if said not in (None, "tfidf")
+        }
+        return (to_dict(self.pool.config), list(self.pool.matcher.texts.values()), *([by] if by else []))
+
+    def terms(self, query: str | None, instruction: str | None = None) -> Terms | None:
+        """What is asked for, in the words of a request: its ``query``, or an ``instruction`` that was told; None where nobody compares it.
+
+        Whatever goes wrong is told in the log, once until it is over; the terms are 0 then.
+        """
+        if not self.compares or (query is None and instruction is None):
+            return None
+        try:
+            if self.is_remote and not self._has_come(query or "", instruction):
+                return self._nothing()
+            found = Terms(*_plain(self.pool.terms(query or "", instruction)))
+        except Exception as error:
+            self._failed(error)
+            return self._nothing()
+        self._has_told = False
+        return found
+
+    def _nothing(self) -> Terms:
+        return Terms(0.0, (0.0,) * len(self.pool))
+
+    def _has_come(self, query: str, instruction: str | None) -> bool:
+        """Whether what endpoints make of a query is there, or comes in time."""
+        matcher = self.pool.matcher
+        if matcher.knows(query, instruction):
+            return True
+        with self._lock:
+            if time.monotonic() < self._rests_until:
+                return False
+        made = self._threads.submit(matcher.instruct, query, instruction)
+        made.add_done_callback(lambda done: self._failed(error) if (error := done.exception()) else None)
+        try:
+            made.result(self._settings.wait_s)
+        except Exception:
+            # It failed, which is told already, or is late.
+            return False
+        return True
+
+    def _failed(self, error: BaseException) -> None:
+        with self._lock:
+            self._rests_until = time.monotonic() + self._rest_s if self.is_remote else 0.0
+            has_told, self._has_told = self._has_told, True
+        if not has_told:
+            why = str(error) if isinstance(error, AnabranchError) else f"{type(error).__name__}: {error}"
+            logger.warning("pool %s: %s; until that is over its requests go by their tokens alone", self._place, why)
+
+
+def _plain(found: tuple[float, np.ndarray]) -> tuple[float, tuple[float, ...]]:
+    return found[0], tuple(found[1].tolist())

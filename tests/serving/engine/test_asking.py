@@ -1,0 +1,277 @@
+"""Pools whose queries go to endpoints or through the model: what they say, and what becomes of requests when those fail or are late."""
+
+import json
+import logging
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+
+from anabranch.adapters.glider import GliderPool, HiddenStates
+from anabranch.data import ByteTokenizer
+from anabranch.errors import ConfigError, DataError
+from anabranch.routing import record_routing
+from anabranch.serving.adapters import AdaptersConfig
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.engine.adapter_place import folder_of
+from anabranch.serving.engine.asking import Asking
+from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.layer_reader import pool_of, settings_of
+from anabranch.serving.engine.turnstile import Turnstile
+from scripted_endpoint import chat, endpoint, vectors
+from served_adapters import INSTRUCTIONS, Runs, make_model, make_pool
+
+WORDS = ("SQL", "law", "news")
+PROMPT = tuple(range(60, 90))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_pool(tmp_path_factory.mktemp("made") / "pool")
+
+
+@pytest.fixture
+def pool(made, tmp_path):
+    shutil.copytree(made, tmp_path / "pool")
+    return tmp_path / "pool"
+
+
+def says(pool, **settings):
+    (pool / "pool.json").write_text(json.dumps(settings))
+
+
+def embeds(path, body):
+    """A vector for each text, by the words in it."""
+    if path.endswith("completions"):
+        return (
+            200,
+            chat("It is of " + next((word for word in WORDS if word in body["messages"][1]["content"]), "?")),
+            {},
+        )
+    return 200, vectors(*[[float(word in text) + 0.01 for word in WORDS] for text in body["input"]]), {}
+
+
+def asking(pool, **options):
+    found = folder_of(str(pool), None)
+    return Asking(pool_of(found), settings_of(found), "mine", **options)
+
+
+def engine_of(**pools):
+    load = tuple(f"{name}={folder}" for name, folder in pools.items())
+    config = ServingConfig(num_blocks=128, dtype="float32", max_seqs=4, adapters=AdaptersConfig(load=load))
+    return Runs(Engine.of(make_model(), config, tokenizer=ByteTokenizer()))
+
+
+def run(runs, *names, **fields):
+    """Tokens of a request for each name."""
+    ids = [runs.put(name, PROMPT, **fields) for name in names]
+    found = runs.outputs()
+    return [found[id].tokens for id in ids]
+
+
+# Endpoints that answer
+
+
+def test_a_pool_is_compared_by_the_endpoints_of_its_file(pool):
+    with endpoint(embeds) as (url, seen):
+        says(pool, embedder={"url": url, "model": "e"}, writer={"url": url, "model": "w"}, weight=5.0)
+        one = asking(pool)
+        # Of all experts and wordings at once.
+        assert [body["input"] for _, body, _ in seen] == [[INSTRUCTIONS[name] for name in ("law", "sql", "sum")]]
+        terms = one.terms("Some law, please.")
+        assert [path for path, _, _ in seen[1:]] == ["/v1/chat/completions", "/v1/embeddings"]
+        assert seen[2][1]["input"] == ["It is of law"]
+        assert (terms.a, max(range(3), key=terms.cosines.__getitem__)) == (5.0, 0)
+        # An instruction of the caller's is compared as it is, and what was asked before is known.
+        assert one.terms("Some law, please.", "a matter of SQL").cosines[1] == max(
+            one.terms(None, "a matter of SQL").cosines
+        )
+        one.terms("Some law, please.")
+        assert len(seen) == 4
+        assert one.terms(None) is None
+    kinds = [pool_of(folder_of(f"arrow:{pool}", None)), pool_of(folder_of(str(pool), None), is_looked_at=True)]
+    assert [type(kind.matcher.embedder).__name__ for kind in kinds] == ["TextFeatures"] * 2
+
+
+def test_threads_that_ask_the_same_ask_once(pool):
+    gate = threading.Event()
+
+    def slow(path, body):
+        if len(body["input"]) == 1:
+            gate.wait(60)
+        return embeds(path, body)
+
+    with endpoint(slow) as (url, seen):
+        says(pool, embedder={"url": url, "model": "e"}, weight=5.0)
+        one, found = asking(pool), []
+        threads = [threading.Thread(target=lambda: found.append(one.terms("law"))) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        while len(seen) < 2:
+            time.sleep(0.01)
+        gate.set()
+        for thread in threads:
+            thread.join(60)
+        assert len(set(found)) == 1
+        assert found[0].a == 5.0
+        assert len(seen) == 2
+
+
+# Endpoints that do not
+
+
+FAULTS = {
+    "refuses": lambda path, body: (500, {"error": {"message": "no room, key sk-secret"}}, {}),
+    "another dimension": lambda path, body: (200, vectors([1.0, 0.0, 0.0, 0.0]), {}),
+    "no numbers": lambda path, body: (200, vectors(["x"]), {}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_query_whose_endpoint_fails_goes_by_tokens_and_that_is_told_once(pool, fault, caplog, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    answers = [embeds]
+    with endpoint(lambda path, body: answers[0](path, body)) as (url, seen):
+        says(pool, embedder={"url": url, "model": "e", "key_env": "MY_KEY"}, weight=5.0)
+        one = asking(pool, rest_s=0.0)
+        assert seen[0][2]["Authorization"] == "Bearer sk-secret"
+        answers[0] = FAULTS[fault]
+        with caplog.at_level(logging.INFO):
+            assert [one.terms(f"law {number}").bias for number in range(3)] == [None] * 3
+        [told] = [record.getMessage() for record in caplog.records]
+        assert "until that is over its requests go by their tokens alone" in told
+        assert "sk-secret" not in told
+        assert "\n" not in told
+        # It is over; and what comes anew is told anew.
+        answers[0] = embeds
+        assert one.terms("law").bias is not None
+        answers[0] = FAULTS[fault]
+        one.terms("other law")
+        assert len(caplog.records) == 2
+    assert "sk-secret" not in (pool / "pool.json").read_text()
+
+
+def test_an_endpoint_that_failed_is_left_alone_for_a_while(pool):
+    answers = [embeds]
+    with endpoint(lambda path, body: answers[0](path, body)) as (url, seen):
+        says(pool, embedder={"url": url, "model": "e"}, weight=5.0)
+        one = asking(pool, rest_s=3600.0)
+        assert one.terms("law").bias is not None
+        answers[0] = FAULTS["refuses"]
+        one.terms("law 1")
+        calls = len(seen)
+        assert one.terms("law 2").bias is None
+        assert len(seen) == calls
+        # What is known needs nobody.
+        assert one.terms("law").bias is not None
+
+
+def test_what_comes_late_is_for_the_next_request(pool):
+    gate = threading.Event()
+
+    def slow(path, body):
+        if len(body["input"]) == 1:
+            gate.wait(60)
+        return embeds(path, body)
+
+    with endpoint(slow) as (url, _):
+        says(pool, embedder={"url": url, "model": "e"}, weight=5.0, wait_s=0.02)
+        one = asking(pool)
+        first = one.terms("law")
+        assert (first.a, first.bias) == (0.0, None)
+        gate.set()
+        end = time.monotonic() + 30
+        while not one.pool.matcher.knows("law") and time.monotonic() < end:
+            time.sleep(0.01)
+        assert one.terms("law").a == 5.0
+
+
+def test_a_slow_endpoint_holds_up_nobody_else(made, pool):
+    gate, asked = threading.Event(), threading.Event()
+
+    def slow(path, body):
+        if len(body["input"]) == 1:
+            asked.set()
+            gate.wait(60)
+        return embeds(path, body)
+
+    with endpoint(slow) as (url, _):
+        says(pool, embedder={"url": url, "model": "e", "timeout_s": 60}, weight=5.0)
+        runs = engine_of(far=pool, near=made)
+        waits = runs.put("far", PROMPT, query="law")
+        runs.loop._turn()
+        assert asked.wait(30)
+        others = [runs.put(name, PROMPT, query="law") for name in ("near", ())]
+        found, end = set(), time.monotonic() + 60
+        while not found >= set(others) and time.monotonic() < end:
+            runs.loop._turn()
+            found |= {event.id for event in runs.events if getattr(event, "finish", None) is not None}
+        assert found == set(others)
+        gate.set()
+        assert len(runs.outputs()[waits].tokens) == 8
+
+
+def test_an_engine_answers_by_tokens_while_an_endpoint_is_gone(pool):
+    with endpoint(embeds) as (url, _):
+        says(pool, embedder={"url": url, "model": "e"}, weight=500.0)
+        runs = engine_of(far=pool)
+        [by_query] = run(runs, "far", query="law")
+    [by_tokens] = run(runs, "far")
+    assert run(runs, "far", query="some other law") == [by_tokens]
+    assert by_tokens != by_query
+
+
+def test_a_pool_that_cannot_be_embedded_is_not_loaded(pool):
+    with endpoint(embeds) as (url, _):
+        says(pool, embedder={"url": url, "model": "e"})
+    with pytest.raises(DataError, match="cannot reach"):
+        engine_of(far=pool)
+
+
+# By the model's own states
+
+
+def test_states_of_the_served_model_are_those_of_the_library(pool):
+    says(pool, embedder="hidden-states", weight=20.0)
+    runs = engine_of(mine=pool)
+    held = runs.engine.adapters.shelf.peek("mine")
+    model = make_model()
+    theirs = GliderPool.load(
+        pool, settings_of(folder_of(str(pool), None)).choice, embedder=HiddenStates(model, ByteTokenizer())
+    )
+    for query in INSTRUCTIONS.values():
+        assert held.terms(query).bias == pytest.approx(theirs.bias([query])[0].tolist(), abs=1e-3)
+    # Beside requests under way, and nobody's routing but theirs is recorded.
+    told = run(runs, "mine", "mine", query=INSTRUCTIONS["law"])
+    assert told[0] == told[1] != run(runs, "mine", query="")[0]
+    with pytest.raises(ConfigError, match=r"pool\.json: embedder is 'hidden-states', of the model"):
+        pool_of(folder_of(str(pool), None))
+
+
+def test_texts_that_are_embedded_are_not_recorded():
+    model = make_model(is_moe=True)
+    with record_routing(model) as recorder, torch.no_grad():
+        HiddenStates(model, ByteTokenizer()).embed(["some text"])
+        model(torch.tensor([[1, 2, 3]]))
+    assert len(recorder.trace().routing(0).index_NK) == 3
+
+
+def test_a_turnstile_lets_whoever_waits_pass_first():
+    turn, order, waits = Turnstile(), [], threading.Event()
+
+    def other():
+        waits.set()
+        with turn:
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with turn:
+        thread.start()
+        waits.wait(30)
+        time.sleep(0.2)
+    with turn:
+        order.append("again")
+    thread.join(30)
+    assert order == ["other", "again"]
