@@ -134,6 +134,25 @@ def test_routes_of_tokens_are_told(server):
     assert "adapters" not in say(server, model="mhr", task="sql", routing=True)[2]["routing"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_told_why_a_pool_chose(server, stream):
+    fields = {"model": "pool", "prompt": [PROMPT, INSTRUCTIONS["law"]], "max_tokens": 4, "routing": True}
+    _, _, body = server.ask("/v1/completions", {**fields, "stream": stream, "temperature": 0})
+    last = [event for event in events(body) if event != "[DONE]"][-1] if stream else body
+    both = [choice["pool"] for choice in last["routing"]["explained"]]
+    assert [one["instruction"] for one in both] == [PROMPT, INSTRUCTIONS["law"]]
+    assert both[1]["experts"][0]["name"] == "law"
+    assert 0 < both[1]["experts"][0]["global_share"] <= 1
+    assert {one["name"] for one in both[0]["experts"]} == {"sql", "law", "sum"}
+    # By what the caller says, or by tokens alone; and of nothing where no pool is asked.
+    for query, told in ((INSTRUCTIONS["sum"], INSTRUCTIONS["sum"]), ("", None)):
+        body = say(server, model="pool", query=query, routing=True)[2]
+        assert body["routing"]["explained"][0]["pool"]["instruction"] == told
+    for model in ("a", BASE):
+        assert "explained" not in say(server, model=model, routing=True)[2]["routing"]
+    assert "routing" not in say(server, model="pool")[2]
+
+
 def test_a_request_names_its_task(server):
     texts = {task: text(server, model="mhr", task=task) for task in TASKS}
     assert len(set(texts.values())) >= 2

@@ -12,7 +12,7 @@ from anabranch.adapters.glider.score import bias_rows, watching
 from anabranch.errors import InputError
 from anabranch.lm.generate import evaluating
 
-__all__ = ["Explained", "Explanation", "explain"]
+__all__ = ["Explained", "Explanation", "explain", "global_shares"]
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,19 @@ def explain(
     if not len(token_ids):
         raise InputError("there are no tokens to explain the routing of")
     local_E, weight_E, weights = _used(pool, token_ids, bias_E)
-    apart_E, own_E = ((value_E - value_E.mean()).abs() for value_E in (bias_E, local_E))
-    total_E = apart_E + own_E
-    share_E = torch.where(total_E > 0, apart_E / total_E.clamp_min(1e-30), 0.0)
+    share_E = global_shares(bias_E, local_E)
     found = [
         Explained(name, cosines[name], float(bias_E[e]), float(local_E[e]), float(weight_E[e]), float(share_E[e]))
         for e, name in enumerate(pool.names)
     ]
     return Explanation(text, a, tuple(sorted(found, key=lambda one: -(one.weight or 0.0))), weights)
+
+
+def global_shares(global_E: torch.Tensor, local_E: torch.Tensor) -> torch.Tensor:
+    """share_E: see `Explained.global_share`."""
+    apart_E, own_E = ((value_E - value_E.mean()).abs() for value_E in (global_E, local_E))
+    total_E = apart_E + own_E
+    return torch.where(total_E > 0, apart_E / total_E.clamp_min(1e-30), 0.0)
 
 
 def _used(

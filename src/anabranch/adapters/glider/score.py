@@ -8,6 +8,7 @@ With clusters of adapters a token first chooses the cluster whose members' mean 
 # Shapes: N items, E adapters, G clusters, C inputs, B rows, L positions
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -48,6 +49,11 @@ def bias_rows(bias_BE: Tensor, length: int) -> dict[str, Tensor]:
 def watching(seen: dict[int, Tensor]) -> dict[str, Any]:
     """State by which scores leave their local part in ``seen``, float ``[N, E]``, by the id of the score."""
     return {_SEEN: OfPass(seen)}
+
+
+def seen_by(score: Score, state: Mapping[str, Any]) -> Tensor | None:
+    """What a score left, where the ``state`` of its pass is `watching`; None where it left nothing."""
+    return state[_SEEN].value.get(id(score)) if _SEEN in state else None
 
 
 class GliderScore(Score, kind="glider"):

@@ -1,6 +1,7 @@
 """`Batch`: what the scheduler tells the runner to do in one step; the runner keeps what it needs of each request by its id."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from anabranch.serving.core.request import Request, Route, TokenLogprob
 
@@ -87,6 +88,7 @@ class Sampled:
         token: the new one; `PENDING` for a chunk that does not sample.
         logprob: its own, where asked.
         routing: where recorded, see `Output.routing`.
+        explained: likewise, see `Output.explained`.
         error: why there is neither a token nor a score.
         prompt_logprobs: of the chunk's ``targets``.
         embedding: the vector of the prompt, where asked for and whole.
@@ -98,6 +100,7 @@ class Sampled:
     token: int
     logprob: TokenLogprob | None = None
     routing: Route = field(default_factory=dict)
+    explained: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()

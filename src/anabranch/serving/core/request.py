@@ -336,6 +336,8 @@ class Output:
             wherever the request goes on.
         queue_s: seconds it waited before its first chunk ran; set with the first output.
         routing: where recorded, for each new token {layer: destinations}, and of routers that it asked for {matrix: adapters}, by name.
+        explained: where that is recorded, by the name of each pool of adapters that it asked for: what was compared, and what speaks for
+            the adapters that were used most, over all its new tokens so far; see `anabranch.serving.engine.explained`.
         prompt_logprobs: where asked for, of the prompt's next tokens since the last output; the first is of the second token, as nothing
             comes before the first. All are told before the first new token, or with it, and each once.
         embedding: the vector of the prompt, where asked for; with the last output.
@@ -359,6 +361,7 @@ class Output:
     cached_tokens: int | None = None
     queue_s: float | None = None
     routing: tuple[Route, ...] = ()
+    explained: dict[str, Any] = field(default_factory=dict)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()
     path: tuple[int, ...] | None = None

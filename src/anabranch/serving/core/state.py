@@ -243,4 +243,5 @@ class RequestState:
             output.tokens = tuple([item.token for item in items])
             output.logprobs = tuple([item.logprob for item in items if item.logprob is not None])
             output.routing = tuple([item.routing for item in items if item.routing])
+            output.explained = items[-1].explained
         return output

@@ -35,6 +35,7 @@ def joined(first: Output, second: Output) -> Output:
         tokens=first.tokens + second.tokens,
         logprobs=first.logprobs + second.logprobs,
         routing=first.routing + second.routing,
+        explained=second.explained or first.explained,
         prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
         cached_tokens=second.cached_tokens if first.cached_tokens is None else first.cached_tokens,
         embedding=second.embedding or first.embedding,

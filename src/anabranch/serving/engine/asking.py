@@ -32,12 +32,19 @@ class Terms:
     """What a query says of each expert.
 
     Attributes:
-        a: the weight of its cosines; 0 where the query says nothing, or nothing of it is known.
+        instruction: what was compared; None for nothing.
+        a: the weight of its cosines; 0 where nothing was compared.
         cosines: of the E experts.
     """
 
+    instruction: str | None
     a: float
     cosines: tuple[float, ...]
+
+    @classmethod
+    def nothing(cls, num_experts: int) -> "Terms":
+        """Of a query of which nothing is known."""
+        return cls(None, 0.0, (0.0,) * num_experts)
 
     @property
     def bias(self) -> tuple[float, ...] | None:
@@ -123,16 +130,15 @@ class Asking:
             return None
         try:
             if self.is_remote and not self._has_come(query or "", instruction):
-                return self._nothing()
-            found = Terms(*_plain(self.pool.terms(query or "", instruction)))
+                return Terms.nothing(len(self.pool))
+            a, cosine_E = self.pool.terms(query or "", instruction)
+            found = Terms(self.pool.matcher.instruct(query or "", instruction)[0], a, tuple(cosine_E.tolist()))
         except Exception as error:
             self._failed(error)
-            return self._nothing()
-        self._has_told = False
+            return Terms.nothing(len(self.pool))
+        if not self.is_remote:
+            self._has_told = False
         return found
-
-    def _nothing(self) -> Terms:
-        return Terms(0.0, (0.0,) * len(self.pool))
 
     def _has_come(self, query: str, instruction: str | None) -> bool:
         """Whether what endpoints make of a query is there, or comes in time."""
@@ -142,14 +148,20 @@ class Asking:
         with self._lock:
             if time.monotonic() < self._rests_until:
                 return False
-        made = self._threads.submit(matcher.instruct, query, instruction)
-        made.add_done_callback(lambda done: self._failed(error) if (error := done.exception()) else None)
         try:
-            made.result(self._settings.wait_s)
+            self._threads.submit(self._instruct, query, instruction).result(self._settings.wait_s)
         except Exception:
             # It failed, which is told already, or is late.
             return False
         return True
+
+    def _instruct(self, query: str, instruction: str | None) -> None:
+        try:
+            self.pool.matcher.instruct(query, instruction)
+        except Exception as error:
+            self._failed(error)
+            raise
+        self._has_told = False
 
     def _failed(self, error: BaseException) -> None:
         with self._lock:
@@ -158,7 +170,3 @@ class Asking:
         if not has_told:
             why = str(error) if isinstance(error, AnabranchError) else f"{type(error).__name__}: {error}"
             logger.warning("pool %s: %s; until that is over its requests go by their tokens alone", self._place, why)
-
-
-def _plain(found: tuple[float, np.ndarray]) -> tuple[float, tuple[float, ...]]:
-    return found[0], tuple(found[1].tolist())

@@ -13,11 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from anabranch.adapters.glider.score import watching
 from anabranch.errors import AnabranchError
 from anabranch.nn import items
+from anabranch.routing import Routing
 from anabranch.routing.context import OfPass
 from anabranch.serving.core.request import Route
 from anabranch.serving.engine.adapter_parts import PartRows, ServedPart
+from anabranch.serving.engine.explained import Tally, TokenRoute
 
 __all__ = ["ROUTES", "Group", "Mixed", "PassAdapters", "Routes", "ServedAdapter", "Use", "of_items"]
 
@@ -126,7 +129,10 @@ class Group:
             asked = self._adapters.asked
             own.state |= use.state([_same(mixed, use.key) for mixed in asked], self.request_M)
             if self._adapters.routes:
-                own.state[ROUTES] = OfPass(Routes(self._adapters.routes, len(self._adapters.number_T)))
+                own.state |= {
+                    ROUTES: OfPass(Routes(self._adapters.routes, len(self._adapters.number_T), use.key)),
+                    **watching({}),
+                }
             self._contexts[use.key] = own
         return self._contexts[use.key]
 
@@ -142,18 +148,39 @@ class Routes:
     Args:
         of_row: by the token's place in the pass, ``{matrix: adapters}`` that is filled in.
         num_tokens: T of the pass.
+        key: of the use that the routers are of.
     """
 
-    def __init__(self, of_row: Mapping[int, Route], num_tokens: int) -> None:
-        self._of_row, self._num_tokens = of_row, num_tokens
+    def __init__(self, of_row: Mapping[int, Route], num_tokens: int, key: Hashable = None) -> None:
+        self._of_row, self._num_tokens, self._key = of_row, num_tokens, key
 
-    def note(self, matrix: str, names: Sequence[str], item_M: Tensor, index_MK: Tensor) -> None:
-        """A decision for M items of the pass; of several streams each adapter counts once."""
-        for item, chosen in zip(item_M.tolist(), index_MK.tolist(), strict=True):
+    def note(
+        self,
+        matrix: str,
+        names: Sequence[str],
+        item_M: Tensor,
+        routing: Routing,
+        local: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """A decision for M items of the pass; of several streams each adapter counts once.
+
+        Args:
+            matrix: beside which it was made.
+            names: of the adapters.
+            item_M: the items.
+            routing: what was decided.
+            local: (local_ME, open_E) of a pool that compares queries: what items say of each adapter, and which the matrix has; None for
+                others.
+        """
+        for place, (item, chosen) in enumerate(zip(item_M.tolist(), routing.index_NK.tolist(), strict=True)):
             route = self._of_row.get(item % self._num_tokens)
-            if route is not None:
-                used = [names[number] for number in chosen if number >= 0]
-                route[matrix] = tuple(dict.fromkeys((*route.get(matrix, ()), *used)))
+            if route is None:
+                continue
+            used = [names[number] for number in chosen if number >= 0]
+            route[matrix] = tuple(dict.fromkeys((*route.get(matrix, ()), *used)))
+            if local is not None and isinstance(route, TokenRoute):
+                tally = route.pools.setdefault(self._key, Tally.of(len(names)))
+                tally.note(local[0][place], local[1], routing, place)
 
 
 @dataclass(eq=False)

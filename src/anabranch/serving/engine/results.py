@@ -1,9 +1,10 @@
 """What a step gives each request that it answers: tokens with their routes, scores of the prompt, a vector, in one `Sampled`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from anabranch.serving.core.batch import Chunk, Sampled
-from anabranch.serving.core.request import Route
+from anabranch.serving.engine.explained import TokenRoute
 
 __all__ = ["joined", "tell_routes"]
 
@@ -23,13 +24,18 @@ def joined(
 
 
 def tell_routes(
-    sampled: Sequence[Sampled], chunks: Sequence[Chunk], rows: Sequence[int], routes: Mapping[int, Route]
+    sampled: Sequence[Sampled],
+    chunks: Sequence[Chunk],
+    rows: Sequence[int],
+    routes: Mapping[int, TokenRoute],
+    explain: Callable[[str, TokenRoute], dict[str, Any]],
 ) -> None:
-    """Give each token that was sampled the route of its row."""
+    """Give each token that was sampled the route of its row, and what ``explain`` makes of that for a request."""
     if not routes:
         return
     start = 0
     for first, chunk in zip(sampled, [chunk for chunk in chunks if chunk.samples], strict=True):
         for result, row in zip((first, *first.later), rows[start:], strict=False):
-            result.routing = routes.get(row, {})
+            if row in routes:
+                result.routing, result.explained = dict(routes[row]), explain(first.id, routes[row])
         start += chunk.num_samples

@@ -4,7 +4,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from anabranch.serving.engine.any_path import AnyPath
 from anabranch.serving.engine.compiled import compiled_form, compiled_hidden
 from anabranch.serving.engine.cut import Cut
 from anabranch.serving.engine.depths import Depths
+from anabranch.serving.engine.explained import TokenRoute
 from anabranch.serving.engine.head import StepHead
 from anabranch.serving.engine.isolate import Isolation
 from anabranch.serving.engine.kinds import Kinds
@@ -334,19 +335,22 @@ class ModelRunner:
             requests.told.end(chunks)
         # Last of what may fail: a sample that is taken cannot be taken back.
         sampled = [] if logits_RV is None else verify(self.sampler, logits_RV, chunks)
-        tell_routes(sampled, chunks, rows, routes)
+        tell_routes(sampled, chunks, rows, routes, self._explain)
         requests.pooling.keep(pooled)
         results = joined(sampled, told, pooled.done)
         requests.tell_decisions(results)
         return [results[chunk.id] for chunk in chunks if chunk.is_answered]
 
-    def _routes(self, chunks: Sequence[Chunk]) -> dict[int, Route]:
+    def _explain(self, id: str, route: TokenRoute) -> dict[str, Any]:
+        return {} if self.adapters is None else self.adapters.explain(id, route)
+
+    def _routes(self, chunks: Sequence[Chunk]) -> dict[int, TokenRoute]:
         """Rows whose routes are wanted, each with a route that is to be filled in."""
         recorded = self.requests.recorded
         if not recorded:
             return {}
         ids = [chunk.id for chunk in chunks for _ in range(chunk.num_samples)]
-        return {row: {} for row, id in zip(sampled_rows(chunks), ids, strict=True) if id in recorded}
+        return {row: TokenRoute() for row, id in zip(sampled_rows(chunks), ids, strict=True) if id in recorded}
 
     def _hidden_of(
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from anabranch.serving.engine.adapter_parts import LowRankPart, PartRows
 from anabranch.serving.engine.adapter_reader import AdapterReader, Served, kept_as
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
 from anabranch.serving.engine.asking import Either, Terms, Threads
+from anabranch.serving.engine.explained import Tally, TokenRoute, explained
 from anabranch.serving.engine.futures import after
 from anabranch.serving.engine.pass_adapters import Mixed, PassAdapters, ServedAdapter
 from anabranch.serving.engine.served_layers import BoundLayers, ServedLayers, number_of
@@ -106,6 +107,8 @@ class ServedAdapters:
         # Of requests that the runner has, by id; in its thread alone.
         self._mixed: dict[str, Mixed] = {}
         self._task: dict[str, int] = {}
+        # What pools went by for those whose routes are recorded, by the key of their use.
+        self._tallies: dict[str, dict[Hashable, Tally]] = {}
         # The same for the compiled step, of requests whose adapters it can all add.
         self._used: dict[str, tuple[tuple[AdapterTable, float], ...]] = {}
         self._table_of: WeakKeyDictionary[ServedAdapter, AdapterTable] = WeakKeyDictionary()
@@ -247,6 +250,20 @@ class ServedAdapters:
         self._mixed.pop(id, None)
         self._task.pop(id, None)
         self._used.pop(id, None)
+        self._tallies.pop(id, None)
+
+    def explain(self, id: str, route: TokenRoute) -> dict[str, Any]:
+        """Of a request of whose tokens one went this way: what its pools went by so far, by their names; see `explained`."""
+        if not route.pools:
+            return {}
+        tallies = self._tallies.setdefault(id, {})
+        for key, tally in route.pools.items():
+            if key in tallies:
+                tallies[key].add(tally)
+            else:
+                tallies[key] = tally
+        pools = [use for use, _ in self._mixed.get(id, ()) if isinstance(use, BoundLayers) and use.key in tallies]
+        return {use.name: explained(tallies[use.key], use.terms, use.layers.experts) for use in pools}
 
     def _table(self, use: Any) -> AdapterTable | None:
         """What the compiled step is told of an adapter; None where it cannot add all of it."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.glider import bias_rows
+from anabranch.adapters.glider.score import seen_by
 from anabranch.adapters.tasks import AVERAGE, numbers_of, told_tasks
 from anabranch.bounds import shown
 from anabranch.errors import InputError
@@ -55,9 +56,12 @@ class ServedLayers:
     asked: Asking | None = None
 
     def __post_init__(self) -> None:
+        closed = {id(getattr(layer, "router", None)): getattr(layer, "config", None) for layer in self.parts.values()}
         for router in self.routers.values():
+            open_E = torch.ones(len(self.experts), dtype=torch.float64)
+            open_E[list(getattr(closed[id(router)], "closed", ()))] = 0
             # Of names alone: what knew these layers would keep them in memory.
-            router.register_forward_hook(partial(_note, self.experts), with_kwargs=True)
+            router.register_forward_hook(partial(_note, self.experts, open_E), with_kwargs=True)
 
     @cached_property
     def routers(self) -> dict[str, Router]:
@@ -100,7 +104,7 @@ class ServedLayers:
         number = None
         if self.tasks:
             number = number_of(task, self.tasks, needs_task=self.needs_task, who=f"adapter {name!r}")
-        return BoundLayers(self, number, terms)
+        return BoundLayers(self, number, terms, name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +115,13 @@ class BoundLayers:
         layers: which.
         task: number of its task; None where they do not go by tasks.
         terms: what it asks for says of each adapter; None where nobody compares it.
+        name: that the request calls them by.
     """
 
     layers: ServedLayers
     task: int | None = None
     terms: Terms | None = None
+    name: str = ""
 
     @cached_property
     def bias(self) -> tuple[float, ...] | None:
@@ -217,10 +223,17 @@ def number_of(task: str | None, tasks: Sequence[str], *, needs_task: bool, who: 
 
 
 def _note(
-    names: Sequence[str], router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing
+    names: Sequence[str],
+    open_E: Tensor,
+    router: Router,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    routing: Routing,
 ) -> None:
     """Leave a decision where the pass wants it."""
     context = argument_of(RoutingContext, args, kwargs)
     routes = None if context is None else context.state.get(ROUTES)
     if context is not None and routes is not None:
-        routes.value.note(router.matrix or "", names, context.state[ITEMS], routing.index_NK)
+        local_ME = seen_by(router.score, context.state)
+        local = None if local_ME is None else (local_ME, open_E)
+        routes.value.note(router.matrix or "", names, context.state[ITEMS], routing, local)

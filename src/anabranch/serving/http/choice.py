@@ -111,6 +111,7 @@ class Choice:
         adapters: tokens by (matrix, adapter) of the routers that were asked for.
         finish: why it ended; None while it goes on.
         path: the blocks that its tokens run, where they are not all blocks; None for all.
+        explained: what pools of adapters went by, see `Output.explained`.
         rewiring: reports of each time that routers were turned to its text, see `Output.rewiring`.
         rewire_state: how they are turned, see `Output.rewire_state`; None where that was not asked for.
         computed: where blocks pass over tokens of the prompt, how many of these each has computed; None elsewhere.
@@ -143,6 +144,7 @@ class Choice:
         self.computed: tuple[int, ...] | None = None
         self.rewiring: list[dict[str, Any]] = []
         self.rewire_state: dict[str, Any] | None = None
+        self.explained: dict[str, Any] = {}
         self.queue_s: float | None = None
         self.first_at: float | None = None
         self._last_at, self._on_gap = 0.0, on_gap
@@ -173,6 +175,7 @@ class Choice:
             self.path = output.path
         self.rewiring += output.rewiring
         self.rewire_state = output.rewire_state or self.rewire_state
+        self.explained = output.explained or self.explained
         if output.computed is not None:
             self.computed = output.computed
         if self.scores is not None:

@@ -53,7 +53,10 @@ def _shared(most_n: int) -> dict[str, Any]:
         "cache_salt": _maybe("string", maxLength=256),
         "user": _maybe("string", maxLength=512),
         "metadata": _maybe("object", maxProperties=16, additionalProperties=_TEXT),
-        "routing": {**_maybe("boolean"), "description": "tell which experts each token went to"},
+        "routing": {
+            **_maybe("boolean"),
+            "description": "tell which experts each token went to, and why a pool of adapters chose those it used",
+        },
         "num_streams": {**_integer(1), "description": "parallel streams, of a model that has them (ParScale)"},
         "depth": _depth(),
         "depth_control": {**_number(-1, 1), "description": _CONTROL},

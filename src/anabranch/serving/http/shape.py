@@ -185,7 +185,8 @@ class Shape:
         return sum(choice.cached_tokens for choice in self.choices[:: self.request.n])
 
     def routing(self) -> dict[str, Any]:
-        """Which model answered, how many tokens of the answer went to each expert of each layer, and how many layers a token ran."""
+        """Which model answered, how many tokens of the answer went to each expert of each layer, and how many layers a token ran; of
+        pools of adapters also why, for each choice (`Output.explained`)."""
         experts: dict[str, dict[str, int]] = {str(layer): {} for layer in sorted(self.info.routed_layers)}
         counts: Counter[tuple[int, int]] = Counter()
         for choice in self.choices:
@@ -194,9 +195,17 @@ class Shape:
             experts.setdefault(str(layer), {})[str(expert)] = count
         recorded = sum(choice.recorded for choice in self.choices)
         depth = sum(choice.layers_run for choice in self.choices) / recorded if recorded else 0.0
-        made = {"arm": self._head["model"], "experts": experts, "depth": round(depth, 3), "tokens": recorded}
-        chosen = self._adapters()
-        return {**made, "adapters": chosen} if chosen else made
+        made: dict[str, Any] = {
+            "arm": self._head["model"],
+            "experts": experts,
+            "depth": round(depth, 3),
+            "tokens": recorded,
+        }
+        if chosen := self._adapters():
+            made["adapters"] = chosen
+        if any(choice.explained for choice in self.choices):
+            made["explained"] = [choice.explained for choice in self.choices]
+        return made
 
     def _adapters(self) -> dict[str, dict[str, int]]:
         """How many tokens of the answer went to each adapter beside each matrix, where routers were asked for."""
