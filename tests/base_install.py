@@ -78,6 +78,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "adapters list": "lm",
     "adapters cluster x --clusters 2": "lm",
     "adapters describe x --instruction y": "lm",
+    "adapters gates x --model y --data z": "lm",
     "adapters estimate x y": "lm",
     "adapters recommend x": "lm",
     "adapters merge x --out y": "lm",

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import get_type_hints
 
@@ -692,6 +693,39 @@ def test_a_pool_of_adapters_with_gates_routes_queries(here, base, caplog):
     ):
         code, _, err = here("adapters", "route", *line)
         assert (code, message in err) == (2, True), (line, err)
+
+
+def test_gates_are_written_from_rows_without_training(here, base, tmp_path, monkeypatch):
+    """They are the means of what goes in, whatever the number of rows of a pass, and a pool routes by them."""
+    from anabranch.adapters.glider import GliderPool
+    from anabranch.adapters.glider.folder import read_described
+
+    adapted(here, base / "base", base / "rows.jsonl", "--rank", 2, "--out", tmp_path / "one", "--steps", 1)
+    for name in ("law", "sql"):
+        shutil.copytree(tmp_path / "one" / "adapter", tmp_path / "pool" / name)
+    given = ["--model", base / "base", "--data", base / "rows.jsonl"]
+    code, out, err = here("adapters", "gates", tmp_path / "pool" / "law", *given, "--rows", 5, "--json")
+    assert code == 0, err
+    assert (json.loads(out)["rows"], len(json.loads(out)["layers"])) == (5, 8)
+    # The name in its package is the command's.
+    monkeypatch.setattr(sys.modules["anabranch.cli.adapters.gates"], "_BATCH", 2)
+    code, out, err = here("adapters", "gates", tmp_path / "pool" / "sql", *given, "--rows", 5)
+    assert (code, "8 layers" in out) == (0, True), err
+    found = [read_described(tmp_path / "pool" / name).gates for name in ("law", "sql")]
+    for module, gate_C in found[0].items():
+        assert bool((gate_C > 0).all())
+        assert torch.allclose(gate_C, found[1][module], atol=1e-5)
+    pool = GliderPool.load(tmp_path / "pool")
+    pool.onto(load_model(base / "base")[0])
+    assert not any(layer.router.score.unsigned_E.any() for layer in pool.layers().values())
+    for line, message in (
+        ([tmp_path / "pool" / "law", *given], "has gates already (glider.safetensors)"),
+        ([tmp_path / "one" / "adapter", *given, "--task", "no"], "--task is 'no', of which"),
+        ([base / "base", *given], "no adapter at"),
+    ):
+        code, _, err = here("adapters", "gates", *line)
+        assert (code, message in err, len(err.strip().splitlines())) == (2, True, 1), (line, err)
+    assert not (tmp_path / "one" / "adapter" / "glider.safetensors").exists()
 
 
 def test_an_adapter_is_not_put_onto_another_base(here, base, routed):

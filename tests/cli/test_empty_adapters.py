@@ -19,6 +19,7 @@ COMMANDS = {
     "adapters card": [None],
     "adapters describe": [None, "--instruction", "x"],
     "adapters eval": ["m", None, "--data", "x"],
+    "adapters gates": [None, "--model", "m", "--data", "x"],
     "adapters cluster": [None, "--clusters", "2"],
     "adapters route": [None, "x"],
     "adapters report": ["m", None, "--out", "o"],

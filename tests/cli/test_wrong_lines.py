@@ -316,6 +316,8 @@ pvchat compose nowhere --out z
 pvchat compose text --out z --frames {HUGE}
 adapters card trained
 adapters describe trained --instruction x
+adapters gates trained --model trained --data text
+adapters gates nowhere --model trained --data text
 adapters list --family ''
 adapters estimate trained lora --rank {HUGE}
 adapters estimate trained lora --set rank={HUGE}

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_models import ATTENTION, TOKENS, linear_layers, make_adapter, make_base
-from anabranch.adapters.glider import arrow_prototype, mean_activations, standardised
+from anabranch.adapters.glider import activations_of_rows, arrow_prototype, mean_activations, standardised
 from anabranch.adapters.low_rank import Pair
+from anabranch.errors import InputError
 from anabranch.lm import load_model
+from anabranch.nn.linear import Added
 
 
 def drawn(shape, seed):
@@ -58,6 +60,24 @@ def test_a_gate_is_standardised_with_torchs_number_beside_its_variance():
     for scale in (1.0, 1e-2, 1e-3):
         variance = (gate_C * scale).var(correction=0)
         assert standardised(gate_C * scale).var(correction=0) == pytest.approx(float(variance / (variance + 1e-5)))
+
+
+def test_mean_activations_of_rows_count_each_token_once_and_padding_never(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    make_adapter(tmp_path / "a", linear_layers(base, ATTENTION))
+    model = load_model(tmp_path / "base")[0].train()
+    whole = mean_activations(tmp_path / "a", model, TOKENS)
+    assert model.training
+    passes = []
+    for row, count in ((0, TOKENS.shape[1]), *((one, TOKENS.shape[1]) for one in range(1, len(TOKENS)))):
+        padded_BL = torch.cat([TOKENS[row : row + 1], torch.full((1, row + 3), 7)], 1)
+        passes.append((padded_BL, torch.arange(padded_BL.shape[1])[None] < count))
+    found = activations_of_rows(tmp_path / "a", model, iter(passes))
+    assert found.keys() == whole.keys()
+    assert all(torch.allclose(found[name], whole[name], atol=1e-5) for name in whole)
+    with pytest.raises(InputError, match="no rows"):
+        activations_of_rows(tmp_path / "a", model, [])
+    assert not any(isinstance(module, Added) for module in model.modules())
 
 
 def test_mean_activations_are_those_of_what_goes_in(tmp_path):

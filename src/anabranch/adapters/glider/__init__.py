@@ -25,7 +25,7 @@ from anabranch.adapters.glider.matcher import Match, Matcher
 from anabranch.adapters.glider.pool import GliderConfig, GliderPool
 from anabranch.adapters.glider.score import GliderScore, bias_rows
 from anabranch.adapters.glider.settings import Plugins, PoolSettings, TextEndpoint, read_settings
-from anabranch.adapters.glider.vectors import arrow_prototype, mean_activations, standardised
+from anabranch.adapters.glider.vectors import activations_of_rows, arrow_prototype, mean_activations, standardised
 from anabranch.adapters.glider.writing import prompt_of
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "TextEmbedder",
     "TextEndpoint",
     "TextFeatures",
+    "activations_of_rows",
     "arrow_prototype",
     "bias_rows",
     "describe_expert",

@@ -1,7 +1,9 @@
 """Vectors by which tokens find adapters: gates made comparable, Arrow prototypes, mean activations."""
 # Shapes: C inputs, O outputs, R rank, B rows, L positions
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from anabranch.adapters.attached import attached_on
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.peft_folder import Adapter, read_peft
 from anabranch.adapters.pooled import load_pool
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, InputError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import evaluating
 from anabranch.nn.linear import Added
 
-__all__ = ["arrow_prototype", "check_gates", "mean_activations", "standardised"]
+__all__ = ["activations_of_rows", "arrow_prototype", "check_gates", "mean_activations", "standardised"]
 
 
 def standardised(gate_C: Tensor) -> Tensor:
@@ -60,36 +63,72 @@ def mean_activations(
         token_BL: int64, text of the adapter's task.
         mask_BL: bool, False for padding, which stands on the left.
     """
+    with _seen_by_matrices(folder, model) as seen:
+        seen.mask_BL = mask_BL
+        model(token_BL, token_mask_BL=mask_BL)
+    return seen.means()
+
+
+@torch.no_grad()
+def activations_of_rows(
+    folder: str | Path, model: Decoder, passes: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """`mean_activations` over several passes of rows whose padding stands on the right, ``(token_BL, mask_BL)``; every token counts once.
+
+    Raises InputError where there are no passes.
+    """
+    with _seen_by_matrices(folder, model) as seen:
+        for token_BL, mask_BL in passes:
+            # No token sees what stands behind it, so the model need not be told.
+            seen.mask_BL = mask_BL
+            model(token_BL)
+    if not seen.sums:
+        raise InputError("there are no rows to make gates of")
+    return seen.means()
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What goes into matrices: sums of magnitudes by module, of how many items, and which of a pass's are none."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    mask_BL: Tensor | None = None
+
+    def means(self) -> dict[str, Tensor]:
+        return {module: sum_C / max(1, self.counts[module]) for module, sum_C in self.sums.items()}
+
+    def keep(self, modules: Sequence[str], args: tuple[Any, ...]) -> None:
+        x_NC = args[0].flatten(0, -2).float()
+        if self.mask_BL is not None and len(x_NC) == self.mask_BL.numel():
+            x_NC = x_NC[self.mask_BL.flatten()]
+        sum_C = x_NC.abs().sum(0)
+        for module in modules:
+            self.sums[module] = self.sums[module] + sum_C if module in self.sums else sum_C
+            self.counts[module] = self.counts.get(module, 0) + len(x_NC)
+
+
+@contextmanager
+def _seen_by_matrices(folder: str | Path, model: Decoder) -> Iterator[_Seen]:
+    """The adapter's places on the base, which computes without it, and what goes into them."""
     from anabranch.adapters.attach import unload
 
     load_pool({"adapter": folder}, model)
     try:
         places = {place.part: module for module, place in attached_on(model).names.places.items()}
-        found: dict[str, Tensor] = {}
-        hooks = [
-            module.register_forward_pre_hook(_keep(found, name, module, places, mask_BL))
-            for name, module in model.named_modules()
-            if isinstance(module, Added)
-        ]
+        seen, hooks = _Seen(), []
+        for name, added in model.named_modules():
+            if isinstance(added, Added):
+                own = [places[".".join([*name.split(".")[:-1], part])] for part in added.beside]
+                hooks.append(added.register_forward_pre_hook(lambda _, args, own=own: seen.keep(own, args)))
         try:
-            model(token_BL, token_mask_BL=mask_BL)
+            with evaluating(model):
+                yield seen
         finally:
             for hook in hooks:
                 hook.remove()
     finally:
         unload(model)
-    return found
-
-
-def _keep(found: dict[str, Tensor], name: str, added: Added, places: Mapping[str, str], mask_BL: Tensor | None) -> Any:
-    def keep(_: Any, args: tuple[Any, ...]) -> None:
-        x_NC = args[0].flatten(0, -2).float()
-        if mask_BL is not None and len(x_NC) == mask_BL.numel():
-            x_NC = x_NC[mask_BL.flatten()]
-        for part in added.beside:
-            found[places[".".join([*name.split(".")[:-1], part])]] = x_NC.abs().mean(0)
-
-    return keep
 
 
 def vector_of(pair: Pair, gate_C: Tensor | None, local: str) -> tuple[Tensor, bool]:

@@ -9,6 +9,7 @@ from anabranch.cli.adapters.describe import describe
 from anabranch.cli.adapters.eval import evaluate
 from anabranch.cli.adapters.export import export
 from anabranch.cli.adapters.fuse import fuse
+from anabranch.cli.adapters.gates import gates
 from anabranch.cli.adapters.merge import merge
 from anabranch.cli.adapters.report import report
 from anabranch.cli.adapters.route import route
@@ -33,4 +34,5 @@ app.command("eval")(evaluate)
 app.command("route")(route)
 app.command("cluster")(cluster)
 app.command("describe")(describe)
+app.command("gates")(gates)
 app.command("report")(report)
