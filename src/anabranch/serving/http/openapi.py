@@ -116,7 +116,10 @@ def _adapters() -> dict[str, Any]:
     return {**_maybe("object", maxProperties=16, additionalProperties=weight), "description": what}
 
 
-_QUERY = "what is asked for, in words, as routers compare it with instructions of adapters; default: the last message, or the prompt"
+_QUERY = (
+    "what is asked for, in words, as routers compare it with instructions of adapters; default: the last message, or the prompt, of which "
+    "the writer of a pool makes an instruction"
+)
 
 
 def _task() -> dict[str, Any]:
