@@ -145,6 +145,45 @@ def test_commands_choose_by_the_embedder_of_the_file(here, root, tmp_path):
         assert (code, "cannot reach" in err, len(err.strip().splitlines())) == (2, True, 1), (line, err)
 
 
+@pytest.mark.parametrize("pool", ["plain", "heavy", "local"])
+def test_whether_a_query_is_of_the_pool_is_said_by_the_threshold_whatever_the_weight(here, root, pool):
+    for query, is_known in ((INSTRUCTIONS["law"], True), ("Tell me of a river.", False)):
+        code, out, err = here("adapters", "route", root / pool, query, "--json")
+        assert code == 0, err
+        assert json.loads(out)["known_task"] == is_known
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            {"embedder": "bert"},
+            "pool.json: embedder is 'bert'; it must be 'tfidf', 'hidden-states' or a table of an endpoint",
+        ),
+        (
+            {"writer": {"url": "http://x.example/v1", "model": "m"}},
+            "pool.json: writer: the endpoint http://x.example/v1 is not on this",
+        ),
+        ({"embeder": "tfidf"}, "did you mean 'embedder'?"),
+    ],
+)
+def test_all_commands_refuse_what_the_file_cannot_say_in_a_line(here, root, tmp_path, table, message):
+    pool, rows = tmp_path / "pool", tmp_path / "rows.jsonl"
+    shutil.copytree(root / "plain", pool)
+    (pool / "pool.json").write_text(json.dumps(table))
+    rows.write_text('{"task": "t", "input": "x", "output": "y"}\n')
+    for line in (
+        ("adapters", "route", pool, "x"),
+        ("adapters", "eval", root / "base", pool, "--data", rows),
+        ("adapters", "report", root / "base", pool, "--data", rows, "--out", tmp_path / "report"),
+        ("generate", root / "base", "-p", "x", "--adapter", pool),
+        ("chat", root / "base", "-m", "x", "--adapter", pool),
+        ("serve", root / "base", "--adapter", f"all={pool}", "--check"),
+    ):
+        code, out, err = here(*line)
+        assert (code, out, message in err, len(err.strip().splitlines())) == (2, "", True, 1), (line, err)
+
+
 def test_states_of_the_model_need_the_model(here, root):
     code, out, err = here("adapters", "route", root / "states", INSTRUCTIONS["law"])
     assert (code, out, "pool.json: embedder is 'hidden-states', of the base model; name it with --model" in err) == (

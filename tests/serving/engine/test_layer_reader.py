@@ -7,13 +7,15 @@ from dataclasses import fields
 import pytest
 from safetensors.torch import load_file, save_file
 
-from anabranch.adapters.glider import GliderConfig, describe_expert
+from anabranch.adapters.glider import GliderConfig, HiddenStates, describe_expert
 from anabranch.adapters.glider.folder import Described, read_described
+from anabranch.data import ByteTokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.serving.engine import layer_reader
 from anabranch.serving.engine.adapter_place import MOST_CONFIG, files_of, folder_of
 from anabranch.serving.engine.adapter_reader import AdapterReader
 from anabranch.serving.engine.adapter_rows import Sites
+from scripted_endpoint import endpoint, vectors
 from served_adapters import make_model, make_pool, make_routers
 
 # Another value of each field.
@@ -34,7 +36,7 @@ FIELDS = {
 @pytest.fixture(scope="module")
 def version_of():
     model = make_model()
-    read = AdapterReader(model.config, Sites(model))
+    read = AdapterReader(model.config, Sites(model), states=HiddenStates(model, ByteTokenizer()))
     return lambda place: read(str(place)).version
 
 
@@ -105,6 +107,45 @@ def test_pools_that_choose_otherwise_have_another_version(field, pool, version_o
     before = version_of(pool)
     (pool / "pool.json").write_text(json.dumps({field: FIELDS[field]}))
     assert version_of(pool) != before
+
+
+def test_by_whom_queries_are_compared_is_of_the_version(pool, version_of):
+    """What an endpoint is asked with is not: a key, how long."""
+    before = version_of(pool)
+    with endpoint(lambda path, body: (200, vectors(*[[1.0, float(len(text))] for text in body["input"]]), {})) as (
+        url,
+        _,
+    ):
+        one, other = {"url": url, "model": "e"}, {"url": url, "model": "f"}
+        told = [
+            {"embedder": one},
+            {"embedder": other},
+            {"writer": one},
+            {"embedder": one, "writer": one},
+            {"embedder": "hidden-states"},
+        ]
+        versions = []
+        for said in told:
+            (pool / "pool.json").write_text(json.dumps(said))
+            versions.append(version_of(pool))
+        assert len({before, *versions}) == len(told) + 1
+        (pool / "pool.json").write_text(json.dumps({"embedder": {**one, "timeout_s": 3}, "wait_s": 1}))
+        assert version_of(pool) == versions[0]
+    (pool / "pool.json").write_text(json.dumps({"embedder": "tfidf"}))
+    assert version_of(pool) == before
+
+
+def test_to_look_at_a_pool_asks_nobody(pool):
+    """What a start would refuse of settings is told; that an endpoint does not answer is for when it is asked."""
+    look = AdapterReader(make_model().config).look
+    for said in ({"embedder": {"url": "http://127.0.0.1:9/v1", "model": "e"}}, {"embedder": "hidden-states"}):
+        (pool / "pool.json").write_text(json.dumps(said))
+        assert look(str(pool)).nbytes > 0
+    (pool / "pool.json").write_text(
+        '{"embedder": {"url": "http://127.0.0.1:9/v1", "model": "e", "key_env": "NO_SUCH"}}'
+    )
+    with pytest.raises(ConfigError, match=r"pool\.json: embedder: the key of .* is to be in NO_SUCH, which is not set"):
+        look(str(pool))
 
 
 def test_what_a_pool_says_is_what_it_chooses_by(pool):

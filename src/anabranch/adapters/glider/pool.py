@@ -370,12 +370,22 @@ class GliderPool:
             return config.weight
         if not len(known):
             return 0.0
-        threshold = config.threshold
-        if threshold is None and len(known) < 2:
-            # There is nobody to be left out, and nobody to be mistaken for.
-            return config.beta
-        threshold = self.calibrate().threshold if threshold is None else threshold
-        return config.beta + (config.gamma if np.max(known) >= threshold else 0.0)
+        return config.beta + (config.gamma if self._has_task(known) else 0.0)
+
+    @property
+    def threshold(self) -> float | None:
+        """p: as the config tells it, or as the pool suggests; None where there is nobody to be left out, and nobody to be mistaken for."""
+        if self.config.threshold is not None:
+            return self.config.threshold
+        return self.calibrate().threshold if len(self.matcher.members()[0]) > 1 else None
+
+    def has_task(self, cosines: Mapping[str, float]) -> bool:
+        """Whether a query with these cosines is of a task of the pool: the best is at least the `threshold`, whatever weight it has."""
+        return self._has_task([cosines[name] for name in self.matcher.members()[0]])
+
+    def _has_task(self, known: Sequence[float] | np.ndarray) -> bool:
+        threshold = self.threshold if len(known) else None
+        return threshold is not None and bool(np.max(known) >= threshold)
 
     def bias(self, queries: Sequence[str | None], instructions: Sequence[str | None] | None = None) -> Tensor:
         """bias_BE: a times the cosine of each row's query and each expert's instruction; 0 for a row without a query.

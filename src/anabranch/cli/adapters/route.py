@@ -112,7 +112,7 @@ def route(
             raise ConfigError("the query has no tokens; leave out --model")
         made.onto(base)
     found = explain(made, query, ids, instruction=instruction)
-    is_sure = made.config.beta < found.a
+    is_sure = made.has_task({one.name: one.cosine for one in found.experts})
     threshold = None if _members(made) < 2 else made.calibrate()
     told: dict[str, Any] = {"pool": pool, "query": query, **found.to_dict(), "known_task": is_sure}
     told["experts"] = told["experts"][:top]
@@ -124,9 +124,7 @@ def route(
     fact("query", " ".join(visible(found.instruction).split()))
     if threshold is not None:
         says = "one that the pool has" if is_sure else "perhaps none of the pool: no adapter is close enough"
-        fact(
-            "task", f"{says}   (threshold {threshold.threshold:.3f}, AUROC {threshold.auroc:.3f} with members left out)"
-        )
+        fact("task", f"{says}   (threshold {made.threshold:.3f}, AUROC {threshold.auroc:.3f} with members left out)")
     columns = ["adapter", "cosine"] + (["weight", "by tokens", "global share"] if ids else [])
     rows = [
         [visible(one.name), f"{one.cosine:.3f}"]

@@ -39,7 +39,8 @@ class Tally:
     @classmethod
     def of(cls, num_adapters: int) -> "Tally":
         """None yet, of a token."""
-        return cls(*(torch.zeros(num_adapters, dtype=torch.float64) for _ in range(3)))
+        local_E, open_E, weight_E = torch.zeros(3, num_adapters, dtype=torch.float64)
+        return cls(local_E, open_E, weight_E)
 
     def note(self, local_E: Tensor, open_E: Tensor, routing: Routing, item: int) -> None:
         """The decision for an item."""
