@@ -1,14 +1,19 @@
 """What a request asks for, in words, as routers of adapters compare it."""
 
-from anabranch.serving.core.query import MOST_QUERY, instruction_in, last_asked
+from anabranch.serving.core.query import MOST_QUERY, asked_in, last_asked
 
 
 def test_what_is_asked_in_words():
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert instruction_in("prompt") == "prompt"
-    assert instruction_in("prompt", last_asked(chat)) == last_asked(chat) == "a"
-    assert instruction_in("", last_asked([])) is None
-    assert instruction_in("x" * 3000) == "x" * MOST_QUERY
+    assert asked_in("prompt") == {"query": "prompt"}
+    assert asked_in("prompt", last_asked(chat)) == {"query": "a"}
+    assert asked_in("", last_asked([])) == {}
+    assert asked_in("x" * 3000) == {"query": "x" * MOST_QUERY}
+
+
+def test_what_is_told_goes_before_it_and_no_writer_changes_it():
+    assert asked_in("prompt", "a", told="Do it.") == {"instruction": "Do it."}
+    assert asked_in("prompt", "a", told="") == {}
 
 
 def test_parts_of_a_message_and_what_is_no_message():

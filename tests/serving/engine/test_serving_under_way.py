@@ -5,6 +5,7 @@ import pytest
 from anabranch.serving.core.batch import PENDING, Chunk, Sampled
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.engine.depths import Depths
+from anabranch.serving.engine.explained import TokenRoute
 from anabranch.serving.engine.passes import Variant
 from anabranch.serving.engine.results import joined, tell_routes
 from anabranch.serving.engine.under_way import UnderWay
@@ -105,5 +106,12 @@ def test_each_token_has_the_route_of_the_row_that_sampled_it():
     sampled = [Sampled(id="a", token=1), Sampled(id="b", token=3, later=later)]
     chunks = [chunk("a", 7, 7), chunk("c", 7, samples=False), chunk("b", 8, 3, 4, drafts=2)]
     rows = [1, 3, 4, 5]
-    tell_routes(sampled, chunks, rows, {row: {0: (row,)} for row in rows})
+    routes = {row: TokenRoute() for row in rows}
+    for row, route in routes.items():
+        route[0] = (row,)
+    told = []
+    tell_routes(sampled, chunks, rows, routes, lambda id, route: told.append((id, route[0])) or {"of": len(told)})
     assert [result.routing for result in (*sampled, *later)] == [{0: (1,)}, {0: (3,)}, {0: (4,)}]
+    # What pools went by counts for tokens that hold, and for no guess beside them.
+    assert told == [("a", (1,)), ("b", (3,)), ("b", (4,))]
+    assert [result.explained for result in (*sampled, *later)] == [{"of": 1}, {"of": 2}, {"of": 3}]

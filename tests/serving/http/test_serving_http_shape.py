@@ -81,6 +81,7 @@ class Asked:
                 reasoning_tokens=0,
                 experts={},
                 adapters={},
+                explained={},
                 recorded=0,
                 layers_run=0,
             )
