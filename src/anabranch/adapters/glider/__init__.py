@@ -15,6 +15,7 @@ prototypes those of Arrow (arXiv 2405.11157).
 from anabranch.adapters.gated import GatedLowRank
 from anabranch.adapters.glider.baselines import merged_experts
 from anabranch.adapters.glider.calibration import Calibration
+from anabranch.adapters.glider.choosing import GliderConfig
 from anabranch.adapters.glider.clusters import Clusters, merge_clusters
 from anabranch.adapters.glider.embed import HiddenStates, TextEmbedder, TextFeatures
 from anabranch.adapters.glider.endpoint import ChatWriter, EndpointEmbedder
@@ -22,7 +23,7 @@ from anabranch.adapters.glider.explaining import Explained, Explanation, explain
 from anabranch.adapters.glider.folder import describe_expert
 from anabranch.adapters.glider.gates import GateMethod
 from anabranch.adapters.glider.matcher import Match, Matcher
-from anabranch.adapters.glider.pool import GliderConfig, GliderPool
+from anabranch.adapters.glider.pool import GliderPool
 from anabranch.adapters.glider.score import GliderScore, bias_rows
 from anabranch.adapters.glider.settings import Plugins, PoolSettings, TextEndpoint, read_settings
 from anabranch.adapters.glider.vectors import activations_of_rows, arrow_prototype, mean_activations, standardised

@@ -14,9 +14,9 @@ from ipaddress import ip_address
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from anabranch.adapters.glider.choosing import GliderConfig
 from anabranch.adapters.glider.embed import TextEmbedder
 from anabranch.adapters.glider.endpoint import ChatWriter, EndpointEmbedder
-from anabranch.adapters.glider.pool import GliderConfig
 from anabranch.bounds import shown
 from anabranch.config import Config, Field, configclass, from_dict
 from anabranch.errors import ConfigError
