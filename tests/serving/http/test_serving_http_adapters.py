@@ -314,7 +314,7 @@ def test_folders_that_are_not_loaded(server, root, folder, what):
         ({"name": "x+y", "folder": "c"}, 400, "name", "letters, digits"),
         ({"name": "../x", "folder": "c"}, 400, "name", "letters, digits"),
         ({"name": 7, "folder": "c"}, 400, "name", "is 7"),
-        ({"folder": "c"}, 400, "name", "None"),
+        ({"folder": "c"}, 400, "name", "has no name"),
         ({"name": "x", "folder": "c", "weight": 1}, 400, "weight", "nobody knows weight"),
         ([], 400, None, "send an object"),
         (b"{", 400, None, "not JSON"),
