@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.adapters.merge import read_weights
-from anabranch.cli.adapters.placing import check_no_adapter, note_template, passes_of, template_of
+from anabranch.cli.adapters.placing import check_no_adapter, note_of, noted, passes_of, template_of
 from anabranch.cli.options import FLAG, AsJson, Device, Dtype, Quiet, named_folder, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
 from anabranch.errors import ConfigError, DataError
@@ -97,6 +97,7 @@ def export(
         raise ConfigError(f"--rank is {rank}, and there is no ADAPTER whose mixture could be made one of that rank")
     check_apart([out], [*folders, *filter(None, (data,)), *(files_of(model) if Path(model).is_dir() else [model])])
     check_no_adapter(out)
+    template = note_of(folders)
     base, tokenizer = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
     from anabranch.adapters import export_mixture, read_peft, save_peft
     from anabranch.adapters.export_routed import export_task
@@ -110,13 +111,13 @@ def export(
                 "--task, --data and --average are for one ADAPTER of anabranch adapt that routes, alone and without --weights and --rank"
             )
         rows = None if data is None else _rows_of(base, tokenizer, data, task, folders[0])
-        told |= export_task(out, base, folders[0], task, is_average=average, rows=rows)
+        with noted(out, template) as place:
+            told |= export_task(place, base, folders[0], task, is_average=average, rows=rows)
         made = read_peft(out)
-        note_template(out, folders)
     elif folders:
-        done = export_mixture(out, base, dict(zip(folders, numbers, strict=True)), rank=rank)
+        with noted(out, template) as place:
+            done = export_mixture(place, base, dict(zip(folders, numbers, strict=True)), rank=rank)
         made = done.made.adapter
-        note_template(out, folders)
         told |= {"error": done.made.error, "difference": done.difference, "greatest_logit": done.greatest}
     else:
         save_peft(out, base)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from anabranch.bounds import MOST_SEED
-from anabranch.cli.adapters.placing import check_no_adapter, note_template
+from anabranch.cli.adapters.placing import check_no_adapter, note_of, noted
 from anabranch.cli.option_sets import OptionSet, takes_sets
 from anabranch.cli.options import AsJson, Quiet, load, named_folder
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
@@ -150,14 +150,15 @@ def merge(
         _average(adapters, numbers, out, method, {**options, "data": sought.data}, quiet=quiet, as_json=as_json)
         return
     parts, found = [read_peft(folder) for folder in adapters], None
+    template = note_of(adapters)
     if sought.data is not None and sought.model is not None:
         # What is wrong with them is said before anything is searched for.
         combine(parts, numbers, method, **options)
         found = _found(parts, sought.model, sought.data, method, options, sought.steps or 40, quiet=quiet or as_json)
         numbers = list(found.weights)
     made = combine(parts, numbers, method, **options)
-    write_peft(out, made.adapter)
-    note_template(out, adapters)
+    with noted(out, template) as place:
+        write_peft(place, made.adapter)
     num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
     ranks = sorted({pair.rank for pair in made.adapter.pairs.values()})
     if as_json:
@@ -220,8 +221,8 @@ def _average(
     if others:
         own = next(folder for folder in adapters if is_own(folder))
         raise ConfigError(f"{own} is in anabranch's own form and {others[0]} is not; a mean is of adapters of one form")
-    made = average_own(adapters, weights, out)
-    note_template(out, adapters)
+    with noted(out, note_of(adapters)) as place:
+        made = average_own(adapters, weights, place)
     num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
     if as_json:
         print_json(

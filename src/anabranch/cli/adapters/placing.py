@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,9 +121,20 @@ def template_of(said: str | None, adapter: str | None) -> str:
     return (None if adapter is None else common_template(folder_of(adapter, None).places)) or DEFAULT
 
 
-def note_template(out: str, adapters: Sequence[str]) -> None:
-    """Note beside an adapter that was made of others how the prompts of these were written, where all note the same."""
-    from anabranch.adapters.adapt.prompts import common_template, write_template
+def note_of(adapters: Sequence[str]) -> str | None:
+    """How the prompts of several adapters were written, where all note the same. What is wrong with their notes is told."""
+    from anabranch.adapters.adapt.prompts import common_template
 
-    if (template := common_template(adapters)) is not None:
-        write_template(Path(out), template)
+    return common_template(adapters)
+
+
+@contextmanager
+def noted(out: str, template: str | None) -> Iterator[Path]:
+    """Where an adapter that is made of others is written, which goes to ``out`` with its note in one on a clean exit."""
+    from anabranch.adapters.adapt.prompts import write_template
+    from anabranch.adapters.folder_files import staged_adapter
+
+    with staged_adapter(out) as place:
+        yield place
+        if template is not None:
+            write_template(place, template)
