@@ -244,6 +244,51 @@ def test_what_is_made_of_an_adapter_is_asked_as_it_learned(here, base, tmp_path)
     assert measured[0] == measured[1]
 
 
+def test_the_form_that_adapters_of_others_learned_is_shown_without_what_steers_a_terminal(here, base, tmp_path):
+    for name in ("one", "two"):
+        adapted(here, base / "base", base / "rows.jsonl", "--out", tmp_path / name, "--steps", 1)
+        note = json.dumps({"template": "\x9b31m\x1b[2JEVIL\u202e {prompt}"})
+        (tmp_path / name / "adapter" / "prompt.json").write_text(note)
+    folders = json.dumps([str(tmp_path / name / "adapter") for name in ("one", "two")])
+    line = ("--method", "lora_mixer", "--set", f"method.adapters={folders}", "--steps", 1, *QUICK)
+    code, out, err = here("adapt", base / "base", base / "rows.jsonl", "--out", tmp_path / "mixed", *line)
+    assert code == 0, err
+    assert "EVIL" in out
+    assert not set("\x9b\x1b\u202e") & set(out)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("merge", "one", "two"),
+        ("merge", "routed", "routed-too", "--method", "mean"),
+        ("export", "base", "one", "two"),
+        ("export", "base", "routed", "--task", "one"),
+    ],
+)
+def test_a_note_that_says_nothing_is_told_before_anything_is_written(here, base, tmp_path, line):
+    for name in ("one", "two", "routed", "routed-too"):
+        if name in line:
+            method = ["--method", "mhr"] if name.startswith("routed") else []
+            adapted(here, base / "base", base / "rows.jsonl", "--out", tmp_path / name, *method, "--steps", 1)
+    places = {"base": base / "base"} | {
+        name: tmp_path / name / "adapter" for name in ("one", "two", "routed", "routed-too")
+    }
+    line = [places.get(word, word) if number else word for number, word in enumerate(line)]
+    line = [*line[:-1], "one"] if "--task" in line else line
+    note = next(place for place in line[1:] if place in places.values() and place != places["base"]) / "prompt.json"
+    said = note.read_text()
+    note.write_text('{"template": "none"}')
+    code, _, err = here("adapters", *line, "--out", tmp_path / "made")
+    assert code == 2
+    assert "prompt.json" in err
+    assert not (tmp_path / "made").exists()
+    note.write_text(said)
+    code, _, err = here("adapters", *line, "--out", tmp_path / "made")
+    assert code == 0, err
+    assert (tmp_path / "made" / "prompt.json").read_text() == said
+
+
 def test_generate_with_an_adapter(here, base, routed):
     """The same tokens as the library makes of the model with that adapter on it, of each task; and in a plan of memory."""
     from anabranch.adapters.own_folder import read_own

@@ -1,16 +1,35 @@
+import ast
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import anabranch.cli
 from anabranch.cli.options import read_seeds
-from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, table, visible
+from anabranch.cli.output import (
+    duration,
+    fact,
+    fact_table,
+    print_json,
+    print_line,
+    quantity,
+    sample,
+    say,
+    shell_word,
+    size,
+    table,
+    visible,
+    wrote,
+)
 from anabranch.cli.runs import build_config, flatten
 from anabranch.errors import ConfigError
 
@@ -119,7 +138,73 @@ def test_saved_config_of_a_run_is_a_config_file_too(tmp_path):
 
 
 def test_nothing_of_a_model_steers_the_terminal():
-    assert visible("a\tb\nc\x1b[31m\r\x07\x9bé") == "a\tb\nc�[31m���é"
+    assert visible("a\tb\nc\x1b[31m\r\x07\x9bé\u202ex\u2066") == "a\tb\nc�[31m���é�x�"
+
+
+STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+HOSTILE = "a\x1b[2Jb\x9b31mc\u202ed\x07\u2028e\u2067f\x7f"
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        print_line,
+        say,
+        sample,
+        lambda text: fact(text, text),
+        lambda text: fact(text, text, to=sys.stderr),
+        lambda text: wrote(text, shell_word(text)),
+        lambda text: table([text], [[text]]),
+        lambda text: fact_table([(text, text)]),
+        lambda text: print_json({text: [text]}),
+        lambda text: logged(text),
+    ],
+)
+def test_whatever_shows_text_shows_what_would_steer(capfd, show):
+    """A file that was downloaded says it, and a command repeats it."""
+    show(HOSTILE)
+    found = capfd.readouterr()
+    assert "b" in found.out + found.err
+    assert not STEERS.search(found.out + found.err)
+
+
+def logged(text):
+    from anabranch.cli.main import _Visible
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible("%(message)s"))
+    handler.emit(logging.makeLogRecord({"msg": text}))
+
+
+def test_json_that_would_steer_says_what_it_said(capsys):
+    print_json({HOSTILE: [HOSTILE]})
+    assert json.loads(capsys.readouterr().out) == {HOSTILE: [HOSTILE]}
+
+
+def printed(tree):
+    """Arguments of each call of print, and of a write to a standard stream, that are no constant."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name == "print" or name.endswith("console.print") or re.fullmatch(r"sys\.(stdout|stderr)\.write", name):
+            yield from (argument for argument in node.args if not isinstance(argument, ast.Constant))
+
+
+@pytest.mark.parametrize("path", sorted(Path(anabranch.cli.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_command_prints_past_what_shows_text(path):
+    """Text of a file goes through what makes it visible: `print_line`, `fact`, `table`, ..., or `visible` where it is printed.
+
+    ``show`` of `generate` gives a file what a model said, and a terminal what it can bear.
+    """
+    if path.name == "output.py":
+        return
+    past = [
+        f"{path.name}:{argument.lineno}: {ast.unparse(argument)}"
+        for argument in printed(ast.parse(path.read_text()))
+        if not (isinstance(argument, ast.Call) and ast.unparse(argument.func) in ("visible", "show"))
+    ]
+    assert not past, f"print it with print_line, or through visible: {past}"
 
 
 WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)

@@ -26,7 +26,7 @@ from anabranch.cli.continuing import (
 )
 from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import AsJson, Model, Seed, Streams
-from anabranch.cli.output import print_json, say, visible
+from anabranch.cli.output import print_json, print_line, say, visible
 from anabranch.cli.rewired import Rewired, Turned, is_plain, library_fields
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.extras import require
@@ -238,7 +238,7 @@ class Conversation:
                 raise
         pieces.append(decoder.flush())
         if show:
-            print(pieces[-1])
+            print_line(pieces[-1])
         for note in self.voice.notes():
             say(note)
         answer = "".join(pieces)

@@ -143,11 +143,11 @@ def _shown(text: str, tokens: Iterator[int], tokenizer: Any, *, talks: bool) -> 
     ids = list(itertools.islice(tokens, 1))
     if not talks:
         return [*ids, *tokens]
-    print(text, end="", flush=True)
+    print(show(text), end="", flush=True)
     for token in ids:
         print(show(decoder.push(token)), end="", flush=True)
     for token in tokens:
         ids.append(token)
         print(show(decoder.push(token)), end="", flush=True)
-    print(decoder.flush())
+    print(show(decoder.flush()))
     return ids

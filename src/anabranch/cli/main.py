@@ -32,6 +32,7 @@ from anabranch.cli.heads import app as heads
 from anabranch.cli.info import info
 from anabranch.cli.options import FLAG
 from anabranch.cli.oracle import oracle
+from anabranch.cli.output import print_line, visible
 from anabranch.cli.plan import plan
 from anabranch.cli.pvchat import app as pvchat
 from anabranch.cli.report import report
@@ -45,7 +46,7 @@ from anabranch.extras import explain
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"anabranch {__version__}")
+        print_line(f"anabranch {__version__}")
         raise typer.Exit
 
 
@@ -241,9 +242,18 @@ def _command_of(arguments: Sequence[str]) -> str:
     return f"anabranch {arguments[0]}" if arguments and arguments[0] in _COMMANDS else "anabranch"
 
 
+class _Visible(logging.Formatter):
+    """A log says what stands in files and what others sent, and a terminal shows it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def _quiet_libraries() -> None:
     """Our own warnings as one line on stderr; those of libraries only where Python was asked for them (-W)."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.addLevelName(logging.WARNING, "warning")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -15,21 +15,28 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Controls of a terminal, and what turns the order of the letters after it or begins a line where nobody sees one.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 # Of the first column: model, data, wrote, ...
 LABEL_WIDTH = 8
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One object on stdout, nothing else. Numbers that JSON cannot hold become null."""
-    print(json.dumps(finite(value), indent=2, ensure_ascii=False))
+    """One object on stdout, nothing else. Numbers that JSON cannot hold become null; what would steer a terminal is escaped."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False)
+    print(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def print_line(text: str) -> None:
+    """A line, or several, on stdout."""
+    print(visible(text))
 
 
 def say(text: str = "") -> None:
     """A line on stderr, if anybody still reads it: what is shown never ends what is done."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         let_go(sys.stderr)
 
@@ -44,16 +51,16 @@ def let_go(stream: TextIO) -> None:
 
 def fact(label: str, text: str, *, to: TextIO | None = None) -> None:
     """A line: what it is about, then what there is to say, broken where a terminal ends. ``to`` None is stdout."""
-    to = to or sys.stdout
+    to, text = to or sys.stdout, visible(text)
     if to.isatty():
         width = max(shutil.get_terminal_size().columns - LABEL_WIDTH, 20)
         lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
         text = f"\n{'':{LABEL_WIDTH}}".join(lines)
-    line = f"{label + ' ':<{LABEL_WIDTH}}{text}"
+    told = f"{visible(label) + ' ':<{LABEL_WIDTH}}{text}"
     if to is sys.stderr:
-        say(line)
+        say(told)
     else:
-        print(line, file=to)
+        print(told, file=to)
 
 
 def sample(text: str) -> None:
@@ -63,7 +70,8 @@ def sample(text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """``text`` without what would steer a terminal: control characters but line ends and tabs become U+FFFD."""
+    """``text`` without what would steer a terminal: control characters but line ends and tabs, and what turns the order of letters, become
+    U+FFFD."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -90,9 +98,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     for number, header in enumerate(headers):
         is_text = number < text_columns
-        grid.add_column(header, justify="left" if is_text else "right", no_wrap=not is_text, vertical="bottom")
+        grid.add_column(visible(header), justify="left" if is_text else "right", no_wrap=not is_text, vertical="bottom")
     for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
+        grid.add_row(*(Text(visible(cell)) for cell in row))
     _print_grid(grid)
 
 
@@ -102,7 +110,7 @@ def fact_table(rows: Sequence[tuple[str, str]]) -> None:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for label, text in rows:
-        grid.add_row(label, Text(visible(text)))
+        grid.add_row(visible(label), Text(visible(text)))
     _print_grid(grid)
 
 

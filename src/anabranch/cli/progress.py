@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from anabranch.cli.output import duration, let_go, say
+from anabranch.cli.output import duration, let_go, say, visible
 
 PLAIN_EVERY_S = 5.0
 
@@ -62,7 +62,7 @@ class Progress:
         if self._first is None:
             # Set-up before the first unit says nothing about the rest.
             self._first = (now, done)
-        text = f"{text}  {self._left(now, done)}".strip()
+        text = visible(f"{text}  {self._left(now, done)}".strip())
         if self._bar is not None:
             self._show(lambda bar: bar.update(self._task, completed=done, text=text))
         elif now - self._said >= PLAIN_EVERY_S or (done == self._total and self._has_said):
@@ -75,7 +75,7 @@ class Progress:
             return
         now = time.perf_counter()
         if self._bar is not None:
-            self._show(lambda bar: bar.update(self._task, text=text))
+            self._show(lambda bar: bar.update(self._task, text=visible(text)))
         elif now - self._said >= PLAIN_EVERY_S:
             self._said, self._has_said = now, True
             say(text)
@@ -91,7 +91,7 @@ class Progress:
         if self._quiet:
             return
         if self._bar is not None:
-            self._show(lambda bar: bar.console.print(text, highlight=False, markup=False))
+            self._show(lambda bar: bar.console.print(visible(text), highlight=False, markup=False))
         else:
             say(text)
 

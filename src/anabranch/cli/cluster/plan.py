@@ -11,7 +11,7 @@ import typer
 
 from anabranch.cli.option_sets import OptionSet, takes_sets
 from anabranch.cli.options import AsJson
-from anabranch.cli.output import fact, print_json, size, table
+from anabranch.cli.output import fact, print_json, print_line, size, table
 from anabranch.cli.plan import read_hardware
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -153,7 +153,7 @@ def plan(
     _print(told)
     if made.schedule.num_clocks <= _MOST_CLOCKS:
         print()
-        print(made.schedule)
+        print_line(str(made.schedule))
     if picture is not None:
         fact("wrote", str(picture))
 

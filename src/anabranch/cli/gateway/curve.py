@@ -13,7 +13,7 @@ from anabranch.cli.gateway.doors import door
 from anabranch.cli.gateway.options import ColumnMap, Data, Prices, check_ending, read_data
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, finite_number
-from anabranch.cli.output import fact, print_json, say, shell_word, table
+from anabranch.cli.output import fact, print_json, print_line, say, shell_word, table
 from anabranch.errors import InputError
 from anabranch.extras import require
 from anabranch.files import check_apart
@@ -119,7 +119,7 @@ def curve(
     _print(found)
     if lines:
         print()
-        print(lines, end="")
+        print_line(lines.removesuffix("\n"))
     if written:
         fact("wrote", written[0])
     # Of too few questions, or where all went alike, what is fitted says no more than the lines that are not given.

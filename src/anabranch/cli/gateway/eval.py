@@ -29,7 +29,7 @@ from anabranch.cli.gateway.options import (
 from anabranch.cli.gateway.verdict import Ending, print_verdict
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed, finite_number
-from anabranch.cli.output import fact, print_json, say, table
+from anabranch.cli.output import fact, print_json, print_line, say, table
 from anabranch.errors import DataError, InputError
 from anabranch.extras import require
 from anabranch.files import check_apart
@@ -257,7 +257,7 @@ def _print(report: Report, written: list[str]) -> None:
     for headers, rows in report.tables():
         table(headers, rows)
         print()
-    print(report.describe())
+    print_line(report.describe())
     for name, reason in report.failed.items():
         say(f"{name} was left out: {reason}")
     if written:

@@ -25,7 +25,7 @@ from anabranch.cli.gateway.options import (
 )
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet, Seed
-from anabranch.cli.output import fact, print_json, say, shell_word, size, table, wrote
+from anabranch.cli.output import fact, print_json, print_line, say, shell_word, size, table, wrote
 from anabranch.errors import BackendError, DataError
 from anabranch.files import check_apart
 
@@ -125,7 +125,9 @@ def fit(
     for name, router in routers.items():
         for line in router.strategy.told():
             fact(name, line)
-    print(f"learned from {len(learned):,} questions on {len(recorded.models)} models; {about['held_out']:,} held out")
+    print_line(
+        f"learned from {len(learned):,} questions on {len(recorded.models)} models; {about['held_out']:,} held out"
+    )
     after = f"eval {shell_word(data)}" if about["held_out"] else "route 'a question'"
     wrote(str(out), f"{door()} {after} --router {shell_word(out)}")
 

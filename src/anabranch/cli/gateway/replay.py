@@ -10,7 +10,7 @@ import typer
 from anabranch.cli.gateway.options import AllowLeak, ColumnMap, Data, Named, Prices, Unseen, embed, read_data, rest
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Quiet
-from anabranch.cli.output import print_json, say, table
+from anabranch.cli.output import print_json, print_line, say, table
 
 if TYPE_CHECKING:
     from anabranch.routers.referee.off_policy import Replay
@@ -111,26 +111,26 @@ def print_replay(result: Replay) -> None:
         one.name for one in result.strategies if any(is_past(value, result) for value in (one.ips, one.doubly_robust))
     ]
     if past:
-        print(
+        print_line(
             "\nIPS and doubly robust are right on average, and single ones may pass the range of scores; the score, whose weights add up "
             f"to 1, keeps to it. Here they do for {', '.join(past)}."
         )
     cost = "" if result.cost is None else f" at ${1000 * result.cost:.4g} per thousand"
-    print(f"\nthe log: {result.rows:,} scored answers, mean score {result.score:.4f}{cost}")
+    print_line(f"\nthe log: {result.rows:,} scored answers, mean score {result.score:.4f}{cost}")
     if not result.drawn:
         what = "no choice of the log was drawn" if result.has_probabilities else "The log says no probabilities"
-        print(
+        print_line(
             f"{what[0].upper()}{what[1:]}: estimates are right only if models were drawn without a look at the query."
         )
     elif result.drawn < result.rows:
-        print(
+        print_line(
             f"Estimated on the {result.drawn:,} answers whose model was drawn; the others say nothing of another model."
         )
     for one in result.strategies:
         low, high = one.support_interval or (1.0, 1.0)
         if high < ENOUGH_SUPPORT:
-            print(
+            print_line(
                 f"{one.name}: the log may have made only about {one.support:.0%} of its choices; the estimate is of those."
             )
         elif low > 1 / ENOUGH_SUPPORT:
-            print(f"{one.name}: it draws as the log did, which flatters or harms it; judge it with another seed.")
+            print_line(f"{one.name}: it draws as the log did, which flatters or harms it; judge it with another seed.")

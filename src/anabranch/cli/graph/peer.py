@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import random
 import signal
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import typer
 from anabranch.cli.graph.inputs import read_items, whole_number
 from anabranch.cli.graph.options import Top, check_extra
 from anabranch.cli.options import FLAG, AsJson, Quiet
-from anabranch.cli.output import fact, print_json, table
+from anabranch.cli.output import fact, print_json, say, table
 from anabranch.errors import DataError, InputError
 from anabranch.files import check_apart
 
@@ -222,7 +221,7 @@ async def _live(
             loop.add_signal_handler(number, stop.set)
     async with GossipServer(node, host, port) as server:
         if not quiet and server.address is not None and rounds != 0:
-            print(f"{node.node_id} listens on {server.address[0]}:{server.address[1]}", file=sys.stderr, flush=True)
+            say(f"{node.node_id} listens on {server.address[0]}:{server.address[1]}")
         done = 0
         while not stop.is_set() and (rounds is None or done < rounds):
             await _ask(server, addresses, heard)

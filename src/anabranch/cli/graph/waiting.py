@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from anabranch.cli.output import quantity
+from anabranch.cli.output import quantity, visible
 from anabranch.cli.progress import Progress
 
 
@@ -17,7 +17,7 @@ def waiting(text: str, quiet: bool = False) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
         yield
         return
-    with Console(stderr=True).status(f"{text} ...", spinner="line"):
+    with Console(stderr=True).status(f"{visible(text)} ...", spinner="line"):
         yield
 
 

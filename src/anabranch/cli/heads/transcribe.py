@@ -71,7 +71,7 @@ def transcribe(
             told.append(_told(path, transcribe_sound(network, words, sound_T, begin=begin)))
         if not as_json:
             text = " ".join(visible(told[-1]["text"]).split())
-            print(text if len(found) == 1 else f"{visible(str(path))}\t{text}", flush=True)
+            print(visible(text if len(found) == 1 else f"{path}\t{text}"), flush=True)
     if as_json:
         print_json({"model": model, "files": told, "unread": [str(path) for path in unread]})
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from anabranch.cli.options import AsJson
-from anabranch.cli.output import print_json, say
+from anabranch.cli.output import print_json, print_line, say
 from anabranch.cli.pvchat.shared import ChatModel, model_folder
 from anabranch.extras import require
 
@@ -44,4 +44,4 @@ def ask(
         print_json({"clip": str(clip), "frames": len(seen.frame_FCHW), "answers": asked})
         return
     for answer in answers:
-        print(answer)
+        print_line(answer)
