@@ -70,6 +70,9 @@ def make_place(root):
         made, _ = load_model(root / "base")
         _small(name).build().begin(made, ["one", "two"], seed=3)
         write_own(root / f"{name}-start", drawn(made, 3))
+    made, _ = load_model(root / "base")
+    _small("dynmole").build().begin(made, [], seed=3)
+    write_own(root / "dynmole-start", drawn(made, 3))
     words = ["ab", "cde", "fghi", "jk", "lmnop", "q", "rst", "uv"]
     rows = [
         {"task": task, "input": word, "output": word[::-1] if task == "back" else word.upper()}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from anabranch.adapters.adapt import method_names
 from anabranch.adapters.tasks import goes_by_task, on_tasks, task_rows
 from anabranch.adapters.use import use_of_tables
-from anabranch.errors import ConfigError, DataError
+from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.lm import SamplingConfig, generate, load_model
 from anabranch.routing import record_routing
 from anabranch.routing.discovery import find_routers
@@ -55,6 +55,32 @@ def test_it_trains_and_goes_on_to_the_bit(place, case):
 
 
 FROM_FOLDERS = [case for case in CASES if " from " in case]
+
+
+@pytest.mark.parametrize("other", ["law", "law-bottleneck", "poly-start", "mhr-start", "dynmole-start", "base"])
+@pytest.mark.parametrize("case", [case for case in FROM_FOLDERS if case.split()[-1] not in ("z", "random")])
+def test_a_folder_of_another_kind_is_refused_in_a_line(place, tmp_path, case, other):
+    """Whatever a user names to begin from: what it holds is said, or it is begun from."""
+    given = FOLDERS[name_of(case)]
+    run = run_of(case, place, steps=1)
+    begun = {
+        field: str(place / other) if isinstance(names, str) else (str(place / other), str(place / names[0]))
+        for field, names in given.items()
+    }
+    run = run.replace(task=run.task.replace(method=run.task.method.replace(**begun)))
+    try:
+        Trainer(run, tmp_path / "run").close()
+    except (ConfigError, CheckpointError) as error:
+        assert other in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert other in (
+            *(name for names in given.values() for name in ([names] if isinstance(names, str) else names)),
+            *STARTS,
+        )
+
+
+STARTS = ("poly-start", "mhr-start")
 
 
 @pytest.mark.parametrize("case", FROM_FOLDERS)

@@ -90,6 +90,7 @@ class Poly(Method, kind="poly"):
         if self.config.start is None:
             return super().begin(model, tasks, seed=seed)
         read_own(self.config.start, model, trainable=True)
+        _check_kind(model, self.config.start)
         asked = set_anew(self.config)
         _check_sizes(model, asked, self.config.start)
         names = () if self.config.mode == "mu" else tuple(tasks)
@@ -143,6 +144,14 @@ def _anew(model: Decoder, asked: Mapping[str, Any]) -> dict[str, Any]:
         name: getattr(own, name).replace(**set_anew(asked[name])) for name in ("weights", "penalties") if name in asked
     }
     return anew | parts
+
+
+def _check_kind(model: Decoder, start: str) -> None:
+    """Raise ConfigError where ``start`` put something else than skills onto the model."""
+    others = [kind for kind in model.config.linears.values() if not isinstance(kind, MultiHeadRouted.Config)]
+    if others or not model.config.linears:
+        what = f"layers of kind {others[0].owner.kind!r}" if others else "nothing beside a matrix"
+        raise ConfigError(f"{start} has {what}, and skills of poly or mhr are gone on from; name a folder of theirs")
 
 
 def _check_sizes(model: Decoder, asked: Mapping[str, Any], start: str) -> None:
