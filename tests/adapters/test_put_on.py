@@ -257,12 +257,10 @@ def test_onto_a_frame_whose_numbers_are_elsewhere(tmp_path):
 def test_what_is_no_model_of_ours_is_told():
     other = torch.nn.Sequential(torch.nn.Linear(4, 4))
     for put in (
-        lambda: put_on(other, {"*.0": LowRank.Config(rank=1)}),
         lambda: put_around(other, front=Front.Config(num_tokens=1)),
         lambda: apply(other, "lora"),
         lambda: check_bare(other),
-        lambda: read_own("none", other),
         lambda: load_applied("none", other),
     ):
-        with pytest.raises(ConfigError, match="the model is a Sequential, and adapters are put onto a Decoder"):
+        with pytest.raises(ConfigError, match="the model is a Sequential, and this is put onto a Decoder"):
             put()

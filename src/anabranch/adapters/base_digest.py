@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anabranch.adapters.around import bare_config, bare_name
 from anabranch.adapters.beside import Beside
+from anabranch.adapters.onto_module import SHARED
 from anabranch.adapters.put_on import added_names
 from anabranch.lm.checkpoint import open_any
 from anabranch.lm.decoder import Decoder
@@ -32,8 +33,8 @@ _READ_IN = (torch.float32, torch.bfloat16, torch.float16)
 def base_digest(model: nn.Module) -> Digest:
     """What the base of ``model`` is, by some numbers of each of its tensors: a digest for each type that it may be read in.
 
-    ``whole`` is of all tensors, with their names and sizes; of a model that is not ours, of its parameters, without what `load_mixture` put
-    beside them. ``embedding``, of a model of ours, is of that alone, which stays as it is where matrices are quantized. A table in few
+    ``whole`` is of all tensors, with their names and sizes; of a model that is not ours, of its parameters, without what was put beside
+    them. ``embedding``, of a model of ours, is of that alone, which stays as it is where matrices are quantized. A table in few
     bits counts by the rows that it gives: those of the same file in floating point. ``few_bits`` is there where other matrices are in few
     bits, which they may have been rounded to.
     """
@@ -111,7 +112,7 @@ def _of_module(model: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
                 for name, value in state.items()
                 if not name.startswith(f"{place}.beside.")
             }
-    return state
+    return {name: value for name, value in state.items() if not name.startswith(f"{SHARED}.")}
 
 
 def _within(name: str, matrix: str) -> str:

@@ -5,28 +5,85 @@
         loss = cross_entropy(logits, target) + seen.loss()
         loss.backward()                     # inside: checkpointed parts run again and need the labels
 
-Without it the model routes all the same; nothing is labelled, masked or emitted then. Checkpointing must not be the reentrant kind, in
+Without it the model routes all the same; nothing is labelled, masked or emitted then. What rows are told in any pass of a block (`telling`,
+as `on_tasks` has it) layers are told within and without it. Checkpointing must not be the reentrant kind, in
 which nothing that is emitted has a gradient.
 """
 # Shapes: B rows, L positions
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, InputError
 from anabranch.nn.linear import call_linear
 from anabranch.routing import RoutingContext
 
-__all__ = ["Beside", "Seen", "passing", "sizes_of"]
+__all__ = ["Beside", "Seen", "Told", "passing", "sizes_of", "told"]
 
 _CURRENT: ContextVar["Seen | None"] = ContextVar("adapters_pass", default=None)
+
+
+@dataclass(eq=False)
+class Told:
+    """What the rows of any pass of a model are told, see `told`.
+
+    Attributes:
+        model: whose passes they are.
+        of_rows: the state of a pass of so many rows and positions, on a device. Raises InputError for other rows than are told something.
+        for_all: all rows are told the same.
+        shape: (B, L) of the pass that runs, or ran last; None before any.
+    """
+
+    model: nn.Module
+    of_rows: Callable[[int, int, torch.device], dict[str, Any]]
+    for_all: bool
+    shape: tuple[int, int] | None = None
+    _made: tuple[Any, dict[str, Any]] | None = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A pass begins: its first argument that is a tensor, ``[B, L, ...]``, says its shape."""
+        found = next(
+            (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1), None
+        )
+        self.shape = None if found is None else (found.shape[0], found.shape[1])
+
+    def state_of(self, x: Tensor, place: str) -> dict[str, Any]:
+        """What a layer is told that gets ``x``. Raises InputError where nobody knows which rows the items of ``x`` are of."""
+        items = x.numel() // max(x.shape[-1], 1)
+        rows = x.shape[0] if x.dim() > 2 else 1
+        if not self.for_all and self.shape is not None:
+            rows, length = self.shape
+            if not (x.shape[0] == rows if x.dim() > 2 else items == rows * length):
+                raise InputError(
+                    f"{place} gets {list(x.shape)} in a pass of {rows} rows of {length}, and which of them these are nobody knows; leave "
+                    "it out of what is put on, or tell all rows the same"
+                )
+        key = (rows, items // max(rows, 1), x.device)
+        if self._made is None or self._made[0] != key:
+            self._made = key, self.of_rows(*key)
+        return self._made[1]
+
+
+@contextmanager
+def told(what: Told) -> Iterator[None]:
+    """Layers of its model that stand beside matrices are told it, in any pass in this block and in what of it runs again."""
+    handle = what.model.register_forward_pre_hook(what.begin, with_kwargs=True)
+    places = [module for module in what.model.modules() if isinstance(module, Beside)]
+    for place in places:
+        place.told = (*place.told, what)
+    try:
+        yield
+    finally:
+        for place in places:
+            place.told = tuple(one for one in place.told if one is not what)
+        handle.remove()
 
 
 @dataclass(eq=False)
@@ -85,11 +142,13 @@ class Beside(nn.Module):
         matrix: the layer of before.
         beside: ours.
         name: of the place in its model.
+        told: what its rows are told in the blocks of `told` that are open.
     """
 
     def __init__(self, matrix: nn.Module, beside: nn.Module, name: str) -> None:
         super().__init__()
         self.matrix, self.beside, self.name = matrix, beside, name
+        self.told: tuple[Told, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """y."""
@@ -97,11 +156,14 @@ class Beside(nn.Module):
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:
         """``y`` with what ours makes of ``x``."""
-        seen = _CURRENT.get()
-        if seen is None:
-            return y + call_linear(self.beside, x, None).to(y.dtype)
-        seen.called.add(id(self))
-        return y + call_linear(self.beside, x, seen.of_call()).to(y.dtype)
+        seen, context = _CURRENT.get(), RoutingContext()
+        if seen is not None:
+            seen.called.add(id(self))
+            context = seen.of_call()
+        for one in self.told:
+            # What it emits is still that of the pass.
+            context = replace(context, state={**context.state, **one.state_of(x, self.name)})
+        return y + call_linear(self.beside, x, context).to(y.dtype)
 
     @property
     def weight(self) -> Tensor:

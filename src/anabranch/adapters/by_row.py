@@ -14,7 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.beside import Told, told
 from anabranch.errors import ConfigError, InputError
+from anabranch.lm.decoder import Decoder
 
 __all__ = ["check_told", "telling", "told_keys", "told_rows"]
 
@@ -32,7 +34,8 @@ def telling(
     """Every pass of ``model`` in this block has ``state(values of its rows, length)``.
 
     Args:
-        model: a `Decoder`.
+        model: a `Decoder`; or any module with layers beside its matrices (`anabranch.adapters.beside`), whose cache keeps rows where they
+            are.
         name: under which a cache knows of its rows.
         value_B: ``[B, ...]``, of each row. Rows that leave a batch (a sequence that stopped), or are repeated in it (beams), keep theirs:
             a cache knows them, from the block's first pass with it on. Without a cache, and in that pass, a batch may have each row several
@@ -57,6 +60,16 @@ def telling(
                 rows.of[block] = _spread(value_B, batch, what)
             own_B = rows.of[block]
         return state(own_B.to(token_BL.device), length)
+
+    if not isinstance(model, Decoder):
+
+        def of_rows(batch: int, length: int, device: torch.device) -> dict[str, Any]:
+            own_B = value_B.expand(batch, *value_B.shape[1:]) if for_all else _spread(value_B, batch, what)
+            return state(own_B.to(device), length)
+
+        with told(Told(model, of_rows, for_all)):
+            yield
+        return
 
     block = _Block(of_pass, what, value_B, state)
 

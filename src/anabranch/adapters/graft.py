@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from anabranch.adapters.beside import Beside
 from anabranch.adapters.ladder import LADDERED
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -22,7 +23,17 @@ from anabranch.nn.linear import Added, numbers_of, start_beside
 from anabranch.nn.quantize import QuantizedPool
 from anabranch.routing.fixed import fix, release
 
-__all__ = ["check_decoder", "check_pools", "graft", "layers_of", "patterns_of", "start_layers", "strip", "with_layers"]
+__all__ = [
+    "check_decoder",
+    "check_pools",
+    "graft",
+    "layers_of",
+    "patterns_of",
+    "start_layers",
+    "strip",
+    "unstrip",
+    "with_layers",
+]
 
 _BESIDE = "layers beside matrices"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -33,8 +44,8 @@ def check_decoder(model: object) -> None:
     """Raise ConfigError for a model that is none of ours, onto which nothing can be put."""
     if not isinstance(model, Decoder):
         raise ConfigError(
-            f"the model is a {type(model).__name__}, and adapters are put onto a Decoder of anabranch.lm: load_model reads models of "
-            "transformers, and load_mixture and apply_peft take these as they are"
+            f"the model is a {type(model).__name__}, and this is put onto a Decoder of anabranch.lm: load_model reads models of "
+            "transformers, and put_on, load_mixture and apply_peft take these as they are"
         )
 
 
@@ -106,23 +117,43 @@ def _weight_of(matrix: nn.Module) -> Tensor:
     return numbers_of(matrix)[0]
 
 
-def strip(model: Decoder) -> None:
-    """Take the layers off that `graft` put on; the base may be balanced again, if nothing else is on it."""
+def strip(model: Decoder) -> dict[str, Any]:
+    """Take the layers off that `graft` put on, and return them by the names of where they stood; the base may be balanced again, if nothing
+    else is on it."""
     release(model, _BESIDE)
+    taken: dict[str, Any] = {}
     for name, added in [(name, module) for name, module in model.named_modules() if isinstance(module, Added)]:
         _set(model, name, added.matrix)
-    for name, _ in list(_pools(model)):
+        taken[name] = added
+    for name, layers in list(_pools(model)):
         pool: Any = model.get_submodule(name)
         pool.layers = None
+        taken[name] = layers
     model.config = model.config.replace(linears={})
+    return taken
+
+
+def unstrip(model: Decoder, taken: Mapping[str, Any]) -> None:
+    """Put back what `strip` took off, beside the matrices that there are now; the config is left to who calls."""
+    fix(model, _BESIDE)
+    for name, layers in taken.items():
+        place: Any = model.get_submodule(name)
+        if isinstance(layers, Added):
+            layers.matrix = place
+            _set(model, name, layers.train(model.training))
+        else:
+            place.layers = layers.train(model.training)
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
-    """The layers that stand beside parts of matrices, by the names of the parts, which are the same along a ladder."""
+    """The layers that stand beside parts of matrices, by the names of the parts, which are the same along a ladder; in a model that is not
+    ours by the names of the matrices."""
     found: dict[str, Any] = {}
     for name, module in ((name.replace(LADDERED, "."), module) for name, module in model.named_modules()):
         if isinstance(module, Added):
             found |= {".".join([*name.split(".")[:-1], part]): layer for part, layer in module.beside.items()}
+        elif isinstance(module, Beside):
+            found[module.name] = module.beside
         elif (layers := layers_beside(module)) is not None:
             for experts in (layers.w13, layers.w2):
                 for number, beside in experts.items():

@@ -1,35 +1,43 @@
 """`merge`: what an adapter makes of the matrices that it stands beside, in their place; and `unmerge`: the matrices of before."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from anabranch.adapters.attached import Attached, attached_on, configs_of, forget, our_layers, put_on
+from anabranch.adapters.attached import ATTACHED, Attached, attached_on, configs_of, forget, our_layers, put_on
 from anabranch.adapters.graft import check_pools, layers_of, strip, with_layers
 from anabranch.adapters.names import Place
 from anabranch.adapters.numbers import Numbers
+from anabranch.adapters.put_on import Lifted, lift, put_back
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.saving import adapter_of
+from anabranch.adapters.taking_in import give_back, take_in
 from anabranch.adapters.whole import state_of, tensor_in
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 
 __all__ = ["merge", "unmerge"]
 
+M = TypeVar("M", bound=nn.Module)
+# How a model remembers what was merged that `load_peft` did not put on.
+_OWN = "_merged_layers"
 # A tensor of ours, where in it, and what goes there.
 _Written = tuple[str, tuple[int | slice, ...], Tensor]
 
 
 @torch.no_grad()
-def merge(model: Decoder, *, keep: bool = True) -> Decoder:
+def merge(model: M, *, keep: bool = True) -> M:
     """Let the matrices take in the adapter that stands beside them, in place, in the types that they have; the layers beside them go.
+
+    The adapter may be of `load_peft`, or layers that `put_on`, `read_own` or `merge_task` left beside.
 
     The model then runs, converts and saves as one that never had an adapter.
 
     Args:
-        model: with an adapter.
+        model: with an adapter: one of ours, or any that `put_on` put it onto.
         keep: keep what the matrices were, in as much memory again, so that `unmerge` gives it back to the bit. Where not, the model forgets
             that it had an adapter.
 
@@ -37,6 +45,12 @@ def merge(model: Decoder, *, keep: bool = True) -> Decoder:
     matrix is stored in few bits, or its type cannot hold what it would be; the model is as it was then.
     """
     _check_unrouted(model)
+    if _has_own(model):
+        return _merge_own(model, keep=keep)
+    if not isinstance(model, Decoder):
+        raise ConfigError(
+            f"the {type(model).__name__} has no adapter; put_on, read_own or load_mixture put one onto it"
+        )
     attached = attached_on(model)
     if attached.merged is not None:
         raise ConfigError("the adapter is merged already")
@@ -65,12 +79,16 @@ def merge(model: Decoder, *, keep: bool = True) -> Decoder:
 
 
 @torch.no_grad()
-def unmerge(model: Decoder) -> Decoder:
+def unmerge(model: M) -> M:
     """Give the matrices what they were before `merge`, to the bit, and put the adapter beside them again.
 
     What they have learned meanwhile is lost. Raises ConfigError where there is no adapter, it is not merged, or a matrix is stored in few
     bits by now; the model is as it was then.
     """
+    if _has_own(model):
+        return _unmerge_own(model)
+    if not isinstance(model, Decoder):
+        raise ConfigError(f"the {type(model).__name__} has no adapter that was merged")
     attached = attached_on(model)
     if attached.merged is None:
         raise ConfigError("the adapter is not merged")
@@ -88,7 +106,46 @@ def unmerge(model: Decoder) -> Decoder:
     return model
 
 
-def _check_unrouted(model: Decoder) -> None:
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """What was merged that `load_peft` did not put on: the layers, and what matrices were, by part."""
+
+    lifted: Lifted
+    before: Mapping[str, list[Tensor]]
+
+
+def _has_own(model: nn.Module) -> bool:
+    """Whether an adapter is on the model, or in its matrices, that `load_peft` did not put on."""
+    return hasattr(model, _OWN) or (getattr(model, ATTACHED, None) is None and bool(layers_of(model)))
+
+
+def _merge_own(model: M, *, keep: bool) -> M:
+    if hasattr(model, _OWN):
+        raise ConfigError("the adapter is merged already")
+    before = take_in(model)
+    lifted = lift(model)
+    if keep:
+        object.__setattr__(model, _OWN, _Own(lifted, before))
+    return model
+
+
+def _unmerge_own(model: M) -> M:
+    own: _Own | None = getattr(model, _OWN, None)
+    if own is None:
+        raise ConfigError("the adapter is not merged")
+    if layers_of(model):
+        raise ConfigError("the model has another adapter since it was merged; take that one off first")
+    put_back(model, own.lifted)
+    try:
+        give_back(model, own.before)
+    except ConfigError:
+        lift(model)
+        raise
+    object.__delattr__(model, _OWN)
+    return model
+
+
+def _check_unrouted(model: nn.Module) -> None:
     """Raise ConfigError where routers choose: what a token gets is known with the token alone."""
     for part, layer in layers_of(model).items():
         if isinstance(layer, RoutedLowRank) and layer.router is not None:

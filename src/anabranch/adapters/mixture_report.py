@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anabranch.adapters.beside import Beside, passing
+from anabranch.adapters.beside import passing
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.errors import ConfigError, InputError
@@ -110,10 +110,7 @@ class MixtureReport:
 
 def routed_layers(model: nn.Module) -> dict[str, RoutedLowRank]:
     """The layers beside matrices whose adapters a router chooses, by the names of what they stand beside."""
-    if isinstance(model, Decoder):
-        found: dict[str, Any] = layers_of(model)
-    else:
-        found = {module.name: module.beside for module in model.modules() if isinstance(module, Beside)}
+    found: dict[str, Any] = layers_of(model)
     return {
         name: layer for name, layer in found.items() if isinstance(layer, RoutedLowRank) and layer.router is not None
     }

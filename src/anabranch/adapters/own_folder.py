@@ -14,18 +14,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anabranch.adapters.around import around_config, put_around, take_around
 from anabranch.adapters.base_digest import Digest, base_digest, is_same_base
 from anabranch.adapters.folder_files import NUMBERS, OWN, OWN_FORM, adapter_folder
 from anabranch.adapters.front import Front
-from anabranch.adapters.graft import check_decoder
 from anabranch.adapters.ladder import Ladder
-from anabranch.adapters.put_on import added_names, put_on, take_off
+from anabranch.adapters.onto_module import check_module, chosen, count_beside
+from anabranch.adapters.put_on import added_names, linears_on, put_on, take_off
+from anabranch.bounds import shown
 from anabranch.config import Config, Field, configclass, from_dict, to_dict
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import atomic_write_json, read_json
@@ -37,6 +38,7 @@ from anabranch.nn import Linear
 __all__ = ["OWN", "OwnAdapter", "described_in", "is_own", "load_numbers", "own_of", "read_own", "write_own"]
 
 FORMAT, SCHEMA = "anabranch-adapter", 1
+M = TypeVar("M", bound=nn.Module)
 
 
 @configclass
@@ -48,27 +50,39 @@ class _Parts(Config):
     block: Ladder.Config | None = None
 
     @classmethod
-    def of(cls, config: Decoder.Config) -> "_Parts":
-        """What is around a base of such a model."""
+    def of(cls, model: nn.Module) -> "_Parts":
+        """What is on a model."""
+        if not isinstance(model, Decoder):
+            return cls(linears=linears_on(model))
+        config = model.config
         streams = config.streams if isinstance(config.streams, Front.Config) else None
         block = config.block if isinstance(config.block, Ladder.Config) else None
         return cls(linears=config.linears, streams=streams, block=block)
 
-    def config_on(self, base: Decoder.Config) -> Decoder.Config:
-        """That of a base with all of it. Raises ConfigError where it cannot be."""
-        return around_config(base.replace(linears=self.linears), self.streams, self.block)
+    def count_on(self, base: nn.Module) -> int:
+        """Numbers of all of it. Raises ConfigError where it cannot be on this base."""
+        if isinstance(base, Decoder):
+            made = around_config(base.config.replace(linears=self.linears), self.streams, self.block)
+            return made.count().parameters - base.config.count().parameters
+        if self.streams is not None or self.block is not None:
+            raise ConfigError(
+                f"tokens in front and ladders are for models of ours, and this one is a {type(base).__name__}"
+            )
+        return count_beside(base, chosen(base, self.linears))
 
-    def put(self, model: Decoder) -> None:
+    def put(self, model: nn.Module) -> None:
         """All of it onto the base."""
         if self.linears:
             put_on(model, self.linears)
         else:
             model.requires_grad_(False)
-        put_around(model, front=self.streams, ladder=self.block)
+        if isinstance(model, Decoder):
+            put_around(model, front=self.streams, ladder=self.block)
 
-    def take_off(self, model: Decoder) -> None:
+    def take_off(self, model: nn.Module) -> None:
         """The base again."""
-        take_around(model)
+        if isinstance(model, Decoder):
+            take_around(model)
         if self.linears:
             take_off(model)
 
@@ -116,50 +130,50 @@ def is_own(folder: str | Path) -> bool:
     return (Path(folder) / OWN).is_file()
 
 
-def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) -> None:
+def write_own(folder: str | Path, model: nn.Module, *, base: str | None = None) -> None:
     """Write the layers beside the matrices of ``model``, all or nothing.
 
     Args:
         folder: not there, empty, or with an adapter of this form, whose settings and numbers are replaced; what people said of it stays,
             see `anabranch.adapters.folder_files`.
-        model: with layers.
+        model: with layers: one of ours, or any that `put_on` put them onto.
         base: what the model was without, for the record.
 
     Raises ConfigError for a model without any, CheckpointError for numbers that are not finite, DataError where the folder holds something
     else or cannot be written, CapacityError where the disk is full.
     """
-    if _Parts.of(model.config) == _Parts():
+    check_module(model)
+    if _Parts.of(model) == _Parts():
         raise ConfigError("the model has no adapter to save; put layers onto it first")
     told = {
         "format": FORMAT,
         "schema": SCHEMA,
         "base": base,
-        "dim": model.config.dim,
-        "num_layers": model.config.num_layers,
+        **_sizes_of(model),
         "base_digest": base_digest(model),
     }
     own_of(model, told).write(folder)
 
 
-def own_of(model: Decoder, told: Mapping[str, Any]) -> OwnAdapter:
+def own_of(model: nn.Module, told: Mapping[str, Any]) -> OwnAdapter:
     """What is on ``model``, with ``told`` of the base in its table."""
-    parts, state = _Parts.of(model.config), model.state_dict()
+    parts, state = _Parts.of(model), model.state_dict()
     return OwnAdapter({**told, **to_dict(parts)}, parts, {name: state[name].detach() for name in added_names(model)})
 
 
 def read_own(
     folder: str | Path,
-    model: Decoder,
+    model: M,
     *,
     trainable: bool = False,
-    base: Decoder | Callable[[], Digest] | None = None,
+    base: nn.Module | Callable[[], Digest] | None = None,
     is_base_known: bool = True,
-) -> Decoder:
+) -> M:
     """Put the adapter in ``folder`` onto ``model``, in place, and return it.
 
     Args:
         folder: as `write_own` wrote it.
-        model: the base.
+        model: the base: one of ours, or any module of torch that has the layers by the same names.
         trainable: whether the adapter learns. The base does not.
         base: whose numbers the adapter has to know, where ``model`` has but their sizes, or what gives the digest of these; None for
             ``model``.
@@ -168,11 +182,17 @@ def read_own(
     Raises CheckpointError where there is none, it is damaged or of another model, by sizes or by content; ConfigError as `put_on`. The
     model is then as it was. Of one whose matrices are quantized or elsewhere the content is looked at only where it is as it was.
     """
-    check_decoder(model)
+    check_module(model)
     place = Path(folder)
     table = _table_of(place)
-    for name, ours in (("dim", model.config.dim), ("num_layers", model.config.num_layers)):
-        if table.get(name) != ours:
+    is_ours = isinstance(model, Decoder)
+    if is_ours != ("model" not in table):
+        whose = "one of ours" if "model" not in table else f"a {shown(table['model'])}"
+        raise CheckpointError(
+            f"{place} is of {whose}, whose layers have other names than those of this {type(model).__name__}"
+        )
+    for name, ours in _sizes_of(model).items():
+        if is_ours and table.get(name) != ours:
             raise CheckpointError(
                 f"{place} is of a model whose {name} is {table.get(name)!r}, and this one's is {ours}"
             )
@@ -180,7 +200,7 @@ def read_own(
         _check_base(place, table, model if base is None else base)
     parts = _parts_of(place, table)
     # A few words may ask for any number of numbers; far more than the file has are never made. What else is wrong is told by name below.
-    asked = parts.config_on(model.config).count().parameters - model.config.count().parameters
+    asked = parts.count_on(model)
     if asked > 16 * (held := _numbers_in(place / NUMBERS)) + 2**20:
         raise CheckpointError(
             f"{place / NUMBERS} holds {held:,} numbers, and {OWN} describes an adapter of {asked:,}; copy the folder again"
@@ -197,6 +217,13 @@ def read_own(
     if not trainable:
         model.requires_grad_(False)
     return model
+
+
+def _sizes_of(model: nn.Module) -> dict[str, Any]:
+    """What is told of a base besides its digest."""
+    if isinstance(model, Decoder):
+        return {"dim": model.config.dim, "num_layers": model.config.num_layers}
+    return {"model": type(model).__name__}
 
 
 def described_in(folder: str | Path) -> dict[str, Any]:
@@ -246,12 +273,12 @@ def _parts_of(place: Path, table: dict[str, Any]) -> _Parts:
     return parts
 
 
-def _check_base(place: Path, table: dict[str, Any], base: Decoder | Callable[[], Digest]) -> None:
+def _check_base(place: Path, table: dict[str, Any], base: nn.Module | Callable[[], Digest]) -> None:
     """Raise CheckpointError where the adapter is of another base; those of earlier versions do not say."""
     told = table.get("base_digest")
     if told is None:
         return
-    ours = base_digest(base) if isinstance(base, Decoder) else base()
+    ours = base_digest(base) if isinstance(base, nn.Module) else base()
     try:
         is_same = is_same_base(told, ours)
     except (AttributeError, KeyError, TypeError):

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from anabranch.adapters.beside import Beside
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.peft_folder import Adapter
@@ -19,7 +18,6 @@ from anabranch.adapters.plain import peft_adapter
 from anabranch.adapters.pool import LowRankPool
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.errors import ConfigError
-from anabranch.lm.decoder import Decoder
 
 __all__ = ["mu", "static_mixture"]
 
@@ -73,10 +71,7 @@ def mu(model: nn.Module, *, family: str | None = None) -> Adapter:
 
 
 def _routed(model: nn.Module) -> dict[str, RoutedLowRank]:
-    if isinstance(model, Decoder):
-        found = layers_of(model)
-    else:
-        found = {module.name: module.beside for module in model.modules() if isinstance(module, Beside)}
+    found = layers_of(model)
     routed = {name: layer for name, layer in found.items() if isinstance(layer, RoutedLowRank)}
     if not routed:
         raise ConfigError(f"{type(model).__name__} has no routed experts beside its matrices")

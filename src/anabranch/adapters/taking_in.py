@@ -1,16 +1,14 @@
 """`take_in`: what stands beside matrices into them, whatever its kind, where the kind is one that a matrix can compute.
 
-    read_own("runs/shira/adapter", model)
-    take_in(model)                          # a plain model, as quick as before
-
-Folders of peft's have `anabranch.adapters.merge`, which can be undone.
+read_own("runs/shira/adapter", model)
+take_in(model)                          # its matrices hold what stands beside them, which is to be taken off
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anabranch.adapters.after import ScaleShift
 from anabranch.adapters.gated import GatedLowRank
@@ -25,7 +23,7 @@ from anabranch.nn import ExpertPool
 from anabranch.nn.expert_layers import layers_beside
 from anabranch.nn.linear import Added
 
-__all__ = ["can_take_in", "take_in"]
+__all__ = ["can_take_in", "give_back", "take_in"]
 
 
 def can_take_in(layer: Any) -> bool:
@@ -38,8 +36,10 @@ def can_take_in(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def take_in(model: Decoder) -> None:
+def take_in(model: nn.Module) -> dict[str, list[Tensor]]:
     """Add what layers learned to the matrices that they stand beside; the layers stay until they are taken off.
+
+    Returns what the matrices were, and biases that changed, by part, for `give_back`.
 
     Raises ConfigError for a kind that no matrix can compute, a matrix that is stored in few bits, and one whose type cannot hold the sum;
     the model is as it was then.
@@ -48,9 +48,8 @@ def take_in(model: Decoder) -> None:
     odd = [part for part, layer in layers.items() if not can_take_in(layer)]
     if odd:
         kind = layers[odd[0]].config.owner.kind
-        raise ConfigError(
-            f"no matrix computes what a layer of kind {kind!r} does beside it ({some(odd)}); leave it beside"
-        )
+        one = "merge_task leaves a plain one of one task" if kind == "multi_head_routed" else "leave it beside"
+        raise ConfigError(f"no matrix computes what a layer of kind {kind!r} does beside it ({some(odd)}); {one}")
     found = [(part, layer, *_matrix(model, part)) for part, layer in layers.items()]
     # All of them before any is changed.
     for part, layer, weight_OC, bias_O in found:
@@ -58,11 +57,26 @@ def take_in(model: Decoder) -> None:
             if made is not None and not made.isfinite().all():
                 kind = str(made.dtype).removeprefix("torch.")
                 raise ConfigError(f"{part} with what was learned has numbers that {kind} cannot hold; leave it beside")
-    for _, layer, weight_OC, bias_O in found:
+    before = {}
+    for part, layer, weight_OC, bias_O in found:
+        before[part] = [tensor.detach().clone() for tensor in (weight_OC, bias_O) if tensor is not None]
         made_OC, made_O = _merged(layer, weight_OC, bias_O)
         weight_OC.copy_(made_OC)
         if bias_O is not None and made_O is not None:
             bias_O.copy_(made_O)
+    return before
+
+
+@torch.no_grad()
+def give_back(model: nn.Module, before: Mapping[str, list[Tensor]]) -> None:
+    """Let matrices that layers stand beside be what they were before `take_in`, to the bit.
+
+    Raises ConfigError where one is stored in few bits by now; the model is as it was then.
+    """
+    targets = {part: [tensor for tensor in _matrix(model, part) if tensor is not None] for part in before}
+    for part, tensors in before.items():
+        for target, tensor in zip(targets[part], tensors, strict=True):
+            target.copy_(tensor)
 
 
 def _merged(layer: Any, weight_OC: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -75,8 +89,10 @@ def _merged(layer: Any, weight_OC: Tensor, bias_O: Tensor | None) -> tuple[Tenso
     return (weight_OC.to(wide) + layer.delta().to(wide)).to(weight_OC.dtype), bias_O
 
 
-def _matrix(model: Decoder, part: str) -> tuple[Tensor, Tensor | None]:
-    """The rows of a matrix that are a part, and of its bias. Raises ConfigError where it is stored in few bits."""
+def _matrix(model: nn.Module, part: str) -> tuple[Tensor, Tensor | None]:
+    """The rows of a matrix that are a part, and of its bias. Raises ConfigError where it is stored in few bits, or another part is too."""
+    if not isinstance(model, Decoder):
+        return _of_module(model, part)
     owner, _, word = part.rpartition(".")
     for name, module in ((name.replace(LADDERED, "."), module) for name, module in model.named_modules()):
         if isinstance(module, Added) and name.rpartition(".")[0] == owner and word in module.rows:
@@ -94,6 +110,19 @@ def _matrix(model: Decoder, part: str) -> tuple[Tensor, Tensor | None]:
                 return _stack(module.w2)[number], None
             return _stack(module.w13)[number][_rows(layers.rows[0], word)], None
     raise ConfigError(f"the model has no matrix {part}")
+
+
+def _of_module(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """A matrix of a model that is not ours, as ``[O, C]``, and its bias."""
+    place: Any = model.get_submodule(name)
+    matrix, own = place.matrix, f"{name}.matrix.weight"
+    weight = matrix.weight
+    if not weight.is_floating_point():
+        raise ConfigError(f"{name} is stored in few bits, which cannot be added to; dequantise the model first")
+    same = [other for other, one in model.named_parameters(remove_duplicate=False) if one is weight and other != own]
+    if same:
+        raise ConfigError(f"{name} is {same[0]} of the model too, which would change with it; leave it beside")
+    return weight if isinstance(matrix, nn.Linear) else weight.T, matrix.bias
 
 
 def _rows(rows: Mapping[str, int], word: str) -> slice:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from anabranch.adapters.by_row import telling
 from anabranch.bounds import shown
 from anabranch.errors import ConfigError, InputError
-from anabranch.lm.decoder import Decoder
 
 __all__ = [
     "AVERAGE",
@@ -119,13 +118,14 @@ def told_tasks(number_B: Tensor, length: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def on_tasks(model: Decoder, names: str | Sequence[str | None], *, unknown: Unknown = "error") -> Iterator[None]:
+def on_tasks(model: nn.Module, names: str | Sequence[str | None], *, unknown: Unknown = "error") -> Iterator[None]:
     """Every pass of ``model`` in this block is of these tasks.
 
     Args:
-        model: whose layers route by task.
+        model: whose layers route by task: one of ours, or any that `put_on` put them onto.
         names: of each row of its batches, or one for all rows. Rows that leave a batch (a sequence that stopped), or are repeated in it
-            (beams), keep their task: a cache knows them. Without a cache a batch may have each row several times in a row.
+            (beams), keep their task: a cache knows them. Without a cache, and in a model that is not ours, a batch may have each row
+            several times in a row, as transformers' generate has beams.
         unknown: see `task_rows`.
 
     Raises InputError for an unknown name, and in a pass whose rows are neither these nor a multiple of them.

@@ -23,6 +23,7 @@ from anabranch.adapters.lora_mixer.layer import MixedLowRank
 from anabranch.adapters.lora_mixer.loss import SoftThenTopK, SpecialisationLoss, check_top_k
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.names import names_of
+from anabranch.adapters.onto_module import built_beside, put_beside
 from anabranch.adapters.peft_folder import CONFIG, Adapter, read_peft
 from anabranch.adapters.pooled import load_pool
 from anabranch.adapters.put_on import built_alone
@@ -32,8 +33,6 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import read_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
-from anabranch.nn import BuildContext
-from anabranch.nn.linear import Projection
 from anabranch.routing import LinearScore, Router
 
 __all__ = ["load_mixture", "mixed_layers"]
@@ -114,10 +113,7 @@ def load_mixture(
 
 def mixed_layers(model: nn.Module) -> dict[str, MixedLowRank]:
     """The mixed layers of a model by the names of what they stand beside. Raises ConfigError where there are none."""
-    if isinstance(model, Decoder):
-        found = layers_of(model)
-    else:
-        found = {module.name: module.beside for module in model.modules() if isinstance(module, Beside)}
+    found = layers_of(model)
     mixed = {name: layer for name, layer in found.items() if isinstance(layer, MixedLowRank)}
     if not mixed:
         raise ConfigError(f"{type(model).__name__} has no mixed layers; put some on with load_mixture")
@@ -234,22 +230,12 @@ def _onto_module(
     }
     lacking = {place: tuple(number for number, pair in enumerate(pairs[place]) if pair is None) for place in order}
     configs = _configs(shared, sizes, lacking, groups)
-    generator, companions = torch.Generator().manual_seed(seed), dict[str, Any]()
-    made = {}
-    for place, config in configs.items():
-        linear: Any = model.get_submodule(place)
-        sizes_CO = sizes_of(linear)
-        assert sizes_CO is not None, "_check_linear let it pass"
-        context = BuildContext(sizes_CO[0], layer=_layer_number(place), generator=generator, companions=companions)
-        projection = Projection(place, *sizes_CO)
-        layer: MixedLowRank = config.build(projection, context)
-        layer.put(pairs[place])
-        _take(layer, layer.pool.a, layer.pool.b)
-        made[place] = layer.to(linear.weight.device).train(model.training)
-    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    made, modules = built_beside(model, configs, lambda place: generator)
     for place, layer in made.items():
-        owner, _, leaf = place.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, Beside(model.get_submodule(place), layer, place))
+        layer.put(pairs[place], layer.pool.a.device)
+        _take(layer, layer.pool.a, layer.pool.b)
+    put_beside(model, made, modules)
 
 
 def _placed(

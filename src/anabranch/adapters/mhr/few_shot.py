@@ -10,7 +10,7 @@ Export to plain LoRA, which any server loads: `to_single_lora` for one task, `mu
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -21,30 +21,30 @@ from anabranch.adapters.mhr.layer import MultiHeadRouted, routed_layers
 from anabranch.adapters.mhr.table import tables_of
 from anabranch.adapters.peft_folder import Adapter
 from anabranch.adapters.plain import peft_adapter
-from anabranch.adapters.put_on import put_on, take_off
+from anabranch.adapters.put_on import linears_on, put_on, take_off
 from anabranch.errors import ConfigError
-from anabranch.lm.decoder import Decoder
 
 __all__ = ["MODES", "Mode", "adapt", "merge_task", "mu", "to_single_lora"]
 
+M = TypeVar("M", bound=nn.Module)
 Mode = Literal["full", "z", "mu", "random"]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 MODES: tuple[Mode, ...] = ("full", "z", "mu", "random")
 
 
 def adapt(
-    model: Decoder,
+    model: M,
     tasks: str | Sequence[str] = (),
     *,
     mode: Mode = "full",
     redundant: bool = False,
     seed: int = 0,
     anew: Mapping[str, Any] = _NOTHING,
-) -> Decoder:
+) -> M:
     """Make ``model``, whose layers were trained on many tasks, ready to learn others; in place, and returned.
 
     Args:
-        model: with `MultiHeadRouted` layers.
+        model: with `MultiHeadRouted` layers, one of ours or any that `put_on` put them onto.
         tasks: names of the new ones, which get fresh rows of Z in the place of the old table; none with mode ``mu``, which knows no task.
         mode: what learns, see the top of this file. All else is frozen.
         redundant: with ``mu``, keep all skills and weigh each 1/K, as the reference does; they learn K times as slowly in sum.
@@ -67,7 +67,7 @@ def adapt(
         return _as_average(model, seed)
     changes: dict[str, Any] = {"uniform": True} if mode == "mu" else {"tasks": names, **anew}
     before = {part: _only_routed(part, layer) for part, layer in layers_of(model).items()}
-    _replaced(model, {pattern: _changed(kind, **changes) for pattern, kind in model.config.linears.items()}, seed)
+    _replaced(model, {pattern: _changed(kind, **changes) for pattern, kind in linears_on(model).items()}, seed)
     if mode != "random":
         _take_skills(model, before)
     _learn(model, inventory=mode != "z", table=mode != "mu")
@@ -78,14 +78,14 @@ def _changed(kind: Any, **changes: Any) -> Any:
     return kind.replace(**changes) if isinstance(kind, MultiHeadRouted.Config) else kind
 
 
-def _replaced(model: Decoder, linears: Mapping[str, Any], seed: int) -> None:
+def _replaced(model: nn.Module, linears: Mapping[str, Any], seed: int) -> None:
     """Other layers in the place of those that there are."""
     take_off(model)
     put_on(model, linears, seed=seed)
 
 
 @torch.no_grad()
-def _take_skills(model: Decoder, before: Mapping[str, MultiHeadRouted]) -> None:
+def _take_skills(model: nn.Module, before: Mapping[str, MultiHeadRouted]) -> None:
     for part, layer in layers_of(model).items():
         if part in before:
             layer.inventory.load_state_dict(before[part].inventory.state_dict())
@@ -98,17 +98,16 @@ def _learn(model: nn.Module, *, inventory: bool, table: bool) -> None:
         each.requires_grad_(table)
 
 
-def _as_average(model: Decoder, seed: int) -> Decoder:
+def _as_average(model: M, seed: int) -> M:
     """One plain adapter beside each matrix: the mean of its skills."""
     pairs = {part: _only_routed(part, layer).pair(None) for part, layer in layers_of(model).items()}
     linears = {
         pattern: LowRank.Config(rank=_rank_of(kind), alpha=_alpha_of(kind))
-        for pattern, kind in model.config.linears.items()
+        for pattern, kind in linears_on(model).items()
     }
-    device = model.embedding.weight.device
     _replaced(model, linears, seed)
     for part, layer in layers_of(model).items():
-        layer.put(pairs[part], device, trainable=True)
+        layer.put(pairs[part], layer.a.device, trainable=True)
     return model
 
 
@@ -126,7 +125,7 @@ def _only_routed(part: str, layer: Any) -> MultiHeadRouted:
     return layer
 
 
-def to_single_lora(model: Decoder, task: str, *, family: str | None = None) -> Adapter:
+def to_single_lora(model: nn.Module, task: str, *, family: str | None = None) -> Adapter:
     """The adapter of one task as plain LoRA, by the names that peft has for the layers; `write_peft` writes it.
 
     Args:
@@ -140,27 +139,28 @@ def to_single_lora(model: Decoder, task: str, *, family: str | None = None) -> A
     return _exported(model, task, family)
 
 
-def mu(model: Decoder, *, family: str | None = None) -> Adapter:
+def mu(model: nn.Module, *, family: str | None = None) -> Adapter:
     """The average of all skills as plain LoRA: what `to_single_lora` is for one task, for none (zero-shot MHR-mu)."""
     return _exported(model, None, family)
 
 
-def _exported(model: Decoder, task: str | None, family: str | None) -> Adapter:
+def _exported(model: nn.Module, task: str | None, family: str | None) -> Adapter:
     routed_layers(model)
     pairs = {part: _only_routed(part, layer).pair(task) for part, layer in layers_of(model).items()}
     return peft_adapter(model, pairs, family)
 
 
-def merge_task(model: Decoder, task: str | None) -> Decoder:
+def merge_task(model: M, task: str | None) -> M:
     """Leave the adapter of one task (None: the average) beside the matrices as plain LoRA, in place, and return the model.
 
-    What is then served or merged into the matrices is of this task alone; `anabranch.adapters.merge` needs an adapter that `load_peft` put
-    on, which the folder that `write_peft` makes of `to_single_lora` is.
+    What is then served is of this task alone; `anabranch.adapters.merge` lets the matrices take it in, and `unmerge` gives them back.
+
+    Raises InputError for a task that there is not, ConfigError for a model without `MultiHeadRouted` layers.
     """
+    routed_layers(model)
     pairs = {part: _only_routed(part, layer).pair(task) for part, layer in layers_of(model).items()}
     configs = {part: LowRank.Config(rank=pair.rank, alpha=pair.alpha) for part, pair in pairs.items()}
-    device = model.embedding.weight.device
     _replaced(model, configs, 0)
     for part, layer in layers_of(model).items():
-        layer.put(pairs[part], device)
+        layer.put(pairs[part], layer.a.device)
     return model

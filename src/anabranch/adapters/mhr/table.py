@@ -29,6 +29,8 @@ _START = 1e-3
 def bin_of(name: str, granularity: Granularity) -> str | None:
     """The bin of the linear layer ``name`` (``blocks.3.attention.q``), whose layers share a table; None where it has one of its own.
 
+    In a model that is not ours the first number in a name counts blocks.
+
     Parts that stand in no block (a head, a pool that blocks share) are bins of their own in all but the coarse ones.
     """
     if granularity == "finegrained":
@@ -36,7 +38,9 @@ def bin_of(name: str, granularity: Granularity) -> str | None:
     if granularity in ("coderwise", "coarsegrained"):
         return "all"
     words = name.split(".")
-    depth = {"blockwise": 2, "layerwise": 3}[granularity] if words[0] == "blocks" else 2
+    # Of a model that is not ours the first number counts blocks: transformer.h.3.attn.c_attn.
+    block = next((place for place, word in enumerate(words) if word.isdigit()), None) if words[0] != "shared" else None
+    depth = 2 if block is None else {"blockwise": block + 1, "layerwise": block + 2}[granularity]
     return ".".join(words[: min(depth, max(1, len(words) - 1))])
 
 
