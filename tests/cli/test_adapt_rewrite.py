@@ -63,6 +63,28 @@ def test_what_people_said_survives_a_resumed_run(here, adapt, tmp_path, method):
         assert not list(out.glob(".*unfinished*"))
 
 
+@pytest.mark.parametrize("change", ["gone", "another", "new"])
+def test_a_run_goes_on_in_the_form_that_it_began_with_whatever_notes_say_now(adapt, tmp_path, change):
+    """How prompts are written was read again from the notes of what a run had begun from, and the rows were then called others."""
+    sources, out = [tmp_path / name for name in ("one", "two")], tmp_path / "run"
+    for source in sources:
+        said = () if change == "new" else ("--set", "task.template=Q: {prompt} A:")
+        code, _, err = adapt(source, "--steps", 1, *said)
+        assert code == 0, err
+    given = json.dumps([str(source / "adapter") for source in sources])
+    code, _, err = adapt(out, "--method", "lora_mixer", "--set", f"method.adapters={given}", "--steps", 1)
+    assert code == 0, err
+    for source in sources:
+        note = source / "adapter" / "prompt.json"
+        note.unlink()
+        if change != "gone":
+            note.write_text(json.dumps({"template": "another: {prompt}"}))
+    code, _, err = adapt(out, "--steps", 2, resume=True)
+    assert code == 0, err
+    wanted = "{prompt}\n" if change == "new" else "Q: {prompt} A:"
+    assert json.loads((out / "adapter" / "prompt.json").read_text()) == {"template": wanted}
+
+
 def test_gates_go_with_their_numbers_and_a_new_description_stays(here, adapt, tmp_path, caplog):
     assert adapt(tmp_path / "lora", "--steps", 2)[0] == 0
     first = tmp_path / "lora" / "adapter"

@@ -212,6 +212,7 @@ def _started(
     """The config of a new run; ``said`` are those of its settings that are options by themselves."""
     from anabranch.adapters.adapt import AdaptTask, method_named
     from anabranch.adapters.adapt.rows import check_file
+    from anabranch.adapters.adapt.task import template_of
     from anabranch.config import override
     from anabranch.lm.folder import files_of
     from anabranch.train import TaskRunConfig, TrainConfig
@@ -231,7 +232,9 @@ def _started(
     task = AdaptTask.Config(model=place, data=str(data.absolute()), method=method_named(method or named))
     _check_options(task.method, said)
     made = override(TaskRunConfig(task=task, train=TrainConfig(**_TRAIN)), settings)
-    return override(made, _absolute(made.task))
+    made = override(made, _absolute(made.task))
+    # The record has it, so that a run goes on as it began whatever becomes of the notes that it was read from.
+    return override(made, {"task.template": template_of(made.task)})
 
 
 def _absolute(task: Any, held: Any = None) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class AdaptTask(Task, kind="adapt"):
     def __init__(self, config: Config, *, model: Decoder | None = None, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, model=model)
         self.method: Method = config.method.build()
-        self.template = config.template or common_template(self.method.begins_from()) or DEFAULT
+        self.template = template_of(config)
         learned, held_out = self._rows()
         self.names = tuple(sorted({row.task for row in learned}))
         self._digest = digest_of([*learned, *held_out])
@@ -392,3 +392,11 @@ class AdaptTask(Task, kind="adapt"):
             written = self.method.write(place, self.base, self.config.model)
             write_template(place, self.template)
         return replace(written, folder=folder)
+
+
+def template_of(config: AdaptTask.Config) -> str:
+    """How prompts of a run are written: as it says, else as the adapters that it begins from learned them, else `prompts.DEFAULT`.
+
+    Raises CheckpointError for a note of one of these that says nothing.
+    """
+    return config.template or common_template(config.method.build().begins_from()) or DEFAULT
