@@ -43,6 +43,12 @@ SMALL = {
     "tokens": 3,
     "reduction": 4,
     "drop": 1,
+    "entries": 20,
+    "block": 4,
+    "group": 8,
+    "vectors": 8,
+    "length": 8,
+    "hidden": 8,
 }
 TASKS = ("back", "up")
 TOKENS = torch.tensor([[3, 17, 60, 8, 90, 41, 7, 1], [0, 5, 22, 1, 59, 30, 2, 2]])

@@ -90,6 +90,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "shift": "anabranch.adapters.after:Shift",
         "adapter_fusion": "anabranch.adapters.fusion:AdapterFusion",
         "adapter_mixture": "anabranch.adapters.adapter_mixture:AdapterMixture",
+        "peft_tuner": "anabranch.adapters.tuners:PeftTuner",
+        "moved_low_rank": "anabranch.adapters.tuners:MovedLowRank",
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",

@@ -174,8 +174,8 @@ PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}
     ("fields", "message"),
     [
         (
-            {"peft_type": "VERA"},
-            "peft_type in adapter_config.json is 'VERA'; LORA, IA3, POLY, PROMPT_TUNING, P_TUNING, PREFIX",
+            {"peft_type": "XLORA"},
+            "peft_type in adapter_config.json is 'XLORA'; LORA, IA3, POLY, PROMPT_TUNING, P_TUNING, PREFIX",
         ),
         ({}, "peft_type in .* is None; LORA, IA3"),
         ({"peft_type": ["LORA"]}, r"peft_type in .* is \['LORA'\]; LORA, IA3"),

@@ -153,7 +153,11 @@ DAMAGES = {
         lambda f: retable(f, use_dora=True),
         f"lacks lora_magnitude_vector of {FIRST}, of which it has the rest",
     ),
-    "vera": (lambda f: retable(f, peft_type="VERA"), "peft_type in .* is 'VERA'; LORA, IA3"),
+    "xlora": (lambda f: retable(f, peft_type="XLORA"), "peft_type in .* is 'XLORA'; LORA, IA3"),
+    "vera": (
+        lambda f: retable(f, peft_type="VERA", modules_to_save=None),
+        "is VeRA, which peft computes around the matrices of a model",
+    ),
     "ia3": (lambda f: retable(f, peft_type="IA3"), "holds .*: parts of lora_A, which cannot be computed here"),
     "a prompt": (
         lambda f: retable(f, peft_type="PROMPT_TUNING", num_virtual_tokens=4),

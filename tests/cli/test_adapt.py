@@ -981,7 +981,8 @@ def test_what_trains_the_base_becomes_a_model(here, base):
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("adapt {base}/base {base}/rows.jsonl --out z --method vera", "run by peft, not by code of ours"),
+        ("adapt {base}/base {base}/rows.jsonl --out z --method lily", "which peft alone trains"),
+        ("adapt {base}/base {base}/rows.jsonl --out z --method loftq", "which nobody runs here; starts from a base"),
         (
             "adapt {base}/base {base}/rows.jsonl --out z --method bitfit",
             "would train nothing: this model has no biases; take ln-tuning, .* such as lora",

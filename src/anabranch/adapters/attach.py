@@ -26,14 +26,16 @@ from anabranch.adapters.graft import check_pools, strip, with_layers
 from anabranch.adapters.merging import unmerge
 from anabranch.adapters.names import Names, names_of
 from anabranch.adapters.peft_folder import CONFIG, Adapter, read_peft
-from anabranch.adapters.peft_tables import table_of
+from anabranch.adapters.peft_kinds import ByPeftTable
+from anabranch.adapters.peft_tables import table_in, table_of
 from anabranch.adapters.skills import Skills
+from anabranch.adapters.tuners.build import read_tuned
 from anabranch.adapters.whole import HEAD, exchange, state_of, tensor_in, tensor_of, with_parted_head
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
 
-__all__ = ["load_peft", "unload"]
+__all__ = ["attach", "load_peft", "unload"]
 
 
 def load_peft(
@@ -59,18 +61,23 @@ def load_peft(
         ConfigError: the model has an adapter, or other ``linears``, already; a ``task`` that the adapter has not; ``trainable`` for one
             that peft would train otherwise: with biases, stacked experts, or a network that makes its virtual tokens.
     """
-    adapter = _with_task(read_peft(folder), task, folder)
     check_bare(model)
+    adapter = _with_task(_read(folder, model, family, trainable=trainable), task, folder)
     if adapter.prompt_MW is not None:
         return _put_in_front(adapter, model, Path(folder), family, trainable=trainable)
     config = with_parted_head(model.config, [adapter])
     names = names_of(config, adapter.layers, family)
     check_fits(adapter, names, config, Path(folder))
     adapter = settled(adapter, names, model, folder)
-    # Copies that are what the model has part nothing.
-    config = with_parted_head(model.config, [adapter])
     if trainable:
         _check_learns(adapter, names, folder)
+    return attach(adapter, model, names, trainable=trainable)
+
+
+def attach(adapter: Adapter, model: Decoder, names: Names, *, trainable: bool = False) -> Decoder:
+    """Put an adapter that fits onto ``model``, in place; ``names`` are of the model's layers. Raises as `load_peft`."""
+    # Copies that are what the model has part nothing.
+    config = with_parted_head(model.config, [adapter])
     layers = our_layers(names, adapter, config)
     made = with_layers(config, configs_of(adapter, layers, trainable=trainable), names.parts)
     check_pools(model, made)
@@ -79,7 +86,7 @@ def load_peft(
         if name != HEAD or model.head is not None:
             tensor_of(model, names.tensors[name].tensor)
     attached = begin(model, {"default": adapter}, names, config)
-    table = table_of(adapter.table, Path(folder) / CONFIG)
+    table = table_of(adapter.table, Path(CONFIG))
     for name, tensor in adapter.saved.items():
         attached.before[name] = exchange(model, names, name, tensor)
         # What is the base's, be it other than it was, does not learn.
@@ -88,6 +95,15 @@ def load_peft(
     attached.trainable = trainable
     put_on(model, made, layers, trainable=trainable)
     return model
+
+
+def _read(folder: str | Path, model: Decoder, family: str | None, *, trainable: bool) -> Adapter:
+    """The adapter in a folder; of a kind that peft alone computes as peft puts it around this model's matrices."""
+    place = Path(folder)
+    table = table_in(place)
+    if isinstance(table, ByPeftTable):
+        return read_tuned(place, model, table, family=family, trainable=trainable)
+    return read_peft(place)
 
 
 def _with_task(adapter: Adapter, task: int | None, folder: str | Path) -> Adapter:

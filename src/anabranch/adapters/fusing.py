@@ -18,6 +18,7 @@ from anabranch.adapters.own_folder import is_own, read_own
 from anabranch.adapters.put_on import take_off
 from anabranch.adapters.taking_in import can_take_in, take_in
 from anabranch.adapters.tasks import goes_by_task, task_names, task_rows
+from anabranch.adapters.tuners import PeftTuner
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import evaluating
@@ -85,6 +86,12 @@ def _fused(model: Decoder, *, own: bool, task: str | None, beside: bool) -> bool
     layers = layers_of(model).values()
     is_around = isinstance(model.streams, Front) or isinstance(model.config.block, Ladder.Config)
     if beside or is_around or not all(map(can_take_in, layers)):
+        tuner = next((layer for layer in layers if isinstance(layer, PeftTuner)), None)
+        if tuner is not None:
+            raise ConfigError(
+                f"{tuner.config.method} is computed by peft, which no saved model holds beside its matrices"
+                f"{'; leave out --beside' if can_take_in(tuner) else ', and no matrix can take it in; name it with --adapter instead'}"
+            )
         return False
     if own:
         take_in(model)

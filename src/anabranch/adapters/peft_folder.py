@@ -21,6 +21,7 @@ from anabranch.adapters.numbers import Numbers
 from anabranch.adapters.peft_config import TargetTable
 from anabranch.adapters.peft_described import described
 from anabranch.adapters.peft_file import INNER, PREFIX, WEIGHTS, AdapterFile, check_numbers
+from anabranch.adapters.peft_kinds import ByPeftTable
 from anabranch.adapters.peft_layers import endings_of, read_layers, read_wrongly, stacked_tensors
 from anabranch.adapters.peft_place import CONFIG, check_there
 from anabranch.adapters.peft_tables import VirtualTable, table_of
@@ -97,6 +98,11 @@ class Adapter:
         found |= stacked_tensors(self.stacks)
         return found | {_in_peft(name, self.layers): tensor for name, tensor in {**self.saved, **self.copies}.items()}
 
+    def stored(self) -> dict[str, Tensor]:
+        """`tensors` by their whole names in a file."""
+        prefix = PREFIX if self.prompt_MW is None else ""
+        return {f"{prefix}{name}": tensor for name, tensor in self.tensors().items()}
+
 
 def read_peft(folder: str | Path) -> Adapter:
     """The adapter in ``folder``, on the CPU, in the types that are stored.
@@ -107,6 +113,11 @@ def read_peft(folder: str | Path) -> Adapter:
     place = Path(folder)
     check_there(place)
     table = table_of(read_json(place / CONFIG), place / CONFIG)
+    if isinstance(table, ByPeftTable):
+        raise CheckpointError(
+            f"{place} is {table.kind.name}, which peft computes around the matrices of a model; it has no numbers for one layer alone that "
+            "could be combined, pooled or exported as LoRA (eval, generate, chat, serve and adapters fuse take it as it is)"
+        )
     file = AdapterFile(place)
     if isinstance(table, VirtualTable):
         return Adapter(table.table, {}, prompt_MW=_prompt(file, table))
@@ -149,8 +160,7 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
         CapacityError: the disk is full.
     """
     _check_told(adapter, Path(folder) / CONFIG)
-    prefix = PREFIX if adapter.prompt_MW is None else ""
-    tensors = {f"{prefix}{name}": tensor for name, tensor in adapter.tensors().items()}
+    tensors = adapter.stored()
     for name, tensor in tensors.items():
         check_numbers(name, tensor, f"what would go to {folder}")
     with adapter_folder(folder, [PEFT_FORM]) as temporary:
@@ -167,7 +177,7 @@ def _in_peft(name: str, modules: Collection[str]) -> str:
 def _check_told(adapter: Adapter, path: Path) -> None:
     """Raise CheckpointError unless whoever reads the table finds what is there, with its sizes and scales."""
     table = table_of(adapter.table, path)
-    if not isinstance(table, TargetTable):
+    if not isinstance(table, TargetTable) or isinstance(table, ByPeftTable):
         return
     wrong = read_wrongly(adapter.layers, adapter.stacks, table)
     targets = table.targets(adapter.layers)

@@ -6,10 +6,25 @@ from typing import Any, ClassVar
 
 from anabranch.adapters.patterns import matching
 from anabranch.adapters.peft_config import LoraTable, PeftTable, TargetTable
+from anabranch.adapters.peft_file import AdapterFile
+from anabranch.adapters.peft_kinds import BY_PEFT, NOT_BY_ROWS, ByPeftTable
+from anabranch.adapters.peft_place import CONFIG, check_there
 from anabranch.bounds import shown
 from anabranch.errors import CheckpointError
+from anabranch.files import read_json
 
-__all__ = ["Ia3Table", "PTuningTable", "PolyTable", "PrefixTable", "PromptTable", "VirtualTable", "table_of"]
+__all__ = [
+    "Ia3Table",
+    "PTuningTable",
+    "PolyTable",
+    "PrefixTable",
+    "PromptTable",
+    "VirtualTable",
+    "described_by_peft",
+    "is_by_peft",
+    "table_in",
+    "table_of",
+]
 
 
 class Ia3Table(TargetTable):
@@ -133,6 +148,39 @@ _KINDS: dict[str, type[PeftTable]] = {
 def table_of(table: Mapping[str, Any], path: Path) -> Any:
     """The config of whatever kind it says that it is. Raises CheckpointError for a kind that cannot be read, or fields that cannot be."""
     kind = table.get("peft_type")
+    if isinstance(kind, str) and kind in BY_PEFT:
+        return ByPeftTable(table, path)
+    if isinstance(kind, str) and kind in NOT_BY_ROWS:
+        raise CheckpointError(f"peft_type in {path} is {kind!r}, which {NOT_BY_ROWS[kind]}")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise CheckpointError(f"peft_type in {path} is {shown(kind)}; {', '.join(_KINDS)} can be read")
+        raise CheckpointError(f"peft_type in {path} is {shown(kind)}; {', '.join([*_KINDS, *BY_PEFT])} can be read")
     return _KINDS[kind](table, path)
+
+
+def table_in(folder: Path) -> Any:
+    """`table_of` the adapter_config.json in ``folder``. Raises CheckpointError also where there is none."""
+    check_there(folder)
+    return table_of(read_json(folder / CONFIG), folder / CONFIG)
+
+
+def is_by_peft(folder: str | Path) -> bool:
+    """Whether ``folder`` holds an adapter of a kind that peft alone computes. Raises as `table_in`."""
+    return isinstance(table_in(Path(folder)), ByPeftTable)
+
+
+def described_by_peft(folder: str | Path) -> dict[str, Any]:
+    """What such an adapter is, by its files alone: ``kind``, ``base``, ``targets`` (as its config names them), ``parameters`` and
+    ``size_bytes``.
+
+    All numbers are read. Raises CheckpointError where they are damaged.
+    """
+    place = Path(folder)
+    table, file = table_in(place), AdapterFile(place)
+    named = table.target_modules
+    return {
+        "kind": table.kind.name,
+        "base": table.table.get("base_model_name_or_path"),
+        "targets": [named] if isinstance(named, str) else sorted(named or ()),
+        "parameters": sum(file.read(name).numel() for name in file.names),
+        "size_bytes": (place / CONFIG).stat().st_size + file.path.stat().st_size,
+    }

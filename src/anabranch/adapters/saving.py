@@ -1,5 +1,6 @@
 """`save_peft`: the adapter on a model, as it is now, in a folder that peft reads."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def adapter_of(model: Decoder) -> Adapter:
     places = attached.names.places
     layers = {module: places[module].theirs(found[places[module].part]) for module in only.layers}
     # What is stacked does not learn.
-    return Adapter(only.table, layers, saved_now(model, attached.names, only), only.stacks)
+    return replace(only, layers=layers, saved=saved_now(model, attached.names, only), copies={})
 
 
 def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) -> None:

@@ -59,7 +59,8 @@ def adapt(
         typer.Option(
             metavar="NAME",
             help="lora, poly, mhr, dynmole, lora_mixer, gate, or any method that anabranch adapters list --backend own shows "
-            "(dora, ia3, full, ...; not lt-sft, which needs a whole training first). Default: lora.",
+            "(dora, ia3, full, ...; not lt-sft, which needs a whole training first), or with the extra peft --backend peft "
+            "(vera, pissa, oft, ...). Default: lora.",
         ),
     ] = None,
     targets: Annotated[

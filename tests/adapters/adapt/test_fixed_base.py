@@ -9,15 +9,18 @@ import torch
 from anabranch.adapters import load_peft, save_peft
 from anabranch.adapters.adapt import AdaptTask, method_named, method_names
 from anabranch.adapters.around import bare_name
-from anabranch.adapters.catalogue import apply
+from anabranch.adapters.catalogue import CARDS, apply
+from anabranch.adapters.graft import layers_of
 from anabranch.adapters.own_folder import is_own, read_own
 from anabranch.adapters.tasks import task_rows
+from anabranch.adapters.tuners import MovedLowRank
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, export_huggingface, load_model
 from anabranch.nn import MoE, SelfAttention
 from anabranch.routing import BiasBalancer, LinearScore, Router, TopK
 from anabranch.routing.fixed import is_fixed
 from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer
+from every_method import SMALL
 
 # It refuses a base without biases.
 NAMES = [name for name in method_names() if name != "bitfit"]
@@ -69,7 +72,12 @@ def outputs(model, needs_task):
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
 def test_a_base_is_as_it_was_and_takes_what_it_taught(place, tmp_path, name):
-    method = method_named(name).replace(**(given(place).get(name, {})))
+    method = method_named(name)
+    # What comes as it is wants wider matrices.
+    sizes = CARDS[name].options if name in CARDS and CARDS[name].backend == "peft" else ()
+    method = method.replace(
+        **{option: value for option, value in SMALL.items() if option in sizes}, **given(place).get(name, {})
+    )
     task = AdaptTask.Config(model=str(place / "base"), data=str(place / "rows.jsonl"), method=method, held_out=0.0)
     train = TrainConfig(
         steps=3,
@@ -101,4 +109,8 @@ def test_a_base_is_as_it_was_and_takes_what_it_taught(place, tmp_path, name):
         again, _ = load_model(written.folder)
     else:
         again = (read_own if is_own(written.folder) else load_peft)(written.folder, before)
-    assert torch.equal(outputs(again, needs_task), found)
+    if any(isinstance(layer, MovedLowRank) for layer in layers_of(run.task.base).values()):
+        # Two products are written as one of twice the rank, whose sums are made in another order.
+        torch.testing.assert_close(outputs(again, needs_task), found, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(outputs(again, needs_task), found)

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from anabranch.adapters import catalogue
-from anabranch.adapters.catalogue import CARDS, MEASURED, Limits, Measurement, read_measurements, recommend
+from anabranch.adapters.catalogue import CARDS, MEASURED, Limits, Measurement, read_measurements, recommend, table
 from anabranch.errors import ConfigError, DataError
+from anabranch.extras import Extra
 from anabranch.lm import Decoder
 from anabranch.nn import SelfAttention, SwiGLU
 
@@ -21,18 +22,21 @@ SHAPE = catalogue.Shape.of(
 )
 
 
+BOTH = ("own", "peft")
+
+
 def ids(found):
     return [choice.estimate.card.id for choice in found.choices]
 
 
 def test_measured_ones_come_first_best_first():
-    found = recommend(SHAPE)
+    found = recommend(SHAPE, Limits(backends=("own", "peft")))
     measured = [choice.measurement for choice in found.choices]
     accuracies = [row.accuracy for row in measured if row is not None]
     assert accuracies == sorted(accuracies, reverse=True)
     assert found.used == len(accuracies) > 10
     assert measured[: found.used] == [row for row in measured if row is not None]
-    assert ids(found)[:2] == ["lily", "rslora"]
+    assert ids(found)[0] == "rslora"
     assert found.sources == (MEASURED[0].source,)
     # The best of a method's runs ranks it.
     ia3 = next(choice for choice in found.choices if choice.estimate.card.id == "ia3")
@@ -46,16 +50,23 @@ def test_measured_ones_come_first_best_first():
     [
         (Limits(merges=True), "lora", "adapter-parallel", "cannot be merged"),
         (Limits(merges=True), "full", "mhr", "one task of it can be merged (adapters export --task), not all"),
-        (Limits(mixed=True), "lora", "vera", "rows of a batch cannot"),
+        (Limits(mixed=True), "lora", "ssf", "rows of a batch cannot"),
         (Limits(starts_as_base=True), "lora", "prefix-tuning", "a new adapter changes"),
-        (Limits(max_parameters=3000), "road", "lora", "learns 3.277e+04 numbers, above 3000"),
-        (Limits(max_share=0.001), "road", "lora", "of the model's parameters, above 0.001"),
+        (Limits(max_parameters=3000, backends=BOTH), "road", "lora", "learns 3.277e+04 numbers, above 3000"),
+        (Limits(max_share=0.001, backends=BOTH), "road", "lora", "of the model's parameters, above 0.001"),
         (Limits(max_file_bytes=23_000), "ia3", "lora", "bytes in a file, above"),
         # A model that is written whole.
         (Limits(max_file_bytes=23_000), "ia3", "ln-tuning", "bytes in a file, above"),
         (Limits(max_training_bytes=20_000_000), "lora", "full", "bytes in training, above"),
         (Limits(max_added_flops=0.0), "lora", "adapter-parallel", "of the model's FLOPs, above 0"),
         (Limits(backends=("own",)), "lora", "vera", "run by peft"),
+        (
+            Limits(backends=BOTH),
+            "road",
+            "lily",
+            "peft alone trains it, on models of transformers: the weights are means",
+        ),
+        (Limits(backends=BOTH), "road", "loftq", "nobody runs it here"),
         (Limits(), "lora", "side-tuning", "nobody runs it here"),
         (Limits(), "lora", "lorahub", "not put on by its name: anabranch adapters merge --method linear"),
         (Limits(), "lora", "mezo", "a setting of training: train.optimizer=mezo"),
@@ -71,6 +82,19 @@ def test_limits_are_hard(limits, inside, outside, why):
     json.dumps(found.to_dict())
 
 
+@pytest.mark.parametrize("missing", [(), ("peft",)])
+def test_what_this_installation_cannot_run_is_not_recommended(monkeypatch, missing):
+    """Nor is what peft alone trains, of all that it brings."""
+    monkeypatch.setattr(table, "extras", lambda: {"peft": Extra("peft", missing)})
+    monkeypatch.setattr("anabranch.extras.is_installed", lambda module: module not in missing)
+    found = recommend(SHAPE)
+    backends = {choice.estimate.card.backend for choice in found.choices}
+    assert backends == ({"own"} if missing else {"own", "peft"})
+    assert all(choice.estimate.card.only_peft is None for choice in found.choices)
+    if missing:
+        assert found.rejected["vera"] == "run by peft, which is not installed: pip install 'anabranch[peft]'"
+
+
 def test_measurements_of_ones_own(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(
@@ -78,7 +102,7 @@ def test_measurements_of_ones_own(tmp_path):
     )
     rows = read_measurements(path, list(CARDS))
     assert rows[1] == Measurement("lora", "", 0.5, None, None, 3, str(path))
-    found = recommend(SHAPE, measurements=rows)
+    found = recommend(SHAPE, Limits(backends=BOTH), measurements=rows)
     assert ids(found)[:2] == ["vera", "lora"]
     assert found.sources == (str(path),)
     assert found.used == 2
@@ -93,7 +117,8 @@ def test_measurements_of_several_tables_are_not_mixed():
         Measurement("vera", "", gained=-0.1, source="b", seeds=2, table="real"),
         Measurement("ia3", "", gained=0.1, source="b", seeds=2, table="real"),
     ]
-    first, second = recommend(SHAPE, measurements=rows), recommend(SHAPE, measurements=rows, table="real")
+    limits = Limits(backends=BOTH)
+    first, second = (recommend(SHAPE, limits, measurements=rows, table=name) for name in (None, "real"))
     assert ids(first)[:2] == ["vera", "lora"]
     assert (first.used, first.sources, first.table, first.unit, first.other_tables) == (
         2,

@@ -24,6 +24,12 @@ SMALL = {
     "tokens": 3,
     "reduction": 4,
     "drop": 1,
+    "entries": 20,
+    "block": 4,
+    "group": 8,
+    "vectors": 8,
+    "length": 8,
+    "hidden": 8,
 }
 # Methods without a card, whose adapters are routers that choose for each token.
 OF_ROUTERS = {"dynmole", "lora_mixer"}

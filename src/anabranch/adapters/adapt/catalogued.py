@@ -1,4 +1,4 @@
-"""Methods of the catalogue as methods of `anabranch adapt`: all that it runs by code of ours.
+"""Methods of the catalogue as methods of `anabranch adapt`: all that it runs by code of ours, or through the package peft.
 
     anabranch adapt SmolLM2-135M rows.jsonl --method dora --rank 4 --target q --out runs/dora
     anabranch adapt SmolLM2-135M rows.jsonl --method adapter-parallel --set method.width=8 --out runs/parallel
@@ -19,15 +19,17 @@ from anabranch.adapters.adapt.lesson import Lesson, Seen
 from anabranch.adapters.adapt.method import Method, Written, write_peft_or_own
 from anabranch.adapters.adapter_mixture import twice_told
 from anabranch.adapters.catalogue.applied import Applied, apply
-from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import settings
-from anabranch.adapters.catalogue.table import CARDS, find
+from anabranch.adapters.catalogue.table import CARDS, find, runnable_backends
+from anabranch.adapters.catalogue.through_peft import put_by_peft
 from anabranch.adapters.catalogue.written import goes_to_peft
 from anabranch.adapters.own_folder import OwnAdapter, write_own
+from anabranch.adapters.put_on import added_names
 from anabranch.adapters.sparse_bottleneck import settle
 from anabranch.bounds import shown
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
+from anabranch.extras import require
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import Linear
 from anabranch.registry import kinds, resolve
@@ -40,7 +42,7 @@ _NOT_OPTIONS = ("id", "targets")
 
 
 class Catalogued(Method, kind="catalogue"):
-    """One method of `anabranch.adapters.catalogue`, put on by `anabranch.adapters.catalogue.apply`."""
+    """One method of `anabranch.adapters.catalogue`, put on by `anabranch.adapters.catalogue.apply`, or through peft by `put_by_peft`."""
 
     summary: ClassVar[str] = "a method of the catalogue"
 
@@ -49,10 +51,11 @@ class Catalogued(Method, kind="catalogue"):
         """Which method, and its options; None, and no targets, for the usual value of its card.
 
         Attributes:
-            id: of a card whose backend is ``own``.
+            id: of a card whose backend is ``own``, or ``peft``, which wants the extra of that name.
             sparsity: of sparse-adapter, the share of its weights that is pruned.
             consistency: of adamix, what the divergence between two random choices weighs.
-            rank, alpha, width, activation, scale, number, active, size, drop, tokens, feedforward, reduction, expansion: as its card says.
+            rank, alpha, width, activation, scale, number, active, size, drop, tokens, feedforward, reduction, expansion, entries, block,
+                group, vectors, length, hidden: as its card says.
         """
 
         id: str = "lora"
@@ -70,6 +73,12 @@ class Catalogued(Method, kind="catalogue"):
         feedforward: tuple[str, ...] | None = None
         reduction: int | None = Field(default=None, ge=1)
         expansion: int | None = Field(default=None, ge=1)
+        entries: int | None = Field(default=None, ge=1)
+        block: int | None = Field(default=None, ge=1)
+        group: int | None = Field(default=None, ge=1)
+        vectors: int | None = Field(default=None, ge=1)
+        length: int | None = Field(default=None, ge=1)
+        hidden: int | None = Field(default=None, ge=1)
         sparsity: float | None = Field(default=None, ge=0, lt=1)
         consistency: float | None = Field(default=None, ge=0)
 
@@ -81,9 +90,14 @@ class Catalogued(Method, kind="catalogue"):
                 )
             if card.way is not None:
                 raise ConfigError(f"method is {self.id!r}, which adapt does not train; what runs it: {card.way}")
-            if card.backend != "own":
-                who = "nobody runs here" if card.backend == "none" else f"is run by {card.backend}, not by code of ours"
-                raise ConfigError(f"method is {self.id!r}, which {who}; {_why(card)}")
+            if card.backend == "none":
+                raise ConfigError(
+                    f"method is {self.id!r}, which nobody runs here; {card.limits or 'its card tells what it is'}"
+                )
+            if card.only_peft is not None:
+                raise ConfigError(
+                    f"method is {self.id!r}, which peft alone trains (anabranch.adapters.catalogue.apply_peft, in Python): {card.only_peft}"
+                )
             if card.not_by_rows:
                 raise ConfigError(f"method is {self.id!r}, which {card.not_by_rows}")
             settings(card, self.options())
@@ -100,6 +114,12 @@ class Catalogued(Method, kind="catalogue"):
         super().__init__(config)
         self._card = find(config.id)
         self._applied: Applied | None = None
+        if self._is_by_peft:
+            require("peft", by=f"method {config.id}")
+
+    @property
+    def _is_by_peft(self) -> bool:
+        return find(self.config.id).backend == "peft"
 
     @property
     def name(self) -> str:
@@ -121,7 +141,9 @@ class Catalogued(Method, kind="catalogue"):
         raise AssertionError("a method of the catalogue is put on whole")
 
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
-        """As `anabranch.adapters.catalogue.apply`."""
+        """As `anabranch.adapters.catalogue.apply`, or `put_by_peft`."""
+        if self._is_by_peft:
+            return put_by_peft(model, self.config.id, seed=seed, **self.config.options())
         self._applied = apply(model, self.config.id, seed=seed, **self.config.options())
         return model
 
@@ -144,6 +166,10 @@ class Catalogued(Method, kind="catalogue"):
 
     def kept(self, model: Decoder) -> list[str]:
         """What stands beside the model, or learns of it."""
+        if self._is_by_peft:
+            # What layers share is kept once.
+            once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+            return [name for name in added_names(model) if name in once]
         assert self._applied is not None, "it is put on before anything is kept"
         return list(self._applied.state())
 
@@ -173,9 +199,15 @@ def _consistency(batch: Rows, model: Decoder, weight: float) -> Lesson:
 
 
 def method_names() -> list[str]:
-    """What `--method` takes: methods by themselves, and those of the catalogue that are run by code of ours and train by rows alone."""
-    own = {id for id, card in CARDS.items() if card.backend == "own" and not card.not_by_rows}
-    return sorted({*kinds(_FAMILY), *own} - {"catalogue"})
+    """What `--method` takes here: methods by themselves, and those of the catalogue that train by rows alone.
+
+    Those that peft runs are among them where it is installed.
+    """
+    backends = runnable_backends()
+    carded = {
+        id for id, card in CARDS.items() if card.backend in backends and not card.not_by_rows and card.only_peft is None
+    }
+    return sorted({*kinds(_FAMILY), *carded} - {"catalogue"})
 
 
 def methods_with(option: str) -> list[str]:
@@ -209,9 +241,3 @@ def method_named(name: str) -> Method.Config:
     near = difflib.get_close_matches(name, method_names(), n=1)
     told = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(method_names())}"
     raise ConfigError(f"method is {shown(name)}, and there is none of that name; {told}")
-
-
-def _why(card: Card) -> str:
-    if card.backend == "peft":
-        return "train it with the package peft (anabranch.adapters.catalogue.apply_peft), and put its folder on with eval --adapter"
-    return card.limits or "its card tells what it is"

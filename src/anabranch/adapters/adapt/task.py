@@ -251,9 +251,18 @@ class AdaptTask(Task, kind="adapt"):
         return {**given, "state": self.method.state(task_B, given["token_BL"].shape[1], fraction)}
 
     def sharded_parts(self, model: nn.Module) -> Iterable[nn.Module]:
-        """As of a decoder."""
+        """As of a decoder. Whoever goes over them is told by ConfigError of numbers that several parts learn."""
         assert isinstance(model, Answers)
-        return decoder_parts(model.decoder)
+        parts, seen = list(decoder_parts(model.decoder)), set[int]()
+        for part in parts:
+            own = {id(parameter) for parameter in part.parameters() if parameter.requires_grad}
+            if own & seen:
+                raise ConfigError(
+                    f"method {self.method.name} learns numbers that blocks share, which cannot be spread over processes block by block; "
+                    "use train.parallel=ddp"
+                )
+            seen |= own
+        yield from parts
 
     def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
         """As the method says."""

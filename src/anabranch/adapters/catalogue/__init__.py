@@ -16,7 +16,7 @@ from anabranch.adapters.catalogue.measured import MEASURED, Measurement, read_me
 from anabranch.adapters.catalogue.recommend import Choice, Limits, Recommendation, recommend
 from anabranch.adapters.catalogue.shape import Matrix, Shape
 from anabranch.adapters.catalogue.table import CARDS, find, listed
-from anabranch.adapters.catalogue.through_peft import apply_peft, peft_config
+from anabranch.adapters.catalogue.through_peft import apply_peft, peft_config, put_by_peft
 
 __all__ = [
     "CARDS",
@@ -40,6 +40,7 @@ __all__ = [
     "listed",
     "load_applied",
     "peft_config",
+    "put_by_peft",
     "read_measurements",
     "recommend",
     "settings",

@@ -208,6 +208,7 @@ CARDS = (
             options["tokens"] * shape.dim + options["tasks"] * options["rank"] * (options["tokens"] + shape.dim)
         ),
         added_tokens=lambda options: options["tokens"],
+        only_peft="its virtual tokens are other ones for each row, and a model of ours has the same in front of all rows of a pass",
         starts_as_base=False,
         memory=_TOKENS,
     ),

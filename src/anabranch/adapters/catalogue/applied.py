@@ -146,7 +146,7 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
 
     Args:
         model: without adapters.
-        id: of a card whose backend is ``own``; those of ``peft`` are put on by `apply_peft`.
+        id: of a card whose backend is ``own``; those of ``peft`` are put on by `put_by_peft`.
         seed: of what is drawn.
         options: of the card, such as ``rank`` and ``targets``.
 
@@ -156,7 +156,9 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
     card = find(id)
     if card.backend != "own":
         way = (
-            "apply_peft puts it onto a model of transformers" if card.backend == "peft" else "its card tells what it is"
+            "put_by_peft puts it on, apply_peft onto a model of transformers"
+            if card.backend == "peft"
+            else "its card tells what it is"
         )
         raise ConfigError(f"{card.id} is not one of our own methods; {way}")
     check_decoder(model)

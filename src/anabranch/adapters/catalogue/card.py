@@ -104,8 +104,7 @@ class Card:
             its head.
         starts_as_base: whether a new adapter leaves the model's outputs as they were.
         merges: whether a trained adapter can become part of the matrices.
-        mixed: how rows of a batch have adapters of their own: in our pool (`load_pool`) and in a server, in a server alone, by peft's
-            ``adapter_names``, or not.
+        mixed: how rows of a batch have adapters of their own: in our pool (`load_pool`) and in a server, in a server alone, or not.
         looks: what it makes, before the first step, of -log p(answer) of each of the first rows; None for nothing, see `Method.look`.
         speed: how many times as quickly as usual a parameter learns, by its name.
         written: what becomes of a trained adapter in our own form when it is written; None where it stays as it is.
@@ -115,6 +114,7 @@ class Card:
         limits: what it cannot do, or where it fails.
         needs_bias: whether the model must have biases.
         setting: of training, with any method, where it is that and no adapter: ``train.optimizer=mezo``.
+        only_peft: why it is not put onto a model of ours, where peft runs it on one of transformers; None where it is.
         way: what runs it, where nothing puts it on by its id and something else of Anabranch does: a command, or a call in Python.
     """
 
@@ -143,7 +143,7 @@ class Card:
     along: Callable[[Shape, Options], tuple[float, float, float]] | None = None
     starts_as_base: bool = True
     merges: Literal["yes", "no", "per task", "is the base"] = "no"
-    mixed: Literal["pool", "server", "peft", "no"] = "no"
+    mixed: Literal["pool", "server", "no"] = "no"
     looks: Callable[[nn.Module, Iterable[Tensor]], None] | None = None
     speed: Callable[[str], float] = lambda name: 1.0
     written: Callable[[OwnAdapter], OwnAdapter] | None = None
@@ -153,6 +153,7 @@ class Card:
     limits: str = ""
     needs_bias: bool = False
     setting: str | None = None
+    only_peft: str | None = None
     way: str | None = None
 
     @property
@@ -186,7 +187,10 @@ class Card:
             return f"Anabranch, in training with any method: --set {self.setting}"
         if self.way is not None:
             return f"Anabranch: {self.way}"
-        return {"own": "Anabranch", "peft": f"peft ({self.peft_type})", "none": "nobody here"}[self.backend]
+        if self.only_peft is not None:
+            return f"peft ({self.peft_type}), on models of transformers in Python alone: {self.only_peft}"
+        by_peft = f"Anabranch through peft ({self.peft_type}), which the extra peft brings"
+        return {"own": "Anabranch", "peft": by_peft, "none": "nobody here"}[self.backend]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the functions, JSON-ready."""

@@ -176,6 +176,8 @@ CARDS = (
         "LoftQ",
         "LoRA that starts as what quantising W has lost",
         Paper("LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023, "2310.08659"),
+        limits="starts from a base that is quantised for it: peft makes one with a LoftQConfig, which a catalogue has not",
+        backend="none",
     ),
     Card(
         "adalora",
@@ -191,6 +193,7 @@ CARDS = (
         count=each(lambda matrix, options: low_rank(matrix, options) + options["rank"]),
         work=LOW_RANK,
         merges="yes",
+        only_peft="its budget is cut by each step's gradients between a step and the next, which a loop of peft's own has to do",
         limits="needs the number of steps beforehand, and a call after each one",
     ),
     Card(
@@ -264,6 +267,7 @@ CARDS = (
         (Paper("VeRA: Vector-based Random Matrix Adaptation", 2023, "2310.11454"),),
         backend="peft",
         peft_type="VERA",
+        mixed="server",
         options={"rank": 256, "targets": _QV},
         count=each(lambda matrix, options: matrix.out_dim + options["rank"]),
         frozen=_widest,
@@ -281,6 +285,7 @@ CARDS = (
         (Paper("RandLoRA: Full-rank parameter-efficient fine-tuning of large models", 2025, "2502.00987"),),
         backend="peft",
         peft_type="RANDLORA",
+        mixed="server",
         options={"rank": 32, "targets": _QV},
         count=each(
             lambda matrix, options: _bases(matrix, options) * (options["rank"] + min(matrix.in_dim, matrix.out_dim))
@@ -302,7 +307,8 @@ CARDS = (
         peft_type="LILY",
         options={"rank": 32, "number": 2, "targets": _QV},
         count=_lily,
-        limits="a router chooses for each token, so it cannot be merged",
+        limits="a router weighs them, so it cannot be merged",
+        only_peft="the weights are means over all tokens of a pass, so a row's depend on the rows beside it and on its later tokens",
     ),
     Card(
         "unilora",
@@ -314,6 +320,7 @@ CARDS = (
         (Paper("Uni-LoRA: One Vector is All You Need", 2025, "2506.00799"),),
         backend="peft",
         peft_type="UNILORA",
+        mixed="server",
         options={"rank": 4, "size": 256, "targets": _QV},
         count=lambda matrices, shape, options: options["size"],
         merges="yes",
@@ -329,6 +336,7 @@ CARDS = (
         (Paper("TinyLoRA", 2026, "2602.04118"),),
         backend="peft",
         peft_type="TINYLORA",
+        mixed="server",
         options={"rank": 2, "size": 64, "targets": _QV},
         count=each(lambda matrix, options: options["size"]),
         merges="yes",

@@ -8,7 +8,7 @@ from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import Estimate, estimate
 from anabranch.adapters.catalogue.measured import MEASURED, Measurement, of_table, tables_of
 from anabranch.adapters.catalogue.shape import Shape
-from anabranch.adapters.catalogue.table import CARDS, MERGED
+from anabranch.adapters.catalogue.table import CARDS, MERGED, runnable_backends
 from anabranch.errors import ConfigError
 
 __all__ = ["Choice", "Limits", "Recommendation", "recommend"]
@@ -27,7 +27,7 @@ class Limits:
         merges: whether it must become part of the matrices.
         mixed: whether rows of one batch must have adapters of their own.
         starts_as_base: whether a new adapter must leave the model as it was.
-        backends: who may run it.
+        backends: who may run it; None for who can in this installation, which is ``own``, and ``peft`` where that is installed.
     """
 
     max_parameters: int | None = None
@@ -38,7 +38,7 @@ class Limits:
     merges: bool = False
     mixed: bool = False
     starts_as_base: bool = False
-    backends: tuple[str, ...] = ("own", "peft")
+    backends: tuple[str, ...] | None = None
 
     def why_not(self, card: Card, found: Estimate) -> str | None:
         """The first limit that a method does not keep to; None where it keeps to all."""
@@ -161,11 +161,17 @@ def recommend(
         if row.method not in best or row.score > best[row.method].score:
             best[row.method] = row
     choices, rejected = [], {}
+    backends = runnable_backends() if limits.backends is None else limits.backends
     for card in CARDS.values():
-        if card.backend not in limits.backends:
+        if card.backend not in backends:
             who = "nobody runs it here" if card.backend == "none" else f"run by {card.backend}"
+            if card.backend == "peft" and limits.backends is None:
+                who = "run by peft, which is not installed: pip install 'anabranch[peft]'"
             who = who if card.way is None else f"not put on by its name: {card.way}"
             rejected[card.id] = who if card.setting is None else f"a setting of training: {card.setting}"
+            continue
+        if card.only_peft is not None:
+            rejected[card.id] = f"peft alone trains it, on models of transformers: {card.only_peft}"
             continue
         own = {name: value for name, value in (options or {}).items() if name in card.options}
         try:

@@ -156,6 +156,7 @@ CARDS = (
         (Paper("BEFT: Bias-Efficient Fine-Tuning of Language Models", 2025, "2509.15974"),),
         backend="peft",
         peft_type="BEFT",
+        mixed="server",
         options={"targets": ("v",)},
         count=each(lambda matrix, options: matrix.out_dim),
         work=ELEMENTWISE,

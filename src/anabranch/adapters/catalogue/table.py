@@ -7,8 +7,9 @@ from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import estimate
 from anabranch.adapters.catalogue.shape import Shape
 from anabranch.errors import ConfigError
+from anabranch.extras import extras
 
-__all__ = ["CARDS", "find", "listed"]
+__all__ = ["CARDS", "find", "listed", "runnable_backends"]
 
 _FAMILIES = (additive, selective, low_rank, structured, mixed, hybrid, efficient, later)
 CARDS: dict[str, Card] = {card.id: card for module in _FAMILIES for card in module.CARDS}
@@ -22,6 +23,11 @@ def find(id: str) -> Card:
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "anabranch adapters list shows them all"
         raise ConfigError(f"there is no method {id!r}; {hint}")
     return card
+
+
+def runnable_backends() -> tuple[str, ...]:
+    """Those whose methods this installation can run: ``own``, and ``peft`` where the package is here."""
+    return ("own", "peft") if not extras()["peft"].missing else ("own",)
 
 
 # What a card says of methods that become part of the matrices, or are it.

@@ -1,15 +1,22 @@
-"""`apply_peft`: the methods that the package peft runs, under the ids, options and names of the catalogue."""
+"""`put_by_peft` and `apply_peft`: the methods that the package peft runs, under the ids, options and names of the catalogue."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from anabranch.adapters.attach import attach
+from anabranch.adapters.attached import check_bare
 from anabranch.adapters.catalogue.card import Card
-from anabranch.adapters.catalogue.cost import settings
+from anabranch.adapters.catalogue.cost import estimate, settings
+from anabranch.adapters.catalogue.shape import Shape
 from anabranch.adapters.catalogue.table import find
+from anabranch.adapters.tuners.build import fresh_tuned
+from anabranch.adapters.tuners.encoded import put_encoded
+from anabranch.adapters.tuners.moved import put_moved
 from anabranch.errors import ConfigError
 from anabranch.extras import require
+from anabranch.lm.decoder import Decoder
 
-__all__ = ["apply_peft", "peft_config"]
+__all__ = ["apply_peft", "peft_config", "put_by_peft"]
 
 # Our names of options, and what peft calls them; by method where it has a name of its own.
 _NAMES = {
@@ -116,6 +123,28 @@ def apply_peft(model: Any, id: str, **options: Any) -> Any:
         return get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"peft refuses {id}: {' '.join(str(error).split())}") from None
+
+
+def put_by_peft(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Decoder:
+    """Put a method that peft runs onto a model of ours, in place, and return it: peft's layers learn, and nothing else.
+
+    Args:
+        model: without adapters.
+        id: of a card that peft runs.
+        seed: of the first numbers.
+        options: of the card.
+
+    Raises as `peft_config` and `fresh_tuned`, ConfigError for a model that has an adapter, and for targets that name nothing.
+    """
+    check_bare(model)
+    config = peft_config(id, options)
+    parts = estimate(find(id), Shape.of(model.config), options).matched
+    if config.is_prompt_learning:
+        return put_encoded(model, config, seed=seed)
+    if config.peft_type == "LORA":
+        return put_moved(model, config, parts, seed=seed)
+    adapter, names = fresh_tuned(model, config, parts, seed=seed)
+    return attach(adapter, model, names, trainable=True)
 
 
 def _modules(targets: Any) -> Any:

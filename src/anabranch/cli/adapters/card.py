@@ -35,6 +35,7 @@ def card(
     from anabranch.adapters.adapt import method_names
     from anabranch.adapters.catalogue import CARDS
     from anabranch.adapters.own_folder import is_own
+    from anabranch.adapters.peft_tables import is_by_peft
     from anabranch.lm.tensors import some
 
     if not Path(adapter).exists() and (adapter in CARDS or adapter in method_names() or _is_word(adapter)):
@@ -42,6 +43,9 @@ def card(
         return
     if is_own(adapter):
         _show_own(adapter, as_json)
+        return
+    if is_by_peft(adapter):
+        _show_by_peft(adapter, as_json)
         return
     found = read_peft(adapter)
     num_bytes = sum(path.stat().st_size for path in Path(adapter).glob("adapter_*") if path.is_file())
@@ -75,6 +79,24 @@ def card(
     if found.copies:
         fact("copies", f"{some(sorted(found.copies))}, of the base")
     fact("size", f"{quantity(found.num_parameters)} parameters, {size(num_bytes)}")
+
+
+def _show_by_peft(adapter: str, as_json: bool) -> None:
+    """One of a kind that peft computes, by its files alone."""
+    from anabranch.adapters.peft_tables import described_by_peft
+
+    found = described_by_peft(adapter)
+    if as_json:
+        print_json({"adapter": adapter, **found})
+        return
+    base = (
+        shell_word(found["base"])
+        if isinstance(found["base"], str) and found["base"]
+        else "a base that it does not name"
+    )
+    fact("adapter", f"{visible(adapter)}   {found['kind']} for {base}, computed by peft (the extra peft)")
+    fact("layers", _some_names(found["targets"]))
+    fact("size", f"{quantity(found['parameters'])} numbers, {size(found['size_bytes'])}")
 
 
 def _show_own(adapter: str, as_json: bool) -> None:

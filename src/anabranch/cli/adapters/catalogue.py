@@ -20,7 +20,6 @@ _SHOWN = 12
 _BATCH = {
     "pool": "rows may use different adapters: in serve, and by load_pool",
     "server": "rows may use different adapters: in serve",
-    "peft": "rows may use different adapters: in peft, by adapter_names",
     "no": "all rows use one adapter",
 }
 
@@ -291,7 +290,7 @@ def recommend(
         merges=merges,
         mixed=mixed,
         starts_as_base=starts_as_base,
-        backends=("own",) if own else ("own", "peft"),
+        backends=("own",) if own else None,
     )
     if measured_table is not None and measurements is None:
         raise ConfigError("--table is of the measurements of a file: give --measurements FILE too")
@@ -325,6 +324,9 @@ def recommend(
         fact("by", source)
     if found.other_tables:
         fact("not by", f"{', '.join(found.other_tables)}: other tables of the same file, see --table")
+    lacking = sum("is not installed" in why for why in found.rejected.values())
+    if lacking:
+        say(f"{lacking} more methods run with the package peft, which is not installed: pip install 'anabranch[peft]'")
     rest = len(found.choices) - len(rows)
     more = f", {rest} more fit" if rest > 0 else ""
     say(

@@ -16,6 +16,8 @@ from anabranch.adapters.copies import without_copies
 from anabranch.adapters.fits import check_fits
 from anabranch.adapters.names import Names, names_of
 from anabranch.adapters.numbers import Numbers
+from anabranch.adapters.peft_kinds import ByPeftTable
+from anabranch.adapters.peft_tables import table_in
 from anabranch.adapters.scaling import Scale
 from anabranch.adapters.skills import Skills
 from anabranch.errors import CheckpointError, ConfigError
@@ -132,6 +134,9 @@ class AdapterReader:
             )
         if found.is_own:
             return self._of_layers.own(place)
+        table = table_in(place)
+        if isinstance(table, ByPeftTable):
+            return self._of_layers.tuned(place, table)
         adapter = read_peft(place)
         is_poly = adapter.layers and all(isinstance(one, Skills) for one in adapter.layers.values())
         return self._of_layers.skills(place) if is_poly and not adapter.saved else adapter

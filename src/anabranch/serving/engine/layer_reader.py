@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters import load_peft
+from anabranch.adapters.attach import attach
 from anabranch.adapters.base_digest import Digest
+from anabranch.adapters.fits import check_fits
 from anabranch.adapters.glider import GliderPool, PoolSettings, TextFeatures, read_settings
 from anabranch.adapters.graft import layers_of
+from anabranch.adapters.names import Place, names_of
 from anabranch.adapters.own_folder import read_own
+from anabranch.adapters.peft_kinds import ByPeftTable
 from anabranch.adapters.pool import LowRankPool
 from anabranch.adapters.put_on import added_names
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.tasks import goes_by_task, needs_task, task_names
+from anabranch.adapters.tuners.build import read_tuned
 from anabranch.config import to_dict
 from anabranch.errors import ConfigError
 from anabranch.files import read_json
@@ -72,7 +77,7 @@ class LayerReader:
         is_steady: bool = False,
         states: Any = None,
     ) -> None:
-        self._config, self._device, self._states = config, device, states
+        self._config, self._device, self._sites, self._states = config, device, sites, states
         self._parts = None if sites is None else sites.parts
         self._base = None if sites is None else sites.model
         self._known = stored if self._base is None else self._base
@@ -116,6 +121,21 @@ class LayerReader:
     def skills(self, folder: Path) -> ServedLayers:
         """A Poly of peft's, whose tasks are numbers. Raises as `load_peft`, ConfigError for what cannot be served."""
         return self._served(load_peft(folder, self._frame()), folder, "poly")
+
+    def tuned(self, folder: Path, table: ByPeftTable) -> ServedLayers:
+        """An adapter that peft computes, around the matrices that are served. Raises as `load_peft`, ConfigError for what cannot be
+        served."""
+        frame = self._frame()
+        names = names_of(frame.config, ())
+        adapter = read_tuned(folder, frame, table, weights=self._numbers)
+        check_fits(adapter, names, frame.config, folder)
+        return self._served(attach(adapter, frame, names), folder, table.kind.name.lower())
+
+    def _numbers(self, place: Place) -> tuple[Tensor, Tensor | None]:
+        """Those of a matrix where it is served; zeros for a look at what adds to it, or at what is none of these."""
+        if self._sites is None or place.part not in self._sites.parts:
+            return torch.zeros(place.out_dim, place.in_dim, device=self._device), None
+        return self._sites.numbers(place.part)
 
     def _frame(self) -> Decoder:
         made: Decoder = build_empty(self._config)
