@@ -14,6 +14,7 @@ from anabranch.adapters.own_folder import is_own, read_own
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
+from anabranch.extras import is_installed
 from anabranch.lm import Decoder, export_huggingface, load_model, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.routing import BiasBalancer, HashScore, Positive, RateBalance, ReluScore, Router, SwitchLoss, TopK
@@ -269,7 +270,9 @@ def test_routers_of_a_frozen_base_are_as_they_were(place, tmp_path, id, kind):
 
 def test_names():
     assert {"lora", "mhr", "gate", "dora", "lst", "full"} <= set(method_names())
-    assert not {"catalogue", "vera"} & set(method_names())
+    assert not {"catalogue", "adalora", "cpt"} & set(method_names())
+    # What peft runs is there where peft is.
+    assert ("vera" in method_names()) == is_installed("peft")
     assert method_named("dora") == Catalogued.Config(id="dora")
     # Those that have more to them than the catalogue knows are themselves.
     assert method_named("mhr").owner.kind == "mhr"

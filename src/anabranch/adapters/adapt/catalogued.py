@@ -119,7 +119,7 @@ class Catalogued(Method, kind="catalogue"):
 
     @property
     def _is_by_peft(self) -> bool:
-        return find(self.config.id).backend == "peft"
+        return self._card.backend == "peft"
 
     @property
     def name(self) -> str:
@@ -161,8 +161,10 @@ class Catalogued(Method, kind="catalogue"):
     def lessons(self, batch: Rows) -> Sequence[Lesson]:
         """Two choices for each row are held to each other, where a card has a weight for that."""
         weight = float(settings(self._card, self.config.options()).get("consistency", 0.0))
+        if not weight:
+            return []
         assert self._applied is not None, "it is put on before anything is learned"
-        return [_consistency(batch, self._applied.model, weight)] if weight else []
+        return [_consistency(batch, self._applied.model, weight)]
 
     def kept(self, model: Decoder) -> list[str]:
         """What stands beside the model, or learns of it."""

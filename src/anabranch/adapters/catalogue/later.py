@@ -12,7 +12,7 @@ __all__ = ["CARDS"]
 _QV = ("q", "v")
 _BESIDE = "beside each chosen linear layer"
 # All of them are run by peft alone, and their FLOPs have not been counted.
-_Card = partial(Card, backend="peft")
+_Card = partial(Card, backend="peft", only_peft="its parts have not been put around a model of ours")
 
 
 def _kept_singular(matrix: Matrix, options: Options) -> int:
