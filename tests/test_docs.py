@@ -29,7 +29,7 @@ OF_TOKENS = ("experts", "heads", "depth", "adapters", "subnets")
 # What these have in common, and is no system.
 SHARED_PARTS = {
     ("adapters", name)
-    for name in ("adapt", "adapter_mixture", "after", "fusion", "gated", "ladder", "sparse_bottleneck")
+    for name in ("adapt", "adapter_mixture", "after", "fusion", "gated", "ladder", "sparse_bottleneck", "tuners")
 } | {("heads", "whisper")}
 # Designs whose page says that no study of them is written yet; everything else that a design has they have.
 WITHOUT_STUDY: set[str] = set()

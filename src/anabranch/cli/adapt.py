@@ -235,7 +235,8 @@ def _started(
     made = override(TaskRunConfig(task=task, train=TrainConfig(**_TRAIN)), settings)
     made = override(made, _absolute(made.task))
     # The record has it, so that a run goes on as it began whatever becomes of the notes that it was read from.
-    return override(made, {"task.template": template_of(made.task)})
+    settled: Any = made.task
+    return override(made, {"task.template": template_of(settled)})
 
 
 def _absolute(task: Any, held: Any = None) -> dict[str, Any]:
