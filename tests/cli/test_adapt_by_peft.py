@@ -87,6 +87,6 @@ def test_what_no_matrix_takes_in_says_so(here, place, tmp_path):
 @pytest.mark.parametrize("method", ["vera", "p-tuning", "pissa"])
 def test_without_peft_one_line_names_the_extra_and_nothing_is_made(here, place, tmp_path, method):
     code, out, err = here("adapt", place / "base", place / "rows.jsonl", "--method", method, "--out", tmp_path / "run")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert err == f"error: method {method} needs peft; pip install 'anabranch[peft]'\n"
     assert not (tmp_path / "run").exists()

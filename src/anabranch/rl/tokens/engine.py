@@ -8,7 +8,7 @@ model's, and what its compiled step has packed is written anew (`refresh`), with
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.batch import Chunk
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
 from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.explained import TokenRoute
 from anabranch.serving.engine.messages import Abort, Add, Close, Event, Refused
 from anabranch.serving.engine.runner import ModelRunner
 
@@ -57,16 +58,16 @@ class RecordingRunner(ModelRunner):
 
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
-        self.seen: dict[str, dict[int, dict[Any, Any]]] = {}
+        self.seen: dict[str, dict[int, TokenRoute]] = {}
 
-    def _routes(self, chunks: Sequence[Chunk]) -> dict[int, Any]:
-        routes: dict[int, Any] = {}
+    def _routes(self, chunks: Sequence[Chunk]) -> dict[int, TokenRoute]:
+        routes: dict[int, TokenRoute] = {}
         row = 0
         for chunk in chunks:
             if chunk.id in self.requests.recorded:
                 of_request = self.seen.setdefault(chunk.id, {})
                 for place in range(len(chunk.tokens)):
-                    routes[row + place] = of_request.setdefault(chunk.start + place, {})
+                    routes[row + place] = of_request.setdefault(chunk.start + place, TokenRoute())
             row += len(chunk.tokens)
         return routes
 
@@ -206,7 +207,7 @@ class PolicyEngine:
     # Turn by turn
 
     @property
-    def _seen(self) -> dict[str, dict[int, dict[Any, Any]]]:
+    def _seen(self) -> dict[str, dict[int, TokenRoute]]:
         runner = self._engine.runner
         assert isinstance(runner, RecordingRunner)
         return runner.seen
@@ -318,7 +319,7 @@ class PolicyEngine:
             self._begin(turn.number, turn.play, episode)
 
 
-def _keep_routes(kept: dict[int, Route], seen: dict[int, dict[Any, Any]]) -> None:
+def _keep_routes(kept: dict[int, Route], seen: Mapping[int, Mapping[Any, Any]]) -> None:
     """Add where tokens were sent; of a place that came by twice, where it was sent first: that is what the tokens behind it saw."""
     for place, route in seen.items():
         kept.setdefault(place, {layer: experts for layer, experts in route.items() if isinstance(layer, int)})

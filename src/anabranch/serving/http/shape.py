@@ -238,12 +238,13 @@ class Shape:
 
     def _of_state(self, index: int) -> int:
         """Values of how the routers of a choice are turned, where asked for."""
-        state = self.choices[index].rewire_state
+        # Of a prompt that is told alone nothing was run.
+        state = self.choices[index].rewire_state if self.choices else None
         return 0 if state is None else sum(map(len, state["delta"]))
 
     def _state(self, change: ChoiceDelta) -> dict[str, Any]:
         """How the routers of a choice that ends are turned, where asked for."""
-        state = self.choices[change.index].rewire_state
+        state = self.choices[change.index].rewire_state if self.choices else None
         if change.finish is None or state is None:
             return {}
         rows: Any = self._rows(self._of_state(change.index), lambda: state["delta"])
