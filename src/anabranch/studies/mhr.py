@@ -34,7 +34,7 @@ resolved. Few-shot MHR against LoRA is an open question, on SuperNI too: it is t
 Frozen anew on 2026-12-02, before any run: one rate, 0.003, was far too low for LoRA and Poly. The pilot chose rates and nothing else:
 the margin of the primary claim is what it was, though Poly was but .033 above LoRA in it.
 
-The arms of the bench have run with 5 seeds (2.0 CPU hours), those of SuperNI with four (6; poly five). A run took 0.1 hours of
+All arms have run with 5 seeds (2.0 CPU hours on the bench, 5.7 on SuperNI). A run took 0.1 hours of
 one core, of mhr 0.2 (until 2026-12-02, before any run, the base had 6 layers of width 192, and arms 1,500 steps); a pilot of another code
 and one seed (docs/systems/mhr.md) is no run of this. By what was timed for the study peft_survey (0.25 hours of one core for 120 such
 steps), the three arms of SuperNI were to take 1.8 hours of one core a seed; the first two took 2.9 together.
