@@ -191,7 +191,6 @@ AIMS: dict[str, tuple[Bar, ...]] = {
 
 # Bars of which no record has a row yet: asked since the benchmark last ran. They leave with the record that has them.
 AWAITED: dict[str, frozenset[Bar]] = {
-    "adapter_passes": frozenset(BARS["adapter_passes"]),
     # One step takes minutes.
     "rl": frozenset(bar for bar in BARS["rl"] if bar.case == "ppo"),
     "rl_tokens": frozenset(BARS["rl_tokens"]),
