@@ -280,7 +280,9 @@ def trained(
 def costs(config: ArmConfig, task: Any) -> Metrics:
     """What learns, as counted and by the formula, and the bytes that it takes."""
     learns = sum(one.numel() for one in task.base.parameters() if one.requires_grad)
-    size = sum(one.numel() * one.element_size() for one in task.base.parameters() if one.requires_grad)
+    # With what is drawn once and stays, such as the places of a mask; of the base's own there is none beside.
+    state, kept = task.base.state_dict(), () if task.method.trains_base else task.method.kept(task.base)
+    size = sum(state[name].nbytes for name in kept)
     options = {name: value for name, value in METHODS[config.method].items() if name in find(config.method).options}
     # Of the base, whatever stands around it by now.
     shape = Shape.of(bare_config(task.base.config))
@@ -289,7 +291,7 @@ def costs(config: ArmConfig, task: Any) -> Metrics:
         "parameters": learns,
         "share": learns / shape.parameters,
         # The adapter (none of the base's own), gradients, and two moments.
-        "training_kib": (size * (0 if task.method.trains_base else 1) + 3 * 4 * learns) / 1024,
+        "training_kib": (size + 3 * 4 * learns) / 1024,
         "formula_is_right": float(learns == formula),
     }
 
