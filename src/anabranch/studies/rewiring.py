@@ -26,8 +26,8 @@ holds where that is above 0 by a two-sided paired t-test at 5% after Holm's corr
 does not hold where it is below 0 by the same test; else, and with fewer than five seeds, it is not resolved. HumanEval is out of reach of
 such models.
 
-It is planned for 5 seeds: the arm small took 0.42 to 0.57 hours of one core each (it has run); smollm2, which has not run, about 1.2 by
-single steps that were timed. A seed draws weights, order of text and disturbances anew; streams are the same.
+It is planned for 5 seeds: the arm small took 0.42 to 0.57 hours of one core each (it has run), smollm2, of which one seed has run, 0.7.
+A seed draws weights, order of text and disturbances anew; streams are the same.
 """
 
 import hashlib
