@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from anabranch.adapters.rewiring import Rerouter, Rewiring
-from anabranch.adapters.rewiring.state import MOST_SHIFT
+from anabranch.adapters.rewiring.state import MOST_SECONDS, MOST_SHIFT, MOST_STEPS
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, load_model, save_model
 from anabranch.nn import MoE
@@ -87,6 +89,21 @@ def test_limits_are_of_a_request_not_of_its_conversation():
     assert (state.own_steps, state.own_seconds) == (0, 0.0)
 
 
+@given(steps=st.integers(0, MOST_STEPS), seconds=st.floats(0, MOST_SECONDS))
+@example(steps=MOST_STEPS, seconds=MOST_SECONDS)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_conversation_has_taken_its_limits_hold_and_what_is_told_can_be_given_back(rerouter, steps, seconds):
+    told = {**rerouter.told_state(rerouter.new_state()), "steps": steps, "seconds": seconds}
+    config = replace(QUICK, most_seconds=25.0, most_steps=3)
+    state, ticks = rerouter.state_from_told(told), iter(range(0, 10_000, 10))
+    taken = [rerouter.adapt([TEXT], [state], config=config, clock=lambda: next(ticks))[0] for _ in range(3)]
+    # The first phase asks the clock four times, so that 25 seconds are up in it.
+    assert [report.steps for report in taken] == [2, 0, 0]
+    assert (state.own_steps, state.own_seconds) == (2, sum(report.seconds for report in taken))
+    back = rerouter.state_from_told(through_json(rerouter.told_state(state)))
+    assert (back.steps, back.seconds) == (min(steps + 2, MOST_STEPS), min(seconds + state.own_seconds, MOST_SECONDS))
+
+
 @pytest.mark.parametrize("guard", [True, False])
 def test_time_is_up_before_the_first_step_and_there_is_more_for_the_next_request(guard):
     rerouter = Rerouter(tiny_model(), replace_config(most_seconds=5.0, guard=guard, least_tail=4))
@@ -149,7 +166,10 @@ CHANGES = [
     ({"delta": [[0.0] * 4, [0.0, [1.0], 0.0, 0.0]]}, r"its delta\[1\]\[1\] is "),
     ({"delta": [[0.0] * 4, [0.0, None, 0.0, 0.0]]}, r"its delta\[1\]\[1\] is None"),
     ({"steps": -1}, "steps of the state is -1"),
-    ({"steps": 10**5000}, "its steps is "),
+    ({"steps": 10**5000}, "steps of the state is "),
+    ({"steps": 2**53 + 1}, "it must be an integer from 0 to 9007199254740992"),
+    ({"seconds": 10**400}, "seconds of the state is "),
+    ({"seconds": 1e17}, "it must be a number from 0 to 3200000000"),
     ({"steps": 1.5}, "steps of the state is 1.5"),
     ({"seconds": math.nan}, "seconds of the state is nan"),
     ({"seconds": "1"}, "seconds of the state is '1'"),

@@ -72,7 +72,7 @@ def fit(
         seconds = clock() - begun
         for row, report in zip(going, done, strict=True):
             reports[row] = replace(report, seconds=seconds)
-            states[row].seconds += seconds
+            states[row].spend(seconds=seconds)
     for report, state in zip(reports, states, strict=True):
         state.phases.append(replace(report, norms=tuple(float(delta_E.norm()) for delta_E in state.delta)))
     return [state.phases[-1] for state in states]
@@ -185,7 +185,7 @@ class _Batch:
             reports, chosen = self._unguarded(new)
         for row, state in enumerate(self.states):
             state.delta = [delta_BE[row].detach().cpu().clone() for delta_BE in chosen]
-            state.steps += int(taken.steps_B[row])
+            state.spend(steps=int(taken.steps_B[row]))
         return [
             replace(
                 report,

@@ -1,7 +1,6 @@
 """What a request keeps: its vectors, what they cost, and a report of each phase 1."""
 # Shapes: E destinations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -9,14 +8,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from anabranch.bounds import shown
+from anabranch.bounds import LARGEST_INT, shown
 from anabranch.errors import ConfigError
 
-__all__ = ["MOST_SHIFT", "Phase", "RewiringState"]
+__all__ = ["MOST_SECONDS", "MOST_SHIFT", "MOST_STEPS", "Phase", "RewiringState"]
 
 # What a vector adds to a logit at most, up or down. Long before it an expert is chosen for certain, or never; logits in float16, which
 # end at 65,504, stay numbers with it, whatever steps came to and whoever wrote a state.
 MOST_SHIFT = 1e4
+# What a conversation has taken at most, as a state says it. A century of seconds is still counted by the microsecond.
+MOST_STEPS, MOST_SECONDS = LARGEST_INT, 3.2e9
 
 
 @dataclass(frozen=True)
@@ -63,38 +64,38 @@ class RewiringState:
         steps: gradient steps so far.
         seconds: spent in phases 1 so far.
         phases: reports, in order.
-        begun: (steps, seconds) of the conversation as the request began; what came behind counts against its limits, see `go_on`.
+        own_steps, own_seconds: those of this request, which count against its limits, see `go_on`. They are counted for themselves: a
+            difference of sums would be 0 behind sums that are large enough, whoever wrote these.
     """
 
     delta: list[Tensor]
     steps: int = 0
     seconds: float = 0.0
     phases: list[Phase] = field(default_factory=list)
-    begun: tuple[int, float] = (0, 0.0)
+    own_steps: int = 0
+    own_seconds: float = 0.0
 
     def reset(self) -> None:
         """Begin anew, as a request that has just come."""
         self.delta = [torch.zeros_like(delta_E) for delta_E in self.delta]
-        self.steps, self.seconds, self.phases, self.begun = 0, 0.0, [], (0, 0.0)
+        self.steps, self.seconds, self.phases = 0, 0.0, []
+        self.own_steps, self.own_seconds = 0, 0.0
 
     def go_on(self) -> None:
         """The next request of a conversation begins: it keeps the vectors and the sums, and has limits and reports of its own."""
-        self.phases, self.begun = [], (self.steps, self.seconds)
+        self.phases, self.own_steps, self.own_seconds = [], 0, 0.0
 
-    @property
-    def own_steps(self) -> int:
-        """Gradient steps of this request."""
-        return self.steps - self.begun[0]
-
-    @property
-    def own_seconds(self) -> float:
-        """Seconds that this request has spent in phases 1."""
-        return self.seconds - self.begun[1]
+    def spend(self, *, steps: int = 0, seconds: float = 0.0) -> None:
+        """Count what a phase 1 took. Sums of a conversation stay within what a state may say, so that they can be given back."""
+        self.own_steps, self.own_seconds = self.own_steps + steps, self.own_seconds + seconds
+        self.steps, self.seconds = min(self.steps + steps, MOST_STEPS), min(self.seconds + seconds, MOST_SECONDS)
 
     def copy(self) -> Self:
         """Another request that goes on from here on its own (a sampled chain)."""
         delta = [delta_E.clone() for delta_E in self.delta]
-        return type(self)(delta, self.steps, self.seconds, list(self.phases), self.begun)
+        return type(self)(
+            delta, self.steps, self.seconds, list(self.phases), own_steps=self.own_steps, own_seconds=self.own_seconds
+        )
 
     @property
     def is_zero(self) -> bool:
@@ -125,8 +126,12 @@ class RewiringState:
         if largest > MOST_SHIFT:
             raise ConfigError(f"the state has a number of size {largest:g}; it may be {MOST_SHIFT:,.0f} at most")
         steps, seconds = found["steps"], found["seconds"]
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-            raise ConfigError(f"steps of the state is {shown(steps)}; it must be an integer of at least 0")
-        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
-            raise ConfigError(f"seconds of the state is {shown(seconds)}; it must be a finite number of at least 0")
-        self.delta, self.steps, self.seconds, self.begun = kept, steps, float(seconds), (0, 0.0)
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps <= MOST_STEPS:
+            raise ConfigError(f"steps of the state is {shown(steps)}; it must be an integer from 0 to {MOST_STEPS}")
+        # Asked of an integer before it is made a float, which has an end.
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds <= MOST_SECONDS:
+            raise ConfigError(
+                f"seconds of the state is {shown(seconds)}; it must be a number from 0 to {MOST_SECONDS:.0f}"
+            )
+        self.delta, self.steps, self.seconds = kept, steps, float(seconds)
+        self.own_steps, self.own_seconds = steps, float(seconds)

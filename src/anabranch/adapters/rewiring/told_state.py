@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anabranch.adapters.rewiring.state import MOST_SHIFT, RewiringState
 from anabranch.adapters.rewiring.vectors import router_of
-from anabranch.bounds import LARGEST_INT, shown
+from anabranch.bounds import shown
 from anabranch.errors import ConfigError
 from anabranch.routing.discovery import RouterLayer
 
@@ -78,8 +78,6 @@ def state_from_told(rerouter: "Rerouter", found: Any) -> RewiringState:
             f"it is of the routers {shown(found['model'])}, and the model's are {rerouter.fingerprint!r}: vectors of one model mean "
             "nothing to another"
         )
-    if isinstance(found["steps"], int) and found["steps"] > LARGEST_INT:
-        raise ConfigError(f"its steps is {shown(found['steps'])}; it must be at most {LARGEST_INT}")
     state = rerouter.new_state()
     state.load_state_dict({**found, "delta": _tensors(found["delta"], rerouter, state.delta)})
     state.go_on()

@@ -247,8 +247,8 @@ class RewiredRequests:
                     del self._first[where]
             self._counts["rewiring_phases"] += 1
             if state is not None:
-                self._counts["rewiring_steps"] += state.steps - phase.state.steps
-                self._counts["rewiring_seconds"] += state.seconds - phase.state.seconds
+                self._counts["rewiring_steps"] += state.own_steps - phase.state.own_steps
+                self._counts["rewiring_seconds"] += state.own_seconds - phase.state.own_seconds
 
     def _clock(self, phase: _Phase) -> float:
         """Looked at before each step."""
