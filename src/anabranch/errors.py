@@ -34,11 +34,13 @@ class AnabranchError(Exception):
         is_for_room: there was no room (of money, of calls, at a model): asked again with less beside it, the same may succeed.
         is_free: a call to a model failed before the model was at work, so that nobody bills it.
         is_transient: a call to a model failed by what may be over in a moment: it may be made again.
+        is_of_this_call: a call to a model failed by what it asks, as far as one can tell: others may succeed meanwhile.
     """
 
     is_for_room: bool = False
     is_free: bool = False
     is_transient: bool = False
+    is_of_this_call: bool = False
 
 
 class ConfigError(AnabranchError, ValueError):

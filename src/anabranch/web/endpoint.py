@@ -12,7 +12,7 @@ import socket
 import threading
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from anabranch.bounds import shown
 from anabranch.errors import ConfigError, DataError
@@ -27,6 +27,8 @@ _MOST_BYTES, _MOST_SECONDS = 64 << 20, 1_000_000
 _REFUSED = frozenset(range(400, 500)) - {408, 499}
 # What may be over in a moment: too many requests, and what a server or a proxy has trouble with.
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
+# What is about the call and not about who calls: its size, its content; some servers say 500 where a text is longer than their model reads.
+_OF_THIS_CALL = frozenset({400, 406, 409, 413, 415, 422, 451, 500})
 # Of what an error says of itself.
 LONGEST = 400
 
@@ -76,6 +78,8 @@ class Endpoint:
             parts = urlsplit(url)
             is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
             is_one = is_one and not (parts.query or parts.fragment or "@" in parts.netloc) and url.isprintable()
+            # One that climbs is another than it seems.
+            is_one = is_one and not {".", ".."} & set(unquote(parts.path).split("/"))
         except ValueError:
             is_one = False
         if not is_one:
@@ -100,7 +104,7 @@ class Endpoint:
         Raises DataError, without the key, for any other, and for one that is not whole in time. The error is one of a call that nobody
         bills (``is_free``) where no connection was made, and where the endpoint refused what it was sent (4xx); and ``is_transient`` where
         there was no connection, it broke, also in the midst of an answer, or the endpoint has too much to do (429, 5xx), but not where time
-        ran out.
+        ran out. It is ``is_of_this_call`` where the endpoint refused what was asked (400, 413, 422, ...), or broke over it (500).
         """
         told: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
         call = _Call()
@@ -151,6 +155,7 @@ class Endpoint:
                     refused = DataError(f"{self.name} answers {answer.status}: {said}")
                     refused.is_free = answer.status in _REFUSED
                     refused.is_transient = answer.status in _TRANSIENT
+                    refused.is_of_this_call = answer.status in _OF_THIS_CALL
                     raise refused
                 data = answer.read(_MOST_BYTES + 1)
                 # A part of a body that ends early is read like a whole one.

@@ -124,9 +124,19 @@ def test_threads_that_ask_the_same_ask_once(pool):
 
 
 FAULTS = {
-    "refuses": lambda path, body: (500, {"error": {"message": "no room, key sk-secret"}}, {}),
+    "has no room": lambda path, body: (503, {"error": {"message": "no room, key sk-secret"}}, {}),
     "another dimension": lambda path, body: (200, vectors([1.0, 0.0, 0.0, 0.0]), {}),
+    "knows no such key": lambda path, body: (401, {"error": {"message": "who are you, sk-secret?"}}, {}),
+}
+# What a query may be the reason of.
+REFUSALS = {
+    "too long": lambda path, body: (400, {"error": {"message": "more than 512 tokens"}}, {}),
+    "too large": lambda path, body: (413, {"error": {"message": "too large"}}, {}),
+    "filtered": lambda path, body: (422, {"error": {"message": "content"}}, {}),
+    "broken over": lambda path, body: (500, {"error": {"message": "IndexError"}}, {}),
     "no numbers": lambda path, body: (200, vectors(["x"]), {}),
+    "not finite": lambda path, body: (200, vectors([1e39, 0.0, 0.0]), {}),
+    "wordless": lambda path, body: (200, chat("  "), {}) if path.endswith("completions") else embeds(path, body),
 }
 
 
@@ -154,13 +164,30 @@ def test_a_query_whose_endpoint_fails_goes_by_tokens_and_that_is_told_once(pool,
     assert "sk-secret" not in (pool / "pool.json").read_text()
 
 
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_query_that_an_endpoint_refuses_takes_nothing_from_others(pool, refusal, caplog):
+    def answer(path, body):
+        hostile = "x" * 50 in (body["messages"][1]["content"] if "messages" in body else "".join(body["input"]))
+        return REFUSALS[refusal](path, body) if hostile else embeds(path, body)
+
+    with endpoint(answer) as (url, _):
+        says(pool, embedder={"url": url, "model": "e"}, writer={"url": url, "model": "w"}, weight=5.0)
+        one = asking(pool, rest_s=3600.0)
+        with caplog.at_level(logging.INFO):
+            for number in range(5):
+                assert one.terms("x" * 50 + str(number)).bias is None
+                assert one.terms(f"Some law, {number}").a == 5.0
+        [told] = [record.getMessage() for record in caplog.records]
+        assert "a request goes by its tokens alone" in told
+
+
 def test_an_endpoint_that_failed_is_left_alone_for_a_while(pool):
     answers = [embeds]
     with endpoint(lambda path, body: answers[0](path, body)) as (url, seen):
         says(pool, embedder={"url": url, "model": "e"}, weight=5.0)
         one = asking(pool, rest_s=3600.0)
         assert one.terms("law").bias is not None
-        answers[0] = FAULTS["refuses"]
+        answers[0] = FAULTS["has no room"]
         one.terms("law 1")
         calls = len(seen)
         assert one.terms("law 2").bias is None

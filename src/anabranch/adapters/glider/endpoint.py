@@ -48,7 +48,10 @@ class ChatWriter(Endpoint):
         except (LookupError, TypeError):
             said = None
         if not isinstance(said, str) or not said.strip():
-            raise DataError(f"{self.name} wrote no instruction: {self.without_key(json.dumps(found))[:LONGEST]}")
+            wordless = DataError(f"{self.name} wrote no instruction: {self.without_key(json.dumps(found))[:LONGEST]}")
+            # It is there, and may know what to say of others.
+            wordless.is_of_this_call = True
+            raise wordless
         return " ".join(self.without_key(said).split())
 
 
@@ -80,5 +83,7 @@ class EndpointEmbedder(Endpoint):
             vector_D is None or vector_D.ndim != 1 or not len(vector_D) or not np.isfinite(vector_D).all()
             for vector_D in vectors
         ):
-            raise DataError(f"{self.name} does not give a vector of finite numbers for each of {count} texts")
+            without = DataError(f"{self.name} does not give a vector of finite numbers for each of {count} texts")
+            without.is_of_this_call = True
+            raise without
         return [vector_D for vector_D in vectors if vector_D is not None]

@@ -1,7 +1,8 @@
 """`Asking`: what requests ask of a pool, as terms of its experts; an endpoint that fails or is slow has no part in them and fails nobody.
 
 While an endpoint that makes vectors or writes instructions does not answer, or is later than a request waits for it, requests go by their
-tokens alone (a = 0). What comes late is for the next request with the same query.
+tokens alone (a = 0). What comes late is for the next request with the same query. A query that an endpoint refuses, as being too long, goes
+by its tokens for itself: the endpoint is asked by others as before.
 """
 # Shapes: E experts
 
@@ -23,7 +24,7 @@ __all__ = ["REST_S", "Asking", "Either", "Terms", "Threads"]
 
 logger = logging.getLogger(__name__)
 
-# Seconds in which nobody asks an endpoint that has failed.
+# Seconds in which nobody asks an endpoint that has failed, and in which one refusal of a query is told.
 REST_S = 10.0
 
 
@@ -94,8 +95,8 @@ class Asking:
     def __init__(self, pool: GliderPool, settings: PoolSettings, place: str, *, rest_s: float = REST_S) -> None:
         self.pool, self._settings, self._place, self._rest_s = pool, settings, place, rest_s
         self._lock = threading.Lock()
-        # Whether it was told that something is wrong, and until when no endpoint is asked.
-        self._has_told, self._rests_until = False, 0.0
+        # Whether it was told that something is wrong; until when no endpoint is asked, and no refusal is told.
+        self._has_told, self._rests_until, self._told_until = False, 0.0, 0.0
         self._threads = Threads()
 
     @property
@@ -164,9 +165,15 @@ class Asking:
         self._has_told = False
 
     def _failed(self, error: BaseException) -> None:
+        why = str(error) if isinstance(error, AnabranchError) else f"{type(error).__name__}: {error}"
+        now, is_of_one = time.monotonic(), isinstance(error, AnabranchError) and error.is_of_this_call
         with self._lock:
-            self._rests_until = time.monotonic() + self._rest_s if self.is_remote else 0.0
-            has_told, self._has_told = self._has_told, True
+            if is_of_one:
+                # Whoever asks such things is not to fill the log either.
+                has_told, self._told_until = now < self._told_until, max(self._told_until, now + self._rest_s)
+            else:
+                self._rests_until = now + self._rest_s if self.is_remote else 0.0
+                has_told, self._has_told = self._has_told, True
         if not has_told:
-            why = str(error) if isinstance(error, AnabranchError) else f"{type(error).__name__}: {error}"
-            logger.warning("pool %s: %s; until that is over its requests go by their tokens alone", self._place, why)
+            whose = "a request goes by its" if is_of_one else "until that is over its requests go by their"
+            logger.warning("pool %s: %s; %s tokens alone", self._place, why, whose)
