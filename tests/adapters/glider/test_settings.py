@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from anabranch.adapters.glider import ChatWriter, EndpointEmbedder, GliderConfig, Plugins, PoolSettings, read_settings
-from anabranch.adapters.glider.settings import ALLOWED
+from anabranch.adapters.glider.settings import ALLOWED, KEYS
 from anabranch.errors import ConfigError
 
 HERE = {"url": "http://127.0.0.1:9/v1", "model": "m"}
@@ -17,6 +17,7 @@ def settings(**said):
 
 def test_what_is_named_is_made(monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secret")
+    monkeypatch.setenv(KEYS, "MY_KEY")
     assert settings().plugins() == Plugins(None, None)
     assert settings(embedder="tfidf").plugins() == Plugins(None, None)
     states = object()
@@ -53,7 +54,10 @@ def test_how_experts_are_chosen_is_apart():
         ({"embedder": {**HERE, "timeout_s": 0}}, "timeout_s is 0"),
         ({"embedder": {**HERE, "url": "ftp://x"}}, "embedder: the endpoint is 'ftp://x'; write http"),
         ({"embedder": {**HERE, "model": ""}}, "embedder: no model is named"),
-        ({"embedder": {**HERE, "key_env": "NO_SUCH"}}, "embedder: the key of .* is to be in NO_SUCH, which is not set"),
+        ({"embedder": {**HERE, "key_env": "NO_SUCH"}}, f"embedder: key_env is 'NO_SUCH', .*; .* set {KEYS}=NO_SUCH in"),
+        ({"embedder": {**HERE, "key_env": "A,B; rm"}}, f"embedder: key_env is 'A,B; rm', .*; .* set {KEYS}=NAME in"),
+        ({"embedder": {**HERE, "url": "http://127.0.0.1:9/v1/../admin"}}, "embedder: the endpoint is .*; write http"),
+        ({"embedder": {**HERE, "url": "http://127.0.0.1:9/%2e%2E/admin"}}, "embedder: the endpoint is .*; write http"),
         ({"writer": "small"}, "^writer is 'small'; it must be a table of an endpoint"),
         (
             {"writer": {**HERE, "url": "http://x.example/v1"}},
@@ -77,11 +81,18 @@ def test_a_pool_from_elsewhere_sends_queries_nowhere_unless_that_is_allowed(monk
     """Pools are shared: what one names would get what users ask, and the value of any variable."""
     far = {"url": "https://api.example.com/v1/", "model": "m", "key_env": "MY_KEY"}
     monkeypatch.setenv("MY_KEY", "sk-secret")
+    monkeypatch.setenv(KEYS, "MY_KEY")
     with pytest.raises(ConfigError, match=f"set {ALLOWED}=https://api.example.com/v1 in") as raised:
         settings(embedder=far).plugins()
     assert "sk-secret" not in str(raised.value)
     monkeypatch.setenv(ALLOWED, "http://other.example/v1, https://api.example.com/v1")
     assert isinstance(settings(embedder=far).plugins().embedder, EndpointEmbedder)
+    # An address that is trusted is so with what it is asked, not with all that this machine knows.
+    monkeypatch.setenv("OTHER_KEY", "sk-other")
+    for url in (far["url"], "http://127.0.0.1:1/v1"):
+        with pytest.raises(ConfigError, match=f"key_env is 'OTHER_KEY', .* set {KEYS}=OTHER_KEY in") as raised:
+            settings(embedder={**far, "url": url, "key_env": "OTHER_KEY"}).plugins()
+        assert "sk-other" not in str(raised.value)
     for url in ("http://localhost:1/v1", "http://[::1]:1/v1", "http://127.9.9.9/v1"):
         monkeypatch.delenv(ALLOWED, raising=False)
         assert settings(embedder={"url": url, "model": "m"}).plugins()

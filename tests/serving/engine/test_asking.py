@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from anabranch.adapters.glider import GliderPool, HiddenStates
+from anabranch.adapters.glider.settings import KEYS
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError, DataError
 from anabranch.routing import record_routing
@@ -143,6 +144,7 @@ REFUSALS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_query_whose_endpoint_fails_goes_by_tokens_and_that_is_told_once(pool, fault, caplog, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secret")
+    monkeypatch.setenv(KEYS, "MY_KEY")
     answers = [embeds]
     with endpoint(lambda path, body: answers[0](path, body)) as (url, seen):
         says(pool, embedder={"url": url, "model": "e", "key_env": "MY_KEY"}, weight=5.0)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from anabranch.adapters.glider import GliderConfig, HiddenStates, describe_expert
 from anabranch.adapters.glider.folder import Described, read_described
+from anabranch.adapters.glider.settings import KEYS
 from anabranch.data import ByteTokenizer
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.serving.engine import layer_reader
@@ -135,7 +136,7 @@ def test_by_whom_queries_are_compared_is_of_the_version(pool, version_of):
     assert version_of(pool) == before
 
 
-def test_to_look_at_a_pool_asks_nobody(pool):
+def test_to_look_at_a_pool_asks_nobody(pool, monkeypatch):
     """What a start would refuse of settings is told; that an endpoint does not answer is for when it is asked."""
     look = AdapterReader(make_model().config).look
     for said in ({"embedder": {"url": "http://127.0.0.1:9/v1", "model": "e"}}, {"embedder": "hidden-states"}):
@@ -144,6 +145,9 @@ def test_to_look_at_a_pool_asks_nobody(pool):
     (pool / "pool.json").write_text(
         '{"embedder": {"url": "http://127.0.0.1:9/v1", "model": "e", "key_env": "NO_SUCH"}}'
     )
+    with pytest.raises(ConfigError, match=r"pool\.json: embedder: key_env is 'NO_SUCH', "):
+        look(str(pool))
+    monkeypatch.setenv(KEYS, "NO_SUCH")
     with pytest.raises(ConfigError, match=r"pool\.json: embedder: the key of .* is to be in NO_SUCH, which is not set"):
         look(str(pool))
 

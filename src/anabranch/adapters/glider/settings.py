@@ -22,7 +22,7 @@ from anabranch.config import Config, Field, configclass, from_dict
 from anabranch.errors import ConfigError
 from anabranch.web.endpoint import Endpoint
 
-__all__ = ["ALLOWED", "Plugins", "PoolSettings", "TextEndpoint", "read_settings"]
+__all__ = ["ALLOWED", "KEYS", "Plugins", "PoolSettings", "TextEndpoint", "read_settings"]
 
 E = TypeVar("E", bound=Endpoint)
 
@@ -31,6 +31,8 @@ _WORDS: dict[str, tuple[str | None, ...]] = {"embedder": ("tfidf", "hidden-state
 
 # Environment variable: addresses beyond this machine that files of pools may name, with commas between them.
 ALLOWED = "ANABRANCH_POOL_ENDPOINTS"
+# And variables whose values they may send as keys, likewise: a file from elsewhere could name any.
+KEYS = "ANABRANCH_POOL_KEYS"
 
 
 @configclass
@@ -41,7 +43,8 @@ class TextEndpoint(Config):
         url: up to and with the version. One that is not of this machine must stand in the environment variable `ALLOWED`: a pool may come
             from elsewhere, and queries, and the key, go there.
         model: its name there.
-        key_env: environment variable that holds the key; None for an endpoint that wants none.
+        key_env: environment variable that holds the key, one that `KEYS` names, wherever the endpoint is; None for an endpoint that wants
+            none.
         timeout_s: of a call.
     """
 
@@ -51,9 +54,15 @@ class TextEndpoint(Config):
     timeout_s: float = Field(default=10.0, gt=0, le=600)
 
     def build(self, kind: Callable[..., E]) -> E:
-        """An `anabranch.web.endpoint.Endpoint` of a kind. Raises ConfigError as that, and for an address that is not allowed."""
+        """An `anabranch.web.endpoint.Endpoint` of a kind. Raises ConfigError as that, and for an address or a key that is not allowed."""
+        # First: whether a variable is set is nothing that a file should learn either.
+        if self.key_env is not None and self.key_env not in _said(KEYS):
+            raise ConfigError(
+                f"key_env is {shown(self.key_env)}, and the value of that variable would be sent to the endpoint; if you trust the pool "
+                f"with it, set {KEYS}={self.key_env if self.key_env.isidentifier() else 'NAME'} in the environment"
+            )
         made = kind(self.url, self.model, key_env=self.key_env, timeout_s=self.timeout_s)
-        if not (_is_here(made.url) or made.url in _allowed()):
+        if not (_is_here(made.url) or made.url in {one.rstrip("/") for one in _said(ALLOWED)}):
             raise ConfigError(
                 f"the endpoint {made.url} is not on this machine, and queries would go there; if you trust it, set "
                 f"{ALLOWED}={made.url} in the environment"
@@ -158,8 +167,9 @@ def _named(what: str, said: TextEndpoint, kind: Callable[..., E]) -> E:
         raise ConfigError(f"{what}: {error}") from None
 
 
-def _allowed() -> set[str]:
-    return {one.strip().rstrip("/") for one in os.environ.get(ALLOWED, "").split(",") if one.strip()}
+def _said(variable: str) -> set[str]:
+    """What an environment variable lists."""
+    return {one.strip() for one in os.environ.get(variable, "").split(",") if one.strip()}
 
 
 def _is_here(url: str) -> bool:
