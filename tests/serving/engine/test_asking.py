@@ -216,6 +216,35 @@ def test_what_comes_late_is_for_the_next_request(pool):
         assert one.terms("law").a == 5.0
 
 
+def test_nobody_learns_what_another_has_asked(pool):
+    """By when, or whether in time, an endpoint's answer is there; requests of another salt share no prefixes either."""
+    gate = threading.Event()
+
+    def slow(path, body):
+        if len(body["input"]) == 1:
+            gate.wait(60)
+        return embeds(path, body)
+
+    with endpoint(slow) as (url, seen):
+        says(pool, embedder={"url": url, "model": "e"}, weight=5.0, wait_s=0.05)
+        one = asking(pool)
+        for said in ({"query": "the patient has law"}, {"query": None, "instruction": "the patient has law"}):
+            gate.clear()
+            assert one.terms(**said, asker="alice").a == 0.0
+            gate.set()
+            until(lambda said=said: one.pool.matcher.knows(said["query"] or "", said.get("instruction"), asker="alice"))
+            gate.clear()
+            assert one.terms(**said, asker="alice").a == 5.0
+            calls = len(seen)
+            assert one.terms(**said, asker="mallory") == one.terms(f"nobody asked {len(seen)}", asker="mallory")
+            assert len(seen) > calls
+            gate.set()
+        runs = engine_of(pool=pool)
+        asked = [(salt, runs.put("pool", PROMPT, query="some news", cache_salt=salt)) for salt in ("a", "b")]
+        runs.outputs()
+        assert len(asked) == sum("some news" in body["input"] for _, body, _ in seen)
+
+
 def test_a_slow_endpoint_holds_up_nobody_else(made, pool):
     gate, asked = threading.Event(), threading.Event()
 

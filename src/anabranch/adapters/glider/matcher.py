@@ -19,6 +19,10 @@ from anabranch.extras import extras
 __all__ = ["Match", "Matcher"]
 
 
+# Who asks, the query, the instruction.
+_Key = tuple[str, str, str | None]
+
+
 @dataclass(frozen=True)
 class Match:
     """An expert that was found.
@@ -60,9 +64,9 @@ class Matcher:
         # Unit vectors, by name; None for an expert without an instruction.
         self.vectors: dict[str, Vector | None] = {}
         self.written = 0
-        self._seen: OrderedDict[tuple[str, str | None], tuple[str, Vector]] = OrderedDict()
+        self._seen: OrderedDict[_Key, tuple[str, Vector]] = OrderedDict()
         # What threads are asking for at the moment; several may, of an endpoint.
-        self._under_way: dict[tuple[str, str | None], Future[tuple[str, Vector]]] = {}
+        self._under_way: dict[_Key, Future[tuple[str, Vector]]] = {}
         self._lock = threading.Lock()
         self._stacked: tuple[list[str], Stack] | None = None
         self._places: np.ndarray | None = None
@@ -135,9 +139,12 @@ class Matcher:
             self._stacked = list(known), Stack(list(known.values()))
         return self._stacked
 
-    def instruct(self, query: str, instruction: str | None = None) -> tuple[str, Vector]:
-        """(instruction, its unit vector) of a query: as told (a system prompt), or as the writer writes it; kept for the next time."""
-        key = (query, instruction) if instruction is None else ("", instruction)
+    def instruct(self, query: str, instruction: str | None = None, *, asker: str = "") -> tuple[str, Vector]:
+        """(instruction, its unit vector) of a query: as told (a system prompt), or as the writer writes it; kept for the next time.
+
+        ``asker`` is whoever asks: what one asked is not known to another, who would learn from the time it takes that it was asked.
+        """
+        key = _key(query, instruction, asker)
         with self._lock:
             if key in self._seen:
                 self._seen.move_to_end(key)
@@ -165,10 +172,10 @@ class Matcher:
                 del self._under_way[key]
         return found
 
-    def knows(self, query: str, instruction: str | None = None) -> bool:
+    def knows(self, query: str, instruction: str | None = None, *, asker: str = "") -> bool:
         """Whether `instruct` of the same has no need of the writer and the embedder."""
         with self._lock:
-            return ((query, None) if instruction is None else ("", instruction)) in self._seen
+            return _key(query, instruction, asker) in self._seen
 
     def _instructed(self, query: str, instruction: str | None) -> tuple[str, Vector]:
         text = instruction
@@ -186,12 +193,12 @@ class Matcher:
         """By expert, in the order they were added; 0 for one without an instruction, or with one whose vector has length 0."""
         return dict(zip(self.vectors, self.cosine_array(query, instruction).tolist(), strict=True))
 
-    def cosine_array(self, query: str, instruction: str | None = None) -> np.ndarray:
-        """The same as an array, cosine_E."""
+    def cosine_array(self, query: str, instruction: str | None = None, *, asker: str = "") -> np.ndarray:
+        """The same as an array, cosine_E; ``asker`` as of `instruct`."""
         names, stack = self.members()
         cosine_E = np.zeros(len(self.vectors))
         if names:
-            cosine_E[self.member_M] = stack.cosines(self.instruct(query, instruction)[1])
+            cosine_E[self.member_M] = stack.cosines(self.instruct(query, instruction, asker=asker)[1])
         return cosine_E
 
     @property
@@ -268,3 +275,8 @@ class Matcher:
             asked = {number: stack.cosines(vector) for number, vector in enumerate(known)}
             self._calibration = calibrate(asked, worded, own=own)
         return self._calibration
+
+
+def _key(query: str, instruction: str | None, asker: str) -> _Key:
+    """A query is not looked at beside an instruction."""
+    return (asker, query, None) if instruction is None else (asker, "", instruction)

@@ -348,9 +348,9 @@ class GliderPool:
                 bias_BE[row] = a * cosine_E
         return torch.from_numpy(bias_BE)
 
-    def terms(self, query: str, instruction: str | None = None) -> tuple[float, np.ndarray]:
-        """(a, cosine_E) of a query; see `bias`."""
-        cosine_E = self.matcher.cosine_array(query, instruction)
+    def terms(self, query: str, instruction: str | None = None, *, asker: str = "") -> tuple[float, np.ndarray]:
+        """(a, cosine_E) of a query; see `bias`, and of ``asker`` `Matcher.instruct`."""
+        cosine_E = self.matcher.cosine_array(query, instruction, asker=asker)
         return self._weight(cosine_E[self.matcher.member_M]), cosine_E
 
     def rows(

@@ -122,18 +122,20 @@ class Asking:
         }
         return (to_dict(self.pool.config), list(self.pool.matcher.texts.values()), *([by] if by else []))
 
-    def terms(self, query: str | None, instruction: str | None = None) -> Terms | None:
+    def terms(self, query: str | None, instruction: str | None = None, *, asker: str = "") -> Terms | None:
         """What is asked for, in the words of a request: its ``query``, or an ``instruction`` that was told; None where nobody compares it.
 
+        What endpoints made of it is known the next time to the same ``asker`` alone (the salt of prefixes, which are kept apart likewise).
         Whatever goes wrong is told in the log, once until it is over; the terms are 0 then.
         """
         if not self.compares or (query is None and instruction is None):
             return None
         try:
-            if self.is_remote and not self._has_come(query or "", instruction):
+            if self.is_remote and not self._has_come(query or "", instruction, asker):
                 return Terms.nothing(len(self.pool))
-            a, cosine_E = self.pool.terms(query or "", instruction)
-            found = Terms(self.pool.matcher.instruct(query or "", instruction)[0], a, tuple(cosine_E.tolist()))
+            a, cosine_E = self.pool.terms(query or "", instruction, asker=asker)
+            text, _ = self.pool.matcher.instruct(query or "", instruction, asker=asker)
+            found = Terms(text, a, tuple(cosine_E.tolist()))
         except Exception as error:
             self._failed(error)
             return Terms.nothing(len(self.pool))
@@ -141,24 +143,24 @@ class Asking:
             self._has_told = False
         return found
 
-    def _has_come(self, query: str, instruction: str | None) -> bool:
+    def _has_come(self, query: str, instruction: str | None, asker: str) -> bool:
         """Whether what endpoints make of a query is there, or comes in time."""
         matcher = self.pool.matcher
-        if matcher.knows(query, instruction):
+        if matcher.knows(query, instruction, asker=asker):
             return True
         with self._lock:
             if time.monotonic() < self._rests_until:
                 return False
         try:
-            self._threads.submit(self._instruct, query, instruction).result(self._settings.wait_s)
+            self._threads.submit(self._instruct, query, instruction, asker).result(self._settings.wait_s)
         except Exception:
             # It failed, which is told already, or is late.
             return False
         return True
 
-    def _instruct(self, query: str, instruction: str | None) -> None:
+    def _instruct(self, query: str, instruction: str | None, asker: str) -> None:
         try:
-            self.pool.matcher.instruct(query, instruction)
+            self.pool.matcher.instruct(query, instruction, asker=asker)
         except Exception as error:
             self._failed(error)
             raise

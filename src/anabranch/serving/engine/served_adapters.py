@@ -184,7 +184,9 @@ class ServedAdapters:
     def _compare(self, request: Request) -> None:
         """In another thread: what a request asks for may be long, and the embedder slow."""
         pools = self._pools(request)
-        found = {name: one.terms(request.query, request.instruction) for name, one in pools.items()}
+        found = {
+            name: one.terms(request.query, request.instruction, asker=request.cache_salt) for name, one in pools.items()
+        }
         # It may have been aborted meanwhile.
         if self._pools(request):
             self._terms[request.id] = found

@@ -89,9 +89,9 @@ class ServedLayers:
         """Whether what a request asks for has a part in who is chosen."""
         return self.asked is not None and self.asked.compares
 
-    def terms(self, query: str | None, instruction: str | None = None) -> Terms | None:
+    def terms(self, query: str | None, instruction: str | None = None, *, asker: str = "") -> Terms | None:
         """What a request that asks for this says of each adapter, see `Asking.terms`; None where nobody compares it."""
-        return None if self.asked is None else self.asked.terms(query, instruction)
+        return None if self.asked is None else self.asked.terms(query, instruction, asker=asker)
 
     def bound(self, name: str, task: str | None, terms: Terms | None) -> "BoundLayers":
         """With what a request says. Raises `FieldInputError` for a task that it must name, or that there is not.
