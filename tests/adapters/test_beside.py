@@ -311,7 +311,12 @@ def test_a_matrix_is_multiplied_by_in_any_way(load_llama):
         torch.testing.assert_close(torch.matmul(place.weight, x.transpose(1, 2)).transpose(1, 2), expected)
         torch.testing.assert_close(nn.functional.linear(x, place.weight), expected)
         torch.testing.assert_close(place.weight @ x[0, 0], expected[0, 0])
-    assert type(place.weight.float()) is torch.Tensor
+        torch.testing.assert_close(nn.functional.linear(input=x, weight=place.weight, bias=place.bias), expected)
+        torch.testing.assert_close(nn.functional.linear(x, weight=place.weight.to(x.dtype)), expected)
+        torch.testing.assert_close(
+            nn.functional.linear(x.double(), place.weight.double()), expected.double(), rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(place(input=x), expected)
     assert place.weight.dtype == torch.float32
     assert (place.in_features, place.out_features, place.bias) == (16, 16, None)
 
@@ -332,7 +337,9 @@ def test_what_is_passed_by_is_told(tmp_path):
         make_adapter(tmp_path / name, {"one": (4, 4), "two": (4, 4)}, seed=name)
     model = load_mixture({name: tmp_path / name for name in "ab"}, PastIt())
     with (
-        pytest.raises(ConfigError, match="the model computed past the experts beside two: it reads that matrix"),
+        pytest.raises(
+            ConfigError, match=r"the model reads the matrix of two and does not call it \(einsum\), as fused kernels do"
+        ),
         passing(model),
     ):
         model(torch.randn(2, 4))

@@ -395,6 +395,134 @@ def test_a_matrix_that_is_another_tensor_too_takes_in_nothing():
     assert torch.equal(logits(merged), before)
 
 
+class Read(nn.Module):
+    """A layer and what a forward pass makes of it."""
+
+    def __init__(self, how, layer=None):
+        super().__init__()
+        self.layer, self.how = nn.Linear(16, 16) if layer is None else layer, how
+
+    def forward(self, x):
+        return self.how(self.layer, x)
+
+
+READ = {
+    "attention of torch": lambda: (
+        nn.MultiheadAttention(16, 4, batch_first=True),
+        "out_proj",
+        lambda m, x: m(x, x, x)[0],
+    ),
+    "encoder layer": lambda: (
+        nn.TransformerEncoderLayer(16, 4, 32, batch_first=True),
+        "self_attn.out_proj",
+        lambda m, x: m(x),
+    ),
+    "turned": lambda: (Read(lambda layer, x: x @ layer.weight.T), "layer", lambda m, x: m(x)),
+    "addmm": lambda: (
+        Read(lambda layer, x: torch.addmm(layer.bias, x[0], layer.weight.t())),
+        "layer",
+        lambda m, x: m(x),
+    ),
+    "einsum": lambda: (Read(lambda layer, x: torch.einsum("oc,blc->blo", layer.weight, x)), "layer", lambda m, x: m(x)),
+    "in a list": lambda: (Read(lambda layer, x: x @ torch.cat([layer.weight])), "layer", lambda m, x: m(x)),
+    "Conv1D": lambda: (
+        Read(lambda layer, x: x @ layer.weight, transformers.pytorch_utils.Conv1D(16, 16)),
+        "layer",
+        lambda m, x: m(x),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_matrix_that_is_read_and_not_called_is_told_where_what_stands_beside_it_would_add_nothing(case, grad):
+    model, name, run = READ[case]()
+    model.eval()
+    drawn(put_on(model, {name: LowRank.Config(rank=2)}))
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(ConfigError, match=f"reads the matrix of {name} and does not call it"),
+    ):
+        run(model, torch.randn(2, 5, 16))
+    take_off(model)
+    assert run(model, torch.randn(2, 5, 16)).isfinite().all()
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_what_a_matrix_is_asked_of_itself_is_answered(turned):
+    def how(layer, x):
+        weight = layer.weight
+        assert (weight.shape, weight.dtype, weight.device.type, weight.dim(), weight.numel()) == (
+            (16, 16),
+            x.dtype,
+            "cpu",
+            2,
+            256,
+        )
+        assert (weight.is_floating_point(), weight.requires_grad, weight.size(0), weight.is_cuda) == (
+            True,
+            False,
+            16,
+            False,
+        )
+        return layer(x)
+
+    model = Read(how, transformers.pytorch_utils.Conv1D(16, 16) if turned else None)
+    drawn(put_on(model, {"layer": LowRank.Config(rank=2)}))
+    assert model(torch.randn(2, 5, 16)).isfinite().all()
+
+
+class Doubles(nn.Linear):
+    def forward(self, x, gain=1.0):
+        return super().forward(x) * 2 * gain
+
+
+def hooked():
+    layer = nn.Linear(16, 16)
+    layer.register_forward_hook(lambda module, given, found: found * 3)
+    return layer
+
+
+def replaced():
+    layer = nn.Linear(16, 16)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight) * 3
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Doubles(16, 16), hooked, replaced, lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))],
+    ids=["forward of its own", "hook", "forward replaced", "weight made anew"],
+)
+def test_a_layer_that_does_more_than_multiply_has_something_beside_it_and_takes_nothing_in(make):
+    layer, x = make(), torch.randn(2, 5, 16)
+    before = layer(x)
+    model = drawn(put_on(Read(lambda layer, x: layer(x), layer), {"layer": LowRank.Config(rank=2)}))
+    beside = model(x)
+    torch.testing.assert_close(beside - before, model.layer.beside(x))
+    with pytest.raises(ConfigError, match="that does more than multiply by its matrix"):
+        merge(model)
+    assert torch.equal(model(x), beside)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "shares"), [(0, 16, True), (8, 24, True), (16, 32, True), (None, None, False)]
+)
+def test_a_matrix_in_memory_that_others_read_takes_nothing_in(first, last, shares):
+    model = Read(lambda layer, x: layer(x))
+    model.register_buffer("all", torch.randn(32, 16))
+    if shares:
+        model.layer.weight = nn.Parameter(model.all[first:last])
+    drawn(put_on(model, {"layer": LowRank.Config(rank=2)}))
+    before = model.all.clone()
+    if shares:
+        with pytest.raises(ConfigError, match="layer is all of the model too, which would change with it"):
+            merge(model)
+    else:
+        merge(model)
+    assert torch.equal(model.all, before)
+
+
 # What cannot be
 
 
@@ -407,6 +535,8 @@ class Stacked(nn.Module):
         self.experts.up = nn.Parameter(torch.zeros(3, 4, 4))
         self.few = nn.Linear(4, 4)
         self.few.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+        self.none, self.complex = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, dtype=torch.complex64)
+        self.none.weight, self.none.out_features = nn.Parameter(torch.zeros(0, 4)), 0
 
 
 @pytest.mark.parametrize(
@@ -415,11 +545,13 @@ class Stacked(nn.Module):
         (
             "*.c_attn",
             SKILLS,
-            r"'\*\.c_attn', which fits no linear layer of the Stacked; its linear layers are called one, few",
+            r"'\*\.c_attn', which fits no linear layer of the Stacked; its linear layers are called one, few, none and 1 more",
         ),
         ("norm", SKILLS, "'norm', which fits norm, a LayerNorm and no linear layer"),
         ("experts.up", SKILLS, "fits experts.up, a stack of 3 matrices in one tensor, as experts are stored"),
         ("few", SKILLS, r"few is a Linear stored in few bits \(int8\), which nothing is put beside"),
+        ("none", SKILLS, r"none has a matrix of \[0, 4\], beside which nothing can stand"),
+        ("complex", SKILLS, "complex is of complex numbers"),
         ("one", Dora.Config(rank=2), "of kind 'dora', which does more than add"),
         ("one", SKILLS.replace(heads=3), "heads is 3, which does not divide the 4 inputs of one"),
     ],

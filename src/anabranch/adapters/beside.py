@@ -25,7 +25,7 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.nn.linear import call_linear
 from anabranch.routing import RoutingContext
 
-__all__ = ["Beside", "Seen", "Told", "passing", "sizes_of", "told"]
+__all__ = ["Beside", "Seen", "Told", "is_plain_product", "passing", "sizes_of", "told"]
 
 _CURRENT: ContextVar["Seen | None"] = ContextVar("adapters_pass", default=None)
 
@@ -128,11 +128,22 @@ def sizes_of(matrix: nn.Module) -> tuple[int, int] | None:
     return inputs, outputs
 
 
+def is_plain_product(matrix: nn.Module) -> bool:
+    """Whether all that a linear layer or Conv1D does is what its kind does with ``weight`` and ``bias``, as they lie there."""
+    kind: Any = type(matrix)
+    own = next(one for one in kind.__mro__ if one is nn.Linear or _is_conv1d(one))
+    hooks = (matrix._forward_hooks, matrix._forward_pre_hooks, getattr(matrix, "parametrizations", ()))
+    is_held = all(name in matrix._parameters for name in ("weight", "bias"))
+    return kind.forward is own.forward and is_held and not any(map(len, hooks)) and "forward" not in vars(matrix)
+
+
 def _is_turned(matrix: nn.Module) -> bool:
+    return any(map(_is_conv1d, type(matrix).__mro__))
+
+
+def _is_conv1d(kind: type) -> bool:
     # By name: transformers need not be there.
-    return any(
-        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(matrix).__mro__
-    )
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 class Beside(nn.Module):
@@ -150,9 +161,10 @@ class Beside(nn.Module):
         self.matrix, self.beside, self.name = matrix, beside, name
         self.told: tuple[Told, ...] = ()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y."""
-        return self.added(self.matrix(x), x)
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        """y. What the layer of before is called with is its own affair; the first of it is x."""
+        x = given[0] if given else next(iter(named.values()))
+        return self.added(self.matrix(*given, **named), x)
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:
         """``y`` with what ours makes of ``x``."""
@@ -167,9 +179,9 @@ class Beside(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, for code that multiplies by it in the place of calling the layer; such a product has ours added, too, but of a
-        matrix that lies turned."""
-        return self.matrix.weight if _is_turned(self.matrix) else _Matrix.of(self)  # type: ignore[return-value]
+        """The matrix, for code that multiplies by it in the place of calling the layer: two such products have ours added, too, and for
+        any other a ConfigError is raised, see `_Matrix`."""
+        return _Matrix.of(self)
 
     @property
     def bias(self) -> Tensor | None:
@@ -190,7 +202,9 @@ class Beside(nn.Module):
 class _Matrix(Tensor):
     """A matrix whose products with inputs, ``W @ x`` of columns and ``linear(x, W)`` of rows, have added what stands beside it.
 
-    transformers' Mamba multiplies by ``dt_proj.weight`` and never calls ``dt_proj``. All else sees the plain matrix.
+    transformers' Mamba multiplies by ``dt_proj.weight`` and never calls ``dt_proj``. What is asked of it is answered (its shape, its type,
+    whether it learns). Whatever else would compute with it raises ConfigError: torch's `nn.MultiheadAttention` hands it to a function of
+    its own, others multiply by what it is turned, and what stands beside would add nothing, and learn nothing, without a word.
     """
 
     _place: Beside
@@ -205,21 +219,57 @@ class _Matrix(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _BY_COLUMNS and isinstance(args[0], cls) and len(args) == 2 and not kwargs:
+        if func in _BY_COLUMNS and len(args) == 2 and not kwargs and isinstance(args[0], cls) and args[0].is_upright:
             matrix, x = args
             place, plain = matrix._place, matrix.as_subclass(Tensor)
             y = plain @ x
             if x.dim() == 1:
                 return place.added(y.unsqueeze(0), x.unsqueeze(0)).squeeze(0)
             return place.added(y.transpose(-1, -2), x.transpose(-1, -2)).transpose(-1, -2)
-        if func is F.linear and len(args) >= 2 and isinstance(args[1], cls):
-            x, matrix, *rest = args
-            return matrix._place.added(F.linear(x, matrix.as_subclass(Tensor), *rest, **kwargs), x)
+        if func is F.linear:
+            named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            matrix = named["weight"]
+            if isinstance(matrix, cls) and matrix.is_upright:
+                y = F.linear(**(named | {"weight": matrix.as_subclass(Tensor)}))
+                return matrix._place.added(y, named["input"])
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs)
-        return found.as_subclass(Tensor) if isinstance(found, cls) else found
+        if func in _THE_SAME and isinstance(args[0], cls):
+            made = found.as_subclass(cls)
+            made._place = args[0]._place
+            return made
+        if any(isinstance(one, Tensor) for one in (found if isinstance(found, tuple | list) else [found])):
+            name = next(one._place.name for one in _all_in((args, kwargs)) if isinstance(one, cls))
+            called = getattr(func, "__name__", str(func))
+            raise ConfigError(
+                f"the model reads the matrix of {name} and does not call it ({called}), as fused kernels do, so that nothing can stand "
+                "beside it; switch them off, or leave the layer out of the mixture or of what is put on"
+            )
+        return found
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether it is ``[O, C]``."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return not _is_turned(self._place.matrix)
 
 
+def _all_in(value: Any) -> Iterator[Any]:
+    """What stands in arguments, lists and tables of a call."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for one in value:
+            yield from _all_in(one)
+    else:
+        yield value
+
+
+# What gives the same matrix, in another type or place.
+_THE_SAME = tuple(
+    getattr(Tensor, name)
+    for name in ("to", "float", "half", "bfloat16", "double", "cpu", "cuda", "contiguous", "type_as")
+)
 _BY_COLUMNS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 

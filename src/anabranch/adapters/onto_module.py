@@ -81,6 +81,14 @@ def chosen(model: nn.Module, linears: Mapping[str, Linear.Config]) -> dict[str, 
         config_or_none = next((config for pattern, config in linears.items() if fnmatchcase(name, pattern)), None)
         if config_or_none is None:
             continue
+        if 0 in sizes_of(matrix):  # type: ignore[operator]  # it is a matrix
+            raise ConfigError(
+                f"{name} has a matrix of {list(matrix.weight.shape)}, beside which nothing can stand; leave it out"
+            )
+        if matrix.weight.is_complex():
+            raise ConfigError(
+                f"{name} is of complex numbers, and layers are of real ones; leave it out of the patterns"
+            )
         if not matrix.weight.is_floating_point():
             raise ConfigError(
                 f"{name} is a {type(matrix).__name__} stored in few bits ({_type_of(matrix.weight)}), which nothing is put beside; load "

@@ -4,13 +4,14 @@ read_own("runs/shira/adapter", model)
 take_in(model)                          # its matrices hold what stands beside them, which is to be taken off
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.after import ScaleShift
+from anabranch.adapters.beside import is_plain_product
 from anabranch.adapters.gated import GatedLowRank
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.ladder import LADDERED
@@ -119,10 +120,36 @@ def _of_module(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     weight = matrix.weight
     if not weight.is_floating_point():
         raise ConfigError(f"{name} is stored in few bits, which cannot be added to; dequantise the model first")
-    same = [other for other, one in model.named_parameters(remove_duplicate=False) if one is weight and other != own]
+    if not is_plain_product(matrix):
+        raise ConfigError(
+            f"{name} is a {type(matrix).__name__} that does more than multiply by its matrix (a forward of its own, hooks, or a matrix "
+            "that is made anew), so that what is added to the matrix would come out otherwise; leave it beside"
+        )
+    same = [other for other, one in _named_tensors(model) if other != own and _overlap(one, weight)]
     if same:
         raise ConfigError(f"{name} is {same[0]} of the model too, which would change with it; leave it beside")
     return weight if isinstance(matrix, nn.Linear) else weight.T, matrix.bias
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, one that is at several places at each of them."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors may lie in the same memory, by where each begins and ends."""
+    if one is other:
+        return True
+    if one.device != other.device or one.device.type == "meta" or not (one.numel() and other.numel()):
+        return False
+    (begin, end), (first, last) = _extent(one), _extent(other)
+    return begin < last and first < end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    reach = sum((size - 1) * abs(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def _rows(rows: Mapping[str, int], word: str) -> slice:
