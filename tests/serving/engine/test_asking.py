@@ -137,6 +137,7 @@ REFUSALS = {
     "broken over": lambda path, body: (500, {"error": {"message": "IndexError"}}, {}),
     "no numbers": lambda path, body: (200, vectors(["x"]), {}),
     "not finite": lambda path, body: (200, vectors([1e39, 0.0, 0.0]), {}),
+    "endless": lambda path, body: (200, chat("x" * 2001), {}) if path.endswith("completions") else embeds(path, body),
     "wordless": lambda path, body: (200, chat("  "), {}) if path.endswith("completions") else embeds(path, body),
 }
 

@@ -19,6 +19,8 @@ __all__ = ["ChatWriter", "EndpointEmbedder"]
 
 # Texts of one call.
 _MOST_TEXTS = 128
+# Characters of an instruction, as many as a server takes of a query: it is compared, kept and told.
+_MOST_WRITTEN = 2000
 _ROLE = (
     "You describe tasks. In one or two sentences, describe the task that the user's text is of and the skills that it takes. Write it as "
     "an instruction. Do not name a data set, and do not do the task."
@@ -39,7 +41,7 @@ class ChatWriter(Endpoint):
         self.max_tokens = max_tokens
 
     def __call__(self, text: str) -> str:
-        """The instruction. Raises DataError where the endpoint gives none."""
+        """The instruction. Raises DataError where the endpoint gives none, or one of more than 2,000 characters."""
         messages = [{"role": "system", "content": _ROLE}, {"role": "user", "content": text}]
         body = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens, "temperature": 0}
         found = self.post("/chat/completions", body)
@@ -52,6 +54,12 @@ class ChatWriter(Endpoint):
             # It is there, and may know what to say of others.
             wordless.is_of_this_call = True
             raise wordless
+        if len(said) > _MOST_WRITTEN:
+            endless = DataError(
+                f"{self.name} wrote {len(said):,} characters; an instruction has {_MOST_WRITTEN:,} at most"
+            )
+            endless.is_of_this_call = True
+            raise endless
         return " ".join(self.without_key(said).split())
 
 
