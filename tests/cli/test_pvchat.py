@@ -308,3 +308,32 @@ def test_trials_that_are_interrupted_end_with_the_code_of_the_signal(
     found, told, err = here(*line, "--quiet")
     assert (found, err) == (code, "")
     assert "the same line with --resume" in told
+
+
+@pytest.mark.parametrize(
+    "truth", [None, "mine", '{"file": "0000.webp"}', '[{"file": "2004.gif", "actors": []}]', "{", "1"]
+)
+def test_pictures_that_are_somebodys_are_not_replaced_by_clips(here, drawings, tmp_path, truth):
+    """Whatever their names: a folder of numbers is how a camera writes, too."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    (clips / "2004.gif").write_text("a photograph of 2004")
+    if truth is not None:
+        (clips / "clips.jsonl").write_text(truth)
+    line = ["pvchat", "compose", drawings, "--out", clips, "--count", 1, "--frames", 2]
+    code, _, err = here(*line)
+    assert code == 2
+    assert "which would be lost if it were replaced" in err
+    assert (clips / "2004.gif").read_text() == "a photograph of 2004"
+
+
+def test_clips_of_before_are_replaced_and_what_lies_beside_them_is_not(here, drawings, tmp_path):
+    clips = tmp_path / "clips"
+    line = ["pvchat", "compose", drawings, "--out", clips, "--frames", 2]
+    assert here(*line, "--count", 2)[0] == 0
+    assert here(*line, "--count", 1, "--kind", "gif")[0] == 0
+    assert sorted(path.name for path in clips.iterdir()) == ["0000.gif", "clips.jsonl"]
+    (clips / "0001.gif").write_text("mine")
+    code, _, err = here(*line, "--count", 1)
+    assert (code, "holds 0001.gif" in err) == (2, True)
+    assert (clips / "0001.gif").read_text() == "mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,8 @@ from anabranch.extras import require
 from anabranch.files import atomic_folder, check_apart
 
 TRUTH = "clips.jsonl"
-_OURS = r"\d{4}\.(gif|webp)|clips\.jsonl"
+# Of the description of as many clips as there may be.
+_MOST_BYTES = 64 << 20
 
 
 def compose(
@@ -54,7 +56,7 @@ def compose(
     generator = torch.Generator().manual_seed(seed)
     made = Composed(Composer(Composer.Config(frames=frames, size=size)), portraits(subjects))
     lines: list[dict[str, Any]] = []
-    with atomic_folder(out, replacing=_OURS) as folder:
+    with atomic_folder(out, replacing=_made_here(out)) as folder:
         for number in range(count):
             chosen = named[subject] if subject else subjects[int(torch.randint(len(subjects), (), generator=generator))]
             drawing = int(torch.randint(len(chosen.ink_NSS), (), generator=generator))
@@ -70,3 +72,20 @@ def compose(
         f"{out}   {count} clips, {TRUTH}",
         f"anabranch pvchat ask MODEL {shell_word(out / lines[0]['file'])} 'where is <NAME> ?'",
     )
+
+
+def _made_here(folder: Path) -> str:
+    """Which names of a folder may be replaced: those of the clips that its own description tells of, and of that; else none.
+
+    By their names alone, numbers with an ending, they could be anybody's pictures.
+    """
+    truth = folder / TRUTH
+    try:
+        if not truth.is_file() or truth.stat().st_size > _MOST_BYTES:
+            return ""
+        lines = [json.loads(line) for line in truth.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError):
+        return ""
+    if not all(isinstance(line, dict) and line.keys() == {"file", "actors"} for line in lines):
+        return ""
+    return "|".join(re.escape(name) for name in (TRUTH, *(str(line["file"]) for line in lines)))
