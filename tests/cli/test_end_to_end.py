@@ -128,7 +128,7 @@ def test_eval_runs_blocks_in_any_order_cached_or_not(here, trained):
     assert "block 7; the model has blocks 0 to 1" in here("eval", trained[0], "--path", "0,7")[2]
     code, _, err = here("eval", trained[0], "--path", "0,1,0,0")
     assert (code, "the path comes to block 0 3 times; a block may run at most 2 times" in err) == (2, True), err
-    for wrong in ("0;1", "", " ", "0,,1"):
+    for wrong in ("0;1", "", " ", "0,,1", "1_0", "٣", "0,-1", "+1", "1" * 40):
         code, _, err = here("eval", trained[0], "--path", wrong)
         assert (code, f"--path is {wrong!r}; write block numbers with commas" in err) == (2, True), err
 

@@ -314,6 +314,17 @@ def test_damaged_files_are_refused(tmp_path):
         ({"router": {"hidden": 3}}, "damaged or no skipper"),
         ({"factors": {"refresh": 0}}, "damaged or no skipper"),
         ({"seed": "x"}, "damaged or no skipper"),
+        ({"seed": 10**30}, "seed is 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": float("inf")}, "seed is inf"),
+        ({"seed": True}, "seed is True"),
+        ({"one_pass": "no"}, "one_pass is 'no'"),
+        ({"fingerprint": [1]}, r"its fingerprint \[1\]"),
+        ({"router": {"inputs": "hidden", "hidden": 4096, "dim": 10**9}}, "first matrix is .*, and its settings are of"),
+        (
+            {"router": {"inputs": "hidden", "hidden": 4096, "dim": 200_000}},
+            "first matrix is .*, and its settings are of",
+        ),
     ],
 )
 def test_changed_content_is_refused(tmp_path, change, told):
@@ -332,6 +343,23 @@ def test_changed_content_is_refused(tmp_path, change, told):
     save_file({**tensors, "router.first.bias": torch.full((64,), torch.nan)}, path, {_FIELD: f"no {text}"})
     with pytest.raises(CheckpointError, match="does not match its digest"):
         TokenSkipper.load(path, decoder())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int32, torch.bool])
+def test_numbers_of_types_that_no_skipper_has_are_refused(tmp_path, dtype):
+    from safetensors.torch import load_file, save_file
+
+    from anabranch.depth.ftp.saving import _FIELD, _digest
+
+    _, path = file_of(tmp_path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        text = file.metadata()[_FIELD].partition(" ")[2]
+    for name in tensors:
+        other = {**tensors, name: torch.zeros(tensors[name].shape).to(dtype)}
+        save_file(other, path, {_FIELD: f"{_digest(other, text)} {text}"})
+        with pytest.raises(CheckpointError, match=f"{name} is of {str(dtype).removeprefix('torch.')}"):
+            TokenSkipper.load(path, decoder())
 
 
 def test_numbers_that_are_none_are_refused(tmp_path):

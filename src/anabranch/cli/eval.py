@@ -1,5 +1,6 @@
 """``anabranch eval``: how well a model predicts text."""
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
@@ -185,7 +186,7 @@ def _task_of(network: Any, task: str | None) -> AbstractContextManager[None]:
 
 def read_path(text: str) -> list[int]:
     """Block numbers with commas between them, at least one. Raises ConfigError for anything else."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--path is {text!r}; write block numbers with commas between them, e.g. 0,1,2,2,3") from None
+    # `int` reads more than numbers as people write them: 1_0, and the digits of other scripts.
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*", text):
+        raise ConfigError(f"--path is {shown(text)}; write block numbers with commas between them, e.g. 0,1,2,2,3")
+    return [int(part) for part in text.split(",")]

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from anabranch.bounds import MOST_SEED, shown
 from anabranch.config import from_dict, to_dict
 from anabranch.depth.ftp.decider import ByPlace, Schedule
 from anabranch.depth.ftp.features import FactorConfig
@@ -26,6 +27,7 @@ VERSION = 1
 _FIELD, _ROUTER, _SCHEDULE = "anabranch.token_skipper", "router.", "schedule"
 # A router of hidden states of a wide model is larger than one of factors; beyond this it is something else.
 _LARGEST = 64 * 2**20
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CHOICES = {"mode": ("topk", "threshold"), "kv": ("drop", "keep"), "by_place": (None, "static", "random")}
 
 
@@ -93,7 +95,7 @@ def read_skipper(path: str | Path) -> Stored:
         return _stored(tensors, content)
     except CheckpointError:
         raise
-    except (AnabranchError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (AnabranchError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged or no skipper of tokens ({type(error).__name__}: {error})") from None
 
 
@@ -101,13 +103,25 @@ def _stored(tensors: dict[str, Tensor], content: dict[str, Any]) -> Stored:
     for name, allowed in _CHOICES.items():
         if content[name] not in allowed:
             raise ValueError(f"{name} is {content[name]!r}")
+    one_pass, seed, fingerprint = content["one_pass"], content["seed"], content["fingerprint"]
+    if not isinstance(one_pass, bool) or not isinstance(fingerprint, str):
+        raise ValueError(f"one_pass is {shown(one_pass)}, and its fingerprint {shown(fingerprint)}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MOST_SEED:
+        raise ValueError(f"seed is {shown(seed)}")
     for name, value in tensors.items():
+        if value.dtype not in _TYPES:
+            raise ValueError(f"{name} is of {str(value.dtype).removeprefix('torch.')}")
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name} has numbers that are not finite")
     router = None
     if content["router"] is not None:
-        router = TokenRouter(from_dict(RouterConfig, content["router"]))
+        config = from_dict(RouterConfig, content["router"])
         state = {name.removeprefix(_ROUTER): value for name, value in tensors.items() if name.startswith(_ROUTER)}
+        # Before one is made: a few bytes may speak of a router that no memory holds.
+        first, wanted = list(state["first.weight"].shape), [config.hidden, config.num_inputs]
+        if first != wanted:
+            raise ValueError(f"its router's first matrix is {first}, and its settings are of {wanted}")
+        router = TokenRouter(config)
         router.load_state_dict(state)
         router.requires_grad_(False).eval()
     if (router is None) == (content["by_place"] is None):
@@ -119,10 +133,10 @@ def _stored(tensors: dict[str, Tensor], content: dict[str, Any]) -> Stored:
         content["by_place"],
         content["mode"],
         content["kv"],
-        bool(content["one_pass"]),
+        one_pass,
         from_dict(FactorConfig, content["factors"]),
-        int(content["seed"]),
-        str(content["fingerprint"]),
+        seed,
+        fingerprint,
     )
 
 
@@ -151,5 +165,6 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
     hashed = hashlib.sha256(text.encode())
     for name, value in sorted(tensors.items()):
         hashed.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        hashed.update(value.cpu().contiguous().numpy().tobytes())
+        # By bytes: numpy has not all the types that a file may have.
+        hashed.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
