@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from anabranch.cli.rl.given import check_resumed, check_settings
+from anabranch.cli.options import check_settings
+from anabranch.cli.rl.given import check_resumed
 from anabranch.errors import ConfigError
 
 

@@ -28,7 +28,7 @@ def check_there(place: Path) -> None:
 
 def what_lies_at(place: Path) -> str:
     """What a place without an adapter is, and what to give instead."""
-    give = "give a folder that peft's save_pretrained wrote"
+    give = "give a folder that anabranch adapt or peft's save_pretrained wrote"
     if not place.is_dir():
         return f"is a file; {give}" if place.is_file() else f"is not there; {give}"
     adapters = _adapters_in(place)

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from anabranch.cli.options import AsJson, Assignments, Quiet, named_folder, only_file, read_assignments, read_toml
+from anabranch.cli.options import (
+    AsJson,
+    Quiet,
+    check_settings,
+    named_folder,
+    only_file,
+    read_assignments,
+    read_toml,
+    setting,
+)
 from anabranch.cli.output import duration, fact, finite, print_json, quantity, shell_word, size, table, visible, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.train import INTERRUPTED
@@ -122,7 +131,7 @@ def adapt(
         bool,
         typer.Option("--resume", metavar=" ", help="Continue the run in DIR with the config it was started with."),
     ] = False,
-    assignments: Assignments = None,
+    assignments: Annotated[list[str] | None, setting("method.alpha=32")] = None,
     config_files: Annotated[
         list[Path] | None,
         typer.Option("--config", metavar="FILE", help="TOML file with any fields: [method], [train], [task]."),
@@ -141,7 +150,9 @@ def adapt(
     from anabranch.adapters.adapt.method import ADAPTER
     from anabranch.train import Trainer
 
-    settings = {**_of_file(only_file(config_files)), **_under_task(read_assignments(assignments))}
+    assigned = read_assignments(assignments)
+    check_settings(assigned, ("method", "task", "train", "parallel"), "method.alpha or train.learning_rate")
+    settings = {**_of_file(only_file(config_files)), **_under_task(assigned)}
     said = {
         "task.method.targets": None if targets is None else list(targets),
         "task.method.rank": rank,

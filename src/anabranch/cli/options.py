@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,14 +80,16 @@ Memory = Annotated[
         "anabranch plan --memory.",
     ),
 ]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="PATH=VALUE",
-        help="Set any field of the config, e.g. --set model.feed_forward.reuse=4. May be repeated.",
-    ),
-]
+
+
+def setting(example: str) -> Any:
+    """The option ``--set`` of a command, with a field of its own config as the example."""
+    return typer.Option(
+        "--set", metavar="PATH=VALUE", help=f"Set any field of the config, e.g. --set {example}. May be repeated."
+    )
+
+
+Assignments = Annotated[list[str] | None, setting("model.feed_forward.reuse=4")]
 Texts = Annotated[
     list[str] | None,
     typer.Option(
@@ -344,3 +346,11 @@ def read_seeds(text: str) -> list[int]:
     if not seeds:
         raise ConfigError(f"--seeds is {text!r}, which names none; write them as 0,1,2 or 0-4")
     return list(dict.fromkeys(seeds))
+
+
+def check_settings(settings: Mapping[str, Any], sections: Sequence[str], examples: str) -> None:
+    """Raise ConfigError for a ``--set`` of a field that is in none of these sections; ``examples`` are two that are."""
+    wrong = next((name for name in settings if name.partition(".")[0] not in sections or "." not in name), None)
+    if wrong is not None:
+        listed = " and ".join([", ".join(sections[:-1]), sections[-1]])
+        raise ConfigError(f"--set {wrong}: fields of {listed} can be set, such as {examples}")

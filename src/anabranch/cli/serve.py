@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.option_sets import takes_sets
-from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, only_file, read_assignments, read_toml
+from anabranch.cli.options import FLAG, AsJson, Quiet, only_file, read_assignments, read_toml, setting
 from anabranch.cli.output import say
 from anabranch.cli.over_ranks import over_ranks
 from anabranch.cli.serve_options import Adapted, ByDepth, Listening, Rewires, Room, said
@@ -75,7 +75,7 @@ def serve(
         float | None,
         typer.Option(metavar="S", help="Seconds that running requests get to finish after a signal to stop."),
     ] = None,
-    assignments: Assignments = None,
+    assignments: Annotated[list[str] | None, setting("engine.max_seqs=32")] = None,
     config_files: Annotated[
         list[Path] | None, typer.Option("--config", metavar="FILE", help="TOML file with tables engine and http.")
     ] = None,

@@ -211,16 +211,20 @@ def _average(
     from anabranch.adapters.own_folder import is_own
     from anabranch.adapters.soup import average_own
 
+    # First: advice for adapters of one form is none for those of two.
+    others = [folder for folder in adapters if not is_own(folder)]
+    if others:
+        own = next(folder for folder in adapters if is_own(folder))
+        raise ConfigError(
+            f"{own} is in anabranch's own form and {others[0]} is not, and what is merged is of one form; anabranch adapters export makes "
+            "a plain LoRA of the former"
+        )
     used = [f"--{name}" for name, value in options.items() if value is not None]
     if method != "mean" or used:
         said = used[0] if used else f"--method {method}"
         raise ConfigError(
             f"{said} is for LoRA in folders of peft's; of adapters in anabranch's own form there is a mean: --method mean"
         )
-    others = [folder for folder in adapters if not is_own(folder)]
-    if others:
-        own = next(folder for folder in adapters if is_own(folder))
-        raise ConfigError(f"{own} is in anabranch's own form and {others[0]} is not; a mean is of adapters of one form")
     with noted(out, note_of(adapters)) as place:
         made = average_own(adapters, weights, place)
     num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())

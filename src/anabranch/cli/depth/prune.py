@@ -12,7 +12,6 @@ from anabranch.cli.depth.shared import Context, Data, Limit, Source, one_of, que
 from anabranch.cli.option_sets import OptionSet, takes_sets
 from anabranch.cli.options import (
     AsJson,
-    Assignments,
     Device,
     Dtype,
     Model,
@@ -20,6 +19,7 @@ from anabranch.cli.options import (
     Seed,
     finite_number,
     read_assignments,
+    setting,
 )
 from anabranch.cli.output import fact, print_json, shell_word, wrote
 from anabranch.cli.progress import Progress
@@ -115,7 +115,7 @@ def prune(
     limit: Limit = None,
     context: Context = 64,
     seed: Seed = 0,
-    assignments: Assignments = None,
+    assignments: Annotated[list[str] | None, setting("schedule.genetic.population=12")] = None,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,

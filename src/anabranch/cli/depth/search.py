@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from anabranch.cli.depth.shared import Context, Data, Limit, Source, one_of, questions_of, stack_at
-from anabranch.cli.options import AsJson, Assignments, Device, Dtype, Model, Quiet, Seed, read_assignments
+from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, Seed, read_assignments, setting
 from anabranch.cli.output import fact, print_json, quantity, shell_word, wrote
 from anabranch.cli.progress import Progress
 from anabranch.extras import require
@@ -49,7 +49,7 @@ def search(
     limit: Limit = None,
     context: Context = 64,
     seed: Seed = 0,
-    assignments: Assignments = None,
+    assignments: Annotated[list[str] | None, setting("late=2")] = None,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from anabranch.cli.depth.shared import one_of, stack_at
-from anabranch.cli.options import AsJson, Assignments, Device, Dtype, Model, Quiet, Seed, read_assignments
+from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, Seed, read_assignments, setting
 from anabranch.cli.output import fact, print_json, quantity, say, shell_word, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError
@@ -35,7 +35,7 @@ def train(
         int | None, typer.Option(metavar="N", min=1, help="Passes over the questions (epochs). Default: 25.")
     ] = None,
     seed: Seed = 0,
-    assignments: Assignments = None,
+    assignments: Annotated[list[str] | None, setting("epochs=10")] = None,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from anabranch.cli.heads.speech import conclude, introduce, is_speech_run, new_run, resumed_run, shown
-from anabranch.cli.options import AsJson, Assignments, Quiet, Seed, read_assignments
+from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments, setting
 from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.train import INTERRUPTED
@@ -89,7 +89,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", metavar=" ", help="Continue the run in DIR with its config.")
     ] = False,
-    assignments: Assignments = None,
+    assignments: Annotated[list[str] | None, setting("train.learning_rate=0.001")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.options import AsJson, Quiet, read_assignments, setting
 from anabranch.cli.output import duration, fact, print_json, say, shell_word, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.pvchat.shared import (
@@ -64,7 +64,7 @@ def learn(
     seed: RunSeed = None,
     resume: Resume = False,
     device: AnyDevice = "auto",
-    assignments: Assignments = None,
+    assignments: Annotated[list[str] | None, setting("data.positives=8")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

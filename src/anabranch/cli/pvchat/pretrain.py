@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.options import AsJson, Quiet, read_assignments, setting
 from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.pvchat.shared import (
@@ -42,7 +42,7 @@ def pretrain(
     seed: RunSeed = None,
     resume: Resume = False,
     device: AnyDevice = "auto",
-    assignments: Assignments = None,
+    assignments: Annotated[list[str] | None, setting("model.dim=96")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.options import AsJson, Quiet, read_assignments, setting
 from anabranch.cli.output import fact, print_json, table, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.pvchat.shared import (
@@ -50,7 +50,7 @@ def ways(
     seed: RunSeed = None,
     resume: Resume = False,
     device: AnyDevice = "auto",
-    assignments: Assignments = None,
+    assignments: Annotated[list[str] | None, setting("batch_size=16")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

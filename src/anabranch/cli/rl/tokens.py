@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from anabranch.cli.options import check_settings
 from anabranch.cli.output import fact, print_json, shell_word, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.rl.conclusion import Conclusion
-from anabranch.cli.rl.given import check_resumed, check_settings
+from anabranch.cli.rl.given import check_resumed
 from anabranch.cli.rl.kinds import ANSWERS
 from anabranch.cli.rl.own import Own, kept_at, own_training, start_of, tell_most
 from anabranch.cli.rl.strategy import write_strategy

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.bounds import MOST_SEED
-from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.options import AsJson, Quiet, check_settings, read_assignments, setting
 from anabranch.cli.output import fact, print_json, quantity, shell_word, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.rl.conclusion import Conclusion
-from anabranch.cli.rl.given import check_resumed, check_settings
+from anabranch.cli.rl.given import check_resumed
 from anabranch.cli.rl.kinds import learns_tokens
 from anabranch.cli.rl.own import Data, MaxCalls, MaxUsd, Model, Own, PoolFile, Reward
 from anabranch.cli.train import INTERRUPTED
@@ -56,7 +56,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", metavar=" ", help="Continue the run in DIR with its config.")
     ] = False,
-    assignments: Assignments = None,
+    assignments: Annotated[list[str] | None, setting("train.learning_rate=0.001")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
