@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from anabranch.cli.ending import KeepBest, Patience, ending, ending_settings, tell_ending, told_of_best
 from anabranch.cli.options import (
     AsJson,
     Quiet,
@@ -93,6 +94,16 @@ def adapt(
         float | None,
         typer.Option(metavar="RATE", min=0, help="Peak learning rate (train.learning_rate). Default: 0.001."),
     ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Steps between evaluations (train.eval_every). Default: none between the first step and the last.",
+        ),
+    ] = None,
+    patience: Patience = None,
+    keep_best: KeepBest = False,
     quantize: Annotated[
         Literal["nf4"] | None,
         typer.Option(
@@ -161,6 +172,8 @@ def adapt(
         "train.steps": steps,
         "train.batch_size": batch_size,
         "train.learning_rate": learning_rate,
+        "train.eval_every": eval_every,
+        **ending_settings(patience, keep_best),
         "task.quantize": quantize,
         "task.evaluation": None if evaluation is None else str(evaluation.absolute()),
         "train.seed": seed,
@@ -332,6 +345,7 @@ def _show(event: Event, progress: Progress) -> None:
         width = len(str(event.steps))
         progress.note(
             f"step {event.step:>{width}}/{event.steps}  held-out answers: {event.values['nats_per_token']:.3f} nats/token"
+            f"{told_of_best(event.values)}"
         )
 
 
@@ -347,6 +361,7 @@ def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json:
         "status": result.status,
         "step": result.step,
         "steps": trainer.config.train.steps,
+        **ending(result),
         "parameters": learns,
         "tasks": sum(bool(name) for name in task.names),
         "before": _measured(task.before),
@@ -370,6 +385,7 @@ def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json:
         print_json(told)
         return
     _tell(told, note)
+    tell_ending(result)
     if result.status == "interrupted":
         wrote(f"{result.checkpoint}", f"anabranch adapt --out {shell_word(out)} --resume")
         return

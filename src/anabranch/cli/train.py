@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from anabranch.cli.ending import KeepBest, Patience, ending, ending_settings, tell_ending, told_of_best
 from anabranch.cli.options import (
     AsJson,
     Assignments,
@@ -66,6 +67,8 @@ def train(
     ] = None,
     data: Texts = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps (train.steps).")] = None,
+    patience: Patience = None,
+    keep_best: KeepBest = False,
     seed: Annotated[
         int | None, typer.Option(metavar="S", help="Seed of the initial weights and the data order (train.seed).")
     ] = None,
@@ -126,6 +129,7 @@ def train(
     settings = read_texts(data) | read_assignments(assignments)
     settings |= {} if steps is None else {"train.steps": steps}
     settings |= {} if seed is None else {"train.seed": seed}
+    settings |= ending_settings(patience, keep_best)
     goes_on = resume or (holds_run(out) and (resume_auto or is_restart(out)))
     keeps_config = config_file is None and (resume or size_dial is None)
     if labels is not None or (goes_on and holds_routes(out)):
@@ -258,7 +262,7 @@ class _Observer:
             values = event.values
             self.progress.note(
                 f"step {event.step:>{width}}/{event.steps}  held-out text: {values['bits_per_byte']:.3f} bits/byte, "
-                f"{values['nats_per_token']:.3f} nats/token{_balance(values)}"
+                f"{values['nats_per_token']:.3f} nats/token{_balance(values)}{told_of_best(values)}"
             )
 
 
@@ -290,6 +294,7 @@ def _conclude(
                 "status": result.status,
                 "step": result.step,
                 "steps": config.train.steps,
+                **ending(result),
                 **(result.evaluation.to_dict() if result.evaluation else {}),
                 "routing": result.routing,
                 "trained_tokens": result.tokens,
@@ -317,6 +322,7 @@ def _conclude(
         f"{result.step} of {config.train.steps} steps, {quantity(result.tokens)} tokens in {duration(result.seconds)}, "
         f"{quantity(result.tokens_per_second)} tokens/s, {size(result.peak_memory_bytes)} memory",
     )
+    tell_ending(result)
     if result.checkpoint is None:
         # Of processes that share a run one writes; this one left before it did, or is on another machine.
         fact("written", "by another process of the run" if result.status == "finished" else "nothing yet")
@@ -325,10 +331,10 @@ def _conclude(
         wrote(f"{result.checkpoint}", f"anabranch train --out {shell_word(out)} --resume")
         return
     if drawn.problem is not None:
-        wrote(f"{result.checkpoint}", f"anabranch eval {shell_word(out)}")
+        wrote(f"{result.written}", f"anabranch eval {shell_word(out)}")
         return
     sample(drawn.prompt + drawn.text)
-    wrote(f"{result.checkpoint}", f"anabranch generate {shell_word(out)} --prompt {shell_word(drawn.prompt)}")
+    wrote(f"{result.written}", f"anabranch generate {shell_word(out)} --prompt {shell_word(drawn.prompt)}")
 
 
 @dataclass(frozen=True)
@@ -363,8 +369,8 @@ def _sample(trainer: Trainer[RunConfig], result: TrainResult) -> _Sample:
     model = trainer.model
     if trainer.workers.is_sharded:
         # What is left here is a part, which cannot compute without the other processes, and those have gone.
-        assert result.checkpoint is not None
-        model, _ = load_model(result.checkpoint, device=trainer.workers.device)
+        assert result.written is not None
+        model, _ = load_model(result.written, device=trainer.workers.device)
     sampling = SamplingConfig(max_tokens=SAMPLE_TOKENS, temperature=0.7, stop=tokenizer.stop_ids, seed=0)
     (made,) = generate(model, [ids], sampling)
     return _Sample(tokenizer.decode(ids), tokenizer.decode(made))

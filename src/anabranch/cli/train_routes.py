@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anabranch.cli.ending import ending, tell_ending, told_of_best
 from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError
@@ -157,7 +158,8 @@ def _show(event: Event, progress: Progress) -> None:
         progress.update(event.step, f"loss {event.values['loss']:.3f}  {rate} tokens/s")
     elif event.kind == "evaluation":
         width = len(str(event.steps))
-        progress.note(f"step {event.step:>{width}}/{event.steps}  {_agreement(event.values)}")
+        said = f"{_agreement(event.values)}{told_of_best(event.values)}"
+        progress.note(f"step {event.step:>{width}}/{event.steps}  {said}")
 
 
 def _agreement(values: Mapping[str, Any]) -> str:
@@ -173,6 +175,7 @@ def _conclude(config: TaskRunConfig, task: Any, result: TrainResult, out: Path, 
                 "status": result.status,
                 "step": result.step,
                 "steps": config.train.steps,
+                **ending(result),
                 **({"agreement": result.measures["agreement"]} if "agreement" in result.measures else {}),
                 "trained_tokens": result.tokens,
                 "seconds": result.seconds,
@@ -187,8 +190,9 @@ def _conclude(config: TaskRunConfig, task: Any, result: TrainResult, out: Path, 
         "work",
         f"{result.step} of {config.train.steps} steps in {duration(result.seconds)}, {size(result.peak_memory_bytes)} memory",
     )
+    tell_ending(result)
     done = result.status == "finished"
     wrote(
-        f"{result.checkpoint}",
+        f"{result.written}",
         f"anabranch eval {shell_word(out)}" if done else f"anabranch train --out {shell_word(out)} --resume",
     )

@@ -36,6 +36,7 @@ from anabranch.lm.folder import (
     TRAINER_FILE,
     check_no_adapter,
     model_folder,
+    run_bests,
     run_steps,
     verify,
 )
@@ -140,7 +141,8 @@ def write_model(
 
 
 def find_model(path: str | Path) -> Path:
-    """The model folder or GGUF file that ``path`` means: itself, or the newest checkpoint of a training run.
+    """The model folder or GGUF file that ``path`` means: itself, or of a training run its best weights (``train.keep_best``), else its
+    newest checkpoint.
 
     Raises CheckpointError if there is none, or an adapter that would make it another.
     """
@@ -156,7 +158,7 @@ def find_model(path: str | Path) -> Path:
             f"(nothing is downloaded){_of_the_hub(path)}"
         )
     # First: the folder of a run has a config.json as well.
-    steps = [step for step in run_steps(path) if (step / "config.json").is_file()]
+    steps = [step for step in [*run_steps(path), *run_bests(path)] if (step / "config.json").is_file()]
     if steps:
         return steps[-1]
     check_no_adapter(path)

@@ -31,12 +31,15 @@ __all__ = [
     "RECORD",
     "STEPS_FOLDER",
     "TRAINER_FILE",
+    "best_name",
+    "best_of",
     "carry",
     "check_apart",
     "check_no_adapter",
     "check_replaceable",
     "files_of",
     "model_folder",
+    "run_bests",
     "run_of",
     "run_steps",
     "seal",
@@ -98,11 +101,33 @@ def run_steps(run: Path) -> list[Path]:
     return [path for step, path in sorted((step, path) for step, path in found if step is not None)]
 
 
+def best_of(name: str) -> int | None:
+    """The step whose weights, the best of a training so far, a folder of this name holds; None for any other name."""
+    step = name.removeprefix("best-")
+    return step_of(f"step-{step}") if step != name else None
+
+
+def best_name(step: int) -> str:
+    """The name of the folder, beside checkpoints, that holds the weights of ``step`` as the best of a training so far."""
+    return step_name(step).replace("step", "best")
+
+
+def run_bests(run: Path) -> list[Path]:
+    """The folders of a training run with the best weights so far (``train.keep_best``), in the order of their steps; the last counts."""
+    found = ((best_of(path.name), path) for path in run.glob(f"{STEPS_FOLDER}/best-*"))
+    return [path for step, path in sorted((step, path) for step, path in found if step is not None)]
+
+
 def run_of(model: str | Path) -> Path | None:
-    """The training run that a folder is a checkpoint of, by its name and its place; None for any other."""
+    """The training run that a folder is a checkpoint of, or its best weights, by name and place; None for any other."""
     place = Path(model).absolute()
-    is_step = step_of(place.name) is not None and place.parent.name == STEPS_FOLDER
-    return place.parent.parent if is_step else None
+    return place.parent.parent if _is_of_run(place) else None
+
+
+def _is_of_run(place: Path) -> bool:
+    """Whether a folder has the name and the place of a checkpoint, or of the best weights of a run."""
+    is_named = step_of(place.name) is not None or best_of(place.name) is not None
+    return is_named and place.parent.name == STEPS_FOLDER
 
 
 def files_of(model: str | Path) -> list[Path]:
@@ -114,7 +139,7 @@ def files_of(model: str | Path) -> list[Path]:
     if not place.is_dir():
         return [place]
     run = place.parent.parent if place.parent.name == STEPS_FOLDER else place
-    folders = dict.fromkeys([place, run, *run_steps(run)])
+    folders = dict.fromkeys([place, run, *run_steps(run), *run_bests(run)])
     return [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file() and _is_of_model(path)]
 
 
@@ -193,7 +218,9 @@ def _check_no_run(folder: Path) -> None:
         what = "is the folder of a training run"
     elif any(step_of(parent.name) is not None and (parent / TRAINER_FILE).exists() for parent in place.parents):
         what = "lies inside a checkpoint of a training run, which is removed in time"
-    elif step_of(place.name) is not None and place.parent.name == STEPS_FOLDER and _has_steps(place.parent.parent):
+    elif any(best_of(parent.name) is not None and _is_of_run(parent) for parent in place.parents):
+        what = "lies inside the best weights of a training run, which are removed in time"
+    elif _is_of_run(place) and _has_steps(place.parent.parent):
         what = "would be taken for a checkpoint of the training run around it"
     else:
         return

@@ -5,6 +5,8 @@
     trainer.json                                           step, place in the data, counts, and the run's config
     SHA256SUMS                                             a digest of every other file, checked when it is loaded or resumed
 
+Beside them lie the best weights so far where ``train.keep_best`` wants them, see `anabranch.train.best`.
+
 A folder appears whole or not at all. An old one is removed only when a newer one has proved good: training has gone on from it, or its
 evaluation was finite. No random state is stored: what is random in step n is a function of (seed, n).
 """
@@ -29,6 +31,7 @@ from anabranch.lm.folder import (
     RECORD,
     STEPS_FOLDER,
     TRAINER_FILE,
+    best_of,
     run_steps,
     seal,
     step_name,
@@ -43,8 +46,8 @@ SCHEMA = 1
 DIVERGED, GIVEN_UP = "diverged", "given-up"
 # A file beside the checkpoints: all of them were set aside, so their absence is no loss.
 BEGIN_AGAIN = "diverged.txt"
-# What a process killed while it wrote or removed a checkpoint leaves behind: names of tempfile, and of `_remove`.
-_LEFTOVER = re.compile(r"\.(step-\d+)\.(old|(unfinished-)?[a-z0-9_]{8})")
+# What a process killed while it wrote or removed a checkpoint leaves behind: names of tempfile, and of `remove_folder`.
+_LEFTOVER = re.compile(r"\.((?:step|best)-\d+)\.(old|(unfinished-)?[a-z0-9_]{8})")
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
@@ -79,7 +82,7 @@ def write_checkpoint(
 def prune(out: Path, keep: int) -> None:
     """Remove all checkpoints but the newest ``keep``."""
     for old in checkpoints(out)[:-keep]:
-        _remove(old)
+        remove_folder(old)
 
 
 def set_aside(out: Path, step: int, why: str = DIVERGED) -> list[Path]:
@@ -154,13 +157,18 @@ def _check_state(state: dict[str, Any], path: Path) -> None:
         raise CheckpointError(f"stream in {path} is not what a trainer stores; it is damaged")
     if not isinstance(state.get("task", {}), dict):
         raise CheckpointError(f"task in {path} is not what a trainer stores; it is damaged")
+    best = state.get("best", {"since": 0, "evaluation": None})
+    since, evaluation = (best.get(name, -1) if isinstance(best, dict) else -1 for name in ("since", "evaluation"))
+    is_step = evaluation is None or (isinstance(evaluation, dict) and isinstance(evaluation.get("step"), int))
+    if not isinstance(since, int) or isinstance(since, bool) or since < 0 or not is_step:
+        raise CheckpointError(f"best in {path} is not what a trainer stores; it is damaged")
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove what a process killed while it wrote or removed a checkpoint left behind."""
-    for folder in out.glob(f"{STEPS_FOLDER}/.step-*"):
+    """Remove what a process killed while it wrote or removed a checkpoint, or best weights, left behind."""
+    for folder in out.glob(f"{STEPS_FOLDER}/.*"):
         match = _LEFTOVER.fullmatch(folder.name)
-        if match and step_of(match[1]) is not None:
+        if match and (step_of(match[1]) is not None or best_of(match[1]) is not None):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -170,7 +178,8 @@ def _step(path: Path) -> int:
     return step
 
 
-def _remove(path: Path) -> None:
+def remove_folder(path: Path) -> None:
+    """Remove a checkpoint, or the like, of which nobody ever sees a part."""
     # Renaming is one step, so that no half-removed checkpoint can be taken for a whole one.
     hidden = path.with_name(f".{path.name}.old")
     path.replace(hidden)

@@ -14,6 +14,7 @@ from anabranch.config import to_dict
 from anabranch.errors import CheckpointError, DataError
 from anabranch.lm.folder import TRAINER_FILE, step_of
 from anabranch.lm.tensors import state_once
+from anabranch.train.best import Best
 from anabranch.train.checkpoint import (
     GIVEN_UP,
     checkpoint_path,
@@ -64,6 +65,7 @@ class CheckpointManager:
     Attributes:
         newest: the last checkpoint that was written or read, None where there is none of use.
         progress: what is saved of how far the run is.
+        best: how its evaluations have gone, see `anabranch.train.best`.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class CheckpointManager:
         self.out, self.config, self.task, self.workers, self.newest = out, config, task, workers, newest
         self.model, self.optimizer = model, optimizer
         self.progress = Progress()
+        self.best = Best(out, config.train, task, workers)
         # Whether older checkpoints wait for the newest to prove good, before they are removed.
         self._is_prunable = newest is not None
 
@@ -99,6 +102,8 @@ class CheckpointManager:
                 ) from None
         self._check_data(state, path)
         self.progress = Progress(**state["progress"])
+        # That of other weights says nothing about these.
+        self.best.load_state_dict(state.get("best"), self.progress.evaluation if self.progress.is_evaluated else None)
 
     def go_on_from(self, step: int, *, holds_folder: bool) -> None:
         """Count from ``step``, which is that of others. Where it is an earlier one, what there is of it and of later ones is given up.
@@ -148,11 +153,29 @@ class CheckpointManager:
                 # Another process writes, or nobody can between the steps after which all is gathered.
                 return None
             return self._write(path, stream, dict(state_once(self.model)), shared)
-        self.workers.make_whole()
-        tensors = {name: full_tensor(tensor) for name, tensor in state_once(self.model).items()}
+        tensors = self._whole_tensors()
         own = optimizer_tensors(self.model, self.optimizer, keep=keep or self.workers.is_staged)
         moments = self.workers.gathered(own)
         return self._write(path, stream, tensors, moments)
+
+    def _whole_tensors(self) -> dict[str, Tensor]:
+        """Of the model, in all processes, which call it together."""
+        self.workers.make_whole()
+        return {name: full_tensor(tensor) for name, tensor in state_once(self.model).items()}
+
+    def see(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Take an evaluation of this step into account: its record, with what is told of it besides, see `Best.see`."""
+        return self.best.see(record, lambda place: self.best.write(place, self.model, self._whole_tensors()))
+
+    def put_best_back(self) -> int | None:
+        """At the end: give the model the best weights, if they are kept and are others than it has, and their step; else None.
+
+        Of a model in shards the best weights stay on disk alone.
+        """
+        if self.best.folder is None or self.best.step == self.progress.step or self.workers.is_sharded:
+            return None
+        self.best.put_back(self.model)
+        return self.best.step
 
     def _write(self, path: Path, stream: Stream, tensors: dict[str, Tensor], moments: dict[str, Tensor]) -> Path:
         """Write it in the first process, while the others wait."""
@@ -165,7 +188,7 @@ class CheckpointManager:
         return path
 
     def _state(self, stream: Stream) -> dict[str, Any]:
-        fingerprint, own = self.task.fingerprint(), self.task.state_dict()
+        fingerprint, own, best = self.task.fingerprint(), self.task.state_dict(), self.best.state_dict()
         return {
             "step": self.progress.step,
             "progress": vars(self.progress),
@@ -173,12 +196,14 @@ class CheckpointManager:
             **({} if fingerprint is None else {"data": fingerprint}),
             "run": to_dict(self.config),
             **({"task": own} if own else {}),
+            **({"best": best} if best else {}),
         }
 
     def prune(self) -> None:
         """Remove the checkpoints that are too many, once the newest has proved good."""
         if self._is_prunable and self.workers.is_first:
             prune(self.out, self.config.train.keep_checkpoints)
+            self.best.tidy()
         self._is_prunable = False
 
     def is_sound(self) -> bool:

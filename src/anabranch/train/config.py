@@ -69,6 +69,10 @@ class TrainConfig(Config):
         parallel: ``none``; under torchrun ``ddp`` (replicas) or ``fsdp`` (weights and optimizer sharded, FSDP2).
         eval_every: steps between evaluations; None for one at the end.
         eval_tokens: about how many tokens of text an evaluation takes, spread over the held-out split; None for all.
+        patience: evaluations in a row without a better one (by the task's headline, a loss as a rule) after which training ends; None for
+            all steps. The learning rate goes as it would over all of them. One that is not finite is never better.
+        keep_best: the weights of the best evaluation are what is written in the end, as adapter or model; checkpoints, from which a run
+            goes on, are of the last step all the same.
         checkpoint_every: steps between checkpoints; None for one at the end.
         keep_checkpoints: newest ones that are kept; one more until the newest has proved good, so that a run that diverges keeps good ones.
         log_every: steps between lines of metrics.
@@ -101,6 +105,8 @@ class TrainConfig(Config):
     parallel: Literal["none", "ddp", "fsdp"] = "none"
     eval_every: int | None = Field(default=250, ge=1)
     eval_tokens: int | None = Field(default=65536, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    keep_best: bool = False
     checkpoint_every: int | None = Field(default=250, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     log_every: int = Field(default=10, ge=1)
@@ -115,6 +121,18 @@ class TrainConfig(Config):
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas is {self.betas}; both must be at least 0 and below 1")
+        if self.looks_for_best is not None and self.eval_every is None:
+            raise ConfigError(
+                f"{self.looks_for_best}, and eval_every is None, so held-out data is looked at once, at the end; set eval_every to the "
+                "steps between evaluations"
+            )
+
+    @property
+    def looks_for_best(self) -> str | None:
+        """What wants to know which evaluation is the best, in words; None where nothing does."""
+        if self.patience is not None:
+            return f"patience is {self.patience}"
+        return "keep_best is True" if self.keep_best else None
 
     def device_kind(self) -> str:
         """``cpu`` or ``cuda``: what ``device`` means on this machine."""

@@ -4,7 +4,7 @@
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -89,6 +89,8 @@ class TextTask(Task, kind="text"):
     """
 
     headline: ClassVar[str] = "nats_per_token"
+    better: ClassVar[Literal["lower", "higher"] | None] = "lower"
+    holds_out: ClassVar[str] = "set data.validation_fraction above 0"
     unit: ClassVar[str] = "tokens"
     material: ClassVar[str] = "text"
     cuts_sequences: ClassVar[bool] = True

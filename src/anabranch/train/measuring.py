@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
+from anabranch.train.best import TOLD
 from anabranch.train.checkpoint_manager import Progress
 from anabranch.train.config import TrainConfig
 from anabranch.train.evaluate import autocast, evaluation_mode
@@ -98,7 +99,7 @@ def _check_measured(measured: dict[str, Any], task: Task) -> None:
     if not isinstance(headline, int | float):
         given = ", ".join(measured) or "nothing"
         raise ConfigError(f"{name} gave {given}, and no number {task.headline!r}, which is its headline")
-    taken = sorted({"step", "kind"} & measured.keys())
+    taken = sorted({"step", "kind", *TOLD} & measured.keys())
     if taken:
         raise ConfigError(f"{name} gave {taken[0]!r}, which the trainer logs itself; choose another name")
     try:

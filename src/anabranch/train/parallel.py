@@ -358,6 +358,14 @@ class Workers:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
 
+    def of_first(self, value: float) -> float:
+        """The first process's ``value``, in all."""
+        if self.size == 1:
+            return value
+        told = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(told, 0)
+        return float(told)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:

@@ -38,14 +38,18 @@ class TrainResult:
         status: ``finished`` or ``interrupted``.
         signal: the signal that interrupted it.
         step: finished steps.
-        measures: the last evaluation's record in the metrics; empty if there was none.
+        measures: the record in the metrics of the evaluation of what is written: the last, or with ``train.keep_best``, where training is
+            finished, the best; empty if there was none.
         headline: the number in it by which runs of the task are compared; nan without one.
         units: of the task's data (tokens of a language model) trained on since step 0.
         seconds: spent on steps since step 0, evaluations and checkpoints not counted.
         skipped_steps: steps without an update, because their gradient was not finite.
         peak_memory_bytes: of this process, or of the GPU.
         checkpoint: the last one.
-        routing: measures of the last evaluation, see `LoadMeter.read`; empty for a model that does not route.
+        routing: of ``measures``, see `LoadMeter.read`; empty for a model that does not route.
+        stopped_early: whether it ended before all steps, as no evaluation was better for as long as ``train.patience`` says.
+        best_step: the step of the best evaluation; None where it is not looked for, or none was finite.
+        best: the folder of the best weights, which the trainer's model has in the end, unless it is in shards; None where none are kept.
     """
 
     status: str
@@ -59,6 +63,19 @@ class TrainResult:
     peak_memory_bytes: int
     checkpoint: Path | None
     routing: dict[str, Any]
+    stopped_early: bool = False
+    best_step: int | None = None
+    best: Path | None = None
+
+    @property
+    def written(self) -> Path | None:
+        """What is to be used of the run: the best weights where they are kept, else the last checkpoint."""
+        return self.best or self.checkpoint
+
+    @property
+    def written_step(self) -> int:
+        """The step that this is of."""
+        return self.step if self.best is None or self.best_step is None else self.best_step
 
     @property
     def units_per_second(self) -> float:

@@ -31,6 +31,7 @@ _CHANGEABLE = (
             "steps",
             "eval_every",
             "eval_tokens",
+            "patience",
             "checkpoint_every",
             "keep_checkpoints",
             "log_every",
@@ -146,6 +147,8 @@ def find_checkpoint(out: Path, config: RunConfig | TaskRunConfig) -> Path | None
         and path.rpartition(".")[2] != "paths"
         # A lower learning rate is the way out of a run that diverged.
         and not (path == "train.learning_rate" and values[1] < values[0])
+        # Of what was the best before nothing may be there; but it may be let go.
+        and not (path == "train.keep_best" and values[0])
     }
     if changed:
         shown = "; ".join(f"{path} was {old!r} and is now {new!r}" for path, (old, new) in changed.items())

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,9 @@ class Task(Part, family="task"):
     Attributes:
         model: the one that was given, None without.
         headline: the number in an evaluation by which runs are compared; weights for which it is not finite are not trusted.
+        better: whether a ``lower`` or a ``higher`` headline is better, which ``train.patience`` and ``train.keep_best`` need to know;
+            None where nobody says. A headline ``loss`` is better if lower.
+        holds_out: what to set so that some of the material is held out, in messages.
         unit: what is counted as work, in ``units_per_item`` to an item of a batch.
         material: what it learns from, in messages.
         pace: the learning rate of the next step is multiplied by it. 0 passes the step over: its batch is taken, and nothing is learned
@@ -174,6 +177,8 @@ class Task(Part, family="task"):
     """
 
     headline: ClassVar[str] = "loss"
+    better: ClassVar[Literal["lower", "higher"] | None] = None
+    holds_out: ClassVar[str] = "give it in Task.validation_data"
     unit: ClassVar[str] = "items"
     material: ClassVar[str] = "data"
     cuts_sequences: ClassVar[bool] = False

@@ -24,6 +24,7 @@ from anabranch.cluster.elastic import UnrecoverableError
 from anabranch.errors import AnabranchError, ConfigError, NotFiniteError, PeerError
 from anabranch.nn.kernels.memory import keep_freed_memory
 from anabranch.routing import discard_loads, sync_loads
+from anabranch.train.best import check_best
 from anabranch.train.checkpoint_manager import CheckpointManager, Progress
 from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.elastic import Elastic
@@ -95,6 +96,7 @@ class Trainer(Generic[R]):
             )
         part, parts = self.workers.part_of_evaluation
         self._held_out = self.task.validation_data(replace(self._context, rank=part, world_size=parts))
+        check_best(config.train, config.parallel, self.task, self._held_out)
         self.stream = self.task.training_data(own_order(self._context, config.parallel.diloco))
         # Whatever module the task makes.
         self.model: Any = learning_model(self.task, self._context, found)
@@ -121,7 +123,7 @@ class Trainer(Generic[R]):
         self._folder = RunFolder(self.out, config, self.workers, self._checkpoints, resumes=resume)
         if found is not None:
             self._checkpoints.restore(found, self.stream)
-        self._progress = self._checkpoints.progress
+        self._progress, self._best = self._checkpoints.progress, self._checkpoints.best
         # What there is between two steps can be saved; what there is in the midst of an update cannot.
         self._is_between_steps = True
         self._stream_state = self.stream.state_dict()
@@ -157,11 +159,12 @@ class Trainer(Generic[R]):
             if self._elastic is None:
                 self._folder.hold()
                 self._folder.start()
+                self._best.tidy()
                 self._emit("start")
             self._hooks.run_after(self._progress.step)
             with self._saved_if_it_fails():
                 self._train(interrupts)
-                done = self._progress.step >= self._settings.steps
+                done = self._is_done()
                 if done and self._outer is not None:
                     self._outer.finish()
                 if done and not self._progress.is_evaluated:
@@ -173,6 +176,10 @@ class Trainer(Generic[R]):
                 self._checkpoints.newest = self._elastic.conclude(self._saved_for_all) or self._checkpoints.newest
             if self._checkpoints.is_sound():
                 self._checkpoints.prune()
+            if done and (step := self._checkpoints.put_best_back()) is not None:
+                # As where a run goes on from a checkpoint: what follows from the step alone is that of this one.
+                discard_loads(self.model)
+                self._hooks.run_after(step)
         result = self._result("finished" if done else "interrupted", interrupts.received)
         self._emit("stop", {"status": result.status})
         return result
@@ -247,7 +254,7 @@ class Trainer(Generic[R]):
         if self._outer is not None:
             self._outer.is_stopped = lambda: interrupts.received is not None
         began, logged = progress.step, _Logged(progress.step, progress.seconds)
-        while progress.step < settings.steps and not self.workers.any(interrupts.received is not None):
+        while not self._is_done() and not self.workers.any(interrupts.received is not None):
             start = time.perf_counter()
             if self._outer is not None and (step := self._outer.before(progress.step)) != progress.step:
                 if step is None:
@@ -308,6 +315,10 @@ class Trainer(Generic[R]):
             raise failure
         self._emit("step", self._values(gradient) | rate)
 
+    def _is_done(self) -> bool:
+        """Whether all steps are made, or no evaluation was better for too long. The same in all processes."""
+        return self._progress.step >= self._settings.steps or self._best.is_over
+
     def _go_on_from(self, step: int) -> None:
         """Those that this run learns with are at ``step``, and it goes on from their weights, also from an earlier step than its own."""
         is_back = step < self._progress.step
@@ -365,7 +376,7 @@ class Trainer(Generic[R]):
         if self._held_out is None or (self._elastic is not None and not self._elastic.has_weights):
             return
         context = replace(self._context, step=self._progress.step)
-        self._progress.evaluation = self._measuring.of_held_out(self._held_out, context)
+        self._progress.evaluation = self._checkpoints.see(self._measuring.of_held_out(self._held_out, context))
         self._folder.write(self._progress.evaluation)
         self._emit("evaluation", self._progress.evaluation)
 
@@ -381,7 +392,9 @@ class Trainer(Generic[R]):
             self._on_event(Event(kind, self._progress.step, self._settings.steps, values or {}))
 
     def _result(self, status: str, signal: str | None) -> TrainResult:
-        progress, record = self._progress, self._progress.evaluation or {}
+        progress, best, done = self._progress, self._best, status == "finished"
+        has_best = done and best.folder is not None
+        record = (best.evaluation if has_best else progress.evaluation) or {}
         headline = record.get(self.task.headline)
         return TrainResult(
             status=status,
@@ -395,6 +408,9 @@ class Trainer(Generic[R]):
             peak_memory_bytes=peak_memory(self.workers.device),
             checkpoint=self._checkpoints.newest,
             routing={name: record[name] for name in MEASURES if name in record},
+            stopped_early=done and best.is_over and progress.step < self._settings.steps,
+            best_step=best.step,
+            best=best.folder if has_best else None,
         )
 
 

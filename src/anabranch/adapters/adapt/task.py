@@ -71,6 +71,10 @@ class AdaptTask(Task, kind="adapt"):
     """
 
     headline: ClassVar[str] = "nats_per_token"
+    better: ClassVar[Literal["lower", "higher"] | None] = "lower"
+    holds_out: ClassVar[str] = (
+        "give some with --eval-data (task.evaluation), mark them with a split, or set task.held_out above 0"
+    )
     unit: ClassVar[str] = "tokens"
     material: ClassVar[str] = "rows"
 

@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,7 @@ class MixtureTask(Task, kind="lora_mixer"):
     """
 
     headline: ClassVar[str] = "nats_per_token"
+    better: ClassVar[Literal["lower", "higher"] | None] = "lower"
     unit: ClassVar[str] = "tokens"
     material: ClassVar[str] = "labelled rows"
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from anabranch.cli.ending import ending, tell_ending
 from anabranch.cli.output import duration, fact, print_json, quantity, say, shell_word, visible, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError, DataError
@@ -143,6 +144,7 @@ def conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json: 
         "status": result.status,
         "step": result.step,
         "steps": trainer.config.train.steps,
+        **ending(result),
         "before": task.before,
         "after": {name: result.measures.get(name) for name in ("nats_per_token", "accuracy", "tokens")}
         if result.measures
@@ -169,6 +171,7 @@ def conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json: 
     if rates:
         fact("heads", f"{sum(rates) / len(rates):.0%} of routed heads were on, over all of it")
     fact("work", f"{result.step} of {trainer.config.train.steps} steps in {duration(result.seconds)}")
+    tell_ending(result)
     if result.status == "interrupted":
         wrote(f"{result.checkpoint}", f"anabranch heads train --out {shell_word(out)} --resume")
         return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from anabranch.cli.ending import ending, tell_ending, told_of_best
 from anabranch.cli.heads.speech import conclude, introduce, is_speech_run, new_run, resumed_run, shown
 from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments, setting
 from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, wrote
@@ -274,6 +275,7 @@ def _show(event: Event, progress: Progress) -> None:
         width = len(str(event.steps))
         progress.note(
             f"step {event.step:>{width}}/{event.steps}  held-out text: {event.values['nats_per_token']:.3f} nats/token"
+            f"{told_of_best(event.values)}"
         )
 
 
@@ -291,6 +293,7 @@ def _conclude(trainer: Trainer[RunConfig], result: TrainResult, out: Path, *, as
                 "status": result.status,
                 "step": result.step,
                 "steps": config.train.steps,
+                **ending(result),
                 **(result.evaluation.to_dict() if result.evaluation else {}),
                 "activation_by_layer": rates,
                 "trained_tokens": result.tokens,
@@ -313,7 +316,8 @@ def _conclude(trainer: Trainer[RunConfig], result: TrainResult, out: Path, *, as
         f"{result.step} of {config.train.steps} steps, {quantity(result.tokens)} tokens in {duration(result.seconds)}, "
         f"{size(result.peak_memory_bytes)} memory",
     )
+    tell_ending(result)
     if result.status == "interrupted":
         wrote(f"{result.checkpoint}", f"anabranch heads train --out {shell_word(out)} --resume")
         return
-    wrote(f"{result.checkpoint}", f"anabranch heads report {shell_word(out)}")
+    wrote(f"{result.written}", f"anabranch heads report {shell_word(out)}")

@@ -6,7 +6,7 @@ Supervision by labels is ours; the paper's stage 3 knows none. ``anabranch train
 """
 # Shapes: B sequences, L positions, Y duo layers, E options
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class LabelledRoutes(DecoderTask, kind="labelled_routes"):
     """
 
     headline: ClassVar[str] = "agreement"
+    better: ClassVar[Literal["lower", "higher"] | None] = "higher"
     unit: ClassVar[str] = "tokens"
     material: ClassVar[str] = "labels"
 

@@ -202,6 +202,7 @@ class ClipTask(Task, kind="pvchat"):
     """
 
     headline: ClassVar[str] = "exact"
+    better: ClassVar[Literal["lower", "higher"] | None] = "higher"
     unit: ClassVar[str] = "clips"
     material: ClassVar[str] = "clips"
 

@@ -126,6 +126,7 @@ class SpeechTask(Task, kind="speech"):
     """
 
     headline: ClassVar[str] = "nats_per_token"
+    better: ClassVar[Literal["lower", "higher"] | None] = "lower"
     unit: ClassVar[str] = "files"
     material: ClassVar[str] = "speech"
 
