@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from anabranch.adapters import read_peft
+from anabranch.adapters.adapt import AdaptTask
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, export_huggingface, load_model, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
@@ -119,6 +120,76 @@ def test_resumed_to_the_bit(here, base):
         (base / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("straight", "parts")
     )
     assert one == other
+
+
+LOSSES = (5.0, 4.0, 4.5, 4.25, 6.0)
+
+
+@pytest.fixture
+def told_losses(monkeypatch):
+    """The evaluations after 2, 4, ... steps come to `LOSSES`."""
+    real = AdaptTask.evaluate
+
+    def evaluate(self, model, data, context):
+        found = real(self, model, data, context)
+        return found | ({"nats_per_token": LOSSES[context.step // 2 - 1]} if context.step else {})
+
+    monkeypatch.setattr(AdaptTask, "evaluate", evaluate)
+
+
+def test_it_stops_early_and_writes_the_best(here, base, told_losses):
+    """What is written is what a training that ended at the best step writes, to the bit."""
+    rows = [base / "base", base / "rows.jsonl"]
+    options = ["--steps", 10, "--eval-every", 2, "--patience", 2]
+    straight = adapted(here, *rows, "--out", base / "to-4", "--steps", 4)
+    told = adapted(here, *rows, "--out", base / "early", *options, "--keep-best")
+    assert (told["status"], told["step"], told["steps"]) == ("finished", 8, 10)
+    assert (told["stopped_early"], told["best_step"], told["written_step"]) == (True, 4, 4)
+    assert told["after"]["nats_per_token"] == 4.0
+    assert json.loads((base / "early" / "report.json").read_text()) == told
+    last = adapted(here, *rows, "--out", base / "last", *options)
+    assert (last["stopped_early"], last["best_step"], last["written_step"]) == (True, 4, 8)
+    assert last["after"]["nats_per_token"] == 4.25
+    best, of_4, of_8 = (load_file(Path(one["adapter"]) / "adapter_model.safetensors") for one in (told, straight, last))
+    assert all((best[name] == of_4[name]).all() for name in of_4)
+    assert any((best[name] != of_8[name]).any() for name in of_8)
+    # Who asks again is told the same.
+    code, out, err = here("adapt", "--out", base / "early", "--resume", "--json", "--quiet")
+    assert code == 0, err
+    assert {**json.loads(out), "peak_memory_bytes": 0} == {**told, "peak_memory_bytes": 0}
+    # And more patience goes on from where it was.
+    line = ["adapt", "--out", base / "early", "--resume", "--patience", 3, "--json", "--quiet"]
+    more = json.loads(here(*line)[1])
+    assert (more["step"], more["stopped_early"], more["written_step"]) == (10, False, 4)
+
+
+def test_it_says_that_it_stops_early(here, base, told_losses):
+    line = ["adapt", base / "base", base / "rows.jsonl", "--out", base / "told-early", *QUICK]
+    code, out, err = here(*line, "--steps", 10, "--eval-every", 2, "--patience", 2, "--keep-best")
+    assert code == 0, err
+    shown = [line.partition("nats/token")[2] for line in err.splitlines() if "held-out answers" in line]
+    assert shown == [
+        ", the best so far",
+        ", the best so far",
+        ", the best was step 4",
+        ", the best was step 4: training ends here",
+    ]
+    assert "early, at step 8: of its evaluations none since step 4 was better; written is step 4, the best" in out
+    code, out, err = here("adapt", "--out", base / "told-early", "--resume")
+    assert code == 0, err
+    assert "written is step 4" in out
+
+
+@pytest.mark.parametrize("option", [["--patience", 2], ["--keep-best"]])
+def test_what_it_needs_to_know_the_best(here, base, option):
+    line = ["adapt", base / "base", base / "rows.jsonl", "--out", base / "none", *QUICK, *option]
+    code, _, err = here(*line)
+    assert code == 2
+    assert "eval_every is None, so held-out data is looked at once, at the end; set eval_every to the steps" in err
+    code, _, err = here(*line, "--eval-every", 2, "--set", "task.held_out=0")
+    assert code == 2
+    assert "no rows are held out, by which to know what is better: give some with --eval-data" in err
+    assert not (base / "none").exists()
 
 
 def test_what_it_says(here, base):

@@ -656,6 +656,38 @@ def test_a_cache_that_is_deleted_under_a_run_is_not_missed(cli, work, environmen
     assert json.loads(out)["bits_per_byte"] == expected["bits_per_byte"]
 
 
+def test_train_stops_early_and_its_model_is_the_best(here, work, tiny, data, monkeypatch):
+    from anabranch.lm.checkpoint import find_model
+    from anabranch.train import LanguageModel
+
+    real = LanguageModel.evaluate
+
+    def evaluate(self, model, data, context):
+        told = {2: 3.0, 4: 2.5, 6: 2.75, 8: 2.5}
+        return real(self, model, data, context) | {"nats_per_token": told[context.step]}
+
+    monkeypatch.setattr(LanguageModel, "evaluate", evaluate)
+    line = ["train", "demo", "--out", "early", "--steps", 20, *tiny, *data, "--set=train.eval_every=2"]
+    code, out, err = here(*line, "--patience", 2, "--keep-best", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["step"], told["steps"], told["stopped_early"]) == (8, 20, True)
+    assert (told["best_step"], told["written_step"], told["nats_per_token"]) == (4, 4, 2.5)
+    assert told["checkpoint"].endswith("step-00000008")
+    assert "step  4/20" in err
+    assert ", the best so far" in err
+    assert ", the best was step 4: training ends here" in err
+    assert find_model(work / "early").name == "best-00000004"
+    code, out, err = here("train", "--out", "early", "--resume")
+    assert code == 0, err
+    assert "early, at step 8: of its evaluations none since step 4 was better; written is step 4" in out
+    assert "best-00000004" in out
+    code, _, err = here(*line[:2], "--out", "refused", "--patience", 2, "--set=train.eval_every=none")
+    assert code == 2
+    assert "train.patience is 2, and eval_every is None" in err
+    assert not (work / "refused").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_closed_pipe_does_not_end_a_training(work, environment, tiny, data, stream):

@@ -261,6 +261,9 @@ report text.parquet --out z
 report holes.parquet --out z
 report text --out z
 oracle trained --out z
+train --out z --patience 0
+train --out z --patience 2 --set train.eval_every=none
+train --out z --keep-best --set data.validation_fraction=0
 train --out z --labels text
 train --out z --labels text --from trained
 train duo --out z --labels deep.jsonl --from trained
@@ -287,6 +290,10 @@ adapt trained deep.jsonl --out z --steps {HUGE}
 adapt trained deep.jsonl --out z --rank {HUGE}
 adapt trained deep.jsonl --out z --seed {HUGE}
 adapt trained deep.jsonl --out z --mode z
+adapt trained deep.jsonl --out z --patience 0
+adapt trained deep.jsonl --out z --patience 2
+adapt trained deep.jsonl --out z --keep-best
+adapt trained deep.jsonl --out z --eval-every 0
 adapt trained deep.jsonl --out z --from text
 adapt --out trained --resume
 pvchat pretrain nowhere --out z

@@ -293,6 +293,16 @@ def test_weights_that_are_gone_or_damaged_are_told(tmp_path):
     assert Trainer(plain, tmp_path, resume=True).fit().step == 4
 
 
+def test_a_copy_of_a_checkpoint_is_nobodys_best(tmp_path):
+    """Whatever somebody calls it: it is neither loaded nor removed."""
+    Trainer(scripted_run((3.0, 4.0)), tmp_path).fit()
+    copy = tmp_path / "checkpoints/best-00000002"
+    shutil.copytree(checkpoints(tmp_path)[-1], copy)
+    assert find_model(tmp_path) == checkpoints(tmp_path)[-1]
+    Trainer(scripted_run((3.0, 4.0, 5.0)), tmp_path, resume=True)
+    assert copy.is_dir()
+
+
 def test_leftovers_of_the_best_are_removed(tmp_path):
     run = scripted_run((3.0, 4.0), keep_best=True)
     Trainer(run, tmp_path).fit()

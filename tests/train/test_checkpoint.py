@@ -115,6 +115,11 @@ def test_trainer_state_that_cannot_be_checked_is_looked_through(run, make_run, c
         (("stream", "position"), "x"),
         (("stream",), []),
         (("progress",), None),
+        (("best",), 7),
+        (("best",), {"since": -1, "evaluation": None}),
+        (("best",), {"since": True, "evaluation": None}),
+        (("best",), {"since": 0}),
+        (("best",), {"since": 0, "evaluation": {"loss": 1.0}}),
     ],
 )
 def test_values_that_no_trainer_stores(run, make_run, path, value):

@@ -113,8 +113,12 @@ def best_name(step: int) -> str:
 
 
 def run_bests(run: Path) -> list[Path]:
-    """The folders of a training run with the best weights so far (``train.keep_best``), in the order of their steps; the last counts."""
-    found = ((best_of(path.name), path) for path in run.glob(f"{STEPS_FOLDER}/best-*"))
+    """The folders of a training run with the best weights so far (``train.keep_best``), in the order of their steps; the last counts.
+
+    A copy of a checkpoint that somebody named so is none.
+    """
+    places = (path for path in run.glob(f"{STEPS_FOLDER}/best-*") if not (path / TRAINER_FILE).exists())
+    found = ((best_of(path.name), path) for path in places)
     return [path for step, path in sorted((step, path) for step, path in found if step is not None)]
 
 
