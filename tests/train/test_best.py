@@ -215,7 +215,7 @@ def test_no_room_for_the_best_leaves_what_was_the_best_before(tmp_path, monkeypa
 # Going on
 
 
-@pytest.mark.parametrize("every", [1, 3, None])
+@pytest.mark.parametrize("every", [None, 3, 1])
 @pytest.mark.parametrize("kind", ["evaluation", "checkpoint", "step"])
 def test_resumed_to_the_bit_wherever_it_was_killed(tmp_path, kind, every):
     run = scripted_run(LOSSES, patience=2, keep_best=True, keep_checkpoints=2, checkpoint_every=every)
@@ -299,7 +299,7 @@ def test_a_copy_of_a_checkpoint_is_nobodys_best(tmp_path):
     copy = tmp_path / "checkpoints/best-00000002"
     shutil.copytree(checkpoints(tmp_path)[-1], copy)
     assert find_model(tmp_path) == checkpoints(tmp_path)[-1]
-    Trainer(scripted_run((3.0, 4.0, 5.0)), tmp_path, resume=True)
+    Trainer(scripted_run((3.0, 4.0)), tmp_path, resume=True).fit()
     assert copy.is_dir()
 
 
