@@ -1,14 +1,12 @@
 """`RewiringConfig`: whether requests may have the routers of a mixture of experts turned to their text, and how."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anabranch.bounds import near_name, shown
 from anabranch.config import Config, Field, configclass, from_dict
 from anabranch.errors import ConfigError
-
-if TYPE_CHECKING:
-    from anabranch.adapters.rewiring import Rewiring
+from anabranch.rewiring import Rewiring
 
 __all__ = ["WINDOW", "RewiringConfig"]
 
@@ -26,7 +24,7 @@ class RewiringConfig(Config):
 
     Attributes:
         on: whether they may.
-        settings: fields of `anabranch.adapters.rewiring.Rewiring`, of requests that say nothing else. ``window`` is 512 where nobody says
+        settings: fields of `anabranch.rewiring.Rewiring`, of requests that say nothing else. ``window`` is 512 where nobody says
             it, so that no request takes more memory than others need; keys and values are always computed again (``cache``).
         limits: how far a request may go with what it says for itself: most ``steps``, ``window``, ``most_steps`` and ``most_seconds``, and
             the least ``interval``. What is not said is as in ``settings``, so that no request takes more than others.
@@ -58,41 +56,36 @@ class RewiringConfig(Config):
             raise ConfigError(f"settings.{over} (limits)")
 
     @property
-    def rewiring(self) -> "Rewiring":
+    def rewiring(self) -> Rewiring:
         """The settings with their defaults. Raises ConfigError for settings that cannot be."""
-        # What it imports takes a second, which nobody else pays for.
-        from anabranch.adapters.rewiring import Rewiring
-
         return from_dict(Rewiring, {"window": WINDOW, **self.settings}, "settings")
 
     @property
-    def limit(self) -> "Rewiring":
+    def limit(self) -> Rewiring:
         """The settings that ask for as much as a request may. Raises ConfigError for limits that cannot be."""
-        from anabranch.adapters.rewiring import Rewiring
-
         # Whatever else the settings are: a window that leaves a guard nothing is no matter of the limits.
         table = {"window": WINDOW, **self.settings, "guard": False, **self.limits}
         return from_dict(Rewiring, table, "limits")
 
-    def of_request(self, wanted: Mapping[str, Any]) -> "Rewiring":
+    def of_request(self, wanted: Mapping[str, Any]) -> Rewiring:
         """The settings of a request that says some for itself. Raises ConfigError for those that cannot be, or beyond the limits."""
-        from anabranch.adapters.rewiring import Rewiring
-
         made: Rewiring = from_dict(Rewiring, {"window": WINDOW, **self.settings, **wanted}, "rewire")
-        over = beyond(made, self.limit)
+        # In a request null is what is not said.
+        over = beyond(made, self.limit, is_request=True)
         if over is not None:
             raise ConfigError(f"rewire.{over} (engine.rewiring.limits)")
         return made
 
 
-def beyond(made: "Rewiring", limit: "Rewiring") -> str | None:
-    """What of ``made`` goes beyond ``limit``, and what it may be; None where nothing does."""
+def beyond(made: Rewiring, limit: Rewiring, *, is_request: bool = False) -> str | None:
+    """What of ``made`` goes beyond ``limit``, and what it may be; None where nothing does. In words for a request, or for a config."""
     for name, is_least in LIMITED.items():
         value, most = getattr(made, name), getattr(limit, name)
         # Without an interval there is the one phase of the prompt, and without any other there is no end.
         if is_least:
-            is_over, allowed = value is not None and (most is None or value < most), "null"
-            allowed = allowed if most is None else f"{most} or more, or null"
+            is_over = value is not None and (most is None or value < most)
+            nothing = "left out" if is_request else "null"
+            allowed = nothing if most is None else f"{most} or more, or {nothing}"
         else:
             is_over, allowed = most is not None and (value is None or value > most), f"{most} or less"
         if is_over:

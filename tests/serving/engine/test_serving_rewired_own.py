@@ -194,7 +194,7 @@ LIMITS = {"steps": 4, "interval": 2, "window": 64, "most_steps": 10, "most_secon
     ("own", "field", "says"),
     [
         ({"steps": 5}, "rewire.steps", "rewire.steps is 5; it may be 4 or less here"),
-        ({"interval": 1}, "rewire.interval", "rewire.interval is 1; it may be 2 or more, or null here"),
+        ({"interval": 1}, "rewire.interval", "rewire.interval is 1; it may be 2 or more, or left out here"),
         ({"window": 65}, "rewire.window", "rewire.window is 65; it may be 64 or less"),
         ({"window": None}, "rewire.window", "rewire.window is null; it may be 64 or less"),
         ({"most_steps": 11}, "rewire.most_steps", "is 11; it may be 10 or less"),
@@ -224,7 +224,7 @@ def test_what_a_request_may_not_have(tiny_model, own, field, says):
 def test_names_that_there_are_not():
     with pytest.raises(InputError, match="rewire has no field 'stepz'; did you mean 'steps'"):
         Request(id="x", prompt=(1,), rewires={"stepz": 3})
-    with pytest.raises(InputError, match="rewire has no field 'cache'; it takes steps, eta"):
+    with pytest.raises(InputError, match="rewire has no field 'cache'; it takes eta, steps"):
         Request(id="x", prompt=(1,), rewires={"cache": "keep"})
     with pytest.raises(InputError, match="rewire has no field 3"):
         Request(id="x", prompt=(1,), rewires={3: 4})

@@ -10,8 +10,8 @@ Su, Yang, Li, Yin, Liu, Geiping: "Rewiring Experts on the Fly: Continuous Rerout
 models", 2025, arXiv 2510.14853.
 """
 
-from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.rerouter import Rerouter
 from anabranch.adapters.rewiring.state import Phase, RewiringState
+from anabranch.rewiring import Rewiring
 
 __all__ = ["Phase", "Rerouter", "Rewiring", "RewiringState"]

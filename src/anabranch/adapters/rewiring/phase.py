@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.measure import confidence, difference, row_means, token_losses
 from anabranch.adapters.rewiring.prefill import Prefill
 from anabranch.adapters.rewiring.prefix import Prefix
@@ -26,6 +25,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import evaluating, pad_left
+from anabranch.rewiring import Rewiring
 from anabranch.routing.discovery import RouterLayer
 
 Clock = Callable[[], float]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from anabranch.adapters.by_row import check_told, told_keys
-from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.phase import Clock, fit
 from anabranch.adapters.rewiring.prefill import Prefill
 from anabranch.adapters.rewiring.scored import Scored, score
@@ -22,6 +21,7 @@ from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import SamplingConfig, Step, check_prompts, evaluating, pad_left, sample
+from anabranch.rewiring import Rewiring
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.layer_overrides import overriding
 from anabranch.routing.override import Override

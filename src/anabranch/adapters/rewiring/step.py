@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.state import MOST_SHIFT
+from anabranch.rewiring import Rewiring
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 

@@ -6,28 +6,14 @@ from typing import Any, Self
 
 from anabranch.bounds import near_name, shown
 from anabranch.errors import InputError
+from anabranch.field_schemas import field_schemas
+from anabranch.rewiring import Rewiring
 
 __all__ = ["SETTINGS", "Rewires"]
 
-# Of `anabranch.adapters.rewiring.Rewiring`, what a request may say for itself. How keys and values are kept, and what of activations, is
-# the server's to say.
-SETTINGS = (
-    "steps",
-    "eta",
-    "interval",
-    "window",
-    "guard",
-    "tail",
-    "least_tail",
-    "select",
-    "r",
-    "choice",
-    "optimizer",
-    "scale_step",
-    "full_step_at",
-    "most_steps",
-    "most_seconds",
-)
+# JSON schemas of what a request may say for itself of `anabranch.rewiring.Rewiring`. How keys and values are kept, and what of activations,
+# is the server's to say.
+SETTINGS = {name: schema for name, schema in field_schemas(Rewiring).items() if name not in ("cache", "checkpointing")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 from anabranch.bounds import MOST_LAYERS
 from anabranch.serving.chat import FieldError
 from anabranch.serving.core.query import MOST_QUERY
+from anabranch.serving.core.rewires import SETTINGS
 from anabranch.serving.grammar.forms import depth_of
 from anabranch.web.api_error import ApiError, wrong, wrong_field
 from anabranch.web.body import is_int, said
@@ -28,13 +29,14 @@ def integer(low: int, high: int) -> Check:
     return lambda value: is_int(value) and low <= value <= high, f"an integer from {low:,} to {high:,}"
 
 
-def number(low: float, high: float) -> Check:
-    """A number in a range."""
+def number(low: float, high: float, *, is_below: bool = False) -> Check:
+    """A number in a range, whose end is not of it where ``is_below``."""
 
     def is_right(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and low <= value <= high and not (is_below and value == high)
 
-    return is_right, f"a number from {low:g} to {high:g}"
+    return is_right, f"a number from {low:g} to {'below ' if is_below else ''}{high:g}"
 
 
 def text(most: int) -> Check:
@@ -86,6 +88,21 @@ def _is_kwargs(value: Any) -> bool:
 
 BOOL: Check = (lambda value: isinstance(value, bool), "true or false")
 OBJECT: Check = (lambda value: isinstance(value, dict), "an object")
+
+
+def of_schema(schema: Mapping[str, Any]) -> Check:
+    """What a JSON schema of `anabranch.field_schemas` allows."""
+    if "enum" in schema:
+        *words, last = schema["enum"]
+        return lambda value: value in (*words, last), f"{', '.join(words)} or {last}"
+    if schema["type"] == "boolean":
+        return BOOL
+    if schema["type"] == "integer":
+        return integer(schema["minimum"], schema["maximum"])
+    end = schema.get("exclusiveMaximum")
+    return number(schema["minimum"], schema["maximum"] if end is None else end, is_below=end is not None)
+
+
 DEPTH: Check = (_is_depth, f'"full", "routed", "pruned" or a list of at most {MOST_BLOCKS} blocks')
 ADAPTERS: Check = (OBJECT[0], "an object of adapters and their weights")
 TASK: Check = text(256)
@@ -94,24 +111,9 @@ KWARGS: Check = (
     "an object of at most 16 names, nested at most 8 deep, with at most 10,000 characters as JSON",
 )
 REWIRE: Check = (lambda value: isinstance(value, bool | dict), "true or false, or an object of settings")
-_LARGEST = 1e37
 # Of an object there: what is of the server's limits, and of the model, its engine looks at.
 REWIRE_FIELDS: dict[str, Check] = {
-    "steps": integer(1, 2**31 - 1),
-    "eta": number(0, _LARGEST),
-    "interval": integer(1, 2**31 - 1),
-    "window": integer(2, 2**31 - 1),
-    "guard": BOOL,
-    "tail": number(0, 1),
-    "least_tail": integer(1, 2**31 - 1),
-    "select": (lambda value: value in ("all", "uncertain", "decisive"), "all, uncertain or decisive"),
-    "r": number(0, 1),
-    "choice": (lambda value: value in ("hard", "soft"), "hard or soft"),
-    "optimizer": (lambda value: value in ("adam", "sgd"), "adam or sgd"),
-    "scale_step": BOOL,
-    "full_step_at": integer(1, 2**31 - 1),
-    "most_steps": integer(0, 2**31 - 1),
-    "most_seconds": number(0, _LARGEST),
+    **{name: of_schema(schema) for name, schema in SETTINGS.items()},
     "state": (OBJECT[0], "an object, as an answer had it"),
     "return_state": BOOL,
 }

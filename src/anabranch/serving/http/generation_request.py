@@ -11,7 +11,7 @@ from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.mixture import Mixture
 from anabranch.serving.core.query import asked_in, last_asked
 from anabranch.serving.core.request import Sampling
-from anabranch.serving.core.rewires import Rewires
+from anabranch.serving.core.rewires import SETTINGS, Rewires
 from anabranch.serving.grammar.forms import key_of
 from anabranch.serving.http import fields
 from anabranch.serving.http.answer_text import AnswerText
@@ -295,7 +295,10 @@ def _rewires(wanted: bool | dict[str, Any] | None, info: EngineInfo) -> bool | R
     if not isinstance(wanted, dict):
         return bool(wanted)
     fields.only(wanted, "rewire", fields.REWIRE_FIELDS)
-    return Rewires.of(wanted)
+    # To JSON 1 and 1.0 are one number.
+    numbers = {name for name, schema in SETTINGS.items() if schema.get("type") == "number"}
+    said_there = {name: value for name, value in wanted.items() if value is not None}
+    return Rewires.of({name: float(value) if name in numbers else value for name, value in said_there.items()})
 
 
 def _depth(body: Mapping[str, Any], info: EngineInfo, logprobs: int | None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from anabranch.serving.core.rewires import SETTINGS
+
 _TEXT: dict[str, Any] = {"type": "string"}
 _NAME = {"type": "string", "minLength": 1, "maxLength": 256}
 _OBJECT: dict[str, Any] = {"type": "object"}
@@ -9,6 +11,13 @@ _OBJECT: dict[str, Any] = {"type": "object"}
 
 def _maybe(kind: str, **more: Any) -> dict[str, Any]:
     return {"type": [kind, "null"], **more}
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Null is as what is not said, here as of all fields that need not be said."""
+    if "enum" in schema:
+        return {"enum": [*schema["enum"], None]}
+    return {**schema, "type": [schema["type"], "null"]}
 
 
 def _integer(low: int, high: int = 2**31 - 1) -> dict[str, Any]:
@@ -69,21 +78,7 @@ def _shared(most_n: int) -> dict[str, Any]:
 
 def _rewire() -> dict[str, Any]:
     properties = {
-        "steps": _integer(1),
-        "eta": {**_number(0, 1e37), "exclusiveMinimum": 0},
-        "interval": _integer(1),
-        "window": _integer(2),
-        "guard": _maybe("boolean"),
-        "tail": _number(0, 1),
-        "least_tail": _integer(1),
-        "select": {"enum": ["all", "uncertain", "decisive", None]},
-        "r": _number(0, 1),
-        "choice": {"enum": ["hard", "soft"]},
-        "optimizer": {"enum": ["adam", "sgd"]},
-        "scale_step": _maybe("boolean"),
-        "full_step_at": _integer(1),
-        "most_steps": _integer(0),
-        "most_seconds": _number(0, 1e37),
+        **{name: _or_null(schema) for name, schema in SETTINGS.items()},
         "state": {**_maybe("object"), "description": "rewire_state of a choice: the conversation goes on with it"},
         "return_state": {**_maybe("boolean"), "description": "tell rewire_state with each choice"},
     }
