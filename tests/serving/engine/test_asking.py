@@ -5,6 +5,7 @@ import logging
 import shutil
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from anabranch.routing import record_routing
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.adapter_place import folder_of
-from anabranch.serving.engine.asking import Asking
+from anabranch.serving.engine.asking import MOST_CALLS, Asking
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.layer_reader import pool_of, settings_of
 from anabranch.serving.engine.turnstile import Turnstile
@@ -244,6 +245,141 @@ def test_nobody_learns_what_another_has_asked(pool):
         asked = [(salt, runs.put("pool", PROMPT, query="some news", cache_salt=salt)) for salt in ("a", "b")]
         runs.outputs()
         assert len(asked) == sum("some news" in body["input"] for _, body, _ in seen)
+
+
+@contextmanager
+def slow_endpoint():
+    """(its address, what it was sent, the gate before which queries wait); what experts say is answered at once."""
+    gate = threading.Event()
+
+    def slow(path, body):
+        if len(body["input"]) == 1:
+            gate.wait(60)
+        return embeds(path, body)
+
+    with endpoint(slow) as (url, seen):
+        try:
+            yield url, seen, gate
+        finally:
+            gate.set()
+
+
+def calls_under_way():
+    return sum("endpoint of a pool" in thread.name for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("wait_s", [0, 0.005])
+def test_calls_to_a_slow_endpoint_are_few_and_who_comes_beyond_goes_by_its_tokens(pool, wait_s, caplog):
+    until(lambda: calls_under_way() == 0)
+    with slow_endpoint() as (url, seen, gate):
+        says(pool, embedder={"url": url, "model": "e", "timeout_s": 60}, weight=5.0, wait_s=wait_s)
+        one = asking(pool, rest_s=0.0)
+        for number in range(50):
+            assert one.terms(f"law {number}").bias is None
+            assert calls_under_way() <= MOST_CALLS
+        until(lambda: len(seen) == 1 + MOST_CALLS)
+        gate.set()
+        until(lambda: calls_under_way() == 0)
+        # Those that were asked have come, each for the next request, and there is room again.
+        assert all(one.terms(f"law {number}").bias for number in range(MOST_CALLS))
+        one.terms("other law")
+        until(lambda: one.pool.matcher.knows("other law"))
+    assert len(seen) == 2 + MOST_CALLS
+
+
+def test_who_waits_without_an_end_waits_for_few_calls(pool):
+    """Beyond these nobody waits."""
+    until(lambda: calls_under_way() == 0)
+    with slow_endpoint() as (url, _, gate):
+        says(pool, embedder={"url": url, "model": "e", "timeout_s": 60}, weight=5.0)
+        one, found = asking(pool), {}
+        threads = [
+            threading.Thread(target=lambda number=number: found.update({number: one.terms(f"law {number}").a}))
+            for number in range(MOST_CALLS + 5)
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(found) == 5)
+        assert set(found.values()) == {0.0}
+        gate.set()
+        for thread in threads:
+            thread.join(60)
+        assert sorted(found.values()) == [0.0] * 5 + [5.0] * MOST_CALLS
+
+
+def test_an_endpoint_that_is_late_again_and_again_rests_and_that_is_told_once(pool, caplog, monkeypatch):
+    monkeypatch.setattr("anabranch.serving.engine.asking.MOST_LATE", 3)
+    with slow_endpoint() as (url, seen, gate):
+        says(pool, embedder={"url": url, "model": "e", "timeout_s": 60}, weight=5.0, wait_s=0.02)
+        one = asking(pool, rest_s=3600.0)
+        for number in range(5):
+            assert one.terms(f"law {number}").bias is None
+        [told] = [record.getMessage() for record in caplog.records]
+        assert "came later than wait_s (0.02 s) for 3 requests in a row; until that is over" in told
+        gate.set()
+        until(lambda: all(one.pool.matcher.knows(f"law {number}") for number in range(3)))
+        assert len(seen) == 4
+        # It rests: what has come is known, and nobody asks for more.
+        assert one.terms("law 1").a == 5.0
+        assert one.terms("law 4").bias is None
+        assert len(seen) == 4
+
+
+def test_where_nobody_waits_what_fails_anew_is_told_anew(pool, caplog):
+    answers = [FAULTS["has no room"]]
+    with endpoint(lambda path, body: answers[0](path, body) if len(body["input"]) == 1 else embeds(path, body)) as (
+        url,
+        _,
+    ):
+        says(pool, embedder={"url": url, "model": "e"}, weight=5.0, wait_s=0)
+        one = asking(pool, rest_s=0.0)
+        for number in range(2):
+            answers[0] = FAULTS["has no room"]
+            one.terms("law")
+            until(lambda told=number + 1: len(caplog.records) == told)
+            answers[0] = embeds
+            one.terms(f"law {number}")
+            until(lambda query=f"law {number}": one.pool.matcher.knows(query))
+            until(lambda: calls_under_way() == 0)
+
+
+def test_an_endpoint_that_is_late_now_and_then_is_asked_on(pool, caplog, monkeypatch):
+    monkeypatch.setattr("anabranch.serving.engine.asking.MOST_LATE", 2)
+    gate = threading.Event()
+
+    def sometimes(path, body):
+        if "slowly" in body["input"][0]:
+            gate.wait(60)
+        return embeds(path, body)
+
+    with endpoint(sometimes) as (url, _):
+        # Time enough for one that answers on a busy machine.
+        says(pool, embedder={"url": url, "model": "e", "timeout_s": 60}, weight=5.0, wait_s=1.0)
+        one = asking(pool, rest_s=3600.0)
+        for number in range(2):
+            assert one.terms(f"slowly, law {number}").bias is None
+            assert one.terms(f"law {number}").a == 5.0
+        gate.set()
+    assert not caplog.records
+
+
+def test_a_server_has_few_threads_for_a_slow_endpoint_too(pool):
+    """Of its requests as of its calls; those beyond are answered meanwhile."""
+    until(lambda: calls_under_way() == 0)
+    with slow_endpoint() as (url, _, gate):
+        says(pool, embedder={"url": url, "model": "e", "timeout_s": 60}, weight=5.0)
+        runs = engine_of(far=pool)
+        ids = [runs.put("far", PROMPT, query=f"law {number}") for number in range(MOST_CALLS + 4)]
+
+        def ended():
+            runs.loop._turn()
+            return {event.id for event in runs.events if getattr(event, "finish", None) is not None}
+
+        until(lambda: len(ended()) == 4)
+        assert calls_under_way() <= 2 * MOST_CALLS
+        gate.set()
+        found = runs.outputs()
+    assert {len(found[id].tokens) for id in ids if id in found} == {8}
 
 
 def test_a_slow_endpoint_holds_up_nobody_else(made, pool):

@@ -78,7 +78,8 @@ class PoolSettings(GliderConfig):
         embedder: ``tfidf`` (`TextFeatures`), ``hidden-states`` (`HiddenStates` of the model that the pool is on), or an endpoint.
         writer: an endpoint that writes instructions of queries; None compares queries themselves.
         wait_s: how long a request to a server waits for what endpoints make of its query, after which it goes by its tokens alone, and
-            the next one with the same query by what has come meanwhile; None for as long as they take.
+            the next one with the same query by what has come meanwhile; None for as long as they take. While eight calls are under way
+            no request waits for another, and endpoints that made eight in a row wait in vain are left alone for ten seconds.
     """
 
     embedder: Literal["tfidf", "hidden-states"] | TextEndpoint = "tfidf"

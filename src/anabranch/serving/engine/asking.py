@@ -2,7 +2,8 @@
 
 While an endpoint that makes vectors or writes instructions does not answer, or is later than a request waits for it, requests go by their
 tokens alone (a = 0). What comes late is for the next request with the same query. A query that an endpoint refuses, as being too long, goes
-by its tokens for itself: the endpoint is asked by others as before.
+by its tokens for itself: the endpoint is asked by others as before. So few calls of a pool are under way at a time that one that is slow
+takes no more of a server than one that is not: who comes beyond these goes by its tokens at once.
 """
 # Shapes: E experts
 
@@ -18,14 +19,19 @@ import numpy as np
 
 from anabranch.adapters.glider import GliderPool, PoolSettings
 from anabranch.config import to_dict
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, DataError
+from anabranch.serving.core.client import BusyError
 
-__all__ = ["REST_S", "Asking", "Either", "Terms", "Threads"]
+__all__ = ["MOST_CALLS", "MOST_LATE", "REST_S", "Asking", "Either", "Terms", "Threads"]
 
 logger = logging.getLogger(__name__)
 
-# Seconds in which nobody asks an endpoint that has failed, and in which one refusal of a query is told.
+# Seconds in which nobody asks an endpoint that has failed, or was late again and again, and in which one refusal of a query is told.
 REST_S = 10.0
+# Calls of a pool that are under way at a time, those among them for which nobody waits any longer; each has a thread, and one of a request.
+MOST_CALLS = 8
+# Requests in a row that waited in vain, after which an endpoint is left alone.
+MOST_LATE = 8
 
 
 @dataclass(frozen=True)
@@ -55,20 +61,42 @@ class Terms:
 
 
 class Threads(Executor):
-    """Each call in a thread of its own, for calls that wait for somebody else; the end of the process does not wait for them."""
+    """Each call in a thread of its own, for calls that wait for somebody else; the end of the process does not wait for them.
+
+    Args:
+        most: calls at a time; None for as many as come.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._free = None if most is None else threading.BoundedSemaphore(most)
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Begin."""
+        """Begin. Raises BusyError where there are as many calls as there may be."""
+        if self._free is not None and not self._free.acquire(blocking=False):
+            raise BusyError("as many calls to an endpoint are under way as there may be")
         made: Future[Any] = Future()
 
         def run() -> None:
             try:
-                made.set_result(work(*args, **kwargs))
+                found = work(*args, **kwargs)
             except BaseException as error:
+                self._let_go()
                 made.set_exception(error)
+            else:
+                # Before that is known: who hears of it may call again.
+                self._let_go()
+                made.set_result(found)
 
-        threading.Thread(target=run, name="anabranch endpoint of a pool", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="anabranch endpoint of a pool", daemon=True).start()
+        except BaseException:
+            self._let_go()
+            raise
         return made
+
+    def _let_go(self) -> None:
+        if self._free is not None:
+            self._free.release()
 
 
 class Either(Executor):
@@ -90,14 +118,18 @@ class Asking:
         settings: of its file.
         place: what the log calls it.
         rest_s: see `REST_S`.
+
+    At most `MOST_CALLS` calls to endpoints are under way, and an endpoint that made `MOST_LATE` requests in a row wait in vain rests as one
+    that failed does.
     """
 
     def __init__(self, pool: GliderPool, settings: PoolSettings, place: str, *, rest_s: float = REST_S) -> None:
         self.pool, self._settings, self._place, self._rest_s = pool, settings, place, rest_s
         self._lock = threading.Lock()
-        # Whether it was told that something is wrong; until when no endpoint is asked, and no refusal is told.
-        self._has_told, self._rests_until, self._told_until = False, 0.0, 0.0
-        self._threads = Threads()
+        # Whether it was told that something is wrong; until when no endpoint is asked, and no refusal is told; how many requests in a row
+        # waited in vain.
+        self._has_told, self._rests_until, self._told_until, self._num_late = False, 0.0, 0.0, 0
+        self._threads = Threads(MOST_CALLS)
 
     @property
     def compares(self) -> bool:
@@ -152,10 +184,18 @@ class Asking:
             if time.monotonic() < self._rests_until:
                 return False
         try:
-            self._threads.submit(self._instruct, query, instruction, asker).result(self._settings.wait_s)
+            call = self._threads.submit(self._instruct, query, instruction, asker)
+        except BusyError:
+            return False
+        try:
+            call.result(self._settings.wait_s)
         except Exception:
             # It failed, which is told already, or is late.
+            if not call.done():
+                self._was_late()
             return False
+        with self._lock:
+            self._has_told, self._num_late = False, 0
         return True
 
     def _instruct(self, query: str, instruction: str | None, asker: str) -> None:
@@ -164,7 +204,23 @@ class Asking:
         except Exception as error:
             self._failed(error)
             raise
-        self._has_told = False
+        with self._lock:
+            # What comes late again and again is not over when it comes.
+            if self._num_late < MOST_LATE:
+                self._has_told = False
+
+    def _was_late(self) -> None:
+        with self._lock:
+            # Where nobody waits, all is for the next request, and nothing late.
+            self._num_late += bool(self._settings.wait_s)
+            is_slow = self._num_late >= MOST_LATE
+        if is_slow:
+            times = f"{self._num_late} requests in a row"
+            self._failed(
+                DataError(
+                    f"what endpoints make of a query came later than wait_s ({self._settings.wait_s:g} s) for {times}"
+                )
+            )
 
     def _failed(self, error: BaseException) -> None:
         why = str(error) if isinstance(error, AnabranchError) else f"{type(error).__name__}: {error}"
