@@ -159,6 +159,31 @@ def test_chains_that_begin_alike_are_fitted_once_and_others_are_not(tiny_model):
     llm.close()
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_state_is_read_once_and_told_as_the_request_ends(tiny_model, monkeypatch, cut):
+    """Behind each phase too, where whoever reads may end it at any token."""
+    calls = {"state_from_told": [], "told_state": []}
+    for name, seen in calls.items():
+        real = getattr(Rerouter, name)
+        monkeypatch.setattr(Rerouter, name, lambda *args, real=real, seen=seen: seen.append(args[1]) or real(*args))
+    model = tiny_model()
+    llm = LLM(model, rewiring=RewiringConfig(on=True, settings=QUICK), **PLENTY)
+    rerouter = rerouter_of(model)
+    told = rerouter.told_state(rerouter.new_state())
+    calls["told_state"].clear()
+    wanted = Rewires(state=told, returns_state=True, may_be_cut=cut)
+    [made] = llm.generate([PROMPTS["one"]], SAMPLING, rewires=wanted)
+    phases = len(made.output.rewiring)
+    assert phases > 2
+    assert made.output.rewire_state["steps"] == sum(phase["steps"] for phase in made.output.rewiring)
+    assert len(calls["state_from_told"]) == 1
+    assert len(calls["told_state"]) == (phases + 1 if cut else 1)
+    # Whoever begins with the same words begins where they say, and not where the first has come.
+    [again] = llm.generate([PROMPTS["one"]], SAMPLING, rewires=wanted)
+    assert told_without_time(again.output.rewire_state) == told_without_time(made.output.rewire_state)
+    llm.close()
+
+
 OWN = {
     "as the server": {},
     "one step": {"steps": 1},

@@ -349,7 +349,7 @@ class Output:
         rewiring: where routers are turned to its text, a report of each time since the last output: the fields of
             `anabranch.adapters.rewiring.Phase`.
         rewire_state: there, where asked for, the vectors that its tokens have from this output on: what `Rewires.state` takes, so that a
-            conversation goes on. None where they are those of before.
+            conversation goes on; with the last output, see also `Rewires.may_be_cut`.
     """
 
     id: str

@@ -23,12 +23,15 @@ class Rewires:
     Attributes:
         settings: of `SETTINGS`, by name; what is not said is as the server has it.
         state: the vectors to begin with, as they were told (`Output.rewire_state`); None for those of a conversation that begins.
-        returns_state: tell them behind each time that they were fitted.
+        returns_state: tell them as the request ends.
+        may_be_cut: whoever reads what comes may end it before that, as at a text that it waits for: tell them behind each time that they
+            were fitted, too.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     state: Any = None
     returns_state: bool = False
+    may_be_cut: bool = False
 
     @classmethod
     def of(cls, wanted: Mapping[str, Any]) -> Self:

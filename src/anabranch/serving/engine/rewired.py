@@ -67,10 +67,7 @@ class _Phase:
 
 @dataclass
 class _Rewired:
-    """A request, as it goes on: what it says now, its text, how it is turned, what the phase under way of it is, and overrides by layer.
-
-    ``told`` is its state as it is told, where it wants that back.
-    """
+    """A request, as it goes on: what it says now, its text, how it is turned, what the phase under way of it is, and overrides by layer."""
 
     request: Request
     text: list[int]
@@ -78,7 +75,6 @@ class _Rewired:
     serial: int
     state: RewiringState
     config: Rewiring
-    told: dict[str, Any] | None = None
     phase: _Phase | None = None
     turns: int = 0
     num_told: int = 0
@@ -103,6 +99,8 @@ class RewiredRequests:
         self._requests: dict[str, _Rewired] = {}
         # Phases of prompts that wait, by salt, prompt and how they are turned from where: chains that begin alike are fitted once.
         self._first: dict[tuple[Any, ...], _Phase] = {}
+        # What was asked for last, and what was read of it: a request is read as it is looked at, and again as it begins.
+        self._asked: tuple[Rewires, tuple[Rewiring, RewiringState]] | None = None
         self._serial = itertools.count()
         # Of the queue, what begins alike, and the counts.
         self._lock = threading.Lock()
@@ -123,6 +121,12 @@ class RewiredRequests:
         """How a request that wants it is turned, and where it begins. Raises FieldInputError for what cannot be, or not here."""
         if not isinstance(wanted, Rewires):
             return self.config, self._rerouter.new_state()
+        if self._asked is None or self._asked[0] is not wanted:
+            self._asked = wanted, self._read(wanted)
+        config, state = self._asked[1]
+        return config, state.copy()
+
+    def _read(self, wanted: Rewires) -> tuple[Rewiring, RewiringState]:
         try:
             config = self._config.of_request(wanted.settings) if wanted.settings else self.config
         except ConfigError as error:
@@ -172,8 +176,10 @@ class RewiredRequests:
         if one is None:
             return None
         output.rewiring = tuple(self._told(one))
-        if output.rewiring:
-            output.rewire_state = one.told
+        wanted = one.request.rewires
+        if isinstance(wanted, Rewires) and wanted.returns_state:
+            if output.finish is not None or (wanted.may_be_cut and output.rewiring):
+                output.rewire_state = self._rerouter.told_state(one.state)
         one.text += output.tokens
         num_new, interval = len(one.text) - len(one.request.prompt), one.config.interval
         if not output.tokens or output.finish is not None or interval is None or num_new % interval:
@@ -260,8 +266,6 @@ class RewiredRequests:
         """Give a request its new vectors; how it goes on, None where they are the old ones. It is in no step."""
         is_same = all(torch.equal(old_E, new_E) for old_E, new_E in zip(one.state.delta, state.delta, strict=True))
         one.state = state
-        if isinstance(one.request.rewires, Rewires) and one.request.rewires.returns_state:
-            one.told = self._rerouter.told_state(state)
         if is_same:
             return None
         one.turns += 1

@@ -263,10 +263,13 @@ def _shared(
     except InputError as error:
         raise wrong("num_streams", str(error)) from None
     rewires = _rewires(body.get("rewire"), info)
+    stop = body.get("stop") or ()
+    if isinstance(rewires, Rewires):
+        # The engine knows of no texts that end a choice.
+        rewires = replace(rewires, may_be_cut=bool(stop))
     n = body.get("n") or 1
     if n > most_n:
         raise wrong("n", f"n is {n}; this server makes at most {most_n} choices")
-    stop = body.get("stop") or ()
     return {
         "model": body["model"],
         "n": n,
