@@ -30,7 +30,9 @@ from anabranch.adapters.glider.embed import TextEmbedder
 from anabranch.adapters.glider.folder import check_bases, expert_folders, read_described, texts_of
 from anabranch.adapters.glider.giving import give_vectors
 from anabranch.adapters.glider.matcher import Match, Matcher
+from anabranch.adapters.glider.pool_file import named_by, pool_file, settings_in
 from anabranch.adapters.glider.score import bias_rows
+from anabranch.adapters.glider.settings import Plugins
 from anabranch.adapters.glider.vectors import check_gates
 from anabranch.adapters.glider.writing import Example, prompt_of
 from anabranch.adapters.lora_mixer import MixedLowRank, load_mixture, mixed_layers
@@ -84,16 +86,39 @@ class GliderPool:
         self._family: str | None = None
 
     @classmethod
-    def load(cls, folder: str | Path, config: GliderConfig | None = None, **options: Any) -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        config: GliderConfig | None = None,
+        *,
+        embedder: TextEmbedder | Callable[[Sequence[str]], Any] | None = None,
+        writer: Callable[[str], str] | None = None,
+        **options: Any,
+    ) -> Self:
         """The pool of all adapters in ``folder``, each with what `describe_expert` wrote; the embedder is fitted to their instructions.
 
-        Raises as `add`, and CheckpointError where there are none.
+        Args:
+            folder: of the folders of adapters.
+            config: how they are chosen; None for what the folder's ``pool.json`` says of that, of the embedder and of the writer, which is
+                what commands and servers read. Without a file, or with a config, all is as for `GliderPool`.
+            embedder, writer: go before those of the file.
+            options: as for `GliderPool`.
+
+        Raises as `add`, CheckpointError where there are none, or a file that cannot be read; ConfigError for settings that cannot be, and
+        for an embedder ``hidden-states``, of a model, where none is given (``HiddenStates(model, tokenizer)``).
         """
-        return cls.of(expert_folders(folder), config, **options)
+        folders = expert_folders(folder)
+        plugins = Plugins(embedder, writer)
+        if config is None:
+            settings = settings_in(Path(folder), len(folders))
+            config = settings.choice
+            with named_by(pool_file(Path(folder))):
+                plugins = settings.plugins(given=plugins)
+        return cls.of(folders, config, embedder=plugins.embedder, writer=plugins.writer, **options)
 
     @classmethod
     def of(cls, folders: Mapping[str, Path], config: GliderConfig | None = None, **options: Any) -> Self:
-        """The pool of these folders, by name; as `load`. All instructions are embedded in one call."""
+        """The pool of these folders, by name; as `load`, of no file. All instructions are embedded in one call."""
         pool = cls(config, **options)
         bases = {name: read_json(place / CONFIG).get(BASE) for name, place in folders.items()}
         check_bases(bases)

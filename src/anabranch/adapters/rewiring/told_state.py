@@ -53,7 +53,7 @@ def told_state(rerouter: "Rerouter", state: RewiringState) -> dict[str, Any]:
         "model": rerouter.fingerprint,
         "routers": list(rerouter.names),
         # Of float32 as such: as a float64 each number has ten digits more that say nothing.
-        "delta": [delta_E.numpy().astype(str).astype(float).tolist() for delta_E in state.delta],
+        "delta": [[float(str(number)) for number in delta_E.numpy()] for delta_E in state.delta],
         "steps": state.steps,
         "seconds": state.seconds,
     }

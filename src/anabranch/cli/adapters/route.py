@@ -72,8 +72,9 @@ def route(
     from anabranch.adapters.base_name import warn_of_base
     from anabranch.adapters.glider import GliderPool, HiddenStates, Plugins, PoolSettings, explain
     from anabranch.adapters.glider.folder import expert_folders
+    from anabranch.adapters.glider.pool_file import named_by
     from anabranch.serving.engine.adapter_place import folder_of
-    from anabranch.serving.engine.layer_reader import settings_of, told_by
+    from anabranch.serving.engine.layer_reader import settings_of
 
     if not (query if instruction is None else instruction).strip():
         raise ConfigError("there is nothing to route: the query (or --instruction) is empty")
@@ -92,7 +93,7 @@ def route(
     settings = settings_of(found_pool) if found_pool.experts else PoolSettings()
     needs_model = settings.needs_model and given.embedder is None
     opened = _opened(model, dtype, device) if model is not None and needs_model else None
-    with told_by(found_pool):
+    with named_by(found_pool.settings):
         if needs_model and opened is None:
             raise ConfigError("embedder is 'hidden-states', of the base model; name it with --model")
         plugins = settings.plugins(None if opened is None else HiddenStates(*opened), given)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from anabranch.adapters.glider.folder import CARD, GATES
+from anabranch.adapters.glider.pool_file import POOL, PoolKind, pool_file
 from anabranch.adapters.own_folder import NUMBERS, OWN
 from anabranch.adapters.peft_file import INNER, PICKLE, PREFIX
 from anabranch.adapters.peft_folder import CONFIG, WEIGHTS
@@ -23,7 +24,6 @@ __all__ = [
     "MOST_EXPERTS",
     "MOST_HEADER",
     "Folder",
-    "PoolKind",
     "check_small",
     "files_of",
     "folder_of",
@@ -31,9 +31,6 @@ __all__ = [
     "size_of",
 ]
 
-PoolKind = Literal["glider", "phatgoose", "arrow"]
-# In the folder of a pool: how it chooses, fields of `anabranch.adapters.glider.GliderConfig`.
-POOL = "pool.json"
 _HEAD = f"{PREFIX}lm_head{INNER}.weight"
 # Bytes that are read as one table, which no other thread of the engine's process can interrupt: those of the largest adapters of attention
 # and dense layers are a third of it.
@@ -65,8 +62,7 @@ class Folder:
     @property
     def settings(self) -> Path | None:
         """The file that says how a pool chooses; None without one."""
-        path = self.path / POOL
-        return path if self.experts and path.is_file() else None
+        return pool_file(self.path) if self.experts else None
 
     @property
     def places(self) -> tuple[Path, ...]:

@@ -1,8 +1,7 @@
 """`LayerReader`: pools of adapters with their routers, and adapters that go by task, from folders to layers that can be served."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from anabranch.adapters import load_peft
 from anabranch.adapters.attach import attach
 from anabranch.adapters.base_digest import Digest
 from anabranch.adapters.fits import check_fits
-from anabranch.adapters.glider import GliderPool, PoolSettings, TextFeatures, read_settings
+from anabranch.adapters.glider import GliderPool, PoolSettings, TextFeatures
+from anabranch.adapters.glider.pool_file import named_by, settings_in
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.names import Place, names_of
 from anabranch.adapters.own_folder import read_own
@@ -25,16 +25,15 @@ from anabranch.adapters.tasks import goes_by_task, needs_task, task_names
 from anabranch.adapters.tuners.build import read_tuned
 from anabranch.config import to_dict
 from anabranch.errors import ConfigError
-from anabranch.files import read_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty, some
 from anabranch.nn.quantize import PackedEmbedding
-from anabranch.serving.engine.adapter_place import Folder, PoolKind
+from anabranch.serving.engine.adapter_place import Folder
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
 from anabranch.serving.engine.asking import Asking
 from anabranch.serving.engine.served_layers import ServedLayers
 
-__all__ = ["NOT_FOR_SOME", "LayerReader", "pool_of", "settings_of", "told_by"]
+__all__ = ["NOT_FOR_SOME", "LayerReader", "pool_of", "settings_of"]
 
 # The end of what is said of an adapter of a kind that is for all requests or for none.
 NOT_FOR_SOME = "which no request can have for itself; serve the model with it (anabranch adapters fuse)"
@@ -44,12 +43,6 @@ _OF_EXPERTS = (
 )
 # Queries of a pool whose vectors are kept, some ten kilobytes each at most.
 QUERIES = 64
-# What a kind of pool decides.
-_KINDS: dict[PoolKind, dict[str, Any]] = {
-    "glider": {},
-    "phatgoose": {"local": "phatgoose", "instruction": False},
-    "arrow": {"local": "arrow", "instruction": False},
-}
 
 
 class LayerReader:
@@ -224,7 +217,7 @@ def pool_of(
     vectors of instructions.
     """
     settings = settings_of(found) if settings is None else settings
-    with told_by(found):
+    with named_by(found.settings):
         plugins = settings.plugins(TextFeatures() if is_looked_at else states)
     pool = GliderPool.of(
         found.experts,
@@ -238,23 +231,8 @@ def pool_of(
 
 
 def settings_of(found: Folder) -> PoolSettings:
-    """What the ``pool.json`` of a pool says, a table of fields of `PoolSettings`, and what its kind decides before that.
-
-    Raises as `pool_of`.
-    """
-    said = {} if found.settings is None else read_json(found.settings)
-    with told_by(found):
-        # Of so many adapters, while it is known who said so.
-        return read_settings(said, _KINDS[found.kind or "glider"], len(found.experts))
-
-
-@contextmanager
-def told_by(found: Folder) -> Iterator[None]:
-    """Errors of settings name the file of a pool that has them."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{found.settings}: {error}") from None
+    """What the ``pool.json`` of a pool says, and what its kind decides before that. Raises as `settings_in`."""
+    return settings_in(found.path, len(found.experts), found.kind)
 
 
 def _digest(config: Decoder.Config, tensors: Mapping[str, Tensor], *beside: object) -> str:
