@@ -5,20 +5,22 @@ import logging
 import shutil
 import threading
 import time
+from concurrent.futures import Executor
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from anabranch.adapters.glider import GliderPool, HiddenStates
+from anabranch.adapters.glider import GliderPool, HiddenStates, PoolSettings
 from anabranch.adapters.glider.settings import KEYS
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError, DataError
 from anabranch.routing import record_routing
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.client import BusyError
 from anabranch.serving.engine.adapter_place import folder_of
-from anabranch.serving.engine.asking import MOST_CALLS, Asking
+from anabranch.serving.engine.asking import MOST_CALLS, Asking, Either, Threads
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.layer_reader import pool_of, settings_of
 from anabranch.serving.engine.turnstile import Turnstile
@@ -265,7 +267,10 @@ def slow_endpoint():
 
 
 def calls_under_way():
-    return sum("endpoint of a pool" in thread.name for thread in threading.enumerate())
+    found = [thread for thread in threading.enumerate() if "endpoint of a pool" in thread.name]
+    # The end of the process waits for none of them.
+    assert all(thread.daemon for thread in found)
+    return len(found)
 
 
 @pytest.mark.parametrize("wait_s", [0, 0.005])
@@ -424,6 +429,76 @@ def test_a_pool_that_cannot_be_embedded_is_not_loaded(pool):
         says(pool, embedder={"url": url, "model": "e"})
     with pytest.raises(DataError, match="cannot reach"):
         engine_of(far=pool)
+
+
+def test_a_failure_is_told_once_though_others_are_known_meanwhile(pool, caplog):
+    answers = [embeds]
+    with endpoint(lambda path, body: answers[0](path, body)) as (url, _):
+        says(pool, embedder={"url": url, "model": "e"}, weight=5.0)
+        one = asking(pool, rest_s=0.0)
+        assert one.terms("law").bias is not None
+        answers[0] = FAULTS["has no room"]
+        for number in range(3):
+            assert one.terms(f"law {number}").bias is None
+            assert one.terms("law").bias is not None
+    assert len(caplog.records) == 1
+
+
+# Without endpoints
+
+
+def test_what_fails_in_this_process_is_told_once_until_it_is_over(pool, caplog):
+    def embed(texts):
+        if "odd" in texts[0]:
+            raise ValueError("no such thing")
+        return [[float(word in text) + 0.01 for word in WORDS] for text in texts]
+
+    settings = PoolSettings(weight=5.0)
+    one = Asking(GliderPool.load(pool, settings.choice, embedder=embed), settings, "mine")
+    for told in (1, 2):
+        for number in range(2):
+            assert one.terms(f"odd {told} {number}").bias is None
+        assert len(caplog.records) == told
+        assert one.terms(f"law {told}").bias is not None
+    assert "pool mine: ValueError: no such thing; until that is over" in caplog.records[0].getMessage()
+
+
+def test_where_no_adapter_has_an_instruction_nobody_compares(pool):
+    for card in pool.glob("*/glider.json"):
+        card.unlink()
+    one = asking(pool)
+    assert one.pool.config.instruction
+    assert not one.compares
+    assert one.terms("law") is None
+
+
+def test_calls_go_to_the_executor_that_is_meant_as_they_begin():
+    class Named(Executor):
+        def __init__(self, name):
+            self.name = name
+
+        def submit(self, work, /, *args):
+            return self.name, work(*args)
+
+    is_first = [True]
+    either = Either(lambda: is_first[0], Named("first"), Named("second"))
+    assert either.submit(abs, -1) == ("first", 1)
+    is_first[0] = False
+    assert either.submit(abs, -2) == ("second", 2)
+
+
+def test_threads_give_what_a_call_gives_and_have_room_again():
+    threads = Threads(1)
+    for _ in range(3):
+        assert threads.submit(abs, -1).result(60) == 1
+        with pytest.raises(ZeroDivisionError):
+            threads.submit(divmod, 1, 0).result(60)
+    gate = threading.Event()
+    held = threads.submit(gate.wait, 60)
+    with pytest.raises(BusyError):
+        threads.submit(abs, -1)
+    gate.set()
+    assert held.result(60)
 
 
 # By the model's own states

@@ -1,6 +1,7 @@
 """What a request is told of the adapters that its pools chose: the numbers of the library's `explain`, and nothing of its neighbours."""
 
 import pytest
+import torch
 
 from anabranch.adapters.glider import GliderPool, explain
 from anabranch.adapters.glider.explaining import Explained
@@ -99,3 +100,18 @@ def test_the_most_used_are_told():
     told = explained(tally, None, [f"e{number}" for number in range(40)])
     assert len(told["experts"]) == MOST_EXPLAINED
     assert [one["name"] for one in told["experts"][:2]] == ["e35", "e0"]
+
+
+def test_decisions_of_several_tokens_are_added_up():
+    """Each of its sums: what is told are means over decisions, of what tokens say over those in which it could be chosen."""
+    first = Tally(torch.tensor([4.0, 1.0]), torch.tensor([2.0, 1.0]), torch.tensor([1.5, 0.5]), decisions=2)
+    second = Tally(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 1.0]), torch.tensor([0.0, 2.0]), decisions=2, tokens=3)
+    first.add(second)
+    assert (first.local_E.tolist(), first.open_E.tolist(), first.weight_E.tolist()) == ([6, 4], [3, 2], [1.5, 2.5])
+    assert (first.decisions, first.tokens) == (4, 4)
+    told = explained(first, None, ["a", "b"])
+    assert told["tokens"] == 4
+    assert [(one["name"], one["local_logit"], one["weight"]) for one in told["experts"]] == [
+        ("b", 2.0, 0.625),
+        ("a", 2.0, 0.375),
+    ]

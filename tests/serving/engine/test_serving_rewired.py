@@ -12,7 +12,9 @@ from anabranch.lm import SamplingConfig, generate, save_model
 from anabranch.nn import MoE, SwiGLU
 from anabranch.serving import LLM, Finish, Output, Request, Sampling
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.client import FieldInputError
 from anabranch.serving.engine.messages import Abort, Add, Pause, Resume
+from anabranch.serving.engine.rewired import check_rewired
 from anabranch.serving.load import load_weights
 from anabranch.serving.rewiring import WINDOW, RewiringConfig
 
@@ -341,3 +343,93 @@ def test_a_phase_that_ends_before_its_request_goes_on_tells_it(tiny_model):
     rewired._lock = usual
     assert future.done()
     llm.close()
+
+
+@pytest.fixture
+def held(tiny_model):
+    """(an engine's rewired requests, a gate behind which all phases wait)."""
+    llm = engine(tiny_model(), {**QUICK, "guard": False}, **PLENTY)
+    rewired, gate = llm.engine.rewired, threading.Event()
+    rewired._worker.submit(gate.wait, 60)
+    yield rewired, gate
+    gate.set()
+    llm.close()
+
+
+def asked(id, name, **more):
+    return Request(id=id, prompt=PROMPTS[name], sampling=SAMPLING, **{"rewires": True, **more})
+
+
+def test_an_id_that_comes_again_has_nothing_of_the_phase_of_the_one_before(held):
+    """Others that began alike go on with that."""
+    rewired, gate = held
+    gone, other = rewired.prepare(asked("a", "one")), rewired.prepare(asked("b", "one"))
+    assert rewired._requests["a"].phase is rewired._requests["b"].phase
+    rewired.release("a")
+    assert gone.cancelled()
+    again = rewired.prepare(asked("a", "two"))
+    gate.set()
+    assert other.result(60).id == "b"
+    assert again.result(60).prompt == PROMPTS["two"]
+    assert [phase.length for phase in rewired._requests["a"].state.phases] == [len(PROMPTS["two"])]
+    assert rewired._requests["a"].turns == 1
+
+
+def test_who_begins_alike_does_not_join_a_phase_that_nobody_waits_for(held):
+    rewired, gate = held
+    rewired.prepare(asked("a", "one"))
+    left = rewired._requests["a"].phase
+    rewired.release("a")
+    future = rewired.prepare(asked("b", "one"))
+    assert rewired._requests["b"].phase is not left
+    gate.set()
+    assert future.result(60).id == "b"
+
+
+def test_phases_wait_by_priority_and_whoever_takes_more_steps_waits_more_often(held):
+    rewired, _ = held
+    rewired.prepare(asked("a", "one", priority=5))
+    rewired.prepare(asked("b", "two", rewires={"steps": 1}))
+    phases = {id: one.phase for id, one in rewired._requests.items()}
+    assert {id: phase.rank[0] for id, phase in phases.items()} == {"a": 5, "b": 0}
+    assert {id: phase.cost for id, phase in phases.items()} == {
+        "a": len(PROMPTS["one"]) * QUICK["steps"],
+        "b": len(PROMPTS["two"]),
+    }
+
+
+def test_an_engine_that_ends_drops_the_phase_under_way(tiny_model):
+    llm = engine(tiny_model(), {**QUICK, "steps": 10**6, "guard": False}, **PLENTY)
+    rewired = llm.engine.rewired
+    # Its request still waits.
+    future = rewired.prepare(asked("a", "one"))
+    llm.close()
+    deadline = time.monotonic() + 60
+    while not future.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert future.cancelled()
+
+
+def test_behind_the_last_token_nothing_is_fitted(tiny_model):
+    llm = engine(tiny_model(), **PLENTY)
+    sampling = Sampling(temperature=0.0, max_tokens=2 * QUICK["interval"], ignore_eos=True)
+    [made] = llm.generate([PROMPTS["one"]], sampling, rewires=True)
+    llm.engine.rewired._worker.submit(int).result(60)
+    assert llm.engine.rewired.stats().counters["rewiring_phases"] == len(made.output.rewiring) == 2
+    llm.close()
+
+
+def test_the_model_wants_no_gradient_and_is_fitted_beside_itself(tiny_model):
+    model = tiny_model().requires_grad_(True)
+    llm = engine(model, **PLENTY)
+    assert not any(one.requires_grad for one in model.parameters())
+    beside = llm.engine.rewired._rerouter.model
+    assert not {*beside.modules()} & {*model.modules()}
+    assert {*map(id, beside.parameters())} == {*map(id, model.parameters())}
+    llm.close()
+
+
+def test_a_vector_of_a_text_is_of_no_turned_request(held):
+    with pytest.raises(FieldInputError, match="rewire is set, which does not go with pooling"):
+        check_rewired(asked("a", "one", pooling="mean"), held[0])

@@ -149,13 +149,24 @@ def test_chains_that_begin_alike_are_fitted_once_and_others_are_not(tiny_model):
     more = {**told, "steps": told["steps"] + 1}
     rewiring = RewiringConfig(on=True, settings={**QUICK, "interval": None})
     llm = LLM(model, rewiring=rewiring, **PLENTY)
-    each = [{"state": told}, {"state": told}, {"state": more}, {}, True, {"steps": 1}, {"steps": 1}, {"eta": 0.25}]
+    later = {**told, "seconds": told["seconds"] + 1}
+    each = [
+        {"state": told},
+        {"state": told},
+        {"state": more},
+        {"state": later},
+        {},
+        True,
+        {"steps": 1},
+        {"steps": 1},
+        {"eta": 0.25},
+    ]
     for number, rewires in enumerate(each):
         llm._loop.put(
             Add(Request(id=str(number), prompt=PROMPTS["one"], sampling=Sampling(max_tokens=1), rewires=rewires))
         )
     llm._loop.run(until_idle=True)
-    assert llm.engine.rewired.stats().counters["rewiring_phases"] == 5
+    assert llm.engine.rewired.stats().counters["rewiring_phases"] == 6
     llm.close()
 
 
@@ -169,13 +180,17 @@ def test_a_state_is_read_once_and_told_as_the_request_ends(tiny_model, monkeypat
     model = tiny_model()
     llm = LLM(model, rewiring=RewiringConfig(on=True, settings=QUICK), **PLENTY)
     rerouter = rerouter_of(model)
-    told = rerouter.told_state(rerouter.new_state())
+    begun = 7
+    told = {**rerouter.told_state(rerouter.new_state()), "steps": begun}
     calls["told_state"].clear()
     wanted = Rewires(state=told, returns_state=True, may_be_cut=cut)
     [made] = llm.generate([PROMPTS["one"]], SAMPLING, rewires=wanted)
+    # Of this request, whatever the conversation has taken before.
+    counted = llm.engine.rewired.stats().counters["rewiring_steps"]
+    assert counted == sum(phase["steps"] for phase in made.output.rewiring)
     phases = len(made.output.rewiring)
     assert phases > 2
-    assert made.output.rewire_state["steps"] == sum(phase["steps"] for phase in made.output.rewiring)
+    assert made.output.rewire_state["steps"] == begun + sum(phase["steps"] for phase in made.output.rewiring)
     assert len(calls["state_from_told"]) == 1
     assert len(calls["told_state"]) == (phases + 1 if cut else 1)
     # Whoever begins with the same words begins where they say, and not where the first has come.
@@ -274,6 +289,8 @@ def test_every_setting_is_a_requests_or_the_servers():
         ({"interval": 5}, "settings.interval is 4; it may be 5 or more, or null here"),
         ({"interval": None}, "settings.interval is 4; it may be null here"),
         ({"window": 100}, "settings.window is 512; it may be 100 or less"),
+        # Too little for the guard, which is no matter of the limits.
+        ({"window": 10}, "settings.window is 512; it may be 10 or less"),
         ({"most_steps": 3}, "settings.most_steps is null; it may be 3 or less"),
     ],
 )
