@@ -32,6 +32,7 @@ __all__ = [
     "Repeats",
     "Seed",
     "Size",
+    "as_finite",
     "check_number",
     "finite",
     "is_whole",
@@ -93,6 +94,17 @@ def whole(name: str, value: Any, least: int, most: int = LARGEST_INT) -> int:
     if not is_whole(value) or not least <= value <= most:
         raise InputError(f"{name} is {shown(value)}; it must be a whole number from {least:,} to {most:,}")
     return int(value)
+
+
+def as_finite(value: Any) -> float | None:
+    """``value`` as a float if it is a finite number that has one; None for all else, true and false among it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        made = float(value)
+    except OverflowError:  # beyond 1e308
+        return None
+    return made if math.isfinite(made) else None
 
 
 def finite(name: str, value: Any, least: float, most: float) -> float:

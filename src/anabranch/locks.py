@@ -14,7 +14,7 @@ try:
 except ImportError:  # Windows: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["is_locked", "locked"]
+__all__ = ["is_locked", "lock_open", "locked"]
 
 _POLL_S = 0.05  # between two looks whether the other process is done
 
@@ -54,6 +54,14 @@ def locked(path: str | Path, *, wait_s: float = 0.0, on_wait: Callable[[], objec
                 os.close(handle)
     else:
         yield False
+
+
+def lock_open(handle: int) -> bool:
+    """Whether this process has now locked an open file itself, by whatever name it was opened, until ``handle`` is closed.
+
+    False where another has. Everybody gets it where there are no locks, see `locked`.
+    """
+    return _try_lock(handle)
 
 
 def is_locked(path: str | Path) -> bool:

@@ -3,8 +3,11 @@
 import json
 import math
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +17,8 @@ from anabranch.depth.dr_llm import Question, SearchConfig, TreeSearch, labels_of
 from anabranch.depth.dr_llm.flips import Flip, FlipReport, binomial_tail, decoys_of, probe_of
 from anabranch.depth.dr_llm.mcts import Node
 from anabranch.depth.dr_llm.moves import in_common
-from anabranch.depth.dr_llm.records import PathsFile, digits_of, steps_of_digits
+from anabranch.depth.dr_llm.records import PathRow, PathsFile, digits_of, steps_of_digits
+from anabranch.depth.dr_llm.rewards import NextToken
 from anabranch.depth.dr_llm.runner import PathRunner, QuestionRuns, padded
 from anabranch.depth.dr_llm.search import control_file, control_of, search_question
 from anabranch.depth.stack import run_path
@@ -269,10 +273,19 @@ def test_of_right_paths_the_shortest_and_least_varied_is_the_label():
     assert row.decisions == [2, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "yes", None, [1.0]])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), "yes", None, [1.0], 10**400, np.float32("inf"), np.ones(2)]
+)
 def test_a_reward_must_be_a_number(value):
     with pytest.raises(DataError, match="the reward of question 'one' is"):
         search_question(stack(), QUESTION, lambda question, run: value)
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(1), np.bool_(True), np.int64(1), np.ones(1), torch.tensor(True)])
+def test_a_reward_may_be_any_librarys_number(value):
+    assert (
+        search_question(stack(), QUESTION, lambda question, run: value, SearchConfig(simulations=1)).base_reward == 1.0
+    )
 
 
 def test_a_reward_of_ones_own_with_a_limit():
@@ -618,6 +631,9 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"path": [[0, 1]]}, "list of blocks"),
+        ({"path": [[]]}, "list of blocks"),
+        ({"path": [True]}, "list of blocks"),
         ({"path": [0, 9]}, "block 9"),
         ({"path": [1, 0]}, "goes back"),
         ({"path": [0, 0, 0]}, "3 times"),
@@ -628,6 +644,11 @@ GOOD = {
         ({"good": "11000"}, "texts of 5 digits"),
         ({"evaluations": -1}, "evaluations is -1"),
         ({"num_blocks": 1.5}, r"num_blocks is 1\.5"),
+        ({"num_blocks": 0}, "from 1 to 4,096"),
+        ({"num_blocks": 10**12}, "from 1 to 4,096"),
+        ({"num_blocks": 10**400}, "from 1 to 4,096"),
+        ({"base_reward": 10**400}, "must be a finite number"),
+        ({"base_reward": float("inf")}, "this is no JSON|must be a finite number"),
         ({"prompt": []}, "at least one"),
         ({"prompt": [-1]}, "it must be tokens"),
         ({"prompt": None}, "it must be tokens"),
@@ -686,6 +707,90 @@ def test_a_last_line_without_an_end_is_whole_or_was_cut(tmp_path):
     assert [row.id for row in read_paths(place)] == ["a", "c"]
     with pytest.raises(DataError, match="no file"), PathsFile.open(tmp_path, "x"):
         pass
+
+
+ROW = (json.dumps({**GOOD, "search": "x"}) + "\n").encode()
+
+
+# A file is written to where it is of a search, cut off at any byte: nothing else loses a byte.
+@pytest.mark.parametrize("length", range(0, len(ROW), 7))
+@pytest.mark.parametrize("before", [b"", ROW.replace(b'"a"', b'"first"', 1)])
+def test_a_row_that_was_cut_off_anywhere_is_gone_on_from(tmp_path, length, before):
+    place = tmp_path / "a.jsonl"
+    place.write_bytes(before + ROW[:length])
+    with PathsFile.open(place, "x"):
+        pass
+    assert place.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my only thesis, one long line",
+        "sk-1234",
+        "3",
+        "[1, 2",
+        '{"a": 1',
+        '{"id": "a"}',
+        '{"id": "a", "prompt": [1',
+        '{"id": "a", "base" ',
+        '{"id": 3',
+        " {",
+        "\x00\x01",
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.control.jsonl"])
+def test_a_file_of_something_else_stays_as_it_is(tmp_path, text, name):
+    place = tmp_path / name
+    place.write_text(text)
+    with pytest.raises(DataError, match=f"{name}"):
+        search_paths(stack(), [QUESTION], NextToken(), SearchConfig(flip_labels="drop"), tmp_path / "a.jsonl")
+    assert place.read_text() == text
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_names_of_a_file_are_one_file(tmp_path, link, order):
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "sub").mkdir()
+    getattr(tmp_path / "sub/b.jsonl", link)(tmp_path / "a.jsonl")
+    first, second = ("a.jsonl", "sub/b.jsonl")[::order]
+    with (
+        PathsFile.open(tmp_path / first, "x"),
+        pytest.raises(DataError, match=r"being written by another process"),
+        PathsFile.open(tmp_path / second, "x"),
+    ):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.jsonl", "b.jsonl", "sub"]
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_whole_rows(tmp_path):
+    script = f"""
+import json, resource, signal
+from anabranch.depth.dr_llm.records import PathsFile, PathRow, read_paths
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+table = json.loads({json.dumps(GOOD)!r})
+row = PathRow(**table | {{"path": (0, 1), "good": (), "prompt": (1,)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from dataclasses import replace
+try:
+    with PathsFile.open({str(tmp_path / "a.jsonl")!r}, "x") as file:
+        for number in range(9):
+            file.add(replace(row, id=str(number)))
+except Exception as error:
+    print(type(error).__name__, error, len(read_paths({str(tmp_path / "a.jsonl")!r})))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert "a.jsonl" in ran.stdout, ran.stdout
+    assert (tmp_path / "a.jsonl").read_bytes().endswith(b"\n")
+
+
+def test_a_control_that_has_not_begun_is_none(tmp_path):
+    rows = [PathRow(**{**GOOD, "path": (0, 1), "good": (), "prompt": (1,)})]
+    for begun in (b"", ROW[:40]):
+        control_file(tmp_path / "a.jsonl").write_bytes(begun)
+        assert control_of(tmp_path / "a.jsonl", rows) is None
 
 
 def test_what_paths_have_in_common():

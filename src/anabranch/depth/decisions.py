@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from anabranch.bounds import shown
 from anabranch.errors import ConfigError
 from anabranch.nn.visits import Path, check_path
 
@@ -45,9 +46,12 @@ def check_depth_path(path: Path, num_blocks: int, batch: int = 1) -> tuple[int, 
 def decisions_of(path: Sequence[int], num_blocks: int) -> list[int]:
     """The decision on each of the blocks: how often ``path`` runs it.
 
-    Raises ConfigError for a path that `check_depth_path` refuses, or one that goes back to an earlier block, as decisions say no order.
+    Raises ConfigError for a path that `check_depth_path` refuses, or one that goes back to an earlier block, as decisions
+    say no order, and for paths of several sequences.
     """
     checked: Any = check_depth_path(path, num_blocks)
+    if checked and isinstance(checked[0], tuple):
+        raise ConfigError(f"path is {shown(path)}; it must be the blocks of one sequence")
     for before, block in pairwise(checked):
         if block < before:
             raise ConfigError(

@@ -8,18 +8,23 @@ goes on in its file only with the model, reward and settings it began with, and 
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from anabranch.bounds import is_whole, shown
+from anabranch.bounds import MOST_LAYERS, as_finite, is_whole, shown
 from anabranch.depth.decisions import MOST_VISITS, decisions_of, path_of
 from anabranch.depth.dr_llm.moves import Steps
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import explained, parse_json
-from anabranch.locks import locked
+from anabranch.locks import lock_open, locked
+
+# How a row of `PathsFile.add` begins.
+_FIRST, _SECOND = b'{"id": "', b', "base_reward": '
+_ROW = re.compile(rb'\{"id": "(?:[^"\\]|\\.)*"')
 
 __all__ = ["PathRow", "PathsFile", "digits_of", "read_paths", "steps_of_digits"]
 
@@ -81,14 +86,18 @@ def steps_of_digits(digits: str) -> Steps:
     return path_of([int(digit) for digit in digits])
 
 
-def read_paths(path: str | Path) -> list[PathRow]:
+def read_paths(path: str | Path, *, least: int = 1) -> list[PathRow]:
     """The rows of a file, as they stand; a last line that was cut off while it was written is left out.
 
-    Raises DataError: no file, no row, a line that is none (with its number), an id that comes twice, rows of several searches.
+    Args:
+        path: the file.
+        least: rows that there must be; 0 takes a file in which a search that was stopped has none yet.
+
+    Raises DataError: no file, fewer rows, a line that is none (with its number), an id that comes twice, rows of several searches.
     """
     place = Path(path)
     rows = list(_rows(place, _content(place)))
-    if not rows:
+    if len(rows) < least:
         raise DataError(f"{place} holds no paths; anabranch depth search writes such a file")
     _check(rows, place)
     return rows
@@ -131,12 +140,14 @@ def _row(line: bytes, where: str) -> PathRow:
     for name in whole:
         if not is_whole(table[name]) or table[name] < 0:
             raise DataError(f"{where}: {name} is {shown(table[name])}; it must be a whole number from 0")
+    if not 1 <= count <= MOST_LAYERS:
+        raise DataError(f"{where}: num_blocks is {shown(count)}; it must be from 1 to {MOST_LAYERS:,}")
     for name in ("id", "search", "question", "model"):
         if not isinstance(table[name], str) or not (table[name] or name == "id"):
             raise DataError(f"{where}: {name} is {shown(table[name])}; it must be a text")
-    reward = table["base_reward"]
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or reward != reward:
-        raise DataError(f"{where}: base_reward is {shown(reward)}; it must be a number")
+    reward = as_finite(table["base_reward"])
+    if reward is None:
+        raise DataError(f"{where}: base_reward is {shown(table['base_reward'])}; it must be a finite number")
     prompt = table["prompt"]
     if not isinstance(prompt, list) or not prompt or not all(is_whole(token) and token >= 0 for token in prompt):
         raise DataError(f"{where}: prompt is {shown(prompt)}; it must be tokens, at least one")
@@ -149,16 +160,18 @@ def _row(line: bytes, where: str) -> PathRow:
     for name in ("base_right", "searched"):
         if not isinstance(table[name], bool):
             raise DataError(f"{where}: {name} is {shown(table[name])}; it must be true or false")
-    made["base_reward"] = float(reward)
+    made["base_reward"] = reward
     return PathRow(**made)
 
 
 def _path(value: Any, num_blocks: int, where: str) -> tuple[int, ...] | None:
     if value is None:
         return None
+    if not isinstance(value, list) or not all(is_whole(block) for block in value):
+        raise DataError(f"{where}: path is {shown(value)}; it must be a list of blocks")
     try:
         decisions_of(value, num_blocks)
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise DataError(f"{where}: path is {shown(value)}: {error}") from None
     return tuple(value)
 
@@ -185,6 +198,38 @@ def _check(rows: Iterable[PathRow], place: Path) -> None:
         seen[row.id] = row
 
 
+def _whole_part(place: Path, search: str) -> tuple[list[PathRow], int]:
+    """(rows of a file of ours, how many of its bytes stay). Raises DataError for what is none, or of another search."""
+    content = _content(place)
+    rows = list(_rows(place, content))
+    _check(rows, place)
+    if rows and rows[0].search != search:
+        raise DataError(
+            f"{place} holds paths of another search ({rows[0].search}, this one is {search}): another model, reward or settings; name "
+            "another file"
+        )
+    last = content.rpartition(b"\n")[2]
+    if _is_whole(last):
+        return rows, len(content)
+    if not rows and not _begins_a_row(last):
+        raise DataError(f"{place} holds something else than paths of anabranch depth search; name another file")
+    return rows, len(content) - len(last)
+
+
+def _begins_a_row(line: bytes) -> bool:
+    """Whether a line that was cut off may have become a row of `PathsFile.add`. A blank one may, as nothing is lost with it."""
+    known = _ROW.match(line)
+    start, rest = (_SECOND, line[known.end() :]) if known else (_FIRST, line)
+    if not known and line.startswith(_FIRST):
+        # Cut off within the id.
+        return b'"' not in line[len(_FIRST) :].replace(b'\\"', b"")
+    return not line.strip() or start.startswith(rest) or (known is not None and rest.startswith(start))
+
+
+def _busy(place: Path) -> DataError:
+    return DataError(f"{place} is being written by another process; wait for it, or name another file")
+
+
 class PathsFile:
     """A file of paths that is being written, by one process at a time.
 
@@ -199,43 +244,42 @@ class PathsFile:
     @classmethod
     @contextmanager
     def open(cls, path: str | Path, search: str) -> Iterator["PathsFile"]:
-        """Open ``path`` to go on, or make it. A line that was cut off is removed.
+        """Open ``path`` to go on, or make it. A line that was cut off while it was written is removed.
 
-        Raises DataError where another process is at it, it holds something else, or it is of another search (``search`` names it).
+        Raises DataError where another process is at it, by this name or another, it holds something else, or it is of another search
+        (``search`` names it).
         """
         place = Path(path)
+        # The file that is meant, whatever link leads there: two names of one file are one file.
+        real = Path(os.path.realpath(place))
         with explained(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists() and not place.is_file():
+            real.parent.mkdir(parents=True, exist_ok=True)
+        if real.exists() and not real.is_file():
             raise DataError(f"cannot write {place}: it is no file; name a file of JSON lines")
-        with locked(place.with_name(f".{place.name}.lock")) as alone:
+        with locked(real.with_name(f".{real.name}.lock")) as alone:
             if not alone:
-                raise DataError(f"{place} is being written by another process; wait for it, or name another file")
-            content = _content(place) if place.exists() else b""
-            found = list(_rows(place, content))
-            _check(found, place)
-            if found and found[0].search != search:
-                raise DataError(
-                    f"{place} holds paths of another search ({found[0].search}, this one is {search}): another model, reward or "
-                    "settings; name another file"
-                )
-            was_there = place.exists()
+                raise _busy(place)
+            was_there = real.exists()
+            rows, end = _whole_part(place, search) if was_there else ([], 0)
             with explained(place):
-                handle = place.open("ab")
+                # Not buffered: what a full disk does not take is not tried again when the file is closed.
+                handle = real.open("ab", buffering=0)
             made = cls(place, search, handle)
-            made.rows = {row.id: row for row in found}
+            made.rows = {row.id: row for row in rows}
             try:
                 with handle:
-                    last = content.rpartition(b"\n")[2]
-                    if last and _is_whole(last):
-                        handle.write(b"\n")
-                    else:
-                        handle.truncate(len(content) - len(last))
+                    # A hard link has another name, and beside it another lock.
+                    if not lock_open(handle.fileno()):
+                        raise _busy(place)
+                    with explained(place):
+                        handle.truncate(end)
+                        if rows and real.read_bytes()[-1:] != b"\n":
+                            handle.write(b"\n")
                     yield made
             finally:
                 # Nothing was found before something went wrong, or nothing was asked for.
                 if not was_there and not made.rows:
-                    place.unlink(missing_ok=True)
+                    real.unlink(missing_ok=True)
 
     def check_questions(self, content: Mapping[str, str]) -> None:
         """Raise DataError for a row whose question asked something else.
@@ -256,7 +300,14 @@ class PathsFile:
             raise DataError(f"{self._path} has question {row.id!r} already")
         table = {**asdict(row), "path": None if row.path is None else list(row.path)}
         with explained(self._path):
-            self._handle.write(json.dumps(table, ensure_ascii=True).encode() + b"\n")
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
+            end = os.fstat(self._handle.fileno()).st_size
+            left = memoryview(json.dumps(table, ensure_ascii=True).encode() + b"\n")
+            try:
+                while left:
+                    left = left[self._handle.write(left) :]
+                os.fsync(self._handle.fileno())
+            except OSError:
+                with suppress(OSError):
+                    self._handle.truncate(end)
+                raise
         self.rows[row.id] = row

@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from anabranch.bounds import as_finite, shown
 from anabranch.data import Tokenizer
 from anabranch.depth.dr_llm.masked import takes_masks
 from anabranch.depth.dr_llm.questions import Question
@@ -250,9 +252,10 @@ def identity_of(reward: Reward) -> str:
 
 
 def checked(value: object, question: Named) -> float:
-    """A reward as a finite float. Raises DataError for anything else."""
-    if isinstance(value, Tensor) and value.numel() == 1:
+    """A reward as a finite float: a number, True or False, of Python, numpy or torch. Raises DataError for anything else."""
+    if isinstance(value, Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1:
         value = value.item()
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"the reward of question {question.id!r} is {value!r}; it must be a finite number")
-    return float(value)
+    found = as_finite(int(value) if isinstance(value, bool) else value)
+    if found is None:
+        raise DataError(f"the reward of question {question.id!r} is {shown(value)}; it must be a finite number")
+    return found

@@ -157,7 +157,7 @@ def control_file(out: str | Path) -> Path:
 
 
 def control_of(out: str | Path, rows: Sequence[PathRow], significance: float = 0.05) -> FlipReport | None:
-    """The null control that lies beside a file of paths, of whose rows it is; None where there is none.
+    """The null control that lies beside a file of paths, of whose rows it is; None where there is none, or it has not begun.
 
     Raises DataError where it is of another search, or no file of paths.
     """
@@ -165,7 +165,9 @@ def control_of(out: str | Path, rows: Sequence[PathRow], significance: float = 0
     if not place.is_file():
         return None
     truth = {row.id: row for row in rows}
-    decoys = read_paths(place)
+    decoys = read_paths(place, least=0)
+    if not decoys:
+        return None
     if decoys[0].search != rows[0].search:
         raise DataError(f"{place} is the control of another search than {out}; remove it, or search again")
     for row in decoys:
