@@ -1,6 +1,9 @@
 """Instructions to experts: cosines, caches, calibration, neighbours, texts that nobody can match."""
 
 import json
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from anabranch.adapters.glider.embed import Stack, embedded, is_zero
 from anabranch.errors import ConfigError
 from anabranch.routers.embed import Embedder
 from anabranch.routers.embed.hashed import Hashed
+from waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = {
@@ -146,6 +150,45 @@ def test_an_instruction_is_written_once_for_a_query():
     assert asked == ["x", "y"]
     made.cosines("y")
     assert asked == ["x", "y", "y"]
+
+
+@pytest.mark.parametrize("error", [ConfigError("it is away"), KeyboardInterrupt()])
+def test_who_waits_for_what_another_asks_is_told_that_it_failed(error):
+    """And does not wait for ever; whoever comes then asks anew."""
+    asked, goes_on, owns = queue.Queue(), threading.Event(), []
+
+    class UnderWay(dict):
+        """Looked at by whoever asks, the first and who waits for it."""
+
+        def get(self, key):
+            asked.put(key)
+            return super().get(key)
+
+        def __setitem__(self, key, own):
+            owns.append(own)
+            super().__setitem__(key, own)
+
+    def writer(query):
+        assert goes_on.wait(PATIENCE_S)
+        raise error
+
+    made = plane(writer=writer)
+    made._under_way = UnderWay()
+    threads = ThreadPoolExecutor(2)
+    try:
+        found = []
+        for _ in range(2):
+            found.append(threads.submit(made.instruct, "q"))
+            asked.get(timeout=PATIENCE_S)
+        goes_on.set()
+        assert [one.exception(timeout=PATIENCE_S) for one in found] == [error, error]
+        made.writer = None
+        assert made.instruct("q")[0] == "q"
+    finally:
+        # Who waits for ever is told, so that this ends.
+        for own in owns:
+            own.cancel()
+        threads.shutdown()
 
 
 def test_weights_of_rare_words_count_more():
