@@ -290,7 +290,7 @@ def test_every_setting_is_a_requests_or_the_servers():
         ({"interval": None}, "settings.interval is 4; it may be null here"),
         ({"window": 100}, "settings.window is 512; it may be 100 or less"),
         # Too little for the guard, which is no matter of the limits.
-        ({"window": 10}, "settings.window is 512; it may be 10 or less"),
+        ({"window": 5}, "settings.window is 512; it may be 5 or less"),
         ({"most_steps": 3}, "settings.most_steps is null; it may be 3 or less"),
     ],
 )
