@@ -61,7 +61,7 @@ class _Tiled(TorchFunctionMode):
     """Takes the functions whose results depend on how many rows there are."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = _in_order(func, args, dict(kwargs or {}))
         if func in _FIRST or (func in _PRODUCTS and args[1].dim() == 2):
             if args[0].dim() > 1:
                 flat_ND = args[0].reshape(-1, args[0].shape[-1])
@@ -80,6 +80,16 @@ class _Tiled(TorchFunctionMode):
         elif func is torch.einsum and len(args) == 3 and _has_rows(args[0]):
             return _product(lambda x: func(args[0], x, args[2]), args[1], args[0].index("l"))
         return func(*args, **kwargs)
+
+
+def _in_order(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call whose first arguments, by which rows are told, stand at their places however they were given."""
+    names = ("input", "hx") if func in _CELLS else ("input", "other" if func is not torch.mm else "mat2")
+    for name in names[len(args) :] if func in _FIRST or func in _PRODUCTS or func in _CELLS else ():
+        if name not in kwargs:
+            break
+        args = (*args, kwargs.pop(name))
+    return args, kwargs
 
 
 def _has_rows(equation: str) -> bool:
