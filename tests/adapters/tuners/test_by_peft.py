@@ -1,6 +1,7 @@
 """Methods that peft alone computes, on models of ours: each gives what peft gives from the folder that is written."""
 
 import json
+import resource
 import sys
 
 import pytest
@@ -154,6 +155,42 @@ def test_a_folder_that_says_something_else_is_refused(root, written, tmp_path, c
     with pytest.raises(CheckpointError, match=says) as told:
         read(root, tmp_path)
     assert "\n" not in str(told.value)
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("id", "change", "says"),
+    [
+        (
+            "loha",
+            {"rank_pattern": {"q_proj": 3_000_000}},
+            "rank_pattern of 'q_proj' in .* is 3000000; no adapted matrix is wider than",
+        ),
+        ("loha", {"rank_pattern": {"q_proj": "8"}}, "rank_pattern of 'q_proj' in .* is '8'; it must be a whole number"),
+        ("loha", {"rank_pattern": [1]}, r"rank_pattern is \[1\]; it must say a number for names of matrices"),
+        ("loha", {"r": True}, "r in .* is True; it must be a whole number"),
+        (
+            "loha",
+            {"alpha_pattern": {"q_proj": 1e308}},
+            "alpha_pattern of 'q_proj' in .* is 1e.308; it must be a number of size 1e.30",
+        ),
+        ("loha", {"alpha": None}, "alpha in .* is None; it must be a number"),
+        ("hra", {"r": 1_000_000}, "r in .* is 1000000; no adapted matrix is wider than"),
+    ],
+)
+def test_sizes_that_a_few_words_ask_for_are_looked_at_before_anything_is_made(
+    root, written, tmp_path, id, change, says
+):
+    """A folder of a few kilobytes took gigabytes before it was refused."""
+    folder, _ = written(id)
+    (tmp_path / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    table = json.loads((folder / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**table, **change}))
+    begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=says) as told:
+        read(root, tmp_path)
+    assert "\n" not in str(told.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun < 200_000
 
 
 @needs_peft

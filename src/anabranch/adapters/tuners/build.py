@@ -23,6 +23,7 @@ from anabranch.adapters.peft_file import PREFIX, AdapterFile
 from anabranch.adapters.peft_folder import CONFIG, Adapter
 from anabranch.adapters.peft_kinds import ByPeftTable
 from anabranch.adapters.tuners.layer import Stand, TunerNumbers
+from anabranch.bounds import shown
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.extras import require
 from anabranch.lm.decoder import Decoder
@@ -32,6 +33,8 @@ from anabranch.nn.linear import Added, numbers_of
 __all__ = ["TunedAdapter", "fresh_tuned", "read_tuned", "started_pairs"]
 
 _NAME = "default"
+# As of numbers in files of adapters.
+_MOST_ALPHA = 1e30
 # Gives (weight_OC, bias_O) of a place.
 _Weights = Callable[[Place], tuple[Tensor, Tensor | None]]
 
@@ -186,7 +189,9 @@ def read_tuned(
         raise CheckpointError(
             f"{folder} adapts {some(strangers) if strangers else 'nothing'} of the model, a {names.family}; is it another model's adapter?"
         )
-    _check_sizes(table, sum(tensor.numel() for tensor in tensors.values()))
+    places = [names.places[module] for module in modules]
+    widest = max(max(place.in_dim, place.out_dim) for place in places)
+    _check_sizes(table, sum(tensor.numel() for tensor in tensors.values()), widest)
     try:
         with _quiet():
             config = PeftConfig.from_pretrained(str(folder))
@@ -202,7 +207,7 @@ def read_tuned(
     return made
 
 
-def _check_sizes(table: ByPeftTable, held: int) -> None:
+def _check_sizes(table: ByPeftTable, held: int, widest: int) -> None:
     """Raise CheckpointError for a size that no adapter of so many numbers has, before peft makes one; a few words may ask for any."""
     sizes = {name: value for name, value in table.table.items() if type(value) is int}
     great = [name for name, value in sizes.items() if value > max(held, 2**20) and not name.endswith(("seed", "key"))]
@@ -210,6 +215,31 @@ def _check_sizes(table: ByPeftTable, held: int) -> None:
         raise CheckpointError(
             f"{great[0]} in {table.path} is {sizes[great[0]]}, and the file has {held:,} numbers; copy the folder again"
         )
+    for name, value in _told(table.table, "r", "rank_pattern"):
+        if type(value) is not int or value < 0:
+            raise CheckpointError(f"{name} in {table.path} is {shown(value)}; it must be a whole number")
+        # LoKr's says from where on a whole matrix is kept, and nothing is made of it.
+        if value > widest and table.kind.name != "LOKR":
+            raise CheckpointError(
+                f"{name} in {table.path} is {shown(value)}; no adapted matrix is wider than {widest:,}"
+            )
+    for name, value in _told(table.table, "alpha", "lora_alpha", "alpha_pattern"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST_ALPHA:
+            raise CheckpointError(
+                f"{name} in {table.path} is {shown(value)}; it must be a number of size {_MOST_ALPHA:g} at most"
+            )
+
+
+def _told(table: Mapping[str, Any], *names: str) -> Iterator[tuple[str, Any]]:
+    """Values of these fields, and of those that are patterns each value by its matrices. Raises CheckpointError for no such pattern."""
+    for name in (name for name in names if name in table):
+        value = table[name]
+        if not name.endswith("_pattern"):
+            yield name, value
+        elif value is not None:
+            if not isinstance(value, Mapping):
+                raise CheckpointError(f"{name} is {shown(value)}; it must say a number for names of matrices")
+            yield from ((f"{name} of {shown(pattern)}", one) for pattern, one in value.items())
 
 
 def _check_whole(made: TunedAdapter, tensors: Mapping[str, Tensor], folder: Path) -> None:
