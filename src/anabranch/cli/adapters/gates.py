@@ -48,8 +48,7 @@ def gates(
     place = Path(adapter) / GATES
     check_there(Path(adapter))
     check_apart([place], [data, *(files_of(model) if Path(model).is_dir() else [model])])
-    if place.exists():
-        raise DataError(f"{adapter} has gates already ({GATES}); move them elsewhere first")
+    _check_none(place)
     found = [row for row in read_rows(data) if task is None or row.task == task][:rows]
     if not found:
         raise ConfigError(f"--task is {task!r}, of which {data} has no rows")
@@ -63,9 +62,17 @@ def gates(
     texts = encoded(found, [0] * len(found), tokenizer, template, min(max_tokens, base.config.max_positions))
     passes = texts.passes(torch.arange(len(found)), _BATCH, base.embedding.weight.device)
     made = activations_of_rows(adapter, base, ((token_BL, mask_BL) for token_BL, mask_BL, _ in passes))
+    # Computing took its time, and somebody else may have written some.
+    _check_none(place)
     describe_expert(adapter, gate={name: gate_C.cpu() for name, gate_C in made.items()})
     if as_json:
         print_json({"adapter": adapter, "model": model, "data": data, "rows": len(found), "layers": sorted(made)})
         return
     fact("gates", f"{len(made)} layers of {visible(adapter)}, from {len(found)} rows of {visible(data)}")
     wrote(str(place), f'anabranch adapters route POOL "QUERY" --model {model}')
+
+
+def _check_none(place: Path) -> None:
+    # A link to nowhere is one, too.
+    if place.exists() or place.is_symlink():
+        raise DataError(f"{place.parent} has gates already ({place.name}); move them elsewhere first")
