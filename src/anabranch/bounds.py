@@ -25,6 +25,7 @@ __all__ = [
     "LARGEST_FLOAT",
     "LARGEST_INT",
     "MOST_LAYERS",
+    "MOST_QUERY",
     "MOST_REPEATS",
     "MOST_SEED",
     "MOST_SIZE",
@@ -46,6 +47,9 @@ MOST_SEED = 2**63 - 1  # what every generator takes: torch's, numpy's and Python
 MOST_SIZE = 2**31 - 1  # kernels and file formats index a dimension with 32 bits
 MOST_REPEATS = 65_536
 MOST_LAYERS = 4096  # thirty times the deepest model there is; what counts layers may look at all of them for each
+MOST_QUERY = (
+    2000  # characters of a query that are compared with what adapters are for, in every command and by a server
+)
 LARGEST_INT = 2**53  # the last up to which every reader of JSON agrees
 _LONGEST = 240  # characters of a value in a message
 _LINE_END = re.compile(r"\s*\n\s*")

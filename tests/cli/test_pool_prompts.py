@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
+from anabranch.bounds import MOST_QUERY
 from anabranch.data import ByteTokenizer
 from anabranch.lm import save_model
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
-from anabranch.serving.core.query import MOST_QUERY
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
 from scripted_endpoint import endpoint, vectors

@@ -158,7 +158,7 @@ class Adapted(OptionSet):
 
     def check(self, model: str) -> None:
         """Raises what loading the adapter would, before the weights of ``model`` are read, and for an instruction that nobody compares."""
-        from anabranch.serving.core.query import MOST_QUERY
+        from anabranch.bounds import MOST_QUERY
         from anabranch.serving.engine.adapter_place import folder_of
 
         if self.instruction is not None and (self.adapter is None or not folder_of(self.adapter, None).experts):

@@ -385,3 +385,15 @@ def test_the_figures_of_the_page_are_made_by_its_script(tmp_path, monkeypatch):
     assert (found["p3_tasks"], "p3_top_1" in found) == (0, False)
     with pytest.raises(SystemExit, match="has no flan_instruction"):
         measured(tmp_path / "none")
+
+
+def test_of_a_long_query_as_much_is_compared_as_a_server_compares():
+    asked = []
+    matcher = Matcher(writer=lambda query: asked.append(query) or query)
+    matcher.add("law", ["a matter of law"])
+    long = "x " * 1000 + "a matter of law"
+    assert matcher.cosines(long)["law"] == 0
+    assert matcher.cosines(long[:2000])["law"] == 0
+    assert asked == [long[:2000]]
+    assert matcher.knows(long + " and more")
+    assert matcher.cosines("", long)["law"] > 0

@@ -13,6 +13,7 @@ import numpy as np
 
 from anabranch.adapters.glider.calibration import Calibration, calibrate, thinned
 from anabranch.adapters.glider.embed import Sparse, Stack, TextEmbedder, TextFeatures, Vector, embedded, is_zero
+from anabranch.bounds import MOST_QUERY
 from anabranch.errors import ConfigError
 from anabranch.extras import extras
 
@@ -142,6 +143,8 @@ class Matcher:
     def instruct(self, query: str, instruction: str | None = None, *, asker: str = "") -> tuple[str, Vector]:
         """(instruction, its unit vector) of a query: as told (a system prompt), or as the writer writes it; kept for the next time.
 
+        Of a query the first 2,000 characters are compared (`anabranch.bounds.MOST_QUERY`), as by a server.
+
         ``asker`` is whoever asks: what one asked is not known to another, who would learn from the time it takes that it was asked.
         """
         key = _key(query, instruction, asker)
@@ -157,7 +160,7 @@ class Matcher:
             # Another thread asks for the same, which may cost money.
             return first.result()
         try:
-            found = self._instructed(query, instruction)
+            found = self._instructed(*key[1:])
         except BaseException as error:
             own.set_exception(error)
             raise
@@ -278,5 +281,5 @@ class Matcher:
 
 
 def _key(query: str, instruction: str | None, asker: str) -> _Key:
-    """A query is not looked at beside an instruction."""
-    return (asker, query, None) if instruction is None else (asker, "", instruction)
+    """A query is not looked at beside an instruction, and no further than a server looks."""
+    return (asker, query[:MOST_QUERY], None) if instruction is None else (asker, "", instruction)

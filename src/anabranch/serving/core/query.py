@@ -6,10 +6,9 @@ Servers and the command line ask here, so that the same prompt finds the same ad
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["MOST_QUERY", "asked_in", "last_asked"]
+from anabranch.bounds import MOST_QUERY
 
-# Characters that are compared.
-MOST_QUERY = 2000
+__all__ = ["asked_in", "last_asked"]
 
 
 def asked_in(prompt: str, asked: str = "", *, told: str | None = None) -> dict[str, Any]:

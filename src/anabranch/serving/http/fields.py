@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anabranch.bounds import MOST_LAYERS
+from anabranch.bounds import MOST_LAYERS, MOST_QUERY
 from anabranch.serving.chat import FieldError
-from anabranch.serving.core.query import MOST_QUERY
 from anabranch.serving.core.rewires import SETTINGS
 from anabranch.serving.grammar.forms import depth_of
 from anabranch.web.api_error import ApiError, wrong, wrong_field
