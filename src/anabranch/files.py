@@ -199,6 +199,18 @@ def check_nesting(value: Any) -> None:
     raise ValueError(f"it is nested too deeply: more than {MOST_NESTED} lists and tables in each other")
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise as `atomic_file` where a file cannot be written at ``path``, before the work is done whose result it is to be."""
+    with suppress(_NothingError), atomic_file(path):
+        if Path(path).is_dir():
+            raise DataError(f"cannot write {path}: it is a folder; choose another name")
+        raise _NothingError
+
+
+class _NothingError(Exception):
+    """Nothing is to be written after all."""
+
+
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it into place. Raises as `atomic_file`."""
     with atomic_file(path) as temporary:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -205,3 +206,19 @@ def test_one_message_tells_how_routers_were_turned(mixture, here):
     assert (told["steps"], len(told["phases"])) == (4, 2)
     code, out, err = here(*line, "-m", "who is it that says this?", "--max-tokens", 2, "--expert-budget", "16KiB")
     assert (code, json.loads(out)["rewiring"]["steps"]) == (0, 2)
+
+
+def test_what_is_no_file_is_told_before_the_model_is_read(here, tmp_path):
+    """A device has no end, a pipe waits for ever, and where the state cannot be written it would be lost with all tokens."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("{}")
+    for line, said in (
+        (["--rewire-load", "/dev/zero"], "/dev/zero is no file; give one that --rewire-save wrote"),
+        (["--rewire-load", tmp_path / "pipe"], "pipe is no file"),
+        (["--rewire-save", "/dev/full"], "it is a device or a pipe, not a file"),
+        (["--rewire-save", tmp_path / "file" / "a.json"], "cannot write"),
+        (["--rewire-save", tmp_path], "it is a folder; choose another name"),
+    ):
+        code, out, err = here("generate", tmp_path / "no-model", "-p", "x", "--rewire", *line)
+        assert (code, out, said in err) == (2, "", True), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]

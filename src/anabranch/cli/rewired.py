@@ -79,18 +79,23 @@ class KeptState(OptionSet):
     def read(self, model: str, *, rewires: bool) -> dict[str, Any] | None:
         """What --rewire-load names, before the model is there; None for nothing.
 
-        Raises ConfigError without --rewire, InputError where --rewire-save would take the place of what is read, and DataError for a file
-        that is none, or too large for a state.
+        Raises ConfigError without --rewire, InputError where --rewire-save would take the place of what is read, DataError for a file
+        that is none, or too large for a state, and as `anabranch.files.check_writable` for --rewire-save.
         """
         said = {"--rewire-load": self.rewire_load, "--rewire-save": self.rewire_save}
         given = [name for name, value in said.items() if value is not None]
         if given and not rewires:
             raise ConfigError(f"{given[0]} is given, but --rewire is not; give both")
-        from anabranch.files import check_apart, read_json
+        from anabranch.files import check_apart, check_writable, read_json
 
         check_apart([self.rewire_save], [self.rewire_load, model])
+        if self.rewire_save is not None:
+            check_writable(self.rewire_save)
         if self.rewire_load is None:
             return None
+        # A device has no end, and a pipe may have no beginning.
+        if self.rewire_load.exists() and not self.rewire_load.is_file():
+            raise DataError(f"{self.rewire_load} is no file; give one that --rewire-save wrote")
         if self.rewire_load.is_file() and self.rewire_load.stat().st_size > MOST_STATE_BYTES:
             size = self.rewire_load.stat().st_size
             raise DataError(f"{self.rewire_load} has {size:,} bytes; a state has at most {MOST_STATE_BYTES:,}")
