@@ -24,7 +24,6 @@ BUILT_IN = sorted(studies.STUDIES)
 NOT_RUN = {
     "carl",
     "carl_highway",
-    "dr_llm",
     "ftp",
     "pvchat",
     "rexmoe_grown",
