@@ -173,6 +173,14 @@ def test_a_line_that_was_refused_leaves_nothing_behind(here, work, pruned, rows)
     assert not unfinished.exists()
 
 
+@pytest.mark.parametrize("content", ["my paper", ""])
+def test_a_file_of_something_else_is_not_replaced(here, work, pruned, rows, content):
+    (work / "paper.pdf").write_text(content)
+    code, _, err = here("depth", "prune", pruned, rows, "--out", "paper.pdf", *SMALL)
+    assert (code, "paper.pdf is there and holds no skipper of tokens, so it is not replaced" in err) == (2, True), err
+    assert (work / "paper.pdf").read_text() == content
+
+
 def test_a_damaged_unfinished_fit_is_told(here, work, pruned, rows):
     for content in ("", "x", "[]", '{"kind": "other"}\n'):
         (work / f"bad{UNFINISHED}").write_text(content)

@@ -206,6 +206,13 @@ def test_a_bank_of_another_model_is_told_with_both_values(tmp_path, make, window
         RouterBank.load(tmp_path / "r", make(), windows=windows)
 
 
+def with_windows(place, value):
+    from safetensors.torch import load_file, save_file
+
+    path = place / "routers.safetensors"
+    save_file(load_file(path) | {"windows": torch.tensor([value])}, path)
+
+
 def edited(place, **changes):
     config = place / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
@@ -217,6 +224,9 @@ def edited(place, **changes):
         (lambda place: edited(place, windows=4), r"windows \(W\) 8, and here 4"),
         (lambda place: edited(place, hidden=64), r"first_NFD of shape \[5, 128, 16\].*\[5, 64, 16\]"),
         (lambda place: edited(place, num_blocks=6), r"\[6, 128, 16\]"),
+        (lambda place: with_windows(place, float("nan")), "windows of type torch.float32; it must be a whole number"),
+        (lambda place: with_windows(place, float("inf")), "windows of type torch.float32"),
+        (lambda place: with_windows(place, 8 + 0j), "windows of type torch.complex64"),
         (lambda place: edited(place, schema=9), "schema 9"),
         (lambda place: edited(place, width="wide"), "does not describe routers: width"),
         (lambda place: edited(place, format="other"), "no routers in"),

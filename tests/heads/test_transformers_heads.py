@@ -250,6 +250,14 @@ def test_what_was_saved_is_put_on_again(tmp_path):
     assert {heads.routing.target for heads in routed_heads_of(other).values()} == {0.25}
 
 
+@pytest.mark.parametrize("layer", [float("inf"), float("nan"), -5, 10**9, 1.5, "1", None, True])
+def test_a_layer_that_cannot_be_is_refused(tmp_path, layer):
+    save_heads(tmp_path / "heads", put_heads(theirs("Llama"), 1))
+    damaged(tmp_path / "heads", lambda table: next(iter(table["modules"].values())).update(layer=layer))
+    with pytest.raises(CheckpointError, match=r"heads\.json"):
+        load_heads(tmp_path / "heads", theirs("Llama"))
+
+
 def damaged(folder, change):
     table = json.loads((folder / "heads.json").read_text())
     change(table)

@@ -58,7 +58,8 @@ class DepthRouter:
             model: what `stack_of` knows, or a stack.
             bank: a `anabranch.depth.dr_llm.RouterBank` or anything with its ``decide``; a folder of one of this model; or None.
 
-        Raises ConfigError for a model whose blocks are not known, and for a bank that cannot decide or is of another model.
+        Raises ConfigError for a model whose blocks are not known, and for a bank that cannot decide, is of another model, or is the
+        baseline ``features="first"``, which decides on whole prompts alone.
         """
         stack = stack_of(model)
         if isinstance(bank, str | FilePath):
@@ -72,6 +73,11 @@ class DepthRouter:
             theirs = getattr(bank, name, own)
             if theirs != own:
                 raise ConfigError(f"the routers have {name}={theirs}, and the model {own}; they are of another model")
+        if getattr(getattr(bank, "config", None), "features", "previous") == "first":
+            raise ConfigError(
+                "these routers see the states before the first block alone (features=first), which is a baseline that anabranch depth eval "
+                "measures; train routers with features=previous to generate with them"
+            )
         # Empty, or not there, where routers are of no certain model.
         theirs = getattr(getattr(bank, "config", None), "fingerprint", "")
         if theirs and theirs != stack.fingerprint():

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from anabranch.bounds import MOST_LAYERS, whole
 from anabranch.config import from_dict, to_dict
-from anabranch.errors import CheckpointError, ConfigError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError
 from anabranch.files import atomic_folder, atomic_write_json, read_json
 from anabranch.heads.config import HeadRouting
 from anabranch.heads.form import form_of
@@ -282,8 +283,8 @@ def _made(modules: dict[str, Any], model: nn.Module, place: Path) -> Iterator[tu
             raise CheckpointError(f"{place / CONFIG} is of an attention {name}, which the model does not have")
         try:
             config = from_dict(HeadRouting, said["heads"])
-            layer = int(said["layer"])
-        except (ConfigError, KeyError, TypeError, ValueError) as error:
+            layer = whole("layer", said["layer"], 0, MOST_LAYERS - 1)
+        except (AnabranchError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{place / CONFIG} says of {name} what cannot be: {error}") from None
         if config.routing == "none":
             raise CheckpointError(

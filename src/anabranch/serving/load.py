@@ -272,6 +272,11 @@ def _check_routers(folder: str, model: str) -> None:
     from anabranch.depth.dr_llm.bank import RouterBank
 
     bank, config = RouterBank.load(folder), load_config(model)
+    if bank.config.features == "first":
+        raise CheckpointError(
+            f"the routers in {folder} see the states before the first block alone (features=first), which is a baseline that anabranch "
+            "depth eval measures; train routers with features=previous to serve them"
+        )
     for what, theirs, ours in (("blocks", bank.num_blocks, config.num_layers), ("width", bank.width, config.dim)):
         if theirs != ours:
             raise CheckpointError(

@@ -170,6 +170,7 @@ def test_loaded_routers_of_another_model_are_refused():
     for fields, message in (
         ({"num_blocks": 4}, "num_blocks=4, and the model 3"),
         ({"width": 16}, "width=16, and the model 32"),
+        ({"features": "first"}, "states before the first block alone .features=first."),
         ({"fingerprint": "f" * 64}, "of another model of the same sizes: fingerprint f"),
     ):
         bank = RouterBank(BankConfig(**{"num_blocks": stack.num_blocks, "width": stack.width, **fields}))

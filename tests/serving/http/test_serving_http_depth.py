@@ -156,7 +156,8 @@ def test_each_request_has_its_own_control(model):
 @pytest.mark.parametrize(
     ("depth", "message"),
     [
-        ("deep", 'depth is \'deep\'; it must be "full", "routed", "pruned" or a list of at most 8192 blocks'),
+        ("deep", 'depth is \'deep\'; it must be "full", "routed", "pruned" or a list of 1 to 8192 blocks'),
+        ([], 'depth is []; it must be "full", "routed", "pruned" or a list of 1 to 8192 blocks'),
         (3, "depth is 3; it must be"),
         (True, "depth is True; it must be"),
         ([0, "1"], "depth is a list; it must be"),

@@ -129,12 +129,14 @@ def prune(
     """
     require("lm", by="anabranch depth prune")
     from anabranch.depth.ftp import fit_skipper
+    from anabranch.depth.ftp.saving import check_replaces
     from anabranch.depth.genetic import Generation
     from anabranch.lm.folder import files_of
 
     text = one_of(source, data)
     unfinished = out.with_name(out.name + UNFINISHED)
     check_apart([out, unfinished], [text, *files_of(model)])
+    check_replaces(out)
     config = fit.config(assignments)
     stack, tokenizer = stack_at(model, dtype, device)
     questions, name = questions_of(model, stack, tokenizer, text, context=context, after=AFTER, limit=limit)

@@ -260,7 +260,12 @@ def _check_fits(
                 f"{place / ROUTERS} has {'no ' + name if stored is None else f'{name} of shape {list(stored)}'}, and {CONFIG} asks for "
                 f"{list(shape)}"
             )
-    stored_windows = int(files.read("windows"))
+    windows_1 = files.read("windows")
+    if windows_1.dtype != torch.int64:
+        raise CheckpointError(
+            f"{place / ROUTERS} has windows of type {windows_1.dtype}; it must be a whole number, int64"
+        )
+    stored_windows = int(windows_1)
     wanted: list[tuple[str, Any, Any]] = [("windows (W)", stored_windows, config.windows)]
     if windows is not None:
         wanted.append(("windows (W)", config.windows, windows))

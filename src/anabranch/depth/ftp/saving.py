@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from anabranch.depth.ftp.features import FactorConfig
 from anabranch.depth.ftp.passes import Kept
 from anabranch.depth.ftp.router import Mode, RouterConfig, TokenRouter
 from anabranch.depth.ftp.schedule import check_schedule
-from anabranch.errors import AnabranchError, CheckpointError
+from anabranch.errors import AnabranchError, CheckpointError, DataError
 from anabranch.files import atomic_write, parse_json
 
-__all__ = ["Stored", "read_skipper", "write_skipper"]
+__all__ = ["Stored", "check_replaces", "read_skipper", "write_skipper"]
 
 VERSION = 1
 _FIELD, _ROUTER, _SCHEDULE = "anabranch.token_skipper", "router.", "schedule"
@@ -97,6 +98,19 @@ def read_skipper(path: str | Path) -> Stored:
         raise
     except (AnabranchError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged or no skipper of tokens ({type(error).__name__}: {error})") from None
+
+
+def check_replaces(path: str | Path) -> None:
+    """Raise DataError where something is that is no file of `write_skipper`, which would be lost if one were written there."""
+    place = Path(path)
+    if not os.path.lexists(place):
+        return
+    try:
+        _read(place)
+    except CheckpointError:
+        raise DataError(
+            f"{place} is there and holds no skipper of tokens, so it is not replaced; name another file"
+        ) from None
 
 
 def _stored(tensors: dict[str, Tensor], content: dict[str, Any]) -> Stored:

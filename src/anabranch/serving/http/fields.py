@@ -74,7 +74,7 @@ def _is_depth(value: Any) -> bool:
         return value in ("full", "routed", "pruned")
     return (
         isinstance(value, list)
-        and len(value) <= MOST_BLOCKS
+        and 1 <= len(value) <= MOST_BLOCKS
         and all(is_int(part) and abs(part) < 2**31 for part in value)
     )
 
@@ -102,7 +102,7 @@ def of_schema(schema: Mapping[str, Any]) -> Check:
     return number(schema["minimum"], schema["maximum"] if end is None else end, is_below=end is not None)
 
 
-DEPTH: Check = (_is_depth, f'"full", "routed", "pruned" or a list of at most {MOST_BLOCKS} blocks')
+DEPTH: Check = (_is_depth, f'"full", "routed", "pruned" or a list of 1 to {MOST_BLOCKS} blocks')
 ADAPTERS: Check = (OBJECT[0], "an object of adapters and their weights")
 TASK: Check = text(256)
 KWARGS: Check = (

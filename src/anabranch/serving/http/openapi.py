@@ -91,7 +91,7 @@ def _rewire() -> dict[str, Any]:
 
 
 def _depth() -> dict[str, Any]:
-    blocks = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+    blocks = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
     what = (
         "blocks that run: all, as depth routers choose by the prompt, all with each passing over some tokens of the prompt, or these in "
         "order, each at most twice"
