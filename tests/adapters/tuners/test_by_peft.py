@@ -12,6 +12,7 @@ from adapter_models import make_base
 from anabranch.adapters import load_peft, merge, save_peft, unload, unmerge
 from anabranch.adapters.catalogue import CARDS
 from anabranch.adapters.catalogue.through_peft import put_by_peft
+from anabranch.adapters.graft import layers_of
 from anabranch.adapters.peft_kinds import BY_PEFT
 from anabranch.adapters.saving import adapter_on
 from anabranch.data import ByteTokenizer
@@ -34,10 +35,10 @@ def root(tmp_path_factory):
     return made
 
 
-def put(root, id):
-    model, _ = load_model(root / "base")
+def put(root, id, dtype=None, *, seed=0):
+    model, _ = load_model(root / "base", dtype=dtype)
     options = {name: value for name, value in SMALL.items() if name in CARDS[id].options}
-    return put_by_peft(model, id, **options)
+    return put_by_peft(model, id, seed=seed, **options)
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +253,76 @@ def test_experts_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="is of an expert, around which peft's layers cannot stand here"):
         put_by_peft(model, "oft", block=4, targets=("down",))
     assert not model.config.linears
+
+
+# Whose first numbers are drawn by the seed; others start at nothing, at the matrix, or by a seed that peft's config has.
+DRAWN = {
+    "p-tuning",
+    "unilora",
+    "loha",
+    "lokr",
+    "hira",
+    "gralora",
+    "delora",
+    "fourierft",
+    "vblora",
+    "hra",
+}
+
+
+@needs_peft
+@pytest.mark.parametrize("id", METHODS)
+def test_first_numbers_are_those_of_the_seed(root, id):
+    """And what else draws goes on as if nothing had been put on."""
+    before = torch.random.get_rng_state()
+    first, again, other = (put(root, id, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items()) == (id in DRAWN)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@needs_peft
+@pytest.mark.parametrize("id", METHODS)
+def test_numbers_are_counted_once_and_what_it_started_as_with_them(root, id):
+    """Of virtual tokens, whose network is gone when they have learned, the tokens alone."""
+    model = put(root, id)
+    learns = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    wanted = {"p-tuning": SMALL["tokens"] * CONFIG.dim, "pissa": 2 * learns, "olora": 2 * learns}.get(id, learns)
+    assert model.config.count().parameters - CONFIG.count().parameters == wanted
+
+
+@needs_peft
+@pytest.mark.parametrize("id", TUNED)
+def test_what_is_written_is_for_use_and_learns_where_it_is_to(root, written, id):
+    folder, _ = written(id)
+    assert json.loads((folder / "adapter_config.json").read_text())["inference_mode"] is True
+    for trainable in (True, False):
+        model = load_peft(folder, load_model(root / "base")[0], trainable=trainable)
+        assert any(parameter.requires_grad for parameter in model.parameters()) == trainable
+        # What learned before, too.
+        for layer in layers_of(model).values():
+            layer.put(layer.numbers())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@needs_peft
+@pytest.mark.parametrize("id", TUNED)
+def test_what_is_added_to_narrow_outputs_is_not_rounded(root, id):
+    model = drawn(put(root, id, torch.bfloat16), 3)
+    layer = next(one for one in layers_of(model).values() if one.numbers().order_O is None)
+    x = torch.randn(5, layer.numbers().sizes[0], generator=torch.Generator().manual_seed(4)).bfloat16()
+    with torch.no_grad():
+        y, wanted = layer.tuner.base_layer(x), layer.tuner(x)
+        found = layer(x)
+    assert (y.dtype, found.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(y.float() + found, wanted.float(), rtol=1e-6, atol=1e-6)
+
+
+@needs_peft
+def test_virtual_tokens_are_not_learned_in_front_of_embeddings_that_are_multiplied():
+    """Whether virtual tokens are multiplied too depends on who trains them."""
+    model = CONFIG.replace(embedding_scale=2.0).build(seed=1)
+    with pytest.raises(ConfigError, match="the model multiplies embeddings by 2, and peft does not multiply virtual"):
+        put_by_peft(model, "p-tuning", tokens=3, hidden=8)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.config == CONFIG.replace(embedding_scale=2.0)
