@@ -10,7 +10,7 @@ from anabranch.cli.options import AsJson, Device, Dtype, named_folder, read_devi
 from anabranch.cli.output import fact, print_json, visible, wrote
 from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
-from anabranch.files import check_apart, read_json
+from anabranch.files import read_json
 
 # Rows of a pass.
 _BATCH = 8
@@ -43,11 +43,9 @@ def gates(
     from anabranch.adapters.glider.folder import GATES
     from anabranch.adapters.peft_place import CONFIG, check_there
     from anabranch.lm import load_model
-    from anabranch.lm.folder import files_of
 
     place = Path(adapter) / GATES
     check_there(Path(adapter))
-    check_apart([place], [data, *(files_of(model) if Path(model).is_dir() else [model])])
     _check_none(place)
     found = [row for row in read_rows(data) if task is None or row.task == task][:rows]
     if not found:
