@@ -143,6 +143,18 @@ def test_flops_of_experts():
     assert full.training_flops == pytest.approx(full.full_flops)
 
 
+@pytest.mark.parametrize("id", ["full", "bitfit", "lora"])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_file_of_the_whole_model_is_of_its_numbers(id, width):
+    """With a header of some kilobytes; the files of others are in float32 whatever the model is in."""
+    wide, found = (
+        catalogue.estimate(catalogue.find(id), SHAPE, CASES[id], base_width=each).file_bytes for each in (4, width)
+    )
+    numbers = SHAPE.parameters if catalogue.find(id).trains_base else 0
+    assert wide - found == (4 - width) * numbers
+    assert 4 * numbers < wide < 4 * numbers + 2**20
+
+
 def test_a_head_that_is_the_embedding_learns_where_all_does():
     shape = catalogue.Shape.of(CONFIG.replace(tie_embeddings=True, vocab_size=4096))
     full = estimated("full", {}, shape)

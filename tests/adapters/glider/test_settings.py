@@ -32,6 +32,13 @@ def test_what_is_named_is_made(monkeypatch):
     assert read_settings({"embedder": HERE}, {"instruction": False}, 3).plugins() == Plugins(None, None)
 
 
+@pytest.mark.parametrize("embedder", ["tfidf", "hidden-states", HERE])
+@pytest.mark.parametrize("instruction", [True, False])
+def test_the_model_is_needed_where_its_states_are_compared(embedder, instruction):
+    found = read_settings({"embedder": embedder}, {"instruction": instruction}, 3)
+    assert found.needs_model == (instruction and embedder == "hidden-states")
+
+
 def test_how_experts_are_chosen_is_apart():
     assert settings(embedder=HERE, weight=7.0, wait_s=1.0).choice == GliderConfig(weight=7.0)
     assert {one.name for one in fields(PoolSettings)} - {one.name for one in fields(GliderConfig)} == {

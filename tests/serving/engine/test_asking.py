@@ -19,6 +19,7 @@ from anabranch.routing import record_routing
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.client import BusyError
+from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.engine.adapter_place import folder_of
 from anabranch.serving.engine.asking import MOST_CALLS, Asking, Either, Threads
 from anabranch.serving.engine.engine import Engine
@@ -422,6 +423,52 @@ def test_an_engine_answers_by_tokens_while_an_endpoint_is_gone(pool):
     [by_tokens] = run(runs, "far")
     assert run(runs, "far", query="some other law") == [by_tokens]
     assert by_tokens != by_query
+
+
+def test_the_first_request_waits_for_its_own_query_alone(pool):
+    """How far instructions are from each other is found as the pool is read."""
+    texts = []
+
+    def noting(path, body):
+        texts.extend(body["input"])
+        return embeds(path, body)
+
+    with endpoint(noting) as (url, _):
+        says(pool, embedder={"url": url, "model": "e"}, weight=5.0)
+        runs = engine_of(far=pool)
+        assert set(INSTRUCTIONS.values()) < set(texts)
+        texts.clear()
+        run(runs, "far", query="Which law is it?")
+    assert texts == ["Which law is it?"]
+
+
+def test_nothing_is_kept_of_who_leaves_before_or_behind_the_answer_of_an_endpoint(pool):
+    goes_on, asked = threading.Event(), threading.Event()
+
+    def slow(path, body):
+        if body["input"] == ["late"]:
+            asked.set()
+            goes_on.wait(60)
+        return embeds(path, body)
+
+    def request(query):
+        sampling = Sampling(max_tokens=2)
+        return Request(id=query, prompt=PROMPT, sampling=sampling, adapters=(("far", 1.0),), query=query)
+
+    with endpoint(slow) as (url, _):
+        says(pool, embedder={"url": url, "model": "e", "timeout_s": 60})
+        adapters = engine_of(far=pool).engine.adapters
+        early, late = request("early"), request("late")
+        adapters.prepare(early).result(60)
+        assert list(adapters._terms) == ["early"]
+        adapters.release("early")
+        assert not adapters._terms
+        compared = adapters.prepare(late)
+        assert asked.wait(60)
+        adapters.release("late")
+        goes_on.set()
+        compared.result(60)
+    assert not adapters._terms
 
 
 def test_a_pool_that_cannot_be_embedded_is_not_loaded(pool):

@@ -333,6 +333,18 @@ def test_what_routers_choose_is_told(folders):
     assert [output.tokens for output in outputs] == [output.tokens for output in asked(runs)]
 
 
+@pytest.mark.filterwarnings("ignore:record_routing heard none")
+@pytest.mark.parametrize("name", ROUTERS)
+def test_whoever_listens_to_routers_is_known_until_he_goes(name, folders):
+    """For then passes are run whole, which takes longer."""
+    model = make_model()
+    layers = AdapterReader(model.config, Sites(model))(str(folders[name]))
+    assert not layers.is_watched
+    with record_routing(model, routers=layers.routers):
+        assert layers.is_watched
+    assert not layers.is_watched
+
+
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 30, "max_seqs": 3}], ids=["plenty", "scarce"])
 def test_they_are_recorded_around_an_engine(options, folders):
     """A trace of a router's decisions, of the rows that asked for it alone; each position once, though requests are computed again."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import types
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -221,6 +222,24 @@ def test_a_short_answer_is_a_list_that_is_told_at_once():
     for change in one.changes():
         shape.take(change)
     assert is_light(shape.whole())
+
+
+@pytest.mark.parametrize("kind", [ChatShape, CompletionShape])
+def test_states_of_turned_routers_are_told_and_counted_where_choices_end(kind):
+    one = Asked(kind, num_choices=2, length=1, num_new=1, logprobs=None)
+    for choice in one.choices:
+        choice.rewire_state = {"delta": [[0.5] * (MOST_AT_ONCE // 4)] * 3}
+    shape, ends = one.shape(), one.changes()
+    goes_on = [replace(change, finish=None) for change in ends]
+    assert [shape.is_long(changes) for changes in (ends, ends[:1], goes_on, [ends[0], goes_on[1]])] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert [b"rewire_state" in shape.events(change) for change in (ends[0], goes_on[0])] == [True, False]
+    check_stream(one)
+    check_whole(one)
 
 
 @pytest.mark.parametrize("kind", [ChatShape, CompletionShape])

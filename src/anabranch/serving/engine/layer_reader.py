@@ -164,15 +164,15 @@ class LayerReader:
                     module.backend = "reference"
         state = frame.state_dict()
         tensors = {name: state[name] for name in added_names(frame)}
-        tasks, needs = task_names(frame) if goes_by_task(frame) else (), needs_task(frame)
+        tasks = task_names(frame) if goes_by_task(frame) else ()
         return ServedLayers(
             layers,
-            version=_digest(frame.config, tensors, tasks, needs, () if asked is None else asked.chosen_by),
+            version=_digest(frame.config, tensors, tasks, () if asked is None else asked.chosen_by),
             nbytes=sum(tensor.nbytes for tensor in tensors.values()),
             kind=kind,
             experts=experts,
             tasks=tasks,
-            needs_task=needs,
+            needs_task=needs_task(frame),
             asked=asked,
         )
 
