@@ -19,6 +19,7 @@ from anabranch.cli.output import (
     duration,
     fact,
     fact_table,
+    let_go,
     print_json,
     print_line,
     quantity,
@@ -225,3 +226,11 @@ def test_a_word_of_a_command_line_is_read_by_a_shell_as_it_was(words):
         ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, env={"LC_ALL": "C.UTF-8"}, check=True
     )
     assert done.stdout == b"".join(os.fsencode(word) + b"\0" for word in words)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_is_let_go_is_heard_no_more_and_the_other_is(name, capfd):
+    let_go(getattr(sys, name))
+    os.write(1, b"out")
+    os.write(2, b"err")
+    assert capfd.readouterr() == (("", "err") if name == "stdout" else ("out", ""))

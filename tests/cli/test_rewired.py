@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from anabranch.adapters.rewiring import Rerouter, Rewiring
+from anabranch.cli.rewired import KeptState, library_fields
 from anabranch.data import ByteTokenizer
+from anabranch.errors import DataError
 from anabranch.lm import Decoder, SamplingConfig, load_model, save_model
 from anabranch.nn import MoE, SelfAttention
 
@@ -222,3 +224,44 @@ def test_what_is_no_file_is_told_before_the_model_is_read(here, tmp_path):
         code, out, err = here("generate", tmp_path / "no-model", "-p", "x", "--rewire", *line)
         assert (code, out, said in err) == (2, "", True), err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+
+
+def test_a_state_is_read_up_to_its_greatest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("anabranch.cli.rewired.MOST_STATE_BYTES", 10)
+    place = tmp_path / "state.json"
+    for size in (2, 10):
+        place.write_text(f"{'{}':<{size}}")
+        assert KeptState(rewire_load=place).read("model", rewires=True) == {}
+    place.write_text(f"{'{}':<11}")
+    with pytest.raises(DataError, match=r"state\.json has 11 bytes; a state has at most 10$"):
+        KeptState(rewire_load=place).read("model", rewires=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({}, ""),
+        ({"min_p": 0.0, "repetition_penalty": 1.0}, ""),
+        ({"min_p": 0.1}, "min_p"),
+        ({"min_p": 0.0, "repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"min_p": 0.1, "repetition_penalty": 1.1}, "min_p and repetition_penalty"),
+    ],
+)
+def test_what_its_makers_asked_for_and_the_library_has_not_is_noted(fields, named, capsys):
+    said = f"note: the model's generation_config.json has {named}, which --rewire leaves out\n" if named else ""
+    for talks in (True, False):
+        assert library_fields({**fields, "temperature": 0}, "--rewire", talks=talks) == {"temperature": 0}
+        assert capsys.readouterr() == ("", said if talks else "")
+
+
+def test_why_routers_were_not_turned_is_told_once(mixture, here):
+    line = ["generate", mixture, "-p", PROMPTS[0], "--max-tokens", 13, "--temperature", 0, *OPTIONS]
+    line.append("--rewire-set=most_steps=1")
+    code, out, _ = here(*line, "--json")
+    skipped = [phase["skipped"] for phase in json.loads(out)["rewiring"]["phases"] if phase["skipped"]]
+    assert (code, len(skipped), len(set(skipped))) == (0, 4, 1)
+    code, _, err = here(*line)
+    assert code == 0
+    assert [text for text in err.splitlines() if "not turned" in text] == [
+        f"note: routers were not turned: {skipped[0]}"
+    ]

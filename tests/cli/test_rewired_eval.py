@@ -1,13 +1,17 @@
 """``anabranch eval --rewire``: the numbers of the library, of what follows each phase, told and as JSON."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from anabranch.adapters.rewiring import Rerouter, Rewiring
 from anabranch.adapters.rewiring.scored import Comparison
 from anabranch.cli.corpora import windows_of
+from anabranch.cli.rewired_eval import compare, show
 from anabranch.data import ByteTokenizer
+from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, load_model, save_model
 from anabranch.nn import MoE, SelfAttention
 
@@ -112,3 +116,41 @@ def test_a_model_without_routers(folder, here):
     line = ["--data", folder / "text.txt", "--sequence-length", 64, "--quiet", *SETTINGS]
     code, _, err = here("eval", folder / "dense", *line)
     assert (code, "has no router that chooses experts" in err) == (2, True)
+
+
+class Windows(list):
+    """Batches of windows of these shapes."""
+
+    domains = ("text",)
+
+    def __init__(self, *shapes):
+        super().__init__(
+            SimpleNamespace(
+                token_BL=torch.arange(rows * length).view(rows, length) % 90, domain_B=torch.zeros(rows).long()
+            )
+            for rows, length in shapes
+        )
+
+
+def test_windows_that_end_where_routers_are_turned_have_nothing_to_measure(folder):
+    model, _ = load_model(folder / "moe")
+    found = compare(model, CONFIG, Windows((2, 17), (3, 16), (4, 5), (1, 20)), 16)
+    assert (found["too_short"], found["texts"], found["tokens"]) == (7, 3, 2 * 1 + 4)
+    with pytest.raises(ConfigError, match="the longest text has 16 tokens, of which 16 are read before"):
+        compare(model, CONFIG, Windows((2, 16), (1, 7)), 16)
+
+
+def test_shares_that_the_guard_kept_and_why_routers_were_not_turned_by_hand(capsys):
+    numbers = {"plain": 2.0, "rewired": 1.5, "difference": -0.5, "standard_error": None, "steps": 2.0, "overlap": 0.25}
+    phases = [
+        {**numbers, "read": 16, "kept": {"all": 2, "half": 1, "none": 1}, "skipped": {"late": 2, "long": 1}},
+        {**numbers, "read": 32, "kept": None, "skipped": {"late": 3}},
+    ]
+    settings = {"interval": 16, "steps": 2, "eta": 0.5}
+    show({**numbers, "settings": settings, "after": 16, "tokens": 40, "texts": 4, "phases": phases})
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert rows["16"] == ["2.0000", "1.5000", "-0.5000", "-", "2.0", "62%", "0.250"]
+    assert rows["32"] == ["2.0000", "1.5000", "-0.5000", "-", "2.0", "-", "0.250"]
+    notes = [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("note")]
+    assert notes == ["routers were not turned 5 times: late", "routers were not turned 1 times: long"]
